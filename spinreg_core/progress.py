@@ -1,0 +1,64 @@
+"""Progress lines of a stage: done/total, rate and time left, readable by people and by the task.
+
+Decides: the one line format. Leaves out: where the line is shown (terminal, log, Prefect artifact).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+_LINE = re.compile(
+    r"^\[(?P<stage>[^\]]+)\] (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+) \((?P<percent>\d+) %\), "
+    r"(?P<rate>[0-9.]+)/s, (?P<eta>\d+:\d\d:\d\d) left$"
+)
+
+
+@dataclass(frozen=True)
+class ProgressLine:
+    stage: str
+    done: int
+    total: int
+    unit: str
+    rate: float
+    eta_seconds: int
+
+
+class Progress:
+    """Counts units of work and prints a line at most every `every` seconds, and one at the end."""
+
+    def __init__(self, stage: str, total: int, unit: str, done: int = 0, every: float = 2.0) -> None:
+        self.stage, self.total, self.unit, self.done = stage, total, unit, done
+        self._every, self._start, self._start_done = every, time.monotonic(), done
+        self._last = -float("inf")
+
+    def update(self, n: int = 1) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self._last >= self._every or self.done >= self.total:
+            self._last = now
+            rate = (self.done - self._start_done) / max(now - self._start, 1e-6)
+            left = int((self.total - self.done) / rate) if rate > 0 else 0
+            print(
+                f"[{self.stage}] {self.done}/{self.total} {self.unit} "
+                f"({100 * self.done // max(self.total, 1)} %), {rate:.2f}/s, "
+                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
+                flush=True,
+            )
+
+
+def parse(line: str) -> ProgressLine | None:
+    """The progress a line reports, or None for any other line."""
+    match = _LINE.match(line.strip())
+    if match is None:
+        return None
+    hours, minutes, seconds = match["eta"].split(":")
+    return ProgressLine(
+        match["stage"],
+        int(match["done"]),
+        int(match["total"]),
+        match["unit"],
+        float(match["rate"]),
+        int(hours) * 3600 + int(minutes) * 60 + int(seconds),
+    )
