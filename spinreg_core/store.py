@@ -1,0 +1,314 @@
+"""Bytes under keys, in a local folder or an S3 bucket, with the two writes that commits are made of.
+
+Decides: what create-only and compare-and-swap mean on each backend, and that a reader never sees half a
+file. Leaves out: what the bytes are (`objects.py`, `head.py`) and who may write (`head.py`).
+
+Both backends offer the same methods. Tags are opaque: equal tags mean unchanged content.
+S3 goes through s3fs; endpoint and credentials come from the environment or the AWS chain, never from a URL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from spinreg_core.errors import BadInput, Conflict
+
+PART_BYTES = 64 * 2**20  # multipart size: a file of any length passes through a few of these
+
+
+class Store(Protocol):
+    """Keys are relative, '/'-separated. Nothing here ever deletes."""
+
+    url: str
+
+    def read(self, key: str) -> bytes | None:
+        """Content, or None where the key does not exist."""
+
+    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
+        """Content and its tag, read together."""
+
+    def create(self, key: str, data: bytes) -> str:
+        """Write a key that must not exist; returns its tag. Conflict if it holds other content."""
+
+    def replace(self, key: str, data: bytes, tag: str) -> str:
+        """Write a key whose tag must still be `tag`; returns the new tag. Conflict if it changed."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write a key whatever it held. Only for views that can be rebuilt (reports)."""
+
+    def upload(self, path: Path, key: str) -> None:
+        """Copy a local file of any size to a key nobody else writes; streamed in parts."""
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy a key of any size to a local file; FileNotFoundError where there is none."""
+
+    def size(self, key: str) -> int | None:
+        """Length in bytes, or None where the key does not exist."""
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys below a prefix ending in '/', sorted."""
+
+    def local_path(self, key: str) -> Path | None:
+        """Where the bytes lie on this machine, or None for a remote store."""
+
+    def uri(self, key: str) -> str:
+        """The address a person can open."""
+
+
+def open_store(url: str) -> Store:
+    """Open `s3://bucket/prefix`, `file:///path` or a local folder (created on first write).
+
+    Raises BadInput for other schemes, and for an S3 URL without a bucket.
+    """
+    if url.startswith("s3://"):
+        return S3Store(url)
+    if "://" in url and not url.startswith("file://"):
+        raise BadInput("store", repr(url), "a local folder, file:///path or s3://bucket/prefix")
+    return FolderStore(Path(url.removeprefix("file://")).expanduser().absolute())
+
+
+def _checked(key: str) -> str:
+    if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.rstrip("/").split("/")):
+        raise BadInput("store key", repr(key), "a relative path without '.', '..' or empty parts")
+    return key
+
+
+class FolderStore:
+    """A local folder. Atomic by link and rename, durable by fsync, compare-and-swap under flock."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.url = str(root)
+
+    def _path(self, key: str) -> Path:
+        return self.root / _checked(key)
+
+    @contextlib.contextmanager
+    def _temporary(self, path: Path) -> Iterator[Path]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def read(self, key: str) -> bytes | None:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
+        data = self.read(key)
+        return None if data is None else (data, hashlib.sha256(data).hexdigest())
+
+    def create(self, key: str, data: bytes) -> str:
+        path = self._path(key)
+        with self._temporary(path) as temporary:
+            _write_durably(temporary, data)
+            try:
+                os.link(temporary, path)  # fails if the name is taken: the only atomic create-with-content
+            except FileExistsError:
+                if path.read_bytes() != data:
+                    raise Conflict(f"{self.uri(key)} exists with other content") from None
+        _sync_folder(path.parent)
+        return hashlib.sha256(data).hexdigest()
+
+    def replace(self, key: str, data: bytes, tag: str) -> str:
+        path = self._path(key)
+        with open(path.parent / f".lock-{path.name}", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            current = self.read_tagged(key)
+            if current is None or current[1] != tag:
+                raise Conflict(f"{self.uri(key)} was changed by another writer")
+            self.write(key, data)
+        return hashlib.sha256(data).hexdigest()
+
+    def write(self, key: str, data: bytes) -> None:
+        path = self._path(key)
+        with self._temporary(path) as temporary:
+            _write_durably(temporary, data)
+            os.replace(temporary, path)
+        _sync_folder(path.parent)
+
+    def upload(self, path: Path, key: str) -> None:
+        target = self._path(key)
+        with self._temporary(target) as temporary:
+            shutil.copyfile(path, temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        _sync_folder(target.parent)
+
+    def download(self, key: str, path: Path) -> None:
+        shutil.copyfile(self._path(key), path)
+
+    def size(self, key: str) -> int | None:
+        try:
+            return self._path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def list(self, prefix: str) -> list[str]:
+        base = self._path(prefix.rstrip("/"))
+        files = (p for p in base.rglob("*") if p.is_file() and not p.name.startswith((".tmp-", ".lock-")))
+        return sorted(p.relative_to(self.root).as_posix() for p in files)
+
+    def local_path(self, key: str) -> Path | None:
+        return self._path(key)
+
+    def uri(self, key: str) -> str:
+        return str(self._path(key))
+
+
+class S3Store:
+    """A bucket behind s3fs. Needs a server that honours If-None-Match and If-Match (`require_conditional_writes`)."""
+
+    def __init__(self, url: str) -> None:
+        import s3fs
+
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self.prefix = prefix.strip("/")
+        if not self.bucket or "@" in self.bucket:
+            raise BadInput(
+                "store", repr(url), "s3://bucket/prefix, with credentials in the environment, not in the URL"
+            )
+        self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        self._fs: Any = s3fs.S3FileSystem(
+            use_listings_cache=False,  # another writer's keys must be seen
+            default_block_size=PART_BYTES,
+            config_kwargs={
+                "retries": {"max_attempts": 8, "mode": "standard"},
+                "connect_timeout": 20,
+                "read_timeout": 120,
+            },
+        )
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{_checked(key)}" if self.prefix else _checked(key)
+
+    def _path(self, key: str) -> str:
+        return f"{self.bucket}/{self._key(key)}"
+
+    def read(self, key: str) -> bytes | None:
+        found = self.read_tagged(key)
+        return None if found is None else found[0]
+
+    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
+        from fsspec.asyn import sync
+
+        async def get() -> tuple[bytes, str]:
+            reply = await self._fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(key))
+            async with reply["Body"] as body:
+                return await body.read(), reply["ETag"]
+
+        try:
+            return sync(self._fs.loop, get)
+        except FileNotFoundError:
+            return None
+
+    def _put_if(self, key: str, data: bytes, **condition: str) -> str:
+        for attempt in range(6):
+            try:
+                reply = self._fs.call_s3("put_object", Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
+                return reply["ETag"]
+            except (OSError, FileNotFoundError) as error:
+                code = _s3_code(error)
+                if code == "ConditionalRequestConflict":  # 409: two conditional writes met, neither is decided
+                    time.sleep(0.1 * 2**attempt * (1 + secrets.randbelow(100) / 100))
+                    continue
+                if code not in ("PreconditionFailed", "NoSuchKey"):
+                    raise
+            # A lost acknowledgement looks like a lost race: our own bytes there mean that we won.
+            found = self.read_tagged(key)
+            if found is not None and found[0] == data:
+                return found[1]
+            raise Conflict(f"{self.uri(key)} was written by another writer")
+        raise Conflict(f"{self.uri(key)} is being written by others again and again")
+
+    def create(self, key: str, data: bytes) -> str:
+        return self._put_if(key, data, IfNoneMatch="*")
+
+    def replace(self, key: str, data: bytes, tag: str) -> str:
+        return self._put_if(key, data, IfMatch=tag)
+
+    def write(self, key: str, data: bytes) -> None:
+        self._fs.pipe_file(self._path(key), data)
+
+    def upload(self, path: Path, key: str) -> None:
+        self._fs.put_file(str(path), self._path(key), chunksize=PART_BYTES, max_concurrency=4)
+
+    def download(self, key: str, path: Path) -> None:
+        self._fs.get_file(self._path(key), str(path))
+
+    def size(self, key: str) -> int | None:
+        try:
+            return int(self._fs.info(self._path(key), refresh=True)["size"])
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str) -> list[str]:
+        cut = len(self._path("x")) - 1
+        return sorted(path[cut:] for path in self._fs.find(self._path(prefix.rstrip("/"))))
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self._path(key)}"
+
+
+def require_conditional_writes(store: Store) -> None:
+    """Refuse a store whose server ignores If-None-Match: two writers could mix there unseen.
+
+    Writes two probe keys of a few bytes. Raises BadInput.
+    """
+    key = f"probes/{uuid.uuid4().hex}"
+    store.create(key, b"first")
+    refused: Callable[[], object] = lambda: store.create(key, b"second")  # noqa: E731
+    try:
+        refused()
+    except Conflict:
+        return
+    raise BadInput("store", f"{store.url}, whose server overwrote a key in spite of If-None-Match: *",
+                   "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO, Ceph >= Squid)")  # fmt: skip
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems refuse to sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _s3_code(error: BaseException) -> str | None:
+    """The server's error code behind the OSError that s3fs made of it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code"))
+        seen = seen.__cause__ or seen.__context__
+    return None
