@@ -127,6 +127,7 @@ class FolderStore:
 
     def replace(self, key: str, data: bytes, tag: str) -> str:
         path = self._path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.parent / f".lock-{path.name}", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             current = self.read_tagged(key)

