@@ -22,6 +22,13 @@ class BadInput(SpinregError):
     def __init__(self, where: str, found: object, expected: str) -> None:
         super().__init__(f"{where}: found {found}; expected {expected}")
 
+    @classmethod
+    def from_message(cls, message: str) -> BadInput:
+        """The error a stage process ended with, from the message it printed."""
+        error = cls.__new__(cls)
+        error.args = (message,)
+        return error
+
 
 class ConfigChanged(BadInput):
     """An existing run was started with another configuration."""
@@ -49,6 +56,10 @@ class Damaged(SpinregError):
 
 class StageFailed(SpinregError):
     """A stage process ended with an error that a retry may cure."""
+
+
+class StagePreempted(StageFailed):
+    """A stage process was stopped from outside; a retry continues from what it committed."""
 
 
 class Conflict(SpinregError):

@@ -6,6 +6,7 @@ Leaves out: what a stage does (one file each) and how it is started (`tasks/proc
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import faulthandler
 import json
@@ -22,6 +23,8 @@ from typing import Any, NoReturn
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, SpinregError
+
+STARTER_VARIABLE = "SPINREG_STARTER"  # process id of the task's process, an ancestor of every stage process
 
 
 @dataclass(frozen=True)
@@ -62,24 +65,43 @@ def _on_sigterm(_signum: int, _frame: FrameType | None) -> NoReturn:
     raise Preempted
 
 
+def _gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
 def _die_with_parent() -> None:
     """End this process, and the process group it leads, soon after the parent is gone.
 
     PDEATHSIG asks for SIGTERM at once; the watching thread is for what sits in a long C call or
-    ignores the signal, and for engines' own children, which PDEATHSIG does not reach.
+    ignores the signal, and for a starter that was gone before this line (importing torch takes
+    seconds). Engines' own children are reached by neither, only by ending the group.
     """
     parent = os.getppid()
+    starter = int(os.environ.get(STARTER_VARIABLE, parent))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
+    def orphaned() -> bool:
+        return os.getppid() != parent or _gone(starter)
+
+    def end_group() -> None:
+        if orphaned() and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)
+
     def watch() -> None:
-        while os.getppid() == parent:
+        while not orphaned():
             time.sleep(0.5)
         time.sleep(3.0)
-        if os.getpgrp() == os.getpid():
-            os.killpg(0, signal.SIGKILL)
+        end_group()
         os._exit(EXIT_PREEMPTED)
 
+    atexit.register(end_group)
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
