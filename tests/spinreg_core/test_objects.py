@@ -128,5 +128,5 @@ def test_manifests_of_another_schema_or_no_manifest_are_refused(tmp_path: Path) 
     store.create("objects/train-2/manifest.json", b"{")
     with pytest.raises(Damaged, match="no manifest"):
         objects.read_manifest(store, "train-2")
-    with pytest.raises(Damaged, match="no manifest.json"):
+    with pytest.raises(Damaged, match=r"no manifest\.json"):
         objects.fetch_file(store, "train-3", "f")

@@ -1,0 +1,27 @@
+# Two commands on a fresh machine with Python 3.11+: `make demo` and `make test`. See README.md.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo install test lint format docs
+
+demo: install  ## two rounds of regularised self-play on a real 135M chat model
+	$(BIN)/python -m flows.spin --config deployments/configs/demo.yaml
+
+install:  ## make or complete the virtual environment; does nothing when nothing is missing
+	@PYTHON=$(PYTHON) sh scripts/install.sh cpu $(VENV)
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## formatter, linter, type checker
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: install  ## write the configuration reference anew
+	$(BIN)/python scripts/config_reference.py

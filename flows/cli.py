@@ -1,0 +1,157 @@
+"""The command `spinreg`: a thin front over the functions that the flows and the library offer.
+
+Decides: the names of sub-commands and exit statuses (0 done, 1 failed, 2 usage, 65 bad input, 75 held by another
+process). Leaves out: doing anything itself; whatever it prints comes from a function anyone can call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from spinreg_core import __version__
+from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, LeaseHeld, SpinregError
+
+EXIT_HELD = 75  # EX_TEMPFAIL
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="spinreg", description="Regularised self-play alignment of language models.")
+    parser.add_argument("--version", action="version", version=f"spinreg {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run", help="advance a run, as `prefect deployment run spin/iterate` does, in this process"
+    )
+    _add_configuration(run)
+    run.add_argument("--rounds", type=int, help="advance by so many rounds (default 1)")
+    run.add_argument("--until-round", type=int, help="go on until this round is complete")
+
+    plan = commands.add_parser("plan", help="what a configuration will need: memory, disk, tokens, FLOPs, time")
+    _add_configuration(plan)
+    plan.add_argument("--rounds", type=int, help="rounds to plan for (default: what the configuration asks for)")
+    plan.add_argument("--tflops", type=float, help="stated rate of the machine (TFLOP/s); default: measured here")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+
+    status = commands.add_parser("status", help="what is done of a run and who advances it")
+    status.add_argument("run", nargs="?", help="name of the run (default: all runs of the store)")
+    status.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    status.add_argument("--json", action="store_true", help="print JSON")
+
+    report = commands.add_parser("report", help="write a run's report anew and print its table")
+    report.add_argument("run", help="name of the run")
+    report.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
+
+    data = commands.add_parser("data", help="look at a data set").add_subparsers(dest="action", required=True)
+    inspect = data.add_parser("inspect", help="counts, lengths, rendered examples and rejected rows")
+    inspect.add_argument("dataset", nargs="?", help="as the parameter dataset (default: the configuration's)")
+    _add_configuration(inspect, dataset=False)
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def _add_configuration(parser: argparse.ArgumentParser, *, dataset: bool = True) -> None:
+    parser.add_argument("--config", help="run configuration file (YAML or JSON; path or URI)")
+    parser.add_argument("--run", help="name of the run")
+    parser.add_argument("--model", help="base model: hub id, folder, package:NAME or random:tiny")
+    if dataset:
+        parser.add_argument("--dataset", help="data set: hub id, file or folder, or builtin:demo")
+    parser.add_argument("--store", help="local folder or s3://bucket/prefix")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
+        help="any other field, e.g. -p objective.alpha=0.5 (VALUE is JSON, or text)",
+    )  # fmt: skip
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says, as nested mappings of RunConfig fields."""
+    names = ("run", "rounds", "until_round", "model", "dataset", "store", "seed")
+    values: dict[str, Any] = {n: v for n in names if (v := getattr(arguments, n, None)) is not None}
+    for item in arguments.param:
+        path, equals, text = item.partition("=")
+        if not equals:
+            raise BadInput(f"--param {item!r}", "no '='", "GROUP.FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *groups, field = path.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[field] = value
+    return values
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from flows.spin import resolve_parameters, spin
+
+    parameters = _parameters(arguments)
+    resolve_parameters(arguments.config, parameters)  # a wrong field ends here, before a flow run exists
+    spin(config=arguments.config, **parameters)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from spinreg_core.plan import plan
+    from spinreg_core.resolve import resolve
+
+    text, document = plan(resolve(_parameters(arguments), arguments.config), tflops=arguments.tflops)
+    print(json.dumps(document, indent=1) if arguments.json else text)
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from spinreg_core.status import status
+    from spinreg_core.store import open_store
+
+    text, document = status(open_store(arguments.store), arguments.run)
+    print(json.dumps(document, indent=1) if arguments.json else text)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from spinreg_core.report import metrics_table, write_report
+    from spinreg_core.store import open_store
+
+    store = open_store(arguments.store)
+    report = write_report(store, arguments.run)
+    if arguments.json:
+        print(json.dumps(report["data"], indent=1))
+    else:
+        print(f"{metrics_table(report['data'])}\nreport: {store.uri(report['html'])}")
+    return 0
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    from spinreg_core.data.inspect import inspect
+    from spinreg_core.resolve import resolve
+
+    config = resolve(_parameters(arguments), arguments.config)
+    text, document = inspect(config)
+    print(json.dumps(document, indent=1) if arguments.json else text)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    commands = {"run": _run, "plan": _plan, "status": _status, "report": _report, "data": _data}
+    try:
+        return commands[arguments.command](arguments)
+    except BadInput as error:
+        print(f"spinreg: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except LeaseHeld as error:
+        print(f"spinreg: {error}", file=sys.stderr)
+        return EXIT_HELD
+    except SpinregError as error:
+        print(f"spinreg: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

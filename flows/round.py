@@ -1,0 +1,40 @@
+"""The flow `round`: one round of self-play, generate -> mix-opponent -> train -> evaluate.
+
+Decides: the order of the stages of a round and what is shown when it ends. Leaves out: which round it is and
+who may run it (`flows.spin`), and the stages themselves (`tasks`). Runs inside `spin` only, which holds the lease.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+
+from flows.show import show_round
+from tasks.context import current
+from tasks.display import flush, wait_for_server
+from tasks.evaluate import evaluate
+from tasks.generate import generate
+from tasks.mix_opponent import mix_opponent
+from tasks.stage import with_retries
+from tasks.train import train
+
+
+@flow(name="round", flow_run_name="{run}/round-{round_number}")
+def round_(run: str, round_number: int) -> dict[str, Any]:
+    """Train iterate `round_number` out of the one before it, and evaluate it.
+
+    Args:
+        run: Name of the run.
+        round_number: Which round, counted from 1.
+    """
+    resources = current().config.resources
+    results = {}
+    for stage in (generate, mix_opponent, train, evaluate):
+        result = with_retries(stage, resources)(run, round_number)
+        results[result["stage"]] = result
+        wait_for_server()
+    show_round(round_number)
+    flush()
+    wait_for_server()
+    return results

@@ -1,0 +1,40 @@
+"""What a run shows in the Prefect UI besides states and logs: tables of metrics, summaries, links into the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spinreg_core.report import metrics_markdown, metrics_rows, report_data
+from tasks.context import current
+from tasks.display import show_markdown, show_table
+
+
+def _artifact_key(*parts: object) -> str:
+    """Prefect takes lower case letters, digits and dashes."""
+    return "-".join(str(part) for part in parts).replace(".", "-").replace("_", "-")
+
+
+def show_round(round_number: int) -> None:
+    """The metrics so far as a table and a summary with the addresses of the round's objects."""
+    context = current()
+    run, head = context.config.run, context.session.head
+    data = report_data(context.store, run)
+    show_table(
+        _artifact_key(run, "round", round_number, "metrics"),
+        metrics_rows(data),
+        f"Held-out metrics of run {run}, base to round {round_number}",
+    )
+    lines = [f"# {run}, round {round_number}", "", metrics_markdown(data), "", "## In the store", ""]
+    for entry in head["rounds"]:
+        if entry["round"] == round_number:
+            lines += [
+                f"- {stage}: `{context.store.uri(f'objects/{object_id}')}`"
+                for stage, object_id in entry["stages"].items()
+            ]
+    show_markdown(_artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
+
+
+def show_end(summary: dict[str, Any], markdown: str) -> None:
+    """The whole run's table and the addresses of its report."""
+    text = f"# {summary['run']}\n\n{markdown}\n\nReport: `{summary['report']}`\n\nData: `{summary['report_json']}`\n"
+    show_markdown(_artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")

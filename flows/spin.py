@@ -1,0 +1,147 @@
+"""The flow `spin`, behind the deployment `spin/iterate`: advance a run by some rounds of regularised self-play.
+
+Decides: the parameters people see, that an advance is recorded before it starts, and what happens between
+rounds. Leaves out: the configuration (`spinreg_core.config`), one round (`flows.round`), stages (`tasks`).
+
+    python -m flows.spin --config deployments/configs/demo.yaml
+    prefect deployment run spin/iterate -p rounds=3
+
+Importing this module loads none of torch, transformers, vllm and datasets: a worker does it for every run.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.round import round_
+from flows.show import show_end
+from spinreg_core.config import (
+    RUN_NAME,
+    DataConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    ObjectiveConfig,
+    OpponentConfig,
+    ResourcesConfig,
+    RunConfig,
+    TrainingConfig,
+)
+from spinreg_core.head import complete_round, open_session, read_config, stage_object
+from spinreg_core.report import metrics_markdown, metrics_table, write_report
+from spinreg_core.resolve import resolve, show
+from spinreg_core.store import open_store
+from tasks.context import Context, entered
+from tasks.display import flush, run_log, show_markdown, wait_for_server
+from tasks.evaluate import evaluate
+from tasks.prepare import prepare
+from tasks.stage import with_retries
+
+
+def _about(name: str) -> str:
+    return str(RunConfig.model_fields[name].description)
+
+
+def _given(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Only what was said: no None, and of a group only the fields that were set."""
+    return {
+        name: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
+        for name, value in parameters.items()
+        if value is not None
+    }
+
+
+def resolve_parameters(config: str | None, parameters: dict[str, Any]) -> RunConfig:
+    """The configuration a call of `spin` stands for; an existing run fills in what was not said."""
+    given = _given(parameters)
+    wanted = resolve(given, config)
+    return resolve(given, config, stored=read_config(open_store(wanted.store), wanted.run))
+
+
+def _flow_run_name() -> str:
+    """`<run>/spin`; a configuration that does not resolve fails inside the flow, where people see why."""
+    parameters = dict(flow_run.parameters)
+    try:
+        return f"{resolve_parameters(parameters.pop('config', None), parameters).run}/spin"
+    except Exception:
+        return "spin"
+
+
+@flow(name="spin", flow_run_name=_flow_run_name)
+def spin(
+    run: Annotated[str | None, Field(description=_about("run"), pattern=RUN_NAME)] = None,
+    rounds: Annotated[int | None, Field(description=_about("rounds"), ge=1)] = None,
+    until_round: Annotated[int | None, Field(description=_about("until_round"), ge=0)] = None,
+    model: Annotated[str | None, Field(description=_about("model"))] = None,
+    dataset: Annotated[str | None, Field(description=_about("dataset"))] = None,
+    store: Annotated[str | None, Field(description=_about("store"))] = None,
+    config: Annotated[
+        str | None,
+        Field(description="Path or URI of a run configuration file (YAML or JSON); parameters win over it."),
+    ] = None,
+    seed: Annotated[int | None, Field(description=_about("seed"), ge=0, lt=2**31)] = None,
+    data: DataConfig | None = None,
+    opponent: OpponentConfig | None = None,
+    objective: ObjectiveConfig | None = None,
+    generation: GenerationConfig | None = None,
+    training: TrainingConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
+    resources: ResourcesConfig | None = None,
+) -> dict[str, Any]:
+    """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
+
+    Everything left empty comes from `config`, from the existing run of that name, or from the defaults,
+    which are the demo's. Running again what was killed finishes it and adds nothing.
+    """
+    parameters = {
+        "run": run, "rounds": rounds, "until_round": until_round, "model": model, "dataset": dataset, "store": store,
+        "seed": seed, "data": data, "opponent": opponent, "objective": objective, "generation": generation,
+        "training": training, "evaluation": evaluation, "resources": resources,
+    }  # fmt: skip
+    log = run_log()
+    resolved = resolve_parameters(config, parameters)
+    log(f"resolved configuration:\n{show(resolved)}")
+    artifact = f"{resolved.run}-configuration".replace(".", "-").replace("_", "-")
+    show_markdown(artifact, f"```yaml\n{show(resolved)}```", f"Resolved configuration of run {resolved.run}")
+    opened = open_store(resolved.store)
+    label = f"flow run {flow_run.name} ({flow_run.id})"
+    with open_session(opened, resolved, label) as session, entered(Context(resolved, opened, session)):
+        target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
+        done = complete_round(session.head)
+        log(
+            f"run {resolved.run!r}: {why}"
+            if target > done
+            else f"run {resolved.run!r}: round {done} is complete; {why}"
+        )
+        with_retries(prepare, resolved.resources)(resolved.run)
+        if stage_object(session.head, 0, "evaluate") is None:
+            with_retries(evaluate, resolved.resources)(resolved.run, 0)
+        for round_number in range(done + 1, target + 1):
+            wait_for_server()
+            round_(resolved.run, round_number)
+        report = write_report(opened, resolved.run)
+        session.finish_advance()
+        summary = {
+            "run": resolved.run,
+            "store": opened.url,
+            "complete_round": complete_round(session.head),
+            "new_rounds": max(0, target - done),
+            "report": opened.uri(report["html"]),
+            "report_json": opened.uri(report["json"]),
+        }
+    log(f"\n{metrics_table(report['data'])}\nreport: {summary['report']}")
+    show_end(summary, metrics_markdown(report["data"]))
+    flush()
+    wait_for_server()
+    return summary
+
+
+if __name__ == "__main__":
+    import sys
+
+    from flows.cli import main
+
+    sys.exit(main(["run", *sys.argv[1:]]))

@@ -1,0 +1,162 @@
+"""Which job each stage gets: its inputs, what is fingerprinted, and what else it is told.
+
+Decides: what can change a stage's result, and therefore what runs can share. Leaves out: how a stage works
+(`stages/`), and who commits (`head.py`). Imports nothing heavy: the flow process calls this.
+
+A key holds only what can change the result: alpha and history are no part of round 1's generations, so a
+grid over them answers the prompts once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.config import GenerationConfig, RunConfig, of_round
+from spinreg_core.engines import resolve_engine
+from spinreg_core.errors import SpinregError
+from spinreg_core.head import stage_object
+from spinreg_core.objects import fingerprint
+from spinreg_core.opponent import mixture_weights
+from spinreg_core.stages.job import Job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A stage's job, as far as it is known without a writer."""
+
+    stage: str
+    round: int
+    key: dict[str, Any]
+    inputs: dict[str, Any]
+    extra: dict[str, Any]
+
+    @property
+    def object_id(self) -> str:
+        return fingerprint(self.stage, self.key)
+
+    def job(self, config: RunConfig, store_url: str, writer: str, workdir: Path) -> Job:
+        return Job(
+            stage=self.stage, object_id=self.object_id, key=self.key, store=store_url, writer=writer,
+            round=self.round, inputs=self.inputs, config=config, workdir=workdir, extra=self.extra,
+        )  # fmt: skip
+
+
+def policy_object(head: dict[str, Any], iterate: int) -> str:
+    """The object whose `policy/` is iterate n: the base for 0, else what round n trained."""
+    found = head.get("base") if iterate == 0 else stage_object(head, iterate, "train")
+    if found is None:
+        raise SpinregError(f"run {head['run']!r} has no iterate {iterate}: round {iterate} was never trained")
+    return found
+
+
+def _required(head: dict[str, Any], round_number: int, stage: str) -> str:
+    found = stage_object(head, round_number, stage)
+    if found is None:
+        raise SpinregError(f"run {head['run']!r}: round {round_number} has no committed {stage}")
+    return found
+
+
+def _sampler(generation: GenerationConfig) -> dict[str, Any]:
+    fields = generation.model_dump(mode="json", exclude={"batch_size"})
+    return fields | {"engine": resolve_engine(generation.engine)}
+
+
+def _history(config: RunConfig, round_number: int) -> list[float]:
+    """Weights of iterates t, t-1, ..., newest first, with t = round - 1."""
+    o = config.opponent
+    return mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
+
+
+def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+    """Answers to the round's prompts, by pi_t or (source regenerate) by the drawn iterates."""
+    t = round_number - 1
+    weights = _history(config, round_number) if config.opponent.source == "regenerate" else [1.0]
+    iterates = [t - k for k, weight in enumerate(weights) if weight > 0]
+    policies = {str(n): policy_object(head, n) for n in iterates}
+    prompts = config.data.model_dump(mode="json", include={"prompts_per_round", "round_prompts"})
+    key = {
+        "rows": "train", "data": head["data"], "prompts": prompts, "round": round_number, "seed": config.seed,
+        "policies": policies, "weights": weights, "sampler": _sampler(config.generation),
+    }  # fmt: skip
+    return Plan("generate", round_number, key, {"data": head["data"], "policies": policies},
+                {"rows": "train", "weights": weights})  # fmt: skip
+
+
+def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
+    """One answer of iterate n to every held-out prompt; part of its evaluation."""
+    policies = {str(iterate): policy_object(head, iterate)}
+    key = {
+        "rows": "heldout", "data": head["data"], "round": iterate, "seed": config.seed, "policies": policies,
+        "sampler": _sampler(config.generation),
+    }  # fmt: skip
+    return Plan("generate", iterate, key, {"data": head["data"], "policies": policies}, {"rows": "heldout"})
+
+
+def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+    """The round's pairs with their cached reference scores."""
+    alpha, weights = config.objective.alpha, _history(config, round_number)
+    generations = _required(head, round_number, "generate")
+    earlier = []
+    if config.opponent.source == "replay":
+        earlier = [
+            {
+                "round": round_number - k,
+                "generations": _required(head, round_number - k, "generate"),
+                "pairs": _required(head, round_number - k, "mix-opponent"),
+            }
+            for k in range(1, len(weights))
+        ]
+    inputs = {
+        "data": head["data"], "generations": generations, "earlier": earlier,
+        "previous": policy_object(head, round_number - 1), "base": policy_object(head, 0),
+    }  # fmt: skip
+    key = inputs | {
+        "round": round_number, "seed": config.seed, "weights": weights,
+        "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated"}),
+        # Only which references the loss reads, not alpha itself: a grid over 0 < alpha < 1 scores once.
+        "scores": {"previous": alpha > 0, "base": alpha < 1},
+        "precision": config.training.precision,
+    }  # fmt: skip
+    return Plan("mix-opponent", round_number, key, inputs, {})
+
+
+def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+    """Iterate n out of iterate n - 1 and the round's pairs."""
+    inputs = {
+        "pairs": _required(head, round_number, "mix-opponent"),
+        "previous": policy_object(head, round_number - 1),
+    }
+    training = config.training.model_dump(
+        mode="json", exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing"}
+    )
+    key = inputs | {
+        "round": round_number, "seed": config.seed, "training": training,
+        "learning_rate": of_round(config.training.learning_rate, round_number),
+        "alpha": config.objective.alpha, "beta": of_round(config.objective.beta, round_number),
+        "link": config.objective.link,
+    }  # fmt: skip
+    return Plan("train", round_number, key, inputs, {})
+
+
+def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+    """Held-out metrics of iterate n (0: the base), samples included."""
+    n = round_number
+    inputs = {
+        "data": head["data"], "policy": policy_object(head, n), "base": policy_object(head, 0),
+        "previous": policy_object(head, n - 1) if n else None,
+        "evaluate_base": _required(head, 0, "evaluate") if n else None,
+        "evaluate_previous": _required(head, n - 1, "evaluate") if n else None,
+    }  # fmt: skip
+    heldout = plan_heldout(config, head, n)
+    key = inputs | {
+        "heldout": heldout.object_id, "precision": config.training.precision, "seed": config.seed,
+        "alpha": config.objective.alpha if n else None,
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"score_batch_size"}),
+    }  # fmt: skip
+    generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
+    return Plan("evaluate", n, key, inputs, {"generate": generate})
+
+
+PLANS = {"generate": plan_generate, "mix-opponent": plan_mix, "train": plan_train, "evaluate": plan_evaluate}

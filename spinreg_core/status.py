@@ -1,0 +1,53 @@
+"""What is done of a run: rounds, stages, the pending advance, and who holds the lease. Reads only the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spinreg_core.errors import BadInput
+from spinreg_core.head import ROUND_STAGES, complete_round, list_runs, pending_advance, read_head, stage_object
+from spinreg_core.objects import read_manifest
+from spinreg_core.store import Store
+
+
+def run_status(store: Store, run: str) -> dict[str, Any]:
+    """Everything `spinreg status` shows, as plain values. Raises BadInput where there is no such run."""
+    head = read_head(store, run)
+    if head is None:
+        raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")
+    rounds = []
+    for number in range(max((entry["round"] for entry in head["rounds"]), default=0) + 1):
+        stages = {}
+        for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
+            object_id = stage_object(head, number, stage)
+            manifest = None if object_id is None else read_manifest(store, object_id)
+            state = "open" if object_id is None else "done" if manifest is not None else "missing from the store"
+            stages[stage] = {"state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None}
+        rounds.append({"round": number, "stages": stages})
+    return {
+        "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending_advance(head),
+        "lease": head["lease"], "rounds": rounds,
+    }  # fmt: skip
+
+
+def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
+    """A text for people and the same as plain values; of one run, or of every run in the store."""
+    found = [run_status(store, name) for name in ([run] if run else list_runs(store))]
+    lines = [] if found else [f"no runs in {store.url}"]
+    for one in found:
+        holder = one["lease"]["holder"]
+        lines.append(f"{one['run']}: {one['complete_round']} complete rounds in {one['store']}")
+        lines.append(
+            "  lease: " + (f"{holder['label']}, pid {holder['pid']} on {holder['host']}" if holder else "free")
+        )
+        if one["pending"]:
+            lines.append(
+                f"  unfinished advance: {one['pending']['from']} -> {one['pending']['to']}, by {one['pending']['by']}"
+            )
+        for entry in one["rounds"]:
+            cells = [
+                f"{stage} {s['state']}" + (f" ({s['seconds']:.0f} s)" if s["seconds"] is not None else "")
+                for stage, s in entry["stages"].items()
+            ]
+            lines.append(f"  round {entry['round']}: " + ", ".join(cells))
+    return "\n".join(lines), {"runs": found}

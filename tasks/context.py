@@ -1,0 +1,48 @@
+"""What the tasks of one flow run share: the open session, the store and the resolved configuration.
+
+Decides: nothing; a round is a flow of its own and a flow's parameters go to the server, where a lease has no
+place, so the open session waits here. One flow run advances one run, in one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+
+from spinreg_core.cache import cache_folder
+from spinreg_core.config import RunConfig
+from spinreg_core.head import Session
+from spinreg_core.store import Store
+
+
+@dataclass(frozen=True)
+class Context:
+    config: RunConfig
+    store: Store
+    session: Session
+
+    def workdir(self, name: str) -> Path:
+        """Scratch of one stage; the lease makes this process its only user."""
+        place = hashlib.sha256(self.store.url.encode()).hexdigest()[:8]
+        return cache_folder() / "work" / f"{self.config.run}-{place}" / name
+
+
+_current: ContextVar[Context] = ContextVar("spinreg-context")
+
+
+def current() -> Context:
+    """The context of the flow run this code is called by."""
+    return _current.get()
+
+
+@contextmanager
+def entered(context: Context) -> Iterator[Context]:
+    token = _current.set(context)
+    try:
+        yield context
+    finally:
+        _current.reset(token)

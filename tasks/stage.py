@@ -1,0 +1,92 @@
+"""What the stage tasks have in common: reuse what is committed, else run the process, then commit.
+
+Decides: when a stage counts as done, what a task returns and what it retries. Leaves out: what the stages do,
+and what each of them shows (their own files).
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.states import Completed
+from prefect.tasks import Task, exponential_backoff
+
+from spinreg_core.config import ResourcesConfig
+from spinreg_core.errors import BadInput, Damaged, LeaseLost
+from spinreg_core.head import stage_object
+from spinreg_core.objects import read_manifest, require_manifest
+from spinreg_core.rounds import PLANS
+from tasks.context import current
+from tasks.display import StageProgress, run_log
+from tasks.process import run_stage
+
+
+def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Only failures that another attempt may cure: not bad input, not damage, not a lost lease."""
+    try:
+        state.result()
+    except (BadInput, Damaged, LeaseLost):
+        return False
+    except BaseException:
+        return True
+    return False
+
+
+def with_retries(task: Task[..., Any], resources: ResourcesConfig) -> Task[..., Any]:
+    """The task with the run's retries: delays double and are spread by a jitter, so that workers do not align."""
+    if resources.retries == 0:
+        return task
+    return task.with_options(
+        retries=resources.retries,
+        retry_delay_seconds=exponential_backoff(resources.retry_delay_seconds),
+        retry_jitter_factor=0.3,
+        retry_condition_fn=may_retry,
+    )
+
+
+def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
+    """Make sure that a round's stage is committed. Returns a small JSON, as the task's result.
+
+    A stage that the head names is done. So is an object that exists under the stage's fingerprint (another
+    run made it, or this one was killed between publishing and committing): it is taken over.
+    Otherwise the stage's process runs; it continues from its own committed parts.
+    """
+    context = current()
+    store, session, config = context.store, context.session, context.config
+    session.check()
+    committed = stage_object(session.head, round_number, stage)
+    plan = PLANS[stage](config, session.head, round_number)
+    object_id = committed or plan.object_id
+    manifest = read_manifest(store, object_id)
+    if committed and manifest is None:
+        raise Damaged(f"{store.uri(f'objects/{object_id}')}: committed as round {round_number} {stage}, but not there")
+    reused = manifest is not None
+    if manifest is None:
+        workdir = context.workdir(f"round-{round_number}-{stage}")
+        shutil.rmtree(workdir, ignore_errors=True)
+        job = plan.job(config, store.url, session.writer(), workdir)
+        deadline = config.resources.deadline_minutes
+        run_stage(
+            job,
+            deadline_seconds=None if deadline is None else deadline * 60,
+            on_progress=StageProgress(f"{config.run}-round-{round_number}-{stage}".replace(".", "-").replace("_", "-")),
+            check=session.check,
+        )
+        manifest = require_manifest(store, object_id)
+        shutil.rmtree(workdir, ignore_errors=True)
+    session.commit(round_number, stage, object_id)
+    result = {
+        "stage": stage,
+        "round": round_number,
+        "uri": store.uri(f"objects/{object_id}"),
+        "fingerprint": object_id.rpartition("-")[2],
+        "metrics": manifest["metrics"],
+        "seconds": manifest["seconds"],
+        "reused": reused,
+    }
+    if not reused:
+        return result
+    run_log()(f"{stage} of round {round_number} is done already: {result['uri']}")
+    return Completed(name="Reused", message=f"committed before: {object_id}", data=result)
