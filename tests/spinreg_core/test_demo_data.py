@@ -1,6 +1,6 @@
 """The bundled demo data: every row keeps the house style, none is repeated, none is in both files.
 
-Leaves out whether the facts are right; people checked that. How rows are read is tested with the loader.
+Leaves out whether the facts are right; that was checked by reading. How rows are read is tested with the loader.
 """
 
 from __future__ import annotations
