@@ -16,7 +16,7 @@ from tasks.display import flush, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.mix_opponent import mix_opponent
-from tasks.stage import with_retries
+from tasks.stage import run_task
 from tasks.train import train
 
 
@@ -31,7 +31,7 @@ def round_(run: str, round_number: int) -> dict[str, Any]:
     resources = current().config.resources
     results = {}
     for stage in (generate, mix_opponent, train, evaluate):
-        result = with_retries(stage, resources)(run, round_number)
+        result = run_task(stage, resources, run, round_number)
         results[result["stage"]] = result
         wait_for_server()
     show_round(round_number)

@@ -38,7 +38,7 @@ from tasks.context import Context, entered
 from tasks.display import flush, run_log, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
-from tasks.stage import with_retries
+from tasks.stage import run_task
 
 
 def _about(name: str) -> str:
@@ -116,9 +116,9 @@ def spin(
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        with_retries(prepare, resolved.resources)(resolved.run)
+        run_task(prepare, resolved.resources, resolved.run)
         if stage_object(session.head, 0, "evaluate") is None:
-            with_retries(evaluate, resolved.resources)(resolved.run, 0)
+            run_task(evaluate, resolved.resources, resolved.run, 0)
         for round_number in range(done + 1, target + 1):
             wait_for_server()
             round_(resolved.run, round_number)

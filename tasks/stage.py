@@ -34,16 +34,18 @@ def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
-def with_retries(task: Task[..., Any], resources: ResourcesConfig) -> Task[..., Any]:
-    """The task with the run's retries: delays double and are spread by a jitter, so that workers do not align."""
-    if resources.retries == 0:
-        return task
-    return task.with_options(
-        retries=resources.retries,
-        retry_delay_seconds=exponential_backoff(resources.retry_delay_seconds),
-        retry_jitter_factor=0.3,
-        retry_condition_fn=may_retry,
-    )
+def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: object) -> dict[str, Any]:
+    """Call a task with the run's retries: delays double and are spread, so that workers do not align."""
+    if resources.retries:
+        task = task.with_options(
+            retries=resources.retries,
+            retry_delay_seconds=exponential_backoff(resources.retry_delay_seconds),
+            retry_jitter_factor=0.3,
+            retry_condition_fn=may_retry,
+        )
+    result = task(*arguments)
+    # A task that returns a state of its own ("Reused") hands back the state, not its data.
+    return result.result() if isinstance(result, State) else result
 
 
 def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:

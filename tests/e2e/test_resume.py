@@ -1,0 +1,105 @@
+"""SIGKILL in every stage, and the run still ends as an undisturbed one: same weights, rows and metrics."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from runs import SMOKE, environment, generations, kill, outcome, run, stage_processes, start, wait_until
+
+from spinreg_core.store import open_store
+
+pytestmark = pytest.mark.slow
+
+ONE_ROUND = [
+    "--config",
+    SMOKE,
+    "--until-round",
+    "1",
+    "-p",
+    "generation.shard_size=3",
+    "-p",
+    "data.prompts_per_round=12",
+]
+
+
+def test_killed_in_every_stage(prefect_server: object, tmp_path: Path) -> None:
+    api = {"PREFECT_API_URL": prefect_server.api_url}  # type: ignore[attr-defined]
+    env = environment(tmp_path, **api)
+    run([*ONE_ROUND, "--store", str(tmp_path / "calm")], env, tmp_path / "calm.log")
+    calm = open_store(str(tmp_path / "calm"))
+    expected = outcome(calm, "smoke")
+
+    store, log = open_store(str(tmp_path / "killed")), tmp_path / "killed.log"
+    arguments = [*ONE_ROUND, "--store", store.url]
+    kept: dict[str, bytes | None] = {}
+    for stage in (
+        "prepare",
+        "round-0-evaluate",
+        "round-1-generate",
+        "round-1-mix-opponent",
+        "round-1-train",
+        "round-1-evaluate",
+    ):
+        process = start(arguments, env, log)
+
+        def begun(stage: str = stage) -> bool:
+            if stage == "round-1-generate":  # in the middle: some shards committed, others not
+                parts = [k for k in store.list("objects/") if "/parts/shard-" in k]
+                done = {k.split("/")[1] for k in store.list("objects/") if k.endswith("manifest.json")}
+                return any(
+                    k.split("/")[1] not in done and not k.startswith("objects/evaluate") for k in parts
+                ) and bool(list(tmp_path.glob(f"cache/work/*/{stage}/log.txt")))
+            logs = list(tmp_path.glob(f"cache/work/*/{stage}/log.txt"))
+            return bool(logs)
+
+        wait_until(begun, process, log)
+        kill(process)
+        gone = time.monotonic() + 15
+        while any(str(tmp_path) in command for _, command in stage_processes()):
+            assert time.monotonic() < gone, f"the stage process outlived its killed flow: {stage_processes()}"
+            time.sleep(0.1)
+        for key, content in kept.items():  # what was committed stays as it is
+            assert store.read(key) == content, key
+        kept = {key: store.read(key) for key in store.list("objects/") if key.endswith(".json")}
+    text = run(arguments, env, log)
+    assert outcome(store, "smoke") == expected
+    for key, content in kept.items():
+        assert store.read(key) == content, key
+    assert len(generations(store, "smoke", 1)) == 12
+    assert "Reused" in text
+
+
+def test_a_fresh_prefect_server_continues_the_same_run(tmp_path: Path) -> None:
+    """Nothing depends on Prefect's memory: the second start has an empty Prefect home and its own server."""
+    store, log = open_store(str(tmp_path / "store")), tmp_path / "log"
+    arguments = [*ONE_ROUND, "--store", store.url]
+    process = start(arguments, environment(tmp_path), log)
+    wait_until(lambda: list(tmp_path.glob("cache/work/*/round-1-train/log.txt")), process, log)
+    kill(process)
+    before = [key for key in store.list("objects/") if key.endswith("manifest.json")]
+    text = run(arguments, environment(tmp_path, PREFECT_HOME=str(tmp_path / "other-home")), tmp_path / "second.log")
+    assert "finishing the advance" in text or "until_round=1" in text
+    assert set(before) <= set(store.list("objects/"))
+    assert text.count("Reused") >= 3  # prepare, generate, mix-opponent of the first start
+
+
+def test_a_changed_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    from runs import ROOT
+
+    from spinreg_core.config import RunConfig
+    from spinreg_core.head import open_session
+    from spinreg_core.resolve import load_config_file, validate
+
+    store = open_store(str(tmp_path / "store"))
+    config: RunConfig = validate(load_config_file(str(ROOT / SMOKE)))
+    with open_session(store, config, "test"):
+        pass
+    log = tmp_path / "log"
+    process = start(["--config", SMOKE, "--store", store.url, "-p", "objective.beta=0.7"], environment(tmp_path), log)
+    assert process.wait(timeout=120) != 0
+    text = log.read_text()
+    assert "objective.beta" in text
+    assert "0.7" in text
+    assert store.list("objects/") == []

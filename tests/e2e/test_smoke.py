@@ -1,0 +1,115 @@
+"""A whole run with the smoke configuration on Prefect's embedded server, and what it must leave behind."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from runs import SMOKE, environment, generations, outcome, run, stage_processes
+
+from spinreg_core.head import ROUND_STAGES, complete_round, read_head, stage_object
+from spinreg_core.objects import fetch_file, fetch_folder
+from spinreg_core.store import Store, open_store
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, str, Path]:
+    tmp = tmp_path_factory.mktemp("smoke")
+    text = run(["--config", SMOKE, "--store", str(tmp / "store")], environment(tmp), tmp / "log")
+    return open_store(str(tmp / "store")), text, tmp
+
+
+def test_both_rounds_are_complete(finished: tuple[Store, str, Path]) -> None:
+    store, text, _ = finished
+    head = read_head(store, "smoke")
+    assert head is not None
+    assert complete_round(head) == 2
+    assert head["lease"]["holder"] is None
+    for number in (1, 2):
+        for stage in ROUND_STAGES:
+            assert stage_object(head, number, stage)
+    assert "heldout_nll" in text
+    assert str(store.local_path("runs/smoke/report.html")) in text
+
+
+def test_it_shows_progress(finished: tuple[Store, str, Path]) -> None:
+    _, text, _ = finished
+    for stage in ("generate", "train"):
+        assert f"[{stage}]" in text
+    assert "left" in text
+
+
+def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> None:
+    store, _, tmp = finished
+    before, objects = outcome(store, "smoke"), store.list("objects/")
+    started = time.monotonic()
+    text = run(["--config", SMOKE, "--store", str(tmp / "store")], environment(tmp), tmp / "again")
+    assert outcome(store, "smoke") == before
+    assert store.list("objects/") == objects
+    assert "round 2 is complete" in text
+    assert time.monotonic() - started < 120
+
+
+def test_no_stage_process_is_left(finished: tuple[Store, str, Path]) -> None:
+    _, _, tmp = finished
+    assert [command for _, command in stage_processes() if str(tmp) in command] == []
+
+
+def test_no_row_is_lost_or_doubled(finished: tuple[Store, str, Path]) -> None:
+    store, _, _ = finished
+    head = read_head(store, "smoke")
+    assert head is not None
+    train = pq.read_table(fetch_file(store, head["data"], "train.parquet")).to_pylist()
+    known = {row["prompt_id"]: row for row in train}
+    for number in (1, 2):
+        rows = generations(store, "smoke", number)
+        ids = [row["prompt_id"] for row in rows]
+        assert len(ids) == len(set(ids))
+        for row in rows:
+            assert row["prompt_ids"] == known[row["prompt_id"]]["prompt_ids"]
+        pairs = pq.read_table(
+            fetch_file(store, str(stage_object(head, number, "mix-opponent")), "pairs.parquet")
+        ).to_pylist()
+        assert len({p["pair_id"] for p in pairs}) == len(pairs)
+        newest = {p["prompt_id"]: p for p in pairs if p["round"] == number}
+        assert set(newest) == set(ids)
+        for row in rows:
+            pair = newest[row["prompt_id"]]
+            assert pair["prompt_ids"] == row["prompt_ids"]
+            assert pair["generated_ids"] == row["answer_ids"]  # the sampled ids, never re-encoded text
+    # Fictitious play by replay: round 2 trains on the pairs of both rounds.
+    assert {p["round"] for p in pairs} == {1, 2}
+
+
+def test_the_policy_loads_as_an_ordinary_folder(finished: tuple[Store, str, Path]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    store, _, _ = finished
+    head = read_head(store, "smoke")
+    assert head is not None
+    folder = fetch_folder(store, str(stage_object(head, 2, "train")), "policy")
+    base = fetch_folder(store, head["base"], "policy")
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template
+    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    other = AutoModelForCausalLM.from_pretrained(base)
+    moved = [
+        not torch.equal(a.float(), b.float()) for a, b in zip(policy.parameters(), other.parameters(), strict=True)
+    ]
+    assert all(moved)
+
+
+def test_the_report_holds_what_the_json_holds(finished: tuple[Store, str, Path]) -> None:
+    store, _, _ = finished
+    html = (store.read("runs/smoke/report.html") or b"").decode()
+    data = json.loads(store.read("runs/smoke/report.json") or b"")
+    assert "<script src" not in html
+    assert "heldout_nll" in json.dumps(data)
+    assert len(html) > 10_000
