@@ -32,6 +32,7 @@ from tasks.display import run_log
 # process still has time to end in order.
 STOP_GRACE_SECONDS = 20.0
 PROGRESS_EVERY_SECONDS = 5.0
+_GONE_SECONDS = 3.0
 _TAIL_LINES = 200  # kept for messages; bad-row listings are longer than a traceback's end
 _SHOWN_LINES = 20
 _LINE_BYTES = 65536
@@ -146,11 +147,20 @@ def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     finally:  # also when a second signal interrupts the wait
         _signal_group(process, signal.SIGKILL)
         process.wait()
+        # SIGKILL takes effect on the rest of the group a moment later; a GPU is free only then. Bounded,
+        # because members that nobody waits for (a container whose first process does not) count as present.
+        end = time.monotonic() + _GONE_SECONDS
+        while _signal_group(process, 0) and time.monotonic() < end:
+            time.sleep(0.01)
 
 
-def _signal_group(process: subprocess.Popen[bytes], signum: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # the last member is gone
+def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
+    """Signal the process's group (0: only look). Returns whether there was anyone."""
+    try:
         os.killpg(process.pid, signum)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _drain(process: subprocess.Popen[bytes], log_file: Path, tail: deque[str], shown: queue.Queue[str | None]) -> None:

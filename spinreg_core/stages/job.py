@@ -78,17 +78,21 @@ def _gone(pid: int) -> bool:
 def _die_with_parent() -> None:
     """End this process, and the process group it leads, soon after the parent is gone.
 
-    PDEATHSIG asks for SIGTERM at once; the watching thread is for what sits in a long C call or
-    ignores the signal, and for a starter that was gone before this line (importing torch takes
-    seconds). Engines' own children are reached by neither, only by ending the group.
+    PDEATHSIG asks at once, with SIGHUP: unlike SIGTERM, which may come from anyone, it says that nobody is
+    left to end the group (getppid does not say so yet while the parent's last threads end). The watching
+    thread is for what sits in a long C call, and for a starter that was gone before this line (importing
+    torch takes seconds). Engines' own children are reached by neither, only by ending the group.
     """
     parent = os.getppid()
     starter = int(os.environ.get(STARTER_VARIABLE, parent))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    hung_up = threading.Event()
+
+    def on_hangup(_signum: int, _frame: FrameType | None) -> NoReturn:
+        hung_up.set()
+        raise Preempted
 
     def orphaned() -> bool:
-        return os.getppid() != parent or _gone(starter)
+        return hung_up.is_set() or os.getppid() != parent or _gone(starter)
 
     def end_group() -> None:
         if orphaned() and os.getpgrp() == os.getpid():
@@ -101,6 +105,9 @@ def _die_with_parent() -> None:
         end_group()
         os._exit(EXIT_PREEMPTED)
 
+    signal.signal(signal.SIGHUP, on_hangup)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGHUP)  # PR_SET_PDEATHSIG
     atexit.register(end_group)
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -71,6 +71,15 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], l
         return [sys.executable, str(file)]
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(tmp_path: Path) -> Iterator[None]:
+    """Ends what a failed test left running; a test that passes has asserted that there is nothing."""
+    yield
+    for pid in (int(text) for f in tmp_path.glob("*.pid") if (text := f.read_text())):
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def run(command: list[str], tmp_path: Path, **options: object) -> list[str]:
