@@ -1,0 +1,145 @@
+"""From scored held-out rows to metrics: one table per iterate in, one number with its interval per metric out.
+
+Decides: the columns of an evaluate object's `rows.parquet`, and how each metric is formed from them. All
+metrics of an iterate follow from its own table, so anybody can compute them again.
+Leaves out: sampling and scoring (`stages/evaluate.py`), the estimators (`metrics.py`).
+
+Columns, one row per held-out row (log-probabilities: float64 sums over answer tokens, nats; y the human
+answer, y' this policy's sample, y'' the previous policy's sample for the same prompt; null where there is no
+such policy or number):
+
+    prompt_id                       as in heldout.parquet
+    answer_tokens                   tokens of y
+    answer_distinct_2               distinct-2 of y
+    final_answer                    reference of exact match, or null
+    real_logp                       log p(y); under the base: real_base_logp, under the previous: real_previous_logp
+    sample_ids, sample_text         y' as sampled
+    sample_finish                   stop | length
+    sample_distinct_2               distinct-2 of y'
+    sample_logp                     log p(y'); likewise sample_base_logp, sample_previous_logp
+    previous_sample_logp            log p(y''); likewise previous_sample_base_logp, previous_sample_previous_logp
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spinreg_core.metrics import (
+    Estimate,
+    Floats,
+    answered_number,
+    bootstrap_mean,
+    bootstrap_ratio,
+    reference_number,
+    wilson,
+    wins,
+)
+
+ROWS_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("answer_tokens", pa.int32()),
+        ("answer_distinct_2", pa.float64()),
+        ("final_answer", pa.string()),
+        ("real_logp", pa.float64()),
+        ("real_base_logp", pa.float64()),
+        ("real_previous_logp", pa.float64()),
+        ("sample_ids", pa.list_(pa.int32())),
+        ("sample_text", pa.string()),
+        ("sample_finish", pa.string()),
+        ("sample_distinct_2", pa.float64()),
+        ("sample_logp", pa.float64()),
+        ("sample_base_logp", pa.float64()),
+        ("sample_previous_logp", pa.float64()),
+        ("previous_sample_logp", pa.float64()),
+        ("previous_sample_base_logp", pa.float64()),
+        ("previous_sample_previous_logp", pa.float64()),
+    ]
+)
+
+
+def implicit_reward(policy: Floats, previous: Floats, base: Floats, alpha: float) -> Floats:
+    """r = log p_theta - alpha log p_t - (1 - alpha) log p_0 per row, nats, up to a function of the prompt.
+
+    arXiv 2404.04291, alpha on the previous iterate (our convention, docs/concepts.md).
+    """
+    return policy - alpha * previous - (1 - alpha) * base
+
+
+def heldout_metrics(rows: pa.Table, *, alpha: float, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Every metric that is defined for this iterate, with its 95 % interval.
+
+    rows: a table with `ROWS_SCHEMA`, at least one row. A metric whose columns hold nulls is not defined and
+    left out: what needs a previous policy for the base, exact match where no row has a final number.
+    For the base itself (`real_previous_logp` null) the two human numbers are added, which no round changes:
+    `human_answer_length` and `human_distinct_2`.
+    """
+
+    def column(name: str) -> Floats:
+        return rows[name].to_numpy().astype(np.float64)
+
+    def mean(values: Floats, unit: str) -> Estimate:
+        return bootstrap_mean(values, unit, resamples=resamples, seed=seed)
+
+    def ratio(numerator: Floats, unit: str) -> Estimate:
+        return bootstrap_ratio(numerator, tokens, unit, resamples=resamples, seed=seed)
+
+    tokens, real = column("answer_tokens"), column("real_logp")
+    sample, base = column("sample_logp"), column("sample_base_logp")
+    found = {"heldout_nll": ratio(-real, "nats/token")}
+    is_base = rows["real_previous_logp"].null_count > 0
+    if not is_base:
+        real_base, real_previous = column("real_base_logp"), column("real_previous_logp")
+        found["nll_vs_base"] = ratio(real_base - real, "nats/token")
+        found["nll_vs_previous"] = ratio(real_previous - real, "nats/token")
+        reward_real = implicit_reward(real, real_previous, real_base, alpha)
+        reward_sample = implicit_reward(
+            column("previous_sample_logp"),
+            column("previous_sample_previous_logp"),
+            column("previous_sample_base_logp"),
+            alpha,
+        )
+        found["reward_accuracy"] = wilson(wins(reward_real, reward_sample), len(real))
+        found["kl_previous"] = mean(sample - column("sample_previous_logp"), "nats/answer")
+    found["kl_base"] = mean(sample - base, "nats/answer")
+
+    lengths = pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
+    finished = rows["sample_finish"].to_pylist().count("stop")
+    found["answer_length"] = mean(lengths, "tokens")
+    found["end_of_turn_rate"] = wilson(finished, len(real))
+    repetition = rows["sample_distinct_2"].drop_null().to_numpy()
+    if len(repetition):
+        found["distinct_2"] = mean(repetition, "share")
+    matches = exact_matches(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist())
+    if matches:
+        found["exact_match"] = wilson(sum(matches), len(matches))
+    if is_base:
+        found["human_answer_length"] = mean(tokens, "tokens")
+        human = rows["answer_distinct_2"].drop_null().to_numpy()
+        if len(human):
+            found["human_distinct_2"] = mean(human, "share")
+    return found
+
+
+def exact_matches(references: list[str | None], answers: list[str]) -> list[bool]:
+    """Whether each answer's final number is the reference's; rows whose reference has no number are left out."""
+    numbers = [None if text is None else reference_number(text) for text in references]
+    return [answered_number(a) == n for n, a in zip(numbers, answers, strict=True) if n is not None]
+
+
+def final_answers(rows: dict[str, list[Any]], mode: Literal["auto", "gsm8k", "none"]) -> list[str | None]:
+    """The reference of exact match per held-out row, or null: `final_answer`, or what an answer says after `####`.
+
+    rows: the columns of heldout.parquet. `auto` takes the column as it is; `gsm8k` also reads the answer text.
+    """
+    if mode == "none":
+        return [None] * len(rows["answer"])
+    found = list(rows["final_answer"])
+    if mode == "gsm8k":
+        texts = [answer if "####" in answer else None for answer in rows["answer"]]
+        found = [text if value is None else value for value, text in zip(found, texts, strict=True)]
+    return found

@@ -1,0 +1,288 @@
+"""The report of a run: one self-contained HTML page and the same as JSON, rebuilt from the store alone.
+
+Decides: what is shown of a run, the sentences of the verdict, and what raises an alarm. Leaves out: the
+metrics' definitions (`metrics.py`), tables as text (`tables.py`), and the page's looks (`report.html.jinja`).
+
+A report is a view: it can be written again at any time, also while the run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from spinreg_core.errors import BadInput
+from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
+from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, Estimate
+from spinreg_core.objects import fetch_file, read_manifest, versions
+from spinreg_core.store import Store
+from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
+
+__all__ = ["build_report", "metrics_markdown", "metrics_rows", "metrics_table", "report_data", "write_report"]
+
+SCHEMA = 1
+HUMAN = {"answer_length": "human_answer_length", "distinct_2": "human_distinct_2"}
+
+
+def write_report(store: Store, run: str) -> dict[str, Any]:
+    """Write runs/<run>/report.html and report.json; returns their keys as `html`, `json`, and the `data`."""
+    html, data = build_report(store, run)
+    keys = {"html": f"runs/{run}/report.html", "json": f"runs/{run}/report.json"}
+    store.write(keys["html"], html.encode())
+    store.write(keys["json"], json.dumps(data, indent=1, allow_nan=False).encode())
+    return {**keys, "data": data}
+
+
+def build_report(store: Store, run: str) -> tuple[str, dict[str, Any]]:
+    """The page and its data. Raises BadInput where there is no such run, Damaged where a file is."""
+    data = report_data(store, run)
+    return render(data), data
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page: loads nothing from anywhere, and every text from the run stays text."""
+    import jinja2
+    from plotly.offline import get_plotlyjs
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spinreg_core", package_path=""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"estimate": format_estimate, "bytes": format_bytes, "duration": format_duration}
+    plotly = get_plotlyjs()
+    assert "</script" not in plotly
+    return environment.get_template("report.html.jinja").render(data=data, plotly=plotly, leaves=leaves(data["config"]))
+
+
+def report_data(store: Store, run: str) -> dict[str, Any]:
+    """Everything the report says, as plain JSON values (no NaN). Raises BadInput where there is no such run."""
+    head, config = read_head(store, run), read_config(store, run)
+    if head is None or config is None:
+        known = ", ".join(list_runs(store)) or "none"
+        raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
+    last = max((entry["round"] for entry in head["rounds"]), default=0)
+    rounds = [_round(store, head, number) for number in range(last + 1)]
+    base = rounds[0]["metrics"] or {}
+    human = {name: base.pop(source) for name, source in HUMAN.items() if source in base}
+    data = {
+        "schema": SCHEMA,
+        "spinreg": versions().get("spinreg"),
+        "run": run,
+        "store": store.url,
+        "config": config.model_dump(mode="json"),
+        "primary": {"metric": PRIMARY, "reason": PRIMARY_REASON},
+        "definitions": {name: asdict(metric) for name, metric in METRICS.items()},
+        "verdict": verdict(rounds),
+        "alarms": alarms(rounds),
+        "notes": notes(config.model_dump(mode="json"), rounds),
+        "rounds": rounds,
+        "human": human,
+        "samples": _samples(store, head, last),
+        "lineage": _lineage(store, head, last),
+    }
+    return _strict(data)
+
+
+def _round(store: Store, head: dict[str, Any], number: int) -> dict[str, Any]:
+    """What one round left: its objects, its held-out metrics, its training curve; None for what is not there yet."""
+    stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
+    metrics = training = None
+    if "evaluate" in stages:
+        metrics = json.loads(fetch_file(store, stages["evaluate"], "metrics.json").read_bytes())
+    if "train" in stages:
+        lines = fetch_file(store, stages["train"], "metrics.jsonl").read_text().splitlines()
+        summary = json.loads(fetch_file(store, stages["train"], "summary.json").read_bytes())
+        training = {"steps": [json.loads(line) for line in lines], "summary": summary}
+    return {"round": number, "stages": stages, "metrics": metrics, "training": training}
+
+
+def _samples(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:
+    """The base's sample prompts, each with the human answer and the answer of every iterate."""
+    found: dict[str, dict[str, Any]] = {}
+    for number in range(last + 1):
+        object_id = stage_object(head, number, "evaluate")
+        if object_id is None:
+            continue
+        for sample in json.loads(fetch_file(store, object_id, "samples.json").read_bytes())["samples"]:
+            row = found.setdefault(
+                sample["prompt_id"],
+                {
+                    "prompt_id": sample["prompt_id"],
+                    "messages": sample["messages"],
+                    "answer": sample["answer"],
+                    "rounds": [],
+                },
+            )
+            row["rounds"].append({"round": number, "text": sample["sample"], "finish": sample["finish"]})
+    return list(found.values())
+
+
+def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:
+    """One line per object of the run, in the order they were made from each other."""
+    named: list[tuple[int | None, str, str | None]] = [(None, name, head.get(name)) for name in ("base", "data")]
+    for number in range(last + 1):
+        named += [(number, stage, stage_object(head, number, stage)) for stage in ROUND_STAGES]
+    lines = []
+    for made_in, stage, object_id in named:
+        manifest = read_manifest(store, object_id) if object_id else None
+        if manifest is None:
+            continue
+        lines.append(
+            {
+                "round": made_in,
+                "stage": stage,
+                "object_id": object_id,
+                "uri": store.uri(f"objects/{object_id}"),
+                "inputs": manifest["inputs"],
+                "files": len(manifest["files"]),
+                "bytes": sum(entry["size"] for entry in manifest["files"]),
+                "seconds": manifest["seconds"],
+                "created": manifest["created"],
+                "writer": manifest["writer"],
+                "versions": manifest["versions"],
+            }
+        )
+    return lines
+
+
+# --- what the numbers say ----------------------------------------------------------------------------
+
+
+def _supported(estimate: Estimate) -> int:
+    """Sign of a difference whose 95 % interval excludes zero; 0 where it does not."""
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
+
+
+def _difference(estimate: Estimate) -> str:
+    """`lower by 0.15 nats/token, 95 % interval [0.12, 0.18]`, with the sign turned to fit the word."""
+    sign = -1 if estimate["value"] < 0 else 1
+    word = "lower" if sign < 0 else "higher"
+    low, high = estimate["low"], estimate["high"]
+    by = f"{word} by {format_number(abs(estimate['value']), estimate)} {estimate['unit']}"
+    if low is None or high is None:
+        return f"{by} (one row has no interval)"
+    bounds = sorted((sign * low, sign * high))
+    return f"{by}, 95 % interval [{format_number(bounds[0], estimate)}, {format_number(bounds[1], estimate)}]"
+
+
+def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the primary metric says about the last evaluated round against the base, in plain sentences.
+
+    outcome: `improved` or `worse` where the paired 95 % interval excludes zero, `no difference` where it does
+    not, `none` before the first round is evaluated.
+    """
+    evaluated = [entry for entry in rounds if entry["metrics"]]
+    if not evaluated or evaluated[-1]["round"] == 0:
+        text = "Only the base model has been evaluated so far." if evaluated else "Nothing has been evaluated yet."
+        return {"outcome": "none", "round": None, "headline": text, "sentences": []}
+    last = evaluated[-1]
+    number, metrics = last["round"], last["metrics"]
+    change, value = metrics["nll_vs_base"], metrics[PRIMARY]
+    sign = _supported(change)
+    outcome = {-1: "improved", 1: "worse", 0: "no difference"}[sign]
+    headline = {
+        -1: f"Round {number} predicts held-out human answers better than the base model.",
+        1: f"Round {number} predicts held-out human answers worse than the base model.",
+        0: f"No difference between round {number} and the base model is supported.",
+    }[sign]
+    # The base's value is the last one's without the paired change: both come from the same rows.
+    base = format_number(value["value"] - change["value"], value)
+    sentences = [
+        f"Held-out negative log-likelihood after round {number} is {format_estimate(value)} {value['unit']}, against "
+        f"{base} for the base model: {_difference(change)}, paired over {change['n']} rows. "
+        + ("The interval excludes zero." if sign else "The interval contains zero, so this may be chance.")
+    ]
+    if number > 1:
+        step = metrics["nll_vs_previous"]
+        sentences.append(
+            f"Against round {number - 1} it is {_difference(step)}"
+            + ("." if _supported(step) else ", which these rows cannot tell from no change.")
+        )
+    sentences.append(
+        "The interval is about which rows were held out; another training seed would move the numbers too. "
+        "It is about human answers being more or less likely, not about how sampled answers are liked."
+    )
+    return {"outcome": outcome, "round": number, "headline": headline, "sentences": sentences}
+
+
+def alarms(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a user must see: human answers that became less likely, held out or while training."""
+    found = []
+    for entry in rounds:
+        number, metrics, training = entry["round"], entry["metrics"] or {}, entry["training"] or {}
+        for text in training.get("summary", {}).get("alarms", []):
+            found.append({"round": number, "where": "training", "text": text})
+        step = metrics.get("nll_vs_previous")
+        if step is not None and _supported(step) > 0:
+            against = "the base model" if number == 1 else f"round {number - 1}"
+            text = (
+                f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "
+                "This is the instability that regularisation is for: a smaller alpha, a longer history, a larger "
+                "beta or fewer steps may help."
+            )
+            found.append({"round": number, "where": "held-out rows", "text": text})
+    return found
+
+
+def notes(config: dict[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
+    """What limits the numbers of this run."""
+    found = []
+    sampler = config["generation"]
+    if sampler["temperature"] != 1 or sampler["top_p"] != 1 or sampler["top_k"] != 0:
+        found.append(
+            f"Answers were sampled with temperature {sampler['temperature']}, top-p {sampler['top_p']}, "
+            f"top-k {sampler['top_k']}: that is not the policy itself, so KL is about these samples only."
+        )
+    rows = next((entry["metrics"][PRIMARY]["n"] for entry in rounds if entry["metrics"]), None)
+    if rows is not None and rows < 30:
+        found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; take at least 30.")
+    found.append(
+        f"Sampled answers end after {sampler['max_new_tokens']} tokens at the latest: answer length and KL are "
+        "those of answers cut there."
+    )
+    return found
+
+
+# --- small helpers -----------------------------------------------------------------------------------
+
+
+def _strict(value: Any) -> Any:
+    """The same with NaN and infinities as None, which JSON can hold."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as (`group.field`, value) pairs; values as a person would type them."""
+    found: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += leaves(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
+    return found
+
+
+def format_bytes(size: int) -> str:
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024 or unit == "GiB":
+            break
+        amount /= 1024
+    return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+
+
+def format_duration(seconds: float) -> str:
+    """`4.2 s`, `3:07 min`, `2:05 h`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d} h"

@@ -1,0 +1,123 @@
+"""The metrics of a run as a table: for the terminal, for Markdown, for Prefect's table artifact.
+
+Decides: how a number and its interval are written, and that the primary metric and the better direction are
+marked everywhere. Leaves out: the numbers (`report.report_data`).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from spinreg_core.metrics import METRICS, PRIMARY, Estimate
+
+ARROWS = {"lower": "↓", "higher": "↑", None: ""}
+_PER_BLOCK = 3  # rounds side by side in a terminal of 120 columns
+
+
+def _decimals(estimate: Estimate) -> int:
+    """As many decimals as give half the interval two significant digits; 3 where there is no width."""
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None or high <= low:
+        return 3
+    return max(0, min(6, 1 - math.floor(math.log10((high - low) / 2))))
+
+
+def format_number(value: float, estimate: Estimate) -> str:
+    """A number with the decimals that fit the estimate's interval; never `-0.00`."""
+    text = f"{value:.{_decimals(estimate)}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def format_estimate(estimate: Estimate | None) -> str:
+    """`1.236 [1.201, 1.261]`; only the value where there is no interval; an empty text where it is not defined."""
+    if estimate is None:
+        return ""
+    value = format_number(estimate["value"], estimate)
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None or low == high:
+        return value
+    return f"{value} [{format_number(low, estimate)}, {format_number(high, estimate)}]"
+
+
+def round_name(number: int) -> str:
+    return "base" if number == 0 else f"round {number}"
+
+
+def _evaluated(data: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in data["rounds"] if entry["metrics"]]
+
+
+def _shown(data: dict[str, Any]) -> list[str]:
+    """The metrics that are defined for any round, in the order of `METRICS`."""
+    return [name for name in METRICS if any(name in entry["metrics"] for entry in _evaluated(data))]
+
+
+def label(name: str, *, with_unit: bool = True) -> str:
+    """`held-out NLL * ↓ (nats/token)`; the star marks the primary metric."""
+    metric = METRICS[name]
+    star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()
+    return f"{metric.label}{star}{arrow}" + (f" ({metric.unit})" if with_unit else "")
+
+
+def legend(data: dict[str, Any]) -> list[str]:
+    """What the marks mean, in lines for people."""
+    return [
+        "↓ lower is better, ↑ higher is better, no arrow: neither by itself. [ ] 95 % interval over held-out rows.",
+        f"* primary metric. {data['primary']['reason']}",
+    ]
+
+
+def _cells(data: dict[str, Any], name: str) -> list[str]:
+    return [format_estimate(entry["metrics"].get(name)) or "-" for entry in _evaluated(data)]
+
+
+def metrics_table(data: dict[str, Any]) -> str:
+    """Plain text: one line per metric, one column per round, in blocks of three rounds; then verdict and alarms."""
+    evaluated = _evaluated(data)
+    lines = []
+    for start in range(0, len(evaluated), _PER_BLOCK):
+        block = slice(start, start + _PER_BLOCK)
+        rows = [["", *(round_name(entry["round"]) for entry in evaluated[block])]]
+        rows += [[label(name), *_cells(data, name)[block]] for name in _shown(data)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines += [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        lines.append("")
+    lines += [*legend(data), "", data["verdict"]["headline"], *data["verdict"]["sentences"]]
+    lines += [f"ALARM, round {alarm['round']}, {alarm['where']}: {alarm['text']}" for alarm in data["alarms"]]
+    return "\n".join(lines)
+
+
+def metrics_markdown(data: dict[str, Any]) -> str:
+    """Markdown: verdict, alarms, then a table with one line per metric and one column per round."""
+    evaluated = _evaluated(data)
+    lines = [f"**{data['verdict']['headline']}**", "", " ".join(data["verdict"]["sentences"]), ""]
+    for alarm in data["alarms"]:
+        lines += [f"> **Alarm, round {alarm['round']}, {alarm['where']}.** {_one_line(alarm['text'])}", ""]
+    if evaluated:
+        lines.append("| metric | " + " | ".join(round_name(entry["round"]) for entry in evaluated) + " |")
+        lines.append("|---|" + "---|" * len(evaluated))
+        for name in _shown(data):
+            title = label(name).replace("*", "\\*")
+            lines.append(f"| {f'**{title}**' if name == PRIMARY else title} | " + " | ".join(_cells(data, name)) + " |")
+        lines += ["", *(line.replace("*", "\\*") + "  " for line in legend(data))]
+    return "\n".join(lines).strip() + "\n"
+
+
+def metrics_rows(data: dict[str, Any]) -> list[dict[str, str]]:
+    """For a table artifact: one mapping per metric, with its direction and one column per round."""
+    names = [round_name(entry["round"]) for entry in _evaluated(data)]
+    return [
+        {
+            "metric": label(name),
+            "better": METRICS[name].better or "",
+            **dict(zip(names, _cells(data, name), strict=True)),
+        }
+        for name in _shown(data)
+    ]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,394 @@
+"""The report of a run built from real store objects: what it says, what it loads (nothing), what it escapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.head import open_session
+from spinreg_core.metrics import METRICS, PRIMARY
+from spinreg_core.objects import fingerprint, publish
+from spinreg_core.report import (
+    alarms,
+    build_report,
+    format_bytes,
+    format_duration,
+    leaves,
+    metrics_markdown,
+    metrics_rows,
+    metrics_table,
+    report_data,
+    verdict,
+    write_report,
+)
+from spinreg_core.stages.job import Job
+from spinreg_core.store import Store, open_store
+from spinreg_core.tables import format_estimate
+
+HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7*7 }} <!-- & \u2028 "quote"'
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def estimate(value: float, half: float, unit: str, n: int = 64) -> dict[str, Any]:
+    return {"value": value, "low": value - half, "high": value + half, "n": n, "unit": unit}
+
+
+def metrics(number: int, nll: list[float], half: float = 0.02) -> dict[str, Any]:
+    """Plausible held-out metrics of iterate `number` when `nll` is the list of all iterates' NLL."""
+    found = {
+        "heldout_nll": estimate(nll[number], 0.08, "nats/token"),
+        "kl_base": estimate(3.0 * number, 0.4 * number, "nats/answer"),
+        "answer_length": estimate(70.0 - 9 * number, 5, "tokens"),
+        "end_of_turn_rate": estimate(0.5 + 0.1 * number, 0.1, "share"),
+        "distinct_2": estimate(0.9, 0.02, "share"),
+    }
+    if number == 0:
+        found["human_answer_length"] = estimate(48.0, 4, "tokens")
+        found["human_distinct_2"] = estimate(0.97, 0.01, "share")
+    else:
+        found["nll_vs_base"] = estimate(nll[number] - nll[0], half, "nats/token")
+        found["nll_vs_previous"] = estimate(nll[number] - nll[number - 1], half, "nats/token")
+        found["reward_accuracy"] = estimate(0.8, 0.08, "share")
+        found["kl_previous"] = estimate(3.0, 0.4, "nats/answer")
+    return found
+
+
+def steps(number: int, count: int = 8) -> list[dict[str, Any]]:
+    return [
+        {
+            "step": i + 1,
+            "loss": 0.69 * math.exp(-i / 9),
+            "margin": 2.0 * i,
+            "accuracy": min(1.0, 0.5 + i / 10),
+            "real_logp": -80.0 + i - 9 * (number - 1),
+            "generated_logp": -70.0 - 4 * i,
+            "grad_norm": math.nan if i == 0 else 20.0 / i,
+        }
+        for i in range(count)
+    ]
+
+
+def make_run(store: Store, tmp_path: Path, nll: list[float], text: str = "fine", run: str = "demo") -> Store:
+    """A run with len(nll) - 1 rounds, published and committed as stages do it."""
+    config = RunConfig(run=run)
+
+    def put(stage: str, number: int, files: dict[str, str]) -> str:
+        key = {"stage": stage, "round": number, "run": run, "text": text}
+        folder = tmp_path / "out" / run / f"{stage}-{number}"
+        folder.mkdir(parents=True)
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        job = Job(stage, fingerprint(stage, key), key, store.url, "e0001-aa", number, {"from": text}, config, tmp_path)
+        return publish(store, job, folder, metrics={}, seconds=12.5 + 60 * number)["object_id"]
+
+    with open_session(store, config, "test") as session:
+        session.commit_inputs(put("base", 0, {"weights": "w" * 2000}), put("data", 0, {"train.parquet": "p"}))
+        for number in range(len(nll)):
+            if number:
+                session.commit(number, "generate", put("generate", number, {"shard": "s"}))
+                session.commit(number, "mix-opponent", put("mix-opponent", number, {"pairs": "p"}))
+                lines = "\n".join(json.dumps(step) for step in steps(number))
+                summary = json.dumps({"alarms": [f"log p of real answers fell {text}"] if number == 2 else []})
+                files = {"metrics.jsonl": lines, "summary.json": summary}
+                session.commit(number, "train", put("train", number, files))
+            samples = [
+                {
+                    "prompt_id": f"{i:016x}",
+                    "messages": [{"role": "user", "content": f"question {i} {text}"}],
+                    "answer": f"human answer {i} {text}",
+                    "sample": f"iterate {number} answers {i} {text}",
+                    "finish": "length" if i else "stop",
+                }
+                for i in range(3)
+            ]
+            files = {"metrics.json": json.dumps(metrics(number, nll)), "samples.json": json.dumps({"samples": samples})}
+            session.commit(number, "evaluate", put("evaluate", number, files))
+    return store
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and visible text of a page, as a browser's parser splits them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self._in: str | None = None
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._in = tag if tag in ("script", "style") else None
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = None
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._in == "script" else self.text).append(data)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Path) -> None:
+    make_run(store, tmp_path, [1.25, 1.10, 1.00])
+    written = write_report(store, "demo")
+    assert (written["html"], written["json"]) == ("runs/demo/report.html", "runs/demo/report.json")
+    data = json.loads(store.read(written["json"]) or b"", parse_constant=pytest.fail)
+    assert data == written["data"]
+    assert write_report(store, "demo") == written
+    page = (store.read(written["html"]) or b"").decode()
+    assert page == build_report(store, "demo")[0]
+
+
+def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -> None:
+    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
+    text = " ".join(Reader(page).text)
+    for number, entry in enumerate(data["rounds"]):
+        expected = metrics(number, [1.25, 1.10, 1.00])
+        assert {n: e for n, e in expected.items() if not n.startswith("human_")} == entry["metrics"]
+        for name, one in entry["metrics"].items():
+            value, _, interval = format_estimate(one).partition(" ")
+            assert value in text, name
+            assert interval in text, name
+    assert data["human"]["answer_length"]["value"] == 48.0
+    assert "human answers" in text
+    embedded = json.loads(next(s for s in Reader(page).scripts if s.startswith("{")))
+    assert embedded["rounds"] == data["rounds"]
+    assert [s["loss"] for s in data["rounds"][1]["training"]["steps"]] == [s["loss"] for s in steps(1)]
+    assert data["rounds"][1]["training"]["steps"][0]["grad_norm"] is None  # NaN cannot be JSON
+    assert data["config"] == RunConfig().model_dump(mode="json")
+    for name, value in leaves(data["config"]):
+        assert name in text
+        assert value in text
+    objects = [o for entry in data["rounds"] for o in entry["stages"].values()]
+    assert {line["object_id"] for line in data["lineage"]} >= set(objects)
+    assert len(data["lineage"]) == 2 + 1 + 2 * 4
+    assert all(line["object_id"] in text and line["uri"] in text for line in data["lineage"])
+    for sample in data["samples"]:
+        assert [one["round"] for one in sample["rounds"]] == [0, 1, 2]
+        assert all(one["text"] in text for one in sample["rounds"])
+        assert sample["answer"] in text
+
+
+def test_the_page_loads_nothing(store: Store, tmp_path: Path) -> None:
+    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10]), "demo")
+    reader = Reader(page)
+    for tag, attributes in reader.tags:
+        for name in ("src", "href", "data", "action", "srcset", "poster"):
+            value = attributes.get(name)
+            assert value is None or value == "data:,", (tag, name, value)
+    assert not {"iframe", "object", "embed", "base", "img", "form"} & {tag for tag, _ in reader.tags}
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    policy = next(a["content"] for t, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert (policy or "").startswith("default-src 'none'")
+    assert "http" not in (policy or "")
+    assert sum("Plotly, Inc." in script[:300] for script in reader.scripts) == 1
+
+
+def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
+    honest, _ = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.2], run="honest"), "honest")
+    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.2], HOSTILE, run="hostile"), "hostile")
+    reader = Reader(page)
+    # The same elements as with harmless text, attributes included: nothing in the text became markup.
+    assert reader.tags == Reader(honest).tags
+    text = "".join(reader.text)
+    assert f"human answer 0 {HOSTILE}" in text
+    assert f"iterate 2 answers 1 {HOSTILE}" in text
+    assert f"log p of real answers fell {HOSTILE}" in text
+    assert HOSTILE in json.dumps(data, ensure_ascii=False).replace('\\"', '"')
+    embedded = next(s for s in reader.scripts if s.startswith("{"))
+    assert "<" not in embedded
+    assert json.loads(embedded)["rounds"] == data["rounds"]
+
+
+def test_a_run_that_goes_on_can_be_reported(store: Store, tmp_path: Path) -> None:
+    with open_session(store, RunConfig(run="young"), "test"):
+        pass
+    page, data = build_report(store, "young")
+    assert data["verdict"]["outcome"] == "none"
+    assert "None yet." in page
+    assert metrics_rows(data) == []
+    assert "Nothing has been evaluated yet." in metrics_table(data)
+    make_run(store, tmp_path, [1.25])
+    page, data = build_report(store, "demo")
+    assert data["verdict"]["headline"] == "Only the base model has been evaluated so far."
+    assert "1.25" in page
+
+
+def test_an_unknown_run_is_named_with_the_known_ones(store: Store, tmp_path: Path) -> None:
+    make_run(store, tmp_path, [1.25])
+    with pytest.raises(BadInput, match=r"'other'.*found no such run; expected .*demo"):
+        report_data(store, "other")
+
+
+# --- verdict and alarms ------------------------------------------------------------------------------
+
+
+def rounds(nll: list[float], half: float = 0.02) -> list[dict[str, Any]]:
+    return [{"round": n, "metrics": metrics(n, nll, half), "training": None, "stages": {}} for n in range(len(nll))]
+
+
+@pytest.mark.parametrize(
+    ("nll", "half", "outcome", "words"),
+    [
+        ([1.25, 1.10, 1.00], 0.02, "improved", r"lower by 0\.250 .*\[0\.230, 0\.270\].*excludes zero"),
+        ([1.25, 1.10, 1.40], 0.02, "worse", r"higher by 0\.150 .*\[0\.130, 0\.170\].*excludes zero"),
+        ([1.25, 1.10, 1.24], 0.02, "no difference", r"lower by 0\.010 .*\[-0\.010, 0\.030\].*contains zero"),
+        ([1.25, 1.10, 1.20], 0.08, "no difference", r"lower by 0\.05 .*\[-0\.03, 0\.13\].*contains zero"),
+    ],
+)
+def test_the_verdict_is_what_the_paired_interval_supports(
+    nll: list[float], half: float, outcome: str, words: str
+) -> None:
+    """About the last round, also where an earlier one was better."""
+    found = verdict(rounds(nll, half))
+    assert (found["outcome"], found["round"]) == (outcome, 2)
+    assert re.search(words, found["sentences"][0])
+    assert "against 1.25 for the base" in found["sentences"][0]
+
+
+def test_the_verdict_skips_a_round_that_is_not_evaluated_yet() -> None:
+    unfinished = [*rounds([1.25, 1.10]), {"round": 2, "metrics": None, "training": None, "stages": {}}]
+    assert verdict(unfinished)["round"] == 1
+
+
+def test_one_held_out_row_supports_nothing() -> None:
+    entries = rounds([1.25, 0.2])
+    entries[1]["metrics"]["nll_vs_base"] |= {"low": None, "high": None, "n": 1}
+    found = verdict(entries)
+    assert found["outcome"] == "no difference"
+    assert "no interval" in found["sentences"][0]
+
+
+def test_alarms_are_raised_by_supported_rises_only() -> None:
+    entries = rounds([1.25, 1.10, 1.20, 1.21, 1.0])
+    found = alarms(entries)
+    assert [(a["round"], a["where"]) for a in found] == [(2, "held-out rows")]
+    assert "higher by 0.100" in found[0]["text"]
+    entries[3]["training"] = {"steps": [], "summary": {"alarms": ["log p of real answers fell by 3.1 nats"]}}
+    assert [(a["round"], a["where"]) for a in alarms(entries)] == [(2, "held-out rows"), (3, "training")]
+
+
+# --- tables ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "text"),
+    [
+        (1.23567, 1.20111, 1.26111, "1.236 [1.201, 1.261]"),
+        (57.34, 51.2, 63.9, "57 [51, 64]"),
+        (-0.0001, -0.031, 0.031, "0.000 [-0.031, 0.031]"),
+        (0.0, 0.0, 0.0, "0.000"),
+        (2.5, None, None, "2.500"),
+        (123456.0, 120000.0, 130000.0, "123456 [120000, 130000]"),
+    ],
+)
+def test_digits_follow_the_interval(value: float, low: float | None, high: float | None, text: str) -> None:
+    assert format_estimate({"value": value, "low": low, "high": high, "n": 9, "unit": "x"}) == text
+
+
+def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path: Path) -> None:
+    data = report_data(make_run(store, tmp_path, [1.25, 1.10, 1.20]), "demo")
+    table = metrics_table(data)
+    first = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
+    assert first.split("  ")[0] == "held-out NLL * ↓ (nats/token)"
+    assert "1.25 [1.17, 1.33]" in first
+    assert re.search(r"^reward accuracy ↑ \(share\) +- +0\.80", table, re.MULTILINE)
+    assert re.search(r"^KL to base \(nats/answer\) +0\.000", table, re.MULTILINE)
+    assert "human_answer_length" not in table
+    assert f"* primary metric. {data['primary']['reason']}" in table
+    assert "fixed as the primary metric before" in table
+    assert "ALARM, round 2, held-out rows" in table
+    assert max(map(len, table.split("\n\n")[0].splitlines())) <= 120
+    rows = metrics_rows(data)
+    assert [row["metric"].split(" ↓")[0] for row in rows][0] == "held-out NLL *"
+    assert {row["better"] for row in rows} == {"lower", "higher", ""}
+    assert all(set(row) == {"metric", "better", "base", "round 1", "round 2"} for row in rows)
+    markdown = metrics_markdown(data)
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + len(rows)
+    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token)** | 1.25 [1.17, 1.33] |")
+    assert "**Alarm, round 2, held-out rows.**" in markdown
+
+
+def test_a_long_run_fits_the_terminal(store: Store, tmp_path: Path) -> None:
+    data = report_data(make_run(store, tmp_path, [1.25 - 0.01 * n for n in range(11)]), "demo")
+    table = metrics_table(data)
+    blocks = table.split("\n\n")[:4]
+    assert all(block.splitlines()[1].startswith("held-out NLL * ↓") for block in blocks)
+    assert [n for block in blocks for n in re.findall(r"base|round \d+", block.splitlines()[0])] == [
+        "base",
+        *(f"round {n}" for n in range(1, 11)),
+    ]
+    assert max(len(line) for block in blocks for line in block.splitlines()) <= 120
+
+
+def test_only_known_metrics_are_shown_and_in_their_order(store: Store, tmp_path: Path) -> None:
+    data = report_data(make_run(store, tmp_path, [1.25, 1.10]), "demo")
+    shown = [row["metric"] for row in metrics_rows(data)]
+    order = [name for name in METRICS if name in data["rounds"][1]["metrics"]]
+    assert [s.split(" (")[0].rstrip(" *↓↑") for s in shown] == [METRICS[n].label for n in order]
+    assert order[0] == PRIMARY
+
+
+def test_sizes_and_durations() -> None:
+    assert [format_bytes(n) for n in (0, 1023, 1024, 500 * 2**20, 3 * 2**40)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "500 MiB",
+        "3072 GiB",
+    ]
+    assert [format_duration(s) for s in (4.21, 187, 7500)] == ["4.2 s", "3:07 min", "2:05 h"]
+
+
+# --- a real browser ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path: Path, scheme: Any) -> None:
+    from playwright.sync_api import sync_playwright
+
+    make_run(store, tmp_path, [1.25, 1.10, 1.20], HOSTILE)
+    keys = write_report(store, "demo")
+    path = store.local_path(keys["html"])
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+        page.on("console", lambda message: complaints.append(message.text))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: complaints.append(request.url) if request.url[:5] == "http:" else None)
+        page.on("request", lambda request: complaints.append(request.url) if request.url[:6] == "https:" else None)
+        page.goto(f"file://{path}")
+        page.wait_for_selector("body[data-drawn]")
+        drawn = int(page.locator("body").get_attribute("data-drawn") or 0)
+        metrics_drawn = len([n for n in METRICS if n in keys["data"]["rounds"][1]["metrics"]])
+        assert drawn == metrics_drawn + 6
+        assert page.locator(".plot .main-svg").count() >= drawn
+        # Every curve has a point per round in which its metric is defined.
+        points = page.locator("#metric-charts figure:first-child .scatterlayer path.point").count()
+        assert points == 3
+        # On a phone the page itself does not scroll sideways; wide tables scroll in their boxes.
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert complaints == []
