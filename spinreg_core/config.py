@@ -7,7 +7,6 @@ The defaults are the demo's: `RunConfig()` is what `prefect deployment run spin/
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -112,7 +111,7 @@ class OpponentConfig(Group):
     @classmethod
     def _weights_usable(cls, value: object) -> object:
         if isinstance(value, list) and (not value or value[0] <= 0):
-            raise ValueError("an explicit weighting needs at least one weight, and the first (newest) must be positive")
+            raise ValueError("a list of weights, newest first, the first of them positive")
         return value
 
 
@@ -278,6 +277,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
         if isinstance(a, dict) and isinstance(b, dict):
             lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b and not (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=0)):
+        elif a != b:
             lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return lines

@@ -13,7 +13,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from spinreg_core.config import RunConfig
+from spinreg_core.config import Group, RunConfig
 from spinreg_core.errors import BadInput
 
 LARGEST_FILE = 2**20  # bytes; a run configuration has a few kilobytes
@@ -26,7 +26,7 @@ def load_config_file(location: str) -> dict[str, Any]:
     try:
         with fsspec.open(location, "rb") as file:
             raw = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every kind of location has errors of its own; botocore's are no OSError
         looked = "" if "://" in location else f" (looked in {Path.cwd()})"
         raise BadInput(f"config {location!r}", f"no readable file{looked}: {error}", "a YAML or JSON file") from None
     if len(raw) > LARGEST_FILE:
@@ -57,12 +57,24 @@ def validate(values: dict[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
-        lines = []
-        for item in error.errors(include_url=False):
-            place = ".".join(str(part) for part in item["loc"]) or "configuration"
-            found = "" if isinstance(item.get("input"), dict) else f", found {item.get('input')!r}"
-            lines.append(f"  - {place}: {item['msg']}{found}")
-        raise BadInput.from_message("the run configuration is not valid:\n" + "\n".join(lines)) from None
+        lines = "\n".join(f"  - {line}" for line in _explain(error))
+        raise BadInput.from_message(f"the run configuration is not valid:\n{lines}") from None
+
+
+def _explain(error: pydantic.ValidationError) -> list[str]:
+    """One line per wrong field. pydantic reports a field of several types once per type; those are joined."""
+    groups = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)}
+    found: dict[str, str] = {}
+    expected: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        depth = 2 if item["loc"][:1] and item["loc"][0] in groups else 1
+        place = ".".join(str(part) for part in item["loc"][:depth]) or "configuration"
+        # A check across fields names them itself; its input is the whole group.
+        whole_group = item["type"] == "value_error" and isinstance(item["input"], dict)
+        found.setdefault(place, "" if whole_group else f"found {item['input']!r}; expected ")
+        text = "a field that exists; there is none of this name" if item["type"] == "extra_forbidden" else item["msg"]
+        expected.setdefault(place, []).append(text.removeprefix("Value error, ").removeprefix("Input should be "))
+    return [f"{place}: {found[place]}{'; or '.join(texts)}" for place, texts in expected.items()]
 
 
 def resolve(parameters: dict[str, Any], config_file: str | None = None, stored: RunConfig | None = None) -> RunConfig:
