@@ -1,0 +1,146 @@
+"""Engines answer prompts: token ids in, sampled token ids out.
+
+Decides: what every engine promises (below), which one `auto` means, and which prompts are refused.
+Leaves out: how an engine works (`hf.py`, `vllm.py`), rendering (`render.py`), what is done with answers
+(`stages/generate.py`). Loads neither torch nor vllm: the flow process asks here what `auto` means.
+
+An answer is exactly the ids that were sampled. It ends with the first of `stop_ids` ("stop"), or after
+`max_new_tokens` ids none of which is a stop id ("length"); a stop id in the very last place still is "stop".
+Nothing of the checkpoint's own generation_config takes part: temperature 1, top-p 1 and top-k 0 sample the
+model's softmax itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from spinreg_core.config import GenerationConfig, ResourcesConfig
+from spinreg_core.errors import BadInput, SpinregError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EngineName = Literal["hf", "vllm"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each next token is drawn, and where an answer ends."""
+
+    temperature: float
+    top_p: float  # smallest set of most likely tokens with at least this mass; 1 is off
+    top_k: int  # so many most likely tokens; 0 is off. Applied before top_p.
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, generation: GenerationConfig, stop_ids: Sequence[int]) -> Sampling:
+        g = generation
+        return cls(g.temperature, g.top_p, g.top_k, g.max_new_tokens, tuple(stop_ids))
+
+    @property
+    def is_the_policy(self) -> bool:
+        """Whether this samples the policy itself, and no sharpened or cut-off version of it."""
+        return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    token_ids: list[int]  # end-of-turn included where finish is "stop"
+    finish: Literal["stop", "length"]
+
+
+class Engine(Protocol):
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seed: int,
+        on_done: Callable[[int], None] = ...,
+    ) -> list[Answer]:
+        """One answer per prompt, in the order of the prompts.
+
+        The draws depend on `seed` (0 <= seed < 2**32) and on this call's prompts, on no earlier call. The same
+        call gives the same answers as far as the arithmetic repeats: always on one CPU with as many threads,
+        on a GPU only where its kernels add up in a fixed order. `on_done(n)`: n more prompts are answered.
+        Raises BadInput, before any work, for an empty prompt, one that leaves no room for max_new_tokens in
+        the model's context, or an id outside its vocabulary.
+        """
+
+    def close(self) -> None:
+        """Give memory back. The engine cannot be used afterwards."""
+
+
+def resolve_engine(name: Literal["auto", "hf", "vllm"]) -> EngineName:
+    """What `generation.engine` means here: auto is vllm where it is installed, else hf. Imports neither."""
+    if name == "auto":
+        return "vllm" if importlib.util.find_spec("vllm") else "hf"
+    return name
+
+
+def open_engine(
+    name: EngineName,
+    policy: Path,
+    generation: GenerationConfig,
+    resources: ResourcesConfig,
+    *,
+    pad_id: int,
+    longest: int | None = None,
+) -> Engine:
+    """Load a policy folder into an engine.
+
+    `longest`: tokens of the longest prompt plus max_new_tokens, for which vllm plans its KV cache (unset: the
+    model's whole context). Raises BadInput for a folder, engine or device that cannot be used.
+    """
+    if name == "hf":
+        from spinreg_core.engines.hf import HfEngine
+
+        return HfEngine.open(policy, generation, resources, pad_id=pad_id)
+    if importlib.util.find_spec("vllm") is None:
+        raise BadInput("generation.engine", "vllm, which is not installed here", "hf, or `pip install spinreg[gpu]`")
+    from spinreg_core.engines.vllm import VllmEngine
+
+    return VllmEngine(policy, generation, resources, longest=longest)
+
+
+def hf_engine(model: PreTrainedModel, generation: GenerationConfig, *, pad_id: int) -> Engine:
+    """The hf engine around a model that is loaded already; it stays the caller's and stays as it is."""
+    from spinreg_core.engines.hf import HfEngine
+
+    return HfEngine(model, batch_size=generation.batch_size, pad_id=pad_id)
+
+
+def check_prompts(prompts: list[list[int]], sampling: Sampling, model_config: Any) -> None:
+    """Refuse prompts that the model cannot answer in full; see `Engine.generate`.
+
+    `model_config`: the transformers configuration of the model.
+    """
+    text = model_config.get_text_config()
+    context, vocabulary = getattr(text, "max_position_embeddings", None), text.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise BadInput(f"prompt {i}", "no tokens", "at least one")
+        if context is not None and len(prompt) + sampling.max_new_tokens > context:
+            raise BadInput(
+                f"prompt {i}",
+                f"{len(prompt)} tokens plus max_new_tokens {sampling.max_new_tokens}",
+                f"at most {context}, the model's context (max_position_embeddings)",
+            )
+        if min(prompt) < 0 or max(prompt) >= vocabulary:
+            raise BadInput(
+                f"prompt {i}", f"token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}"
+            )
+
+
+def cut(tokens: Sequence[int], sampling: Sampling) -> Answer:
+    """The answer in a row of sampled ids, of which everything behind the first stop id is padding."""
+    for i, token in enumerate(tokens):
+        if token in sampling.stop_ids:
+            return Answer(list(tokens[: i + 1]), "stop")
+    if len(tokens) != sampling.max_new_tokens:
+        raise SpinregError(f"the engine ended an answer after {len(tokens)} tokens without a stop token")
+    return Answer(list(tokens), "length")
