@@ -16,13 +16,10 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.errors import BadInput, SpinregError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 EngineName = Literal["hf", "vllm"]
 
@@ -107,26 +104,23 @@ def open_engine(
     return VllmEngine(policy, generation, resources, longest=longest)
 
 
-def hf_engine(model: PreTrainedModel, generation: GenerationConfig, *, pad_id: int) -> Engine:
-    """The hf engine around a model that is loaded already; it stays the caller's and stays as it is."""
-    from spinreg_core.engines.hf import HfEngine
-
-    return HfEngine(model, batch_size=generation.batch_size, pad_id=pad_id)
-
-
-def check_prompts(prompts: list[list[int]], sampling: Sampling, model_config: Any) -> None:
+def check_prompts(
+    prompts: list[list[int]], sampling: Sampling, model_config: Any, names: Sequence[str] | None = None
+) -> None:
     """Refuse prompts that the model cannot answer in full; see `Engine.generate`.
 
-    `model_config`: the transformers configuration of the model.
+    `model_config`: the transformers configuration of the model. `names`: what messages call the prompts (unset:
+    their indices).
     """
     text = model_config.get_text_config()
     context, vocabulary = getattr(text, "max_position_embeddings", None), text.vocab_size
     for i, prompt in enumerate(prompts):
+        where = f"prompt {names[i] if names else i}"
         if not prompt:
-            raise BadInput(f"prompt {i}", "no tokens", "at least one")
+            raise BadInput(where, "no tokens", "at least one")
         if context is not None and len(prompt) + sampling.max_new_tokens > context:
             raise BadInput(
-                f"prompt {i}",
+                where,
                 f"{len(prompt)} tokens plus max_new_tokens {sampling.max_new_tokens}",
                 f"at most {context}, the model's context (max_position_embeddings)",
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import GenerationConfig as HfGenerationConfig
@@ -85,7 +86,8 @@ class HfEngine:
             pad_token_id=self._pad_id,
             use_cache=True,
         )
-        output = model.generate(ids, attention_mask=mask, generation_config=config)
+        sample: Any = model.generate
+        output: torch.Tensor = sample(ids, attention_mask=mask, generation_config=config)
         return output[:, width:].tolist()
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,10 @@ class VllmEngine:
     ) -> None:
         os.environ.update(_ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
-        from vllm.platforms import current_platform
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its own import calls what torch will drop
+            from vllm import LLM
+            from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
         if resources.device not in ("auto", "cpu" if on_cpu else "cuda"):

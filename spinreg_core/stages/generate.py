@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spinreg_core.engines import Answer, Sampling, check_prompts, hf_engine, open_engine
+from spinreg_core.engines import Answer, Sampling, check_prompts, open_engine
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StageFailed, StagePreempted
 from spinreg_core.objects import commit_part, fetch_file, fetch_folder, list_parts, publish, read_manifest
 from spinreg_core.opponent import draw_iterate
@@ -35,7 +35,6 @@ from spinreg_core.store import Store, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    from transformers import PreTrainedModel
 
     from spinreg_core.render import Renderer
 
@@ -78,12 +77,12 @@ def make_shards(
     return shards
 
 
-def ensure_generations(job: Job, model: PreTrainedModel | None = None) -> dict[str, Any]:
+def ensure_generations(job: Job) -> dict[str, Any]:
     """The manifest of a generate job, made now if it is not there. For stages that need samples (evaluate).
 
-    With engine hf this process answers, with `model` where it is given (the job's one policy, already loaded) and
-    has the engine's number format; else with a copy of its own. With engine vllm a child process answers, so
-    that the GPU's memory is free again afterwards. Raises as `run`; StageFailed, StagePreempted for the child.
+    With engine hf this process answers and frees the model again. With engine vllm a child process answers,
+    because only its end surely gives the GPU's memory back. Raises as `run`; StageFailed, StagePreempted for the
+    child.
     """
     store = open_store(job.store)
     found = read_manifest(store, job.object_id)
@@ -91,7 +90,7 @@ def ensure_generations(job: Job, model: PreTrainedModel | None = None) -> dict[s
         return found
     job.workdir.mkdir(parents=True, exist_ok=True)
     if _engine(job) == "hf":
-        return run(job, model)
+        return run(job)
     _in_process(job)
     found = read_manifest(store, job.object_id)
     if found is None:
@@ -99,7 +98,7 @@ def ensure_generations(job: Job, model: PreTrainedModel | None = None) -> dict[s
     return found
 
 
-def run(job: Job, model: PreTrainedModel | None = None) -> dict[str, Any]:
+def run(job: Job) -> dict[str, Any]:
     """Answer what is not committed yet, then publish. Returns the manifest.
 
     Its metrics: `prompts`, `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
@@ -135,9 +134,9 @@ def run(job: Job, model: PreTrainedModel | None = None) -> dict[str, Any]:
             # One vLLM after another in one process is not sure to find the GPU's memory free.
             _in_process(replace(job, extra=job.extra | {"iterate": n}))
         else:
-            _answer(job, store, [s for s in missing if s.iterate == n], table, progress, model)
+            _answer(job, store, [s for s in missing if s.iterate == n], table, progress)
     if only is not None:
-        return {"object_id": job.object_id}
+        return {"object_id": f"the shards of iterate {only}"}
     metrics = _metrics([part["meta"] for part in list_parts(store, job.object_id).values()])
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
@@ -174,9 +173,7 @@ def _shards(job: Job, table: pa.Table) -> list[Shard]:
     return make_shards(rows, iterates, size, seed=config.seed, round_number=job.round, kind=kind)
 
 
-def _answer(
-    job: Job, store: Store, shards: list[Shard], table: pa.Table, progress: Progress, model: PreTrainedModel | None
-) -> None:
+def _answer(job: Job, store: Store, shards: list[Shard], table: pa.Table, progress: Progress) -> None:
     """Answer and commit the shards of one iterate."""
     from transformers import AutoConfig
 
@@ -188,15 +185,13 @@ def _answer(
     policy = fetch_folder(store, job.inputs["policies"][str(iterate)], "policy")
     renderer = Renderer.from_folder(policy)
     sampling = Sampling.of(generation, renderer.stop_ids)
-    prompts = table["prompt_ids"].take([row for s in shards for row in s.rows]).to_pylist()
-    check_prompts(prompts, sampling, AutoConfig.from_pretrained(policy, local_files_only=True))
+    mine = table.take([row for s in shards for row in s.rows])
+    prompts, names = mine["prompt_ids"].to_pylist(), mine["prompt_id"].to_pylist()
+    check_prompts(prompts, sampling, AutoConfig.from_pretrained(policy, local_files_only=True), names)
     print(f"engine {engine_name} ({generation.dtype}) for iterate {iterate}: {len(prompts)} prompts", flush=True)
-    if model is not None and engine_name == "hf" and str(model.dtype) == f"torch.{generation.dtype}":
-        engine = hf_engine(model, generation, pad_id=renderer.pad_id)
-    else:
-        longest = max(map(len, prompts)) + sampling.max_new_tokens
-        engine = open_engine(engine_name, policy, generation, job.config.resources, pad_id=renderer.pad_id,
-                             longest=longest)  # fmt: skip
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    engine = open_engine(engine_name, policy, generation, job.config.resources, pad_id=renderer.pad_id,
+                         longest=longest)  # fmt: skip
     startup = time.monotonic() - start
     try:
         for shard in shards:
