@@ -1,8 +1,10 @@
 """What a run shows in Prefect: log lines, progress, tables, markdown. Best effort, never in the way of the work.
 
 Decides: that everything shown is sent by one background thread, the newest state of a thing only, and again
-when the server could not be reached; how long the end of a run waits for that.
-Leaves out: what is shown (the tasks and flows), and Prefect's own record of states.
+when the server could not be reached; what becomes of a nested flow while the server is away (measured with
+Prefect 3.7.7: tasks called directly need no server, not even for retries; a flow's start and end do, are tried
+for about a minute, and then end the run).
+Leaves out: what is shown (the tasks and flows).
 """
 
 from __future__ import annotations
@@ -12,15 +14,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
+from datetime import UTC, datetime
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from uuid import UUID
 
 import httpx
 
 from spinreg_core.progress import ProgressLine
 
-_RETRY_SECONDS = 2.0
+if TYPE_CHECKING:
+    from prefect import Flow
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# How long one absence of the server may hold up training, all waits together.
+PATIENCE_SECONDS = 60.0
+_POLL_SECONDS = 2.0
+_away_since: float | None = None
 _lock = threading.Condition()
 _waiting: dict[Hashable, Callable[[], object]] = {}
 _sending = False
@@ -78,6 +90,75 @@ def show_markdown(key: str, markdown: str, description: str) -> None:
     _post(object(), partial(create_markdown_artifact, markdown, key=key, description=description))
 
 
+def wait_for_server(patience_seconds: float = PATIENCE_SECONDS) -> bool:
+    """Wait until the Prefect server answers. Returns whether it does.
+
+    Gives up when the server has been away for `patience_seconds` since the first call that found it so:
+    one absence is waited for once, not again at every call.
+    """
+    global _away_since
+    while not _server_answers():
+        now = time.monotonic()
+        if _away_since is None:
+            _away_since = now
+            run_log()("the Prefect server does not answer")
+        if now - _away_since >= patience_seconds:
+            return False
+        time.sleep(_POLL_SECONDS)
+    _away_since = None
+    return True
+
+
+def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `flow` as a nested flow run or, while the server is away, its plain function.
+
+    The function must be one that can be called again: where the server went away in the middle, it is, and
+    finds its finished stages in the store. The flow run that could not end is closed when the server is back.
+    """
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.runtime import flow_run
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    if wait_for_server():
+        try:
+            # Prefect's own retries would add minutes, after our patience is over.
+            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
+                return cast(R, flow(*args, **kwargs))
+        except (httpx.TransportError, PrefectHTTPStatusError) as error:
+            run_log()(f"the Prefect server could not be told about {flow.name}: {error!r}")
+            _post(object(), partial(_close_nested, UUID(str(flow_run.id)), datetime.now(UTC)))
+    run_log()(f"going on without a flow run of its own for {flow.name}; its tasks show in this one")
+    return flow.fn(*args, **kwargs)
+
+
+def _close_nested(parent: UUID, begun_before: datetime) -> None:
+    """Mark the nested flow runs completed whose end could not be reported; their work was taken over."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas import filters
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Completed
+
+    client = get_client(sync_client=True)
+    unended = filters.FlowRunFilter(
+        parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=[parent]),
+        expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=begun_before),
+        state=filters.FlowRunFilterState(
+            type=filters.FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING])
+        ),
+    )
+    for run in client.read_flow_runs(flow_run_filter=unended):
+        state: State[Any] = Completed(message="The server was away when this ended; the flow run around it went on.")
+        client.set_flow_run_state(run.id, state, force=True)
+
+
+def _server_answers() -> bool:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        return get_client(sync_client=True).api_healthcheck() is None
+
+
 def flush(timeout_seconds: float = 10.0) -> bool:
     """Wait until everything posted is sent, at most `timeout_seconds`. Returns whether it is."""
     with _lock:
@@ -106,14 +187,15 @@ def _send_all() -> None:
         away = False
         try:
             send()
-        except httpx.TransportError:
-            away = True
         except Exception as error:
-            _log.debug("not shown: %s", error)
+            response = getattr(error, "response", None)  # of a proxy that finds no server behind it
+            away = isinstance(error, httpx.TransportError) or (response is not None and response.status_code >= 500)
+            if not away:
+                _log.warning("not shown: %s", error)
         with _lock:
             if away:
                 _waiting.setdefault(thing, send)  # a newer state may have come in meanwhile
             _sending = False
             _lock.notify_all()
         if away:
-            time.sleep(_RETRY_SECONDS)
+            time.sleep(_POLL_SECONDS)
