@@ -55,7 +55,9 @@ def _shown(data: dict[str, Any]) -> list[str]:
 
 def label(name: str, *, with_unit: bool = True) -> str:
     """`held-out NLL * ↓ (nats/token)`; the star marks the primary metric."""
-    metric = METRICS[name]
+    metric = METRICS.get(name)
+    if metric is None:
+        return name.replace("_", " ")
     star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()
     return f"{metric.label}{star}{arrow}" + (f" ({metric.unit})" if with_unit else "")
 

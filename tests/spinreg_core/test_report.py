@@ -249,7 +249,7 @@ def rounds(nll: list[float], half: float = 0.02) -> list[dict[str, Any]]:
         ([1.25, 1.10, 1.00], 0.02, "improved", r"lower by 0\.250 .*\[0\.230, 0\.270\].*excludes zero"),
         ([1.25, 1.10, 1.40], 0.02, "worse", r"higher by 0\.150 .*\[0\.130, 0\.170\].*excludes zero"),
         ([1.25, 1.10, 1.24], 0.02, "no difference", r"lower by 0\.010 .*\[-0\.010, 0\.030\].*contains zero"),
-        ([1.25, 1.10, 1.20], 0.08, "no difference", r"lower by 0\.05 .*\[-0\.03, 0\.13\].*contains zero"),
+        ([1.25, 1.10, 1.20], 0.08, "no difference", r"lower by 0\.050 .*\[-0\.030, 0\.130\].*contains zero"),
     ],
 )
 def test_the_verdict_is_what_the_paired_interval_supports(
@@ -259,7 +259,7 @@ def test_the_verdict_is_what_the_paired_interval_supports(
     found = verdict(rounds(nll, half))
     assert (found["outcome"], found["round"]) == (outcome, 2)
     assert re.search(words, found["sentences"][0])
-    assert "against 1.25 for the base" in found["sentences"][0]
+    assert "against 1.250 for the base" in found["sentences"][0]
 
 
 def test_the_verdict_skips_a_round_that_is_not_evaluated_yet() -> None:
@@ -291,7 +291,7 @@ def test_alarms_are_raised_by_supported_rises_only() -> None:
     ("value", "low", "high", "text"),
     [
         (1.23567, 1.20111, 1.26111, "1.236 [1.201, 1.261]"),
-        (57.34, 51.2, 63.9, "57 [51, 64]"),
+        (57.34, 51.2, 63.9, "57.3 [51.2, 63.9]"),
         (-0.0001, -0.031, 0.031, "0.000 [-0.031, 0.031]"),
         (0.0, 0.0, 0.0, "0.000"),
         (2.5, None, None, "2.500"),
@@ -307,8 +307,8 @@ def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path
     table = metrics_table(data)
     first = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
     assert first.split("  ")[0] == "held-out NLL * ↓ (nats/token)"
-    assert "1.25 [1.17, 1.33]" in first
-    assert re.search(r"^reward accuracy ↑ \(share\) +- +0\.80", table, re.MULTILINE)
+    assert "1.250 [1.170, 1.330]" in first
+    assert re.search(r"^reward accuracy ↑ \(share\) +- +0\.800", table, re.MULTILINE)
     assert re.search(r"^KL to base \(nats/answer\) +0\.000", table, re.MULTILINE)
     assert "human_answer_length" not in table
     assert f"* primary metric. {data['primary']['reason']}" in table
@@ -316,14 +316,14 @@ def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path
     assert "ALARM, round 2, held-out rows" in table
     assert max(map(len, table.split("\n\n")[0].splitlines())) <= 120
     rows = metrics_rows(data)
-    assert [row["metric"].split(" ↓")[0] for row in rows][0] == "held-out NLL *"
+    assert rows[0]["metric"].startswith("held-out NLL * ↓")
     assert {row["better"] for row in rows} == {"lower", "higher", ""}
     assert all(set(row) == {"metric", "better", "base", "round 1", "round 2"} for row in rows)
     markdown = metrics_markdown(data)
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 2 + len(rows)
-    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token)** | 1.25 [1.17, 1.33] |")
+    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token)** | 1.250 [1.170, 1.330] |")
     assert "**Alarm, round 2, held-out rows.**" in markdown
 
 

@@ -1,0 +1,201 @@
+"""The stage `evaluate`: held-out metrics and sample answers of one iterate (round 0: the base).
+
+Decides: which sequences are scored under which policy, and that nothing an earlier evaluation holds is scored
+again. Leaves out: the metrics (`evaluation.py`), sampling (`generate.py`), scoring (`scoring.py`).
+
+A job's `inputs`: {"data", "policy", "base": object ids, "previous", "evaluate_base", "evaluate_previous": object
+ids, null for the base}. Its `extra`: {"generate": {"object_id", "key", "inputs", "extra"}}, the job that samples one
+answer of this policy to every held-out prompt.
+
+With y the human answer, y' this policy's sample and y'' the previous one's, iterate n scores y, y', y'' under
+p_n, and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory
+at a time. Leaves `rows.parquet` (columns: `evaluation.py`), `metrics.json`, and `samples.json`: the first
+`shown_samples` held-out prompts, {"samples": [{"prompt_id", "messages", "answer", "sample", "finish"}]}.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.evaluation import ROWS_SCHEMA, final_answers, heldout_metrics
+from spinreg_core.metrics import Estimate, distinct_bigrams
+from spinreg_core.objects import fetch_file, fetch_folder, publish
+from spinreg_core.progress import Progress
+from spinreg_core.scoring import score
+from spinreg_core.stages.generate import ensure_generations
+from spinreg_core.stages.job import Job, main
+from spinreg_core.store import Store, open_store
+from spinreg_core.tables import format_estimate, label
+
+Columns = dict[str, list[Any]]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Evaluate one iterate. Returns the manifest; its metrics are {name: value, ..., "intervals": {name: [low, high]}}.
+
+    Raises BadInput (a job without the earlier evaluations it needs, a policy whose scores are not finite), Damaged.
+    """
+    start = time.monotonic()
+    store, config = open_store(job.store), job.config
+    data = pq.read_table(fetch_file(store, job.inputs["data"], "heldout.parquet")).to_pydict()
+    references = final_answers(data, config.evaluation.final_answer)
+    if config.evaluation.final_answer == "gsm8k" and not any(references):
+        raise BadInput("evaluation.final_answer", "gsm8k, but no held-out answer with ####", "auto, none, or such rows")
+    base, previous = (_earlier(store, job, name, data) for name in ("evaluate_base", "evaluate_previous"))
+
+    rows: Columns = {
+        "prompt_id": data["prompt_id"],
+        "answer_tokens": [len(ids) for ids in data["answer_ids"]],
+        "answer_distinct_2": [
+            distinct_bigrams(_spoken(ids, finished=not truncated))
+            for ids, truncated in zip(data["answer_ids"], data["answer_truncated"], strict=True)
+        ],
+        "final_answer": references,
+    }
+    rows |= _samples(store, job, data["prompt_id"])
+    rows |= _scores(store, job, data, rows["sample_ids"], base, previous)
+    table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
+    metrics = heldout_metrics(
+        table, alpha=config.objective.alpha, resamples=config.evaluation.bootstrap, seed=config.seed
+    )
+    for name, estimate in metrics.items():
+        print(f"{label(name)}: {format_estimate(estimate)}", flush=True)
+
+    folder = job.workdir / "out"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, folder / "rows.parquet")
+    _write_json(folder / "metrics.json", metrics)
+    _write_json(folder / "samples.json", {"samples": _shown(data, rows, config.evaluation.shown_samples)})
+    return publish(store, job, folder, metrics=_flat(metrics), seconds=time.monotonic() - start)
+
+
+def _earlier(store: Store, job: Job, name: str, data: Columns) -> Columns:
+    """The rows of an earlier evaluation, which is one of the same held-out rows; empty for the base."""
+    object_id = job.inputs[name]
+    if (object_id is None) != (job.round == 0):
+        raise BadInput(f"evaluate job of round {job.round}, inputs.{name}", object_id,
+                       "null for round 0, an evaluate object for any other")  # fmt: skip
+    if object_id is None:
+        return {}
+    rows = pq.read_table(fetch_file(store, object_id, "rows.parquet")).to_pydict()
+    if rows["prompt_id"] != data["prompt_id"]:
+        raise BadInput(f"evaluate job of round {job.round}, inputs.{name}", f"{object_id}, about other rows",
+                       f"an evaluation of the held-out rows of {job.inputs['data']}")  # fmt: skip
+    return rows
+
+
+def _spoken(ids: list[int], *, finished: bool) -> list[int]:
+    """Answer tokens without the end-of-turn that a finished answer has last."""
+    return ids[:-1] if finished else ids
+
+
+def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
+    """This policy's answers, in the order of the held-out rows; sampled now if they are not there."""
+    part = job.extra["generate"]
+    # Round 0 for every iterate: held-out sampling has one seed, so that equal policies give equal answers.
+    generate = replace(job, stage="generate", round=0, workdir=job.workdir / "generate", **part)
+    manifest = ensure_generations(generate)
+    found: dict[str, dict[str, Any]] = {}
+    for entry in manifest["files"]:
+        path = fetch_file(store, generate.object_id, entry["name"])
+        for answer in pq.read_table(path, columns=["prompt_id", "answer_ids", "text", "finish"]).to_pylist():
+            found[answer["prompt_id"]] = answer
+    if found.keys() != set(prompt_ids):
+        raise Damaged(f"{generate.object_id}: found answers to {len(found)} prompts; expected {len(prompt_ids)}")
+    answers = [found[prompt_id] for prompt_id in prompt_ids]
+    return {
+        "sample_ids": [a["answer_ids"] for a in answers],
+        "sample_text": [a["text"] for a in answers],
+        "sample_finish": [a["finish"] for a in answers],
+        "sample_distinct_2": [
+            distinct_bigrams(_spoken(a["answer_ids"], finished=a["finish"] == "stop")) for a in answers
+        ],
+    }
+
+
+def _scores(
+    store: Store, job: Job, data: Columns, sample_ids: list[list[int]], base: Columns, previous: Columns
+) -> Columns:
+    """Every log-probability column: the earlier evaluations' where they have it, else scored now, model by model."""
+    prompts, real = data["prompt_ids"], data["answer_ids"]
+    nothing: list[Any] = [None] * len(prompts)
+    own = {"real_logp": real, "sample_logp": sample_ids}
+    if job.round == 0:
+        found = _score(store, job, [(job.inputs["policy"], own)], prompts)
+        found |= {"real_base_logp": found["real_logp"], "sample_base_logp": found["sample_logp"]}
+        return {name: found.get(name, nothing) for name in ROWS_SCHEMA.names if name.endswith("_logp")}
+    own["previous_sample_logp"] = previous["sample_ids"]
+    work = [(job.inputs["policy"], own), (job.inputs["base"], {"sample_base_logp": sample_ids})]
+    if job.inputs["previous"] != job.inputs["base"]:
+        work.append((job.inputs["previous"], {"sample_previous_logp": sample_ids}))
+    found = _score(store, job, work, prompts)
+    found.setdefault("sample_previous_logp", found["sample_base_logp"])
+    return found | {
+        "real_base_logp": base["real_logp"],
+        "real_previous_logp": previous["real_logp"],
+        "previous_sample_base_logp": previous["sample_base_logp"],
+        "previous_sample_previous_logp": previous["sample_logp"],
+    }
+
+
+def _score(
+    store: Store, job: Job, work: list[tuple[str, dict[str, list[list[int]]]]], prompts: list[list[int]]
+) -> Columns:
+    """Log-probabilities of answers to `prompts`; work: (policy object, {column: answers}), each policy loaded once."""
+    config = job.config
+    progress = Progress("evaluate", sum(len(columns) for _, columns in work) * len(prompts), "sequences")
+    found: Columns = {}
+    for policy, columns in work:
+        values = score(
+            fetch_folder(store, policy, "policy"),
+            prompts * len(columns),
+            [answer for answers in columns.values() for answer in answers],
+            precision=config.training.precision,
+            device=config.resources.device,
+            batch_size=config.evaluation.score_batch_size,
+            progress=progress,
+        )
+        if not np.isfinite(values).all():
+            bad = int((~np.isfinite(values)).sum())
+            raise BadInput(
+                f"policy {policy}", f"{bad} log-probabilities that are not finite", "a policy in working order"
+            )
+        for i, name in enumerate(columns):
+            found[name] = values[i * len(prompts) : (i + 1) * len(prompts)]
+    return found
+
+
+def _shown(data: Columns, rows: Columns, count: int) -> list[dict[str, Any]]:
+    """The first held-out prompts in the order of the data: none is chosen by what was answered."""
+    return [
+        {
+            "prompt_id": data["prompt_id"][i],
+            "messages": json.loads(data["messages"][i]),
+            "answer": data["answer"][i],
+            "sample": rows["sample_text"][i],
+            "finish": rows["sample_finish"][i],
+        }
+        for i in range(min(count, len(data["prompt_id"])))
+    ]
+
+
+def _flat(metrics: dict[str, Estimate]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: estimate["value"] for name, estimate in metrics.items()}
+    return values | {"intervals": {name: [e["low"], e["high"]] for name, e in metrics.items()}}
+
+
+def _write_json(path: Path, document: object) -> None:
+    path.write_text(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(run)

@@ -1,0 +1,348 @@
+"""Three iterates of a tiny random model, evaluated in a row on a real store, against brute force."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from spinreg_core import logprobs
+from spinreg_core import scoring as scoring_module
+from spinreg_core.config import EvaluationConfig, GenerationConfig, RunConfig, TrainingConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.evaluation import heldout_metrics
+from spinreg_core.metrics import METRICS
+from spinreg_core.objects import fetch_file, fingerprint, publish, read_manifest
+from spinreg_core.render import Renderer
+from spinreg_core.stages import evaluate, generate
+from spinreg_core.stages.job import Job
+from spinreg_core.store import Store, open_store
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .#0123456789"
+ALPHA = 0.25
+CONFIG = RunConfig(
+    generation=GenerationConfig(engine="hf", dtype="float32", max_new_tokens=8, shard_size=5, batch_size=4),
+    training=TrainingConfig(precision="fp32"),
+    evaluation=EvaluationConfig(bootstrap=100, shown_samples=3, score_batch_size=4),
+    objective={"alpha": ALPHA},
+    resources={"device": "cpu"},
+)
+
+
+def save_policy(folder: Path, seed: int) -> None:
+    """A Llama of a few thousand random weights, one letter a token, with a chat template."""
+    vocab = {"<end>": 0, "<user>": 1, "<assistant>": 2, "<unk>": 3} | {c: i + 4 for i, c in enumerate(LETTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>", unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )  # fmt: skip
+    fast.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(seed)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=128,
+            initializer_range=0.5,
+            bos_token_id=None,
+            eos_token_id=0,
+            pad_token_id=None,
+        )
+    ).save_pretrained(folder)
+
+
+@dataclass
+class World:
+    """A store with held-out rows and three policies, and the jobs that evaluate them."""
+
+    store: Store
+    data: str
+    policies: list[str]
+    root: Path
+
+    def job(self, iterate: int, evaluated: Sequence[str] = (), config: RunConfig = CONFIG) -> Job:
+        policies = {str(iterate): self.policies[iterate]}
+        key = {"policies": policies, "data": self.data, "sampler": {"engine": "hf"}}
+        part = {
+            "object_id": fingerprint("generate", key), "key": key, "extra": {"rows": "heldout"},
+            "inputs": {"data": self.data, "policies": policies},
+        }  # fmt: skip
+        inputs = {
+            "data": self.data, "policy": self.policies[iterate], "base": self.policies[0],
+            "previous": self.policies[iterate - 1] if iterate else None,
+            "evaluate_base": evaluated[0] if iterate else None,
+            "evaluate_previous": evaluated[iterate - 1] if iterate else None,
+        }  # fmt: skip
+        key = {"n": iterate, "inputs": inputs, "config": config.model_dump(mode="json")}
+        return Job("evaluate", fingerprint("evaluate", key), key, self.store.url, "e0001-test", iterate, inputs,
+                   config, self.root / f"work-{iterate}", {"generate": part})  # fmt: skip
+
+    def rows(self, object_id: str) -> dict[str, list[Any]]:
+        return pq.read_table(fetch_file(self.store, object_id, "rows.parquet")).to_pydict()
+
+    def put(self, stage: str, folder: Path) -> str:
+        job = Job(stage, fingerprint(stage, {"folder": str(folder)}), {}, self.store.url, "e0001-put", 0, {}, CONFIG,
+                  folder)  # fmt: skip
+        return str(publish(self.store, job, folder, metrics={})["object_id"])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("evaluate")
+    made = World(open_store(str(root / "store")), "", [], root)
+    for seed in range(3):
+        save_policy(root / f"policy-{seed}" / "policy", seed)
+        made.policies.append(made.put("base" if seed == 0 else "train", root / f"policy-{seed}"))
+    renderer = Renderer.from_folder(root / "policy-0" / "policy")
+    rows = []
+    for i in range(12):
+        messages = [{"role": "user", "content": f"what is {i} and {LETTERS[i] * (i % 4)}"}]
+        answer = f"it is {i}.#### {i}" if i % 3 == 0 else f"letter {LETTERS[i]}"
+        ids = renderer.answer_ids(messages, answer)
+        rows.append(
+            {
+                "prompt_id": f"{i:016x}", "source_row": i, "messages": json.dumps(messages), "answer": answer,
+                "prompt_ids": renderer.prompt_ids(messages), "answer_ids": ids[:-2] if i == 5 else ids,
+                "answer_truncated": i == 5, "final_answer": str(i) if i % 3 == 0 else None,
+            }
+        )  # fmt: skip
+    (root / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), root / "data" / "heldout.parquet")
+    made.data = made.put("data", root / "data")
+    return made
+
+
+@pytest.fixture(scope="module")
+def evaluated(world: World) -> list[str]:
+    """Object ids of the evaluations of iterates 0, 1 and 2."""
+    found: list[str] = []
+    for iterate in range(3):
+        found.append(evaluate.run(world.job(iterate, found))["object_id"])
+    return found
+
+
+def brute_force(world: World, iterate: int, prompts: list[list[int]], answers: list[list[int]]) -> list[float]:
+    """Log-probabilities token by token in float64, one forward pass per token."""
+    model = LlamaForCausalLM.from_pretrained(world.root / f"policy-{iterate}" / "policy").double().eval()
+    found = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        total = 0.0
+        for k, token in enumerate(answer):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer[:k]])).logits[0, -1]
+            total += torch.log_softmax(logits, -1)[token].item()
+        found.append(total)
+    return found
+
+
+@pytest.mark.parametrize("iterate", [0, 1, 2])
+def test_every_score_equals_brute_force(world: World, evaluated: list[str], iterate: int) -> None:
+    """Also those that were taken from earlier evaluations: each column is what its name says."""
+    data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
+    rows = world.rows(evaluated[iterate])
+    answers = {"real": data["answer_ids"], "sample": rows["sample_ids"]}
+    under = {"": iterate, "_base": 0}
+    if iterate:
+        answers["previous_sample"] = world.rows(evaluated[iterate - 1])["sample_ids"]
+        under["_previous"] = iterate - 1
+    for kind, ids in answers.items():
+        for suffix, policy in under.items():
+            expected = brute_force(world, policy, data["prompt_ids"], ids)
+            assert rows[f"{kind}{suffix}_logp"] == pytest.approx(expected, abs=2e-4), (kind, suffix)
+    if not iterate:
+        absent = [name for name in rows if "previous" in name]
+        assert len(absent) == 5
+        assert all(value is None for name in absent for value in rows[name])
+    assert rows["prompt_id"] == data["prompt_id"]
+    assert rows["answer_tokens"] == [len(ids) for ids in data["answer_ids"]]
+    assert rows["final_answer"] == data["final_answer"]
+
+
+def test_samples_are_this_policys_own_answers(world: World, evaluated: list[str]) -> None:
+    renderer = Renderer.from_folder(world.root / "policy-0" / "policy")
+    data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
+    seen = []
+    for iterate, object_id in enumerate(evaluated):
+        rows = world.rows(object_id)
+        assert rows["sample_text"] == [renderer.decode(ids) for ids in rows["sample_ids"]]
+        for ids, finish in zip(rows["sample_ids"], rows["sample_finish"], strict=True):
+            assert (finish == "stop") == (ids[-1] == renderer.end_of_turn)
+            assert len(ids) <= 8 if finish == "stop" else len(ids) == 8
+        shown = json.loads(fetch_file(world.store, object_id, "samples.json").read_bytes())["samples"]
+        assert [s["prompt_id"] for s in shown] == data["prompt_id"][:3]
+        assert [s["answer"] for s in shown] == data["answer"][:3]
+        assert [s["sample"] for s in shown] == rows["sample_text"][:3]
+        assert shown[1]["messages"] == json.loads(data["messages"][1])
+        seen.append(rows["sample_text"])
+        generated = world.job(iterate, evaluated).extra["generate"]["object_id"]
+        shards = read_manifest(world.store, generated)
+        assert shards is not None
+        assert len(shards["files"]) == 3
+        tables = [pq.read_table(fetch_file(world.store, generated, f["name"])).to_pylist() for f in shards["files"]]
+        answers = {answer["prompt_id"]: answer["answer_ids"] for table in tables for answer in table}
+        assert rows["sample_ids"] == [answers[prompt_id] for prompt_id in data["prompt_id"]]
+    assert len({tuple(texts) for texts in seen}) == 3
+
+
+@pytest.mark.parametrize("iterate", [0, 1, 2])
+def test_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterate: int) -> None:
+    """metrics.json and the manifest are what anybody gets from rows.parquet alone."""
+    table = pq.read_table(fetch_file(world.store, evaluated[iterate], "rows.parquet"))
+    expected = heldout_metrics(table, alpha=ALPHA, resamples=100, seed=CONFIG.seed)
+    stored = json.loads(fetch_file(world.store, evaluated[iterate], "metrics.json").read_bytes())
+    assert stored == expected
+    assert set(METRICS) <= set(stored) | ({"nll_vs_base", "nll_vs_previous", "reward_accuracy", "kl_previous"}
+                                          if iterate == 0 else set())  # fmt: skip
+    manifest = read_manifest(world.store, evaluated[iterate])
+    assert manifest is not None
+    intervals = manifest["metrics"].pop("intervals")
+    assert manifest["metrics"] == {name: e["value"] for name, e in expected.items()}
+    assert intervals == {name: [e["low"], e["high"]] for name, e in expected.items()}
+
+
+def test_a_round_that_changed_nothing_shows_as_nothing(world: World, evaluated: list[str]) -> None:
+    """Equal policies get one seed, so they give equal answers: every difference is exactly 0, every pair a tie."""
+    still = replace(world, policies=[world.policies[0]] * 2)
+    object_id = evaluate.run(still.job(1, evaluated))["object_id"]
+    assert world.rows(object_id)["sample_ids"] == world.rows(evaluated[0])["sample_ids"]
+    manifest = read_manifest(world.store, object_id)
+    assert manifest is not None
+    zero = ("nll_vs_base", "nll_vs_previous", "kl_base", "kl_previous")
+    assert [manifest["metrics"][name] for name in zero] == [0, 0, 0, 0]
+    assert manifest["metrics"]["reward_accuracy"] == 0.5
+
+
+def test_reward_accuracy_from_the_policies_themselves(world: World, evaluated: list[str]) -> None:
+    """r = log p_2 - alpha log p_1 - (1 - alpha) log p_0, human answers against iterate 1's samples."""
+    data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
+    opponents = world.rows(evaluated[1])["sample_ids"]
+
+    def reward(answers: list[list[int]]) -> np.ndarray:
+        own, previous, base = (np.array(brute_force(world, n, data["prompt_ids"], answers)) for n in (2, 1, 0))
+        return own - ALPHA * previous - (1 - ALPHA) * base
+
+    wins = (reward(data["answer_ids"]) > reward(opponents)).mean()
+    manifest = read_manifest(world.store, evaluated[2])
+    assert manifest is not None
+    assert manifest["metrics"]["reward_accuracy"] == pytest.approx(wins)
+
+
+@pytest.mark.parametrize(
+    ("iterate", "expected"),
+    [
+        (0, [(0, 24)]),  # y, y' under the base
+        (1, [(1, 36), (0, 12)]),  # y, y', y'' under iterate 1; y' under the base, which is also the previous
+        (2, [(2, 36), (0, 12), (1, 12)]),
+    ],
+)
+def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
+    world: World,
+    evaluated: list[str],
+    iterate: int,
+    expected: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    calls: list[tuple[str, int]] = []
+    alive: list[int] = []
+    real_score, real_load = evaluate.score, logprobs.load_policy
+
+    def score(policy: Any, prompts: list[list[int]], answers: list[list[int]], **options: Any) -> list[float]:
+        calls.append((str(policy), len(answers)))
+        return real_score(policy, prompts, answers, **options)
+
+    def count() -> int:
+        gc.collect()
+        return sum(issubclass(type(thing), PreTrainedModel) for thing in gc.get_objects())
+
+    def load(*arguments: Any) -> PreTrainedModel:
+        alive.append(count())
+        return real_load(*arguments)
+
+    before = count()
+    monkeypatch.setattr(evaluate, "score", score)
+    monkeypatch.setattr(scoring_module, "load_policy", load)
+    job = world.job(iterate, evaluated)
+    part = job.extra["generate"]
+    sampled_anew = {"generate": part | {"object_id": part["object_id"] + "-again"}}
+    again = replace(job, object_id=job.object_id + "-again", workdir=tmp_path / "work", extra=sampled_anew)
+    evaluate.run(again)
+    folders = [str(world.store.local_path(f"objects/{p}/data/e0001-put/policy")) for p in world.policies]
+    assert [(folders.index(folder), answers) for folder, answers in calls] == expected
+    assert alive == [before] * len(expected)
+    assert world.rows(again.object_id) == world.rows(evaluated[iterate])  # the same seeds: the same samples
+
+
+def test_samples_that_exist_are_not_sampled_again(
+    world: World, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A killed evaluation finds its answers in the store."""
+    monkeypatch.setattr(generate, "run", lambda *_: pytest.fail("sampled again"))
+    job = world.job(1, evaluated)
+    again = replace(job, object_id=job.object_id + "-resumed", workdir=tmp_path / "work")
+    assert evaluate.run(again)["object_id"] == again.object_id
+
+
+def test_evaluating_again_keeps_what_was_committed_first(world: World, evaluated: list[str], tmp_path: Path) -> None:
+    job = replace(world.job(1, evaluated), writer="e0002-late", workdir=tmp_path / "work")
+    assert evaluate.run(job)["writer"] == "e0001-test"
+
+
+def test_a_job_without_the_earlier_evaluations_is_refused(world: World, evaluated: list[str]) -> None:
+    job = world.job(1, evaluated)
+    with pytest.raises(BadInput, match=r"round 1, inputs\.evaluate_previous: found None"):
+        evaluate.run(replace(job, inputs=job.inputs | {"evaluate_previous": None}))
+    with pytest.raises(BadInput, match=r"round 0, inputs\.evaluate_base: found evaluate-"):
+        evaluate.run(replace(job, round=0))
+
+
+def test_earlier_evaluations_of_other_rows_are_refused(world: World, evaluated: list[str], tmp_path: Path) -> None:
+    table = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet"))
+    pq.write_table(table.slice(1), tmp_path / "heldout.parquet")
+    other = world.put("data", tmp_path)
+    job = world.job(1, evaluated)
+    with pytest.raises(BadInput, match=r"about other rows; expected an evaluation of the held-out rows of data-"):
+        evaluate.run(replace(job, inputs=job.inputs | {"data": other}))
+
+
+def test_gsm8k_without_a_single_marked_answer_ends_before_any_model(world: World, tmp_path: Path) -> None:
+    table = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet"))
+    keep = [i for i, answer in enumerate(table["answer"].to_pylist()) if "####" not in answer]
+    pq.write_table(table.take(keep), tmp_path / "heldout.parquet")
+    config = CONFIG.model_copy(update={"evaluation": EvaluationConfig(final_answer="gsm8k")})
+    job = world.job(0, config=config)
+    with pytest.raises(BadInput, match=r"evaluation\.final_answer"):
+        evaluate.run(replace(job, inputs=job.inputs | {"data": world.put("data", tmp_path)}))
+
+
+def test_a_broken_policy_is_named(world: World, tmp_path: Path) -> None:
+    save_policy(tmp_path / "policy", 7)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "policy")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    model.save_pretrained(tmp_path / "policy")
+    broken = world.put("train", tmp_path)
+    job = world.job(0)
+    with pytest.raises(BadInput, match=rf"policy {broken}: found \d+ log-probabilities that are not finite"):
+        evaluate.run(replace(job, inputs=job.inputs | {"policy": broken}))
