@@ -1,0 +1,144 @@
+"""Reading a data set into checked rows, and the verdict on how many of them are bad.
+
+Decides: that a bad row is listed and never silently dropped, that exact duplicates count once, and when there are
+too many bad rows to go on. Leaves out: the layouts (`formats.py`), the files (`sources.py`), tokens (`encode.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.formats import Rejected, Row, RowProblem, choose_layout, read_rows
+from spinreg_core.data.sources import read_records
+from spinreg_core.errors import BadInput
+
+SHOWN = 5  # rows and examples that a message names
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """`exact`: rows left out because the same prompt with the same answer came before. `prompts`: prompts
+    that have several different answers, all kept. `examples`: a few of those, with their row numbers.
+    """
+
+    exact: int
+    prompts: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A data set after the checks that need no model. `records` counts the source's records, good and bad."""
+
+    dataset: str
+    format: str
+    records: int
+    rows: list[Row]
+    rejected: list[Rejected]
+    duplicates: Duplicates
+
+    def content_hash(self) -> str:
+        """SHA-256 (hex) of the rows and the rejected rows: equal for equal content, whatever the file's layout."""
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(json.dumps([row.source_row, row.messages, row.answer]).encode())
+        for bad in self.rejected:
+            digest.update(json.dumps([bad.row, bad.reason]).encode())
+        return digest.hexdigest()
+
+
+def load_rows(dataset: str, config: DataConfig, *, split: str | None = None, subset: str | None = None) -> Loaded:
+    """Read and check a data set: hub id, local or s3:// file or folder, or builtin:demo.
+
+    `split` and `subset` override those of `config` (for a held-out data set). Bad rows are listed in
+    `.rejected`; `require_usable` says whether there are too many. Raises BadInput for what concerns the whole
+    data set: a missing file, split or column, or no records at all.
+    """
+    # A data set named as split= of its own (held-out) has no use for the training set's subset.
+    records = read_records(dataset, split or config.split, config.subset if split is None else subset)
+    where = f"dataset {dataset}"
+    if not records:
+        raise BadInput(where, "no rows", "at least one row for training and one to hold out")
+    columns = {str(name) for record in records if isinstance(record.content, dict) for name in record.content}
+    if not columns:
+        first = records[0].problem or RowProblem("wrong_type", type(records[0].content).__name__)
+        raise BadInput(where, f"{len(records)} rows and no record among them (row {records[0].row}: {first})",
+                       "records with named fields")  # fmt: skip
+    layout = choose_layout(columns, config, where)
+    rows: list[Row] = []
+    rejected: list[Rejected] = []
+    for record in records:
+        try:
+            if record.problem is not None:
+                raise record.problem
+            rows += read_rows(record.content, record.row, layout, config.turns)
+        except RowProblem as problem:
+            rejected.append(Rejected(record.row, problem.reason, problem.detail))
+    kept, duplicates = _without_exact_duplicates(rows)
+    return Loaded(dataset, layout.format, len(records), kept, rejected, duplicates)
+
+
+def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
+    """The held-out data set if the configuration names one or the demo brings its own, else None."""
+    if config.heldout_dataset is not None:
+        return load_rows(config.heldout_dataset, config, split=config.heldout_split)
+    if dataset == "builtin:demo":
+        return load_rows(dataset, config, split="heldout")
+    return None
+
+
+def _without_exact_duplicates(rows: Sequence[Row]) -> tuple[list[Row], Duplicates]:
+    answers: dict[str, dict[str, int]] = {}  # prompt hash -> answer -> source row
+    first: dict[str, Row] = {}
+    kept = []
+    for row in rows:
+        key = row.prompt_hash
+        seen = answers.setdefault(key, {})
+        if row.answer not in seen:
+            seen[row.answer] = row.source_row
+            first.setdefault(key, row)
+            kept.append(row)
+    repeated = [key for key, seen in answers.items() if len(seen) > 1]
+    examples = tuple(
+        f"{shorten(first[key].messages[-1]['content'])} (rows {', '.join(map(str, answers[key].values()))})"
+        for key in repeated[:SHOWN]
+    )
+    return kept, Duplicates(len(rows) - len(kept), len(repeated), examples)
+
+
+def shorten(text: str, length: int = 60) -> str:
+    """One line of at most `length` characters, in quotes."""
+    line = " ".join(text.split())
+    return f'"{line}"' if len(line) <= length else f'"{line[: length - 1]}…"'
+
+
+def by_reason(rejected: Sequence[Rejected]) -> dict[str, int]:
+    """Counts by reason, most frequent first."""
+    return dict(Counter(bad.reason for bad in rejected).most_common())
+
+
+def bad_share(records: int, rejected: Sequence[Rejected]) -> float:
+    """Share of the source's records that gave a bad row (0..1)."""
+    return len({bad.row for bad in rejected}) / records
+
+
+def require_usable(loaded: Loaded, rejected: Sequence[Rejected], max_bad_share: float) -> None:
+    """Raise BadInput if more than `max_bad_share` of the records are bad, or none is good.
+
+    `rejected` is all that was refused so far: `loaded.rejected`, later with what tokenising refused.
+    """
+    share = bad_share(loaded.records, rejected)
+    if share <= max_bad_share and len({bad.row for bad in rejected}) < loaded.records:
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items())
+    shown = "; ".join(f"row {bad.row}: {bad.reason} ({bad.detail})" for bad in list(rejected)[:SHOWN])
+    raise BadInput(
+        f"dataset {loaded.dataset}",
+        f"{share:.1%} bad rows ({len({bad.row for bad in rejected})} of {loaded.records}: {counts}). First: {shown}",
+        f"at most {max_bad_share:.1%} (data.max_bad_share)",
+    )

@@ -1,0 +1,317 @@
+"""Where records come from: the hub, a local or s3:// file or folder, the bundled demo.
+
+Decides: how each kind of file is read so that one broken line costs one row, which files of a folder make up a
+split, and how rows are numbered (from 1; lines of a JSONL file). Leaves out: what a record means (`formats.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.data.formats import RowProblem
+from spinreg_core.errors import BadInput
+
+DEMO = Path(__file__).parent / "demo"
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Split names as `datasets` finds them, as whole words of a file's or folder's name; heldout is the demo's.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+    "heldout": ("heldout",),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as it was read: its number (from 1) and its content, or the problem that reading met."""
+
+    row: int
+    content: object
+    problem: RowProblem | None = None
+
+
+def read_records(dataset: str, split: str, subset: str | None = None) -> list[Record]:
+    """All records of a split of a data set, in the order of the source. Raises BadInput."""
+    if dataset.startswith("builtin:"):
+        if dataset != "builtin:demo":
+            raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
+        return _read_local(DEMO, split, dataset)
+    if dataset.startswith("s3://"):
+        with tempfile.TemporaryDirectory(prefix="spinreg-data-") as folder:
+            return _read_local(fetch_s3(dataset, Path(folder), "dataset"), split, dataset)
+    path = Path(dataset).expanduser()
+    if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
+        return _read_hub(str(path), split, subset)
+    if path.exists():
+        return _read_local(path, split, dataset)
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or _kind(path) in _READERS:
+        raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
+    return _read_hub(dataset, split, subset)
+
+
+def fetch_s3(url: str, folder: Path, field: str) -> Path:
+    """Copy an s3:// object or prefix below `folder`; returns the local file or folder. Raises BadInput.
+
+    Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
+    """
+    import s3fs
+
+    fs: Any = s3fs.S3FileSystem(use_listings_cache=False)
+    remote = url.removeprefix("s3://").rstrip("/")
+    target = folder / remote.rsplit("/", 1)[-1]
+    try:
+        names = fs.find(remote)
+        if not names:
+            raise FileNotFoundError(remote)
+        for name in names:
+            local = target if name == remote else target / name.removeprefix(f"{remote}/")
+            local.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(local))
+    except FileNotFoundError:
+        raise BadInput(field, f"nothing at {url}", "an object or a prefix with objects below it") from None
+    except Exception as error:  # botocore raises a family of its own for credentials and endpoints
+        if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp")):
+            raise
+        raise BadInput(
+            field, f"{url} cannot be read: {error}", "a reachable bucket (AWS_ENDPOINT_URL, AWS credentials)"
+        ) from None
+    return target
+
+
+def _kind(path: Path) -> str:
+    """Suffix that says how to read a file, compression aside: `.jsonl` for rows.jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _read_local(path: Path, split: str, shown: str) -> list[Record]:
+    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
+        return _read_saved(path, split, shown)
+    splits = _folder_splits(path, shown) if path.is_dir() else {"train": [path]}
+    name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
+    if name not in splits:
+        raise BadInput("data.split", f"{split!r} of {shown}", f"one of its splits: {', '.join(splits)}")
+    records: list[Record] = []
+    for file in splits[name]:
+        first = records[-1].row if records else 0
+        records += [Record(first + r.row, r.content, r.problem) for r in _read_file(file, shown)]
+    if split == name:
+        return records
+    return [record for low, high in _slices(split, name, len(records)) for record in records[low:high]]
+
+
+def _slices(split: str, name: str, rows: int) -> list[tuple[int, int]]:
+    """Ranges of a split in the notation of `datasets`, e.g. train[:80%] or train[:10]+train[20:30]."""
+    from datasets import ReadInstruction
+
+    try:
+        found = ReadInstruction.from_spec(split).to_absolute({name: rows})
+    except (ValueError, AssertionError) as error:
+        raise BadInput("data.split", f"{split!r} ({error})", "the notation of `datasets`, e.g. train[:1000]") from None
+    return [(part.from_ or 0, part.to if part.to is not None else rows) for part in found]
+
+
+def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
+    """Files of a folder by split: by the words in their names, or all of them `train` where none has any."""
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and _kind(path) in _READERS
+        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
+        and path.name not in ("dataset_info.json", "dataset_infos.json", "config.json")
+    )
+    if not files:
+        raise BadInput("dataset", f"{shown} without data files", f"files ending in {', '.join(_READERS)}")
+    splits: dict[str, list[Path]] = {}
+    for split, words in _SPLIT_WORDS.items():
+        pattern = re.compile(rf"(^|[-._ 0-9/])({'|'.join(words)})([-._ 0-9/]|$)")
+        found = [path for path in files if pattern.search(path.relative_to(folder).as_posix())]
+        if found:
+            splits[split] = found
+    splits = splits or {"train": files}
+    for split, members in splits.items():
+        kinds = {_kind(path) for path in members}
+        if len(kinds) > 1:  # most likely the same rows twice
+            raise BadInput("dataset", f"{shown}, split {split}, with files of kinds {', '.join(sorted(kinds))}",
+                           "one kind of file per split; name one file instead")  # fmt: skip
+    return splits
+
+
+def _read_file(path: Path, shown: str) -> Iterable[Record]:
+    reader = _READERS.get(_kind(path))
+    if reader is None:
+        raise BadInput("dataset", f"{shown} with suffix {_kind(path)!r}", f"a file ending in {', '.join(_READERS)}")
+    try:
+        yield from reader(path)
+    except EOFError:
+        raise BadInput("dataset", f"{path}, which ends in the middle of its compressed data", "a whole file") from None
+
+
+def _open_text(path: Path) -> Any:
+    """Text of a possibly compressed file; bytes that are no UTF-8 stay visible as lone surrogates."""
+    import fsspec
+
+    return fsspec.open(
+        str(path), "rt", compression="infer", encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ).open()
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield Record(number, json.loads(line))
+                except ValueError as error:
+                    yield Record(number, None, RowProblem("broken_json", f"{path.name}, line {number}: {error}"))
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """One array of records; a file with one object per line is read as JSONL."""
+    with _open_text(path) as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        if first == "[":
+            try:
+                records = json.loads(first + file.read())
+            except ValueError as error:
+                raise BadInput("dataset", f"{path} is broken: {error}", "a JSON array of records") from None
+            yield from (Record(number, content) for number, content in enumerate(records, start=1))
+            return
+    if first not in ("{", ""):
+        raise BadInput("dataset", f"{path} beginning with {first!r}", "a JSON array, or one object per line")
+    records = list(_jsonl(path))
+    if records and all(record.problem is not None for record in records):
+        raise BadInput("dataset", f"{path}, one JSON object over several lines or broken lines throughout",
+                       "a JSON array of records, or one object per line")  # fmt: skip
+    yield from records
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # answers are longer than the default 128 KiB at times
+    with _open_text(path) as file:
+        reader = csv.DictReader(file, restkey="")
+        number = 0
+        while True:
+            number += 1
+            try:
+                content = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield Record(number, None, RowProblem("wrong_type", f"{path.name}, record {number}: {error}"))
+                continue
+            if "" in content and isinstance(content[""], list):
+                problem = f"{path.name}, record {number}: more fields than the header names"
+                yield Record(number, None, RowProblem("wrong_type", problem))
+            else:
+                yield Record(number, content)
+
+
+def _table_records(batches: Iterable[Any]) -> Iterator[Record]:
+    """Records of pyarrow tables or batches. Arrow does not check text, so a broken one shows on reading."""
+    number = 0
+    for batch in batches:
+        try:
+            contents = batch.to_pylist()
+        except UnicodeDecodeError:
+            contents = [None] * batch.num_rows
+            for i in range(batch.num_rows):
+                try:
+                    yield Record(number + i + 1, batch.slice(i, 1).to_pylist()[0])
+                except UnicodeDecodeError as error:
+                    yield Record(number + i + 1, None, RowProblem("broken_utf8", str(error)))
+        else:
+            yield from (Record(number + i, content) for i, content in enumerate(contents, start=1))
+        number += len(contents)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from _table_records(file.iter_batches(1000))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
+
+
+def _arrow(path: Path) -> Iterator[Record]:
+    """Arrow IPC, as a file or (what `datasets` writes) a stream."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                reader: Any = pa.ipc.open_stream(source)
+                batches: Iterable[Any] = reader
+            except pa.ArrowInvalid:
+                source.seek(0)
+                reader = pa.ipc.open_file(source)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from _table_records(batches)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
+
+
+_READERS = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+
+
+def _dataset_records(dataset: Any) -> list[Record]:
+    return list(_table_records(dataset.with_format("arrow").iter(1000)))
+
+
+def _read_saved(path: Path, split: str, shown: str) -> list[Record]:
+    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    from datasets import Dataset, load_from_disk
+
+    found = load_from_disk(str(path))
+    splits = {"train": found} if isinstance(found, Dataset) else dict(found)
+    name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
+    if name not in splits:
+        raise BadInput("data.split", f"{split!r} of {shown}", f"one of its splits: {', '.join(splits)}")
+    records = _dataset_records(splits[name])
+    if split == name:
+        return records
+    return [record for low, high in _slices(split, name, len(records)) for record in records[low:high]]
+
+
+def _read_hub(dataset: str, split: str, subset: str | None) -> list[Record]:
+    """A hub data set, or what the local cache of the hub has of it where the hub cannot be reached."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
+
+    try:
+        found = load_dataset(dataset, subset, split=split)
+    except (DatasetNotFoundError, DefunctDatasetError, FileNotFoundError) as error:
+        raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub data set") from None
+    except ConnectionError as error:
+        raise BadInput(
+            "dataset", f"{dataset!r}, no local path, and the hub cannot be reached ({error})",
+            "a path that exists, or a hub id while the hub (or HF_HOME's cache of it) can be reached",
+        ) from None  # fmt: skip
+    except (ValueError, DatasetGenerationError, RuntimeError) as error:  # unknown split or subset, or a broken file
+        raise BadInput("dataset", f"{dataset!r}, subset {subset!r}, split {split!r}: {error}",
+                       "an existing data.split and data.subset, in a layout `datasets` reads") from None  # fmt: skip
+    return _dataset_records(found)

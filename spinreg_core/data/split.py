@@ -1,0 +1,89 @@
+"""Which rows are held out, and which prompts a round gets.
+
+Decides: both, from hashes and the run's seed alone, so neither the order of the rows nor a library's random
+generator matters. Leaves out: reading rows (`load.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+from spinreg_core.data.formats import Row
+from spinreg_core.errors import BadInput
+
+
+def _order(seed: int, *what: object) -> bytes:
+    return hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
+
+
+def _groups(rows: Sequence[Row], seed: int) -> list[list[int]]:
+    """Indices of rows that share an opening, groups in seeded hash order."""
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.opening_hash, []).append(index)
+    return [groups[opening] for opening in sorted(groups, key=lambda opening: _order(seed, opening))]
+
+
+def split_rows(rows: Sequence[Row], heldout_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, held-out), both in the order of `rows`; held-out has at most `heldout_rows` rows.
+
+    Rows that open alike (same messages up to the first user turn) stay together, so no prompt and no piece
+    of one conversation is on both sides. The seeded SHA-256 order of the openings decides; a group that
+    would overfill the held-out side is passed over. Raises BadInput if nothing is left to train on.
+    """
+    held: set[int] = set()
+    for group in _groups(rows, seed):
+        if len(held) + len(group) <= heldout_rows:
+            held.update(group)
+    train = [row for index, row in enumerate(rows) if index not in held]
+    heldout = [rows[index] for index in sorted(held)]
+    if not train or not heldout:
+        raise BadInput(
+            "data.heldout_rows",
+            f"{heldout_rows} held-out rows of {len(rows)} usable rows: {len(train)} train, {len(heldout)} held out",
+            "rows on both sides; lower it or name a heldout_dataset",
+        )
+    return train, heldout
+
+
+def given_heldout(
+    rows: Sequence[Row], heldout: Sequence[Row], heldout_rows: int, seed: int
+) -> tuple[list[Row], list[Row], int]:
+    """(train, held-out, dropped) where the held-out rows come from a data set of their own.
+
+    Held-out are its first `heldout_rows` rows in seeded order of their prompts. Training rows that open like
+    any of them are dropped and counted. Raises BadInput if nothing is left to train on.
+    """
+    order = sorted(range(len(heldout)), key=lambda i: (_order(seed, heldout[i].prompt_hash), i))
+    chosen = [heldout[i] for i in sorted(order[:heldout_rows])]
+    openings = {row.opening_hash for row in chosen}
+    train = [row for row in rows if row.opening_hash not in openings]
+    if not train:
+        raise BadInput("data.heldout_dataset", f"all {len(rows)} training prompts in it", "other prompts than dataset")
+    return train, chosen, len(rows) - len(train)
+
+
+def round_prompts(
+    n: int, prompts_per_round: int | None, round_number: int, mode: Literal["fresh", "same"], seed: int
+) -> list[int]:
+    """Indices (into the n training rows) of the prompts of a round, counted from 1.
+
+    fresh: consecutive pieces of one seeded permutation after another, each a full pass over the rows. A round
+    that straddles two passes takes no row twice, because the next pass puts the rows that the round has
+    already at its end. same: the first piece, every round. All n rows where so many or more are asked for.
+    """
+    if prompts_per_round is None or prompts_per_round >= n:
+        return list(range(n))
+    m = prompts_per_round
+    begin = 0 if mode == "same" else (round_number - 1) * m
+    taken: list[int] = []
+    straddling: set[int] = set()  # what the round across the last boundary took before it
+    for number in range((begin + m - 1) // n + 1):
+        key = {i: (i in straddling, _order(seed, number, i)) for i in range(n)}
+        order = sorted(range(n), key=key.__getitem__)
+        low = begin - number * n
+        taken += order[max(low, 0) : max(low + m, 0)]
+        straddling = set(order[n - (number + 1) * n % m :]) if (number + 1) * n % m else set()
+    return taken
