@@ -43,7 +43,7 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
             retry_jitter_factor=0.3,
             retry_condition_fn=may_retry,
         )
-    result = task(*arguments)
+    result: Any = task(*arguments)
     # A task that returns a state of its own ("Reused") hands back the state, not its data.
     return result.result() if isinstance(result, State) else result
 

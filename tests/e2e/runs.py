@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+from servers import PrefectServer
 
 from spinreg_core.head import read_head, stage_object
 from spinreg_core.objects import fetch_file, read_manifest
@@ -22,8 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SMOKE = "deployments/configs/smoke.yaml"
 
 
-def environment(tmp: Path, **extra: str) -> dict[str, str]:
-    """The caller's environment with a cache and a Prefect home of its own."""
+def environment(tmp: Path, server: PrefectServer | None = None, **extra: str) -> dict[str, str]:
+    """The caller's environment with a cache of its own, and a running Prefect server or a home of its own."""
+    if server is not None:
+        return server.env | {"SPINREG_CACHE": str(tmp / "cache")} | extra
     return os.environ | {
         "SPINREG_CACHE": str(tmp / "cache"),
         "PREFECT_HOME": str(tmp / "prefect"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from runs import SMOKE, environment, generations, kill, outcome, run, stage_processes, start, wait_until
+from servers import PrefectServer
 
 from spinreg_core.store import open_store
 
@@ -24,9 +25,8 @@ ONE_ROUND = [
 ]
 
 
-def test_killed_in_every_stage(prefect_server: object, tmp_path: Path) -> None:
-    api = {"PREFECT_API_URL": prefect_server.api_url}  # type: ignore[attr-defined]
-    env = environment(tmp_path, **api)
+def test_killed_in_every_stage(prefect_server: PrefectServer, tmp_path: Path) -> None:
+    env = environment(tmp_path, prefect_server)
     run([*ONE_ROUND, "--store", str(tmp_path / "calm")], env, tmp_path / "calm.log")
     calm = open_store(str(tmp_path / "calm"))
     expected = outcome(calm, "smoke")

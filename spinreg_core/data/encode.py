@@ -1,0 +1,75 @@
+"""Checked rows -> token ids, and the table that the later stages read.
+
+Decides: the columns of train.parquet and heldout.parquet, and the length limits. Leaves out: rendering
+(`render.py`), which rows there are (`load.py`, `split.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import pyarrow as pa
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.formats import Rejected, Row, final_answer, prompt_ids_of
+from spinreg_core.errors import BadInput
+
+if TYPE_CHECKING:
+    from spinreg_core.render import Renderer
+
+ROWS_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source_row", pa.int64()),
+        ("messages", pa.string()),
+        ("answer", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("answer_ids", pa.list_(pa.int32())),
+        ("answer_truncated", pa.bool_()),
+        ("final_answer", pa.string()),
+    ]
+)
+
+
+def encode_rows(
+    rows: Sequence[Row], renderer: Renderer, config: DataConfig, mode: Literal["auto", "gsm8k", "none"]
+) -> tuple[list[tuple[Row, dict[str, Any]]], list[Rejected]]:
+    """Each usable row with its record (columns of ROWS_SCHEMA but `prompt_id`), and the rows refused.
+
+    Refused are rows whose prompt is too long or which the template does not render. A human answer that does
+    not fit `max_length` is cut, without an end-of-turn, and marked as truncated.
+    """
+    encoded: list[tuple[Row, dict[str, Any]]] = []
+    rejected: list[Rejected] = []
+    for row in rows:
+        messages = list(row.messages)
+        try:
+            prompt, answer = renderer.prompt_ids(messages), renderer.answer_ids(messages, row.answer)
+        except BadInput as error:
+            rejected.append(Rejected(row.source_row, "template", str(error)))
+            continue
+        if len(prompt) > config.max_prompt_tokens:
+            detail = f"{len(prompt)} tokens; at most {config.max_prompt_tokens}"
+            rejected.append(Rejected(row.source_row, "prompt_too_long", detail))
+            continue
+        room = config.max_length - len(prompt)
+        record = {
+            "source_row": row.source_row,
+            "messages": json.dumps(messages, ensure_ascii=False),
+            "answer": row.answer,
+            "prompt_ids": prompt,
+            "answer_ids": answer[:room],
+            "answer_truncated": len(answer) > room,
+            "final_answer": final_answer(row.answer, mode),
+        }
+        encoded.append((row, record))
+    return encoded, rejected
+
+
+def rows_table(rows: Sequence[Row], encoded: Sequence[tuple[Row, dict[str, Any]]]) -> pa.Table:
+    """Some of the encoded rows as a table of ROWS_SCHEMA, prompt ids included."""
+    records = {id(row): record for row, record in encoded}
+    listed = [records[id(row)] | {"prompt_id": name} for row, name in zip(rows, prompt_ids_of(rows), strict=True)]
+    return pa.Table.from_pylist(listed, schema=ROWS_SCHEMA)
