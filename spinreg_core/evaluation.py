@@ -11,7 +11,7 @@ such policy or number):
     prompt_id                       as in heldout.parquet
     answer_tokens                   tokens of y
     answer_distinct_2               distinct-2 of y
-    final_answer                    reference of exact match, or null
+    final_answer                    reference of exact match, or null; as in heldout.parquet
     real_logp                       log p(y); under the base: real_base_logp, under the previous: real_previous_logp
     sample_ids, sample_text         y' as sampled
     sample_finish                   stop | length
@@ -21,8 +21,6 @@ such policy or number):
 """
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -129,17 +127,3 @@ def exact_matches(references: list[str | None], answers: list[str]) -> list[bool
     """Whether each answer's final number is the reference's; rows whose reference has no number are left out."""
     numbers = [None if text is None else reference_number(text) for text in references]
     return [answered_number(a) == n for n, a in zip(numbers, answers, strict=True) if n is not None]
-
-
-def final_answers(rows: dict[str, list[Any]], mode: Literal["auto", "gsm8k", "none"]) -> list[str | None]:
-    """The reference of exact match per held-out row, or null: `final_answer`, or what an answer says after `####`.
-
-    rows: the columns of heldout.parquet. `auto` takes the column as it is; `gsm8k` also reads the answer text.
-    """
-    if mode == "none":
-        return [None] * len(rows["answer"])
-    found = list(rows["final_answer"])
-    if mode == "gsm8k":
-        texts = [answer if "####" in answer else None for answer in rows["answer"]]
-        found = [text if value is None else value for value, text in zip(found, texts, strict=True)]
-    return found

@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.evaluation import ROWS_SCHEMA, final_answers, heldout_metrics
+from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics
 from spinreg_core.metrics import Estimate, distinct_bigrams
 from spinreg_core.objects import fetch_file, fetch_folder, publish
 from spinreg_core.progress import Progress
@@ -47,8 +47,7 @@ def run(job: Job) -> dict[str, Any]:
     start = time.monotonic()
     store, config = open_store(job.store), job.config
     data = pq.read_table(fetch_file(store, job.inputs["data"], "heldout.parquet")).to_pydict()
-    references = final_answers(data, config.evaluation.final_answer)
-    if config.evaluation.final_answer == "gsm8k" and not any(references):
+    if config.evaluation.final_answer == "gsm8k" and not any(data["final_answer"]):
         raise BadInput("evaluation.final_answer", "gsm8k, but no held-out answer with ####", "auto, none, or such rows")
     base, previous = (_earlier(store, job, name, data) for name in ("evaluate_base", "evaluate_previous"))
 
@@ -59,7 +58,7 @@ def run(job: Job) -> dict[str, Any]:
             distinct_bigrams(_spoken(ids, finished=not truncated))
             for ids, truncated in zip(data["answer_ids"], data["answer_truncated"], strict=True)
         ],
-        "final_answer": references,
+        "final_answer": data["final_answer"],
     }
     rows |= _samples(store, job, data["prompt_id"])
     rows |= _scores(store, job, data, rows["sample_ids"], base, previous)

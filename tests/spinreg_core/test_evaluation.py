@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from spinreg_core.evaluation import ROWS_SCHEMA, exact_matches, final_answers, heldout_metrics, implicit_reward
+from spinreg_core.evaluation import ROWS_SCHEMA, exact_matches, heldout_metrics, implicit_reward
 from spinreg_core.metrics import METRICS, distinct_bigrams
 
 BASE_ONLY = {"human_answer_length", "human_distinct_2"}
@@ -144,10 +144,3 @@ def test_alpha_weighs_the_previous_policy() -> None:
 def test_exact_match_leaves_out_rows_without_a_number() -> None:
     assert exact_matches(["72", None, "#### 1,000", "red"], ["#### 72.0", "5", "so 1000", "red"]) == [True, True]
     assert exact_matches(["72", "5"], ["it is 71", "none"]) == [False, False]
-
-
-def test_final_answer_modes() -> None:
-    rows = {"answer": ["a #### 3", "no marker", "b #### 4"], "final_answer": ["3", None, None]}
-    assert final_answers(rows, "none") == [None, None, None]
-    assert final_answers(rows, "auto") == ["3", None, None]
-    assert final_answers(rows, "gsm8k") == ["3", None, "b #### 4"]

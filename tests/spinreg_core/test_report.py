@@ -70,10 +70,25 @@ def steps(number: int, count: int = 8) -> list[dict[str, Any]]:
             "accuracy": min(1.0, 0.5 + i / 10),
             "real_logp": -80.0 + i - 9 * (number - 1),
             "generated_logp": -70.0 - 4 * i,
+            "log_ratio_previous_real": 1.0 * i,
+            "log_ratio_previous_generated": -4.0 * i,
             "grad_norm": math.nan if i == 0 else 20.0 / i,
+            "learning_rate": 5e-6 * (1 - i / count),
+            "tokens_per_second": 900.0,
         }
         for i in range(count)
     ]
+
+
+def summary(number: int, text: str) -> dict[str, Any]:
+    """As `training.Round.summary` writes it; human answers lose in round 2."""
+    change = -3.21 if number == 2 else 4.56
+    return {
+        "steps": 8, "pairs": 64, "first_loss": 0.693, "last_loss": 0.319, "loss": 0.5, "accuracy": 0.875,
+        "margin": 6.0, "real_logprob_change": change, "real_logprob_change_error": 0.54, "watched_pairs": 32,
+        "seconds": 61.0, "tokens_per_second": 900.4,
+        "alarms": [f"log p of real answers fell {text}"] if change < 0 else [],
+    }  # fmt: skip
 
 
 def make_run(store: Store, tmp_path: Path, nll: list[float], text: str = "fine", run: str = "demo") -> Store:
@@ -96,8 +111,7 @@ def make_run(store: Store, tmp_path: Path, nll: list[float], text: str = "fine",
                 session.commit(number, "generate", put("generate", number, {"shard": "s"}))
                 session.commit(number, "mix-opponent", put("mix-opponent", number, {"pairs": "p"}))
                 lines = "\n".join(json.dumps(step) for step in steps(number))
-                summary = json.dumps({"alarms": [f"log p of real answers fell {text}"] if number == 2 else []})
-                files = {"metrics.jsonl": lines, "summary.json": summary}
+                files = {"metrics.jsonl": lines, "summary.json": json.dumps(summary(number, text))}
                 session.commit(number, "train", put("train", number, files))
             samples = [
                 {
@@ -169,6 +183,9 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
     assert embedded["rounds"] == data["rounds"]
     assert [s["loss"] for s in data["rounds"][1]["training"]["steps"]] == [s["loss"] for s in steps(1)]
     assert data["rounds"][1]["training"]["steps"][0]["grad_norm"] is None  # NaN cannot be JSON
+    assert data["rounds"][2]["training"]["summary"] == summary(2, "fine")
+    assert "+4.56 ± 0.54" in text
+    assert "-3.21 ± 0.54" in text
     assert data["config"] == RunConfig().model_dump(mode="json")
     for name, value in leaves(data["config"]):
         assert name in text
@@ -383,7 +400,7 @@ def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path:
         page.wait_for_selector("body[data-drawn]")
         drawn = int(page.locator("body").get_attribute("data-drawn") or 0)
         metrics_drawn = len([n for n in METRICS if n in keys["data"]["rounds"][1]["metrics"]])
-        assert drawn == metrics_drawn + 6
+        assert drawn == metrics_drawn + 10  # all training curves but the two against the base
         assert page.locator(".plot .main-svg").count() >= drawn
         # Every curve has a point per round in which its metric is defined.
         points = page.locator("#metric-charts figure:first-child .scatterlayer path.point").count()
