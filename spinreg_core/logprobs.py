@@ -1,0 +1,234 @@
+"""Sequence log-probabilities of answers under a policy: the one code path behind scoring, training and evaluation.
+
+Decides: how a policy is loaded for that (number format, attention, no dropout), how a batch is laid out, and
+that the vocabulary projection runs on answer positions only, in pieces.
+Leaves out: batching over a data set (`scoring.py`), the loss (`objective.py`), packing and prefix sharing.
+
+Layout of a batch: prompt and answer of each row, right-padded to the longest row. Positions count from 0 in
+every row and attention is causal, so nothing a real token sees depends on the padding behind it and no
+attention mask is needed; that keeps SDPA on its fast causal path.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from spinreg_core.errors import BadInput
+
+Precision = Literal["mixed", "bf16", "fp32"]
+
+# float32 logits that may exist at once (elements): 512 MiB. More answer tokens than that are taken in pieces.
+_LOGITS_AT_ONCE = 2**27
+# Rows shorter than this share of a group's longest one start a group of their own (CPU only).
+_UNLIKE = 0.85
+
+
+def load_policy(folder: str | Path, precision: Precision, device: str | torch.device) -> PreTrainedModel:
+    """The causal language model in a Hugging Face folder, ready for `answer_logprobs`.
+
+    Weights are float32 for `mixed` and `fp32`, bfloat16 for `bf16`. Only safetensors are read and no code from
+    the folder is run. Every dropout rate is zero, so training mode and evaluation mode compute the same.
+    Attention is SDPA where the architecture has it, and eager for models that cap attention logits (Gemma 2),
+    because SDPA would leave the cap out without saying so. Raises BadInput for a folder that cannot be loaded.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        _zero_dropout(config)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            **({"attn_implementation": "eager"} if _caps_attention(config) else {}),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"policy folder {folder}", reason, "a Hugging Face causal language model with safetensors weights"
+        ) from error
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+    model.to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def _zero_dropout(config: Any) -> None:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
+def _caps_attention(config: Any) -> bool:
+    text = config.get_text_config()
+    return bool(getattr(text, "attn_logit_softcapping", None) or getattr(text, "attn_logit_softcap", None))
+
+
+def compute_format(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that a forward pass runs in: bfloat16 autocast for `mixed`, nothing otherwise.
+
+    Opened around several calls of `answer_logprobs` whose weights do not change in between, it keeps the
+    bfloat16 copies of the weights from call to call.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if precision == "mixed" else nullcontext()
+
+
+def answer_logprobs(
+    model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]], *, precision: Precision
+) -> Tensor:
+    """log π(answer | prompt) in nats, float32 [batch], differentiable.
+
+    The sum runs over all given answer tokens (end-of-turn included where it is there) and over no prompt token;
+    an empty answer has log-probability 0. The log-softmax is computed in float32 whatever the precision.
+    Raises ValueError for an empty prompt (its answer's first token would have no condition).
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
+    if not all(prompts):
+        raise ValueError("an empty prompt has no position that predicts the first answer token")
+    sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    sums: list[Tensor] = [torch.empty(0)] * len(answers)
+    with compute_format(precision, model.device):
+        head = _head(model)
+        for group in _groups(sizes, split=model.device.type == "cpu"):
+            found = _group_logprobs(model, head, [prompts[i] for i in group], [answers[i] for i in group])
+            for i, value in zip(group, found.unbind(), strict=True):
+                sums[i] = value
+    return torch.stack(sums) if sums else torch.zeros(0, device=model.device)
+
+
+def _groups(sizes: list[int], *, split: bool) -> list[list[int]]:
+    """Rows that go through the model together. On a CPU rows of unlike length go apart, because computing
+    padding costs more there than a larger batch gains; on a GPU it is the other way round."""
+    if not split:
+        return [list(range(len(sizes)))] if sizes else []
+    groups: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if groups and sizes[i] >= _UNLIKE * sizes[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _group_logprobs(
+    model: PreTrainedModel, head: _Head | None, prompts: list[list[int]], answers: list[list[int]]
+) -> Tensor:
+    """One forward pass: float32 [batch] sums of answer-token log-probabilities."""
+    device = model.device
+    sums = torch.zeros(len(answers), device=device, dtype=torch.float32)
+    owners = [i for i, answer in enumerate(answers) for _ in answer]
+    if not owners:
+        return sums
+    # The last answer token is predicted but never conditioned on, so it is no input.
+    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    length = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+    # Flat index (row * length + position) of the hidden state that predicts each answer token.
+    at = [
+        i * length + len(prompt) - 1 + k
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for k in range(len(answer))
+    ]
+    positions = torch.tensor(at, device=device)
+    targets = torch.tensor([token for answer in answers for token in answer], device=device)
+    if head is None:
+        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
+        by_token = -F.cross_entropy(logits.float(), targets, reduction="none")
+    else:
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [batch, length, width]
+        by_token = _token_logprobs(head, hidden.flatten(0, 1)[positions], targets)
+    return sums.index_add(0, torch.tensor(owners, device=device), by_token)
+
+
+def _token_logprobs(head: _Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Log-probability of each target: hidden [tokens, width], targets [tokens] -> float32 [tokens].
+
+    What fits is done in one piece; beyond that each piece's logits are computed again in the backward pass.
+    """
+
+    def piece(h: Tensor, t: Tensor) -> Tensor:
+        return -F.cross_entropy(head(h), t, reduction="none")
+
+    size = max(1, _LOGITS_AT_ONCE // head.vocabulary)
+    if len(targets) <= size:
+        return piece(hidden, targets)
+    pieces = zip(hidden.split(size), targets.split(size), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
+    return torch.cat([piece(h, t) for h, t in pieces])
+
+
+class _Head:
+    """Hidden states [tokens, width] -> float32 logits [tokens, vocabulary], as the model's own forward does."""
+
+    def __init__(self, linear: Any, config: Any) -> None:
+        self.linear = linear
+        self.vocabulary = int(linear.weight.shape[0])
+        # Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma 2 caps.
+        self.scale = float(getattr(config, "logit_scale", None) or 1) / float(
+            getattr(config, "logits_scaling", None) or 1
+        )
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden).float()
+        if self.scale != 1:
+            logits = logits * self.scale
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
+
+
+_heads: weakref.WeakKeyDictionary[nn.Module, _Head | None] = weakref.WeakKeyDictionary()
+
+
+def _head(model: PreTrainedModel) -> _Head | None:
+    """The model's vocabulary projection, or None where it is more than we know how to repeat.
+
+    Known architectures are not listed by name: once per model, our projection of the backbone's output is
+    compared with the logits of the model's own forward. Where they differ, the model's own forward is used,
+    with all its logits.
+    """
+    if model not in _heads:
+        _heads[model] = _agreeing_head(model)
+    return _heads[model]
+
+
+@torch.no_grad()
+def _agreeing_head(model: PreTrainedModel) -> _Head | None:
+    linear, backbone = model.get_output_embeddings(), model.base_model
+    if linear is None or backbone is model or getattr(linear, "weight", None) is None:
+        return None
+    seen: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found = getattr(output, "last_hidden_state", None)
+        if found is not None:
+            seen.append(found)
+
+    tokens = torch.arange(1, 9, device=model.device)[None] % linear.weight.shape[0]
+    hook = backbone.register_forward_hook(keep)
+    try:
+        with torch.autocast(model.device.type, enabled=False):
+            expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+            if len(seen) != 1 or seen[0].shape[:2] != tokens.shape:
+                return None
+            head = _Head(linear, model.config.get_text_config())
+            found = head(seen[0][0])
+    finally:
+        hook.remove()
+    tolerance = 1e-4 if linear.weight.dtype == torch.float32 else 3e-2
+    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    return head if same else None

@@ -1,0 +1,76 @@
+"""The optimiser of a round, its learning rate at every step, and the order in which pairs are seen.
+
+Decides: which optimiser and parameters, the schedule's closed form, the seeded order and the batches.
+Leaves out: gradients and the loop (`training.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import nn
+
+from spinreg_core.config import TrainingConfig
+
+
+def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
+    """torch's AdamW (betas 0.9, 0.999) or RMSprop (smoothing 0.99, no momentum, not centred), both with eps 1e-8.
+
+    Weight decay, decoupled in AdamW and an L2 term in RMSprop, acts on matrices only, not on norms and biases.
+    The learning rate is set before every step (`learning_rate`).
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    # One parameter after another: the foreach version holds a temporary as large as the whole model.
+    return torch.optim.RMSprop(groups, lr=0.0, alpha=0.99, eps=1e-8, foreach=False)
+
+
+def learning_rate(
+    step: int, total: int, *, peak: float, warmup: float, schedule: Literal["linear", "cosine", "constant"]
+) -> float:
+    """Learning rate of a step counted from 0, of `total` steps.
+
+    The first w = ceil(warmup * total) steps rise linearly, peak (step + 1) / w, so no step is taken with rate 0.
+    Then, with u = (step - w) / (total - w): linear peak (1 - u), cosine peak (1 + cos(pi u)) / 2, constant peak.
+    Zero is reached after the last step.
+    """
+    rising = math.ceil(round(warmup * total, 9))  # 0.1 * 30 is 3, not a little more
+    if step < rising:
+        return peak * (step + 1) / rising
+    if schedule == "constant":
+        return peak
+    u = (step - rising) / (total - rising)
+    return peak * (1 - u) if schedule == "linear" else peak * (1 + math.cos(math.pi * u)) / 2
+
+
+def data_order(pair_ids: Sequence[str], *, seed: int, round_number: int, epoch: int) -> list[int]:
+    """A permutation of the pairs, by SHA-256 of (seed, round, epoch, pair id).
+
+    It depends neither on the order of the pairs nor on any library's random numbers.
+    """
+
+    def rank(i: int) -> bytes:
+        return hashlib.sha256(json.dumps(["spinreg order", seed, round_number, epoch, pair_ids[i]]).encode()).digest()
+
+    return sorted(range(len(pair_ids)), key=rank)
+
+
+def batches(
+    pair_ids: Sequence[str], *, batch_size: int, epochs: int, seed: int, round_number: int
+) -> list[tuple[int, list[int]]]:
+    """(epoch from 0, indices of the batch's pairs) of every step; an epoch's last batch may be smaller."""
+    found = []
+    for epoch in range(epochs):
+        order = data_order(pair_ids, seed=seed, round_number=round_number, epoch=epoch)
+        found += [(epoch, order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
+    return found

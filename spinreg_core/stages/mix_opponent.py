@@ -1,0 +1,180 @@
+"""The stage `mix-opponent`: the round's pairs and their reference scores, which training only reads.
+
+Decides: which pairs make up the opponent, which scores the loss will read, and which of them are known already.
+Leaves out: joining and cutting (`pairs.py`), weights (`opponent.py`), the forward pass (`logprobs.py`).
+
+A job's `inputs`: {"data", "generations" (of this round), "previous" (holds policy/, pi_t), "base" (pi_0): object
+ids, "earlier": [{"round", "generations", "pairs" (id or null)}, newest first]}. Its `extra` may have "scored": ids
+of further pairs objects of this run, whose base scores may be taken over; they change no result.
+Leaves `pairs.parquet` (columns: `pairs.PAIRS_SCHEMA`) and `summary.json`. One model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spinreg_core.errors import BadInput
+from spinreg_core.objects import fetch_file, fetch_folder, publish, require_manifest
+from spinreg_core.opponent import mixture_weights
+from spinreg_core.pairs import PAIRS_SCHEMA, Pair, counts, join, keyed, known_scores, replay, treat_truncated
+from spinreg_core.progress import Progress
+from spinreg_core.scoring import score
+from spinreg_core.stages.job import Job, main
+from spinreg_core.store import Store, open_store
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Build, score and publish the pairs of a round. Returns the manifest.
+
+    Its metrics are `summary.json`: the numbers of `pairs.counts`, `dropped` and `clipped` pairs, `scores_computed`
+    and `scores_reused` (sequences under one policy), `scored_tokens_per_second`. Raises BadInput (no usable pairs, a
+    policy whose scores are not finite), Damaged.
+    """
+    start = time.monotonic()
+    store = open_store(job.store)
+    pairs, treated = _opponent(store, job)
+    summary = counts(pairs) | treated | _add_scores(store, job, pairs)
+    print(_described(summary), flush=True)
+    folder = job.workdir / "out"
+    folder.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(pairs, schema=PAIRS_SCHEMA), folder / "pairs.parquet")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))
+    return publish(store, job, folder, metrics=summary, seconds=time.monotonic() - start)
+
+
+def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs to train on, and how many were dropped or had their human answer clipped."""
+    opponent, earlier = job.config.opponent, job.inputs["earlier"]
+    columns = ["prompt_id", "prompt_ids", "answer_ids", "answer_truncated"]
+    table = pq.read_table(fetch_file(store, job.inputs["data"], "train.parquet"), columns=columns)
+    rows = {row["prompt_id"]: row for row in table.to_pylist()}
+    sources = [(job.round, job.inputs["generations"]), *((e["round"], e["generations"]) for e in earlier)]
+    before = [join(_generations(store, object_id), rows, number) for number, object_id in sources]
+    after = [treat_truncated(pairs, opponent.truncated) for pairs in before]
+    if opponent.source == "replay":
+        weights = mixture_weights(job.round - 1, opponent.history, opponent.weighting, decay=opponent.decay)
+        if [number for number, _ in sources] != [job.round - k for k in range(len(weights))]:
+            raise BadInput(
+                f"mix-opponent job of round {job.round}, inputs.earlier",
+                f"rounds {[e['round'] for e in earlier]}",
+                f"rounds {[job.round - k for k in range(1, len(weights))]}, newest first",
+            )
+    else:
+        weights = [1.0]  # the round's generations carry the drawn iterates already
+    chosen = replay(after, weights, seed=job.config.seed, round_number=job.round)
+    length_before = {pair["pair_id"]: len(pair["real_ids"]) for pairs in before for pair in pairs}
+    return chosen, {
+        # Only rounds whose pairs are used at all lose any.
+        "dropped": sum(len(a) - len(b) for a, b, w in zip(before, after, weights, strict=True) if w > 0),
+        "clipped": sum(len(pair["real_ids"]) < length_before[pair["pair_id"]] for pair in chosen),
+    }
+
+
+def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
+    names = [f["name"] for f in require_manifest(store, object_id)["files"] if f["name"].startswith("shards/")]
+    columns = ["prompt_id", "iterate", "prompt_ids", "answer_ids", "finish"]
+    return [
+        row for name in names for row in pq.read_table(fetch_file(store, object_id, name), columns=columns).to_pylist()
+    ]
+
+
+def _add_scores(store: Store, job: Job, pairs: list[Pair]) -> dict[str, Any]:
+    """Fill the score columns that the loss reads: previous_* unless alpha = 0, base_* unless alpha = 1."""
+    alpha = job.config.objective.alpha
+    needed: list[Literal["previous", "base"]] = []
+    needed += ["previous"] if alpha > 0 else []
+    needed += ["base"] if alpha < 1 else []
+    known = _known(store, job) if alpha < 1 else {}
+    values: dict[str, dict[bytes, float]] = {}
+    work: dict[str, dict[bytes, tuple[Pair, str]]] = {}  # object id of a policy -> sequences to score under it
+    for policy in needed:
+        is_base = job.inputs[policy] == job.inputs["base"]
+        values[policy] = known if is_base else {}
+        missing = work.setdefault(job.inputs[policy], {})
+        for pair in pairs:
+            for which in ("real", "generated"):
+                key = keyed(pair, which)
+                if key not in values[policy]:
+                    missing[key] = (pair, which)
+    computed = {object_id: len(missing) for object_id, missing in work.items()}
+    wanted = {keyed(pair, which) for pair in pairs for which in ("real", "generated")}
+    reused = sum(len(wanted) - n for n in computed.values())
+    progress = Progress("mix-opponent", max(sum(computed.values()), 1), "answers")
+    seconds = tokens = 0.0
+    for object_id, missing in work.items():
+        begin = time.monotonic()
+        found = _score(store, job, object_id, missing, progress)
+        seconds += time.monotonic() - begin
+        tokens += sum(len(pair["prompt_ids"]) + len(pair[f"{which}_ids"]) for pair, which in missing.values())
+        for policy in needed:
+            if job.inputs[policy] == object_id:
+                values[policy] = values[policy] | found
+    for policy in needed:
+        for pair in pairs:
+            for which in ("real", "generated"):
+                pair[f"{policy}_{which}"] = values[policy][keyed(pair, which)]
+        _require_finite(pairs, policy)
+    return {
+        "scores_computed": sum(computed.values()),
+        "scores_reused": reused,
+        "scored_tokens_per_second": round(tokens / seconds, 1) if tokens else 0.0,
+    }
+
+
+def _known(store: Store, job: Job) -> dict[bytes, float]:
+    """Scores under pi_0 that earlier rounds of the run left."""
+    objects = [e["pairs"] for e in job.inputs["earlier"] if e["pairs"] is not None] + job.extra.get("scored", [])
+    found: dict[bytes, float] = {}
+    for object_id in dict.fromkeys(objects):
+        columns = ["prompt_ids", "real_ids", "generated_ids", "base_real", "base_generated"]
+        found |= known_scores(pq.read_table(fetch_file(store, object_id, "pairs.parquet"), columns=columns).to_pylist(),
+                              "base")  # fmt: skip
+    return found
+
+
+def _score(
+    store: Store, job: Job, object_id: str, missing: dict[bytes, tuple[Pair, str]], progress: Progress
+) -> dict[bytes, float]:
+    if not missing:
+        return {}
+    config = job.config
+    found = score(
+        fetch_folder(store, object_id, "policy"),
+        [pair["prompt_ids"] for pair, _ in missing.values()],
+        [pair[f"{which}_ids"] for pair, which in missing.values()],
+        precision=config.training.precision,
+        device=config.resources.device,
+        batch_size=config.evaluation.score_batch_size,
+        progress=progress,
+    )
+    return dict(zip(missing, found, strict=True))
+
+
+def _require_finite(pairs: list[Pair], policy: Literal["previous", "base"]) -> None:
+    bad = [p["pair_id"] for p in pairs if not math.isfinite(p[f"{policy}_real"] + p[f"{policy}_generated"])]
+    if bad:
+        raise BadInput(
+            f"scores under the {policy} policy",
+            f"log-probabilities that are not finite for {len(bad)} of {len(pairs)} pairs ({', '.join(bad[:8])})",
+            "finite numbers; the policy's weights or its number format are at fault",
+        )
+
+
+def _described(summary: dict[str, Any]) -> str:
+    rounds = ", ".join(f"{n} of round {number}" for number, n in summary["by_round"].items())
+    return (
+        f"{summary['pairs']} pairs ({rounds}); generated answers cut off: {summary['generated_truncated']}, "
+        f"human answers clipped: {summary['clipped']}, pairs dropped: {summary['dropped']}, empty answers: "
+        f"{summary['empty_generated']}, equal to the human answer: {summary['identical']}; scores computed: "
+        f"{summary['scores_computed']}, reused: {summary['scores_reused']}"
+    )
+
+
+if __name__ == "__main__":
+    main(run)

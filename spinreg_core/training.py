@@ -1,0 +1,281 @@
+"""One round of training: π_θ from π_t on pairs whose reference scores are cached.
+
+Decides: what a step does (accumulated gradient of the batch mean, clipping, update), what it reports, and when it
+refuses to go on. Leaves out: the loss (`objective.py`), optimiser, schedule and order (`optim.py`), the store and
+checkpoints (`stages/train.py`), more than one device.
+
+No second model is in memory, and nothing is drawn: dropout is off and the order comes from hashes, so a round
+continued from a checkpoint is the round that was not interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
+
+from spinreg_core.config import ObjectiveConfig, TrainingConfig, of_round
+from spinreg_core.errors import BadInput
+from spinreg_core.logprobs import answer_logprobs, compute_format
+from spinreg_core.objective import margin, self_play_loss
+from spinreg_core.optim import batches, data_order, learning_rate, make_optimizer
+from spinreg_core.pairs import SCORES, Pair
+from spinreg_core.scoring import score
+
+WATCHED_PAIRS = 32  # pairs whose human answers are scored at both ends of a round
+
+
+@dataclass
+class RoundState:
+    """What a checkpoint keeps besides tensors (JSON)."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished step
+    watched_start: list[float] | None = None  # log π_t of the watched human answers, nats
+
+    @property
+    def done(self) -> int:
+        return len(self.metrics)
+
+
+class Round:
+    """A round in training. `model` holds π_t at first and is trained in place.
+
+    `pairs` have the columns of `pairs.PAIRS_SCHEMA`; the scores that the loss reads must be there. Rounds count
+    from 1. Raises BadInput for pairs that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pairs: Sequence[Pair],
+        *,
+        objective: ObjectiveConfig,
+        training: TrainingConfig,
+        seed: int,
+        round_number: int,
+    ) -> None:
+        self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
+        self.beta = of_round(objective.beta, round_number)
+        self.peak = of_round(training.learning_rate, round_number)
+        names = [pair["pair_id"] for pair in pairs]
+        if not pairs:
+            raise BadInput(f"pairs of round {round_number}", "none", "at least one pair")
+        self.columns = [name for name in SCORES if all(pair[name] is not None for pair in pairs)]
+        needed = [*(SCORES[:2] if objective.alpha > 0 else ()), *(SCORES[2:] if objective.alpha < 1 else ())]
+        if set(needed) - set(self.columns):
+            raise BadInput(f"pairs of round {round_number}", f"the scores {self.columns}",
+                           f"{needed}, which the loss reads at alpha = {objective.alpha}")  # fmt: skip
+        self.batches = batches(
+            names, batch_size=training.batch_size, epochs=training.epochs, seed=seed, round_number=round_number
+        )
+        self.optimizer = make_optimizer(model, training)
+        self.state = RoundState()
+        self.consistent = True  # False while an update is half done
+        watched = data_order(names, seed=seed, round_number=round_number, epoch=-1)[:WATCHED_PAIRS]
+        self.watched = [pairs[i] for i in watched]
+        # π_t is π_0 in round 1, so the base's scores serve too.
+        start = "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
+        self._watched_column = start
+        torch.manual_seed(seed)
+        # Evaluation mode has no dropout, whoever loaded the model; only gradient checkpointing asks for the other.
+        model.train(training.gradient_checkpointing)
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole round."""
+        return len(self.batches)
+
+    def watch_start(self) -> None:
+        """Note log π_t of the watched human answers: cached scores where there are any, else scored now.
+
+        Must be called before the first step.
+        """
+        if self._watched_column is not None:
+            self.state.watched_start = [pair[self._watched_column] for pair in self.watched]
+        else:
+            self.state.watched_start = self._score_watched()
+
+    def _score_watched(self) -> list[float]:
+        return score(
+            self.model,
+            [pair["prompt_ids"] for pair in self.watched],
+            [pair["real_ids"] for pair in self.watched],
+            precision=self.training.precision,
+            batch_size=2 * self.training.micro_batch_size,
+        )
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step. Returns its metrics (also kept in `state`); numbers are of before the update.
+
+        step (from 1), epoch (from 1), pairs, loss (mean over pairs), margin (mean m, nats), accuracy (share with
+        m > 0), real_logp and generated_logp (mean log π_θ, nats/answer), the same `_per_token`, grad_norm (l2, before
+        clipping), learning_rate, beta, tokens (prompts and answers, without padding), seconds, tokens_per_second;
+        and where the scores are cached, log_ratio_{previous,base}_{real,generated}: mean log π_θ(y|x) less
+        log π_t(y|x) or log π_0(y|x), nats/answer. The generated ones are no KL of π_θ, because π_θ did not sample
+        these answers: on answers of q_t, -log_ratio_previous_generated estimates KL(q_t‖π_θ) - KL(q_t‖π_t), which
+        is KL(π_t‖π_θ) where the opponent is π_t alone.
+
+        Raises BadInput naming the pairs where a loss or the gradient is not finite; weights are then unchanged.
+        """
+        begin = time.monotonic()
+        number = self.state.done
+        epoch, rows = self.batches[number]
+        batch = [self.pairs[i] for i in rows]
+        rate = learning_rate(
+            number, self.steps, peak=self.peak, warmup=self.training.warmup, schedule=self.training.schedule
+        )
+        values = self.gradient(batch, f"step {number + 1}")
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = get_total_norm(gradients)
+        grad_norm = float(norm)
+        if not math.isfinite(grad_norm):
+            self._refuse(f"step {number + 1}", f"a gradient norm of {grad_norm}", batch)
+        if self.training.max_grad_norm is not None:
+            clip_grads_with_norm_(self.model.parameters(), self.training.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.consistent = False
+        self.optimizer.step()
+        seconds = time.monotonic() - begin
+        tokens = sum(2 * len(p["prompt_ids"]) + len(p["real_ids"]) + len(p["generated_ids"]) for p in batch)
+        metrics: dict[str, Any] = {"step": number + 1, "epoch": epoch + 1, "pairs": len(batch)}
+        metrics |= _step_metrics(batch, values, self.columns)
+        metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
+                    "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
+        self.state.metrics.append(metrics)
+        self.consistent = True
+        return metrics
+
+    def gradient(self, batch: Sequence[Pair], where: str = "batch") -> dict[str, list[float]]:
+        """Leave the gradient of the batch's mean loss in the parameters, whatever the micro-batch size.
+
+        Returns `loss`, `margin`, `real`, `generated` per pair, in the order of `batch`. Raises BadInput for a loss
+        that is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        precision, device = self.training.precision, self.model.device
+        # Like lengths together: less padding, and the same gradient.
+        order = sorted(range(len(batch)), key=lambda i: -_length(batch[i]))
+        found: dict[str, list[float]] = {name: [0.0] * len(batch) for name in ("loss", "margin", "real", "generated")}
+        with compute_format(precision, device):  # weights are converted once for all micro-batches
+            for start in range(0, len(order), self.training.micro_batch_size):
+                rows = order[start : start + self.training.micro_batch_size]
+                pairs = [batch[i] for i in rows]
+                sums = answer_logprobs(
+                    self.model,
+                    [p["prompt_ids"] for p in pairs] * 2,
+                    [p["real_ids"] for p in pairs] + [p["generated_ids"] for p in pairs],
+                    precision=precision,
+                )
+                with torch.autocast(device.type, enabled=False):
+                    values = self._losses(sums.double(), pairs)
+                    if not torch.isfinite(values["loss"]).all():
+                        bad = [p for p, x in zip(pairs, values["loss"].tolist(), strict=True) if not math.isfinite(x)]
+                        self._refuse(where, "a loss that is not finite", bad)
+                    (values["loss"].sum() / len(batch)).backward()
+                for name, column in found.items():
+                    for i, value in zip(rows, values[name].tolist(), strict=True):
+                        column[i] = value
+        return found
+
+    def _losses(self, sums: Tensor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        real, generated = sums.chunk(2)
+        references = [
+            torch.tensor([p[name] for p in pairs], dtype=torch.float64, device=sums.device)
+            if name in self.columns
+            else None
+            for name in SCORES
+        ]
+        alpha = self.objective.alpha
+        loss = self_play_loss(real, generated, *references, alpha=alpha, beta=self.beta, link=self.objective.link)
+        m = margin(real, generated, *references, alpha=alpha)
+        return {"loss": loss, "margin": m.detach(), "real": real.detach(), "generated": generated.detach()}
+
+    def _refuse(self, where: str, found: str, pairs: Sequence[Pair]) -> NoReturn:
+        names = ", ".join(p["pair_id"] for p in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
+        raise BadInput(f"training, {where}, pairs {names}", found,
+                       f"finite numbers; try a learning rate below {self.peak:g} or precision fp32")  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """What the round did; scores the watched human answers once more.
+
+        steps, pairs, first_loss, last_loss, loss, accuracy, margin (means over the last epoch's pairs, each before its
+        update), seconds, tokens_per_second, real_logprob_change (mean of log π_{t+1} - log π_t over `watched_pairs`
+        human answers of the round, nats/answer), its standard error, and `alarms`: texts a user must see.
+        """
+        metrics = self.state.metrics
+        last = [m for m in metrics if m["epoch"] == metrics[-1]["epoch"]]
+        weight = sum(m["pairs"] for m in last)
+        means = {name: sum(m[name] * m["pairs"] for m in last) / weight for name in ("loss", "accuracy", "margin")}
+        seconds = sum(m["seconds"] for m in metrics)
+        start = self.state.watched_start
+        if start is None:
+            raise ValueError("watch_start was not called before the first step")
+        end = self._score_watched()
+        change, error = mean_and_error([b - a for a, b in zip(start, end, strict=True)])
+        found = {
+            "steps": self.steps,
+            "pairs": len(self.pairs),
+            "first_loss": metrics[0]["loss"],
+            "last_loss": metrics[-1]["loss"],
+            **means,
+            "real_logprob_change": change,
+            "real_logprob_change_error": error,
+            "watched_pairs": len(start),
+            "seconds": seconds,
+            "tokens_per_second": sum(m["tokens"] for m in metrics) / seconds,
+            "alarms": [],
+        }
+        if fell(change, error):
+            found["alarms"] = [
+                f"The log-probability of the HUMAN answers fell over this round: {change:+.2f} nats/answer "
+                f"(standard error {error:.2f}, {len(start)} training pairs; {statistics.fmean(start):.1f} before, "
+                f"{statistics.fmean(end):.1f} after). The loss only asks that human answers gain on generated ones, "
+                "and both may sink. Fewer epochs, a lower learning rate, a larger beta, a smaller alpha or a longer "
+                "history may help."
+            ]
+        return found
+
+
+def _length(pair: Pair) -> int:
+    return len(pair["prompt_ids"]) + max(len(pair["real_ids"]), len(pair["generated_ids"]))
+
+
+def _step_metrics(batch: Sequence[Pair], values: dict[str, list[float]], columns: Sequence[str]) -> dict[str, Any]:
+    n = len(batch)
+    found: dict[str, Any] = {
+        "loss": math.fsum(values["loss"]) / n,
+        "margin": math.fsum(values["margin"]) / n,
+        "accuracy": sum(m > 0 for m in values["margin"]) / n,
+    }
+    for which in ("real", "generated"):
+        total = math.fsum(values[which])
+        found[f"{which}_logp"] = total / n
+        found[f"{which}_logp_per_token"] = total / max(sum(len(pair[f"{which}_ids"]) for pair in batch), 1)
+    for column in columns:
+        which = column.partition("_")[2]
+        found[f"log_ratio_{column}"] = math.fsum(
+            value - pair[column] for value, pair in zip(values[which], batch, strict=True)
+        ) / n  # fmt: skip
+    return found
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is taken to be its size, so it says nothing."""
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else abs(mean)
+
+
+def fell(change: float, error: float) -> bool:
+    """Whether a mean change (nats/answer) is a fall worth an alarm: over two standard errors, and over 0.1 nats."""
+    return change < -max(2 * error, 0.1)

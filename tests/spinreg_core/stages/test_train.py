@@ -1,0 +1,317 @@
+"""The train stage: what it publishes, and that a stopped or killed round goes on to the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file
+from tiny import random_pairs, write_policy
+from transformers import AutoModelForCausalLM
+
+from spinreg_core import objects
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.pairs import PAIRS_SCHEMA
+from spinreg_core.progress import parse
+from spinreg_core.scoring import score
+from spinreg_core.stages import train
+from spinreg_core.stages.job import Job, Preempted
+from spinreg_core.store import Store, open_store
+from spinreg_core.training import Round
+
+PAIRS = 22
+SETTINGS = {
+    "precision": "fp32",
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "micro_batch_size": 2,
+    "epochs": 2,
+    "checkpoint_every_steps": 5,
+}
+STEPS = 12  # two epochs of five full batches and one of two pairs
+
+
+class Setting:
+    """A store with a policy and scored pairs, and jobs on it; each job is its own object."""
+
+    def __init__(self, root: Path, pairs: int = PAIRS) -> None:
+        self.root, self.store = root, open_store(str(root / "store"))
+        self.folder = write_policy(root / "base" / "policy")
+        self.base = self.put("base", root / "base")
+        rows = random_pairs(pairs, 5)
+        for which in ("real", "generated"):
+            prompts, answers = [p["prompt_ids"] for p in rows], [p[f"{which}_ids"] for p in rows]
+            for pair, value in zip(rows, score(self.folder, prompts, answers, precision="fp32"), strict=True):
+                pair[f"previous_{which}"] = pair[f"base_{which}"] = value
+        (root / "pairs").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS_SCHEMA), root / "pairs" / "pairs.parquet")
+        self.pairs = self.put("mix-opponent", root / "pairs")
+
+    def put(self, stage: str, folder: Path) -> str:
+        key = {"from": folder.name}
+        job = Job(stage, objects.fingerprint(stage, key), key, "", "e0001-aa", 0, {}, RunConfig(), folder)
+        return str(objects.publish(self.store, job, folder, metrics={})["object_id"])
+
+    def job(self, name: str, writer: str = "e0001-aa", **training: Any) -> Job:
+        config = RunConfig(seed=7, training=SETTINGS | training, objective={"alpha": 0.5}, resources={"device": "cpu"})  # type: ignore[arg-type]
+        key, inputs = {"name": name}, {"pairs": self.pairs, "previous": self.base}
+        object_id = objects.fingerprint("train", key)
+        return Job("train", object_id, key, str(self.root / "store"), writer, 1, inputs, config,
+                   self.root / "work" / name / writer)  # fmt: skip
+
+
+@pytest.fixture(scope="module", name="setting")
+def _setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(tmp_path_factory.mktemp("train"))
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(setting: Setting) -> dict[str, Any]:
+    """The manifest of a round that nothing interrupted."""
+    return train.run(setting.job("whole"))
+
+
+def sha_of_weights(manifest: dict[str, Any]) -> str:
+    (found,) = [f["sha256"] for f in manifest["files"] if f["name"] == "policy/model.safetensors"]
+    return str(found)
+
+
+def lines(store: Store, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    text = objects.fetch_file(store, manifest["object_id"], "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def without_time(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in metrics]
+
+
+def test_what_a_round_leaves(setting: Setting, whole: dict[str, Any]) -> None:
+    metrics = lines(setting.store, whole)
+    assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
+    assert [m["epoch"] for m in metrics] == [1] * 6 + [2] * 6
+    assert [m["pairs"] for m in metrics] == [4, 4, 4, 4, 4, 2] * 2
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert metrics[-1]["margin"] > metrics[0]["margin"] + 1
+    wanted = {"loss", "margin", "accuracy", "real_logp", "generated_logp", "real_logp_per_token", "grad_norm"}
+    wanted |= {"log_ratio_previous_generated", "log_ratio_base_generated", "learning_rate", "tokens_per_second"}
+    assert wanted <= metrics[0].keys()
+    summary = json.loads(objects.fetch_file(setting.store, whole["object_id"], "summary.json").read_text())
+    assert summary == whole["metrics"]
+    assert (summary["steps"], summary["pairs"]) == (STEPS, PAIRS)
+    assert summary["last_loss"] == metrics[-1]["loss"]
+    assert {"real_logprob_change", "seconds", "tokens_per_second", "accuracy", "alarms"} <= summary.keys()
+    assert list(objects.list_parts(setting.store, whole["object_id"])) == ["step-000005", "step-000010"]
+
+
+def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dict[str, Any]) -> None:
+    folder = objects.fetch_folder(setting.store, whole["object_id"], "policy")
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert names == {p.relative_to(setting.folder).as_posix() for p in setting.folder.rglob("*") if p.is_file()}
+    for name in names - {"model.safetensors", "config.json"}:
+        assert (folder / name).read_bytes() == (setting.folder / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    assert str(model.dtype) == "torch.float32"
+    before = load_file(setting.folder / "model.safetensors")
+    assert weights.keys() == before.keys()
+    assert all((weights[name] != before[name]).any() for name in weights)  # every tensor was trained
+    # The cached change is that of the policy as it was published.
+    rows = pq.read_table(objects.fetch_file(setting.store, setting.pairs, "pairs.parquet")).to_pylist()
+    after = score(folder, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32")
+    change = sum(b - r["previous_real"] for b, r in zip(after, rows, strict=True)) / PAIRS
+    assert whole["metrics"]["real_logprob_change"] == pytest.approx(change, abs=1e-3)
+
+
+def test_output_is_readable_by_people_and_by_the_task(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = train.run(setting.job("shown", learning_rate=0.05))  # far too high: human answers become less likely
+    output = capsys.readouterr().out.splitlines()
+    progress = [line for line in map(parse, output) if line]
+    assert (progress[-1].stage, progress[-1].done, progress[-1].total, progress[-1].unit) == ("train", 12, 12, "steps")
+    assert any(line.startswith("step 12/12: loss ") for line in output)
+    (alarm,) = [line for line in output if line.startswith("ALARM: ")]
+    assert manifest["metrics"]["alarms"] == [alarm.removeprefix("ALARM: ")]
+    assert manifest["metrics"]["real_logprob_change"] < 0
+
+
+def test_a_failed_round_goes_on_to_the_same_bits(
+    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Round.step
+
+    def failing(self: Round) -> dict[str, Any]:
+        if self.state.done == 8:
+            raise RuntimeError("the machine broke")
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Round, "step", failing)
+        with pytest.raises(RuntimeError, match="broke"):
+            train.run(setting.job("failed"))
+    job = setting.job("failed", writer="e0002-bb")
+    assert objects.read_manifest(setting.store, job.object_id) is None
+    taken = []
+    monkeypatch.setattr(Round, "step", lambda self: (taken.append(self.state.done + 1), step(self))[1])
+    manifest = train.run(job)
+    assert taken == [6, 7, 8, 9, 10, 11, 12]  # from the checkpoint of step 5
+    assert "going on from the checkpoint of step 5 of 12" in capsys.readouterr().out
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
+    assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
+    assert manifest["metrics"]["real_logprob_change"] == whole["metrics"]["real_logprob_change"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(setting: Setting, whole: dict[str, Any], capsys: Any) -> None:
+    job = setting.job("whole", writer="e0003-cc")
+    for file in objects.list_parts(setting.store, job.object_id)["step-000010"]["files"]:
+        path = setting.store.local_path(file["key"])
+        assert path is not None
+        path.write_bytes(path.read_bytes()[:-1])
+    train.run(job)
+    output = capsys.readouterr().out
+    assert "step-000010 cannot be read" in output
+    assert "checkpoint of step 5 of 12" in output
+    weights = job.workdir / "out" / "policy" / "model.safetensors"
+    assert objects.sha256_file(weights) == sha_of_weights(whole)
+
+
+@pytest.mark.parametrize("half_done", [False, True])
+def test_sigterm_leaves_a_checkpoint_of_a_finished_step(
+    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, half_done: bool
+) -> None:
+    """Stopped in the gradient of step 4, the state is that of step 3. Stopped in an update, it is of no step."""
+    name = f"stopped-{half_done}"
+    with monkeypatch.context() as patch:
+        if half_done:
+            patch.setattr(train, "_QUICK_SECONDS", 1e9)
+
+            def stop_in_update(round_: Round) -> None:
+                original = round_.optimizer.step
+
+                def update() -> None:
+                    original()
+                    if round_.state.done == 3:
+                        raise Preempted
+
+                round_.optimizer.step = update  # type: ignore[method-assign, assignment]
+
+            start = Round.watch_start
+            patch.setattr(Round, "watch_start", lambda self: (start(self), stop_in_update(self))[0])
+        else:
+            gradient = Round.gradient
+
+            def stop_in_gradient(self: Round, *args: Any) -> Any:
+                found = gradient(self, *args)
+                if self.state.done == 3:
+                    raise Preempted
+                return found
+
+            patch.setattr(Round, "gradient", stop_in_gradient)
+        with pytest.raises(Preempted):
+            train.run(setting.job(name))
+    job = setting.job(name, writer="e0002-bb")
+    assert list(objects.list_parts(setting.store, job.object_id)) == ([] if half_done else ["step-000003"])
+    assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
+
+
+def test_no_checkpoint_is_begun_that_takes_long(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_QUICK_SECONDS", 0.0)
+    step = Round.step
+
+    def stopping(self: Round) -> dict[str, Any]:
+        if self.state.done == 3:
+            raise Preempted
+        return step(self)
+
+    monkeypatch.setattr(Round, "step", stopping)
+    job = setting.job("slow")
+    with pytest.raises(Preempted):
+        train.run(job)
+    assert objects.list_parts(setting.store, job.object_id) == {}
+
+
+@pytest.mark.slow
+def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    job = setting.job("killed", epochs=10, learning_rate=1e-4)
+    job.workdir.mkdir(parents=True)
+    job.save(tmp_path / "job.json")
+    command = [sys.executable, "-m", "spinreg_core.stages.train", str(tmp_path / "job.json")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start() -> subprocess.Popen[str]:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+    with start() as first:
+        assert first.stdout is not None
+        for line in first.stdout:
+            if line.startswith("checkpoint step-000020 committed"):
+                first.send_signal(signal.SIGKILL)
+                break
+    assert first.returncode == -signal.SIGKILL
+    assert objects.read_manifest(setting.store, job.object_id) is None
+    with start() as second:
+        assert second.stdout is not None
+        output = second.stdout.read()
+    assert second.returncode == 0, output
+    resumed = re.search(r"going on from the checkpoint of step (\d+) of 60", output)
+    assert resumed is not None
+    assert int(resumed[1]) >= 20
+    killed = objects.require_manifest(setting.store, job.object_id)
+
+    other = setting.job("unbroken", epochs=10, learning_rate=1e-4, checkpoint_every_steps=None)
+    other.save(tmp_path / "job.json")
+    with start() as third:
+        assert third.stdout is not None
+        assert third.wait(300) == 0, third.stdout.read()
+    unbroken = objects.require_manifest(setting.store, other.object_id)
+    assert sha_of_weights(killed) == sha_of_weights(unbroken)
+    assert objects.list_parts(setting.store, other.object_id) == {}
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_process_and_keeps_its_work(tmp_path: Path) -> None:
+    setting = Setting(tmp_path)
+    job = setting.job("stopped", epochs=500, checkpoint_every_steps=100_000)
+    job.workdir.mkdir(parents=True)
+    job.save(tmp_path / "job.json")
+    command = [sys.executable, "-m", "spinreg_core.stages.train", str(tmp_path / "job.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(signal.SIGTERM)
+        begin = time.monotonic()
+        rest = process.stdout.read()
+    assert time.monotonic() - begin < 10
+    assert process.returncode == 143
+    (part,) = objects.list_parts(setting.store, job.object_id)
+    assert f"checkpoint {part} committed" in rest
+
+
+def test_a_policy_in_another_format(setting: Setting, tmp_path: Path) -> None:
+    manifest = train.run(setting.job("half", save_dtype="bfloat16", precision="mixed"))
+    folder = objects.fetch_folder(setting.store, manifest["object_id"], "policy")
+    assert {str(t.dtype) for t in load_file(folder / "model.safetensors").values()} == {"torch.bfloat16"}
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == "torch.bfloat16"
+
+
+def test_losses_that_are_not_finite_publish_nothing(setting: Setting) -> None:
+    job = setting.job("diverged", learning_rate=1e30, max_grad_norm=None)
+    with pytest.raises(
+        BadInput, match=r"training, step \d+, pairs 1:.* finite numbers; try a learning rate below 1e\+30"
+    ):
+        train.run(job)
+    assert objects.read_manifest(setting.store, job.object_id) is None
