@@ -10,7 +10,10 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
+import mmap
 import os
+import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,9 +52,10 @@ def _resolve(source: str, cache: Path, *, weights: bool) -> Path:
     if source.startswith("package:"):
         gguf = _gguf_of(source.removeprefix("package:"))
         name = f"{gguf.parent.name}-{sha256_file(gguf)[:16]}-{CONVERSION}"
+        words = _made_once(cache / "models" / f"{name}-tokenizer", lambda folder: _convert_tokenizer(gguf, folder))
         if not weights:
-            return _made_once(cache / "models" / f"{name}-tokenizer", lambda folder: _convert_tokenizer(gguf, folder))
-        return _made_once(cache / "models" / name, lambda folder: _convert_gguf(gguf, folder))
+            return words
+        return _made_once(cache / "models" / name, lambda folder: _convert_gguf(gguf, folder, words))
     if source.startswith("s3://"):
         return _from_s3(source, cache, SMALL + (WEIGHTS if weights else ()))
     local = Path(source).expanduser()
@@ -112,10 +116,7 @@ def _checked(folder: Path, source: str) -> Path:
     if not (folder / "config.json").is_file():
         raise BadInput("model", f"no config.json in {source}", "a Hugging Face model folder (adapters must be merged)")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-    else:
-        wanted = {"model.safetensors"}
+    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
@@ -167,31 +168,48 @@ def _gguf_of(package: str) -> Path:
     return found[0]
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> None:
+def _convert_gguf(gguf: Path, folder: Path, tokenizer: Path) -> None:
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
 
-    _convert_tokenizer(gguf, folder)
+    print(f"converting {gguf.name} to safetensors, once", flush=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     # Without dequantize the weights would stay packed in GGUF's blocks, which can be neither trained nor saved.
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
     )
     model.save_pretrained(folder)
+    if bars:
+        logging.enable_progress_bar()
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, folder / path.name)
 
 
 def _convert_tokenizer(gguf: Path, folder: Path) -> None:
-    from gguf import GGUFReader
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
-    if field is not None and field.contents() == "smollm":
+    if _gguf_text(gguf, b"tokenizer.ggml.pre") == b"smollm":
         # transformers knows no such pre-tokenizer and takes GPT-2's. SmolLM cuts at every digit first (as
         # llama.cpp does), without which "\n\n1." comes out in other tokens than those the model was trained on.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
+
+
+def _gguf_text(gguf: Path, key: bytes) -> bytes | None:
+    """A text of the file's header. (gguf's reader takes seconds, because it builds every token and merge.)"""
+    with open(gguf, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        named = struct.pack("<Q", len(key)) + key + struct.pack("<I", 8)  # 8: a text follows
+        at = data.find(named)
+        if at < 0:
+            return None
+        (length,) = struct.unpack_from("<Q", data, at + len(named))
+        start = at + len(named) + 8
+        return data[start : start + length]
 
 
 def _make_tiny(folder: Path) -> None:

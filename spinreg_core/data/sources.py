@@ -18,6 +18,7 @@ from typing import Any
 
 from spinreg_core.data.formats import RowProblem
 from spinreg_core.errors import BadInput
+from spinreg_core.s3_files import fetch_s3, list_s3
 
 DEMO = Path(__file__).parent / "demo"
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -46,8 +47,11 @@ def read_records(dataset: str, split: str, subset: str | None = None) -> list[Re
             raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
         return _read_local(DEMO, split, dataset)
     if dataset.startswith("s3://"):
-        with tempfile.TemporaryDirectory(prefix="spinreg-data-") as folder:
-            return _read_local(fetch_s3(dataset, Path(folder), "dataset"), split, dataset)
+        with tempfile.TemporaryDirectory(prefix="spinreg-data-") as scratch:
+            names = list(list_s3(dataset, "dataset"))
+            fetch_s3(dataset, names, Path(scratch))
+            single = names == [""]
+            return _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset)
     path = Path(dataset).expanduser()
     if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
         return _read_hub(str(path), split, subset)
@@ -56,35 +60,6 @@ def read_records(dataset: str, split: str, subset: str | None = None) -> list[Re
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or _kind(path) in _READERS:
         raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
     return _read_hub(dataset, split, subset)
-
-
-def fetch_s3(url: str, folder: Path, field: str) -> Path:
-    """Copy an s3:// object or prefix below `folder`; returns the local file or folder. Raises BadInput.
-
-    Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
-    """
-    import s3fs
-
-    fs: Any = s3fs.S3FileSystem(use_listings_cache=False)
-    remote = url.removeprefix("s3://").rstrip("/")
-    target = folder / remote.rsplit("/", 1)[-1]
-    try:
-        names = fs.find(remote)
-        if not names:
-            raise FileNotFoundError(remote)
-        for name in names:
-            local = target if name == remote else target / name.removeprefix(f"{remote}/")
-            local.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(name, str(local))
-    except FileNotFoundError:
-        raise BadInput(field, f"nothing at {url}", "an object or a prefix with objects below it") from None
-    except Exception as error:  # botocore raises a family of its own for credentials and endpoints
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp")):
-            raise
-        raise BadInput(
-            field, f"{url} cannot be read: {error}", "a reachable bucket (AWS_ENDPOINT_URL, AWS credentials)"
-        ) from None
-    return target
 
 
 def _kind(path: Path) -> str:

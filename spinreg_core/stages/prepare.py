@@ -23,7 +23,7 @@ from spinreg_core.data.encode import encode_rows, rows_table
 from spinreg_core.data.formats import Rejected
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, load_rows, require_usable
 from spinreg_core.data.split import given_heldout, split_rows
-from spinreg_core.model_source import copy_policy, model_fingerprint, resolve_model, tokenizer_folder
+from spinreg_core.model_source import link_policy, model_fingerprint, resolve_model, tokenizer_folder
 from spinreg_core.objects import fingerprint, publish, read_manifest, sha256_file
 from spinreg_core.render import Renderer
 from spinreg_core.stages.job import Job, main
@@ -131,7 +131,7 @@ def _prepare_base(job: Job, source: Path) -> dict[str, Any]:
         print(f"the base model is in the store already: {job.object_id}", flush=True)
         return found
     folder = job.workdir / "base"
-    copy_policy(source, folder / "policy")
+    link_policy(source, folder / "policy")
     size = sum(path.stat().st_size for path in (folder / "policy").iterdir())
     return publish(store, job, folder, metrics={"bytes": size, "source": job.config.model},
                    seconds=time.monotonic() - start)  # fmt: skip
