@@ -1,0 +1,213 @@
+"""What a configuration needs, as arithmetic: work, memory per device and bytes in the store, per stage and round.
+
+Decides: the formulas below. Leaves out: where the model's shape, the data's lengths and the machine's rate come from,
+and how it is shown (`plan.py`). Imports nothing heavy.
+
+Work. N parameters, T tokens: 6 N T floating-point operations to train (8 N T with gradient checkpointing, which runs
+the forward pass twice), 2 N T to score, 2 N T to answer (prompt and sampled tokens alike). Attention's own
+products, quadratic in length, are left out: below a tenth for answers of up to a thousand tokens. Models with
+experts compute less than N says.
+
+Memory of training, bytes per parameter:
+
+                  weights   gradients   optimiser (adamw / rmsprop)   copies for computing
+    mixed            4          4               8 / 4                       2   (bfloat16, made by autocast)
+    bf16             2          2               4 / 2                       0
+    fp32             4          4               8 / 4                       0
+
+Activations kept for the backward pass, bytes per token and layer, for a layer of the Llama kind (width d, keys of
+all heads together k, MLP width f, h heads): fp32 32 d + 8 k + 16 f, mixed 30 d + 4 k + 8 f, bf16 20 d + 4 k + 8 f,
+each + 5 h. These were counted from the tensors that autograd saves (transformers 5.19, SDPA) and one layer is added
+for the gradients that are on their way. With gradient checkpointing: the input of every layer, and one whole layer.
+Logits, ten bytes per answer token and vocabulary entry, never of more tokens at once than `logprobs` computes.
+
+Answering: the weights, and a KV cache of 2 k values per token and layer.
+Every estimate takes the longest row for every row, as the first batch of a stage does (the longest come first).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from spinreg_core.config import RunConfig
+from spinreg_core.opponent import mixture_weights, replay_quota
+
+LOGITS_AT_ONCE = 2**27  # elements; what `logprobs` allows
+WATCHED_PAIRS = 32  # human answers that `training` scores at both ends of a round
+Kind = Literal["generate", "score", "train"]
+_WEIGHTS = {"mixed": 4, "bf16": 2, "fp32": 4}
+_COPIES = {"mixed": 2, "bf16": 0, "fp32": 0}
+_STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
+_SAVED = {"fp32": (32, 8, 16), "mixed": (30, 4, 8), "bf16": (20, 4, 8)}  # per d, k, f
+_VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal language model: N and the sizes that memory depends on."""
+
+    parameters: int
+    layers: int
+    width: int
+    mlp_width: int
+    heads: int
+    kv_width: int  # key-value heads times their size
+    vocabulary: int
+    stored_bytes: int  # per parameter, of the base model as it is stored
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Rows, and tokens per row. An answer counts its end-of-turn; `generated` is the mean sampled answer."""
+
+    train_rows: int
+    heldout_rows: int
+    prompt: float
+    answer: float
+    generated: float
+    longest_prompt: int
+    longest_answer: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens that pass through a model, and the floating-point operations they take."""
+
+    kind: Kind
+    tokens: float
+    flops: float
+
+
+def prompts(config: RunConfig, sizes: Sizes) -> int:
+    """Prompts answered in a round."""
+    return min(config.data.prompts_per_round or sizes.train_rows, sizes.train_rows)
+
+
+def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
+    """Pairs trained on in a round (counted from 1), earlier rounds' ones included; none is dropped as truncated."""
+    n, o = prompts(config, sizes), config.opponent
+    if o.source == "regenerate":
+        return n
+    weights = mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
+    return sum(replay_quota(weights, [n] * len(weights)))
+
+
+def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, list[Work]]:
+    """Work of each stage of a round; round 0 is the evaluation of the base."""
+    two_n = 2.0 * shape.parameters
+    real, sampled = sizes.prompt + sizes.answer, sizes.prompt + sizes.generated
+    m, n = sizes.heldout_rows, prompts(config, sizes)
+    # Held-out: y and y' under the policy; then y'' under it too, and y' under base and previous policy.
+    scored = m * (real + sampled)
+    if round_number > 0:
+        scored += m * sampled * (3 if round_number > 1 else 2)
+    evaluate = [Work("generate", m * sampled, two_n * m * sampled), Work("score", scored, two_n * scored)]
+    if round_number == 0:
+        return {"evaluate": evaluate}
+    total = pairs(config, sizes, round_number)
+    seen = min(sizes.train_rows, n * (round_number - 1))
+    new = min(n, sizes.train_rows - seen)
+    if config.data.round_prompts == "same" and round_number > 1:
+        new = 0
+    alpha = config.objective.alpha
+    mix = total * (real + sampled) if alpha > 0 else 0.0
+    if alpha < 1 and (round_number > 1 or alpha == 0):  # in round 1 the previous policy is the base
+        mix += n * sampled + new * real
+    passes = config.training.epochs * total * (real + sampled)
+    # The watched human answers: at the start their cached scores serve, where those are of the previous policy.
+    watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
+    factor = 8.0 if config.training.gradient_checkpointing else 6.0
+    return {
+        "generate": [Work("generate", n * sampled, two_n * n * sampled)],
+        "mix-opponent": [Work("score", mix, two_n * mix)],
+        "train": [Work("train", passes, factor * shape.parameters * passes), Work("score", watched, two_n * watched)],
+        "evaluate": evaluate,
+    }
+
+
+def steps(config: RunConfig, sizes: Sizes, round_number: int) -> int:
+    """Optimiser steps of a round."""
+    return config.training.epochs * math.ceil(pairs(config, sizes, round_number) / config.training.batch_size)
+
+
+def activation_bytes(shape: Shape, precision: str, tokens: int, *, checkpointing: bool) -> int:
+    """Tensors kept for (and made by) the backward pass through all layers, for so many tokens at once."""
+    d, k, f = _SAVED[precision]
+    layer = tokens * (d * shape.width + k * shape.kv_width + f * shape.mlp_width + 5 * shape.heads)
+    if checkpointing:
+        return shape.layers * tokens * shape.width * (2 if precision == "bf16" else 4) + layer
+    return (shape.layers + 1) * layer
+
+
+def logits_bytes(shape: Shape, answer_tokens: int) -> int:
+    """Logits of the answer tokens of a batch: 2 bytes as computed, 4 as float32, 4 for their gradient or softmax."""
+    return 10 * min(answer_tokens * shape.vocabulary, LOGITS_AT_ONCE)
+
+
+def stage_memory(
+    config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str
+) -> dict[str, dict[str, int]]:
+    """Bytes on the device that each stage needs at its peak, by part."""
+    t, precision = config.training, config.training.precision
+    weights = _WEIGHTS[precision] * shape.parameters
+    copies = _COPIES[precision] * shape.parameters
+    row = sizes.longest_prompt + sizes.longest_answer
+    train = {
+        "weights": weights,
+        "gradients": weights,
+        "optimiser": _STATES[t.optimizer] * weights,
+        "compute copies": copies,
+        "activations": activation_bytes(
+            shape, precision, 2 * t.micro_batch_size * row, checkpointing=t.gradient_checkpointing
+        )
+        + logits_bytes(shape, 2 * t.micro_batch_size * sizes.longest_answer),
+    }
+    batch = config.evaluation.score_batch_size
+    one_layer = Shape(**(vars(shape) | {"layers": 0}))
+    score = {
+        "weights": weights,
+        "compute copies": copies,
+        "activations": activation_bytes(one_layer, precision, batch * row, checkpointing=False)
+        + logits_bytes(shape, batch * sizes.longest_answer),
+    }
+    generate = _engine_memory(config, shape, sizes, engine=engine, device=device)
+    larger = max(score, generate, key=lambda parts: sum(parts.values()))
+    return {"generate": generate, "mix-opponent": score, "train": train, "evaluate": larger}
+
+
+def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str) -> dict[str, int]:
+    g = config.generation
+    number = 2 if g.dtype == "bfloat16" else 4
+    sequence = 2 * number * shape.layers * shape.kv_width * (sizes.longest_prompt + g.max_new_tokens)
+    if engine == "vllm" and device == "cpu":
+        cache = int(config.resources.cpu_kv_cache_gib * 2**30)  # what it is given, whatever it needs
+    else:
+        cache = sequence * min(g.shard_size, _VLLM_SEQUENCES if engine == "vllm" else g.batch_size)
+    return {"weights": number * shape.parameters, "KV cache": cache}
+
+
+def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, int]:
+    """Bytes that a round adds to the store, by what they are. Round 0: the base model and the data.
+
+    Tables are counted as token ids of four bytes and text of four bytes a token, before Parquet's compression.
+    """
+    sampled = int(sizes.heldout_rows * (4 * sizes.prompt + 8 * sizes.generated))
+    if round_number == 0:
+        rows = sizes.train_rows + sizes.heldout_rows
+        data = int(rows * 8 * (sizes.prompt + sizes.answer))
+        return {"base model": shape.stored_bytes * shape.parameters, "data": data, "evaluation": sampled}
+    t = config.training
+    master = _WEIGHTS[t.precision]
+    saved = {"master": master, "bfloat16": 2, "float32": 4}[t.save_dtype]
+    kept = 0
+    if t.checkpoint_every_steps is not None:
+        kept = (steps(config, sizes, round_number) - 1) // t.checkpoint_every_steps
+    return {
+        "policy": saved * shape.parameters,
+        "step checkpoints": kept * master * (1 + _STATES[t.optimizer]) * shape.parameters,
+        "generations": int(prompts(config, sizes) * (4 * sizes.prompt + 8 * sizes.generated)),
+        "pairs": int(pairs(config, sizes, round_number) * (4 * (sizes.prompt + sizes.answer + sizes.generated) + 100)),
+        "evaluation": sampled,
+    }

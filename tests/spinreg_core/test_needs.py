@@ -1,0 +1,310 @@
+"""The formulas of what a run needs: hand-computed values, what grows with what, and real tensors of real models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spinreg_core import logprobs, training
+from spinreg_core.config import RunConfig
+from spinreg_core.logprobs import answer_logprobs
+from spinreg_core.needs import (
+    LOGITS_AT_ONCE,
+    WATCHED_PAIRS,
+    Shape,
+    Sizes,
+    activation_bytes,
+    logits_bytes,
+    pairs,
+    prompts,
+    round_store,
+    round_work,
+    stage_memory,
+    steps,
+)
+from spinreg_core.optim import make_optimizer
+
+# SmolLM2-135M, and rows with round numbers.
+SMOLLM = Shape(
+    parameters=134_515_008, layers=30, width=576, mlp_width=1536, heads=9, kv_width=192, vocabulary=49_152,
+    stored_bytes=2,
+)  # fmt: skip
+SIZES = Sizes(train_rows=100, heldout_rows=10, prompt=20, answer=30, generated=40, longest_prompt=50, longest_answer=70)
+N = SMOLLM.parameters
+
+
+def configured(**groups: Any) -> RunConfig:
+    return RunConfig.model_validate(groups)
+
+
+def work(config: RunConfig, round_number: int, sizes: Sizes = SIZES) -> dict[str, tuple[float, float]]:
+    """(tokens, FLOPs) per stage."""
+    return {
+        stage: (sum(w.tokens for w in works), sum(w.flops for w in works))
+        for stage, works in round_work(config, SMOLLM, sizes, round_number).items()
+    }
+
+
+# Work
+
+
+def test_work_of_the_base_is_its_evaluation() -> None:
+    # 10 rows: sampled (20 + 40), then real (20 + 30) and sampled (20 + 40) scored.
+    tokens = 10 * 60 + 10 * 50 + 10 * 60
+    assert work(configured(), 0) == {"evaluate": (tokens, 2 * N * tokens)}
+
+
+def test_work_of_a_first_round_by_hand() -> None:
+    config = configured(data={"prompts_per_round": 64}, objective={"alpha": 0.5}, training={"epochs": 2})
+    found = work(config, 1)
+    assert found["generate"] == (64 * 60, 2 * N * 64 * 60)
+    # The previous policy is the base: one policy scores both answers.
+    assert found["mix-opponent"] == (64 * (50 + 60), 2 * N * 64 * 110)
+    watched = 32 * 50
+    assert found["train"] == (2 * 64 * 110 + watched, 6 * N * 2 * 64 * 110 + 2 * N * watched)
+    # policy: real, its own sample, the previous one's sample; base: the sample.
+    evaluated = 10 * (50 + 60 + 60 + 60)
+    assert found["evaluate"] == (10 * 60 + evaluated, 2 * N * (10 * 60 + evaluated))
+
+
+def test_work_of_a_later_round_counts_scores_that_are_not_cached() -> None:
+    config = configured(data={"prompts_per_round": 40}, objective={"alpha": 0.5}, opponent={"history": "all"})
+    # Round 3: 120 pairs under pi_2; under pi_0 the new pairs' answers and the human ones not seen before: the third
+    # piece of 40 of the permutation of 100 rows has 20 new prompts.
+    tokens = 120 * (50 + 60) + 40 * 60 + 20 * 50
+    assert work(config, 3)["mix-opponent"] == (tokens, 2 * N * tokens)
+    same = configured(data={"prompts_per_round": 40, "round_prompts": "same"}, objective={"alpha": 0.5})
+    tokens = 120 * (50 + 60) + 40 * 60
+    assert work(same, 3)["mix-opponent"][0] == tokens
+    assert work(config, 2)["evaluate"][0] == 10 * 60 + 10 * (50 + 4 * 60)
+
+
+@pytest.mark.parametrize("round_number", [1, 2, 5])
+def test_the_ends_of_alpha_need_one_policy_s_scores(round_number: int) -> None:
+    def scored(alpha: float) -> float:
+        return work(configured(objective={"alpha": alpha}, opponent={"history": 1}), round_number)["mix-opponent"][0]
+
+    assert scored(1.0) == 64 * 110  # never the base
+    assert scored(0.0) <= 64 * 110  # never the previous policy; human answers may be cached
+    if round_number == 1:
+        assert scored(0.5) == scored(1.0)
+    else:
+        assert scored(0.5) == scored(1.0) + scored(0.0)
+
+
+def test_gradient_checkpointing_runs_the_forward_pass_twice() -> None:
+    plain = work(configured(), 1)["train"][1]
+    again = work(configured(training={"gradient_checkpointing": True}), 1)["train"][1]
+    assert again - plain == 2 * N * 64 * 110
+
+
+@given(st.integers(1, 8), st.integers(1, 100), st.sampled_from(["fresh", "same"]), st.sampled_from([0.0, 0.3, 1.0]))
+def test_no_round_does_less_than_nothing_and_flops_are_between_two_and_six_per_token(
+    round_number: int, per_round: int, mode: str, alpha: float
+) -> None:
+    config = configured(data={"prompts_per_round": per_round, "round_prompts": mode}, objective={"alpha": alpha})
+    for tokens, flops in work(config, round_number).values():
+        assert tokens > 0
+        assert 2 * N * tokens <= flops * (1 + 1e-12)
+        assert flops <= 6 * N * tokens * (1 + 1e-12)
+
+
+# Pairs and steps
+
+
+@pytest.mark.parametrize(
+    ("opponent", "counts"),
+    [
+        ({"history": 1}, [64, 64, 64, 64]),
+        ({"history": 2}, [64, 128, 128, 128]),
+        ({"history": "all"}, [64, 128, 192, 256]),
+        ({"history": "all", "source": "regenerate"}, [64, 64, 64, 64]),
+        ({"history": "all", "weighting": "recency", "decay": 0.5}, [64, 96, 112, 121]),  # 64 + 32 + 16 + 8 rounded
+        ({"history": 2, "weighting": [3, 1]}, [64, 85, 85, 85]),
+    ],
+)
+def test_pairs_of_the_rounds(opponent: dict[str, Any], counts: list[int]) -> None:
+    config = configured(opponent=opponent, data={"prompts_per_round": 64})
+    found = [pairs(config, SIZES, number) for number in (1, 2, 3, 4)]
+    assert all(abs(a - b) <= 1 for a, b in zip(found, counts, strict=True)), found
+    assert [steps(config, SIZES, n) for n in (1, 2)] == [-(-found[0] // 8), -(-found[1] // 8)]
+
+
+@pytest.mark.parametrize(("asked", "given_"), [(64, 64), (100, 100), (500, 100), (None, 100)])
+def test_a_round_has_no_more_prompts_than_there_are_rows(asked: int | None, given_: int) -> None:
+    assert prompts(configured(data={"prompts_per_round": asked}), SIZES) == given_
+
+
+# Memory
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer", "per_parameter"),
+    [("mixed", "adamw", 18), ("mixed", "rmsprop", 14), ("bf16", "adamw", 8), ("bf16", "rmsprop", 6),
+     ("fp32", "adamw", 16), ("fp32", "rmsprop", 12)],
+)  # fmt: skip
+def test_training_memory_by_hand(precision: str, optimizer: str, per_parameter: int) -> None:
+    config = configured(training={"precision": precision, "optimizer": optimizer, "micro_batch_size": 4})
+    parts = stage_memory(config, SMOLLM, SIZES, engine="hf", device="cpu")["train"]
+    activations = parts.pop("activations")
+    assert sum(parts.values()) == per_parameter * N
+    tokens = 2 * 4 * (50 + 70)
+    per_layer = {"mixed": 30 * 576 + 4 * 192 + 8 * 1536, "bf16": 20 * 576 + 4 * 192 + 8 * 1536,
+                 "fp32": 32 * 576 + 8 * 192 + 16 * 1536}[precision] + 5 * 9  # fmt: skip
+    assert activations == 31 * tokens * per_layer + 10 * 2 * 4 * 70 * 49_152
+
+
+def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known_for_rmsprop() -> None:
+    # Counted elsewhere for 7.24 B parameters: bf16 weights 14.5, gradients 14.5, one moment 28.96, fp32 master 29.0.
+    # Here gradients are fp32 (autocast), 14.5 GB more.
+    shape = replace(SMOLLM, parameters=7_240_000_000)
+    parts = stage_memory(configured(), shape, SIZES, engine="hf", device="cuda")["train"]
+    fixed = sum(size for name, size in parts.items() if name != "activations")
+    assert fixed == pytest.approx(87e9 + 14.5e9, rel=0.01)
+
+
+def test_answering_holds_weights_and_cache() -> None:
+    config = configured(generation={"batch_size": 8, "shard_size": 32, "max_new_tokens": 96})
+
+    def parts(engine: str, device: str) -> dict[str, int]:
+        return stage_memory(config, SMOLLM, SIZES, engine=engine, device=device)["generate"]
+
+    token = 2 * 2 * 30 * 192  # keys and values, bfloat16
+    assert parts("hf", "cpu") == {"weights": 2 * N, "KV cache": 8 * (50 + 96) * token}
+    assert parts("vllm", "cuda")["KV cache"] == 32 * (50 + 96) * token
+    assert parts("vllm", "cpu")["KV cache"] == 2**30  # resources.cpu_kv_cache_gib
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
+@given(layers=st.integers(1, 80), tokens=st.integers(1, 4096))
+def test_more_of_anything_needs_more(precision: str, layers: int, tokens: int) -> None:
+    shape = replace(SMOLLM, layers=layers)
+
+    def needed(shape: Shape, tokens: int, checkpointing: bool) -> int:
+        return activation_bytes(shape, precision, tokens, checkpointing=checkpointing)
+
+    for checkpointing in (False, True):
+        base = needed(shape, tokens, checkpointing)
+        assert needed(shape, tokens + 1, checkpointing) > base
+        assert needed(replace(shape, layers=layers + 1), tokens, checkpointing) > base
+        assert needed(replace(shape, width=shape.width + 64), tokens, checkpointing) > base
+    assert needed(shape, tokens, True) < needed(shape, tokens, False)
+
+
+def test_logits_are_bounded_however_many_answer_tokens() -> None:
+    assert logits_bytes(SMOLLM, 100) == 10 * 100 * 49_152
+    assert logits_bytes(SMOLLM, 10**6) == 10 * LOGITS_AT_ONCE
+
+
+def test_constants_are_those_of_the_code_they_describe() -> None:
+    assert LOGITS_AT_ONCE == logprobs._LOGITS_AT_ONCE
+    assert WATCHED_PAIRS == training.WATCHED_PAIRS
+
+
+# Real tensors
+
+
+def llama(layers: int, precision: str) -> tuple[LlamaForCausalLM, Shape]:
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=96, intermediate_size=256, num_hidden_layers=layers, num_attention_heads=6,
+        num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    shape = Shape(
+        parameters=model.num_parameters(), layers=layers, width=96, mlp_width=256, heads=6, kv_width=32,
+        vocabulary=300, stored_bytes=4,
+    )  # fmt: skip
+    return model, shape
+
+
+def saved_for_backward(model: LlamaForCausalLM, rows: int, prompt: int, answer: int, precision: Any) -> tuple[int, Any]:
+    """Bytes of distinct tensors that autograd keeps, weights not counted, and the result to differentiate."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, Any] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    answer_logprobs(model, [[2] * 4], [[3] * 4], precision=precision)  # the head is found out once, without gradients
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sums = answer_logprobs(model, [[2] * prompt] * rows, [[3] * answer] * rows, precision=precision)
+    return sum(storage.nbytes() for storage in kept.values()), sums
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
+def test_activations_of_a_real_model(precision: str) -> None:
+    rows, prompt, answer = 4, 60, 40
+    tokens = rows * (prompt + answer - 1)
+    found = {}
+    for layers in (2, 6):
+        model, shape = llama(layers, precision)
+        found[layers] = saved_for_backward(model, rows, prompt, answer, precision)[0]
+    # Autocast's copies of the weights are kept too; they are counted on their own.
+    copies = 4 * 2 * (96 * 96 * 2 + 96 * 32 * 2 + 96 * 256 * 3) if precision == "mixed" else 0
+    per_layer = (found[6] - found[2] - copies) / 4
+    expected = activation_bytes(replace(shape, layers=1), precision, tokens, checkpointing=False) / 2
+    assert per_layer == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
+@pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
+def test_training_memory_is_within_a_fifth_of_the_tensors_of_a_real_step(precision: str, optimizer: str) -> None:
+    """Weights, gradients, states, copies and what autograd keeps, of a model of ten layers."""
+    config = configured(
+        training={"precision": precision, "optimizer": optimizer, "micro_batch_size": 2, "batch_size": 2},
+        data={"max_prompt_tokens": 60, "max_length": 100}, generation={"max_new_tokens": 40},
+    )  # fmt: skip
+    model, shape = llama(10, precision)
+    kept, sums = saved_for_backward(model, 4, 60, 40, precision)
+    sums.sum().backward()
+    updating = make_optimizer(model, config.training)
+    for group in updating.param_groups:
+        group["lr"] = 1e-6
+    updating.step()
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    held += [t for state in updating.state.values() for t in state.values()]
+    measured = kept + sum(tensor.nbytes for tensor in held)
+    sizes = replace(SIZES, longest_prompt=60, longest_answer=40)
+    estimate = sum(stage_memory(config, shape, sizes, engine="hf", device="cpu")["train"].values())
+    assert measured <= estimate <= 1.2 * measured
+
+
+# Disk
+
+
+def test_bytes_in_the_store_by_hand() -> None:
+    config = configured(data={"prompts_per_round": 64}, opponent={"history": 1}, training={"checkpoint_every_steps": 3})
+    # 8 steps: checkpoints after 3 and 6, each of weights and one state, float32.
+    assert round_store(config, SMOLLM, SIZES, 1) == {
+        "policy": 4 * N,
+        "step checkpoints": 2 * 8 * N,
+        "generations": 64 * (4 * 20 + 8 * 40),
+        "pairs": 64 * (4 * (20 + 30 + 40) + 100),
+        "evaluation": 10 * (4 * 20 + 8 * 40),
+    }
+    assert round_store(config, SMOLLM, SIZES, 0)["base model"] == 2 * N
+
+
+@pytest.mark.parametrize(
+    ("precision", "save_dtype", "number"),
+    [("mixed", "master", 4), ("bf16", "master", 2), ("mixed", "bfloat16", 2), ("bf16", "float32", 4)],
+)
+def test_a_policy_is_stored_in_its_number_format(precision: str, save_dtype: str, number: int) -> None:
+    config = configured(training={"precision": precision, "save_dtype": save_dtype})
+    assert round_store(config, SMOLLM, SIZES, 1)["policy"] == number * N
+
+
+@pytest.mark.parametrize(("every", "kept"), [(None, 0), (8, 0), (7, 1), (4, 1), (1, 7), (100, 0)])
+def test_step_checkpoints_that_are_kept(every: int | None, kept: int) -> None:
+    config = configured(training={"checkpoint_every_steps": every, "optimizer": "adamw"}, opponent={"history": 1})
+    assert steps(config, SIZES, 1) == 8
+    assert round_store(config, SMOLLM, SIZES, 1)["step checkpoints"] == kept * 12 * N
