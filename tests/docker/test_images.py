@@ -14,6 +14,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
+
+import spinreg_core
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker/Dockerfile").read_text()
@@ -193,3 +196,23 @@ def test_a_missing_python_and_a_wrong_word_are_explained(project: Path) -> None:
     assert (done.returncode, "no no-such-python here" in done.stderr) == (1, True)
     done = run_script("tpu", folder=project)
     assert (done.returncode, done.stderr.startswith("usage:")) == (2, True)
+
+
+def test_folders_that_deployments_mount_belong_to_the_image_s_user() -> None:
+    declared = yaml.safe_load((ROOT / "deployments/docker.yaml").read_text())
+    compose = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]["worker"]
+    mounts = list(compose["volumes"])
+    for deployment in declared["deployments"]:
+        mounts += deployment["work_pool"]["job_variables"]["volumes"]
+    folders_of = "install -d -o spinreg -g spinreg "
+    made = [rest.split(folders_of)[1].split() for _, rest in instructions() if folders_of in rest]
+    assert len(made) == 2
+    for folders in made:
+        assert {mount.split(":")[1] for mount in mounts} <= set(folders)
+
+
+def test_deployments_run_the_images_that_are_built_and_where_the_code_is() -> None:
+    (deployment,) = yaml.safe_load((ROOT / "deployments/docker.yaml").read_text())["deployments"]
+    assert deployment["work_pool"]["job_variables"]["image"] == f"spinreg:{spinreg_core.__version__}-cuda"
+    places = {rest for name, rest in instructions() if name == "WORKDIR"}
+    assert {deployment["pull"][0]["prefect.deployments.steps.set_working_directory"]["directory"]} == places
