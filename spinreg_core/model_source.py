@@ -93,15 +93,14 @@ def link_policy(folder: Path, target: Path) -> None:
         (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
 
 
-def require_fit(folder: Path, max_length: int, largest_id: int) -> None:
-    """Raise BadInput if rows of `max_length` tokens or with this token id are beyond the model."""
+def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
+    """Raise BadInput if rows of `max_length` tokens, or rows with these token ids, are beyond the model."""
     config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config") or config
     window, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if window is not None and max_length > window:
         raise BadInput("data.max_length", f"{max_length} tokens", f"at most {window}, the model's context window")
-    if vocabulary is not None and largest_id >= vocabulary:
-        raise BadInput("model", f"token id {largest_id} from its tokenizer, but {vocabulary} embeddings",
+    if vocabulary is not None and max(token_ids) >= vocabulary:
+        raise BadInput("model", f"token id {max(token_ids)} from its tokenizer, but {vocabulary} embeddings",
                        "a tokenizer that belongs to the model")  # fmt: skip
 
 

@@ -15,6 +15,7 @@ a copy of the tokenizer that knows its special tokens by those names only.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from functools import cached_property
@@ -148,6 +149,13 @@ class Renderer:
     def text(self, ids: Sequence[int]) -> str:
         """Text of ids with every special token spelled out, for people."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything that decides the ids of a row: tokenizer, template, end of turn."""
+        spec = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        template = self.tokenizer.get_chat_template()
+        parts = [spec, template, dict(self.tokenizer.special_tokens_map), self.end_of_turn]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _probe(self) -> tuple[str, str]:
         """What the template writes between the generation prompt and an answer, and after it."""

@@ -15,6 +15,7 @@ import pyarrow as pa
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, final_answer, prompt_ids_of
 from spinreg_core.errors import BadInput
+from spinreg_core.progress import Progress
 
 if TYPE_CHECKING:
     from spinreg_core.render import Renderer
@@ -34,7 +35,11 @@ ROWS_SCHEMA = pa.schema(
 
 
 def encode_rows(
-    rows: Sequence[Row], renderer: Renderer, config: DataConfig, mode: Literal["auto", "gsm8k", "none"]
+    rows: Sequence[Row],
+    renderer: Renderer,
+    config: DataConfig,
+    mode: Literal["auto", "gsm8k", "none"],
+    progress: Progress | None = None,
 ) -> tuple[list[tuple[Row, dict[str, Any]]], list[Rejected]]:
     """Each usable row with its record (columns of ROWS_SCHEMA but `prompt_id`), and the rows refused.
 
@@ -44,6 +49,8 @@ def encode_rows(
     encoded: list[tuple[Row, dict[str, Any]]] = []
     rejected: list[Rejected] = []
     for row in rows:
+        if progress is not None:
+            progress.update()
         messages = list(row.messages)
         try:
             prompt, answer = renderer.prompt_ids(messages), renderer.answer_ids(messages, row.answer)
@@ -73,3 +80,13 @@ def rows_table(rows: Sequence[Row], encoded: Sequence[tuple[Row, dict[str, Any]]
     records = {id(row): record for row, record in encoded}
     listed = [records[id(row)] | {"prompt_id": name} for row, name in zip(rows, prompt_ids_of(rows), strict=True)]
     return pa.Table.from_pylist(listed, schema=ROWS_SCHEMA)
+
+
+def spread(values: Sequence[int]) -> dict[str, float]:
+    """Mean, median, 95th percentile (nearest rank) and largest of some lengths."""
+    if not values:
+        return {"mean": 0.0, "median": 0, "p95": 0, "max": 0}
+    ordered = sorted(values)
+    rank = -(-95 * len(ordered) // 100) - 1
+    mean = round(sum(ordered) / len(ordered), 1)
+    return {"mean": mean, "median": ordered[(len(ordered) - 1) // 2], "p95": ordered[rank], "max": ordered[-1]}

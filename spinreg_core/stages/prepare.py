@@ -4,7 +4,7 @@ Decides: the order of the checks (rows before any model, token lengths with the 
 and what the fingerprints of `data` and `base` cover. Leaves out: reading (`data/`), rendering, model sources.
 
 Its two objects are named by contents that only this stage sees, so the job carries no object id. It leaves
-`result.json` in the workdir: {"base": object id, "data": object id}.
+`result.json` in the workdir: {"base": object id, "data": object id, "summary": counts of rows}.
 """
 
 from __future__ import annotations
@@ -15,114 +15,139 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_rows, rows_table
-from spinreg_core.data.formats import Rejected
+from spinreg_core.data.encode import encode_rows, rows_table, spread
+from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, load_rows, require_usable
 from spinreg_core.data.split import given_heldout, split_rows
-from spinreg_core.model_source import link_policy, model_fingerprint, resolve_model, tokenizer_folder
-from spinreg_core.objects import fingerprint, publish, read_manifest, sha256_file
+from spinreg_core.errors import BadInput
+from spinreg_core.model_source import link_policy, model_fingerprint, require_fit, resolve_model, tokenizer_folder
+from spinreg_core.objects import fingerprint, publish, read_manifest
+from spinreg_core.progress import Progress
 from spinreg_core.render import Renderer
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import open_store
 
-SHARED = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-
 
 def run(job: Job) -> dict[str, Any]:
-    """Publish both objects. Returns the manifest of `data`. Raises BadInput."""
+    """Publish both objects. Returns the manifest of `data` with both ids. Raises BadInput."""
     config = job.config
     loaded, heldout = load_rows(config.dataset, config.data), load_heldout(config.dataset, config.data)
     for part in (loaded, heldout):
         if part is not None:
-            _tell(part, part.rejected)
+            _tell(part)
             require_usable(part, part.rejected, config.data.max_bad_share)
-    tokenizer = tokenizer_folder(config.model, cache_folder())
-    data = _prepare_data(job, loaded, heldout, tokenizer)
-    base = _prepare_base(job, resolve_model(config.model, cache_folder()))
-    result = {"base": base["object_id"], "data": data["object_id"]}
-    (job.workdir / "result.json").write_text(json.dumps(result))
-    return data
+    renderer = Renderer.from_folder(tokenizer_folder(config.model, cache_folder()))
+    data = prepare_data(job, loaded, heldout, renderer)
+    folder = resolve_model(config.model, cache_folder())
+    require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id])
+    base = prepare_base(job, folder)
+    result = {"base": base["object_id"], "data": data["object_id"], "summary": data["metrics"]}
+    (job.workdir / "result.json").write_text(json.dumps(result, indent=1))
+    return data | {"base": base["object_id"]}
 
 
-def _tell(loaded: Loaded, rejected: list[Rejected]) -> None:
-    counts = ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items()) or "none"
+def _tell(loaded: Loaded) -> None:
     print(
-        f"{loaded.dataset} ({loaded.format}): {loaded.records} records, {len(loaded.rows)} rows; bad rows: {counts}; "
-        f"{loaded.duplicates.exact} exact duplicates left out; "
+        f"{loaded.dataset} ({loaded.format}): {loaded.records} records, {len(loaded.rows)} rows; "
+        f"bad rows: {_counts(loaded.rejected)}; {loaded.duplicates.exact} exact duplicates left out; "
         f"{loaded.duplicates.prompts} prompts with several answers",
         flush=True,
     )
 
 
-def _rendering(folder: Path) -> dict[str, str]:
-    """What decides token ids, by file: equal for models that share tokenizer, template and ends of turn."""
-    return {name: sha256_file(folder / name) for name in SHARED if (folder / name).is_file()}
+def _counts(rejected: list[Rejected]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items()) or "none"
 
 
-def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, rendering: dict[str, str]) -> dict[str, Any]:
-    """What the `data` object is fingerprinted by."""
+def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
+    """What the `data` object is fingerprinted by. (Format, split and turns show in the rows.)"""
     return {
         "rows": loaded.content_hash(),
         "heldout": None if heldout is None else heldout.content_hash(),
-        "limits": config.data.model_dump(
-            mode="json", include={"turns", "max_prompt_tokens", "max_length", "heldout_rows"}
-        ),
+        "limits": config.data.model_dump(mode="json", include={"max_prompt_tokens", "max_length", "heldout_rows"}),
         "final_answer": config.evaluation.final_answer,
         "seed": config.seed,
-        "rendering": rendering,
+        "rendering": renderer.fingerprint(),
     }
 
 
-def _prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, tokenizer: Path) -> dict[str, Any]:
-    config, store = job.config, open_store(job.store)
-    start = time.monotonic()
-    key = data_key(config, loaded, heldout, _rendering(tokenizer))
+def prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
+    """Split and tokenise the rows and publish the object `data`; returns its manifest. Raises BadInput."""
+    config, store, start = job.config, open_store(job.store), time.monotonic()
+    key = data_key(config, loaded, heldout, renderer)
     job = replace(job, stage="data", key=key, object_id=fingerprint("data", key))
     found = read_manifest(store, job.object_id)
     if found is not None:
         print(f"rows are in the store already: {job.object_id}", flush=True)
         return found
-    renderer = Renderer.from_folder(tokenizer)
-    encoded, refused = encode_rows(loaded.rows, renderer, config.data, config.evaluation.final_answer)
-    rejected = loaded.rejected + refused
-    require_usable(loaded, rejected, config.data.max_bad_share)
-    rows, dropped = [row for row, _ in encoded], 0
+    encoded, rejected = _encode(loaded, renderer, config)
+    dropped, bad = 0, {"train": rejected, "heldout": []}
+    rows = [row for row, _ in encoded]
     if heldout is None:
         train, held = split_rows(rows, config.data.heldout_rows, config.seed)
     else:
-        more, refused = encode_rows(heldout.rows, renderer, config.data, config.evaluation.final_answer)
-        require_usable(heldout, heldout.rejected + refused, config.data.max_bad_share)
-        encoded += more
+        more, bad["heldout"] = _encode(heldout, renderer, config)
         train, held, dropped = given_heldout(rows, [row for row, _ in more], config.data.heldout_rows, config.seed)
-        rejected += heldout.rejected + refused
+        encoded += more
+    tables = {"train": rows_table(train, encoded), "heldout": rows_table(held, encoded)}
+    summary = _summary(loaded, tables, bad, dropped)
+    if config.evaluation.final_answer == "gsm8k" and not summary["final_answers"]:
+        raise BadInput("evaluation.final_answer", "gsm8k, and no held-out answer ending in `#### ...`", "auto or none")
     folder = job.workdir / "data"
     folder.mkdir()
-    tables = {"train": rows_table(train, encoded), "heldout": rows_table(held, encoded)}
     for name, table in tables.items():
         pq.write_table(table, folder / f"{name}.parquet")
-    summary: dict[str, Any] = {
-        "records": loaded.records,
-        "train_rows": len(train),
-        "heldout_rows": len(held),
-        "bad_rows": by_reason(rejected),
-        "exact_duplicates": loaded.duplicates.exact,
-        "prompts_with_several_answers": loaded.duplicates.prompts,
-        "train_rows_dropped_as_heldout": dropped,
-        "truncated_answers": sum(table["answer_truncated"].to_pylist().count(True) for table in tables.values()),
-    }
-    (folder / "rejected.json").write_text(json.dumps([asdict(bad) for bad in rejected], indent=1))
-    (folder / "summary.json").write_text(json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1))
+    listed = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
+    (folder / "rejected.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False))
+    (folder / "summary.json").write_text(
+        json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1, ensure_ascii=False)
+    )
     print(
-        f"{len(train)} rows to train on, {len(held)} held out, {summary['truncated_answers']} answers cut", flush=True
+        f"{len(train)} rows to train on, {len(held)} held out, {dropped} dropped because they are held out; "
+        f"{summary['truncated_answers']} answers cut at {config.data.max_length} tokens; bad rows by now: "
+        f"{_counts(bad['train'] + bad['heldout'])}",
+        flush=True,
     )
     return publish(store, job, folder, metrics=summary, seconds=time.monotonic() - start)
 
 
-def _prepare_base(job: Job, source: Path) -> dict[str, Any]:
+def _encode(
+    loaded: Loaded, renderer: Renderer, config: RunConfig
+) -> tuple[list[tuple[Row, dict[str, Any]]], list[Rejected]]:
+    """The rows that fit, tokenised, and all rows refused until now."""
+    progress = Progress("prepare", len(loaded.rows), "rows")
+    encoded, refused = encode_rows(loaded.rows, renderer, config.data, config.evaluation.final_answer, progress)
+    rejected = loaded.rejected + refused
+    require_usable(loaded, rejected, config.data.max_bad_share)
+    return encoded, rejected
+
+
+def _summary(
+    loaded: Loaded, tables: dict[str, pa.Table], bad: dict[str, list[Rejected]], dropped: int
+) -> dict[str, Any]:
+    both = pa.concat_tables(tables.values())
+    return {
+        "records": loaded.records,
+        "train_rows": tables["train"].num_rows,
+        "heldout_rows": tables["heldout"].num_rows,
+        "bad_rows": by_reason(bad["train"] + bad["heldout"]),
+        "exact_duplicates": loaded.duplicates.exact,
+        "prompts_with_several_answers": loaded.duplicates.prompts,
+        "train_rows_dropped_as_heldout": dropped,
+        "truncated_answers": both["answer_truncated"].to_pylist().count(True),
+        "final_answers": tables["heldout"].num_rows - tables["heldout"]["final_answer"].null_count,
+        "prompt_tokens": spread([len(ids) for ids in both["prompt_ids"].to_pylist()]),
+        "answer_tokens": spread([len(ids) for ids in both["answer_ids"].to_pylist()]),
+    }
+
+
+def prepare_base(job: Job, source: Path) -> dict[str, Any]:
+    """Publish the object `base`, a model folder; returns its manifest."""
     store, start = open_store(job.store), time.monotonic()
     key = {"model": model_fingerprint(source)}
     job = replace(job, stage="base", key=key, object_id=fingerprint("base", key))
@@ -133,8 +158,8 @@ def _prepare_base(job: Job, source: Path) -> dict[str, Any]:
     folder = job.workdir / "base"
     link_policy(source, folder / "policy")
     size = sum(path.stat().st_size for path in (folder / "policy").iterdir())
-    return publish(store, job, folder, metrics={"bytes": size, "source": job.config.model},
-                   seconds=time.monotonic() - start)  # fmt: skip
+    metrics = {"bytes": size, "source": job.config.model}
+    return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""What a data set looks like to spinreg, before a run: counts, lengths, examples, bad rows.
+
+Decides: what `spinreg data inspect` shows. Leaves out: judging it; the stage `prepare` applies the limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from spinreg_core.cache import cache_folder
+from spinreg_core.config import RunConfig
+from spinreg_core.data.encode import encode_rows, spread
+from spinreg_core.data.formats import REASONS
+from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, load_rows, shorten
+from spinreg_core.errors import BadInput
+
+EXAMPLES = 2
+LISTED = 10  # rejected rows that the text names; the JSON has all of them
+
+
+def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
+    """A text for people and the same as a JSON-able mapping, for `config.dataset` and its held-out data set.
+
+    Token counts and rendered examples need the tokenizer of `config.model`; where it cannot be had, lengths
+    are in characters only and the text says why. Raises BadInput for a data set that cannot be read.
+    """
+    renderer, reason = _renderer(config.model)
+    parts = {"train": load_rows(config.dataset, config.data)}
+    heldout = load_heldout(config.dataset, config.data)
+    if heldout is not None:
+        parts["heldout"] = heldout
+    document: dict[str, Any] = {name: _describe(part, config, renderer) for name, part in parts.items()}
+    lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
+    if reason:
+        lines.append(f"no token counts: {reason}")
+    return "\n".join(lines), document | {"tokenizer": None if reason else config.model}
+
+
+def _renderer(model: str) -> tuple[Any, str]:
+    from spinreg_core.model_source import tokenizer_folder
+    from spinreg_core.render import Renderer
+
+    try:
+        return Renderer.from_folder(tokenizer_folder(model, cache_folder())), ""
+    except BadInput as error:
+        return None, str(error)
+
+
+def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any]:
+    rows, rejected = loaded.rows, list(loaded.rejected)
+    lengths = {
+        "prompt_characters": spread([sum(len(m["content"]) for m in row.messages) for row in rows]),
+        "answer_characters": spread([len(row.answer) for row in rows]),
+    }
+    document: dict[str, Any] = {
+        "dataset": loaded.dataset,
+        "format": loaded.format,
+        "records": loaded.records,
+        "rows": len(rows),
+        "duplicates": asdict(loaded.duplicates),
+    }
+    if renderer is not None:
+        encoded, refused = encode_rows(rows, renderer, config.data, config.evaluation.final_answer)
+        rejected += refused
+        lengths["prompt_tokens"] = spread([len(record["prompt_ids"]) for _, record in encoded])
+        lengths["answer_tokens"] = spread([len(record["answer_ids"]) for _, record in encoded])
+        document |= {
+            "rows": len(encoded),
+            "truncated_answers": sum(record["answer_truncated"] for _, record in encoded),
+            "final_answers": sum(record["final_answer"] is not None for _, record in encoded),
+            "examples": [
+                {
+                    "row": row.source_row,
+                    "prompt": renderer.text(record["prompt_ids"]),
+                    "answer": renderer.text(record["answer_ids"]),
+                }
+                for row, record in encoded[:EXAMPLES]
+            ],
+        }
+    else:
+        document["examples"] = [
+            {"row": row.source_row, "prompt": row.messages[-1]["content"], "answer": row.answer}
+            for row in rows[:EXAMPLES]
+        ]
+    return document | {
+        "lengths": lengths,
+        "bad_share": bad_share(loaded.records, rejected),
+        "bad_rows": by_reason(rejected),
+        "rejected": [asdict(bad) for bad in rejected],
+    }
+
+
+def _lines(name: str, part: dict[str, Any], max_bad_share: float) -> list[str]:
+    duplicates = part["duplicates"]
+    lines = [
+        f"{name}: {part['dataset']} ({part['format']})",
+        f"  records {part['records']}, usable rows {part['rows']}",
+        f"  duplicates: {duplicates['exact']} exact, left out; {duplicates['prompts']} prompts with several answers",
+        *(f"    {example}" for example in duplicates["examples"]),
+    ]
+    if "truncated_answers" in part:
+        lines.append(f"  answers cut at data.max_length: {part['truncated_answers']}")
+        lines.append(f"  answers with a final answer (####): {part['final_answers']}")
+    for what, found in part["lengths"].items():
+        values = ", ".join(f"{key} {value:g}" for key, value in found.items())
+        lines.append(f"  {what.replace('_', ' in ')}: {values}")
+    verdict = "within" if part["bad_share"] <= max_bad_share else "ABOVE"
+    lines.append(f"  bad rows: {part['bad_share']:.2%}, {verdict} data.max_bad_share ({max_bad_share:.2%})")
+    lines += [f"    {count} {reason}: {REASONS[reason]}" for reason, count in part["bad_rows"].items()]
+    shown = part["rejected"][:LISTED]
+    lines += [f"    row {bad['row']}: {bad['reason']} ({shorten(bad['detail'], 120)})" for bad in shown]
+    if len(part["rejected"]) > LISTED:
+        lines.append(f"    ... and {len(part['rejected']) - LISTED} more (--json lists all)")
+    for example in part["examples"]:
+        lines.append(f"  example, row {example['row']}; what is trained on follows the bar")
+        text = f"{example['prompt']}|{example['answer']}"
+        lines += [f"    {line}" for line in text.splitlines()]
+    return lines
