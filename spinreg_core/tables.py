@@ -7,12 +7,14 @@ marked everywhere. Leaves out: the numbers (`report.report_data`).
 from __future__ import annotations
 
 import math
+import textwrap
 from typing import Any
 
 from spinreg_core.metrics import METRICS, PRIMARY, Estimate
 
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
-_PER_BLOCK = 3  # rounds side by side in a terminal of 120 columns
+_COLUMNS = 110  # of a terminal
+_PER_BLOCK = 3  # rounds side by side
 
 
 def _decimals(estimate: Estimate) -> int:
@@ -87,9 +89,9 @@ def metrics_table(data: dict[str, Any]) -> str:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         lines.append("")
-    lines += [*legend(data), "", data["verdict"]["headline"], *data["verdict"]["sentences"]]
-    lines += [f"ALARM, round {alarm['round']}, {alarm['where']}: {alarm['text']}" for alarm in data["alarms"]]
-    return "\n".join(lines)
+    texts = [*legend(data), "", data["verdict"]["headline"], *data["verdict"]["sentences"]]
+    texts += [f"ALARM, round {alarm['round']}, {alarm['where']}: {alarm['text']}" for alarm in data["alarms"]]
+    return "\n".join([*lines, *(textwrap.fill(text, _COLUMNS) for text in texts)])
 
 
 def metrics_markdown(data: dict[str, Any]) -> str:
