@@ -1,0 +1,182 @@
+"""Deploying as documented, on a real Prefect server: what arrives there, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from docker.types import HostConfig
+from prefect.utilities.importtools import import_object
+from prefect.utilities.templating import apply_values
+from servers import PrefectServer, prefect_server
+
+from spinreg_core.config import RunConfig
+
+ROOT = Path(__file__).parents[2]
+FILES = {
+    "prefect.yaml": "iterate",
+    "deployments/docker.yaml": "iterate-docker",
+    "deployments/kubernetes.yaml": "iterate-kubernetes",
+}
+
+
+def only_deployment(file: str) -> dict[str, Any]:
+    (deployment,) = yaml.safe_load((ROOT / file).read_text())["deployments"]
+    return deployment
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_points_at_the_flow_and_limits_nothing_by_lease(file: str) -> None:
+    deployment = only_deployment(file)
+    assert deployment["name"] == FILES[file]
+    assert import_object(deployment["entrypoint"]).name == "spin"
+    assert "concurrency_limit" not in deployment
+    assert deployment["work_pool"]["job_variables"]["stream_output"] is False
+
+
+def test_docker_understands_the_device_request() -> None:
+    extra = only_deployment("deployments/docker.yaml")["work_pool"]["job_variables"]["container_create_kwargs"]
+    host = HostConfig(version="1.44", **extra)
+    assert host["DeviceRequests"][0]["Capabilities"] == [["gpu"]]
+    assert host["ShmSize"] == 16 * 2**30
+
+
+def test_kubernetes_manifest_is_complete() -> None:
+    """What the worker makes of the template: defaults, then the deployment's variables, then its own."""
+    template = json.loads((ROOT / "deployments/kubernetes-base-job-template.json").read_text())
+    known = template["variables"]["properties"]
+    given = only_deployment("deployments/kubernetes.yaml")["work_pool"]["job_variables"]
+    assert given.keys() <= known.keys()
+    of_the_worker = {
+        "name": "run",
+        "command": "prefect flow-run execute",
+        "labels": {},
+        "service_account_name": "spinreg",
+    }
+    defaults = {name: schema["default"] for name, schema in known.items() if "default" in schema}
+    manifest = apply_values(template["job_configuration"]["job_manifest"], defaults | given | of_the_worker)
+    pod = manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert container["resources"]["requests"] == {"cpu": "8", "memory": "64Gi"}
+    assert {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": "16Gi"}} in pod["volumes"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert container["envFrom"] == [{"secretRef": {"name": "spinreg-s3", "optional": True}}]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that is deployed, somewhere else than where the tests run."""
+    folder = tmp_path_factory.mktemp("clone")
+    for name in ("flows", "tasks", "spinreg_core", "deployments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "prefect.yaml", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> Iterator[PrefectServer]:
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as started:
+        for command in (
+            "work-pool create local --type process",
+            "work-pool create docker --type docker",
+            "work-pool create gpu --type kubernetes --base-job-template deployments/kubernetes-base-job-template.json",
+            "--no-prompt deploy --all",
+            "--no-prompt deploy --all --prefect-file deployments/docker.yaml",
+            "--no-prompt deploy --all --prefect-file deployments/kubernetes.yaml",
+        ):
+            env = {"SPINREG_STORE": "s3://bucket/prefix", "SPINREG_IMAGE": "registry/spinreg:1"}
+            done = started.cli(*command.split(), cwd=clone, env=env)
+            assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        yield started
+
+
+def deployed(server: PrefectServer, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = server.api("GET", f"deployments/name/spin/{name}")
+    return found
+
+
+@pytest.mark.slow
+def test_iterate_arrives_as_described(server: PrefectServer, clone: Path) -> None:
+    iterate = deployed(server, "iterate")
+    assert iterate["entrypoint"] == "flows.spin:spin"
+    assert iterate["pull_steps"] == [
+        {"prefect.deployments.steps.set_working_directory": {"directory": str(clone.resolve())}}
+    ]
+    assert iterate["work_pool_name"] == "local"
+    assert iterate["job_variables"]["stream_output"] is False
+    assert iterate["job_variables"]["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    assert iterate["concurrency_limit"] is None
+    assert iterate["global_concurrency_limit"] is None
+    (schedule,) = iterate["schedules"]
+    assert (schedule["slug"], schedule["active"], schedule["parameters"]) == ("nightly", False, {"rounds": 1})
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+
+
+@pytest.mark.slow
+def test_the_variants_arrive(server: PrefectServer) -> None:
+    docker, kubernetes = deployed(server, "iterate-docker"), deployed(server, "iterate-kubernetes")
+    for deployment in (docker, kubernetes):
+        steps = deployment["pull_steps"]
+        assert steps == [{"prefect.deployments.steps.set_working_directory": {"directory": "/opt/spinreg"}}]
+    assert docker["parameters"] == {"store": "/store"}
+    assert kubernetes["parameters"] == {"store": "s3://bucket/prefix"}
+    assert kubernetes["job_variables"]["image"] == "registry/spinreg:1"
+
+
+@pytest.mark.slow
+def test_the_form_describes_every_field_and_its_range(server: PrefectServer) -> None:
+    schema = deployed(server, "iterate")["parameter_openapi_schema"]
+    for name, field in RunConfig.model_fields.items():
+        shown = schema["properties"][name]
+        reference = shown.get("$ref")
+        if reference is None:
+            assert shown["description"].startswith(field.description), name
+            continue
+        group = schema["definitions"][reference.rpartition("/")[2]]
+        assert shown["default"] == {}, "an untouched group must say nothing, or it would override a file"
+        assert group["description"]
+        for inner, described in type(field.default).model_fields.items():
+            assert group["properties"][inner]["description"].startswith(described.description), f"{name}.{inner}"
+            assert group["properties"][inner].get("default") is None, f"{name}.{inner}"
+    assert schema["properties"]["config"]["description"]
+    alpha = schema["definitions"]["ObjectiveConfig"]["properties"]["alpha"]
+    assert (alpha["minimum"], alpha["maximum"]) == (0, 1)
+    order = sorted(schema["properties"], key=lambda name: schema["properties"][name]["position"])
+    assert order[:3] == ["run", "rounds", "until_round"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("parameter", "reason"),
+    [
+        ("rounds=0", "less than the minimum"),
+        ("until_round=-1", "less than the minimum"),
+        ("run=Not A Name", "does not match"),
+        ('objective={"alpha": 1.5}', "greater than the maximum"),
+        ('training={"epochs": 0}', "less than the minimum"),
+        ('data={"turns": "second"}', "is not one of"),
+        ('opponent={"histroy": 2}', "Additional properties are not allowed"),
+        ("round=3", "round"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_a_run_exists(server: PrefectServer, parameter: str, reason: str) -> None:
+    done = server.cli("deployment", "run", "spin/iterate", "-p", parameter, env={"COLUMNS": "500"})
+    assert done.returncode == 1, done.stdout
+    assert reason in done.stdout + done.stderr
+    assert server.api("POST", "flow_runs/count", {}) == 0
+
+
+@pytest.mark.slow
+def test_one_field_of_a_group_is_one_field(server: PrefectServer) -> None:
+    """Last of the module: it leaves a run behind."""
+    done = server.cli("deployment", "run", "spin/iterate", "-p", 'data={"heldout_rows": 5}', "-p", "rounds=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run,) = server.api("POST", "flow_runs/filter", {})
+    assert run["parameters"]["data"] == {"heldout_rows": 5}
+    assert run["parameters"]["rounds"] == 2
