@@ -15,43 +15,39 @@ from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
-from pydantic import Field
+from pydantic import BaseModel, Field
 
+from flows.form import (
+    DataForm,
+    EvaluationForm,
+    GenerationForm,
+    ObjectiveForm,
+    OpponentForm,
+    ResourcesForm,
+    TrainingForm,
+    described,
+)
 from flows.round import round_
 from flows.show import show_end
-from spinreg_core.config import (
-    RUN_NAME,
-    DataConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    ObjectiveConfig,
-    OpponentConfig,
-    ResourcesConfig,
-    RunConfig,
-    TrainingConfig,
-)
+from spinreg_core.config import RUN_NAME, RunConfig
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import metrics_markdown, metrics_table, write_report
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import open_store
 from tasks.context import Context, entered
-from tasks.display import flush, run_log, show_markdown, wait_for_server
+from tasks.display import flush, nested, run_log, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.stage import run_task
 
 
-def _about(name: str) -> str:
-    return str(RunConfig.model_fields[name].description)
-
-
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Only what was said: no None, and of a group only the fields that were set."""
-    return {
-        name: value.model_dump(mode="json", exclude_unset=True) if hasattr(value, "model_dump") else value
+    """Only what was said: no None, and of a group only the fields that were filled in."""
+    said = {
+        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
         for name, value in parameters.items()
-        if value is not None
     }
+    return {name: value for name, value in said.items() if value is not None and value != {}}
 
 
 def resolve_parameters(config: str | None, parameters: dict[str, Any]) -> RunConfig:
@@ -71,30 +67,31 @@ def _flow_run_name() -> str:
 
 
 @flow(name="spin", flow_run_name=_flow_run_name)
+@described
 def spin(
-    run: Annotated[str | None, Field(description=_about("run"), pattern=RUN_NAME)] = None,
-    rounds: Annotated[int | None, Field(description=_about("rounds"), ge=1)] = None,
-    until_round: Annotated[int | None, Field(description=_about("until_round"), ge=0)] = None,
-    model: Annotated[str | None, Field(description=_about("model"))] = None,
-    dataset: Annotated[str | None, Field(description=_about("dataset"))] = None,
-    store: Annotated[str | None, Field(description=_about("store"))] = None,
-    config: Annotated[
-        str | None,
-        Field(description="Path or URI of a run configuration file (YAML or JSON); parameters win over it."),
-    ] = None,
-    seed: Annotated[int | None, Field(description=_about("seed"), ge=0, lt=2**31)] = None,
-    data: DataConfig | None = None,
-    opponent: OpponentConfig | None = None,
-    objective: ObjectiveConfig | None = None,
-    generation: GenerationConfig | None = None,
-    training: TrainingConfig | None = None,
-    evaluation: EvaluationConfig | None = None,
-    resources: ResourcesConfig | None = None,
+    run: Annotated[str | None, Field(pattern=RUN_NAME)] = None,
+    rounds: Annotated[int | None, Field(ge=1)] = None,
+    until_round: Annotated[int | None, Field(ge=0)] = None,
+    model: Annotated[str | None, Field(min_length=1)] = None,
+    dataset: Annotated[str | None, Field(min_length=1)] = None,
+    store: Annotated[str | None, Field(min_length=1)] = None,
+    config: str | None = None,
+    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None,
+    data: DataForm = DataForm(),
+    opponent: OpponentForm = OpponentForm(),
+    objective: ObjectiveForm = ObjectiveForm(),
+    generation: GenerationForm = GenerationForm(),
+    training: TrainingForm = TrainingForm(),
+    evaluation: EvaluationForm = EvaluationForm(),
+    resources: ResourcesForm = ResourcesForm(),
 ) -> dict[str, Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
     Everything left empty comes from `config`, from the existing run of that name, or from the defaults,
     which are the demo's. Running again what was killed finishes it and adds nothing.
+
+    Args:
+        config: Path or URI of a run configuration file (YAML or JSON). Single parameters win over it.
     """
     parameters = {
         "run": run, "rounds": rounds, "until_round": until_round, "model": model, "dataset": dataset, "store": store,
@@ -120,8 +117,7 @@ def spin(
         if stage_object(session.head, 0, "evaluate") is None:
             run_task(evaluate, resolved.resources, resolved.run, 0)
         for round_number in range(done + 1, target + 1):
-            wait_for_server()
-            round_(resolved.run, round_number)
+            nested(round_, resolved.run, round_number)
         report = write_report(opened, resolved.run)
         session.finish_advance()
         summary = {

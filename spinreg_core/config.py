@@ -48,7 +48,7 @@ class DataConfig(Group):
         "from the data set itself. The bundled demo data brings its own held-out file.",
     )
     heldout_split: str = Field("train", description="Split of heldout_dataset to read.")
-    heldout_rows: int = Field(64, ge=1, description="Held-out rows used for evaluation (rows).")
+    heldout_rows: int = Field(75, ge=1, description="Held-out rows used for evaluation (rows).")
     turns: Literal["last", "first", "all"] = Field(
         "last",
         description="Which assistant turns of a conversation are trained on: the last, the first (as the SPIN "
@@ -164,7 +164,9 @@ class TrainingConfig(Group):
     micro_batch_size: int = Field(8, ge=1, description="Pairs per forward pass; gradients are accumulated (pairs).")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradient clipping threshold (l2 norm); unset: none.")
     precision: Literal["mixed", "bf16", "fp32"] = Field(
-        "mixed", description="mixed: bf16 compute with fp32 master weights; bf16: everything bf16; fp32."
+        "fp32",
+        description="mixed: bf16 compute with fp32 master weights, right for GPUs; bf16: everything bf16; fp32: "
+        "fastest on CPUs without bf16 matrix units.",
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
     checkpoint_every_steps: int | None = Field(

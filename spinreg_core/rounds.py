@@ -119,7 +119,9 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
         "scores": {"previous": alpha > 0, "base": alpha < 1},
         "precision": config.training.precision,
     }  # fmt: skip
-    return Plan("mix-opponent", round_number, key, inputs, {})
+    # Where log pi_0 of a row may stand already; it saves work and cannot change a result, so it is no part of the key.
+    scored = [found for n in range(1, round_number) if (found := stage_object(head, n, "mix-opponent"))]
+    return Plan("mix-opponent", round_number, key, inputs, {"scored": scored})
 
 
 def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
