@@ -118,9 +118,11 @@ def choose_layout(columns: set[str], config: DataConfig, where: str) -> Layout:
         needed = {name for name in layout.columns if name != "input" or layout.format != "instruction"}
         if config.format in ("auto", layout.format) and needed <= columns:
             return layout
-    known = _FORMAT_COLUMNS if config.format == "auto" else {config.format: _FORMAT_COLUMNS[config.format]}
-    expected = "; ".join(f"{name} ({what})" for name, what in known.items())
-    raise BadInput(where, f"columns {listed}", f"one of these layouts: {expected}" if len(known) > 1 else expected)
+    known = "; ".join(f"{name} ({what})" for name, what in _FORMAT_COLUMNS.items())
+    expected = f"one of these layouts: {known}"
+    if config.format != "auto":
+        expected = f"format {config.format}: {_FORMAT_COLUMNS[config.format]}"
+    raise BadInput(where, f"columns {listed}", expected)
 
 
 def read_rows(record: object, number: int, layout: Layout, turns: Literal["last", "first", "all"]) -> list[Row]:

@@ -58,7 +58,7 @@ def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any
         "format": loaded.format,
         "records": loaded.records,
         "rows": len(rows),
-        "duplicates": asdict(loaded.duplicates),
+        "duplicates": asdict(loaded.duplicates) | {"examples": list(loaded.duplicates.examples)},
     }
     if renderer is not None:
         encoded, refused = encode_rows(rows, renderer, config.data, config.evaluation.final_answer)

@@ -1,0 +1,171 @@
+"""Layouts, turns, bad rows and final answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.formats import (
+    REASONS,
+    Layout,
+    Row,
+    RowProblem,
+    choose_layout,
+    final_answer,
+    prompt_ids_of,
+    read_rows,
+)
+from spinreg_core.errors import BadInput
+
+MESSAGES = Layout("messages", ("messages",))
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "Two?"},
+    {"role": "assistant", "content": "2"},
+]
+
+
+def rows(record: Any, turns: Any = "last") -> list[Row]:
+    layout = choose_layout(set(record), DataConfig(), "dataset")
+    return read_rows(record, 1, layout, turns)
+
+
+@pytest.mark.parametrize(
+    ("record", "prompt", "answer"),
+    [
+        ({"messages": CHAT[1:3]}, "One?", "1"),
+        ({"messages": json.dumps(CHAT[1:3])}, "One?", "1"),
+        ({"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]}, "One?", "1"),
+        ({"conversations": [{"from": "user", "value": "One?"}, {"from": "chatgpt", "value": "1"}]}, "One?", "1"),
+        ({"conversation": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]}, "One?", "1"),
+        ({"instruction": "Add.", "input": "1+1", "output": "2"}, "Add.\n\n1+1", "2"),
+        ({"instruction": "Say hi.", "input": "", "output": "hi"}, "Say hi.", "hi"),
+        ({"instruction": "Say hi.", "input": None, "output": "hi"}, "Say hi.", "hi"),
+        ({"instruction": "Say hi.", "output": "hi"}, "Say hi.", "hi"),
+        ({"prompt": "One?", "response": "1"}, "One?", "1"),
+        ({"prompt": "One?", "answer": "1"}, "One?", "1"),
+        ({"question": "One?", "answer": "1"}, "One?", "1"),
+        ({"prompt": "One?", "completion": "1"}, "One?", "1"),
+        ({"prompt": "ignored", "prompt_id": "x", "messages": CHAT[1:3]}, "One?", "1"),  # ultrachat_200k
+    ],
+)
+def test_every_layout_is_found_by_its_columns(record: dict[str, Any], prompt: str, answer: str) -> None:
+    (row,) = rows(record)
+    assert [dict(m) for m in row.messages] == [{"role": "user", "content": prompt}]
+    assert row.answer == answer
+
+
+def test_named_columns_win() -> None:
+    config = DataConfig(prompt_column="q", response_column="a")
+    layout = choose_layout({"q", "a", "messages"}, config, "dataset")
+    assert layout == Layout("prompt_response", ("q", "a"))
+    assert read_rows({"q": "One?", "a": "1"}, 3, layout, "last")[0].answer == "1"
+    with pytest.raises(BadInput, match="found columns b, q; expected the named column a"):
+        choose_layout({"q", "b"}, config, "dataset")
+
+
+def test_an_unknown_layout_names_the_columns_found() -> None:
+    with pytest.raises(BadInput, match=r"dataset x: found columns text, url; expected one of these layouts: messages"):
+        choose_layout({"url", "text"}, DataConfig(), "dataset x")
+    with pytest.raises(BadInput, match="expected format instruction: instruction and output"):
+        choose_layout({"prompt", "response"}, DataConfig(format="instruction"), "dataset x")
+
+
+def test_turns() -> None:
+    assert [(len(r.messages), r.answer) for r in rows({"messages": CHAT}, "last")] == [(4, "2")]
+    assert [(len(r.messages), r.answer) for r in rows({"messages": CHAT}, "first")] == [(2, "1")]
+    both = rows({"messages": CHAT}, "all")
+    assert [(len(r.messages), r.answer) for r in both] == [(2, "1"), (4, "2")]
+    assert list(both[1].messages) == CHAT[:4]
+    assert both[0].opening_hash == both[1].opening_hash != both[1].prompt_hash
+    trailing = [*CHAT, {"role": "user", "content": "Three?"}]
+    assert rows({"messages": trailing}, "last")[0].answer == "2"
+
+
+def turn(role: Any, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+BAD = [
+    ("wrong_type", ["not", "a", "record"]),
+    ("wrong_type", {"messages": "not a list"}),
+    ("wrong_type", {"messages": 7}),
+    ("wrong_type", {"messages": ["text"]}),
+    ("wrong_type", {"messages": [turn("user", 5), turn("assistant", "x")]}),
+    ("wrong_type", {"messages": [turn("user", "x"), turn("assistant", [{"type": "text", "text": "x"}])]}),
+    ("missing_column", {"text": "x"}),
+    ("missing_role", {"messages": [{"content": "x"}, turn("assistant", "x")]}),
+    ("missing_role", {"messages": [turn(None, "x"), turn("assistant", "x")]}),
+    ("unknown_role", {"messages": [turn("user", "x"), turn("tool", "x"), turn("assistant", "x")]}),
+    ("unknown_role", {"messages": [turn(3, "x")]}),
+    ("no_assistant_turn", {"messages": [turn("user", "x")]}),
+    ("no_assistant_turn", {"messages": []}),
+    ("empty_answer", {"messages": [turn("user", "x"), turn("assistant", " \n")]}),
+    ("empty_answer", {"messages": [turn("user", "x"), turn("assistant", None)]}),
+    ("empty_prompt", {"messages": [turn("user", "  "), turn("assistant", "x")]}),
+    ("prompt_not_user", {"messages": [turn("assistant", "x")]}),
+    ("prompt_not_user", {"messages": [turn("system", "x"), turn("assistant", "x")]}),
+    ("prompt_not_user", {"messages": [turn("user", "x"), turn("assistant", "x"), turn("assistant", "y")]}),
+    ("broken_utf8", {"messages": [turn("user", "x\udcff"), turn("assistant", "x")]}),
+    ("broken_utf8", {"messages": [turn("user", "x"), turn("assistant", "\ud83d")]}),
+]
+
+
+@pytest.mark.parametrize(("reason", "record"), BAD)
+def test_bad_rows_say_why(reason: str, record: Any) -> None:
+    with pytest.raises(RowProblem) as problem:
+        read_rows(record, 1, MESSAGES, "last")
+    assert problem.value.reason == reason
+    assert reason in REASONS
+    assert problem.value.detail
+
+
+def test_single_turn_rows_are_checked_too() -> None:
+    for record, reason in [
+        ({"prompt": "x", "response": ""}, "empty_answer"),
+        ({"prompt": None, "response": "x"}, "empty_prompt"),
+        ({"prompt": "x", "response": 4}, "wrong_type"),
+        ({"instruction": "x", "input": 4, "output": "y"}, "wrong_type"),
+    ]:
+        with pytest.raises(RowProblem) as problem:
+            rows(record)
+        assert problem.value.reason == reason
+
+
+def test_one_bad_turn_makes_the_whole_conversation_bad() -> None:
+    broken = [*CHAT, turn("user", "Three?"), turn("assistant", "")]
+    with pytest.raises(RowProblem):
+        rows({"messages": broken}, "all")
+    assert rows({"messages": broken}, "first")[0].answer == "1"
+
+
+def test_prompt_ids_are_hashes_of_the_prompt_numbered_when_repeated() -> None:
+    a, b = rows({"prompt": "Ä?", "response": "1"})[0], rows({"prompt": "B?", "response": "1"})[0]
+    digest = hashlib.sha256('[["user","Ä?"]]'.encode()).hexdigest()[:16]
+    assert prompt_ids_of([a, b, a, a]) == [digest, b.prompt_hash[:16], f"{digest}-2", f"{digest}-3"]
+    system = Row(1, ({"role": "system", "content": "x"}, *a.messages), "1")
+    assert system.prompt_hash != a.prompt_hash
+
+
+@pytest.mark.parametrize(
+    ("answer", "mode", "expected"),
+    [
+        ("so 3 + 4 = 7\n#### 7", "auto", "7"),
+        ("x\n#### $1,234.50 ", "auto", "$1,234.50"),
+        ("x\n#### -3\n", "auto", "-3"),
+        ("#### Step one\nDo it.", "auto", None),
+        ("Do it.\n#### Paris", "auto", None),
+        ("Do it.\n#### Paris", "gsm8k", "Paris"),
+        ("x\n#### 7", "none", None),
+        ("no mark", "gsm8k", None),
+        ("empty\n####", "gsm8k", None),
+    ],
+)
+def test_final_answers(answer: str, mode: Any, expected: str | None) -> None:
+    assert final_answer(answer, mode) == expected

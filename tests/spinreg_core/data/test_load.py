@@ -1,0 +1,97 @@
+"""Checked data sets: counts, duplicates, and the limit on bad rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.load import by_reason, load_heldout, load_rows, require_usable
+from spinreg_core.errors import BadInput
+
+
+def save(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
+    return str(path)
+
+
+def pair(prompt: str, answer: str) -> dict[str, str]:
+    return {"prompt": prompt, "response": answer}
+
+
+def test_bad_rows_are_listed_with_numbers_and_reasons(tmp_path: Path) -> None:
+    rows = [pair("a", "1"), "{broken", pair("b", ""), {"prompt": "c"}, pair("d", "4"), [1]]
+    loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig())
+    assert loaded.records == 6
+    assert [row.source_row for row in loaded.rows] == [1, 5]
+    assert [(bad.row, bad.reason) for bad in loaded.rejected] == [
+        (2, "broken_json"), (3, "empty_answer"), (4, "missing_column"), (6, "wrong_type"),
+    ]  # fmt: skip
+    with pytest.raises(BadInput) as error:
+        require_usable(loaded, loaded.rejected, 0.5)
+    for part in ("66.7% bad rows (4 of 6", "1 broken_json", "row 3: empty_answer", "data.max_bad_share"):
+        assert part in str(error.value)
+    require_usable(loaded, loaded.rejected, 0.67)
+
+
+def test_the_share_counts_records_not_turns(tmp_path: Path) -> None:
+    good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 5
+    rows = [{"messages": good}, {"messages": good[:1]}]
+    loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig(turns="all"))
+    assert len(loaded.rows) == 5
+    require_usable(loaded, loaded.rejected, 0.5)
+    with pytest.raises(BadInput, match=r"50\.0% bad rows"):
+        require_usable(loaded, loaded.rejected, 0.49)
+
+
+def test_no_good_row_is_never_usable(tmp_path: Path) -> None:
+    loaded = load_rows(save(tmp_path / "x.jsonl", [pair("a", "")]), DataConfig())
+    with pytest.raises(BadInput, match=r"100\.0% bad rows"):
+        require_usable(loaded, loaded.rejected, 1.0)
+
+
+def test_an_empty_data_set(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="found no rows"):
+        load_rows(save(tmp_path / "x.jsonl", []), DataConfig())
+    with pytest.raises(BadInput, match=r"no record among them \(row 1: broken_json"):
+        load_rows(save(tmp_path / "y.jsonl", ["{", "["]), DataConfig())
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    rows = [pair("a", "1"), pair("b", "1"), pair("a", "1"), pair("a", "2"), pair("c", "1")]
+    loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig())
+    assert [row.source_row for row in loaded.rows] == [1, 2, 4, 5]
+    assert loaded.duplicates.exact == 1
+    assert loaded.duplicates.prompts == 1
+    assert loaded.duplicates.examples == ('"a" (rows 1, 4)',)
+
+
+def test_content_hashes_follow_the_content(tmp_path: Path) -> None:
+    rows = [pair("a", "1"), pair("b", "2")]
+    first = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig()).content_hash()
+    (tmp_path / "y.json").write_text(json.dumps(rows, indent=3))
+    assert load_rows(str(tmp_path / "y.json"), DataConfig()).content_hash() == first
+    for other in ([pair("a", "1"), pair("b", "3")], [*rows, "{"], rows[::-1]):
+        assert load_rows(save(tmp_path / "z.jsonl", other), DataConfig()).content_hash() != first
+
+
+def test_heldout_data(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.jsonl", [pair("a", "1")])
+    assert load_heldout(path, DataConfig()) is None
+    found = load_heldout("builtin:demo", DataConfig(heldout_dataset=path, split="train[:5]"))
+    assert found is not None
+    assert found.rows[0].answer == "1"
+    demo = load_heldout("builtin:demo", DataConfig())
+    assert demo is not None
+    assert len(demo.rows) >= 60
+    assert not demo.rejected
+
+
+def test_reasons_are_counted_most_frequent_first(tmp_path: Path) -> None:
+    loaded = load_rows(
+        save(tmp_path / "x.jsonl", ["{", pair("", "x"), pair("a", ""), "{", pair("b", "1")]), DataConfig()
+    )
+    assert next(iter(by_reason(loaded.rejected).items())) == ("broken_json", 2)

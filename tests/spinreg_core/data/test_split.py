@@ -1,0 +1,112 @@
+"""The split and the prompts of a round: properties that hold for any data."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from spinreg_core.data.formats import Row
+from spinreg_core.data.split import given_heldout, round_prompts, split_rows
+from spinreg_core.errors import BadInput
+
+
+def row(number: int, *texts: str) -> Row:
+    """A row whose prompt is a conversation of these texts, user first; its answer says its number."""
+    roles = ("user", "assistant")
+    messages = tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(texts))
+    return Row(number, messages, f"answer {number}")
+
+
+openings = st.lists(st.integers(0, 30), min_size=2, max_size=60)
+
+
+@settings(deadline=None)
+@given(openings=openings, heldout=st.integers(1, 20), seed=st.integers(0, 5))
+def test_split(openings: list[int], heldout: int, seed: int) -> None:
+    rows = [row(i, f"prompt {o}") for i, o in enumerate(openings)]
+    sizes = sorted(openings.count(o) for o in set(openings))
+    assume(len(sizes) > 1 and sizes[0] <= heldout < len(rows))
+    try:
+        train, held = split_rows(rows, heldout, seed)
+    except BadInput:
+        assert sizes[-1] > heldout or sum(sizes) <= heldout  # one huge group, or nothing left to train on
+        return
+    assert sorted(r.source_row for r in train + held) == list(range(len(rows)))
+    assert 1 <= len(held) <= heldout
+    assert not {r.prompt_hash for r in train} & {r.prompt_hash for r in held}
+    if sizes[-1] == 1:
+        assert len(held) == min(heldout, len(rows))
+    shuffled = list(rows)
+    random.Random(1).shuffle(shuffled)
+    again = split_rows(shuffled, heldout, seed)
+    assert {r.source_row for r in again[1]} == {r.source_row for r in held}
+
+
+def test_another_seed_holds_out_others() -> None:
+    rows = [row(i, f"prompt {i}") for i in range(100)]
+    held = [frozenset(r.source_row for r in split_rows(rows, 20, seed)[1]) for seed in range(5)]
+    assert len(set(held)) == 5
+    assert split_rows(rows, 20, 0) == split_rows(rows, 20, 0)
+
+
+def test_turns_of_one_conversation_stay_on_one_side() -> None:
+    rows = [r for i in range(40) for r in (row(2 * i, f"a{i}"), row(2 * i + 1, f"a{i}", "x", "more"))]
+    train, held = split_rows(rows, 11, 0)
+    assert len(held) == 10
+    assert not {r.messages[0]["content"] for r in train} & {r.messages[0]["content"] for r in held}
+
+
+def test_nothing_left_to_train_on_is_refused() -> None:
+    rows = [row(i, f"prompt {i}") for i in range(5)]
+    with pytest.raises(BadInput, match=r"data\.heldout_rows"):
+        split_rows(rows, 5, 0)
+    assert len(split_rows(rows, 4, 0)[0]) == 1
+
+
+def test_a_heldout_set_of_its_own() -> None:
+    rows = [row(i, f"prompt {i}") for i in range(50)]
+    other = [row(i, f"prompt {i}") for i in range(40, 60)]
+    train, held, dropped = given_heldout(rows, other, 15, 3)
+    assert len(held) == 15
+    assert held == [r for r in other if r in held]
+    chosen = {r.prompt_hash for r in held}
+    assert dropped == sum(r.prompt_hash in chosen for r in rows) > 0
+    assert train == [r for r in rows if r.prompt_hash not in chosen]
+    assert given_heldout(rows, other, 100, 3)[1] == other
+    with pytest.raises(BadInput, match=r"data\.heldout_dataset"):
+        given_heldout(rows, rows, 100, 3)
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 40), m=st.integers(1, 45), seed=st.integers(0, 3))
+def test_fresh_rounds_walk_through_all_rows_again_and_again(n: int, m: int, seed: int) -> None:
+    rounds = [round_prompts(n, m, r, "fresh", seed) for r in range(1, 12)]
+    if m >= n:
+        assert all(found == list(range(n)) for found in rounds)
+        return
+    for found in rounds:
+        assert len(found) == m == len(set(found))  # never the same row twice in a round
+    stream = [i for found in rounds for i in found]
+    for start in range(0, len(stream) - n + 1, n):  # every pass is a permutation
+        assert sorted(stream[start : start + n]) == list(range(n))
+    # A round is the same whether or not the ones before it were asked for.
+    assert round_prompts(n, m, 7, "fresh", seed) == rounds[6]
+
+
+def test_same_rounds_are_the_first_fresh_round() -> None:
+    first = round_prompts(100, 30, 1, "fresh", 0)
+    assert [round_prompts(100, 30, r, "same", 0) for r in (1, 2, 9)] == [first] * 3
+    assert first != round_prompts(100, 30, 1, "fresh", 1)
+    assert first != sorted(first)
+
+
+def test_unset_means_all_rows() -> None:
+    assert round_prompts(7, None, 3, "fresh", 0) == list(range(7))
+
+
+def test_passes_differ() -> None:
+    rounds = [round_prompts(20, 10, r, "fresh", 0) for r in range(1, 5)]
+    assert rounds[0] + rounds[1] != rounds[2] + rounds[3]
