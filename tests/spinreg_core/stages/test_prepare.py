@@ -1,0 +1,203 @@
+"""The stage `prepare`: what it leaves in the store, what it shares, and what it refuses before what."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from spinreg_core import model_source
+from spinreg_core.config import RunConfig
+from spinreg_core.data.encode import ROWS_SCHEMA
+from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
+from spinreg_core.objects import fetch_file, fetch_folder, read_manifest
+from spinreg_core.render import Renderer
+from spinreg_core.stages import prepare
+from spinreg_core.stages.job import Job
+from spinreg_core.store import FolderStore
+
+ROWS = [{"prompt": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(40)]
+
+
+def save(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return str(path)
+
+
+def job(tmp_path: Path, dataset: str, name: str = "work", **fields: Any) -> Job:
+    data = {"heldout_rows": 8} | fields.pop("data", {})
+    store = str(tmp_path / "store")
+    config = RunConfig.model_validate(
+        {"model": "random:tiny", "dataset": dataset, "store": store, "data": data, **fields}
+    )
+    workdir = tmp_path / name
+    workdir.mkdir()
+    return Job("prepare", "", {}, store, "e1-test", 0, {}, config, workdir)
+
+
+def table(store: FolderStore, data: str, part: str) -> Any:
+    return pq.read_table(fetch_file(store, data, f"{part}.parquet"))
+
+
+def test_both_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    work = job(tmp_path, save(tmp_path / "x.jsonl", [*ROWS, ROWS[0], {"prompt": "?"}]), data={"max_bad_share": 0.1})
+    manifest = prepare.run(work)
+    store = FolderStore(tmp_path / "store")
+    result = json.loads((work.workdir / "result.json").read_text())
+    assert manifest["object_id"] == result["data"]
+    assert manifest["base"] == result["base"]
+    assert result["summary"] == manifest["metrics"]
+
+    policy = fetch_folder(store, result["base"], "policy")
+    renderer = Renderer.from_folder(policy)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"} <= {
+        p.name for p in policy.iterdir()
+    }
+    assert not any(p.is_symlink() for p in policy.iterdir())
+
+    train, heldout = table(store, result["data"], "train"), table(store, result["data"], "heldout")
+    assert train.schema == heldout.schema == ROWS_SCHEMA
+    assert (train.num_rows, heldout.num_rows) == (32, 8)
+    assert not set(train["prompt_id"].to_pylist()) & set(heldout["prompt_id"].to_pylist())
+    for row in train.to_pylist() + heldout.to_pylist():
+        messages = json.loads(row["messages"])
+        assert row["prompt_ids"] == renderer.prompt_ids(messages)
+        assert row["answer_ids"] == renderer.answer_ids(messages, row["answer"])
+        assert row["final_answer"] == row["answer"].rsplit(" ", 1)[1]
+
+    (bad,) = json.loads(fetch_file(store, result["data"], "rejected.json").read_text())
+    assert (bad["part"], bad["row"], bad["reason"]) == ("train", 42, "missing_column")
+    summary = json.loads(fetch_file(store, result["data"], "summary.json").read_text())
+    assert summary["records"] == 42
+    assert summary["exact_duplicates"] == 1
+    assert summary["bad_rows"] == {"missing_column": 1}
+    assert summary["final_answers"] == 8
+    shown = capsys.readouterr().out
+    assert "32 rows to train on, 8 held out" in shown
+    assert "bad rows: 1 missing_column" in shown
+
+
+def test_a_second_time_nothing_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset = save(tmp_path / "x.jsonl", ROWS)
+    first = prepare.run(job(tmp_path, dataset))
+    files = sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file())
+    again = prepare.run(job(tmp_path, dataset, "again"))
+    assert (again["object_id"], again["base"]) == (first["object_id"], first["base"])
+    assert sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file()) == files
+    assert capsys.readouterr().out.count("in the store already") == 2
+
+
+def test_what_changes_the_rows_changes_their_object(tmp_path: Path) -> None:
+    dataset = save(tmp_path / "x.jsonl", ROWS)
+    made = {}
+    for name, fields in {
+        "same": {},
+        "objective": {"objective": {"alpha": 0.1}, "data": {"prompts_per_round": 3, "max_bad_share": 0.5}},
+        "seed": {"seed": 1},
+        "heldout": {"data": {"heldout_rows": 9}},
+        "limit": {"data": {"max_length": 700}},
+        "final": {"evaluation": {"final_answer": "none"}},
+        "split": {"data": {"split": "train[:30]"}},
+    }.items():
+        made[name] = prepare.run(job(tmp_path, dataset, name, **fields))
+    assert made["objective"]["object_id"] == made["same"]["object_id"]
+    assert len({m["object_id"] for m in made.values()}) == 6
+    assert len({m["base"] for m in made.values()}) == 1
+
+
+def test_heldout_data_of_its_own(tmp_path: Path) -> None:
+    other = save(
+        tmp_path / "heldout.jsonl", [*ROWS[:10], *[{"prompt": f"New {i}?", "answer": "Yes."} for i in range(10)]]
+    )
+    dataset = save(tmp_path / "x.jsonl", ROWS)
+    made = prepare.run(job(tmp_path, dataset, data={"heldout_dataset": other, "heldout_rows": 15}))
+    store = FolderStore(tmp_path / "store")
+    train, heldout = table(store, made["object_id"], "train"), table(store, made["object_id"], "heldout")
+    assert heldout.num_rows == 15
+    dropped = made["metrics"]["train_rows_dropped_as_heldout"]
+    assert dropped >= 5  # ten of the twenty are training prompts, and fifteen are taken
+    assert train.num_rows == 40 - dropped
+    assert not set(train["messages"].to_pylist()) & set(heldout["messages"].to_pylist())
+
+
+def test_bad_rows_end_the_run_before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a model was asked for")
+
+    monkeypatch.setattr(prepare, "tokenizer_folder", never)
+    monkeypatch.setattr(prepare, "resolve_model", never)
+    dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x", "answer": ""}])
+    with pytest.raises(BadInput, match=r"2\.4% bad rows \(1 of 41: 1 empty_answer\)"):
+        prepare.run(job(tmp_path, dataset))
+    with pytest.raises(AssertionError):
+        prepare.run(job(tmp_path, dataset, "lenient", data={"max_bad_share": 0.03}))
+
+
+def test_long_prompts_end_the_run_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(prepare, "resolve_model", never)
+    dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x" * 600, "answer": "a"}])
+    with pytest.raises(BadInput, match="1 prompt_too_long"):
+        prepare.run(job(tmp_path, dataset))
+    assert not (tmp_path / "store").exists()
+
+
+def test_rows_beyond_the_model(tmp_path: Path) -> None:
+    dataset = save(tmp_path / "x.jsonl", ROWS)
+    with pytest.raises(BadInput, match="found 4096 tokens; expected at most 2048"):
+        prepare.run(job(tmp_path, dataset, data={"max_length": 4096}))
+
+
+def test_exact_match_without_final_answers(tmp_path: Path) -> None:
+    dataset = save(tmp_path / "x.jsonl", [{"prompt": f"{i}?", "answer": "yes"} for i in range(20)])
+    with pytest.raises(BadInput, match=r"evaluation\.final_answer"):
+        prepare.run(job(tmp_path, dataset, evaluation={"final_answer": "gsm8k"}))
+
+
+def test_long_answers_are_cut_and_counted(tmp_path: Path) -> None:
+    rows = [*ROWS, {"prompt": "Long?", "answer": "x" * 2000}]
+    made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", rows)))
+    assert made["metrics"]["truncated_answers"] == 1
+    store = FolderStore(tmp_path / "store")
+    both = [r for part in ("train", "heldout") for r in table(store, made["object_id"], part).to_pylist()]
+    (cut,) = [r for r in both if r["answer_truncated"]]
+    end = Renderer.from_folder(fetch_folder(store, made["base"], "policy")).end_of_turn
+    assert end not in cut["answer_ids"]
+    assert len(cut["prompt_ids"]) + len(cut["answer_ids"]) == 1024
+
+
+@pytest.mark.slow
+def test_as_a_process(tmp_path: Path) -> None:
+    good = job(tmp_path, save(tmp_path / "x.jsonl", ROWS))
+    good.save(tmp_path / "good.json")
+    bad = job(tmp_path, str(tmp_path / "nowhere.jsonl"), "bad")
+    bad.save(tmp_path / "bad.json")
+    ended = {
+        name: subprocess.run(
+            [sys.executable, "-m", "spinreg_core.stages.prepare", str(tmp_path / f"{name}.json")],
+            capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        for name in ("good", "bad")
+    }  # fmt: skip
+    assert ended["good"].returncode == 0, ended["good"].stdout + ended["good"].stderr
+    result = json.loads((good.workdir / "result.json").read_text())
+    assert read_manifest(FolderStore(tmp_path / "store"), result["data"]) is not None
+    assert ended["bad"].returncode == EXIT_BAD_INPUT
+    assert ended["bad"].stdout.strip().splitlines()[-1].startswith("bad input: dataset: found no file or folder")
+
+
+def test_the_base_is_named_by_its_contents(tmp_path: Path) -> None:
+    made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", ROWS)))
+    base = read_manifest(FolderStore(tmp_path / "store"), made["base"])
+    assert base is not None
+    toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
+    assert base["key"] == {"model": model_source.model_fingerprint(toy)}
+    assert base["metrics"]["source"] == "random:tiny"
