@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import yaml
 from docker.types import HostConfig
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
-from servers import PrefectServer, prefect_server
+from servers import PrefectServer
 
 from spinreg_core.config import RunConfig
 
@@ -69,41 +67,14 @@ def test_kubernetes_manifest_is_complete() -> None:
     assert container["envFrom"] == [{"secretRef": {"name": "spinreg-s3", "optional": True}}]
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Everything that is deployed, somewhere else than where the tests run."""
-    folder = tmp_path_factory.mktemp("clone")
-    for name in ("flows", "tasks", "spinreg_core", "deployments"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "prefect.yaml", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> Iterator[PrefectServer]:
-    with prefect_server(tmp_path_factory.mktemp("prefect")) as started:
-        for command in (
-            "work-pool create local --type process",
-            "work-pool create docker --type docker",
-            "work-pool create gpu --type kubernetes --base-job-template deployments/kubernetes-base-job-template.json",
-            "--no-prompt deploy --all",
-            "--no-prompt deploy --all --prefect-file deployments/docker.yaml",
-            "--no-prompt deploy --all --prefect-file deployments/kubernetes.yaml",
-        ):
-            env = {"SPINREG_STORE": "s3://bucket/prefix", "SPINREG_IMAGE": "registry/spinreg:1"}
-            done = started.cli(*command.split(), cwd=clone, env=env)
-            assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
-        yield started
-
-
 def deployed(server: PrefectServer, name: str) -> dict[str, Any]:
     found: dict[str, Any] = server.api("GET", f"deployments/name/spin/{name}")
     return found
 
 
 @pytest.mark.slow
-def test_iterate_arrives_as_described(server: PrefectServer, clone: Path) -> None:
-    iterate = deployed(server, "iterate")
+def test_iterate_arrives_as_described(deployed_server: PrefectServer, clone: Path) -> None:
+    iterate = deployed(deployed_server, "iterate")
     assert iterate["entrypoint"] == "flows.spin:spin"
     assert iterate["pull_steps"] == [
         {"prefect.deployments.steps.set_working_directory": {"directory": str(clone.resolve())}}
@@ -119,8 +90,8 @@ def test_iterate_arrives_as_described(server: PrefectServer, clone: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_variants_arrive(server: PrefectServer) -> None:
-    docker, kubernetes = deployed(server, "iterate-docker"), deployed(server, "iterate-kubernetes")
+def test_the_variants_arrive(deployed_server: PrefectServer) -> None:
+    docker, kubernetes = deployed(deployed_server, "iterate-docker"), deployed(deployed_server, "iterate-kubernetes")
     for deployment in (docker, kubernetes):
         steps = deployment["pull_steps"]
         assert steps == [{"prefect.deployments.steps.set_working_directory": {"directory": "/opt/spinreg"}}]
@@ -130,8 +101,8 @@ def test_the_variants_arrive(server: PrefectServer) -> None:
 
 
 @pytest.mark.slow
-def test_the_form_describes_every_field_and_its_range(server: PrefectServer) -> None:
-    schema = deployed(server, "iterate")["parameter_openapi_schema"]
+def test_the_form_describes_every_field_and_its_range(deployed_server: PrefectServer) -> None:
+    schema = deployed(deployed_server, "iterate")["parameter_openapi_schema"]
     for name, field in RunConfig.model_fields.items():
         shown = schema["properties"][name]
         reference = shown.get("$ref")
@@ -165,18 +136,22 @@ def test_the_form_describes_every_field_and_its_range(server: PrefectServer) -> 
         ("round=3", "round"),
     ],
 )
-def test_what_is_wrong_is_refused_before_a_run_exists(server: PrefectServer, parameter: str, reason: str) -> None:
-    done = server.cli("deployment", "run", "spin/iterate", "-p", parameter, env={"COLUMNS": "500"})
+def test_what_is_wrong_is_refused_before_a_run_exists(
+    deployed_server: PrefectServer, parameter: str, reason: str
+) -> None:
+    before = deployed_server.api("POST", "flow_runs/count", {})
+    done = deployed_server.cli("deployment", "run", "spin/iterate", "-p", parameter, env={"COLUMNS": "500"})
     assert done.returncode == 1, done.stdout
     assert reason in done.stdout + done.stderr
-    assert server.api("POST", "flow_runs/count", {}) == 0
+    assert deployed_server.api("POST", "flow_runs/count", {}) == before
 
 
 @pytest.mark.slow
-def test_one_field_of_a_group_is_one_field(server: PrefectServer) -> None:
-    """Last of the module: it leaves a run behind."""
-    done = server.cli("deployment", "run", "spin/iterate", "-p", 'data={"heldout_rows": 5}', "-p", "rounds=2")
+def test_one_field_of_a_group_is_one_field(deployed_server: PrefectServer) -> None:
+    parameters = ("-p", 'data={"heldout_rows": 5}', "-p", "rounds=2", "--start-in", "1 hour")
+    done = deployed_server.cli("deployment", "run", "spin/iterate", *parameters)
     assert done.returncode == 0, done.stdout + done.stderr
-    (run,) = server.api("POST", "flow_runs/filter", {})
+    (run,) = deployed_server.api("POST", "flow_runs/filter", {"sort": "EXPECTED_START_TIME_DESC", "limit": 1})
     assert run["parameters"]["data"] == {"heldout_rows": 5}
     assert run["parameters"]["rounds"] == 2
+    deployed_server.api("DELETE", f"flow_runs/{run['id']}")

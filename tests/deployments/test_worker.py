@@ -1,0 +1,51 @@
+"""`spin/iterate` by a real server and worker, with the documented commands, from a copy of the repository."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from servers import PrefectServer, prefect_worker
+
+from spinreg_core.head import complete_round, read_head
+from spinreg_core.store import open_store
+
+pytestmark = pytest.mark.slow
+
+
+def start_run(server: PrefectServer, *parameters: str) -> str:
+    """`prefect deployment run spin/iterate -p ...`; returns the flow run's id."""
+    arguments = [part for parameter in parameters for part in ("-p", parameter)]
+    done = server.cli("deployment", "run", "spin/iterate", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"UUID: (\S+)", done.stdout)
+    assert found is not None, done.stdout
+    return found[1]
+
+
+def time_of(text: str) -> datetime:
+    return datetime.fromisoformat(text.replace("Z", "+00:00"))
+
+
+def test_runs_one_after_the_other_in_the_folder_it_was_deployed_from(
+    deployed_server: PrefectServer, clone: Path, tmp_path: Path
+) -> None:
+    server = deployed_server
+    server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
+    with prefect_worker(server, "--limit", "1", cwd=tmp_path):
+        first = start_run(server, "config=deployments/configs/smoke.yaml", 'data={"heldout_rows": 6}')
+        server.wait_for_state(first, {"COMPLETED", "FAILED", "CRASHED"}, 400)
+        # Two at once, each one round further.
+        later = [start_run(server, "run=smoke", "rounds=1") for _ in range(2)]
+        ended = [server.wait_for_state(run, {"COMPLETED", "FAILED", "CRASHED"}, 400) for run in [first, *later]]
+    log = (server.home / "worker.log").read_text()[-3000:]
+    assert [run["state_type"] for run in ended] == ["COMPLETED"] * 3, log
+    one, other = sorted(ended[1:], key=lambda run: str(run["start_time"]))
+    assert time_of(other["start_time"]) >= time_of(one["end_time"])
+
+    head = read_head(open_store(str(clone / "spinreg-store")), "smoke")
+    assert head is not None
+    assert complete_round(head) == 4
+    assert not list(tmp_path.glob("spinreg-store"))
