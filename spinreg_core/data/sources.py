@@ -21,7 +21,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.s3_files import fetch_s3, list_s3
 
 DEMO = Path(__file__).parent / "demo"
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+_COMPRESSED = (".gz", ".bz2", ".xz")
 # Split names as `datasets` finds them, as whole words of a file's or folder's name; heldout is the demo's.
 _SPLIT_WORDS = {
     "train": ("train", "training"),

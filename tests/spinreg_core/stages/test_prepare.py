@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,7 +35,7 @@ def job(tmp_path: Path, dataset: str, name: str = "work", **fields: Any) -> Job:
     data = {"heldout_rows": 8} | fields.pop("data", {})
     store = str(tmp_path / "store")
     config = RunConfig.model_validate(
-        {"model": "random:tiny", "dataset": dataset, "store": store, "data": data, **fields}
+        {"model": "random:tiny", "dataset": dataset, "store": store, "data": data} | fields
     )
     workdir = tmp_path / name
     workdir.mkdir()
@@ -95,6 +96,9 @@ def test_a_second_time_nothing_is_made_anew(tmp_path: Path, capsys: pytest.Captu
 
 def test_what_changes_the_rows_changes_their_object(tmp_path: Path) -> None:
     dataset = save(tmp_path / "x.jsonl", ROWS)
+    toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
+    other = shutil.copytree(toy, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("Be kind.\n" + (toy / "chat_template.jinja").read_text())
     made = {}
     for name, fields in {
         "same": {},
@@ -104,10 +108,12 @@ def test_what_changes_the_rows_changes_their_object(tmp_path: Path) -> None:
         "limit": {"data": {"max_length": 700}},
         "final": {"evaluation": {"final_answer": "none"}},
         "split": {"data": {"split": "train[:30]"}},
+        "template": {"model": str(other)},
     }.items():
         made[name] = prepare.run(job(tmp_path, dataset, name, **fields))
     assert made["objective"]["object_id"] == made["same"]["object_id"]
-    assert len({m["object_id"] for m in made.values()}) == 6
+    assert len({m["object_id"] for m in made.values()}) == 7
+    assert made.pop("template")["base"] not in {m["base"] for m in made.values()}
     assert len({m["base"] for m in made.values()}) == 1
 
 
