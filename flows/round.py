@@ -12,7 +12,7 @@ from prefect import flow
 
 from flows.show import show_round
 from tasks.context import current
-from tasks.display import flush, wait_for_server
+from tasks.display import flush
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.mix_opponent import mix_opponent
@@ -33,8 +33,6 @@ def round_(run: str, round_number: int) -> dict[str, Any]:
     for stage in (generate, mix_opponent, train, evaluate):
         result = run_task(stage, resources, run, round_number)
         results[result["stage"]] = result
-        wait_for_server()
     show_round(round_number)
     flush()
-    wait_for_server()
     return results

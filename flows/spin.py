@@ -40,6 +40,9 @@ from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.stage import run_task
 
+# Everything is committed when the flow ends; a long outage must not make it a failed run.
+END_PATIENCE_SECONDS = 3600.0
+
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
     """Only what was said: no None, and of a group only the fields that were filled in."""
@@ -131,7 +134,7 @@ def spin(
     log(f"\n{metrics_table(report['data'])}\nreport: {summary['report']}")
     show_end(summary, metrics_markdown(report["data"]))
     flush()
-    wait_for_server()
+    wait_for_server(END_PATIENCE_SECONDS)
     return summary
 
 

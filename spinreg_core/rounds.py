@@ -59,8 +59,10 @@ def _required(head: dict[str, Any], round_number: int, stage: str) -> str:
 
 
 def _sampler(generation: GenerationConfig) -> dict[str, Any]:
-    fields = generation.model_dump(mode="json", exclude={"batch_size"})
-    return fields | {"engine": resolve_engine(generation.engine)}
+    engine = resolve_engine(generation.engine)
+    # hf draws batch by batch; vllm forms its batches itself.
+    unread = {"batch_size"} if engine == "vllm" else set()
+    return generation.model_dump(mode="json", exclude=unread) | {"engine": engine}
 
 
 def _history(config: RunConfig, round_number: int) -> list[float]:

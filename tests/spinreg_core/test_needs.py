@@ -164,7 +164,8 @@ def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known
     # Counted elsewhere for 7.24 B parameters: bf16 weights 14.5, gradients 14.5, one moment 28.96, fp32 master 29.0.
     # Here gradients are fp32 (autocast), 14.5 GB more.
     shape = replace(SMOLLM, parameters=7_240_000_000)
-    parts = stage_memory(configured(), shape, SIZES, engine="hf", device="cuda")["train"]
+    mixed = configured(training={"precision": "mixed"})
+    parts = stage_memory(mixed, shape, SIZES, engine="hf", device="cuda")["train"]
     fixed = sum(size for name, size in parts.items() if name != "activations")
     assert fixed == pytest.approx(87e9 + 14.5e9, rel=0.01)
 

@@ -81,7 +81,7 @@ def test_lengths_are_those_of_the_rendered_rows() -> None:
     ]
     assert source == f"measured on {len(rows)} of {len(rows)} training rows"
     assert sizes.train_rows == len(rows)
-    assert sizes.heldout_rows == 64
+    assert sizes.heldout_rows == 75
     assert sizes.prompt == pytest.approx(sum(p for p, _ in lengths) / len(rows))
     assert sizes.answer == pytest.approx(sum(min(a, 1024 - p) for p, a in lengths) / len(rows))
     assert sizes.longest_prompt == max(p for p, _ in lengths)
@@ -106,7 +106,7 @@ def test_without_readable_data_the_limits_are_taken_and_it_says_so(tmp_path: Pat
     sizes, source = read_sizes(config, tiny_folder())
     assert source.startswith("the configured limits, because the data could not be read: dataset")
     assert sizes == Sizes(
-        train_rows=50, heldout_rows=64, prompt=512, answer=512, generated=96, longest_prompt=512, longest_answer=512
+        train_rows=50, heldout_rows=75, prompt=512, answer=512, generated=96, longest_prompt=512, longest_answer=512
     )
     assert "because the data could not be read" in plan(config, tflops=1.0)[0]
 
@@ -120,8 +120,8 @@ def test_without_data_and_without_a_number_of_prompts_nothing_can_be_planned(tmp
 def test_the_rate_is_measured_or_stated() -> None:
     machine = read_machine(configured(), None)
     assert machine["tflops"] > 1e-4
-    assert machine["tflops_source"] == "measured, bfloat16 matrix product"
-    assert "float32" in read_machine(configured(training={"precision": "fp32"}), None)["tflops_source"]
+    assert machine["tflops_source"] == "measured, float32 matrix product"
+    assert "bfloat16" in read_machine(configured(training={"precision": "mixed"}), None)["tflops_source"]
     assert read_machine(configured(), 500.0) | {"memory_bytes": 0} == {
         "device": "cpu", "memory_bytes": 0, "tflops": 500.0, "tflops_source": "stated"
     }  # fmt: skip
