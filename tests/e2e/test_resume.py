@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runs import SMOKE, environment, generations, kill, outcome, run, stage_processes, start, wait_until
-from servers import PrefectServer
+from servers import PrefectServer, S3Server
 
 from spinreg_core.store import open_store
 
@@ -25,12 +27,27 @@ ONE_ROUND = [
 ]
 
 
-def test_killed_in_every_stage(prefect_server: PrefectServer, tmp_path: Path) -> None:
-    env = environment(tmp_path, prefect_server)
-    run([*ONE_ROUND, "--store", str(tmp_path / "calm")], env, tmp_path / "calm.log")
-    calm = open_store(str(tmp_path / "calm"))
-    expected = outcome(calm, "smoke")
+@pytest.fixture(scope="module")
+def expected(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed run leaves."""
+    tmp = tmp_path_factory.mktemp("calm")
+    run([*ONE_ROUND, "--store", str(tmp / "store")], environment(tmp, prefect_server), tmp / "log")
+    return outcome(open_store(str(tmp / "store")), "smoke")
 
+
+def test_a_run_on_s3_is_the_same_run(
+    prefect_server: PrefectServer, s3_server: S3Server, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    url = s3_server.url(uuid.uuid4().hex)
+    env = environment(tmp_path, prefect_server, **s3_server.env)
+    text = run([*ONE_ROUND, "--store", url], env, tmp_path / "log")
+    assert outcome(open_store(url), "smoke") == expected
+    assert f"{url}/runs/smoke/report.html" in text
+    assert s3_server.env["AWS_SECRET_ACCESS_KEY"] not in text
+
+
+def test_killed_in_every_stage(prefect_server: PrefectServer, expected: dict[str, Any], tmp_path: Path) -> None:
+    env = environment(tmp_path, prefect_server)
     store, log = open_store(str(tmp_path / "killed")), tmp_path / "killed.log"
     arguments = [*ONE_ROUND, "--store", store.url]
     kept: dict[str, bytes | None] = {}
