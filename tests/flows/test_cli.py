@@ -1,0 +1,86 @@
+"""The command line: what it prints, and the exit status that tells scripts why it stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.cli import _parameters, _parser, main
+from spinreg_core.config import ResourcesConfig, RunConfig
+from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
+from spinreg_core.head import open_session
+from spinreg_core.store import open_store
+
+QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
+
+
+def test_parameters_become_nested_fields() -> None:
+    arguments = _parser().parse_args(
+        ["run", "--run", "x", "--rounds", "2", "-p", "objective.alpha=0.25", "-p", "opponent.history=all",
+         "-p", "objective.beta=[0.1, 5]", "-p", "training.max_grad_norm=null"]
+    )  # fmt: skip
+    assert _parameters(arguments) == {
+        "run": "x",
+        "rounds": 2,
+        "objective": {"alpha": 0.25, "beta": [0.1, 5]},
+        "opponent": {"history": "all"},
+        "training": {"max_grad_norm": None},
+    }
+
+
+def test_a_parameter_without_a_value_is_explained() -> None:
+    with pytest.raises(BadInput, match=r"GROUP\.FIELD=VALUE"):
+        _parameters(_parser().parse_args(["run", "-p", "objective.alpha"]))
+
+
+def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["run", "--store", str(tmp_path), "-p", "objective.alpha=2"]) == EXIT_BAD_INPUT
+    assert "objective.alpha: found 2" in capsys.readouterr().err
+    assert main(["run", "--config", str(tmp_path / "none.yaml")]) == EXIT_BAD_INPUT
+    assert "none.yaml" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_of_nothing_of_a_run_and_of_an_unknown_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["status", "--store", str(tmp_path)]) == 0
+    assert "no runs" in capsys.readouterr().out
+    with open_session(open_store(str(tmp_path)), QUICK, "somebody") as session:
+        session.begin_advance("one", 2, None)
+        assert main(["status", "--store", str(tmp_path)]) == 0
+        shown = capsys.readouterr().out
+        assert "somebody" in shown
+        assert "0 -> 2" in shown
+    assert main(["status", "demo", "--json", "--store", str(tmp_path)]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert run["pending"]["to"] == 2
+    assert run["lease"]["holder"] is None
+    assert main(["status", "nope", "--store", str(tmp_path)]) == EXIT_BAD_INPUT
+    assert "demo" in capsys.readouterr().err
+
+
+def test_data_inspect_counts_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "inspect", "builtin:demo", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert "350" in text
+    json.loads(text)
+
+
+def test_plan_of_the_smoke_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    config = Path(__file__).parents[2] / "deployments/configs/smoke.yaml"
+    assert main(["plan", "--config", str(config), "--tflops", "1"]) == 0
+    shown = capsys.readouterr().out
+    for stage in ("generate", "mix-opponent", "train", "evaluate"):
+        assert stage in shown
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["report"], ["plan"], ["data", "inspect"]])
+def test_every_command_has_a_help_text(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", *command, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert "usage: spinreg" in done.stdout
