@@ -48,7 +48,7 @@ class DataConfig(Group):
         "from the data set itself. The bundled demo data brings its own held-out file.",
     )
     heldout_split: str = Field("train", description="Split of heldout_dataset to read.")
-    heldout_rows: int = Field(75, ge=1, description="Held-out rows used for evaluation (rows).")
+    heldout_rows: int = Field(60, ge=1, description="Held-out rows used for evaluation (rows).")
     turns: Literal["last", "first", "all"] = Field(
         "last",
         description="Which assistant turns of a conversation are trained on: the last, the first (as the SPIN "
@@ -59,7 +59,7 @@ class DataConfig(Group):
         1024, ge=16, description="Prompt plus answer; longer human answers are cut and count as truncated (tokens)."
     )
     prompts_per_round: int | None = Field(
-        64, ge=1, description="Prompts answered in one round (rows). Unset: all training rows."
+        48, ge=1, description="Prompts answered in one round (rows). Unset: all training rows."
     )
     round_prompts: Literal["fresh", "same"] = Field(
         "fresh",
@@ -140,11 +140,16 @@ class GenerationConfig(Group):
     engine: Literal["auto", "hf", "vllm"] = Field(
         "auto", description="auto takes vllm where it is installed, else hf (transformers)."
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="Number format of the engine's weights.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Number format a policy is sampled in. auto is that of training.precision (mixed and bf16: "
+        "bfloat16, fp32: float32), so that what is sampled is what is scored: bfloat16 rounds the small steps of an "
+        "fp32 round away.",
+    )
     temperature: PositiveFloat = Field(1.0, description="1 samples the iterate itself; anything else another policy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass; 1 is off.")
     top_k: int = Field(0, ge=0, description="Most likely tokens kept; 0 is off (tokens).")
-    max_new_tokens: int = Field(96, ge=1, description="Longest generated answer, end-of-turn included (tokens).")
+    max_new_tokens: int = Field(80, ge=1, description="Longest generated answer, end-of-turn included (tokens).")
     shard_size: int = Field(32, ge=1, description="Prompts answered and committed together (prompts).")
     batch_size: int = Field(32, ge=1, description="Prompts decoded at once by the hf engine (prompts).")
 
@@ -263,6 +268,13 @@ class RunConfig(Group):
                 "give one per iterate"
             )
         return self
+
+
+def sampling_dtype(config: RunConfig) -> Literal["bfloat16", "float32"]:
+    """The number format policies are sampled in: `generation.dtype`, or with auto that of the scores."""
+    if config.generation.dtype == "auto":
+        return "float32" if config.training.precision == "fp32" else "bfloat16"
+    return config.generation.dtype
 
 
 def of_round(value: float | list[float], round_number: int) -> float:

@@ -31,7 +31,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from spinreg_core.config import RunConfig
+from spinreg_core.config import RunConfig, sampling_dtype
 from spinreg_core.opponent import mixture_weights, replay_quota
 
 LOGITS_AT_ONCE = 2**27  # elements; what `logprobs` allows
@@ -179,7 +179,7 @@ def stage_memory(
 
 def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str) -> dict[str, int]:
     g = config.generation
-    number = 2 if g.dtype == "bfloat16" else 4
+    number = 2 if sampling_dtype(config) == "bfloat16" else 4
     sequence = 2 * number * shape.layers * shape.kv_width * (sizes.longest_prompt + g.max_new_tokens)
     if engine == "vllm" and device == "cpu":
         cache = int(config.resources.cpu_kv_cache_gib * 2**30)  # what it is given, whatever it needs

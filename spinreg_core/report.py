@@ -225,6 +225,15 @@ def alarms(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "beta or fewer steps may help."
             )
             found.append({"round": number, "where": "held-out rows", "text": text})
+        for name, against in (("kl_base", "base"), ("kl_previous", "previous")):
+            kl = metrics.get(name)
+            if kl is not None and _supported(kl) < 0:
+                text = (
+                    f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which no "
+                    "policy's own samples can do: the sampled policy is not the scored one. Look at generation.dtype "
+                    "(bfloat16 rounds small steps away), temperature, top_p and top_k."
+                )
+                found.append({"round": number, "where": "samples", "text": text})
     return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.config import GenerationConfig, RunConfig, of_round
+from spinreg_core.config import RunConfig, of_round, sampling_dtype
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import SpinregError
 from spinreg_core.head import stage_object
@@ -58,11 +58,12 @@ def _required(head: dict[str, Any], round_number: int, stage: str) -> str:
     return found
 
 
-def _sampler(generation: GenerationConfig) -> dict[str, Any]:
+def _sampler(config: RunConfig) -> dict[str, Any]:
+    generation = config.generation
     engine = resolve_engine(generation.engine)
     # hf draws batch by batch; vllm forms its batches itself.
     unread = {"batch_size"} if engine == "vllm" else set()
-    return generation.model_dump(mode="json", exclude=unread) | {"engine": engine}
+    return generation.model_dump(mode="json", exclude=unread) | {"engine": engine, "dtype": sampling_dtype(config)}
 
 
 def _history(config: RunConfig, round_number: int) -> list[float]:
@@ -80,7 +81,7 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     prompts = config.data.model_dump(mode="json", include={"prompts_per_round", "round_prompts"})
     key = {
         "rows": "train", "data": head["data"], "prompts": prompts, "round": round_number, "seed": config.seed,
-        "policies": policies, "weights": weights, "sampler": _sampler(config.generation),
+        "policies": policies, "weights": weights, "sampler": _sampler(config),
     }  # fmt: skip
     return Plan("generate", round_number, key, {"data": head["data"], "policies": policies},
                 {"rows": "train", "weights": weights})  # fmt: skip
@@ -91,7 +92,7 @@ def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
     policies = {str(iterate): policy_object(head, iterate)}
     key = {
         "rows": "heldout", "data": head["data"], "round": iterate, "seed": config.seed, "policies": policies,
-        "sampler": _sampler(config.generation),
+        "sampler": _sampler(config),
     }  # fmt: skip
     return Plan("generate", iterate, key, {"data": head["data"], "policies": policies}, {"rows": "heldout"})
 

@@ -35,6 +35,7 @@ class HfEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         elif device == "cuda" and not torch.cuda.is_available():
             raise BadInput("resources.device", "cuda, but torch sees no GPU", "auto or cpu")
+        # auto is for runs, which know their scores' format (`config.sampling_dtype`); alone it is the exact one.
         model = load_policy(policy, "bf16" if generation.dtype == "bfloat16" else "fp32", device)
         return cls(model, batch_size=generation.batch_size, pad_id=pad_id)
 

@@ -53,7 +53,7 @@ class VllmEngine:
             model=str(policy),
             skip_tokenizer_init=True,
             generation_config="vllm",  # vLLM's neutral defaults, not the checkpoint's
-            dtype=generation.dtype,
+            dtype="float32" if generation.dtype == "auto" else generation.dtype,  # vLLM's own auto would round
             max_model_len=longest,
             enforce_eager=on_cpu,
             use_tqdm_on_load=False,

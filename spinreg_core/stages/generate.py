@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spinreg_core.config import sampling_dtype
 from spinreg_core.engines import Answer, Sampling, check_prompts, open_engine
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StageFailed, StagePreempted
 from spinreg_core.objects import commit_part, fetch_file, fetch_folder, list_parts, publish, read_manifest
@@ -182,6 +183,7 @@ def _answer(job: Job, store: Store, shards: list[Shard], table: pa.Table, progre
     start = time.monotonic()
     iterate = shards[0].iterate
     generation, engine_name = job.config.generation, _engine(job)
+    generation = generation.model_copy(update={"dtype": sampling_dtype(job.config)})
     policy = fetch_folder(store, job.inputs["policies"][str(iterate)], "policy")
     renderer = Renderer.from_folder(policy)
     sampling = Sampling.of(generation, renderer.stop_ids)

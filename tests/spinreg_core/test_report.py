@@ -301,6 +301,17 @@ def test_alarms_are_raised_by_supported_rises_only() -> None:
     assert [(a["round"], a["where"]) for a in alarms(entries)] == [(2, "held-out rows"), (3, "training")]
 
 
+def test_a_kl_below_zero_says_that_the_sampled_policy_is_not_the_scored_one() -> None:
+    """bfloat16 sampling of an fp32 policy gave -15.6 [-17.8, -13.2] on the demo: its samples were the base's."""
+    entries = rounds([1.25, 1.10])
+    entries[1]["metrics"]["kl_base"] = {"value": -15.6, "low": -17.8, "high": -13.2, "n": 75, "unit": "nats/answer"}
+    (found,) = alarms(entries)
+    assert (found["round"], found["where"]) == (1, "samples")
+    assert "generation.dtype" in found["text"]
+    entries[1]["metrics"]["kl_base"]["high"] = 0.4
+    assert alarms(entries) == []
+
+
 # --- tables ------------------------------------------------------------------------------------------
 
 

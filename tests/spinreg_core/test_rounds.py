@@ -1,0 +1,115 @@
+"""Fingerprints hold all that can change a result and nothing else, so that runs share what is equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import SpinregError
+from spinreg_core.head import ROUND_STAGES
+from spinreg_core.resolve import merge, validate
+from spinreg_core.rounds import PLANS, plan_heldout, policy_object
+
+
+def head(rounds: int) -> dict[str, Any]:
+    """The head of a run with so many complete rounds, the base evaluated."""
+    entries: list[dict[str, Any]] = [{"round": 0, "stages": {"evaluate": "evaluate-0"}}]
+    entries += [{"round": n, "stages": {s: f"{s}-{n}" for s in ROUND_STAGES}} for n in range(1, rounds + 1)]
+    return {"run": "demo", "base": "base-x", "data": "data-x", "rounds": entries}
+
+
+def config(**changes: Any) -> RunConfig:
+    nested: dict[str, Any] = {"generation": {"engine": "hf"}}
+    for path, value in changes.items():
+        group, _, field = path.partition("__")
+        nested = merge(nested, {group: {field: value}} if field else {group: value})
+    return validate(nested)
+
+
+def object_id(stage: str, round_number: int, done: dict[str, Any] | None = None, **changes: Any) -> str:
+    return PLANS[stage](config(**changes), done or head(round_number), round_number).object_id
+
+
+# (stage, change) -> does the change make another object of round 1? Of round 2?
+CASES = [
+    ("generate", {"objective__alpha": 1.0}, False, False),
+    ("generate", {"objective__beta": 0.7}, False, False),
+    ("generate", {"opponent__history": 1}, False, False),
+    ("generate", {"training__learning_rate": 1e-7}, False, False),
+    ("generate", {"resources__retries": 9}, False, False),
+    ("generate", {"run": "other", "until_round": 7}, False, False),
+    ("generate", {"generation__temperature": 0.7}, True, True),
+    ("generate", {"generation__max_new_tokens": 12}, True, True),
+    ("generate", {"generation__shard_size": 5}, True, True),
+    ("generate", {"generation__batch_size": 5}, True, True),
+    ("generate", {"generation__dtype": "bfloat16"}, True, True),
+    ("generate", {"generation__dtype": "float32"}, False, False),  # what auto means with fp32 training
+    ("generate", {"training__precision": "mixed"}, True, True),
+    ("generate", {"data__prompts_per_round": 7}, True, True),
+    ("generate", {"seed": 1}, True, True),
+    ("mix-opponent", {"objective__alpha": 0.3}, False, False),  # 0 < alpha < 1 reads the same two scores
+    ("mix-opponent", {"objective__alpha": 1.0}, True, True),
+    ("mix-opponent", {"opponent__history": 1}, False, True),
+    ("mix-opponent", {"opponent__weighting": "recency"}, False, True),
+    ("mix-opponent", {"opponent__truncated": "keep"}, True, True),
+    ("mix-opponent", {"evaluation__score_batch_size": 3}, False, False),
+    ("train", {"objective__alpha": 0.3}, True, True),
+    ("train", {"objective__beta": [0.1, 5.0]}, False, True),
+    ("train", {"training__learning_rate": [5e-6, 1e-6]}, False, True),
+    ("train", {"objective__link": "hinge"}, True, True),
+    ("train", {"training__checkpoint_every_steps": 3}, False, False),
+    ("train", {"training__gradient_checkpointing": True}, False, False),
+    ("evaluate", {"objective__alpha": 0.3}, True, True),
+    ("evaluate", {"evaluation__score_batch_size": 3}, False, False),
+    ("evaluate", {"evaluation__bootstrap": 500}, True, True),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes", "first", "second"), CASES)
+def test_what_makes_another_object(stage: str, changes: dict[str, Any], first: bool, second: bool) -> None:
+    for round_number, differs in ((1, first), (2, second)):
+        assert (object_id(stage, round_number, **changes) != object_id(stage, round_number)) is differs
+
+
+@pytest.mark.parametrize("stage", ROUND_STAGES)
+def test_inputs_are_part_of_the_key(stage: str) -> None:
+    other = head(2) | {"data": "data-y", "base": "base-y"}
+    assert object_id(stage, 1, other) != object_id(stage, 1, head(2)) or stage == "train"
+    changed = head(2)
+    changed["rounds"][1]["stages"] |= {"train": "train-z", "generate": "generate-z", "mix-opponent": "mix-opponent-z"}
+    assert object_id(stage, 2, changed) != object_id(stage, 2, head(2))
+
+
+def test_the_evaluation_of_the_base_is_shared_by_every_alpha() -> None:
+    assert object_id("evaluate", 0, objective__alpha=1.0) == object_id("evaluate", 0, objective__alpha=0.25)
+
+
+def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
+    replay = PLANS["mix-opponent"](config(), head(3), 3)
+    assert [e["round"] for e in replay.inputs["earlier"]] == [2, 1]
+    assert PLANS["generate"](config(), head(3), 3).inputs["policies"] == {"2": "train-2"}
+    again = config(opponent__source="regenerate", opponent__history=2)
+    assert PLANS["mix-opponent"](again, head(3), 3).inputs["earlier"] == []
+    assert PLANS["generate"](again, head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
+
+
+def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history() -> None:
+    for history in (1, 2, "all"):
+        plan = PLANS["mix-opponent"](config(opponent__history=history), head(3), 3)
+        assert plan.inputs["previous"] == "train-2"
+        assert plan.inputs["base"] == "base-x"
+        assert PLANS["train"](config(opponent__history=history), head(3), 3).inputs["previous"] == "train-2"
+
+
+def test_an_iterate_that_was_never_trained_is_named() -> None:
+    assert policy_object(head(1), 0) == "base-x"
+    with pytest.raises(SpinregError, match="no iterate 2"):
+        policy_object(head(1), 2)
+
+
+def test_heldout_answers_are_one_object_per_iterate() -> None:
+    ids = {plan_heldout(config(), head(2), n).object_id for n in range(3)}
+    assert len(ids) == 3
+    assert plan_heldout(config(objective__alpha=1.0), head(2), 1).object_id in ids
