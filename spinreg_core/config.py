@@ -59,7 +59,7 @@ class DataConfig(Group):
         1024, ge=16, description="Prompt plus answer; longer human answers are cut and count as truncated (tokens)."
     )
     prompts_per_round: int | None = Field(
-        40, ge=1, description="Prompts answered in one round (rows). Unset: all training rows."
+        32, ge=1, description="Prompts answered in one round (rows). Unset: all training rows."
     )
     round_prompts: Literal["fresh", "same"] = Field(
         "fresh",

@@ -33,7 +33,7 @@ def test_both_rounds_are_complete(finished: tuple[Store, str, Path]) -> None:
     for number in (1, 2):
         for stage in ROUND_STAGES:
             assert stage_object(head, number, stage)
-    assert "heldout_nll" in text
+    assert "held-out NLL" in text
     assert str(store.local_path("runs/smoke/report.html")) in text
 
 
