@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 from spinreg_core.errors import BadInput, Conflict
 
-PART_BYTES = 64 * 2**20  # multipart size: a file of any length passes through a few of these
+PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these; 10,000 of them are 160 GB
 
 
 class Store(Protocol):

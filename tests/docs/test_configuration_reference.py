@@ -52,7 +52,7 @@ def test_every_field_has_one_row_with_all_cells() -> None:
         ("objective.alpha", "number ≥ 0, ≤ 1", "`0.5`"),
         ("objective.beta", "number > 0 or list of (number > 0), not empty", "`0.1`"),
         ("opponent.history", "whole number ≥ 1 or `all`", "`all`"),
-        ("data.prompts_per_round", "whole number ≥ 1, or unset", "`64`"),
+        ("data.prompts_per_round", "whole number ≥ 1, or unset", "`32`"),
         ("training.checkpoint_every_steps", "whole number ≥ 1, or unset", "`50`"),
         ("training.gradient_checkpointing", "true or false", "`false`"),
         ("rounds", "whole number ≥ 1, or unset", "unset"),

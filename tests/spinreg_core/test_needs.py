@@ -29,6 +29,7 @@ from spinreg_core.needs import (
     steps,
 )
 from spinreg_core.optim import make_optimizer
+from spinreg_core.resolve import merge
 
 # SmolLM2-135M, and rows with round numbers.
 SMOLLM = Shape(
@@ -40,7 +41,8 @@ N = SMOLLM.parameters
 
 
 def configured(**groups: Any) -> RunConfig:
-    return RunConfig.model_validate(groups)
+    stated = {"data": {"prompts_per_round": 64}, "generation": {"dtype": "bfloat16", "max_new_tokens": 96}}
+    return RunConfig.model_validate(merge(stated, groups))
 
 
 def work(config: RunConfig, round_number: int, sizes: Sizes = SIZES) -> dict[str, tuple[float, float]]:

@@ -18,6 +18,7 @@ from spinreg_core.model_source import resolve_model
 from spinreg_core.needs import Sizes, round_store
 from spinreg_core.plan import UTILISATION, measured_tflops, plan, read_machine, read_shape, read_sizes
 from spinreg_core.render import Renderer
+from spinreg_core.resolve import merge
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,8 +29,11 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def configured(**values: Any) -> RunConfig:
-    tiny = {"model": "random:tiny", "generation": {"engine": "hf"}, "resources": {"device": "cpu"}}
-    return RunConfig.model_validate(tiny | values)
+    tiny = {
+        "model": "random:tiny", "data": {"prompts_per_round": 64, "heldout_rows": 75},
+        "generation": {"engine": "hf", "max_new_tokens": 96}, "resources": {"device": "cpu"},
+    }  # fmt: skip
+    return RunConfig.model_validate(merge(tiny, values))
 
 
 def tiny_folder() -> Path:
