@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -47,12 +46,10 @@ def test_it_shows_progress(finished: tuple[Store, str, Path]) -> None:
 def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), store.list("objects/")
-    started = time.monotonic()
     text = run(["--config", SMOKE, "--store", str(tmp / "store")], environment(tmp), tmp / "again")
     assert outcome(store, "smoke") == before
     assert store.list("objects/") == objects
     assert "round 2 is complete" in text
-    assert time.monotonic() - started < 120
 
 
 def test_no_stage_process_is_left(finished: tuple[Store, str, Path]) -> None:
