@@ -6,12 +6,7 @@ from typing import Any
 
 from spinreg_core.report import metrics_markdown, metrics_rows, report_data
 from tasks.context import current
-from tasks.display import show_markdown, show_table
-
-
-def _artifact_key(*parts: object) -> str:
-    """Prefect takes lower case letters, digits and dashes."""
-    return "-".join(str(part) for part in parts).replace(".", "-").replace("_", "-")
+from tasks.display import artifact_key, show_markdown, show_table
 
 
 def show_round(round_number: int) -> None:
@@ -20,7 +15,7 @@ def show_round(round_number: int) -> None:
     run, head = context.config.run, context.session.head
     data = report_data(context.store, run)
     show_table(
-        _artifact_key(run, "round", round_number, "metrics"),
+        artifact_key(run, "round", round_number, "metrics"),
         metrics_rows(data),
         f"Held-out metrics of run {run}, base to round {round_number}",
     )
@@ -31,10 +26,10 @@ def show_round(round_number: int) -> None:
                 f"- {stage}: `{context.store.uri(f'objects/{object_id}')}`"
                 for stage, object_id in entry["stages"].items()
             ]
-    show_markdown(_artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
+    show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
 
 
 def show_end(summary: dict[str, Any], markdown: str) -> None:
     """The whole run's table and the addresses of its report."""
     text = f"# {summary['run']}\n\n{markdown}\n\nReport: `{summary['report']}`\n\nData: `{summary['report_json']}`\n"
-    show_markdown(_artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")
+    show_markdown(artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")

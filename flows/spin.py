@@ -35,7 +35,7 @@ from spinreg_core.report import metrics_markdown, metrics_table, write_report
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import open_store
 from tasks.context import Context, entered
-from tasks.display import flush, nested, run_log, show_markdown, wait_for_server
+from tasks.display import artifact_key, flush, nested, run_log, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.stage import run_task
@@ -104,8 +104,11 @@ def spin(
     log = run_log()
     resolved = resolve_parameters(config, parameters)
     log(f"resolved configuration:\n{show(resolved)}")
-    artifact = f"{resolved.run}-configuration".replace(".", "-").replace("_", "-")
-    show_markdown(artifact, f"```yaml\n{show(resolved)}```", f"Resolved configuration of run {resolved.run}")
+    show_markdown(
+        artifact_key(resolved.run, "configuration"),
+        f"```yaml\n{show(resolved)}```",
+        f"Resolved configuration of run {resolved.run}",
+    )
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
     with open_session(opened, resolved, label) as session, entered(Context(resolved, opened, session)):

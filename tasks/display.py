@@ -76,6 +76,11 @@ class StageProgress:
             update_progress_artifact(self._artifact, percent, text)
 
 
+def artifact_key(*parts: object) -> str:
+    """A key for an artifact; Prefect takes lower case letters, digits and dashes."""
+    return "-".join(str(part) for part in parts).replace(".", "-").replace("_", "-")
+
+
 def show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
     """Show `rows` as a table artifact of the current run."""
     from prefect.artifacts import create_table_artifact

@@ -19,7 +19,7 @@ from spinreg_core.head import stage_object
 from spinreg_core.objects import read_manifest, require_manifest
 from spinreg_core.rounds import PLANS
 from tasks.context import current
-from tasks.display import StageProgress, run_log
+from tasks.display import StageProgress, artifact_key, run_log
 from tasks.process import run_stage
 
 
@@ -73,7 +73,7 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
         run_stage(
             job,
             deadline_seconds=None if deadline is None else deadline * 60,
-            on_progress=StageProgress(f"{config.run}-round-{round_number}-{stage}".replace(".", "-").replace("_", "-")),
+            on_progress=StageProgress(artifact_key(config.run, "round", round_number, stage)),
             check=session.check,
         )
         manifest = require_manifest(store, object_id)
