@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, new_page
 from servers import PrefectServer, prefect_worker
 from test_worker import start_run
 
@@ -85,3 +86,10 @@ def test_cancel_then_crash_then_retry(deployed_server: PrefectServer, clone: Pat
     assert artifacts["smoke-round-1-train"]["type"] == "progress"
     assert "alpha" in artifacts["smoke-configuration"]["data"]
     assert "report.html" in artifacts["smoke-report"]["data"]
+    if CHROMIUM.exists():
+        with new_page(viewport={"width": 1400, "height": 2000}) as page:
+            page.goto(f"{server.url}/runs/flow-run/{crashed}?tab=Artifacts")
+            for key in ("smoke-configuration", "smoke-report"):
+                page.get_by_text(key).first.wait_for(timeout=60_000)
+            page.goto(f"{server.url}/artifacts/artifact/{artifacts['smoke-round-1-metrics']['id']}")
+            page.get_by_text("held-out NLL").first.wait_for(timeout=60_000)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import needs_chromium, new_page
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
@@ -34,7 +35,6 @@ from spinreg_core.store import Store, open_store
 from spinreg_core.tables import format_estimate
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7*7 }} <!-- & \u2028 "quote"'
-CHROMIUM = Path("/usr/bin/chromium")
 
 
 def estimate(value: float, half: float, unit: str, n: int = 64) -> dict[str, Any]:
@@ -392,18 +392,14 @@ def test_sizes_and_durations() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs /usr/bin/chromium")
+@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path: Path, scheme: Any) -> None:
-    from playwright.sync_api import sync_playwright
-
     make_run(store, tmp_path, [1.25, 1.10, 1.20], HOSTILE)
     keys = write_report(store, "demo")
     path = store.local_path(keys["html"])
     complaints: list[str] = []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    with new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme) as page:
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
@@ -420,5 +416,4 @@ def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path:
         assert points == 3
         # On a phone the page itself does not scroll sideways; wide tables scroll in their boxes.
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
-        browser.close()
     assert complaints == []
