@@ -20,7 +20,7 @@ from tasks.stage import run_task
 from tasks.train import train
 
 
-@flow(name="round", flow_run_name="{run}/round-{round_number}")
+@flow(name="round", flow_run_name="{run}/round-{round_number}", persist_result=False)
 def round_(run: str, round_number: int) -> dict[str, Any]:
     """Train iterate `round_number` out of the one before it, and evaluate it.
 

@@ -6,11 +6,21 @@ from typing import Any
 
 from spinreg_core.report import metrics_markdown, metrics_rows, report_data
 from tasks.context import current
-from tasks.display import artifact_key, show_markdown, show_table
+from tasks.display import artifact_key, run_log, show_markdown, show_table
 
 
 def show_round(round_number: int) -> None:
-    """The metrics so far as a table and a summary with the addresses of the round's objects."""
+    """The metrics so far as a table and a summary with the addresses of the round's objects.
+
+    Best effort: the round is committed, and a store that cannot be read right now must not end the run.
+    """
+    try:
+        _show_round(round_number)
+    except Exception as error:
+        run_log()(f"metrics of round {round_number} are not shown: {error}")
+
+
+def _show_round(round_number: int) -> None:
     context = current()
     run, head = context.config.run, context.session.head
     data = report_data(context.store, run)

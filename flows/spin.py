@@ -30,6 +30,7 @@ from flows.form import (
 from flows.round import round_
 from flows.show import show_end
 from spinreg_core.config import RUN_NAME, RunConfig
+from spinreg_core.errors import SpinregError
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import metrics_markdown, metrics_table, write_report
 from spinreg_core.resolve import resolve, show
@@ -57,7 +58,9 @@ def resolve_parameters(config: str | None, parameters: dict[str, Any]) -> RunCon
     """The configuration a call of `spin` stands for; an existing run fills in what was not said."""
     given = _given(parameters)
     wanted = resolve(given, config)
-    return resolve(given, config, stored=read_config(open_store(wanted.store), wanted.run))
+    store = open_store(wanted.store)
+    store.check()
+    return resolve(given, config, stored=read_config(store, wanted.run))
 
 
 def _flow_run_name() -> str:
@@ -69,7 +72,8 @@ def _flow_run_name() -> str:
         return "spin"
 
 
-@flow(name="spin", flow_run_name=_flow_run_name)
+# Results are in the store; one that Prefect kept could end a retry before it looks there.
+@flow(name="spin", flow_run_name=_flow_run_name, persist_result=False)
 @described
 def spin(
     run: Annotated[str | None, Field(pattern=RUN_NAME)] = None,
@@ -112,7 +116,7 @@ def spin(
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
     with open_session(opened, resolved, label) as session, entered(Context(resolved, opened, session)):
-        target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
+        start, target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
         done = complete_round(session.head)
         log(
             f"run {resolved.run!r}: {why}"
@@ -122,8 +126,12 @@ def spin(
         run_task(prepare, resolved.resources, resolved.run)
         if stage_object(session.head, 0, "evaluate") is None:
             run_task(evaluate, resolved.resources, resolved.run, 0)
-        for round_number in range(done + 1, target + 1):
+        # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
+        # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
+        for round_number in range(start + 1, target + 1):
             nested(round_, resolved.run, round_number)
+            if complete_round(session.head) < round_number:
+                raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         report = write_report(opened, resolved.run)
         session.finish_advance()
         summary = {

@@ -132,7 +132,9 @@ def table(model: type[Group]) -> str:
 def page() -> str:
     """The whole of docs/configuration.md."""
     RunConfig.model_validate(yaml.safe_load(EXAMPLE))
-    mutable = ", ".join(f"`{name}`" for name in RunConfig.model_fields if name in MUTABLE_FIELDS)
+    places = list(RunConfig.model_fields)
+    names = sorted(MUTABLE_FIELDS, key=lambda name: (places.index(name.split(".")[0]), name))
+    mutable = ", ".join(f"`{name}`" for name in names)
     parts = [INTRODUCTION.replace("{mutable}", mutable) + "## The run\n\n" + table(RunConfig)]
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.default, Group):

@@ -16,8 +16,19 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 # The only fields that an existing run may be given with other values: they say how far and how
-# to run, not what the result is.
-MUTABLE_FIELDS = frozenset({"rounds", "until_round", "store", "resources"})
+# to run, and change a result by no more than the rounding of sums.
+MUTABLE_FIELDS = frozenset(
+    {
+        "rounds",
+        "until_round",
+        "store",
+        "resources",
+        "training.micro_batch_size",
+        "training.gradient_checkpointing",
+        "training.checkpoint_every_steps",
+        "evaluation.score_batch_size",
+    }
+)
 
 
 class Group(BaseModel):
@@ -103,8 +114,9 @@ class OpponentConfig(Group):
     decay: float = Field(0.5, gt=0, le=1, description="Ratio of neighbouring weights with weighting recency.")
     truncated: Literal["keep", "drop", "clip_real"] = Field(
         "clip_real",
-        description="Generated answers cut off by the length limit: keep the pair, drop it, or clip the real answer "
-        "of the pair to the same number of tokens (without its end-of-turn), so that length is not what is learnt.",
+        description="Generated answers cut off by the length limit: keep the pair, drop it, or clip a real answer that "
+        "is longer to the same number of tokens (without its end-of-turn). Where people stop before the limit and the "
+        "policy does not, stopping is learnt whatever is set here, drop excepted.",
     )
 
     @field_validator("weighting")
@@ -196,7 +208,8 @@ class EvaluationConfig(Group):
     score_batch_size: int = Field(16, ge=1, description="Sequences scored at once, here and in mix-opponent.")
     bootstrap: int = Field(1000, ge=100, description="Resamples behind each 95 % interval.")
     final_answer: Literal["auto", "gsm8k", "none"] = Field(
-        "auto", description="Exact match of final answers: gsm8k compares what follows `####`; auto where rows have it."
+        "auto",
+        description="Exact match of final answers: gsm8k compares the numbers after `####`; auto where rows have it.",
     )
     shown_samples: int = Field(8, ge=0, description="Side-by-side sample answers in the report (prompts).")
 
@@ -282,6 +295,18 @@ def of_round(value: float | list[float], round_number: int) -> float:
     if isinstance(value, list):
         return value[min(round_number, len(value)) - 1]
     return value
+
+
+def fixed_fields(config: RunConfig) -> dict[str, Any]:
+    """What must stay the same between starts of a run: everything but MUTABLE_FIELDS."""
+    values = config.model_dump(mode="json")
+    for name in MUTABLE_FIELDS:
+        group, dot, field = name.partition(".")
+        if dot:
+            del values[group][field]
+        else:
+            del values[name]
+    return values
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

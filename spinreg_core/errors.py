@@ -6,6 +6,7 @@ Decides: which failures are worth a retry. Leaves out: catching them; whoever ca
 from __future__ import annotations
 
 EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so nobody retries it
+EXIT_DAMAGED = 74  # EX_IOERR: the same file is damaged for the next attempt too
 EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spinreg_core.errors import BadInput
 from spinreg_core.metrics import (
     Estimate,
     Floats,
@@ -121,6 +122,14 @@ def heldout_metrics(rows: pa.Table, *, alpha: float, resamples: int, seed: int) 
         if len(human):
             found["human_distinct_2"] = mean(human, "share")
     return found
+
+
+def require_final_answers(mode: str, references: list[str | None]) -> None:
+    """Raise BadInput where `evaluation.final_answer` is gsm8k and no held-out answer ends in `#### <number>`."""
+    if mode == "gsm8k" and not any(text is not None and reference_number(text) is not None for text in references):
+        raise BadInput(
+            "evaluation.final_answer", "gsm8k, and no held-out answer that ends in `####` and a number", "auto or none"
+        )
 
 
 def exact_matches(references: list[str | None], answers: list[str]) -> list[bool]:

@@ -11,7 +11,7 @@ Expiry is an unchanged tag over the watcher's own monotonic clock; clocks are ne
 from __future__ import annotations
 
 import contextlib
-import json
+import copy
 import os
 import secrets
 import socket
@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.config import MUTABLE_FIELDS, RunConfig, differences
+from spinreg_core import documents
+from spinreg_core.config import RunConfig, differences, fixed_fields
+from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.store import Store, require_conditional_writes
 
-SCHEMA = 1
 ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")
 
 
@@ -38,29 +39,15 @@ def config_key(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
-def _parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
-    try:
-        document = json.loads(raw)
-        schema = document["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(f"{store.uri(key)}: found {len(raw)} bytes that spinreg did not write ({error})") from None
-    if schema != SCHEMA:
-        raise BadInput(
-            store.uri(key), f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version"
-        )
-    return document
-
-
 def read_head(store: Store, run: str) -> dict[str, Any] | None:
     """The head of a run, or None where there is no such run."""
-    raw = store.read(head_key(run))
-    return None if raw is None else _parse(store, head_key(run), raw)
+    return documents.read(store, head_key(run))
 
 
 def read_config(store: Store, run: str) -> RunConfig | None:
     """The configuration a run was started with, or None where there is no such run."""
-    raw = store.read(config_key(run))
-    return None if raw is None else RunConfig.model_validate(_parse(store, config_key(run), raw)["config"])
+    document = documents.read(store, config_key(run))
+    return None if document is None else RunConfig.model_validate(document["config"])
 
 
 def list_runs(store: Store) -> list[str]:
@@ -86,14 +73,12 @@ def complete_round(head: dict[str, Any]) -> int:
 
 def pending_advance(head: dict[str, Any]) -> dict[str, Any] | None:
     """The recorded advance that has not been finished, or None."""
-    last = head["advances"][-1] if head["advances"] else None
-    return last if last is not None and not last["done"] else None
+    return next((advance for advance in reversed(head["advances"]) if not advance["done"]), None)
 
 
 def check_config(stored: RunConfig, given: RunConfig) -> None:
     """Raise ConfigChanged unless both differ only in the fields that may change."""
-    old, new = (c.model_dump(mode="json", exclude=set(MUTABLE_FIELDS)) for c in (stored, given))
-    found = differences(old, new)
+    found = differences(fixed_fields(stored), fixed_fields(given))
     if found:
         raise ConfigChanged(given.run, found)
 
@@ -156,10 +141,10 @@ class Session:
         with self._lock:
             self.check()
             for _ in range(10):
-                head = json.loads(json.dumps(self.head))
+                head = copy.deepcopy(self.head)
                 change(head)
                 try:
-                    self._tag = self.store.replace(head_key(self.run), _dump(head), self._tag)
+                    self._tag = self.store.replace(head_key(self.run), documents.dump(head), self._tag)
                     self.head = head
                     return
                 except Conflict:
@@ -169,7 +154,7 @@ class Session:
                         self.lost = f"run {self.run!r}: its head.json vanished from the store"
                         self.check()
                     assert found is not None
-                    current = _parse(self.store, head_key(self.run), found[0])
+                    current = documents.parse(self.store, head_key(self.run), found[0])
                     if current["lease"]["epoch"] != self.epoch or current["lease"]["holder"] is None:
                         holder = _describe(current["lease"])
                         self.lost = f"run {self.run!r} was taken over by {holder}; nothing more is committed"
@@ -178,7 +163,7 @@ class Session:
             raise SpinregError(f"run {self.run!r}: head.json keeps changing under us; gave up after 10 tries")
 
     def commit(self, round_number: int, stage: str, object_id: str) -> None:
-        """Record that a round's stage is this object. Raises Conflict if it already is another one."""
+        """Record that a round's stage is this object. Raises SpinregError if it already is another one."""
 
         def change(head: dict[str, Any]) -> None:
             existing = stage_object(head, round_number, stage)
@@ -206,8 +191,8 @@ class Session:
 
         self.update(change)
 
-    def begin_advance(self, by: str, rounds: int | None, until_round: int | None) -> tuple[int, str]:
-        """Decide and record which round to reach; returns it and one sentence saying why.
+    def begin_advance(self, by: str, rounds: int | None, until_round: int | None) -> tuple[int, int, str]:
+        """Decide and record how far to go. Returns (round gone out from, round to reach, one sentence saying why).
 
         `by` names the flow run: the same one asking again (a retry) gets the same answer. An advance that was
         recorded and not finished is finished first, and `rounds` adds nothing to it.
@@ -215,9 +200,11 @@ class Session:
         done, pending = complete_round(self.head), pending_advance(self.head)
         mine = next((a for a in reversed(self.head["advances"]) if a["by"] == by), None)
         if mine is not None:
-            return mine["to"], f"retry: going on to round {mine['to']}, as recorded"
+            return mine["from"], mine["to"], f"retry: going on to round {mine['to']}, as recorded"
         if until_round is not None:
             target, why = until_round, f"until_round={until_round}; {done} complete"
+            if target <= done:  # asks for nothing, so it says nothing about an advance of somebody else's either
+                return done, target, why
         elif pending is not None:
             target = pending["to"]
             why = f"finishing the advance {pending['from']} -> {target} recorded by {pending['by']}; nothing added"
@@ -230,16 +217,15 @@ class Session:
                 advance["done"] = True  # superseded by the one being recorded
             head["advances"].append({"by": by, "from": done, "to": target, "done": False})
 
-        if target > done or pending is not None or not self.head["advances"]:
-            self.update(change)
-        return target, why
+        self.update(change)
+        return done, target, why
 
     def finish_advance(self) -> None:
-        """Record that the advance reached its round."""
+        """Record which advances have reached their round."""
 
         def change(head: dict[str, Any]) -> None:
             for advance in head["advances"]:
-                advance["done"] = True
+                advance["done"] = advance["done"] or advance["to"] <= complete_round(head)
 
         if pending_advance(self.head) is not None:
             self.update(change)
@@ -257,19 +243,19 @@ class Session:
                 print(f"lease of run {self.run!r} not renewed: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Give the run back, so that the next process need not wait."""
+        """Give the run back, so that the next process need not wait. Best effort: a lease runs out by itself."""
         self._stop.set()
         self._beat.join(timeout=self._lease_seconds)
 
         def change(head: dict[str, Any]) -> None:
             head["lease"]["holder"] = None
 
-        with contextlib.suppress(LeaseLost):
+        try:
             self.update(change)
-
-
-def _dump(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, indent=1, sort_keys=True).encode()
+        except LeaseLost:
+            pass
+        except Exception as error:  # must not stand in for what ended the session
+            print(f"lease of run {self.run!r} not given back: {error}", file=sys.stderr, flush=True)
 
 
 def _describe(lease: dict[str, Any]) -> str:
@@ -278,20 +264,26 @@ def _describe(lease: dict[str, Any]) -> str:
 
 
 def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: float) -> tuple[dict[str, Any], str]:
-    """Take the lease; waits at most `lease_seconds` to see whether a silent holder is gone. Raises LeaseHeld."""
+    """Take the lease, after a holder has been silent for the longer of its own `lease_seconds` and ours.
+
+    Raises LeaseHeld as soon as the holder renews it.
+    """
     key = head_key(run)
     silent_since, last_tag = time.monotonic(), None
     while True:
         found = store.read_tagged(key)
         if found is None:
             raise Damaged(f"{store.uri(key)}: found nothing; expected the head of run {run!r}")
-        head, tag = _parse(store, key, found[0]), found[1]
+        head, tag = documents.parse(store, key, found[0]), found[1]
         current = head["lease"]["holder"]
         silent = time.monotonic() - silent_since
-        if current is None or _is_dead(current) or (tag == last_tag and silent >= lease_seconds):
-            head["lease"] = {"epoch": head["lease"]["epoch"] + 1, "holder": holder, "beat": 0}
+        patience = max(lease_seconds, head["lease"].get("seconds", 0.0))
+        if current is None or _is_dead(current) or (tag == last_tag and silent >= patience):
+            head["lease"] = {
+                "epoch": head["lease"]["epoch"] + 1, "holder": holder, "beat": 0, "seconds": lease_seconds,
+            }  # fmt: skip
             try:
-                return head, store.replace(key, _dump(head), tag)
+                return head, store.replace(key, documents.dump(head), tag)
             except Conflict:
                 silent_since, last_tag = time.monotonic(), None
                 continue
@@ -308,29 +300,50 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
 def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Session]:
     """Create the run if there is none, check its configuration, and hold its lease inside the block.
 
+    The configuration of a run that has committed nothing yet is replaced: a first start that failed on a wrong
+    data set has not used the name up.
+
     Raises ConfigChanged, LeaseHeld (naming the holder) and BadInput (a store without conditional writes).
     """
-    stored = read_config(store, config.run)
-    if stored is None:
+    run, seconds = config.run, config.resources.lease_seconds
+    if read_config(store, run) is None:
         require_conditional_writes(store)
-        document = {"schema": SCHEMA, "config": config.model_dump(mode="json")}
-        try:
-            store.create(config_key(config.run), _dump(document))
-        except Conflict:  # another process created the run between our two looks
-            stored = read_config(store, config.run)
-    if stored is not None:
-        check_config(stored, config)
-    if store.read(head_key(config.run)) is None:
+        with contextlib.suppress(Conflict):  # another process created the run between our two looks
+            store.create(config_key(run), _config_document(config))
+    head = read_head(store, run)
+    if head is None:
         empty = {
-            "schema": SCHEMA, "run": config.run, "lease": {"epoch": 0, "holder": None, "beat": 0},
+            "schema": SCHEMA, "run": run, "lease": {"epoch": 0, "holder": None, "beat": 0, "seconds": seconds},
             "advances": [], "rounds": [],
         }  # fmt: skip
         with contextlib.suppress(Conflict):
-            store.create(head_key(config.run), _dump(empty))
-    seconds = config.resources.lease_seconds
-    head, tag = _acquire(store, config.run, make_holder(label), seconds)
-    session = Session(store, config.run, head, tag, seconds)
+            store.create(head_key(run), documents.dump(empty))
+    elif _has_begun(head):
+        check_config(_stored(store, run)[0], config)  # before waiting for a lease
+    head, tag = _acquire(store, run, make_holder(label), seconds)
+    session = Session(store, run, head, tag, seconds)
     try:
+        stored, config_tag = _stored(store, run)
+        if _has_begun(session.head):
+            check_config(stored, config)
+        elif stored != config:
+            store.replace(config_key(run), _config_document(config), config_tag)
         yield session
     finally:
         session.close()
+
+
+def _has_begun(head: dict[str, Any]) -> bool:
+    return head.get("base") is not None or bool(head["rounds"])
+
+
+def _config_document(config: RunConfig) -> bytes:
+    return documents.dump({"schema": SCHEMA, "config": config.model_dump(mode="json")})
+
+
+def _stored(store: Store, run: str) -> tuple[RunConfig, str]:
+    """The stored configuration of an existing run, and its tag."""
+    found = store.read_tagged(config_key(run))
+    if found is None:
+        raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
+    return RunConfig.model_validate(documents.parse(store, config_key(run), found[0])["config"]), found[1]

@@ -44,13 +44,14 @@ def load_policy(folder: str | Path, precision: Precision, device: str | torch.de
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         _zero_dropout(config)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
             **({"attn_implementation": "eager"} if _caps_attention(config) else {}),
         )
     except (OSError, ValueError, KeyError) as error:
@@ -58,6 +59,14 @@ def load_policy(folder: str | Path, precision: Precision, device: str | torch.de
         raise BadInput(
             f"policy folder {folder}", reason, "a Hugging Face causal language model with safetensors weights"
         ) from error
+    model: PreTrainedModel = loaded[0]
+    # transformers fills such tensors with random numbers and goes on: another policy at every loading.
+    absent = sorted([*loaded[1]["missing_keys"], *(str(key[0]) for key in loaded[1]["mismatched_keys"])])
+    if absent:
+        raise BadInput(
+            f"policy folder {folder}", f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...)",
+            "weights for every tensor of the architecture its config.json names",
+        )  # fmt: skip
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

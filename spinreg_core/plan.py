@@ -127,8 +127,11 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
         chosen = rows[:: -(-len(rows) // SAMPLED_ROWS)]
         lengths = []
         for row in chosen:
-            prompt = len(renderer.prompt_ids(row.messages))
-            answer = len(renderer.answer_ids(row.messages, row.answer))
+            try:
+                prompt = len(renderer.prompt_ids(row.messages))
+                answer = len(renderer.answer_ids(row.messages, row.answer))
+            except BadInput:  # a bad row for the run too, which goes on without it
+                continue
             if prompt <= data.max_prompt_tokens:
                 lengths.append((prompt, min(answer, data.max_length - prompt)))
         if not lengths:
@@ -162,11 +165,9 @@ def read_machine(config: RunConfig, tflops: float | None) -> dict[str, Any]:
     """Device, its memory and rate. Raises BadInput for a GPU that is not there."""
     import torch
 
-    device = config.resources.device
-    if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("resources.device", "cuda, but torch sees no GPU", "auto or cpu")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    from spinreg_core.scoring import resolve_device
+
+    device = resolve_device(config.resources.device)
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _main_memory()
     source = "stated"
     if tflops is None:

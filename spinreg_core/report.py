@@ -15,7 +15,7 @@ from typing import Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
-from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, Estimate
+from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
 from spinreg_core.objects import fetch_file, read_manifest, versions
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
@@ -123,11 +123,14 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
     named: list[tuple[int | None, str, str | None]] = [(None, name, head.get(name)) for name in ("base", "data")]
     for number in range(last + 1):
         named += [(number, stage, stage_object(head, number, stage)) for stage in ROUND_STAGES]
-    lines = []
-    for made_in, stage, object_id in named:
+    lines: list[dict[str, Any]] = []
+    while named:
+        made_in, stage, object_id = named.pop(0)
         manifest = read_manifest(store, object_id) if object_id else None
         if manifest is None:
             continue
+        if stage == "evaluate":
+            named.insert(0, (made_in, "generate (held-out)", manifest["inputs"].get("heldout")))
         lines.append(
             {
                 "round": made_in,
@@ -221,8 +224,7 @@ def alarms(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
             against = "the base model" if number == 1 else f"round {number - 1}"
             text = (
                 f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "
-                "This is the instability that regularisation is for: a smaller alpha, a longer history, a larger "
-                "beta or fewer steps may help."
+                f"This is the instability that regularisation is for: {REMEDIES}."
             )
             found.append({"round": number, "where": "held-out rows", "text": text})
         for name, against in (("kl_base", "base"), ("kl_previous", "previous")):
@@ -251,7 +253,7 @@ def notes(config: dict[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
         found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; take at least 30.")
     found.append(
         f"Sampled answers end after {sampler['max_new_tokens']} tokens at the latest: answer length and KL are "
-        "those of answers cut there."
+        "those of answers cut there. Reward accuracy compares them with whole human answers."
     )
     return found
 

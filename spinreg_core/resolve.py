@@ -15,6 +15,7 @@ import yaml
 
 from spinreg_core.config import Group, RunConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.store import redacted
 
 LARGEST_FILE = 2**20  # bytes; a run configuration has a few kilobytes
 
@@ -54,6 +55,11 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def validate(values: dict[str, Any]) -> RunConfig:
     """A RunConfig, or one BadInput that lists every wrong field with what was found and expected."""
+    for field in ("store", "model", "dataset"):
+        if isinstance(values.get(field), str) and redacted(values[field]) != values[field]:
+            raise BadInput(
+                field, redacted(values[field]), "an address without credentials; they come from the environment"
+            )
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
@@ -90,7 +96,8 @@ def resolve(parameters: dict[str, Any], config_file: str | None = None, stored: 
     if config_file is not None:
         values = load_config_file(config_file)
     elif stored is not None:
-        values = stored.model_dump(mode="json", exclude=how_far)
+        # Not its store: the run may have moved, and the one it was found in is the one that is meant.
+        values = stored.model_dump(mode="json", exclude=how_far | {"store"})
     if how_far & parameters.keys():  # one of the two at the prompt replaces either of them in the file
         values = {key: value for key, value in values.items() if key not in how_far}
     return validate(merge(values, parameters))

@@ -3,8 +3,8 @@
 Decides: what can change a stage's result, and therefore what runs can share. Leaves out: how a stage works
 (`stages/`), and who commits (`head.py`). Imports nothing heavy: the flow process calls this.
 
-A key holds only what can change the result: alpha and history are no part of round 1's generations, so a
-grid over them answers the prompts once.
+A key holds only what can change the result by more than the rounding of sums: alpha and history are no part of
+round 1, where both references are the base, so a grid over them does round 1 once.
 """
 
 from __future__ import annotations
@@ -20,6 +20,16 @@ from spinreg_core.head import stage_object
 from spinreg_core.objects import fingerprint
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.stages.job import Job
+
+
+def references(alpha: float, round_number: int) -> dict[str, bool]:
+    """Which scores a round's loss reads. In round 1 both references are the base, and one scoring gives both."""
+    return {"previous": alpha > 0 or round_number == 1, "base": alpha < 1 or round_number == 1}
+
+
+def effective_alpha(alpha: float, round_number: int) -> float:
+    """The alpha a round is trained and evaluated with: the same for all in round 1, which it cannot change."""
+    return 1.0 if round_number == 1 else alpha
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
     """One answer of iterate n to every held-out prompt; part of its evaluation."""
     policies = {str(iterate): policy_object(head, iterate)}
     key = {
-        "rows": "heldout", "data": head["data"], "round": iterate, "seed": config.seed, "policies": policies,
+        "rows": "heldout", "data": head["data"], "seed": config.seed, "policies": policies,
         "sampler": _sampler(config),
     }  # fmt: skip
     return Plan("generate", iterate, key, {"data": head["data"], "policies": policies}, {"rows": "heldout"})
@@ -119,7 +129,7 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
         "round": round_number, "seed": config.seed, "weights": weights,
         "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated"}),
         # Only which references the loss reads, not alpha itself: a grid over 0 < alpha < 1 scores once.
-        "scores": {"previous": alpha > 0, "base": alpha < 1},
+        "scores": references(alpha, round_number),
         "precision": config.training.precision,
     }  # fmt: skip
     # Where log pi_0 of a row may stand already; it saves work and cannot change a result, so it is no part of the key.
@@ -134,12 +144,13 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
         "previous": policy_object(head, round_number - 1),
     }
     training = config.training.model_dump(
-        mode="json", exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing"}
+        mode="json", exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing", "micro_batch_size"}
     )
     key = inputs | {
         "round": round_number, "seed": config.seed, "training": training,
         "learning_rate": of_round(config.training.learning_rate, round_number),
-        "alpha": config.objective.alpha, "beta": of_round(config.objective.beta, round_number),
+        "alpha": effective_alpha(config.objective.alpha, round_number),
+        "beta": of_round(config.objective.beta, round_number),
         "link": config.objective.link,
     }  # fmt: skip
     return Plan("train", round_number, key, inputs, {})
@@ -155,9 +166,10 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
         "evaluate_previous": _required(head, n - 1, "evaluate") if n else None,
     }  # fmt: skip
     heldout = plan_heldout(config, head, n)
+    inputs["heldout"] = heldout.object_id
     key = inputs | {
-        "heldout": heldout.object_id, "precision": config.training.precision, "seed": config.seed,
-        "alpha": config.objective.alpha if n else None,
+        "precision": config.training.precision, "seed": config.seed,
+        "alpha": effective_alpha(config.objective.alpha, n) if n else None,
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"score_batch_size"}),
     }  # fmt: skip
     generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}

@@ -11,12 +11,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import Precision, answer_logprobs, compute_format, load_policy
 from spinreg_core.progress import Progress
 
 
 def resolve_device(name: str) -> str:
-    """`auto` is a GPU where there is one; everything else is taken as it is."""
+    """`resources.device`: auto is a GPU where there is one. Raises BadInput for a GPU that is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise BadInput("resources.device", "cuda, but torch sees no GPU", "auto or cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

@@ -14,6 +14,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import time
@@ -24,13 +25,17 @@ from typing import Any, Protocol
 
 from spinreg_core.errors import BadInput, Conflict
 
-PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these; 10,000 of them are 160 GB
+PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
+_MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
 
 
 class Store(Protocol):
     """Keys are relative, '/'-separated. Nothing here ever deletes."""
 
     url: str
+
+    def check(self) -> None:
+        """Raise BadInput where nothing can be kept: no such bucket, no permission, no server, a file in the way."""
 
     def read(self, key: str) -> bytes | None:
         """Content, or None where the key does not exist."""
@@ -74,8 +79,13 @@ def open_store(url: str) -> Store:
     if url.startswith("s3://"):
         return S3Store(url)
     if "://" in url and not url.startswith("file://"):
-        raise BadInput("store", repr(url), "a local folder, file:///path or s3://bucket/prefix")
+        raise BadInput("store", repr(redacted(url)), "a local folder, file:///path or s3://bucket/prefix")
     return FolderStore(Path(url.removeprefix("file://")).expanduser().absolute())
+
+
+def redacted(url: str) -> str:
+    """An address without the user and password some people put into it."""
+    return re.sub(r"://[^/]*@", "://***@", url)
 
 
 def _checked(key: str) -> str:
@@ -90,6 +100,12 @@ class FolderStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+
+    def check(self) -> None:
+        there = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            found = "not a folder" if not there.is_dir() else "not writable for this user"
+            raise BadInput("store", f"{self.url} ({there} is {found})", "a folder that can be written to")
 
     def _path(self, key: str) -> Path:
         return self.root / _checked(key)
@@ -183,7 +199,7 @@ class S3Store:
         self.prefix = prefix.strip("/")
         if not self.bucket or "@" in self.bucket:
             raise BadInput(
-                "store", repr(url), "s3://bucket/prefix, with credentials in the environment, not in the URL"
+                "store", repr(redacted(url)), "s3://bucket/prefix, with credentials in the environment, not in the URL"
             )
         self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
         self._fs: Any = s3fs.S3FileSystem(
@@ -195,6 +211,17 @@ class S3Store:
                 "read_timeout": 120,
             },
         )
+
+    def check(self) -> None:
+        try:
+            self._fs.call_s3("head_bucket", Bucket=self.bucket)
+        except Exception as error:  # botocore and aiohttp have error families of their own
+            if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp")):
+                raise
+            raise BadInput(
+                "store", f"{self.url}, which cannot be used: {error}",
+                f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)",
+            ) from None  # fmt: skip
 
     def _key(self, key: str) -> str:
         return f"{self.prefix}/{_checked(key)}" if self.prefix else _checked(key)
@@ -248,7 +275,8 @@ class S3Store:
         self._fs.pipe_file(self._path(key), data)
 
     def upload(self, path: Path, key: str) -> None:
-        self._fs.put_file(str(path), self._path(key), chunksize=PART_BYTES, max_concurrency=4)
+        part = max(PART_BYTES, -(-path.stat().st_size // _MOST_PARTS))
+        self._fs.put_file(str(path), self._path(key), chunksize=part, max_concurrency=4)
 
     def download(self, key: str, path: Path) -> None:
         self._fs.get_file(self._path(key), str(path))
@@ -271,19 +299,28 @@ class S3Store:
 
 
 def require_conditional_writes(store: Store) -> None:
-    """Refuse a store whose server ignores If-None-Match: two writers could mix there unseen.
+    """Refuse a store whose server ignores If-None-Match or If-Match: two writers could mix there unseen.
 
     Writes two probe keys of a few bytes. Raises BadInput.
     """
-    key = f"probes/{uuid.uuid4().hex}"
-    store.create(key, b"first")
-    refused: Callable[[], object] = lambda: store.create(key, b"second")  # noqa: E731
+    created, swapped = f"probes/{uuid.uuid4().hex}", f"probes/{uuid.uuid4().hex}"
+    expected = "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO, Ceph >= Squid)"
     try:
-        refused()
-    except Conflict:
-        return
-    raise BadInput("store", f"{store.url}, whose server overwrote a key in spite of If-None-Match: *",
-                   "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO, Ceph >= Squid)")  # fmt: skip
+        store.create(created, b"first")
+        stale = store.create(swapped, b"first")
+        store.replace(swapped, b"second", stale)
+    except OSError as error:
+        raise BadInput("store", f"{store.url}, which refuses conditional writes: {error}", expected) from None
+    tries: list[tuple[str, Callable[[], object]]] = [
+        ("If-None-Match: *", lambda: store.create(created, b"third")),
+        ("If-Match with an old tag", lambda: store.replace(swapped, b"third", stale)),
+    ]
+    for condition, attempt in tries:
+        try:
+            attempt()
+        except Conflict:
+            continue
+        raise BadInput("store", f"{store.url}, whose server overwrote a key in spite of {condition}", expected)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

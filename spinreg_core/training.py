@@ -5,7 +5,8 @@ refuses to go on. Leaves out: the loss (`objective.py`), optimiser, schedule and
 checkpoints (`stages/train.py`), more than one device.
 
 No second model is in memory, and nothing is drawn: dropout is off and the order comes from hashes, so a round
-continued from a checkpoint is the round that was not interrupted.
+continued from a checkpoint is the round that was not interrupted: bit for bit on a CPU, up to the order of sums
+on a GPU.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from transformers import PreTrainedModel
 from spinreg_core.config import ObjectiveConfig, TrainingConfig, of_round
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import answer_logprobs, compute_format
+from spinreg_core.metrics import REMEDIES
 from spinreg_core.objective import margin, self_play_loss
 from spinreg_core.optim import batches, data_order, learning_rate, make_optimizer
-from spinreg_core.pairs import SCORES, Pair
+from spinreg_core.pairs import SCORES, Pair, keyed
 from spinreg_core.scoring import score
 
 WATCHED_PAIRS = 32  # pairs whose human answers are scored at both ends of a round
@@ -79,8 +81,9 @@ class Round:
         self.optimizer = make_optimizer(model, training)
         self.state = RoundState()
         self.consistent = True  # False while an update is half done
-        watched = data_order(names, seed=seed, round_number=round_number, epoch=-1)[:WATCHED_PAIRS]
-        self.watched = [pairs[i] for i in watched]
+        order = [pairs[i] for i in data_order(names, seed=seed, round_number=round_number, epoch=-1)]
+        # One of each human answer: with `round_prompts: same` several rounds' pairs share it.
+        self.watched = list({keyed(pair, "real"): pair for pair in reversed(order)}.values())[::-1][:WATCHED_PAIRS]
         # π_t is π_0 in round 1, so the base's scores serve too.
         start = "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
         self._watched_column = start
@@ -241,8 +244,7 @@ class Round:
                 f"The log-probability of the HUMAN answers fell over this round: {change:+.2f} nats/answer "
                 f"(standard error {error:.2f}, {len(start)} training pairs; {statistics.fmean(start):.1f} before, "
                 f"{statistics.fmean(end):.1f} after). The loss only asks that human answers gain on generated ones, "
-                "and both may sink. Fewer epochs, a lower learning rate, a larger beta, a smaller alpha or a longer "
-                "history may help."
+                f"and both may sink: {REMEDIES}."
             ]
         return found
 

@@ -7,6 +7,7 @@ place, so the open session waits here. One flow run advances one run, in one pro
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -25,10 +26,19 @@ class Context:
     store: Store
     session: Session
 
-    def workdir(self, name: str) -> Path:
-        """Scratch of one stage; the lease makes this process its only user."""
+    @contextmanager
+    def scratch(self, stage: str, writer: str) -> Iterator[Path]:
+        """An empty folder for one attempt at a stage; removed after a good end, kept for its log after a bad one.
+
+        What earlier attempts left is removed first. One that still runs (a frozen flow's, a moment after
+        its flow was killed) never shares files with this one.
+        """
         place = hashlib.sha256(self.store.url.encode()).hexdigest()[:8]
-        return cache_folder() / "work" / f"{self.config.run}-{place}" / name
+        folder = cache_folder() / "work" / f"{self.config.run}-{place}" / stage
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / writer).mkdir(parents=True)
+        yield folder / writer
+        shutil.rmtree(folder / writer, ignore_errors=True)
 
 
 _current: ContextVar[Context] = ContextVar("spinreg-context")

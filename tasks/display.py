@@ -32,6 +32,7 @@ R = TypeVar("R")
 # How long one absence of the server may hold up training, all waits together.
 PATIENCE_SECONDS = 60.0
 _POLL_SECONDS = 2.0
+_TRIES = 5  # of one thing that the server answers with 5xx although it is there
 _away_since: float | None = None
 _lock = threading.Condition()
 _waiting: dict[Hashable, Callable[[], object]] = {}
@@ -183,6 +184,7 @@ def _post(thing: Hashable, send: Callable[[], object]) -> None:
 
 def _send_all() -> None:
     global _sending
+    tries: dict[Hashable, int] = {}
     while True:
         with _lock:
             _lock.wait_for(lambda: _waiting)
@@ -195,8 +197,13 @@ def _send_all() -> None:
         except Exception as error:
             response = getattr(error, "response", None)  # of a proxy that finds no server behind it
             away = isinstance(error, httpx.TransportError) or (response is not None and response.status_code >= 500)
+            if away and response is not None and _server_answers():
+                tries[thing] = tries.get(thing, 0) + 1
+                away = tries[thing] < _TRIES
             if not away:
                 _log.warning("not shown: %s", error)
+        if not away:
+            tries.pop(thing, None)
         with _lock:
             if away:
                 _waiting.setdefault(thing, send)  # a newer state may have come in meanwhile

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from prefect import task
@@ -13,7 +12,7 @@ from prefect.states import Completed
 from spinreg_core.objects import read_manifest, require_manifest
 from spinreg_core.stages.job import Job
 from tasks.context import current
-from tasks.process import run_stage
+from tasks.stage import watched_stage
 
 
 @task(
@@ -32,12 +31,10 @@ def prepare(run: str) -> dict[str, Any] | State[dict[str, Any]]:
         if manifest is not None and read_manifest(store, base) is not None:
             result = {"base": base, "data": data, "summary": manifest["metrics"], "reused": True}
             return Completed(name="Reused", message=f"committed before: {base}, {data}", data=result)
-    workdir = context.workdir("prepare")
-    shutil.rmtree(workdir, ignore_errors=True)
-    # The fingerprints of what this stage makes depend on contents that only the stage itself sees.
-    job = Job("prepare", "", {}, store.url, session.writer(), 0, {}, config, workdir)
-    made = run_stage(job, check=session.check)
+    writer = session.writer()
+    with context.scratch("prepare", writer) as folder:
+        # The fingerprints of what this stage makes depend on contents that only the stage itself sees.
+        made = watched_stage(Job("prepare", "", {}, store.url, writer, 0, {}, config, folder), "prepare")
     session.commit_inputs(made["base"], made["data"])
-    shutil.rmtree(workdir, ignore_errors=True)
     summary = require_manifest(store, made["data"])["metrics"]
     return {"base": made["base"], "data": made["data"], "summary": summary, "reused": False}

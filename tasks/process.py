@@ -23,7 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StageFailed, StagePreempted
+from spinreg_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DAMAGED,
+    EXIT_PREEMPTED,
+    BadInput,
+    Damaged,
+    StageFailed,
+    StagePreempted,
+)
 from spinreg_core.progress import ProgressLine, parse
 from spinreg_core.stages.job import STARTER_VARIABLE, Job
 from tasks.display import run_log
@@ -91,7 +99,7 @@ def run_process(
 
     Must be called by a thread that lives until it returns: the process watches that thread.
 
-    Raises: BadInput (exit status 65, with the process's own message); StagePreempted (143, SIGTERM);
+    Raises: BadInput (exit status 65) and Damaged (74), with the process's own message; StagePreempted (143, SIGTERM);
     StageFailed (any other status, or the deadline); and, after ending the group, whatever interrupted
     the wait: SIGTERM as Prefect's TerminationSignal, KeyboardInterrupt, an error of `check`.
     """
@@ -208,9 +216,9 @@ def _show(
 
 def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Exception:
     if status == EXIT_BAD_INPUT:
-        start = max((i for i, line in enumerate(tail) if line.startswith("bad input: ")), default=None)
-        message = "\n".join(tail[start:]).removeprefix("bad input: ") if start is not None else "no message"
-        return BadInput.from_message(message)
+        return BadInput.from_message(_message(tail, "bad input: "))
+    if status == EXIT_DAMAGED:
+        return Damaged(_message(tail, "damaged: "))
     if status in (EXIT_PREEMPTED, -signal.SIGTERM):
         return StagePreempted(f"{name}: stopped from outside (SIGTERM); what was committed stays and is continued")
     if status < 0:
@@ -221,3 +229,9 @@ def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Excepti
         how = f"exit status {status}"
     end = "\n".join(f"  {line}" for line in tail[-_SHOWN_LINES:]) or "  (no output)"
     return StageFailed(f"{name}: {how}; whole output in {log_file}, its end:\n{end}")
+
+
+def _message(tail: list[str], prefix: str) -> str:
+    """What a stage said last under a prefix, all of its lines."""
+    start = max((i for i, line in enumerate(tail) if line.startswith(prefix)), default=None)
+    return "no message" if start is None else "\n".join(tail[start:]).removeprefix(prefix)

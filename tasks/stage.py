@@ -6,7 +6,6 @@ and what each of them shows (their own files).
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -18,6 +17,7 @@ from spinreg_core.errors import BadInput, Damaged, LeaseLost
 from spinreg_core.head import stage_object
 from spinreg_core.objects import read_manifest, require_manifest
 from spinreg_core.rounds import PLANS
+from spinreg_core.stages.job import Job
 from tasks.context import current
 from tasks.display import StageProgress, artifact_key, run_log
 from tasks.process import run_stage
@@ -48,6 +48,18 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
     return result.result() if isinstance(result, State) else result
 
 
+def watched_stage(job: Job, *name: object) -> dict[str, Any]:
+    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`."""
+    context = current()
+    deadline = context.config.resources.deadline_minutes
+    return run_stage(
+        job,
+        deadline_seconds=None if deadline is None else deadline * 60,
+        on_progress=StageProgress(artifact_key(context.config.run, *name)),
+        check=context.session.check,
+    )
+
+
 def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
     """Make sure that a round's stage is committed. Returns a small JSON, as the task's result.
 
@@ -66,18 +78,10 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
         raise Damaged(f"{store.uri(f'objects/{object_id}')}: committed as round {round_number} {stage}, but not there")
     reused = manifest is not None
     if manifest is None:
-        workdir = context.workdir(f"round-{round_number}-{stage}")
-        shutil.rmtree(workdir, ignore_errors=True)
-        job = plan.job(config, store.url, session.writer(), workdir)
-        deadline = config.resources.deadline_minutes
-        run_stage(
-            job,
-            deadline_seconds=None if deadline is None else deadline * 60,
-            on_progress=StageProgress(artifact_key(config.run, "round", round_number, stage)),
-            check=session.check,
-        )
+        writer = session.writer()
+        with context.scratch(f"round-{round_number}-{stage}", writer) as folder:
+            watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, stage)
         manifest = require_manifest(store, object_id)
-        shutil.rmtree(workdir, ignore_errors=True)
     session.commit(round_number, stage, object_id)
     result = {
         "stage": stage,

@@ -1,7 +1,8 @@
 """Which rows are held out, and which prompts a round gets.
 
-Decides: both, from hashes and the run's seed alone, so neither the order of the rows nor a library's random
-generator matters. Leaves out: reading rows (`load.py`).
+Decides: both, from hashes and the run's seed alone: no library's random generator matters, and for what is held out
+not even the order of the rows (a round's prompts are drawn by their place among the training rows).
+Leaves out: reading rows (`load.py`).
 """
 
 from __future__ import annotations

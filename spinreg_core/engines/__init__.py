@@ -125,9 +125,7 @@ def check_prompts(
                 f"at most {context}, the model's context (max_position_embeddings)",
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise BadInput(
-                f"prompt {i}", f"token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}"
-            )
+            raise BadInput(where, f"token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}")
 
 
 def cut(tokens: Sequence[int], sampling: Sampling) -> Answer:

@@ -19,6 +19,7 @@ from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.engines import Answer, Sampling, check_prompts, cut
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import load_policy
+from spinreg_core.scoring import resolve_device
 
 
 class HfEngine:
@@ -30,11 +31,7 @@ class HfEngine:
 
     @classmethod
     def open(cls, policy: Path, generation: GenerationConfig, resources: ResourcesConfig, *, pad_id: int) -> HfEngine:
-        device = resources.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        elif device == "cuda" and not torch.cuda.is_available():
-            raise BadInput("resources.device", "cuda, but torch sees no GPU", "auto or cpu")
+        device = resolve_device(resources.device)
         # auto is for runs, which know their scores' format (`config.sampling_dtype`); alone it is the exact one.
         model = load_policy(policy, "bf16" if generation.dtype == "bfloat16" else "fp32", device)
         return cls(model, batch_size=generation.batch_size, pad_id=pad_id)
@@ -65,7 +62,7 @@ class HfEngine:
             raise BadInput(
                 "generation.batch_size",
                 f"{self._batch_size}, for which memory does not suffice ({str(error).splitlines()[0]})",
-                "a smaller one",
+                "a smaller one under another run name, because draws depend on it",
             ) from error
         finally:
             model.generation_config = checkpoints_own

@@ -11,11 +11,15 @@ the same engine answered before. They do depend on the version of vLLM and on th
 from __future__ import annotations
 
 import gc
+import io
 import os
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.engines import Answer, Sampling, check_prompts, cut
@@ -27,6 +31,19 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 _TEMPERATURES = (0.01, 2.0)  # vLLM takes a lower one for 0.01 or greedy, and refuses a higher one
+
+
+class _Ended(tqdm):  # type: ignore[type-arg]
+    """The progress bar that vLLM moves on as answers end; draws nothing, and tells `on_done`."""
+
+    def __init__(self, on_done: Callable[[int], None], *arguments: Any, desc: str = "", **options: Any) -> None:
+        super().__init__(*arguments, desc=desc, **options | {"file": io.StringIO()})
+        # vLLM moves one bar while it takes the prompts in, and another one while it answers.
+        self._on_done = on_done if desc.startswith("Processed") else lambda n: None
+
+    def update(self, n: float | None = 1) -> bool | None:
+        self._on_done(int(n or 0))
+        return super().update(n)
 
 
 class VllmEngine:
@@ -63,7 +80,7 @@ class VllmEngine:
     def generate(
         self, prompts: list[list[int]], sampling: Sampling, seed: int, on_done: Callable[[int], None] = lambda n: None
     ) -> list[Answer]:
-        """As `Engine.generate`. All prompts are decoded at once; `on_done` is called when the last has ended."""
+        """As `Engine.generate`. vLLM batches as it sees fit; `on_done` is called as answers end."""
         assert self._llm is not None, "the engine was closed"
         from vllm import SamplingParams
         from vllm.utils.torch_utils import set_random_seed
@@ -84,8 +101,9 @@ class VllmEngine:
         )
         self._llm.reset_prefix_cache()
         set_random_seed(seed)
-        outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
-        on_done(len(prompts))
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=partial(_Ended, on_done)
+        )
         return [cut(output.outputs[0].token_ids, sampling) for output in outputs]
 
     def close(self) -> None:

@@ -3,9 +3,9 @@
 Decides: which sequences are scored under which policy, and that nothing an earlier evaluation holds is scored
 again. Leaves out: the metrics (`evaluation.py`), sampling (`generate.py`), scoring (`scoring.py`).
 
-A job's `inputs`: {"data", "policy", "base": object ids, "previous", "evaluate_base", "evaluate_previous": object
-ids, null for the base}. Its `extra`: {"generate": {"object_id", "key", "inputs", "extra"}}, the job that samples one
-answer of this policy to every held-out prompt.
+A job's `inputs`: {"data", "policy", "base", "heldout": object ids, "previous", "evaluate_base", "evaluate_previous":
+object ids, null for the base}. Its `extra`: {"generate": {"object_id", "key", "inputs", "extra"}}, the job that
+samples one answer of this policy to every held-out prompt.
 
 With y the human answer, y' this policy's sample and y'' the previous one's, iterate n scores y, y', y'' under
 p_n, and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory
@@ -26,10 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics
+from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics, require_final_answers
 from spinreg_core.metrics import Estimate, distinct_bigrams
 from spinreg_core.objects import fetch_file, fetch_folder, publish
 from spinreg_core.progress import Progress
+from spinreg_core.rounds import effective_alpha
 from spinreg_core.scoring import score
 from spinreg_core.stages.generate import ensure_generations
 from spinreg_core.stages.job import Job, main
@@ -47,8 +48,7 @@ def run(job: Job) -> dict[str, Any]:
     start = time.monotonic()
     store, config = open_store(job.store), job.config
     data = pq.read_table(fetch_file(store, job.inputs["data"], "heldout.parquet")).to_pydict()
-    if config.evaluation.final_answer == "gsm8k" and not any(data["final_answer"]):
-        raise BadInput("evaluation.final_answer", "gsm8k, but no held-out answer with ####", "auto, none, or such rows")
+    require_final_answers(config.evaluation.final_answer, data["final_answer"])
     base, previous = (_earlier(store, job, name, data) for name in ("evaluate_base", "evaluate_previous"))
 
     rows: Columns = {
@@ -64,7 +64,10 @@ def run(job: Job) -> dict[str, Any]:
     rows |= _scores(store, job, data, rows["sample_ids"], base, previous)
     table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
     metrics = heldout_metrics(
-        table, alpha=config.objective.alpha, resamples=config.evaluation.bootstrap, seed=config.seed
+        table,
+        alpha=effective_alpha(config.objective.alpha, job.round),
+        resamples=config.evaluation.bootstrap,
+        seed=config.seed,
     )
     for name, estimate in metrics.items():
         print(f"{label(name)}: {format_estimate(estimate)}", flush=True)
@@ -100,8 +103,7 @@ def _spoken(ids: list[int], *, finished: bool) -> list[int]:
 def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
     """This policy's answers, in the order of the held-out rows; sampled now if they are not there."""
     part = job.extra["generate"]
-    # Round 0 for every iterate: held-out sampling has one seed, so that equal policies give equal answers.
-    generate = replace(job, stage="generate", round=0, workdir=job.workdir / "generate", **part)
+    generate = replace(job, stage="generate", workdir=job.workdir / "generate", **part)
     manifest = ensure_generations(generate)
     found: dict[str, dict[str, Any]] = {}
     for entry in manifest["files"]:

@@ -27,7 +27,15 @@ from typing import TYPE_CHECKING, Any
 
 from spinreg_core.config import sampling_dtype
 from spinreg_core.engines import Answer, Sampling, check_prompts, open_engine
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, StageFailed, StagePreempted
+from spinreg_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DAMAGED,
+    EXIT_PREEMPTED,
+    BadInput,
+    Damaged,
+    StageFailed,
+    StagePreempted,
+)
 from spinreg_core.objects import commit_part, fetch_file, fetch_folder, list_parts, publish, read_manifest
 from spinreg_core.opponent import draw_iterate
 from spinreg_core.progress import Progress
@@ -170,8 +178,9 @@ def _shards(job: Job, table: pa.Table) -> list[Shard]:
     else:
         (only,) = job.inputs["policies"]
         rows, iterates = list(range(len(table))), [int(only)] * len(table)
-    size = config.generation.shard_size
-    return make_shards(rows, iterates, size, seed=config.seed, round_number=job.round, kind=kind)
+    # Held-out sampling has one seed for all iterates, so that equal policies give equal answers.
+    number = job.round if kind == "train" else 0
+    return make_shards(rows, iterates, config.generation.shard_size, seed=config.seed, round_number=number, kind=kind)
 
 
 def _answer(job: Job, store: Store, shards: list[Shard], table: pa.Table, progress: Progress) -> None:
@@ -274,6 +283,8 @@ def _in_process(job: Job) -> None:
             raise
     if child.returncode == EXIT_BAD_INPUT:
         raise BadInput.from_message(last.removeprefix("bad input: "))
+    if child.returncode == EXIT_DAMAGED:
+        raise Damaged(last.removeprefix("damaged: "))
     if child.returncode in (EXIT_PREEMPTED, -15):
         raise StagePreempted("the generate process was stopped from outside")
     if child.returncode:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, SpinregError
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, SpinregError
 
 STARTER_VARIABLE = "SPINREG_STARTER"  # process id of the task's process, an ancestor of every stage process
 
@@ -128,6 +128,9 @@ def main(run: Callable[[Job], dict[str, Any]]) -> NoReturn:
     except BadInput as error:
         print(f"bad input: {error}", flush=True)
         raise SystemExit(EXIT_BAD_INPUT) from None
+    except Damaged as error:
+        print(f"damaged: {error}", flush=True)
+        raise SystemExit(EXIT_DAMAGED) from None
     except SpinregError as error:
         print(f"error: {error}", flush=True)
         raise SystemExit(1) from None

@@ -20,11 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.errors import BadInput
+from spinreg_core.logprobs import load_policy
 from spinreg_core.objects import fetch_file, fetch_folder, publish, require_manifest
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.pairs import PAIRS_SCHEMA, Pair, counts, join, keyed, known_scores, replay, treat_truncated
 from spinreg_core.progress import Progress
-from spinreg_core.scoring import score
+from spinreg_core.rounds import references
+from spinreg_core.scoring import resolve_device, score
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import Store, open_store
 
@@ -85,12 +87,10 @@ def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
 
 
 def _add_scores(store: Store, job: Job, pairs: list[Pair]) -> dict[str, Any]:
-    """Fill the score columns that the loss reads: previous_* unless alpha = 0, base_* unless alpha = 1."""
-    alpha = job.config.objective.alpha
-    needed: list[Literal["previous", "base"]] = []
-    needed += ["previous"] if alpha > 0 else []
-    needed += ["base"] if alpha < 1 else []
-    known = _known(store, job) if alpha < 1 else {}
+    """Fill the score columns that the loss reads (`rounds.references`)."""
+    wants = references(job.config.objective.alpha, job.round)
+    needed: list[Literal["previous", "base"]] = [name for name in ("previous", "base") if wants[name]]
+    known = _known(store, job) if wants["base"] else {}
     values: dict[str, dict[bytes, float]] = {}
     work: dict[str, dict[bytes, tuple[Pair, str]]] = {}  # object id of a policy -> sequences to score under it
     for policy in needed:
@@ -108,9 +108,8 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair]) -> dict[str, Any]:
     progress = Progress("mix-opponent", max(sum(computed.values()), 1), "answers")
     seconds = tokens = 0.0
     for object_id, missing in work.items():
-        begin = time.monotonic()
-        found = _score(store, job, object_id, missing, progress)
-        seconds += time.monotonic() - begin
+        found, took = _score(store, job, object_id, missing, progress)
+        seconds += took
         tokens += sum(len(pair["prompt_ids"]) + len(pair[f"{which}_ids"]) for pair, which in missing.values())
         for policy in needed:
             if job.inputs[policy] == object_id:
@@ -140,20 +139,23 @@ def _known(store: Store, job: Job) -> dict[bytes, float]:
 
 def _score(
     store: Store, job: Job, object_id: str, missing: dict[bytes, tuple[Pair, str]], progress: Progress
-) -> dict[bytes, float]:
+) -> tuple[dict[bytes, float], float]:
+    """Scores by sequence, and the seconds they took, without those for loading the policy."""
     if not missing:
-        return {}
+        return {}, 0.0
     config = job.config
+    device = resolve_device(config.resources.device)
+    model = load_policy(fetch_folder(store, object_id, "policy"), config.training.precision, device)
+    begin = time.monotonic()
     found = score(
-        fetch_folder(store, object_id, "policy"),
+        model,
         [pair["prompt_ids"] for pair, _ in missing.values()],
         [pair[f"{which}_ids"] for pair, which in missing.values()],
         precision=config.training.precision,
-        device=config.resources.device,
         batch_size=config.evaluation.score_batch_size,
         progress=progress,
     )
-    return dict(zip(missing, found, strict=True))
+    return dict(zip(missing, found, strict=True)), time.monotonic() - begin
 
 
 def _require_finite(pairs: list[Pair], policy: Literal["previous", "base"]) -> None:

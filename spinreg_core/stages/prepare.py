@@ -24,7 +24,7 @@ from spinreg_core.data.encode import encode_rows, rows_table, spread
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, load_rows, require_usable
 from spinreg_core.data.split import given_heldout, split_rows
-from spinreg_core.errors import BadInput
+from spinreg_core.evaluation import require_final_answers
 from spinreg_core.model_source import link_policy, model_fingerprint, require_fit, resolve_model, tokenizer_folder
 from spinreg_core.objects import fingerprint, publish, read_manifest
 from spinreg_core.progress import Progress
@@ -96,8 +96,7 @@ def prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Ren
         encoded += more
     tables = {"train": rows_table(train, encoded), "heldout": rows_table(held, encoded)}
     summary = _summary(loaded, tables, bad, dropped)
-    if config.evaluation.final_answer == "gsm8k" and not summary["final_answers"]:
-        raise BadInput("evaluation.final_answer", "gsm8k, and no held-out answer ending in `#### ...`", "auto or none")
+    require_final_answers(config.evaluation.final_answer, tables["heldout"]["final_answer"].to_pylist())
     folder = job.workdir / "data"
     folder.mkdir()
     for name, table in tables.items():

@@ -24,12 +24,12 @@ from spinreg_core.errors import Damaged
 from spinreg_core.logprobs import load_policy
 from spinreg_core.objects import commit_part, fetch_file, fetch_folder, fetch_part, list_parts, publish
 from spinreg_core.progress import Progress
+from spinreg_core.rounds import effective_alpha
 from spinreg_core.scoring import resolve_device
 from spinreg_core.stages.job import Job, Preempted, main
 from spinreg_core.store import Store, open_store
 from spinreg_core.training import Round, RoundState
 
-_METRICS_EVERY_SECONDS = 5.0
 # A stopped process has about 20 s left (tasks/process.py): a checkpoint that takes longer than this is not begun.
 _QUICK_SECONDS = 5.0
 _ASSUMED_BYTES_PER_SECOND = 300e6  # until a checkpoint of this run was timed
@@ -43,7 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     after a last checkpoint, if that is quick.
     """
     begin = time.monotonic()
-    store, training = open_store(job.store), job.config.training
+    store, training, objective = open_store(job.store), job.config.training, job.config.objective
     pairs = pq.read_table(fetch_file(store, job.inputs["pairs"], "pairs.parquet")).to_pylist()
     previous = fetch_folder(store, job.inputs["previous"], "policy")
     model = load_policy(previous, training.precision, resolve_device(job.config.resources.device))
@@ -52,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
     round_ = Round(
         model,
         pairs,
-        objective=job.config.objective,
+        objective=objective.model_copy(update={"alpha": effective_alpha(objective.alpha, job.round)}),
         training=training,
         seed=job.config.seed,
         round_number=job.round,
@@ -78,15 +78,13 @@ def run(job: Job) -> dict[str, Any]:
 
 def _train(round_: Round, checkpoints: _Checkpoints) -> None:
     progress = Progress("train", round_.steps, "steps", done=round_.state.done)
-    every, shown = round_.training.checkpoint_every_steps, -float("inf")
+    every = round_.training.checkpoint_every_steps
     try:
         while round_.state.done < round_.steps:
             metrics = round_.step()
             progress.update()
             done = round_.state.done
-            if time.monotonic() - shown >= _METRICS_EVERY_SECONDS or done == round_.steps:
-                shown = time.monotonic()
-                print(_step_line(metrics, round_.steps), flush=True)
+            print(_step_line(metrics, round_.steps), flush=True)
             if every is not None and done % every == 0 and done < round_.steps:
                 checkpoints.commit()
     except Preempted:
@@ -139,10 +137,19 @@ def _resume(store: Store, job: Job, round_: Round) -> bool:
 
 
 def _step_line(m: dict[str, Any], steps: int) -> str:
+    ratios = "".join(
+        f", {name} {m[key]:+.2f}"
+        for name, key in (
+            ("to previous", "log_ratio_previous_generated"),
+            ("to base", "log_ratio_base_generated"),
+        )
+        if key in m
+    )
     return (
         f"step {m['step']}/{steps}: loss {m['loss']:.4f}, margin {m['margin']:+.2f} nats, "
         f"accuracy {m['accuracy']:.2f}, "
-        f"log p human {m['real_logp']:.1f} generated {m['generated_logp']:.1f} nats/answer, "
+        f"log p human {m['real_logp']:.1f} generated {m['generated_logp']:.1f} nats/answer"
+        f"{ratios and ' (log-ratio of generated' + ratios + ')'}, "
         f"gradient norm {m['grad_norm']:.2f}, learning rate {m['learning_rate']:.2e}, "
         f"{m['tokens_per_second']:.0f} tokens/s"
     )

@@ -44,7 +44,7 @@ def test_cancel_then_crash_then_retry(deployed_server: PrefectServer, clone: Pat
     store = open_store(str(place))
 
     def stage_begun(name: str) -> Callable[[], object]:
-        return lambda: list(tmp_path.glob(f"cache/work/*/{name}/log.txt"))
+        return lambda: list(tmp_path.glob(f"cache/work/*/{name}/*/log.txt"))
 
     with prefect_worker(server, "--limit", "1", cwd=tmp_path):
         cancelled = start_run(server, *parameters)

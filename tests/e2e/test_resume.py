@@ -67,8 +67,8 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, expected: dict[str
                 done = {k.split("/")[1] for k in store.list("objects/") if k.endswith("manifest.json")}
                 return any(
                     k.split("/")[1] not in done and not k.startswith("objects/evaluate") for k in parts
-                ) and bool(list(tmp_path.glob(f"cache/work/*/{stage}/log.txt")))
-            logs = list(tmp_path.glob(f"cache/work/*/{stage}/log.txt"))
+                ) and bool(list(tmp_path.glob(f"cache/work/*/{stage}/*/log.txt")))
+            logs = list(tmp_path.glob(f"cache/work/*/{stage}/*/log.txt"))
             return bool(logs)
 
         wait_until(begun, process, log)
@@ -98,8 +98,8 @@ def test_a_changed_configuration_is_refused_with_what_differs(tmp_path: Path) ->
 
     store = open_store(str(tmp_path / "store"))
     config: RunConfig = validate(load_config_file(str(ROOT / SMOKE)))
-    with open_session(store, config, "test"):
-        pass
+    with open_session(store, config, "test") as session:
+        session.commit_inputs("base-x", "data-x")
     log = tmp_path / "log"
     process = start(["--config", SMOKE, "--store", store.url, "-p", "objective.beta=0.7"], environment(tmp_path), log)
     assert process.wait(timeout=120) != 0

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinreg_core.config import MUTABLE_FIELDS, Group, RunConfig, differences, of_round
+from spinreg_core.config import (
+    MUTABLE_FIELDS,
+    EvaluationConfig,
+    Group,
+    RunConfig,
+    TrainingConfig,
+    differences,
+    fixed_fields,
+    of_round,
+)
 
 GROUPS = [name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)]
 
@@ -144,7 +153,20 @@ def test_tokens_seconds_bytes_and_shares_have_their_unit() -> None:
 
 
 def test_mutable_fields_exist() -> None:
-    assert set(RunConfig.model_fields) >= MUTABLE_FIELDS
+    plain, nested = {n for n in MUTABLE_FIELDS if "." not in n}, {n for n in MUTABLE_FIELDS if "." in n}
+    assert set(RunConfig.model_fields) >= plain
+    for name in nested:
+        group, field = name.split(".")
+        assert field in type(RunConfig.model_fields[group].default).model_fields, name
+
+
+def test_everything_else_is_fixed() -> None:
+    fixed = fixed_fields(RunConfig())
+    assert set(fixed) == set(RunConfig.model_fields) - MUTABLE_FIELDS
+    assert set(TrainingConfig.model_fields) - set(fixed["training"]) == {
+        "micro_batch_size", "gradient_checkpointing", "checkpoint_every_steps",
+    }  # fmt: skip
+    assert set(EvaluationConfig.model_fields) - set(fixed["evaluation"]) == {"score_batch_size"}
 
 
 def test_defaults_are_valid_and_can_be_written_as_json() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from spinreg_core import head as heads
-from spinreg_core.config import ResourcesConfig, RunConfig
+from spinreg_core.config import MUTABLE_FIELDS, ResourcesConfig, RunConfig
 from spinreg_core.errors import BadInput, ConfigChanged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.head import ROUND_STAGES, open_session, read_head
 from spinreg_core.store import Store, open_store
@@ -36,7 +37,7 @@ def finish_round(session: heads.Session, number: int) -> None:
 
 def advance(store: Store, by: str, *, rounds: int | None = None, until: int | None = None, work: bool = True) -> int:
     with open_session(store, QUICK, by) as session:
-        target, _ = session.begin_advance(by, rounds, until)
+        _, target, _ = session.begin_advance(by, rounds, until)
         if work:
             for number in range(heads.complete_round(session.head) + 1, target + 1):
                 finish_round(session, number)
@@ -75,9 +76,41 @@ def test_a_retry_of_the_same_flow_run_adds_nothing_even_when_it_was_done(store: 
 
 def test_a_killed_rerun_between_the_last_commit_and_its_end_adds_nothing(store: Store) -> None:
     with open_session(store, QUICK, "a") as session:
-        target, _ = session.begin_advance("a", 1, None)
+        _, target, _ = session.begin_advance("a", 1, None)
         finish_round(session, 1)
     assert advance(store, "b", rounds=1) == target == 1
+
+
+def partly(store: Store, by: str, *, rounds: int | None = None, until: int | None = None, to: int) -> None:
+    """An advance that is killed after round `to`."""
+    with open_session(store, QUICK, by) as session:
+        session.begin_advance(by, rounds, until)
+        for number in range(heads.complete_round(session.head) + 1, to + 1):
+            finish_round(session, number)
+
+
+def test_somebody_elses_unfinished_advance_stays_unfinished(store: Store) -> None:
+    """A call that asks for nothing new, or a late retry, between a kill and the rerun: still nothing is added."""
+    assert advance(store, "a", until=2) == 2
+    partly(store, "b", rounds=3, to=3)
+    assert advance(store, "c", until=2) == 2
+    assert advance(store, "a", until=2) == 2  # Retry of the old, completed flow run
+    assert advance(store, "d", rounds=3) == 5
+    assert advance(store, "e", rounds=3) == 8
+
+
+def test_a_higher_until_round_takes_the_place_of_an_unfinished_advance(store: Store) -> None:
+    partly(store, "a", rounds=4, to=1)
+    assert advance(store, "b", until=2) == 2
+    assert advance(store, "c", rounds=1) == 3
+
+
+def test_a_retry_goes_out_from_where_its_advance_began(store: Store) -> None:
+    """Prefect counts nested flow runs by the order of calls, so a retry must make the same calls."""
+    advance(store, "a", rounds=1)
+    partly(store, "b", rounds=2, to=2)
+    with open_session(store, QUICK, "b") as session:
+        assert session.begin_advance("b", 2, None)[:2] == (1, 3)
 
 
 def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
@@ -114,11 +147,61 @@ def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
         assert time.monotonic() - started < 2 * QUICK.resources.lease_seconds
 
 
+def test_the_holders_own_patience_counts(store: Store) -> None:
+    """A holder that renews every 100 s is not dead because a watcher would have renewed within one."""
+    slow = QUICK.model_copy(update={"resources": ResourcesConfig(lease_seconds=300)})
+    with open_session(store, slow, "slow") as session:
+        found: list[BaseException | str] = []
+
+        def watch() -> None:
+            try:
+                with open_session(store, QUICK, "hasty"):
+                    found.append("took it")
+            except SpinregError as error:
+                found.append(error)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        time.sleep(3 * QUICK.resources.lease_seconds)
+        assert found == []
+        session.update(lambda head: head["lease"].update(beat=99))  # the holder is seen to live
+        watcher.join(timeout=60)
+        assert isinstance(found[0], LeaseHeld)
+
+
+def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: Store) -> None:
+    wrong = QUICK.model_copy(update={"dataset": "no/such"})
+    with open_session(store, wrong, "a") as session:
+        session.begin_advance("a", 1, None)  # and then prepare refuses the data set
+    with open_session(store, QUICK, "b"):
+        assert heads.read_config(store, "demo") == QUICK
+    with open_session(store, QUICK, "c") as session:
+        session.commit_inputs("base-1", "data-1")
+    with pytest.raises(ConfigChanged, match="dataset"), open_session(store, wrong, "d"):
+        pass
+
+
+def test_a_store_that_is_away_does_not_hide_what_ended_the_session(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def away(*_: object) -> str:
+        raise OSError("the store is away")
+
+    def interrupted() -> None:
+        with open_session(store, QUICK, "a"):
+            monkeypatch.setattr(store, "replace", away)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert "lease of run 'demo' not given back: the store is away" in capsys.readouterr().err
+
+
 def _holder_process(tmp_path: Path) -> subprocess.Popen[str]:
     script = textwrap.dedent(
         """
         import sys, time
-        from spinreg_core.config import ResourcesConfig, RunConfig
+        from spinreg_core.config import MUTABLE_FIELDS, ResourcesConfig, RunConfig
         from spinreg_core.head import open_session
         from spinreg_core.errors import LeaseLost
         from spinreg_core.store import open_store
@@ -190,8 +273,8 @@ def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
 
 
 def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -> None:
-    with open_session(store, QUICK, "a"):
-        pass
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
     changed = QUICK.model_copy(update={"seed": 7, "until_round": 5, "model": "other"})
     with pytest.raises(ConfigChanged) as info, open_session(store, changed, "b"):
         pass
@@ -200,14 +283,18 @@ def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -
     assert "until_round" not in str(info.value)
 
 
-@pytest.mark.parametrize("field", sorted(heads.MUTABLE_FIELDS))
+@pytest.mark.parametrize("field", sorted(MUTABLE_FIELDS))
 def test_fields_that_may_change(store: Store, field: str) -> None:
     values: dict[str, Any] = {
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
+        "training.micro_batch_size": 2, "training.gradient_checkpointing": True, "training.checkpoint_every_steps": 3,
+        "evaluation.score_batch_size": 1,
     }  # fmt: skip
-    with open_session(store, QUICK, "a"):
-        pass
-    with open_session(store, QUICK.model_copy(update={field: values[field]}), "b"):
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
+    group, _, inner = field.partition(".")
+    value = getattr(QUICK, group).model_copy(update={inner: values[field]}) if inner else values[field]
+    with open_session(store, QUICK.model_copy(update={group: value}), "b"):
         pass
 
 

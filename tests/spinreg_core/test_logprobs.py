@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import random_rows, tiny_model, write_policy
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -162,4 +163,18 @@ def test_folders_that_are_no_policy(tmp_path: Path) -> None:
         load_policy(folder, "fp32", "cpu")
     (folder / "config.json").write_text(json.dumps({"model_type": "nobody-knows"}))
     with pytest.raises(BadInput, match="nobody-knows"):
+        load_policy(folder, "fp32", "cpu")
+
+
+@pytest.mark.parametrize("change", ["drop", "rename", "shape"])
+def test_a_policy_that_lacks_weights_is_refused(tmp_path: Path, change: str) -> None:
+    """transformers makes up what is missing, another time another way; that is no policy."""
+    folder = write_policy(tmp_path / "p", 0, "llama")
+    (file,) = folder.glob("*.safetensors")
+    tensors = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = tensors.pop(name)
+    tensors |= {"rename": {f"base_model.{name}": tensor}, "shape": {name: tensor[:-1].clone()}}.get(change, {})
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(BadInput, match=r"layers\.1\.mlp\.up_proj"):
         load_policy(folder, "fp32", "cpu")

@@ -150,6 +150,9 @@ def test_distinct_bigrams(tokens: list[int], expected: float | None) -> None:
         ("#### -3 degrees", "-3"),
         ("#### 70\nThen again: #### 80", "70"),  # what follows the first answer is not the answer
         ("#### seventy, that is 70", "70"),
+        ("#### Step 1: add\n2+70\n#### 72", "72"),  # a heading, and then the answer
+        ("#### 72 apples.\n#### 5", "72"),
+        ("#### Step 1: 2\n#### so it is 70 or so", "70"),
         ("she has 3 left, 10-5", "5"),
         ("The answer is $18.00.", "18"),
         ("about .5", "0.5"),

@@ -63,6 +63,19 @@ def test_a_stored_run_goes_on_as_it_is() -> None:
     assert (config.rounds, config.until_round) == (1, None)
 
 
+def test_the_store_is_the_one_the_run_was_found_in() -> None:
+    stored = RunConfig(run="r", store="/where/it/was")
+    assert resolve({"run": "r"}, stored=stored).store == RunConfig().store
+    assert resolve({"run": "r", "store": "/now"}, stored=stored).store == "/now"
+
+
+@pytest.mark.parametrize("field", ["store", "model", "dataset"])
+def test_credentials_in_an_address_are_refused_and_not_repeated(field: str) -> None:
+    with pytest.raises(BadInput, match=rf"{field}: found s3://\*\*\*@bucket/x") as caught:
+        validate({field: "s3://me:hush@bucket/x"})
+    assert "hush" not in str(caught.value)
+
+
 def test_how_far_a_stored_run_went_is_not_a_wish_of_this_call() -> None:
     stored = RunConfig(until_round=4)
     assert resolve({}, stored=stored).until_round is None

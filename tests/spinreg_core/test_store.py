@@ -12,6 +12,8 @@ import uuid
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
+from servers import S3Server
 
 from spinreg_core.errors import BadInput, Conflict
 from spinreg_core.store import FolderStore, Store, open_store, require_conditional_writes
@@ -114,6 +116,50 @@ def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="If-None-Match"):
         require_conditional_writes(Overwriting(tmp_path))
 
+    class Swapping(FolderStore):
+        def replace(self, key: str, data: bytes, tag: str) -> str:
+            self.write(key, data)
+            return ""
+
+    with pytest.raises(BadInput, match="If-Match"):
+        require_conditional_writes(Swapping(tmp_path))
+
+    class Refusing(FolderStore):
+        def create(self, key: str, data: bytes) -> str:
+            raise OSError(95, "NotImplemented: a header you provided implies functionality that is not implemented")
+
+    with pytest.raises(BadInput, match="refuses conditional writes"):
+        require_conditional_writes(Refusing(tmp_path))
+
+
+def test_a_store_that_can_be_used_is_checked_without_writing(store: Store) -> None:
+    store.check()
+    assert store.list("runs/") == []
+
+
+def test_a_file_in_the_way_of_the_store(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for place in ("file", "file/below"):
+        with pytest.raises(BadInput, match=r"file is not a folder"):
+            open_store(str(tmp_path / place)).check()
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_bad_input(s3_server: S3Server) -> None:
+    with pytest.raises(BadInput, match="bucket 'nowhere' within reach"):
+        open_store("s3://nowhere/x").check()
+
+
+@pytest.mark.slow
+def test_wrong_credentials_are_bad_input(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(BadInput, match="cannot be used"):
+            open_store(s3_server.url("x")).check()
+    finally:
+        S3FileSystem.clear_instance_cache()
+
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/./b", ""])
 def test_keys_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
@@ -123,8 +169,9 @@ def test_keys_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3://key:secret@bucket/x"])
 def test_urls_that_are_no_store(url: str) -> None:
-    with pytest.raises(BadInput, match="store"):
+    with pytest.raises(BadInput, match="store") as caught:
         open_store(url)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_killed_upload_leaves_no_file(tmp_path: Path) -> None:

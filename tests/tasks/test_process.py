@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, StageFailed, StagePreempted
+from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted
 from spinreg_core.progress import ProgressLine
 from spinreg_core.stages.job import Job
 from tasks.process import run_process, run_stage
@@ -152,6 +152,20 @@ def test_bad_input_keeps_the_stages_own_message(toy_stage: Callable[[str], Job])
     with pytest.raises(BadInput) as caught:
         run_stage(job)
     assert str(caught.value) == "row 3: found no answer\nrow 7: no prompt; expected both"
+
+
+def test_damage_found_by_a_stage_is_damage_and_not_retried(toy_stage: Callable[[str], Job]) -> None:
+    job = toy_stage("""
+        from spinreg_core.errors import Damaged
+        from spinreg_core.stages.job import main
+
+        def run(job):
+            raise Damaged("pairs.parquet: found 3 bytes; expected 4000")
+
+        main(run)
+    """)
+    with pytest.raises(Damaged, match=r"^pairs\.parquet: found 3 bytes; expected 4000$"):
+        run_stage(job)
 
 
 @pytest.mark.parametrize("body", ["os.kill(os.getpid(), 15)", "sys.exit(143)"])
