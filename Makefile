@@ -11,8 +11,9 @@ demo: install  ## two rounds of regularised self-play on a real 135M chat model
 install:  ## make or complete the virtual environment; does nothing when nothing is missing
 	@PYTHON=$(PYTHON) sh scripts/install.sh cpu $(VENV)
 
+# Two at a time: much of the time goes into starting processes. A file's tests stay together and share its servers.
 test: install  ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

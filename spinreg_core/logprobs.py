@@ -52,6 +52,7 @@ def load_policy(folder: str | Path, precision: Precision, device: str | torch.de
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             **({"attn_implementation": "eager"} if _caps_attention(config) else {}),
         )
     except (OSError, ValueError, KeyError) as error:
