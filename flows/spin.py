@@ -115,7 +115,7 @@ def spin(
     )
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
-    with open_session(opened, resolved, label) as session, entered(Context(resolved, opened, session)):
+    with open_session(opened, resolved, label) as session:
         start, target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
         done = complete_round(session.head)
         log(
@@ -123,15 +123,16 @@ def spin(
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        run_task(prepare, resolved.resources, resolved.run)
-        if stage_object(session.head, 0, "evaluate") is None:
-            run_task(evaluate, resolved.resources, resolved.run, 0)
-        # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
-        # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
-        for round_number in range(start + 1, target + 1):
-            nested(round_, resolved.run, round_number)
-            if complete_round(session.head) < round_number:
-                raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
+        with entered(Context(resolved, opened, session, target)):
+            run_task(prepare, resolved.resources, resolved.run)
+            if stage_object(session.head, 0, "evaluate") is None:
+                run_task(evaluate, resolved.resources, resolved.run, 0)
+            # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
+            # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
+            for round_number in range(start + 1, target + 1):
+                nested(round_, resolved.run, round_number)
+                if complete_round(session.head) < round_number:
+                    raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         report = write_report(opened, resolved.run)
         session.finish_advance()
         summary = {

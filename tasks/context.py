@@ -18,6 +18,7 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.head import Session
 from spinreg_core.store import Store
+from tasks.spare import discard_spare
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Context:
     config: RunConfig
     store: Store
     session: Session
+    target: int = 0  # the round this flow run goes to
 
     @contextmanager
     def scratch(self, stage: str, writer: str) -> Iterator[Path]:
@@ -51,8 +53,10 @@ def current() -> Context:
 
 @contextmanager
 def entered(context: Context) -> Iterator[Context]:
+    """Makes `context` the current one inside the block; no spare process is left after it."""
     token = _current.set(context)
     try:
         yield context
     finally:
         _current.reset(token)
+        discard_spare()

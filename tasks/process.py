@@ -54,11 +54,13 @@ def run_stage(
     on_line: Callable[[str], None] | None = None,
     on_progress: Callable[[ProgressLine], None] | None = None,
     check: Callable[[], None] | None = None,
+    take: Callable[[str, Path], subprocess.Popen[bytes] | None] = lambda module, job_file: None,
 ) -> dict[str, Any]:
     """Run `python -m spinreg_core.stages.<name> JOB.json` to its end.
 
     Writes `job.json` and `log.txt` (everything the stage printed) into `job.workdir`. See `run_process`
-    for the callbacks. Returns `result.json` of the workdir if the stage left one, else {}.
+    for the callbacks. `take` may hand over a process that is that command already (`tasks.spare`). Returns
+    `result.json` of the workdir if the stage left one, else {}.
 
     Raises: as `run_process`.
     """
@@ -67,7 +69,7 @@ def run_stage(
     job.save(job_file)
     module = f"spinreg_core.stages.{job.stage.replace('-', '_')}"
     run_process(
-        [sys.executable, "-m", module, str(job_file)],
+        take(module, job_file) or start_process([sys.executable, "-m", module, str(job_file)]),
         job.workdir / "log.txt",
         name=job.stage,
         deadline_seconds=deadline_seconds,
@@ -79,8 +81,20 @@ def run_stage(
     return json.loads(result.read_text()) if result.exists() else {}
 
 
+def start_process(command: list[str], stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+    """Start `command` as the leader of a session of its own, its output in one pipe."""
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", STARTER_VARIABLE: str(os.getpid())},
+    )
+
+
 def run_process(
-    command: list[str],
+    process: subprocess.Popen[bytes],
     log_file: Path,
     *,
     name: str,
@@ -90,7 +104,7 @@ def run_process(
     check: Callable[[], None] | None = None,
     grace_seconds: float = STOP_GRACE_SECONDS,
 ) -> None:
-    """Run `command` in its own process group; whatever happens, nothing of the group is left at the end.
+    """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
 
     `on_line` gets the output line by line and `on_progress` the parsed progress lines (both: progress at
     most every 5 s). They run in a thread of their own, their errors are ignored, and lines are left out
@@ -103,15 +117,6 @@ def run_process(
     StageFailed (any other status, or the deadline); and, after ending the group, whatever interrupted
     the wait: SIGTERM as Prefect's TerminationSignal, KeyboardInterrupt, an error of `check`.
     """
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", STARTER_VARIABLE: str(os.getpid())}
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=environment,
-    )
     started = time.monotonic()
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     shown: queue.Queue[str | None] = queue.Queue(_WAITING_LINES)

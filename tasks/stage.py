@@ -6,6 +6,8 @@ and what each of them shows (their own files).
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -21,6 +23,7 @@ from spinreg_core.stages.job import Job
 from tasks.context import current
 from tasks.display import StageProgress, artifact_key, run_log
 from tasks.process import run_stage
+from tasks.spare import prepare_spare, take_spare
 
 
 def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -49,11 +52,22 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
 
 
 def watched_stage(job: Job, *name: object) -> dict[str, Any]:
-    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`."""
+    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`.
+
+    The process of the stage after it is started meanwhile, up to its imports.
+    """
     context = current()
     deadline = context.config.resources.deadline_minutes
+
+    def take(module: str, job_file: Path) -> subprocess.Popen[bytes] | None:
+        process = take_spare(module, job_file)
+        if job.stage != "evaluate" or job.round < context.target:
+            prepare_spare()
+        return process
+
     return run_stage(
         job,
+        take=take,
         deadline_seconds=None if deadline is None else deadline * 60,
         on_progress=StageProgress(artifact_key(context.config.run, *name)),
         check=context.session.check,

@@ -75,7 +75,7 @@ def _gone(pid: int) -> bool:
     return False
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """End this process, and the process group it leads, soon after the parent is gone.
 
     PDEATHSIG asks at once, with SIGHUP: unlike SIGTERM, which may come from anyone, it says that nobody is
@@ -118,7 +118,7 @@ def main(run: Callable[[Job], dict[str, Any]]) -> NoReturn:
         print(f"usage: python -m {run.__module__} JOB.json", file=sys.stderr)
         raise SystemExit(2)
     faulthandler.enable()
-    _die_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGTERM, _on_sigterm)
     job = Job.load(Path(sys.argv[1]))
     job.workdir.mkdir(parents=True, exist_ok=True)

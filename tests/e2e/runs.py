@@ -75,12 +75,13 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def stage_processes() -> list[tuple[int, str]]:
-    """(pid, command line) of every living stage process of this machine."""
+    """(pid, command line and environment) of every living stage process of this machine, spares included."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                command += (entry / "environ").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted
 from spinreg_core.progress import ProgressLine
 from spinreg_core.stages.job import Job
-from tasks.process import run_process, run_stage
+from tasks.process import run_process, run_stage, start_process
 
 
 def alive(pid: int) -> bool:
@@ -85,26 +84,8 @@ def nothing_left(tmp_path: Path) -> Iterator[None]:
 def run(command: list[str], tmp_path: Path, **options: object) -> list[str]:
     lines: list[str] = []
     arguments = {"name": "toy", "on_line": lines.append} | options
-    run_process(command, tmp_path / "log.txt", **arguments)  # type: ignore[arg-type]
+    run_process(start_process(command), tmp_path / "log.txt", **arguments)  # type: ignore[arg-type]
     return lines
-
-
-@pytest.fixture
-def toy_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Job]:
-    """Makes `spinreg_core.stages.toy_stage` importable in child processes, and a job for it."""
-    stages = tmp_path / "stages"
-    stages.mkdir()
-    (tmp_path / "sitecustomize.py").write_text(
-        f"import spinreg_core.stages\nspinreg_core.stages.__path__.append({str(stages)!r})\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("PIDS", str(tmp_path))
-
-    def write(body: str) -> Job:
-        (stages / "toy_stage.py").write_text(textwrap.dedent(body))
-        return Job("toy-stage", "toy-stage-0", {}, "s", "e1-w", 1, {"a": ["b"]}, RunConfig(), tmp_path / "work")
-
-    return write
 
 
 def test_a_stage_gets_its_job_and_its_output_result_and_progress_come_back(toy_stage: Callable[[str], Job]) -> None:
