@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from spinreg_core.report import metrics_markdown, metrics_rows, report_data
@@ -33,7 +34,7 @@ def _show_round(round_number: int) -> None:
     for entry in head["rounds"]:
         if entry["round"] == round_number:
             lines += [
-                f"- {stage}: `{context.store.uri(f'objects/{object_id}')}`"
+                f"- {stage}: {_link(context.store.uri(f'objects/{object_id}'))}"
                 for stage, object_id in entry["stages"].items()
             ]
     show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
@@ -41,5 +42,11 @@ def _show_round(round_number: int) -> None:
 
 def show_end(summary: dict[str, Any], markdown: str) -> None:
     """The whole run's table and the addresses of its report."""
-    text = f"# {summary['run']}\n\n{markdown}\n\nReport: `{summary['report']}`\n\nData: `{summary['report_json']}`\n"
+    text = f"# {summary['run']}\n\n{markdown}\n\n"
+    text += f"Report: {_link(summary['report'])}\n\nData: {_link(summary['report_json'])}\n"
     show_markdown(artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")
+
+
+def _link(uri: str) -> str:
+    """A Markdown link to a place in the store, its address as the text."""
+    return f"[`{uri}`]({uri if '://' in uri else Path(uri).as_uri()})"

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# How long one absence of the server may hold up training, all waits together.
-PATIENCE_SECONDS = 60.0
+# How long one absence of the server may hold up the step to the next round, all waits together: a restart.
+PATIENCE_SECONDS = 10.0
 _POLL_SECONDS = 2.0
 _TRIES = 5  # of one thing that the server answers with 5xx although it is there
 _away_since: float | None = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from datetime import datetime
 from pathlib import Path
 
 import pytest
 from servers import PrefectServer, prefect_worker
 
-from spinreg_core.head import complete_round, read_head
+from spinreg_core.config import RunConfig
+from spinreg_core.head import complete_round, read_config, read_head
+from spinreg_core.resolve import resolve
 from spinreg_core.store import open_store
 
 pytestmark = pytest.mark.slow
@@ -35,10 +38,10 @@ def test_runs_one_after_the_other_in_the_folder_it_was_deployed_from(
     server = deployed_server
     server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
     with prefect_worker(server, "--limit", "1", cwd=tmp_path):
-        first = start_run(server, "config=deployments/configs/smoke.yaml", 'data={"heldout_rows": 6}')
+        first = start_run(server, "config=deployments/configs/smoke.yaml", "until_round=1", 'data={"heldout_rows": 6}')
         server.wait_for_state(first, {"COMPLETED", "FAILED", "CRASHED"}, 400)
-        # Two at once, each one round further.
-        later = [start_run(server, "run=smoke", "rounds=1") for _ in range(2)]
+        # Two at once, in whatever order: two rounds further, and one round further.
+        later = [start_run(server, "run=smoke", "rounds=2"), start_run(server, "run=smoke", "rounds=1")]
         ended = [server.wait_for_state(run, {"COMPLETED", "FAILED", "CRASHED"}, 400) for run in [first, *later]]
     log = (server.home / "worker.log").read_text()[-3000:]
     assert [run["state_type"] for run in ended] == ["COMPLETED"] * 3, log
@@ -49,3 +52,21 @@ def test_runs_one_after_the_other_in_the_folder_it_was_deployed_from(
     assert head is not None
     assert complete_round(head) == 4
     assert not list(tmp_path.glob("spinreg-store"))
+
+
+def test_without_parameters_it_is_the_demo(deployed_server: PrefectServer, clone: Path, tmp_path: Path) -> None:
+    server, store = deployed_server, open_store(str(clone / "spinreg-store"))
+    server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
+    with prefect_worker(server, "--limit", "1", cwd=tmp_path):
+        run = start_run(server)
+        end = time.monotonic() + 120
+        while read_head(store, "demo") is None or not read_head(store, "demo")["advances"]:  # type: ignore[index]
+            assert time.monotonic() < end, (server.home / "worker.log").read_text()[-3000:]
+            time.sleep(0.5)
+        head = read_head(store, "demo")
+        assert server.cli("flow-run", "cancel", run).returncode == 0
+        server.wait_for_state(run, {"CANCELLED"}, 90)
+    assert head is not None
+    assert [(a["from"], a["to"]) for a in head["advances"]] == [(0, 1)]
+    demo = resolve({}, str(clone / "deployments/configs/demo.yaml"))
+    assert read_config(store, "demo") == RunConfig() == demo.model_copy(update={"until_round": None})
