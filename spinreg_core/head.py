@@ -323,22 +323,42 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
     head, tag = _acquire(store, run, make_holder(label), seconds)
     session = Session(store, run, head, tag, seconds)
     try:
-        stored, config_tag = _stored(store, run)
-        if _has_begun(session.head):
-            check_config(stored, config)
-        elif stored != config:
-            store.replace(config_key(run), _config_document(config), config_tag)
+        _settle_config(store, config, session)
         yield session
     finally:
         session.close()
+
+
+def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
+    """Check the configuration of a run that has begun; make ours that of one that has not.
+
+    The write is fenced: every holder of a run that has not begun writes its own document, with its epoch in it, so
+    one that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
+    """
+    while True:
+        stored, tag = _stored(store, config.run)
+        if _has_begun(session.head):
+            return check_config(stored, config)
+        another = fixed_fields(stored) != fixed_fields(config)
+
+        def forget(head: dict[str, Any], another: bool = another) -> None:
+            for advance in head["advances"]:  # what the other configuration was to reach is nobody's wish now
+                advance["done"] = advance["done"] or another
+
+        session.update(forget)  # also shows that the lease was still ours after the tag was read
+        try:
+            store.replace(config_key(config.run), _config_document(config, session.epoch), tag)
+            return
+        except Conflict:  # a predecessor's late write; the next update tells whether we are the late one
+            continue
 
 
 def _has_begun(head: dict[str, Any]) -> bool:
     return head.get("base") is not None or bool(head["rounds"])
 
 
-def _config_document(config: RunConfig) -> bytes:
-    return documents.dump({"schema": SCHEMA, "config": config.model_dump(mode="json")})
+def _config_document(config: RunConfig, epoch: int = 0) -> bytes:
+    return documents.dump({"schema": SCHEMA, "config": config.model_dump(mode="json"), "epoch": epoch})
 
 
 def _stored(store: Store, run: str) -> tuple[RunConfig, str]:

@@ -230,7 +230,7 @@ def reference_number(text: str) -> Decimal | None:
 
 
 # A line that holds a number and at most its unit: "#### 72", "#### $5 dollars.", not "#### Step 1: add".
-_NUMBER_LINE = re.compile(rf"\s*{_NUMBER.pattern}\s*%?\s*[^\W\d]*[.!]?\s*$")
+_NUMBER_LINE = re.compile(rf"\s*+{_NUMBER.pattern}\s*+(?:%\s*+)?[^\W\d]*+[.!]?\s*+$")
 
 
 def answered_number(text: str) -> Decimal | None:

@@ -55,11 +55,12 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def validate(values: dict[str, Any]) -> RunConfig:
     """A RunConfig, or one BadInput that lists every wrong field with what was found and expected."""
-    for field in ("store", "model", "dataset"):
-        if isinstance(values.get(field), str) and redacted(values[field]) != values[field]:
-            raise BadInput(
-                field, redacted(values[field]), "an address without credentials; they come from the environment"
-            )
+    data = values.get("data")
+    addresses = {name: values.get(name) for name in ("store", "model", "dataset")}
+    addresses["data.heldout_dataset"] = data.get("heldout_dataset") if isinstance(data, dict) else None
+    for field, url in addresses.items():
+        if isinstance(url, str) and redacted(url) != url:
+            raise BadInput(field, redacted(url), "an address without credentials; they come from the environment")
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:

@@ -85,7 +85,8 @@ def open_store(url: str) -> Store:
 
 def redacted(url: str) -> str:
     """An address without the user and password some people put into it."""
-    return re.sub(r"://[^/]*@", "://***@", url)
+    # A secret key may hold slashes: everything from a user name with its colon up to the "@".
+    return re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
 
 
 def _checked(key: str) -> str:
@@ -197,7 +198,7 @@ class S3Store:
 
         self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self.prefix = prefix.strip("/")
-        if not self.bucket or "@" in self.bucket:
+        if not self.bucket or redacted(url) != url:
             raise BadInput(
                 "store", repr(redacted(url)), "s3://bucket/prefix, with credentials in the environment, not in the URL"
             )

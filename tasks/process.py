@@ -55,6 +55,7 @@ def run_stage(
     on_progress: Callable[[ProgressLine], None] | None = None,
     check: Callable[[], None] | None = None,
     take: Callable[[str, Path], subprocess.Popen[bytes] | None] = lambda module, job_file: None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run `python -m spinreg_core.stages.<name> JOB.json` to its end.
 
@@ -76,6 +77,7 @@ def run_stage(
         on_line=on_line or run_log(),
         on_progress=on_progress,
         check=check,
+        on_start=on_start,
     )
     result = job.workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else {}
@@ -103,13 +105,15 @@ def run_process(
     on_progress: Callable[[ProgressLine], None] | None = None,
     check: Callable[[], None] | None = None,
     grace_seconds: float = STOP_GRACE_SECONDS,
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
 
     `on_line` gets the output line by line and `on_progress` the parsed progress lines (both: progress at
     most every 5 s). They run in a thread of their own, their errors are ignored, and lines are left out
     when they are too slow: the process never waits for them. `check` is called about twice a second by
-    the waiting thread; what it raises ends the process (a lost lease, say).
+    the waiting thread; what it raises ends the process (a lost lease, say). So does what `on_start` raises, which is
+    called once.
 
     Must be called by a thread that lives until it returns: the process watches that thread.
 
@@ -127,6 +131,7 @@ def run_process(
     try:
         reader.start()
         viewer.start()
+        on_start()
         while True:
             try:
                 # Short waits rather than one long one: an exception set on a thread other than the main one

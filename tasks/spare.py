@@ -21,11 +21,12 @@ _spare: subprocess.Popen[bytes] | None = None
 
 
 def prepare_spare() -> None:
-    """Start a spare unless there is one."""
+    """Start a spare unless there is one, or the machine will not have another process."""
     global _spare
     if _spare is None or _spare.poll() is not None:
         discard_spare()
-        _spare = start_process([sys.executable, "-m", "spinreg_core.stages.spare"], stdin=subprocess.PIPE)
+        with contextlib.suppress(OSError):
+            _spare = start_process([sys.executable, "-m", "spinreg_core.stages.spare"], stdin=subprocess.PIPE)
 
 
 def take_spare(module: str, job_file: Path) -> subprocess.Popen[bytes] | None:

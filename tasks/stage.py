@@ -6,8 +6,6 @@ and what each of them shows (their own files).
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -59,15 +57,11 @@ def watched_stage(job: Job, *name: object) -> dict[str, Any]:
     context = current()
     deadline = context.config.resources.deadline_minutes
 
-    def take(module: str, job_file: Path) -> subprocess.Popen[bytes] | None:
-        process = take_spare(module, job_file)
-        if job.stage != "evaluate" or job.round < context.target:
-            prepare_spare()
-        return process
-
+    last = job.stage == "evaluate" and job.round >= context.target
     return run_stage(
         job,
-        take=take,
+        take=take_spare,
+        on_start=(lambda: None) if last else prepare_spare,
         deadline_seconds=None if deadline is None else deadline * 60,
         on_progress=StageProgress(artifact_key(context.config.run, *name)),
         check=context.session.check,

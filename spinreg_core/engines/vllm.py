@@ -37,7 +37,7 @@ class _Ended(tqdm):  # type: ignore[type-arg]
     """The progress bar that vLLM moves on as answers end; draws nothing, and tells `on_done`."""
 
     def __init__(self, on_done: Callable[[int], None], *arguments: Any, desc: str = "", **options: Any) -> None:
-        super().__init__(*arguments, desc=desc, **options | {"file": io.StringIO()})
+        super().__init__(*arguments, desc=desc, **options | {"file": io.StringIO(), "disable": False})
         # vLLM moves one bar while it takes the prompts in, and another one while it answers.
         self._on_done = on_done if desc.startswith("Processed") else lambda n: None
 

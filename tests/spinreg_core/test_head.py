@@ -181,6 +181,39 @@ def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: St
         pass
 
 
+def test_a_corrected_first_start_goes_as_far_as_it_says(store: Store) -> None:
+    wrong = QUICK.model_copy(update={"dataset": "no/such"})
+    with open_session(store, wrong, "a") as session:
+        session.begin_advance("a", 30, None)
+    assert advance(store, "b", rounds=1) == 1
+
+
+def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken over between its lease and its write, it wakes after the successor has committed."""
+    late = QUICK.model_copy(update={"dataset": "late"})
+    real = heads._stored
+    frozen: list[int] = []
+
+    def taken_over(place: Store, run: str) -> tuple[RunConfig, str]:
+        found = real(place, run)
+        if frozen:
+            return found
+        frozen.append(1)
+        head, tag = store.read_tagged("runs/demo/head.json") or (b"", "")
+        stolen = json.loads(head) | {"base": "base-1", "data": "data-1"}
+        stolen["lease"] = {"epoch": 9, "holder": heads.make_holder("successor"), "beat": 0}
+        store.replace("runs/demo/head.json", json.dumps(stolen).encode(), tag)
+        store.replace("runs/demo/run.json", heads._config_document(QUICK, 9), found[1])
+        return found
+
+    monkeypatch.setattr(heads, "_stored", taken_over)
+    with pytest.raises(LeaseLost, match="successor"), open_session(store, late, "late"):
+        pass
+    assert heads.read_config(store, "demo") == QUICK
+
+
 def test_a_store_that_is_away_does_not_hide_what_ended_the_session(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

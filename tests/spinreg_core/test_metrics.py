@@ -179,6 +179,10 @@ def test_the_number_of_a_reference(text: str, number: str | None) -> None:
     assert metrics.reference_number(text) == (None if number is None else Decimal(number))
 
 
+def test_an_answer_of_blanks_is_read_in_no_time() -> None:
+    assert metrics.answered_number("#### 5" + " " * 100_000 + ",") == Decimal(5)
+
+
 def test_every_metric_says_which_way_is_better_or_that_neither_is() -> None:
     assert metrics.METRICS[metrics.PRIMARY].better == "lower"
     assert {m.better for m in metrics.METRICS.values()} <= {"lower", "higher", None}

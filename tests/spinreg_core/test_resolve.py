@@ -76,6 +76,14 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(field: str) -> N
     assert "hush" not in str(caught.value)
 
 
+def test_credentials_with_slashes_and_of_held_out_rows_are_refused_too() -> None:
+    for values in ({"store": "s3://me:hu/sh@bucket/x"}, {"data": {"heldout_dataset": "s3://me:hu/sh@bucket/x"}}):
+        with pytest.raises(BadInput, match=r"s3://\*\*\*@bucket/x") as caught:
+            validate(values)
+        assert "sh@" not in str(caught.value)
+    assert validate({"dataset": "hf://datasets/user/rows@main"}).dataset == "hf://datasets/user/rows@main"
+
+
 def test_how_far_a_stored_run_went_is_not_a_wish_of_this_call() -> None:
     stored = RunConfig(until_round=4)
     assert resolve({}, stored=stored).until_round is None

@@ -202,6 +202,16 @@ def test_what_check_raises_ends_the_process(script: Callable[[str], list[str]], 
     assert [alive(pid) for pid in pids_in(tmp_path, 2)] == [False, False]
 
 
+def test_what_on_start_raises_ends_the_process(script: Callable[[str], list[str]], tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError("no more processes")
+
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="no more processes"):
+        run(script("import time; time.sleep(300)"), tmp_path, on_start=fail)
+    assert time.monotonic() - begin < 10
+
+
 def test_a_lingering_grandchild_ends_with_a_good_stage(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     start = time.monotonic()
     run(script(f"{FAMILY}\nprint('done')"), tmp_path)

@@ -16,6 +16,7 @@ from test_hf import NEAR_GREEDY, PAD, PROMPTS, kept, next_probabilities, p_value
 from transformers import LlamaForCausalLM
 
 from spinreg_core.engines.hf import HfEngine
+from spinreg_core.engines.vllm import _Ended
 
 pytestmark = [
     pytest.mark.slow,
@@ -102,3 +103,17 @@ def test_a_seed_fixes_a_call_whatever_the_engine_did_before(outcome: dict[str, A
 def test_refusals(outcome: dict[str, Any]) -> None:
     assert outcome["too long"].startswith("prompt 0: found 60 tokens plus max_new_tokens 6; expected at most 64")
     assert outcome["too cold"].startswith("generation.temperature: found 0.0001; expected 0.01 to 2.0 with engine vllm")
+
+
+def test_progress_is_told_even_where_progress_bars_are_switched_off() -> None:
+    """TQDM_DISABLE=1 reaches tqdm as disable=True; vLLM divides by the bar's elapsed time."""
+    told: list[int] = []
+    bar = _Ended(told.append, total=3, desc="Processed prompts", disable=True)
+    bar.update(1)
+    bar.update(2)
+    assert told == [1, 2]
+    assert bar.n == 3
+    assert bar.format_dict["elapsed"] > 0
+    silent = _Ended(told.append, total=3, desc="Adding requests")
+    silent.update(3)
+    assert told == [1, 2]
