@@ -1,9 +1,12 @@
 """(alpha, history) in {1, 0.5} x {1, all}: the same rounds under each, on one data set, and one table.
 
+History "all" comes twice: `replay` keeps all earlier pairs, so later rounds take more steps; `regenerate` asks an
+earlier iterate for each prompt, so every round takes as many steps as under history 1.
+
     python benchmarks/alpha_history.py --dataset PATH --store STORE [--prompts 96] [--rounds 3] [--quick]
 
-Every run is an ordinary run of the flow `spin` and can be killed and started again. The four share the store, so
-the base's held-out answers and round 1's answers are made once: all four start from the same samples.
+Every run is an ordinary run of the flow `spin` and can be killed and started again. They share the store, so
+the base's held-out answers and round 1's answers are made once: all start from the same samples.
 `--quick` uses a random toy model and finishes within five minutes; its numbers mean nothing.
 The last line is one JSON object with every figure.
 """
@@ -23,12 +26,16 @@ from spinreg_core.store import open_store
 from spinreg_core.tables import format_estimate
 
 ROOT = Path(__file__).resolve().parents[1]
-GRID: list[tuple[float, int | str]] = [(1.0, 1), (1.0, "all"), (0.5, 1), (0.5, "all")]
+GRID: list[tuple[float, int | str, str]] = [
+    (alpha, history, source)
+    for alpha in (1.0, 0.5)
+    for history, source in ((1, "replay"), ("all", "replay"), ("all", "regenerate"))
+]
 SHOWN = ("heldout_nll", "reward_accuracy", "kl_base", "kl_previous", "answer_length", "end_of_turn_rate", "distinct_2")
 
 
-def run_name(alpha: float, history: int | str) -> str:
-    return f"alpha-{alpha:g}-history-{history}"
+def run_name(alpha: float, history: int | str, source: str) -> str:
+    return f"alpha-{alpha:g}-history-{history}" + ("-regenerate" if source == "regenerate" else "")
 
 
 def parse() -> argparse.Namespace:
@@ -45,14 +52,15 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run(alpha: float, history: int | str, arguments: argparse.Namespace) -> float:
+def run(alpha: float, history: int | str, source: str, arguments: argparse.Namespace) -> float:
     """One member of the grid; returns its wall time in seconds (short where it was complete already)."""
     parameters = {
-        "objective.alpha": alpha, "opponent.history": history, "data.prompts_per_round": arguments.prompts,
-        "data.heldout_rows": arguments.heldout, "data.max_bad_share": 1,
+        "objective.alpha": alpha, "opponent.history": history, "opponent.source": source,
+        "data.prompts_per_round": arguments.prompts, "data.heldout_rows": arguments.heldout,
+        "data.max_bad_share": 1,
     }  # fmt: skip
     command = [
-        sys.executable, "-m", "flows.spin", "--run", run_name(alpha, history), "--model", arguments.model,
+        sys.executable, "-m", "flows.spin", "--run", run_name(alpha, history, source), "--model", arguments.model,
         "--dataset", arguments.dataset, "--store", arguments.store, "--seed", str(arguments.seed),
         "--until-round", str(arguments.rounds),
         *(f"-p={name}={json.dumps(value)}" for name, value in parameters.items()),
@@ -79,9 +87,9 @@ def main() -> None:
     if arguments.quick:
         arguments.model, arguments.prompts, arguments.heldout, arguments.rounds = "random:tiny", 8, 8, 1
         arguments.param += ["generation.engine=hf", "generation.max_new_tokens=16"]
-    seconds = {run_name(a, h): run(a, h, arguments) for a, h in GRID}
+    seconds = {run_name(*member): run(*member, arguments) for member in GRID}
     store = open_store(str(Path(arguments.store).absolute()) if "://" not in arguments.store else arguments.store)
-    reports = {run_name(a, h): report_data(store, run_name(a, h)) for a, h in GRID}
+    reports = {name: report_data(store, name) for name in seconds}
     for metric in SHOWN:
         print(table(metric, reports), end="\n\n")
     figures = {
