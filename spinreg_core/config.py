@@ -23,10 +23,8 @@ MUTABLE_FIELDS = frozenset(
         "until_round",
         "store",
         "resources",
-        "training.micro_batch_size",
         "training.gradient_checkpointing",
         "training.checkpoint_every_steps",
-        "evaluation.score_batch_size",
     }
 )
 
@@ -178,7 +176,6 @@ class TrainingConfig(Group):
     warmup: float = Field(0.1, ge=0, le=1, description="Share of a round's steps spent warming up (0..1).")
     epochs: int = Field(1, ge=1, description="Passes over the round's pairs (epochs).")
     batch_size: int = Field(8, ge=1, description="Pairs per optimiser step.")
-    micro_batch_size: int = Field(8, ge=1, description="Pairs per forward pass; gradients are accumulated (pairs).")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradient clipping threshold (l2 norm); unset: none.")
     precision: Literal["mixed", "bf16", "fp32"] = Field(
         "fp32",
@@ -193,19 +190,10 @@ class TrainingConfig(Group):
         "master", description="Number format of the published policy; master is that of the master weights."
     )
 
-    @model_validator(mode="after")
-    def _batches_divide(self) -> TrainingConfig:
-        if self.micro_batch_size > self.batch_size or self.batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of micro_batch_size ({self.micro_batch_size})"
-            )
-        return self
-
 
 class EvaluationConfig(Group):
     """Held-out metrics of the base and of every iterate."""
 
-    score_batch_size: int = Field(16, ge=1, description="Sequences scored at once, here and in mix-opponent.")
     bootstrap: int = Field(1000, ge=100, description="Resamples behind each 95 % interval.")
     final_answer: Literal["auto", "gsm8k", "none"] = Field(
         "auto",
@@ -218,6 +206,13 @@ class ResourcesConfig(Group):
     """Where and how long stages run. May change between starts of the same run."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
+    tokens_per_pass: int = Field(
+        2048,
+        ge=1,
+        description="Tokens that go through the model at once in training, scoring and evaluation, packed without "
+        "padding and with shared prompts counted once; gradients are accumulated. Fewer take less memory. A pair "
+        "longer than this goes alone.",
+    )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU that vLLM may take (0..1).")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's KV cache on CPU (GiB).")
     retries: int = Field(2, ge=0, le=20, description="Retries of a failed stage, with growing delays.")

@@ -1,16 +1,20 @@
 """Sequence log-probabilities of answers under a policy: the one code path behind scoring, training and evaluation.
 
-Decides: how a policy is loaded for that (number format, attention, no dropout), how a batch is laid out, and
-that the vocabulary projection runs on answer positions only, in pieces.
-Leaves out: batching over a data set (`scoring.py`), the loss (`objective.py`), packing and prefix sharing.
+Decides: how a policy is loaded for that (number format, attention, no dropout), whether it may be packed, and that
+the vocabulary projection runs on answer positions only, in pieces.
+Leaves out: batching over a data set (`scoring.py`), the loss (`objective.py`), the packed row (`packing.py`) and its
+attention (`packed_attention.py`).
 
-Layout of a batch: prompt and answer of each row, right-padded to the longest row. Positions count from 0 in
-every row and attention is causal, so nothing a real token sees depends on the padding behind it and no
-attention mask is needed; that keeps SDPA on its fast causal path.
+A model that cannot be packed gets padded batches: prompt and answer of each row, right-padded to the longest row.
+Positions count from 0 in every row and attention is causal, so nothing a real token sees depends on the padding behind
+it and no attention mask is needed; that keeps SDPA on its fast causal path.
 """
 
 from __future__ import annotations
 
+import math
+import operator
+import warnings
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -23,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spinreg_core.errors import BadInput
+from spinreg_core.packed_attention import NAME
+from spinreg_core.packing import Layout, group, layout
 
 Precision = Literal["mixed", "bf16", "fp32"]
 
@@ -102,21 +108,115 @@ def answer_logprobs(
     """log π(answer | prompt) in nats, float32 [batch], differentiable.
 
     The sum runs over all given answer tokens (end-of-turn included where it is there) and over no prompt token;
-    an empty answer has log-probability 0. The log-softmax is computed in float32 whatever the precision.
+    an empty answer has log-probability 0. The log-softmax is computed in float32 whatever the precision. All rows go
+    through the model at once; equal prompts, and equal answers to them, are computed once.
     Raises ValueError for an empty prompt (its answer's first token would have no condition).
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
     if not all(prompts):
         raise ValueError("an empty prompt has no position that predicts the first answer token")
+    with compute_format(precision, model.device):
+        if max(map(len, map(operator.add, prompts, answers)), default=0) <= longest_packed(model):
+            return _packed_logprobs(model, prompts, answers)
+        return padded_logprobs(model, prompts, answers)
+
+
+def _packed_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    groups, numbers = group(prompts, answers)
+    if not groups:
+        return torch.zeros(len(answers), device=model.device)
+    return _row_logprobs(model, layout(groups, model.device), numbers)
+
+
+def _row_logprobs(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Tensor:
+    hidden = _packed_hidden(model, row)[row.predictors]
+    head = _head(model)
+    if head is None:
+        raise AssertionError("a model is packed only where its projection is known")
+    by_token = _token_logprobs(head, hidden, row.targets)
+    sums = torch.zeros(max(numbers) + 2, device=model.device)  # the last: empty answers
+    return sums.index_add(0, row.owners, by_token)[torch.tensor(numbers, device=model.device)]
+
+
+def _packed_hidden(model: PreTrainedModel, row: Layout) -> Tensor:
+    """Hidden states [T, width] of a packed row."""
+    output = model.base_model(input_ids=row.tokens, position_ids=row.positions, use_cache=False, packed=row)
+    return output.last_hidden_state[0]
+
+
+_longest_packed: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model computes packed rows as it computes their sequences alone.
+
+    Architectures are not listed by name: once per model, a small packed row is compared with the plain forward of
+    its sequences. A model that disagrees or that knows nothing of exchangeable attention is run on padded batches,
+    with a warning.
+    """
+    return longest_packed(model) > 0
+
+
+def longest_packed(model: PreTrainedModel) -> float:
+    """The longest sequence (prompt and answer, tokens) that the model may have in a packed row; 0: it has none.
+
+    Finite only where the configuration names a window or chunk that the model does not tell its attention of.
+    """
+    if model not in _longest_packed:
+        try:
+            _longest_packed[model] = _probe_packing(model)
+        except _CannotPack as reason:
+            _longest_packed[model] = 0
+            warnings.warn(
+                f"{type(model).__name__}: {reason}; its batches are padded and prompts are computed once per answer, "
+                "which is slower and changes no result",
+                stacklevel=3,
+            )
+    return _longest_packed[model]
+
+
+class _CannotPack(Exception):
+    pass
+
+
+@torch.no_grad()
+def _probe_packing(model: PreTrainedModel) -> float:
+    if _head(model) is None:
+        raise _CannotPack("its vocabulary projection is not one that this version can repeat")
+    before = model.config._attn_implementation
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    prompts = [[(7 * i + 1) % vocabulary for i in range(n)] for n in (3, 3, 3, 5)]
+    answers = [[(5 * i + 2 + n) % vocabulary for i in range(n)] for n in (4, 1, 6, 3)]
+    groups, numbers = group(prompts, answers)
+    row = layout(groups, model.device)
+    with torch.autocast(model.device.type, enabled=False):
+        expected = padded_logprobs(model, prompts, answers)
+        try:
+            model.set_attn_implementation(NAME)
+            found = _row_logprobs(model, row, numbers)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            model.set_attn_implementation(before)
+            raise _CannotPack(f"it cannot be packed ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not row.windows or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+        model.set_attn_implementation(before)
+        worst = float((found - expected).abs().max())
+        raise _CannotPack(f"its packed log-probabilities differ from the plain ones by {worst:.3g} nats")
+    config = model.config.get_text_config()
+    declared = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in declared if size is not None and size not in row.windows), default=math.inf)
+
+
+def padded_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """`answer_logprobs` by right-padded batches, for every model. Float format: that of the caller's context."""
     sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     sums: list[Tensor] = [torch.empty(0)] * len(answers)
-    with compute_format(precision, model.device):
-        head = _head(model)
-        for group in _groups(sizes, split=model.device.type == "cpu"):
-            found = _group_logprobs(model, head, [prompts[i] for i in group], [answers[i] for i in group])
-            for i, value in zip(group, found.unbind(), strict=True):
-                sums[i] = value
+    head = _head(model)
+    for rows in _groups(sizes, split=model.device.type == "cpu"):
+        found = _group_logprobs(model, head, [prompts[i] for i in rows], [answers[i] for i in rows])
+        for i, value in zip(rows, found.unbind(), strict=True):
+            sums[i] = value
     return torch.stack(sums) if sums else torch.zeros(0, device=model.device)
 
 
@@ -240,5 +340,7 @@ def _agreeing_head(model: PreTrainedModel) -> _Head | None:
     finally:
         hook.remove()
     tolerance = 1e-4 if linear.weight.dtype == torch.float32 else 3e-2
-    same = found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    same = found.shape == expected.shape and torch.allclose(
+        found, expected, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
     return head if same else None

@@ -4,7 +4,8 @@ Decides: the formulas below. Leaves out: where the model's shape, the data's len
 and how it is shown (`plan.py`). Imports nothing heavy.
 
 Work. N parameters, T tokens: 6 N T floating-point operations to train (8 N T with gradient checkpointing, which runs
-the forward pass twice), 2 N T to score, 2 N T to answer (prompt and sampled tokens alike). Attention's own
+the forward pass twice), 2 N T to score, 2 N T to answer (prompt and sampled tokens alike). A prompt counts once for
+the answers that are computed with it; that the vocabulary projection leaves prompts out is not counted. Attention's own
 products, quadratic in length, are left out: below a tenth for answers of up to a thousand tokens. Models with
 experts compute less than N says.
 
@@ -16,13 +17,15 @@ Memory of training, bytes per parameter:
     fp32             4          4               8 / 4                       0
 
 Activations kept for the backward pass, bytes per token and layer, for a layer of the Llama kind (width d, keys of
-all heads together k, MLP width f, h heads): fp32 32 d + 8 k + 16 f, mixed 30 d + 4 k + 8 f, bf16 20 d + 4 k + 8 f,
-each + 5 h. These were counted from the tensors that autograd saves (transformers 5.19, SDPA) and one layer is added
-for the gradients that are on their way. With gradient checkpointing: the input of every layer, and one whole layer.
+all heads together k, MLP width f, h heads): fp32 36 d + 8 k + 16 f, mixed 32 d + 4 k + 8 f, bf16 22 d + 4 k + 8 f,
+each + 5 h. These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU) and one
+layer is added for the gradients that are on their way. With gradient checkpointing: the input of every layer, and
+one whole layer.
 Logits, ten bytes per answer token and vocabulary entry, never of more tokens at once than `logprobs` computes.
 
 Answering: the weights, and a KV cache of 2 k values per token and layer.
-Every estimate takes the longest row for every row, as the first batch of a stage does (the longest come first).
+Training and scoring are taken at a full pass of `resources.tokens_per_pass`, answering at the longest row for every
+row.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ Kind = Literal["generate", "score", "train"]
 _WEIGHTS = {"mixed": 4, "bf16": 2, "fp32": 4}
 _COPIES = {"mixed": 2, "bf16": 0, "fp32": 0}
 _STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
-_SAVED = {"fp32": (32, 8, 16), "mixed": (30, 4, 8), "bf16": (20, 4, 8)}  # per d, k, f
+_SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8)}  # per d, k, f
 _VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
 
 
@@ -100,9 +103,10 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     real, sampled = sizes.prompt + sizes.answer, sizes.prompt + sizes.generated
     m, n = sizes.heldout_rows, prompts(config, sizes)
     # Held-out: y and y' under the policy; then y'' under it too, and y' under base and previous policy.
-    scored = m * (real + sampled)
+    pair = sizes.prompt + sizes.answer + sizes.generated  # the prompt is computed once for both answers
+    scored = m * pair
     if round_number > 0:
-        scored += m * sampled * (3 if round_number > 1 else 2)
+        scored += m * sizes.generated + m * sampled * (2 if round_number > 1 else 1)
     evaluate = [Work("generate", m * sampled, two_n * m * sampled), Work("score", scored, two_n * scored)]
     if round_number == 0:
         return {"evaluate": evaluate}
@@ -112,10 +116,10 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     if config.data.round_prompts == "same" and round_number > 1:
         new = 0
     alpha = config.objective.alpha
-    mix = total * (real + sampled) if alpha > 0 else 0.0
+    mix = total * pair if alpha > 0 else 0.0
     if alpha < 1 and (round_number > 1 or alpha == 0):  # in round 1 the previous policy is the base
-        mix += n * sampled + new * real
-    passes = config.training.epochs * total * (real + sampled)
+        mix += n * sampled + new * sizes.answer
+    passes = config.training.epochs * total * pair
     # The watched human answers: at the start their cached scores serve, where those are of the previous policy.
     watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
     factor = 8.0 if config.training.gradient_checkpointing else 6.0
@@ -153,24 +157,22 @@ def stage_memory(
     t, precision = config.training, config.training.precision
     weights = _WEIGHTS[precision] * shape.parameters
     copies = _COPIES[precision] * shape.parameters
-    row = sizes.longest_prompt + sizes.longest_answer
+    # What a pass is filled up to; the longest pair goes alone where it is longer.
+    tokens = max(config.resources.tokens_per_pass, sizes.longest_prompt + 2 * sizes.longest_answer)
     train = {
         "weights": weights,
         "gradients": weights,
         "optimiser": _STATES[t.optimizer] * weights,
         "compute copies": copies,
-        "activations": activation_bytes(
-            shape, precision, 2 * t.micro_batch_size * row, checkpointing=t.gradient_checkpointing
-        )
-        + logits_bytes(shape, 2 * t.micro_batch_size * sizes.longest_answer),
+        "activations": activation_bytes(shape, precision, tokens, checkpointing=t.gradient_checkpointing)
+        + logits_bytes(shape, tokens),
     }
-    batch = config.evaluation.score_batch_size
     one_layer = Shape(**(vars(shape) | {"layers": 0}))
     score = {
         "weights": weights,
         "compute copies": copies,
-        "activations": activation_bytes(one_layer, precision, batch * row, checkpointing=False)
-        + logits_bytes(shape, batch * sizes.longest_answer),
+        "activations": activation_bytes(one_layer, precision, tokens, checkpointing=False)
+        + logits_bytes(shape, tokens),
     }
     generate = _engine_memory(config, shape, sizes, engine=engine, device=device)
     larger = max(score, generate, key=lambda parts: sum(parts.values()))

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from spinreg_core.config import TrainingConfig
+from spinreg_core.pairs import Pair
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
@@ -53,24 +54,29 @@ def learning_rate(
     return peak * (1 - u) if schedule == "linear" else peak * (1 + math.cos(math.pi * u)) / 2
 
 
-def data_order(pair_ids: Sequence[str], *, seed: int, round_number: int, epoch: int) -> list[int]:
+def data_order(pairs: Sequence[Pair], *, seed: int, round_number: int, epoch: int) -> list[int]:
     """A permutation of the pairs, by SHA-256 of (seed, round, epoch, pair id).
 
-    It depends neither on the order of the pairs nor on any library's random numbers.
+    Pairs of one prompt follow its first, so that a step computes their prompt and human answer once. The order
+    depends neither on the given one nor on any library's random numbers.
     """
 
     def rank(i: int) -> bytes:
-        return hashlib.sha256(json.dumps(["spinreg order", seed, round_number, epoch, pair_ids[i]]).encode()).digest()
+        name = pairs[i]["pair_id"]
+        return hashlib.sha256(json.dumps(["spinreg order", seed, round_number, epoch, name]).encode()).digest()
 
-    return sorted(range(len(pair_ids)), key=rank)
+    by_prompt: dict[str, list[int]] = {}
+    for i in sorted(range(len(pairs)), key=rank):
+        by_prompt.setdefault(pairs[i]["prompt_id"], []).append(i)
+    return [i for members in by_prompt.values() for i in members]
 
 
 def batches(
-    pair_ids: Sequence[str], *, batch_size: int, epochs: int, seed: int, round_number: int
+    pairs: Sequence[Pair], *, batch_size: int, epochs: int, seed: int, round_number: int
 ) -> list[tuple[int, list[int]]]:
     """(epoch from 0, indices of the batch's pairs) of every step; an epoch's last batch may be smaller."""
     found = []
     for epoch in range(epochs):
-        order = data_order(pair_ids, seed=seed, round_number=round_number, epoch=epoch)
+        order = data_order(pairs, seed=seed, round_number=round_number, epoch=epoch)
         found += [(epoch, order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
     return found

@@ -144,7 +144,7 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
         "previous": policy_object(head, round_number - 1),
     }
     training = config.training.model_dump(
-        mode="json", exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing", "micro_batch_size"}
+        mode="json", exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing"}
     )
     key = inputs | {
         "round": round_number, "seed": config.seed, "training": training,
@@ -170,7 +170,7 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     key = inputs | {
         "precision": config.training.precision, "seed": config.seed,
         "alpha": effective_alpha(config.objective.alpha, n) if n else None,
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"score_batch_size"}),
+        "evaluation": config.evaluation.model_dump(mode="json"),
     }  # fmt: skip
     generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
     return Plan("evaluate", n, key, inputs, {"generate": generate})

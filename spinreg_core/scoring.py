@@ -1,6 +1,6 @@
 """Log-probabilities of many answers under one policy, without gradients.
 
-Decides: the batches (rows of like length together) and that the given order comes back.
+Decides: what goes through the model together (`packing.bins`) and that the given order comes back.
 Leaves out: the forward pass (`logprobs.py`), what is scored and what is reused (`stages/mix_opponent.py`).
 """
 
@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from spinreg_core.errors import BadInput
-from spinreg_core.logprobs import Precision, answer_logprobs, compute_format, load_policy
+from spinreg_core.logprobs import Precision, answer_logprobs, compute_format, load_policy, packs
+from spinreg_core.packing import bins
 from spinreg_core.progress import Progress
 
 
@@ -30,23 +31,21 @@ def score(
     *,
     precision: Precision,
     device: str = "auto",
-    batch_size: int = 16,
+    tokens_per_pass: int,
     progress: Progress | None = None,
 ) -> list[float]:
     """log π(answer | prompt) in nats of each row, in the rows' order.
 
-    `policy` is a folder or a model already loaded (then `device` is not used). The longest rows come first, so
-    that a batch too large for the memory shows at once. `progress` is told of every finished row. Values may be
-    -inf or nan where the policy says so; whether that is an error is the caller's to say.
+    `policy` is a folder or a model already loaded (then `device` is not used). Rows of one prompt go together, and
+    the longest come first, so that what is too large for the memory shows at once. `progress` is told of every
+    finished row. Values may be -inf or nan where the policy says so; whether that is an error is the caller's to say.
     """
     if not prompts:
         return []
     model = policy if isinstance(policy, PreTrainedModel) else load_policy(policy, precision, resolve_device(device))
-    order = sorted(range(len(prompts)), key=lambda i: -(len(prompts[i]) + len(answers[i])))
     found = [0.0] * len(prompts)
     with torch.no_grad(), compute_format(precision, model.device):
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in bins(prompts, [[answer] for answer in answers], tokens_per_pass, shared=packs(model)):
             sums = answer_logprobs(
                 model, [prompts[i] for i in rows], [answers[i] for i in rows], precision=precision
             ).tolist()

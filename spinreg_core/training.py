@@ -25,10 +25,11 @@ from transformers import PreTrainedModel
 
 from spinreg_core.config import ObjectiveConfig, TrainingConfig, of_round
 from spinreg_core.errors import BadInput
-from spinreg_core.logprobs import answer_logprobs, compute_format
+from spinreg_core.logprobs import answer_logprobs, compute_format, packs
 from spinreg_core.metrics import REMEDIES
 from spinreg_core.objective import margin, self_play_loss
 from spinreg_core.optim import batches, data_order, learning_rate, make_optimizer
+from spinreg_core.packing import bins
 from spinreg_core.pairs import SCORES, Pair, keyed
 from spinreg_core.scoring import score
 
@@ -63,11 +64,12 @@ class Round:
         training: TrainingConfig,
         seed: int,
         round_number: int,
+        tokens_per_pass: int,
     ) -> None:
         self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
+        self.tokens_per_pass = tokens_per_pass
         self.beta = of_round(objective.beta, round_number)
         self.peak = of_round(training.learning_rate, round_number)
-        names = [pair["pair_id"] for pair in pairs]
         if not pairs:
             raise BadInput(f"pairs of round {round_number}", "none", "at least one pair")
         self.columns = [name for name in SCORES if all(pair[name] is not None for pair in pairs)]
@@ -76,12 +78,12 @@ class Round:
             raise BadInput(f"pairs of round {round_number}", f"the scores {self.columns}",
                            f"{needed}, which the loss reads at alpha = {objective.alpha}")  # fmt: skip
         self.batches = batches(
-            names, batch_size=training.batch_size, epochs=training.epochs, seed=seed, round_number=round_number
+            pairs, batch_size=training.batch_size, epochs=training.epochs, seed=seed, round_number=round_number
         )
         self.optimizer = make_optimizer(model, training)
         self.state = RoundState()
         self.consistent = True  # False while an update is half done
-        order = [pairs[i] for i in data_order(names, seed=seed, round_number=round_number, epoch=-1)]
+        order = [pairs[i] for i in data_order(pairs, seed=seed, round_number=round_number, epoch=-1)]
         # One of each human answer: with `round_prompts: same` several rounds' pairs share it.
         self.watched = list({keyed(pair, "real"): pair for pair in reversed(order)}.values())[::-1][:WATCHED_PAIRS]
         # π_t is π_0 in round 1, so the base's scores serve too.
@@ -114,7 +116,7 @@ class Round:
             [pair["prompt_ids"] for pair in self.watched],
             [pair["real_ids"] for pair in self.watched],
             precision=self.training.precision,
-            batch_size=2 * self.training.micro_batch_size,
+            tokens_per_pass=self.tokens_per_pass,
         )
 
     def step(self) -> dict[str, Any]:
@@ -160,19 +162,22 @@ class Round:
         return metrics
 
     def gradient(self, batch: Sequence[Pair], where: str = "batch") -> dict[str, list[float]]:
-        """Leave the gradient of the batch's mean loss in the parameters, whatever the micro-batch size.
+        """Leave the gradient of the batch's mean loss in the parameters, in as many passes as the tokens need.
 
         Returns `loss`, `margin`, `real`, `generated` per pair, in the order of `batch`. Raises BadInput for a loss
         that is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         precision, device = self.training.precision, self.model.device
-        # Like lengths together: less padding, and the same gradient.
-        order = sorted(range(len(batch)), key=lambda i: -_length(batch[i]))
+        passes = bins(
+            [p["prompt_ids"] for p in batch],
+            [[p["real_ids"], p["generated_ids"]] for p in batch],
+            self.tokens_per_pass,
+            shared=packs(self.model),
+        )
         found: dict[str, list[float]] = {name: [0.0] * len(batch) for name in ("loss", "margin", "real", "generated")}
-        with compute_format(precision, device):  # weights are converted once for all micro-batches
-            for start in range(0, len(order), self.training.micro_batch_size):
-                rows = order[start : start + self.training.micro_batch_size]
+        with compute_format(precision, device):  # weights are converted once for all passes
+            for rows in passes:
                 pairs = [batch[i] for i in rows]
                 sums = answer_logprobs(
                     self.model,
@@ -247,10 +252,6 @@ class Round:
                 f"and both may sink: {REMEDIES}."
             ]
         return found
-
-
-def _length(pair: Pair) -> int:
-    return len(pair["prompt_ids"]) + max(len(pair["real_ids"]), len(pair["generated_ids"]))
 
 
 def _step_metrics(batch: Sequence[Pair], values: dict[str, list[float]], columns: Sequence[str]) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def _score(
             [answer for answers in columns.values() for answer in answers],
             precision=config.training.precision,
             device=config.resources.device,
-            batch_size=config.evaluation.score_batch_size,
+            tokens_per_pass=config.resources.tokens_per_pass,
             progress=progress,
         )
         if not np.isfinite(values).all():

@@ -152,7 +152,7 @@ def _score(
         [pair["prompt_ids"] for pair, _ in missing.values()],
         [pair[f"{which}_ids"] for pair, which in missing.values()],
         precision=config.training.precision,
-        batch_size=config.evaluation.score_batch_size,
+        tokens_per_pass=config.resources.tokens_per_pass,
         progress=progress,
     )
     return dict(zip(missing, found, strict=True)), time.monotonic() - begin

@@ -56,6 +56,7 @@ def run(job: Job) -> dict[str, Any]:
         training=training,
         seed=job.config.seed,
         round_number=job.round,
+        tokens_per_pass=job.config.resources.tokens_per_pass,
     )
     resumed = _resume(store, job, round_)
     if resumed:

@@ -61,11 +61,12 @@ def test_refuses_what_the_group_refuses(group: str, values: dict[str, Any]) -> N
 
 
 def test_checks_across_fields_wait_for_the_other_fields() -> None:
-    """A batch size that only fits the micro batch size of the file must not be held against the default's."""
-    partial = said(TrainingConfig, {"batch_size": 4})
-    with pytest.raises(ValidationError, match="multiple"):
-        TrainingConfig.model_validate(partial)
-    assert resolve({"training": partial | {"micro_batch_size": 2}}).training.batch_size == 4
+    """A length that only fits the prompt length of the file must not be held against the default's."""
+    partial = said(DataConfig, {"max_length": 128})
+    with pytest.raises(ValidationError, match="must exceed"):
+        DataConfig.model_validate(partial)
+    found = resolve({"data": partial | {"max_prompt_tokens": 20}, "generation": {"max_new_tokens": 30}})
+    assert found.data.max_length == 128
 
 
 @pytest.mark.parametrize("group", GROUPS.values())

@@ -39,8 +39,6 @@ def refusal(values: dict[str, Any]) -> str:
             {"data": {"max_prompt_tokens": 100, "max_length": 140}, "generation": {"max_new_tokens": 41}},
             "generation.max_new_tokens (41) exceeds data.max_length - data.max_prompt_tokens (40)",
         ),
-        ({"training": {"batch_size": 8, "micro_batch_size": 3}}, "batch_size (8) must be a multiple"),
-        ({"training": {"batch_size": 4, "micro_batch_size": 8}}, "must be a multiple of micro_batch_size (8)"),
         ({"data": {"prompt_column": "q"}}, "name both prompt_column and response_column"),
         (
             {"data": {"prompt_column": "q", "response_column": "a", "format": "messages"}},
@@ -59,7 +57,6 @@ def test_cross_checks_name_the_fields_and_the_values(values: dict[str, Any], wor
     "values",
     [
         {"data": {"max_prompt_tokens": 100, "max_length": 140}, "generation": {"max_new_tokens": 40}},
-        {"training": {"batch_size": 8, "micro_batch_size": 2}},
         {"data": {"prompt_column": "q", "response_column": "a", "format": "prompt_response"}},
         {"data": {"prompt_column": "q", "response_column": "a"}},
         {"opponent": {"weighting": [0.5, 0.25], "history": 2}},
@@ -164,9 +161,9 @@ def test_everything_else_is_fixed() -> None:
     fixed = fixed_fields(RunConfig())
     assert set(fixed) == set(RunConfig.model_fields) - MUTABLE_FIELDS
     assert set(TrainingConfig.model_fields) - set(fixed["training"]) == {
-        "micro_batch_size", "gradient_checkpointing", "checkpoint_every_steps",
+        "gradient_checkpointing", "checkpoint_every_steps",
     }  # fmt: skip
-    assert set(EvaluationConfig.model_fields) - set(fixed["evaluation"]) == {"score_batch_size"}
+    assert set(EvaluationConfig.model_fields) == set(fixed["evaluation"])
 
 
 def test_defaults_are_valid_and_can_be_written_as_json() -> None:

@@ -320,8 +320,7 @@ def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -
 def test_fields_that_may_change(store: Store, field: str) -> None:
     values: dict[str, Any] = {
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
-        "training.micro_batch_size": 2, "training.gradient_checkpointing": True, "training.checkpoint_every_steps": 3,
-        "evaluation.score_batch_size": 1,
+        "training.gradient_checkpointing": True, "training.checkpoint_every_steps": 3,
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")

@@ -144,12 +144,12 @@ def test_bfloat16_is_close_without_a_bias(tmp_path: Path, precision: logprobs.Pr
 
 def test_loading_turns_dropout_off_and_keeps_attention_caps(tmp_path: Path) -> None:
     llama = load_policy(write_policy(tmp_path / "llama", 0, "llama-dropout"), "fp32", "cpu")
+    assert llama.config._attn_implementation == "sdpa"
     prompts, answers = random_rows(4, 1)
     with torch.no_grad():
         evaluating = answer_logprobs(llama, prompts, answers, precision="fp32")
         training = answer_logprobs(llama.train(), prompts, answers, precision="fp32")
     torch.testing.assert_close(training, evaluating, rtol=0, atol=0)
-    assert llama.config._attn_implementation == "sdpa"
     assert load_policy(write_policy(tmp_path / "g", 0, "gemma2"), "fp32", "cpu").config._attn_implementation == "eager"
 
 

@@ -57,8 +57,8 @@ def work(config: RunConfig, round_number: int, sizes: Sizes = SIZES) -> dict[str
 
 
 def test_work_of_the_base_is_its_evaluation() -> None:
-    # 10 rows: sampled (20 + 40), then real (20 + 30) and sampled (20 + 40) scored.
-    tokens = 10 * 60 + 10 * 50 + 10 * 60
+    # 10 rows: sampled (20 + 40), then scored: the prompt once, real and sampled answer.
+    tokens = 10 * 60 + 10 * (20 + 30 + 40)
     assert work(configured(), 0) == {"evaluate": (tokens, 2 * N * tokens)}
 
 
@@ -67,11 +67,11 @@ def test_work_of_a_first_round_by_hand() -> None:
     found = work(config, 1)
     assert found["generate"] == (64 * 60, 2 * N * 64 * 60)
     # The previous policy is the base: one policy scores both answers.
-    assert found["mix-opponent"] == (64 * (50 + 60), 2 * N * 64 * 110)
+    assert found["mix-opponent"] == (64 * 90, 2 * N * 64 * 90)
     watched = 32 * 50
-    assert found["train"] == (2 * 64 * 110 + watched, 6 * N * 2 * 64 * 110 + 2 * N * watched)
+    assert found["train"] == (2 * 64 * 90 + watched, 6 * N * 2 * 64 * 90 + 2 * N * watched)
     # policy: real, its own sample, the previous one's sample; base: the sample.
-    evaluated = 10 * (50 + 60 + 60 + 60)
+    evaluated = 10 * (20 + 30 + 40 + 40 + 60)
     assert found["evaluate"] == (10 * 60 + evaluated, 2 * N * (10 * 60 + evaluated))
 
 
@@ -79,12 +79,12 @@ def test_work_of_a_later_round_counts_scores_that_are_not_cached() -> None:
     config = configured(data={"prompts_per_round": 40}, objective={"alpha": 0.5}, opponent={"history": "all"})
     # Round 3: 120 pairs under pi_2; under pi_0 the new pairs' answers and the human ones not seen before: the third
     # piece of 40 of the permutation of 100 rows has 20 new prompts.
-    tokens = 120 * (50 + 60) + 40 * 60 + 20 * 50
+    tokens = 120 * 90 + 40 * 60 + 20 * 30
     assert work(config, 3)["mix-opponent"] == (tokens, 2 * N * tokens)
     same = configured(data={"prompts_per_round": 40, "round_prompts": "same"}, objective={"alpha": 0.5})
-    tokens = 120 * (50 + 60) + 40 * 60
+    tokens = 120 * 90 + 40 * 60
     assert work(same, 3)["mix-opponent"][0] == tokens
-    assert work(config, 2)["evaluate"][0] == 10 * 60 + 10 * (50 + 4 * 60)
+    assert work(config, 2)["evaluate"][0] == 10 * 60 + 10 * (20 + 30 + 40 + 40 + 2 * 60)
 
 
 @pytest.mark.parametrize("round_number", [1, 2, 5])
@@ -92,8 +92,8 @@ def test_the_ends_of_alpha_need_one_policy_s_scores(round_number: int) -> None:
     def scored(alpha: float) -> float:
         return work(configured(objective={"alpha": alpha}, opponent={"history": 1}), round_number)["mix-opponent"][0]
 
-    assert scored(1.0) == 64 * 110  # never the base
-    assert scored(0.0) <= 64 * 110  # never the previous policy; human answers may be cached
+    assert scored(1.0) == 64 * 90  # never the base
+    assert scored(0.0) <= 64 * 90  # never the previous policy; human answers may be cached
     if round_number == 1:
         assert scored(0.5) == scored(1.0)
     else:
@@ -103,7 +103,7 @@ def test_the_ends_of_alpha_need_one_policy_s_scores(round_number: int) -> None:
 def test_gradient_checkpointing_runs_the_forward_pass_twice() -> None:
     plain = work(configured(), 1)["train"][1]
     again = work(configured(training={"gradient_checkpointing": True}), 1)["train"][1]
-    assert again - plain == 2 * N * 64 * 110
+    assert again - plain == 2 * N * 64 * 90
 
 
 @given(st.integers(1, 8), st.integers(1, 100), st.sampled_from(["fresh", "same"]), st.sampled_from([0.0, 0.3, 1.0]))
@@ -152,14 +152,14 @@ def test_a_round_has_no_more_prompts_than_there_are_rows(asked: int | None, give
      ("fp32", "adamw", 16), ("fp32", "rmsprop", 12)],
 )  # fmt: skip
 def test_training_memory_by_hand(precision: str, optimizer: str, per_parameter: int) -> None:
-    config = configured(training={"precision": precision, "optimizer": optimizer, "micro_batch_size": 4})
+    config = configured(training={"precision": precision, "optimizer": optimizer}, resources={"tokens_per_pass": 900})
     parts = stage_memory(config, SMOLLM, SIZES, engine="hf", device="cpu")["train"]
     activations = parts.pop("activations")
     assert sum(parts.values()) == per_parameter * N
-    tokens = 2 * 4 * (50 + 70)
-    per_layer = {"mixed": 30 * 576 + 4 * 192 + 8 * 1536, "bf16": 20 * 576 + 4 * 192 + 8 * 1536,
-                 "fp32": 32 * 576 + 8 * 192 + 16 * 1536}[precision] + 5 * 9  # fmt: skip
-    assert activations == 31 * tokens * per_layer + 10 * 2 * 4 * 70 * 49_152
+    tokens = 900
+    per_layer = {"mixed": 32 * 576 + 4 * 192 + 8 * 1536, "bf16": 22 * 576 + 4 * 192 + 8 * 1536,
+                 "fp32": 36 * 576 + 8 * 192 + 16 * 1536}[precision] + 5 * 9  # fmt: skip
+    assert activations == 31 * tokens * per_layer + 10 * 900 * 49_152
 
 
 def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known_for_rmsprop() -> None:
@@ -239,7 +239,8 @@ def saved_for_backward(model: LlamaForCausalLM, rows: int, prompt: int, answer: 
 
     answer_logprobs(model, [[2] * 4], [[3] * 4], precision=precision)  # the head is found out once, without gradients
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        sums = answer_logprobs(model, [[2] * prompt] * rows, [[3] * answer] * rows, precision=precision)
+        prompts = [[2 + row] * prompt for row in range(rows)]  # unlike, so that none is shared
+        sums = answer_logprobs(model, prompts, [[3] * answer] * rows, precision=precision)
     return sum(storage.nbytes() for storage in kept.values()), sums
 
 
@@ -263,7 +264,7 @@ def test_activations_of_a_real_model(precision: str) -> None:
 def test_training_memory_is_within_a_fifth_of_the_tensors_of_a_real_step(precision: str, optimizer: str) -> None:
     """Weights, gradients, states, copies and what autograd keeps, of a model of ten layers."""
     config = configured(
-        training={"precision": precision, "optimizer": optimizer, "micro_batch_size": 2, "batch_size": 2},
+        training={"precision": precision, "optimizer": optimizer, "batch_size": 2}, resources={"tokens_per_pass": 396},
         data={"max_prompt_tokens": 60, "max_length": 100}, generation={"max_new_tokens": 40},
     )  # fmt: skip
     model, shape = llama(10, precision)

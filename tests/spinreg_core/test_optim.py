@@ -12,7 +12,7 @@ from torch import nn
 from spinreg_core.config import TrainingConfig
 from spinreg_core.optim import batches, data_order, learning_rate, make_optimizer
 
-NAMES = [f"1:{i:016x}" for i in range(20)]
+PAIRS = [{"pair_id": f"1:{i:016x}", "prompt_id": f"{i:016x}"} for i in range(20)]
 
 
 def rates(total: int, warmup: float, schedule: Literal["linear", "cosine", "constant"]) -> list[float]:
@@ -39,19 +39,28 @@ def test_rates_are_positive_and_fall_after_the_peak(schedule: Literal["linear", 
 
 
 def test_order_is_a_permutation_that_depends_on_names_seed_round_and_epoch() -> None:
-    order = data_order(NAMES, seed=1, round_number=2, epoch=0)
+    order = data_order(PAIRS, seed=1, round_number=2, epoch=0)
     assert sorted(order) == list(range(20))
-    shuffled = [NAMES[i] for i in reversed(range(20))]
+    shuffled = [PAIRS[i] for i in reversed(range(20))]
     again = data_order(shuffled, seed=1, round_number=2, epoch=0)
-    assert [shuffled[i] for i in again] == [NAMES[i] for i in order]
-    others = [data_order(NAMES, seed=s, round_number=r, epoch=e) for s, r, e in [(2, 2, 0), (1, 3, 0), (1, 2, 1)]]
+    assert [shuffled[i] for i in again] == [PAIRS[i] for i in order]
+    others = [data_order(PAIRS, seed=s, round_number=r, epoch=e) for s, r, e in [(2, 2, 0), (1, 3, 0), (1, 2, 1)]]
     assert len({tuple(o) for o in [order, *others]}) == 4
     # Fixed for good: a round continued by a later version must go on in the same order.
     assert order[:6] == [5, 14, 4, 11, 2, 19]
 
 
+def test_pairs_of_one_prompt_follow_each_other() -> None:
+    several = [{"pair_id": f"{r}:{i:016x}", "prompt_id": f"{i:016x}"} for r in (1, 2, 3) for i in range(20)]
+    order = data_order(several, seed=1, round_number=2, epoch=0)
+    prompts = [several[i]["prompt_id"] for i in order]
+    assert all(len(set(prompts[3 * k : 3 * k + 3])) == 1 for k in range(20))
+    assert sorted(order) == list(range(60))
+    assert len({order[3 * k] // 20 for k in range(20)}) == 3, "which of its pairs comes first is drawn too"
+
+
 def test_batches_cover_every_pair_once_per_epoch() -> None:
-    found = batches(NAMES, batch_size=8, epochs=3, seed=0, round_number=1)
+    found = batches(PAIRS, batch_size=8, epochs=3, seed=0, round_number=1)
     assert [(epoch, len(rows)) for epoch, rows in found] == [(e, n) for e in range(3) for n in (8, 8, 4)]
     for epoch in range(3):
         assert sorted(i for e, rows in found for i in rows if e == epoch) == list(range(20))

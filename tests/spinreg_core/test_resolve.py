@@ -266,8 +266,8 @@ def test_a_check_across_fields_speaks_for_itself() -> None:
     assert refusal({"rounds": 1, "until_round": 2}) == [
         "  - configuration: give rounds (advance by) or until_round (advance to), not both"
     ]
-    [line] = refusal({"training": {"batch_size": 8, "micro_batch_size": 3}})
-    assert line == "  - training: batch_size (8) must be a multiple of micro_batch_size (3)"
+    [line] = refusal({"data": {"max_length": 100, "max_prompt_tokens": 100}})
+    assert line.startswith("  - data: max_length (100) must exceed max_prompt_tokens (100), or the longest prompt")
 
 
 def test_a_group_that_is_no_mapping() -> None:

@@ -29,7 +29,7 @@ def scored(
     for name, model in (("previous", previous), ("base", base)):
         for which in ("real", "generated") if model is not None else ():
             values = score(model, [p["prompt_ids"] for p in pairs], [p[f"{which}_ids"] for p in pairs],
-                           precision=precision, batch_size=5)  # fmt: skip
+                           precision=precision, tokens_per_pass=100)  # fmt: skip
             for pair, value in zip(found, values, strict=True):
                 pair[f"{name}_{which}"] = value
     return found
@@ -37,10 +37,10 @@ def scored(
 
 def a_round(model: PreTrainedModel, pairs: list[Pair], alpha: float = 1.0, **settings: Any) -> Round:
     objective = {"alpha": alpha, "beta": settings.pop("beta", 0.1), "link": settings.pop("link", "logistic")}
-    number = settings.pop("round_number", 2)
+    number, tokens = settings.pop("round_number", 2), settings.pop("tokens_per_pass", 2048)
     training = {"precision": "fp32", "learning_rate": 1e-3} | settings
     return Round(model, pairs, objective=ObjectiveConfig(**objective), training=TrainingConfig(**training), seed=3,
-                 round_number=number)  # fmt: skip
+                 round_number=number, tokens_per_pass=tokens)  # fmt: skip
 
 
 def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -79,7 +79,7 @@ def test_first_margin_in_bfloat16_is_zero_up_to_noise(precision: Precision) -> N
         model = model.to(torch.bfloat16)
     pairs = scored(random_pairs(120, 6), model, None, precision)
     # Another layout than scoring's, so that rounding differs.
-    margins = a_round(model, pairs, precision=precision, batch_size=120, micro_batch_size=40).gradient(pairs)["margin"]
+    margins = a_round(model, pairs, precision=precision, batch_size=120, tokens_per_pass=700).gradient(pairs)["margin"]
     assert any(m != 0 for m in margins)
     mean, error = mean_and_error(margins)
     assert abs(mean) < 3 * error
@@ -88,11 +88,11 @@ def test_first_margin_in_bfloat16_is_zero_up_to_noise(precision: Precision) -> N
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_batch_is_its_micro_batches(precision: Precision, checkpointing: bool) -> None:
+def test_one_batch_is_its_passes(precision: Precision, checkpointing: bool) -> None:
     pairs = scored(random_pairs(8, 2), tiny_model(seed=1), tiny_model(seed=2))
     whole, parts = tiny_model(), tiny_model()
     a = a_round(whole, pairs, 0.5, precision=precision).gradient(pairs)
-    other = a_round(parts, pairs, 0.5, precision=precision, micro_batch_size=1, gradient_checkpointing=checkpointing)
+    other = a_round(parts, pairs, 0.5, precision=precision, tokens_per_pass=1, gradient_checkpointing=checkpointing)
     b = other.gradient(pairs)
     tolerance = 1e-4 if precision == "fp32" else 0.05
     assert b["loss"] == pytest.approx(a["loss"], abs=tolerance)
@@ -105,7 +105,7 @@ def test_one_batch_is_its_micro_batches(precision: Precision, checkpointing: boo
 def test_a_short_last_batch_is_averaged_over_its_own_pairs() -> None:
     pairs = scored(random_pairs(11, 2), tiny_model(seed=1), tiny_model(seed=2))
     model = tiny_model()
-    round_ = a_round(model, pairs, 0.5, batch_size=8, micro_batch_size=2, epochs=2)
+    round_ = a_round(model, pairs, 0.5, batch_size=8, tokens_per_pass=60, epochs=2)
     assert [len(rows) for _, rows in round_.batches] == [8, 3, 8, 3]
     batch = [pairs[i] for i in round_.batches[1][1]]
     round_.gradient(batch)
@@ -126,7 +126,7 @@ def test_steps_equal_a_loop_written_out(max_norm: float | None) -> None:
     pairs = scored(random_pairs(6, 5), previous, base)
     model, reference = tiny_model(seed=1), tiny_model(seed=1)
     round_ = a_round(model, pairs, 0.25, beta=[9.0, 0.2], learning_rate=[9.0, 0.01], warmup=0.5, batch_size=3,
-                     micro_batch_size=1, max_grad_norm=max_norm, weight_decay=0.01)  # fmt: skip
+                     tokens_per_pass=1, max_grad_norm=max_norm, weight_decay=0.01)  # fmt: skip
     squares = {name: torch.zeros_like(p) for name, p in reference.named_parameters()}
     for number in range(2):
         batch = [pairs[i] for i in round_.batches[number][1]]
@@ -207,7 +207,7 @@ def test_a_fall_of_human_answers_is_measured_and_reported(alpha: float, round_nu
     round_ = a_round(model, pairs, alpha, round_number=round_number, learning_rate=1e-12)
     round_.watch_start()
     answers = [p["prompt_ids"] for p in pairs], [p["real_ids"] for p in pairs]
-    before = score(model, *answers, precision="fp32")
+    before = score(model, *answers, precision="fp32", tokens_per_pass=200)
     assert sorted(round_.state.watched_start or []) == pytest.approx(sorted(before), abs=1e-3)
     round_.step()
     calm = round_.summary()
@@ -215,7 +215,7 @@ def test_a_fall_of_human_answers_is_measured_and_reported(alpha: float, round_nu
     assert calm["alarms"] == []
     with torch.no_grad():  # surer of its own tokens, which the human answers are not
         model.lm_head.weight *= 2
-    after = score(model, *answers, precision="fp32")
+    after = score(model, *answers, precision="fp32", tokens_per_pass=200)
     change = statistics.fmean(b - a for a, b in zip(before, after, strict=True))
     found = round_.summary()
     assert found["real_logprob_change"] == pytest.approx(change, abs=1e-3)
@@ -240,7 +240,7 @@ def test_a_loss_that_is_not_finite_stops_and_changes_nothing() -> None:
     pairs[3]["previous_real"] = math.nan
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(BadInput, match=r"step 1, pairs 1:0{15}3: found a loss that is not finite"):
-        a_round(model, pairs, micro_batch_size=2).step()
+        a_round(model, pairs, tokens_per_pass=50).step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

@@ -34,7 +34,7 @@ ALPHA = 0.25
 CONFIG = RunConfig(
     generation=GenerationConfig(engine="hf", dtype="float32", max_new_tokens=8, shard_size=5, batch_size=4),
     training=TrainingConfig(precision="fp32"),
-    evaluation=EvaluationConfig(bootstrap=100, shown_samples=3, score_batch_size=4),
+    evaluation=EvaluationConfig(bootstrap=100, shown_samples=3),
     objective={"alpha": ALPHA},
     resources={"device": "cpu"},
 )

@@ -82,7 +82,7 @@ class Run:
             "opponent": {"history": "all"},
             "training": {"precision": "fp32"},
         } | groups
-        config = RunConfig(resources={"device": "cpu"}, evaluation={"score_batch_size": 5}, **groups)  # type: ignore[arg-type]
+        config = RunConfig(resources={"device": "cpu", "tokens_per_pass": 100}, **groups)  # type: ignore[arg-type]
         inputs = {
             "data": self.data,
             "generations": self.generations[number - 1],
@@ -110,7 +110,11 @@ class Run:
         model = load_policy(self.root / f"policy-{policy}" / "policy", "fp32", "cpu")
         for which in ("real", "generated"):
             expected = score(
-                model, [p["prompt_ids"] for p in pairs], [p[f"{which}_ids"] for p in pairs], precision="fp32"
+                model,
+                [p["prompt_ids"] for p in pairs],
+                [p[f"{which}_ids"] for p in pairs],
+                precision="fp32",
+                tokens_per_pass=70,
             )
             assert [p[f"{name}_{which}"] for p in pairs] == pytest.approx(expected, abs=1e-3)
 

@@ -36,7 +36,6 @@ SETTINGS = {
     "precision": "fp32",
     "learning_rate": 1e-3,
     "batch_size": 4,
-    "micro_batch_size": 2,
     "epochs": 2,
     "checkpoint_every_steps": 5,
 }
@@ -53,7 +52,9 @@ class Setting:
         rows = random_pairs(pairs, 5)
         for which in ("real", "generated"):
             prompts, answers = [p["prompt_ids"] for p in rows], [p[f"{which}_ids"] for p in rows]
-            for pair, value in zip(rows, score(self.folder, prompts, answers, precision="fp32"), strict=True):
+            for pair, value in zip(
+                rows, score(self.folder, prompts, answers, precision="fp32", tokens_per_pass=200), strict=True
+            ):
                 pair[f"previous_{which}"] = pair[f"base_{which}"] = value
         (root / "pairs").mkdir()
         pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS_SCHEMA), root / "pairs" / "pairs.parquet")
@@ -129,7 +130,9 @@ def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dic
     assert all((weights[name] != before[name]).any() for name in weights)  # every tensor was trained
     # The cached change is that of the policy as it was published.
     rows = pq.read_table(objects.fetch_file(setting.store, setting.pairs, "pairs.parquet")).to_pylist()
-    after = score(folder, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32")
+    after = score(
+        folder, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32", tokens_per_pass=200
+    )
     change = sum(b - r["previous_real"] for b, r in zip(after, rows, strict=True)) / PAIRS
     assert whole["metrics"]["real_logprob_change"] == pytest.approx(change, abs=1e-3)
 
