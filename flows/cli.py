@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
@@ -83,16 +84,23 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
         place = values
         for group in groups:
             place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"--param {item!r}", f"{group} = {place!r} given before", "either a group or its fields")
         place[field] = value
     return values
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from prefect.exceptions import CancelledRun
+
     from flows.spin import resolve_parameters, spin
 
     parameters = _parameters(arguments)
     resolve_parameters(arguments.config, parameters)  # a wrong field ends here, before a flow run exists
-    spin(config=arguments.config, **parameters)
+    try:
+        spin(config=arguments.config, **parameters)
+    except CancelledRun as error:
+        raise SpinregError(f"the run was cancelled: {error}") from error
     return 0
 
 
@@ -151,6 +159,9 @@ def main(argv: list[str] | None = None) -> int:
     except SpinregError as error:
         print(f"spinreg: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # the reader of our output (head, less) has had enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else the interpreter complains when it ends)
+        return 0
 
 
 if __name__ == "__main__":

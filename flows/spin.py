@@ -14,7 +14,9 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
+from prefect.states import Cancelled
 from pydantic import BaseModel, Field
 
 from flows.form import (
@@ -35,6 +37,7 @@ from spinreg_core.head import complete_round, open_session, read_config, stage_o
 from spinreg_core.report import metrics_markdown, metrics_table, write_report
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import open_store
+from tasks.cancel import RunCancelled, cancellation
 from tasks.context import Context, entered
 from tasks.display import artifact_key, flush, nested, run_log, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
@@ -91,7 +94,7 @@ def spin(
     training: TrainingForm = TrainingForm(),
     evaluation: EvaluationForm = EvaluationForm(),
     resources: ResourcesForm = ResourcesForm(),
-) -> dict[str, Any]:
+) -> dict[str, Any] | State[Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
     Everything left empty comes from `config`, from the existing run of that name, or from the defaults,
@@ -105,6 +108,13 @@ def spin(
         "seed": seed, "data": data, "opponent": opponent, "objective": objective, "generation": generation,
         "training": training, "evaluation": evaluation, "resources": resources,
     }  # fmt: skip
+    try:
+        return _advance(config, parameters)
+    except RunCancelled as error:
+        return Cancelled(message=str(error))
+
+
+def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
     log(f"resolved configuration:\n{show(resolved)}")
@@ -123,7 +133,7 @@ def spin(
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        with entered(Context(resolved, opened, session, target)):
+        with cancellation(str(flow_run.id)) as check, entered(Context(resolved, opened, session, target, check)):
             run_task(prepare, resolved.resources, resolved.run)
             if stage_object(session.head, 0, "evaluate") is None:
                 run_task(evaluate, resolved.resources, resolved.run, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -27,6 +27,12 @@ class Context:
     store: Store
     session: Session
     target: int = 0  # the round this flow run goes to
+    cancelled: Callable[[], None] = lambda: None  # raises once the flow run is cancelled
+
+    def check(self) -> None:
+        """Raises LeaseLost or RunCancelled where this flow run must not go on."""
+        self.session.check()
+        self.cancelled()
 
     @contextmanager
     def scratch(self, stage: str, writer: str) -> Iterator[Path]:

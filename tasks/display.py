@@ -2,8 +2,8 @@
 
 Decides: that everything shown is sent by one background thread, the newest state of a thing only, and again
 when the server could not be reached; what becomes of a nested flow while the server is away (measured with
-Prefect 3.7.7: tasks called directly need no server, not even for retries; a flow's start and end do, are tried
-for about a minute, and then end the run).
+Prefect 3.7.7: a task called directly needs no server, not even for retries, unless it has tags; a flow's start and
+end do, are tried for about a minute, and then end the run).
 Leaves out: what is shown (the tasks and flows).
 """
 
@@ -24,7 +24,7 @@ import httpx
 from spinreg_core.progress import ProgressLine
 
 if TYPE_CHECKING:
-    from prefect import Flow
+    from prefect import Flow, Task
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,7 +103,7 @@ def wait_for_server(patience_seconds: float = PATIENCE_SECONDS) -> bool:
     one absence is waited for once, not again at every call.
     """
     global _away_since
-    while not _server_answers():
+    while not server_answers():
         now = time.monotonic()
         if _away_since is None:
             _away_since = now
@@ -113,6 +113,24 @@ def wait_for_server(patience_seconds: float = PATIENCE_SECONDS) -> bool:
         time.sleep(_POLL_SECONDS)
     _away_since = None
     return True
+
+
+def called(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call `task` or, while the server is away, the same task without tags.
+
+    Tags make Prefect ask the server for concurrency slots before the task begins, and fail where it is away.
+    """
+    from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+
+    if server_answers():
+        try:
+            return cast(R, task(*args, **kwargs))
+        except ConcurrencySlotAcquisitionError:  # it went away in between; the task has not begun
+            pass
+    run_log()(f"the Prefect server is away; {task.name} goes on without its tags")
+    untagged = task.with_options()
+    untagged.tags = set()
+    return cast(R, untagged(*args, **kwargs))
 
 
 def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -157,7 +175,7 @@ def _close_nested(parent: UUID, begun_before: datetime) -> None:
         client.set_flow_run_state(run.id, state, force=True)
 
 
-def _server_answers() -> bool:
+def server_answers() -> bool:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -197,7 +215,7 @@ def _send_all() -> None:
         except Exception as error:
             response = getattr(error, "response", None)  # of a proxy that finds no server behind it
             away = isinstance(error, httpx.TransportError) or (response is not None and response.status_code >= 500)
-            if away and response is not None and _server_answers():
+            if away and response is not None and server_answers():
                 tries[thing] = tries.get(thing, 0) + 1
                 away = tries[thing] < _TRIES
             if not away:

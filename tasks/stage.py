@@ -18,17 +18,18 @@ from spinreg_core.head import stage_object
 from spinreg_core.objects import read_manifest, require_manifest
 from spinreg_core.rounds import PLANS
 from spinreg_core.stages.job import Job
+from tasks.cancel import RunCancelled
 from tasks.context import current
-from tasks.display import StageProgress, artifact_key, run_log
+from tasks.display import StageProgress, artifact_key, called, run_log
 from tasks.process import run_stage
 from tasks.spare import prepare_spare, take_spare
 
 
 def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Only failures that another attempt may cure: not bad input, not damage, not a lost lease."""
+    """Only failures that another attempt may cure: not bad input, damage, a lost lease or a cancelled run."""
     try:
         state.result()
-    except (BadInput, Damaged, LeaseLost):
+    except (BadInput, Damaged, LeaseLost, RunCancelled):
         return False
     except BaseException:
         return True
@@ -44,7 +45,7 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
             retry_jitter_factor=0.3,
             retry_condition_fn=may_retry,
         )
-    result: Any = task(*arguments)
+    result: Any = called(task, *arguments)
     # A task that returns a state of its own ("Reused") hands back the state, not its data.
     return result.result() if isinstance(result, State) else result
 
@@ -64,7 +65,7 @@ def watched_stage(job: Job, *name: object) -> dict[str, Any]:
         on_start=(lambda: None) if last else prepare_spare,
         deadline_seconds=None if deadline is None else deadline * 60,
         on_progress=StageProgress(artifact_key(context.config.run, *name)),
-        check=context.session.check,
+        check=context.check,
     )
 
 
@@ -77,7 +78,7 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
     """
     context = current()
     store, session, config = context.store, context.session, context.config
-    session.check()
+    context.check()
     committed = stage_object(session.head, round_number, stage)
     plan = PLANS[stage](config, session.head, round_number)
     object_id = committed or plan.object_id

@@ -32,7 +32,7 @@ def gate(name):
         while not (here / f"{name}.go").exists():
             time.sleep(0.05)
 
-@task(retries=1, retry_delay_seconds=0.1)
+@task(retries=1, retry_delay_seconds=0.1, tags=["spinreg"])
 def work(number, part):
     with open(here / "trace", "a") as trace:
         print(number, part, file=trace)
@@ -43,11 +43,11 @@ def work(number, part):
 @flow(name="inner")
 def inner(number):
     progress = display.StageProgress(f"stage-{number}")
-    work(number, "a")
+    display.called(work, number, "a")
     gate(f"in-{number}")
     for done in range(1, 6):
         progress(ProgressLine("stage", done, 5, "rows", 1.0, 0))
-    work(number, "b")
+    display.called(work, number, "b")
     display.show_table(f"table-{number}", [{"round": number}], "a table")
     display.wait_for_server(display.PATIENCE_SECONDS)
     return number
