@@ -271,6 +271,10 @@ def _token_logprobs(head: _Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """
 
     def piece(h: Tensor, t: Tensor) -> Tensor:
+        if head.plain:
+            dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+            found: Tensor = _TargetLogprobs.apply((h * head.scale).to(dtype), head.linear.weight.to(dtype), t)
+            return found
         return -F.cross_entropy(head(h), t, reduction="none")
 
     size = max(1, _LOGITS_AT_ONCE // head.vocabulary)
@@ -280,6 +284,34 @@ def _token_logprobs(head: _Head, hidden: Tensor, targets: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return torch.cat([checkpoint(piece, h, t, use_reentrant=False) for h, t in pieces])
     return torch.cat([piece(h, t) for h, t in pieces])
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target]: hidden [tokens, width], weight [vocabulary, width] -> float32 [tokens].
+
+    One float32 buffer of logits becomes log-probabilities and then their gradient in place. Left to autograd there
+    would be three, each as large as all of a small model's activations. The backward pass can be run once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        table = (hidden @ weight.T).float()
+        torch.ops.aten._log_softmax.out(table, 1, False, out=table)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(hidden, weight, targets)
+            ctx.table = table
+        return table.gather(1, targets[:, None])[:, 0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (gradient,) = gradients  # [tokens]
+        hidden, weight, targets = ctx.saved_tensors
+        # d log p(target) / d logit = [is the target] - p
+        table = ctx.table.exp_().mul_(-gradient[:, None])
+        del ctx.table
+        table.scatter_add_(1, targets[:, None], gradient[:, None])
+        table = table.to(hidden.dtype)
+        return table @ weight, table.T @ hidden, None
 
 
 class _Head:
@@ -293,6 +325,7 @@ class _Head:
             getattr(config, "logits_scaling", None) or 1
         )
         self.cap = getattr(config, "final_logit_softcapping", None)
+        self.plain = not self.cap and getattr(linear, "bias", None) is None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden).float()

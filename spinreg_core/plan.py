@@ -172,7 +172,11 @@ def read_machine(config: RunConfig, tflops: float | None) -> dict[str, Any]:
     source = "stated"
     if tflops is None:
         dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
-        tflops, source = measured_tflops(device, dtype), f"measured, {str(dtype).removeprefix('torch.')} matrix product"
+        tflops = measured_tflops(device, dtype)
+        source = (
+            f"measured in a second, {str(dtype).removeprefix('torch.')} matrix product: work beside it lowers it, "
+            "--tflops states it"
+        )
     return {"device": device, "memory_bytes": memory, "tflops": tflops, "tflops_source": source}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,8 +83,9 @@ def test_projection_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     whole = answer_logprobs(model, prompts, answers, precision="fp32")
     expected = gradients(model, whole)
     sizes: list[int] = []
-    original = logprobs._Head.__call__
-    monkeypatch.setattr(logprobs._Head, "__call__", lambda self, h: (sizes.append(len(h)), original(self, h))[1])
+    original = logprobs._TargetLogprobs.apply
+    noted = SimpleNamespace(apply=lambda h, w, t: (sizes.append(len(h)), original(h, w, t))[1])
+    monkeypatch.setattr(logprobs, "_TargetLogprobs", noted)
     monkeypatch.setattr(logprobs, "_LOGITS_AT_ONCE", 4 * model.config.vocab_size)
     pieces = answer_logprobs(model, prompts, answers, precision="fp32")
     torch.testing.assert_close(pieces, whole)
