@@ -9,7 +9,8 @@ checkpointing, and the number format that is faster for it here (`--trl-bf16` ta
 a process of its own; its first step is left out.
 
 Lengths are drawn like those of chat data (log-normal, seed 0): prompts around 100 tokens, human answers 150, generated
-ones 200 and at most 256. Token ids are random, and so are the weights unless a folder is given: neither changes the work.
+ones 200 and at most 256. Token ids are random, and so are the weights unless a folder is given: neither changes the
+work.
 
 Model FLOPs are the work that had to be done, the same number for both: forward and backward of every prompt once and
 of every answer once, the vocabulary projection on answer tokens only, attention between tokens that see each other. The
@@ -80,10 +81,12 @@ def rows(arguments: argparse.Namespace, vocabulary: int) -> list[dict[str, Any]]
         found += [
             {"pair_id": f"{k + 1}:{number:016x}", "round": 1, "iterate": 0, "prompt_id": f"{number:016x}",
              "prompt_ids": prompt, "real_ids": real, "generated_ids": ids(200, 10, 256), "real_truncated": False,
-             "generated_truncated": False, "previous_real": -500.0, "previous_generated": -600.0, "base_real": None,
-             "base_generated": None}
+             "generated_truncated": False, "base_real": None, "base_generated": None}
             for k in range(arguments.answers)
         ]  # fmt: skip
+    for pair in found:  # what a policy that knows nothing says, so that margins start near zero as in a real round
+        for which in ("real", "generated"):
+            pair[f"previous_{which}"] = -math.log(vocabulary) * len(pair[f"{which}_ids"])
     return found
 
 
@@ -182,8 +185,8 @@ def timed_trl(arguments: argparse.Namespace) -> dict[str, Any]:
             output_dir=output, per_device_train_batch_size=per_pass, gradient_accumulation_steps=size // per_pass,
             max_steps=arguments.steps + 1, learning_rate=1e-7, lr_scheduler_type="constant", optim="rmsprop",
             beta=0.1, max_length=None, bf16=gpu or arguments.trl_bf16, use_cpu=not gpu, gradient_checkpointing=False,
-            precompute_ref_log_probs=True, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-            dataloader_pin_memory=gpu,
+            precompute_ref_log_probs=True, report_to="none", save_strategy="no", logging_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=gpu,
         )  # fmt: skip
         trainer = Prepared(
             model=arguments.folder, args=settings, train_dataset=dataset, callbacks=[clock],
@@ -239,6 +242,7 @@ def block(worker: str, arguments: argparse.Namespace, folder: str) -> dict[str, 
 def main() -> None:
     arguments = parse()
     if arguments.worker:
+        torch.set_flush_denormal(True)  # as the stage does; see spinreg_core/stages/train.py
         work = {"spinreg": timed_spinreg, "trl": timed_trl, "peak": lambda _: measured_peak()}
         print(json.dumps(work[arguments.worker](arguments)))
         return
@@ -267,8 +271,9 @@ def main() -> None:
         print(f"{worker:10} {rate:9.3f} {speed / 1e9:14.1f} {share:8.1%} {gib:11.2f}   "
               + ", ".join(f"{x:.3f}" for x in per_block))  # fmt: skip
     figures["ratio"] = figures["spinreg"]["pairs_per_s"] / figures["trl"]["pairs_per_s"]
-    figures["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"  # fmt: skip
-    figures["precision"] = {"spinreg": arguments.precision, "trl": "bf16" if arguments.trl_bf16 or torch.cuda.is_available() else "fp32"}  # fmt: skip
+    gpu = torch.cuda.is_available()
+    figures["device"] = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
+    figures["precision"] = {"spinreg": arguments.precision, "trl": "bf16" if gpu or arguments.trl_bf16 else "fp32"}
     print(f"ratio {figures['ratio']:.2f} on {figures['device']}")
     print(json.dumps(figures))
 

@@ -25,6 +25,7 @@ MUTABLE_FIELDS = frozenset(
         "resources",
         "training.gradient_checkpointing",
         "training.checkpoint_every_steps",
+        "training.max_nonfinite_steps",
     }
 )
 
@@ -177,6 +178,12 @@ class TrainingConfig(Group):
     epochs: int = Field(1, ge=1, description="Passes over the round's pairs (epochs).")
     batch_size: int = Field(8, ge=1, description="Pairs per optimiser step.")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradient clipping threshold (l2 norm); unset: none.")
+    max_nonfinite_steps: int = Field(
+        3,
+        ge=1,
+        description="Steps in a row with a loss or gradient that is not finite after which training stops; fewer are "
+        "skipped, counted and reported (steps).",
+    )
     precision: Literal["mixed", "bf16", "fp32"] = Field(
         "fp32",
         description="mixed: bf16 compute with fp32 master weights, right for GPUs; bf16: everything bf16; fp32: "

@@ -144,7 +144,8 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
         "previous": policy_object(head, round_number - 1),
     }
     training = config.training.model_dump(
-        mode="json", exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing"}
+        mode="json",
+        exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing", "max_nonfinite_steps"},
     )
     key = inputs | {
         "round": round_number, "seed": config.seed, "training": training,

@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class RoundState:
     @property
     def done(self) -> int:
         return len(self.metrics)
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is infinite or not a number."""
+
+    def __init__(self, found: str, pairs: Sequence[Pair]) -> None:
+        super().__init__(found)
+        self.found, self.pair_ids = found, [pair["pair_id"] for pair in pairs]
 
 
 class Round:
@@ -130,7 +138,9 @@ class Round:
         these answers: on answers of q_t, -log_ratio_previous_generated estimates KL(q_t‖π_θ) - KL(q_t‖π_t), which
         is KL(π_t‖π_θ) where the opponent is π_t alone.
 
-        Raises BadInput naming the pairs where a loss or the gradient is not finite; weights are then unchanged.
+        Where a loss or the gradient is not finite the step is skipped: weights and optimiser stay as they are, and the
+        metrics have `skipped` (what was found) and `skipped_pairs` instead of numbers. Raises BadInput naming the pairs
+        once `training.max_nonfinite_steps` steps in a row are like that.
         """
         begin = time.monotonic()
         number = self.state.done
@@ -139,12 +149,14 @@ class Round:
         rate = learning_rate(
             number, self.steps, peak=self.peak, warmup=self.training.warmup, schedule=self.training.schedule
         )
-        values = self.gradient(batch, f"step {number + 1}")
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = get_total_norm(gradients)
-        grad_norm = float(norm)
-        if not math.isfinite(grad_norm):
-            self._refuse(f"step {number + 1}", f"a gradient norm of {grad_norm}", batch)
+        try:
+            values = self.gradient(batch)
+            norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            grad_norm = float(norm)
+            if not math.isfinite(grad_norm):
+                raise NotFinite(f"a gradient norm of {grad_norm}", batch)
+        except NotFinite as problem:
+            return self._skip(epoch, batch, problem)
         if self.training.max_grad_norm is not None:
             clip_grads_with_norm_(self.model.parameters(), self.training.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
@@ -161,10 +173,26 @@ class Round:
         self.consistent = True
         return metrics
 
-    def gradient(self, batch: Sequence[Pair], where: str = "batch") -> dict[str, list[float]]:
+    def _skip(self, epoch: int, batch: Sequence[Pair], problem: NotFinite) -> dict[str, Any]:
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"step": self.state.done + 1, "epoch": epoch + 1, "pairs": len(batch), "skipped": problem.found,
+                   "skipped_pairs": problem.pair_ids}  # fmt: skip
+        recent = [*self.state.metrics, metrics][-self.training.max_nonfinite_steps :]
+        if len(recent) == self.training.max_nonfinite_steps and all("skipped" in m for m in recent):
+            names = [name for m in recent for name in m["skipped_pairs"]]
+            raise BadInput(
+                f"training, steps {recent[0]['step']} to {metrics['step']}, pairs {', '.join(names[:8])}"
+                + (", ..." if len(names) > 8 else ""),
+                problem.found,
+                f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
+            )
+        self.state.metrics.append(metrics)
+        return metrics
+
+    def gradient(self, batch: Sequence[Pair]) -> dict[str, list[float]]:
         """Leave the gradient of the batch's mean loss in the parameters, in as many passes as the tokens need.
 
-        Returns `loss`, `margin`, `real`, `generated` per pair, in the order of `batch`. Raises BadInput for a loss
+        Returns `loss`, `margin`, `real`, `generated` per pair, in the order of `batch`. Raises NotFinite for a loss
         that is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
@@ -189,7 +217,7 @@ class Round:
                     values = self._losses(sums.double(), pairs)
                     if not torch.isfinite(values["loss"]).all():
                         bad = [p for p, x in zip(pairs, values["loss"].tolist(), strict=True) if not math.isfinite(x)]
-                        self._refuse(where, "a loss that is not finite", bad)
+                        raise NotFinite("a loss that is not finite", bad)
                     (values["loss"].sum() / len(batch)).backward()
                 for name, column in found.items():
                     for i, value in zip(rows, values[name].tolist(), strict=True):
@@ -209,19 +237,18 @@ class Round:
         m = margin(real, generated, *references, alpha=alpha)
         return {"loss": loss, "margin": m.detach(), "real": real.detach(), "generated": generated.detach()}
 
-    def _refuse(self, where: str, found: str, pairs: Sequence[Pair]) -> NoReturn:
-        names = ", ".join(p["pair_id"] for p in pairs[:8]) + (", ..." if len(pairs) > 8 else "")
-        raise BadInput(f"training, {where}, pairs {names}", found,
-                       f"finite numbers; try a learning rate below {self.peak:g} or precision fp32")  # fmt: skip
-
     def summary(self) -> dict[str, Any]:
         """What the round did; scores the watched human answers once more.
 
-        steps, pairs, first_loss, last_loss, loss, accuracy, margin (means over the last epoch's pairs, each before its
-        update), seconds, tokens_per_second, real_logprob_change (mean of log π_{t+1} - log π_t over `watched_pairs`
-        human answers of the round, nats/answer), its standard error, and `alarms`: texts a user must see.
+        steps, skipped_steps, pairs, first_loss, last_loss, loss, accuracy, margin (means over the last epoch's pairs,
+        each before its update), seconds, tokens_per_second, real_logprob_change (mean of log π_{t+1} - log π_t over
+        `watched_pairs` human answers of the round, nats/answer), its standard error, and `alarms`: texts a user must
+        see. Raises BadInput where every step was skipped.
         """
-        metrics = self.state.metrics
+        metrics = [m for m in self.state.metrics if "skipped" not in m]
+        skipped = [m for m in self.state.metrics if "skipped" in m]
+        if not metrics:
+            raise BadInput(f"training of {len(skipped)} steps", f"{skipped[0]['skipped']} in each", "finite numbers")
         last = [m for m in metrics if m["epoch"] == metrics[-1]["epoch"]]
         weight = sum(m["pairs"] for m in last)
         means = {name: sum(m[name] * m["pairs"] for m in last) / weight for name in ("loss", "accuracy", "margin")}
@@ -233,6 +260,7 @@ class Round:
         change, error = mean_and_error([b - a for a, b in zip(start, end, strict=True)])
         found = {
             "steps": self.steps,
+            "skipped_steps": len(skipped),
             "pairs": len(self.pairs),
             "first_loss": metrics[0]["loss"],
             "last_loss": metrics[-1]["loss"],
@@ -244,13 +272,19 @@ class Round:
             "tokens_per_second": sum(m["tokens"] for m in metrics) / seconds,
             "alarms": [],
         }
+        if skipped:
+            names = ", ".join(dict.fromkeys(name for m in skipped for name in m["skipped_pairs"][:4]))
+            found["alarms"].append(
+                f"{len(skipped)} of {self.steps} steps were skipped, because a loss or gradient was not finite (pairs "
+                f"{names}): what they should have taught is missing."
+            )
         if fell(change, error):
-            found["alarms"] = [
+            found["alarms"].append(
                 f"The log-probability of the HUMAN answers fell over this round: {change:+.2f} nats/answer "
                 f"(standard error {error:.2f}, {len(start)} training pairs; {statistics.fmean(start):.1f} before, "
                 f"{statistics.fmean(end):.1f} after). The loss only asks that human answers gain on generated ones, "
                 f"and both may sink: {REMEDIES}."
-            ]
+            )
         return found
 
 

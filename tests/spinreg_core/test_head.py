@@ -321,6 +321,7 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
     values: dict[str, Any] = {
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
         "training.gradient_checkpointing": True, "training.checkpoint_every_steps": 3,
+        "training.max_nonfinite_steps": 9,
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")

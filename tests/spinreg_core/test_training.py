@@ -234,14 +234,26 @@ def test_noise_is_no_fall() -> None:
     assert not fell(*mean_and_error([-5.0]))  # one value says nothing about noise
 
 
-def test_a_loss_that_is_not_finite_stops_and_changes_nothing() -> None:
+def test_a_loss_that_is_not_finite_is_skipped_and_changes_nothing() -> None:
     model = tiny_model()
     pairs = scored(random_pairs(6, 4), model, None)
-    pairs[3]["previous_real"] = math.nan
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(BadInput, match=r"step 1, pairs 1:0{15}3: found a loss that is not finite"):
-        a_round(model, pairs, tokens_per_pass=50).step()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    pairs[3]["previous_generated"] = math.nan
+    round_ = a_round(model, pairs, tokens_per_pass=50, batch_size=2)
+    round_.watch_start()
+    (at,) = [n for n, (_, rows) in enumerate(round_.batches) if 3 in rows]
+    for number in range(3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        metrics = round_.step()
+        same = all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        assert same is (number == at)
+        assert ("skipped" in metrics) is (number == at)
+    skipped = round_.state.metrics[at]
+    assert skipped["skipped"] == "a loss that is not finite"
+    assert skipped["skipped_pairs"] == [pairs[3]["pair_id"]]
+    summary = round_.summary()
+    assert summary["skipped_steps"] == 1
+    assert any("1 of 3 steps were skipped" in text and pairs[3]["pair_id"] in text for text in summary["alarms"])
+    assert math.isfinite(summary["loss"])
 
 
 def test_a_gradient_that_is_not_finite_stops_and_changes_nothing() -> None:
@@ -249,11 +261,12 @@ def test_a_gradient_that_is_not_finite_stops_and_changes_nothing() -> None:
     pairs = scored(random_pairs(3, 4), model, None)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     model.model.norm.weight.register_hook(lambda gradient: gradient * math.inf)
-    round_ = a_round(model, pairs)
-    with pytest.raises(BadInput, match=r"step 1, pairs 1:.*found a gradient norm of (inf|nan)"):
+    round_ = a_round(model, pairs, epochs=4, max_nonfinite_steps=3)
+    assert ["skipped" in round_.step() for _ in range(2)] == [True, True]
+    with pytest.raises(BadInput, match=r"steps 1 to 3, pairs 1:.*found a gradient norm of (inf|nan)"):
         round_.step()
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    assert round_.state.done == 0
+    assert not round_.optimizer.state
 
 
 def test_pairs_without_the_scores_the_loss_reads_are_refused() -> None:
