@@ -177,6 +177,7 @@ def timed_trl(arguments: argparse.Namespace) -> dict[str, Any]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.times.append(time.perf_counter() - self.begin)
+            print(f"step of {self.times[-1]:.1f} s", file=sys.stderr, flush=True)
 
     clock = Clock()
     gpu = torch.cuda.is_available()
@@ -236,7 +237,9 @@ def block(worker: str, arguments: argparse.Namespace, folder: str) -> dict[str, 
     passed += ["--trl-bf16"] if arguments.trl_bf16 else []
     command = [sys.executable, __file__, *passed, "--worker", worker, "--folder", folder]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(f"{worker}: {found}", file=sys.stderr, flush=True)
+    return found
 
 
 def main() -> None:
