@@ -124,7 +124,7 @@ def test_without_data_and_without_a_number_of_prompts_nothing_can_be_planned(tmp
 def test_the_rate_is_measured_or_stated() -> None:
     machine = read_machine(configured(), None)
     assert machine["tflops"] > 1e-4
-    assert machine["tflops_source"] .startswith("measured in a second, float32 matrix product")
+    assert machine["tflops_source"].startswith("measured in a second, float32 matrix product")
     assert "bfloat16" in read_machine(configured(training={"precision": "mixed"}), None)["tflops_source"]
     assert read_machine(configured(), 500.0) | {"memory_bytes": 0} == {
         "device": "cpu", "memory_bytes": 0, "tflops": 500.0, "tflops_source": "stated"
