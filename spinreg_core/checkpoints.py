@@ -3,98 +3,144 @@
 Decides: what a checkpoint holds (safetensors and JSON, never pickle) and what a published policy folder is.
 Leaves out: when they are written and where to (`stages/train.py`), the loop (`training.py`).
 
-A checkpoint: `weights.safetensors` (master weights), `optimizer.safetensors` (its state as `<parameter>/<name>`, and
-the random number generators), `state.json` (everything else).
+A checkpoint is written by torch.distributed.checkpoint, every rank its own share (`shard-00001-...safetensors`), and
+can be read by any number of ranks. Its tensors: `weights/<parameter>` (trained master weights),
+`optimizer/<parameter>/<name>` and `rng/<device>`; everything else is in `state.json`.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+import warnings
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import GenerationConfig, PreTrainedModel
 
 from spinreg_core.errors import Damaged
+from spinreg_core.ranks import Ranks
+from spinreg_core.sharding import save_weights
 
-_RNG = "rng/"
 
+def start_checkpoint(
+    folder: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    ranks: Ranks,
+    group: dist.ProcessGroup | None = None,
+) -> Future[Any]:
+    """Copy a checkpoint to host memory, and return while it is being written into a folder. `state` is JSON.
 
-def save_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Write a checkpoint into a folder. `state` is JSON."""
+    The future is done when all ranks have written theirs, and raises on each what any of them met. `group` is
+    what they agree over (gloo), nobody else's meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = dict(model.named_parameters())  # a tied weight appears once
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / "weights.safetensors")
-    tensors: dict[str, Tensor] = {f"{_RNG}cpu": torch.get_rng_state()}
+    if ranks.first:
+        (folder / "state.json").write_text(json.dumps(state))
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        begun = dcp.async_save(
+            _tensors(model, optimizer), storage_writer=writer, process_group=group, no_dist=ranks.size == 1
+        )
+    assert isinstance(begun, Future)
+    return begun
+
+
+def own_files(folder: Path, ranks: Ranks) -> list[Path]:
+    """Those of a finished checkpoint's files that this rank wrote; ranks of a node may share the folder."""
+    return sorted([*folder.glob(f"shard-{ranks.rank + 1:05d}-*"), *([folder / "state.json"] if ranks.first else [])])
+
+
+def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     if model.device.type == "cuda":
-        tensors[f"{_RNG}cuda"] = torch.cuda.get_rng_state(model.device)
-    for name, parameter in parameters.items():
+        found["rng/cuda"] = torch.cuda.get_rng_state(model.device)
+    for name, parameter in _trained(model).items():
+        found[f"weights/{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}/{key}"] = value.detach().cpu().contiguous()
-    save_file(tensors, folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps(state))
+            found[f"optimizer/{name}/{key}"] = value.detach()
+    return found
+
+
+def _trained(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight appears once
 
 
 def load_checkpoint(
-    files: Mapping[str, Path], model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, ranks: Ranks
 ) -> dict[str, Any]:
     """Put a checkpoint's weights, optimiser state and random number generators in place; returns its `state`.
 
-    `files` maps the three file names to paths. The optimiser must be fresh and made for this model. Raises Damaged
-    where weights are missing or of another shape.
+    `folder` holds the files of all ranks that wrote it. The optimiser must be fresh and made for this model. Raises
+    Damaged where weights are missing or of another shape.
     """
-    with safe_open(files["weights.safetensors"], "pt") as weights, torch.no_grad():
-        names = set(weights.keys())
-        for name, parameter in model.named_parameters():
-            found = weights.get_tensor(name) if name in names else None
-            if found is None or found.shape != parameter.shape:
-                raise Damaged(f"checkpoint weight {name}: found {None if found is None else tuple(found.shape)}; "
-                              f"expected shape {tuple(parameter.shape)}")  # fmt: skip
-            parameter.copy_(found)
+    parameters = _trained(model)
+    stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    sizes = {name: tuple(getattr(entry, "size", ())) for name, entry in stored.items()}
+    tensors: dict[str, Tensor] = {}
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in parameters.items():
+        found = sizes.get(f"weights/{name}")
+        if found != tuple(parameter.shape):
+            raise Damaged(f"checkpoint weight {name}: found {found}; expected shape {tuple(parameter.shape)}")
+        tensors[f"weights/{name}"] = parameter.detach()
+    for entry, size in sizes.items():
+        kind, _, rest = entry.partition("/")
+        if kind == "rng":
+            tensors[entry] = torch.zeros(size, dtype=torch.uint8)
+        elif kind == "optimizer":
+            name, _, key = rest.rpartition("/")
+            value = torch.zeros_like(parameters[name].detach()) if size else torch.zeros(())
+            tensors[entry] = states.setdefault(name, {})[key] = value
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.size == 1)
     numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    by_name = {name: numbers[id(p)] for name, p in model.named_parameters() if id(p) in numbers}
-    states: dict[int, dict[str, Tensor]] = {}
-    with safe_open(files["optimizer.safetensors"], "pt") as stored:
-        for entry in stored.keys():  # noqa: SIM118 (safe_open is no mapping)
-            if not entry.startswith(_RNG):
-                name, _, key = entry.rpartition("/")
-                states.setdefault(by_name[name], {})[key] = stored.get_tensor(entry)
-        torch.set_rng_state(stored.get_tensor(f"{_RNG}cpu"))
-        if model.device.type == "cuda" and f"{_RNG}cuda" in set(stored.keys()):
-            torch.cuda.set_rng_state(stored.get_tensor(f"{_RNG}cuda"), model.device)
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-    return json.loads(files["state.json"].read_text())
+    by_number = {numbers[id(parameters[name])]: state for name, state in states.items()}
+    optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng/cpu"])
+    if model.device.type == "cuda" and "rng/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng/cuda"], model.device)
+    return json.loads((folder / "state.json").read_text())
 
 
-def publish_policy(model: PreTrainedModel, previous: Path, folder: Path, dtype: torch.dtype | None = None) -> None:
+def publish_policy(
+    model: PreTrainedModel, previous: Path, folder: Path, dtype: torch.dtype | None = None, ranks: Ranks | None = None
+) -> None:
     """Write `model` as an ordinary Hugging Face folder that differs from `previous` in its weights only.
 
-    Weights are safetensors in `dtype` (None: as they are; the model itself is converted, so it is the one that
-    was published). Everything else (tokenizer, chat template, generation defaults) is copied byte for byte;
-    config.json too, except that its dtype names that of the weights.
+    Weights are safetensors in `dtype` (None: as they are). Everything else (tokenizer, chat template, generation
+    defaults) is copied byte for byte; config.json too, except that its dtype names that of the weights. Of several
+    ranks each writes its share into its own `folder`.
     """
-    if dtype is not None:
-        model.to(dtype)  # type: ignore[arg-type]
-    model.generation_config = GenerationConfig()  # what a hub model brings may fail the check made on saving
-    model.save_pretrained(folder, max_shard_size="4GB")
-    for written in folder.iterdir():
-        if not _holds_weights(written.name):
-            written.unlink()
+    if ranks is not None and ranks.size > 1:
+        save_weights(model, folder, ranks, dtype)
+        if not ranks.first:
+            return
+    else:
+        if dtype is not None:
+            model.to(dtype)  # type: ignore[arg-type]
+        model.generation_config = GenerationConfig()  # what a hub model brings may fail the check made on saving
+        model.save_pretrained(folder, max_shard_size="4GB")
+        for written in folder.iterdir():
+            if not _holds_weights(written.name):
+                written.unlink()
     for source in sorted(p for p in previous.rglob("*") if p.is_file()):
         target = folder / source.relative_to(previous)
         if not _holds_weights(source.name) and source.name != "config.json":
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     config = json.loads((previous / "config.json").read_text())
-    _set_dtype(config, str(model.dtype).removeprefix("torch."))
+    _set_dtype(config, str(dtype or model.dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

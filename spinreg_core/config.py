@@ -23,8 +23,10 @@ MUTABLE_FIELDS = frozenset(
         "until_round",
         "store",
         "resources",
-        "training.gradient_checkpointing",
+        "training.activation_checkpointing",
         "training.checkpoint_every_steps",
+        "training.checkpoint_every_minutes",
+        "training.checkpoints_kept",
         "training.max_nonfinite_steps",
     }
 )
@@ -189,9 +191,22 @@ class TrainingConfig(Group):
         description="mixed: bf16 compute with fp32 master weights, right for GPUs; bf16: everything bf16; fp32: "
         "fastest on CPUs without bf16 matrix units.",
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="What the backward pass computes again instead of keeping it: nothing; all but matrix products and "
+        "attention (selective); whole layers (full, the least memory, a third more work).",
+    )
     checkpoint_every_steps: int | None = Field(
-        50, ge=1, description="Steps between resumable checkpoints in the store (optimiser steps). Unset: none."
+        50,
+        ge=1,
+        description="Steps between checkpoints in the store that a killed round goes on from (optimiser steps). Unset: "
+        "only by time.",
+    )
+    checkpoint_every_minutes: PositiveFloat | None = Field(
+        15.0, description="The same by time, whichever comes first (minutes). Unset: only by steps."
+    )
+    checkpoints_kept: int = Field(
+        2, ge=1, description="Newest checkpoints of a round that are kept while it is trained; older ones are deleted."
     )
     save_dtype: Literal["master", "bfloat16", "float32"] = Field(
         "master", description="Number format of the published policy; master is that of the master weights."
@@ -213,6 +228,23 @@ class ResourcesConfig(Group):
     """Where and how long stages run. May change between starts of the same run."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
+    processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Processes (ranks) per node that train, score and evaluate together, the weights spread over them: "
+        "auto is one per GPU, and one on a CPU.",
+    )
+    nodes: int = Field(1, ge=1, description="Machines that work together; the others run `spinreg join`.")
+    rendezvous: str | None = Field(
+        None, description="Where the machines meet: HOST:PORT on the one that runs the flow. Needed for several nodes."
+    )
+    shard_over: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Ranks that one copy of the weights is spread over (FSDP); beyond it copies are repeated (HSDP). "
+        "auto: the ranks of a node.",
+    )
+    collective_timeout_seconds: float = Field(
+        600.0, gt=0, description="Silence of a rank after which the others give up and name it (seconds)."
+    )
     tokens_per_pass: int = Field(
         2048,
         ge=1,
@@ -226,6 +258,12 @@ class ResourcesConfig(Group):
     retry_delay_seconds: float = Field(10.0, ge=0, description="Delay before the first retry, doubled each time (s).")
     deadline_minutes: float | None = Field(
         None, gt=0, description="A stage still running after this long is ended and counts as failed (minutes)."
+    )
+    stop_seconds: float = Field(
+        20.0,
+        gt=0,
+        description="Time a stage has to finish its step and commit a checkpoint when it is stopped (cancelled, or "
+        "preempted by SIGTERM), before it is killed. Prefect itself kills a cancelled run after 30 s (seconds).",
     )
     lease_seconds: float = Field(
         30.0, ge=2, description="Silence after which another process may take over a run (seconds)."
@@ -275,6 +313,11 @@ class RunConfig(Group):
             raise ValueError(
                 f"generation.max_new_tokens ({self.generation.max_new_tokens}) exceeds data.max_length - "
                 f"data.max_prompt_tokens ({room}): the longest prompt would leave no room for the answer"
+            )
+        if self.resources.nodes > 1 and self.resources.rendezvous is None:
+            raise ValueError(
+                f"resources.nodes is {self.resources.nodes} but resources.rendezvous is not set; give HOST:PORT of the "
+                "machine that runs the flow, where the others meet it"
             )
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:

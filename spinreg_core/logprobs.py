@@ -16,13 +16,15 @@ import math
 import operator
 import warnings
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -31,6 +33,7 @@ from spinreg_core.packed_attention import NAME
 from spinreg_core.packing import Layout, group, layout
 
 Precision = Literal["mixed", "bf16", "fp32"]
+T = TypeVar("T")
 
 # float32 logits that may exist at once (elements): 512 MiB. More answer tokens than that are taken in pieces.
 _LOGITS_AT_ONCE = 2**27
@@ -38,34 +41,32 @@ _LOGITS_AT_ONCE = 2**27
 _UNLIKE = 0.85
 
 
-def load_policy(folder: str | Path, precision: Precision, device: str | torch.device) -> PreTrainedModel:
-    """The causal language model in a Hugging Face folder, ready for `answer_logprobs`.
+def master_dtype(precision: Precision) -> torch.dtype:
+    """Number format of the weights that are trained: float32 for `mixed` and `fp32`, bfloat16 for `bf16`."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
-    Weights are float32 for `mixed` and `fp32`, bfloat16 for `bf16`. Only safetensors are read and no code from
-    the folder is run. Every dropout rate is zero, so training mode and evaluation mode compute the same.
-    Attention is SDPA where the architecture has it, and eager for models that cap attention logits (Gemma 2),
-    because SDPA would leave the cap out without saying so. Raises BadInput for a folder that cannot be loaded.
+
+def load_policy(folder: str | Path, precision: Precision, device: str | torch.device) -> PreTrainedModel:
+    """The causal language model in a Hugging Face folder, ready for `answer_logprobs`, in `master_dtype`.
+
+    Only safetensors are read and no code from the folder is run. Every dropout rate is zero, so training mode and
+    evaluation mode compute the same. Attention is SDPA where the architecture has it, and eager for models that cap
+    attention logits (Gemma 2), because SDPA would leave the cap out without saying so. Raises BadInput for a folder
+    that cannot be loaded.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        _zero_dropout(config)
+    with refused(folder):
+        config, arguments = architecture(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype,
+            dtype=master_dtype(precision),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            **({"attn_implementation": "eager"} if _caps_attention(config) else {}),
+            **arguments,
         )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(
-            f"policy folder {folder}", reason, "a Hugging Face causal language model with safetensors weights"
-        ) from error
     model: PreTrainedModel = loaded[0]
     # transformers fills such tensors with random numbers and goes on: another policy at every loading.
     absent = sorted([*loaded[1]["missing_keys"], *(str(key[0]) for key in loaded[1]["mismatched_keys"])])
@@ -74,10 +75,34 @@ def load_policy(folder: str | Path, precision: Precision, device: str | torch.de
             f"policy folder {folder}", f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...)",
             "weights for every tensor of the architecture its config.json names",
         )  # fmt: skip
+    model.to(device)  # type: ignore[arg-type]
+    return without_dropout(model)
+
+
+@contextmanager
+def refused(folder: str | Path) -> Iterator[None]:
+    """What transformers raises for a folder it cannot load, as BadInput."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(
+            f"policy folder {folder}", reason, "a Hugging Face causal language model with safetensors weights"
+        ) from error
+
+
+def architecture(folder: str | Path) -> tuple[Any, dict[str, Any]]:
+    """A folder's configuration without dropout, and what the model is to be made with besides."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    _zero_dropout(config)
+    return config, {"attn_implementation": "eager"} if _caps_attention(config) else {}
+
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in evaluation mode, its dropout layers at rate zero: some take theirs from nowhere in the config."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    model.to(device)  # type: ignore[arg-type]
     return model.eval()
 
 
@@ -117,16 +142,21 @@ def answer_logprobs(
     if not all(prompts):
         raise ValueError("an empty prompt has no position that predicts the first answer token")
     with compute_format(precision, model.device):
-        if max(map(len, map(operator.add, prompts, answers)), default=0) <= longest_packed(model):
-            return _packed_logprobs(model, prompts, answers)
-        return padded_logprobs(model, prompts, answers)
+        packed = max(map(len, map(operator.add, prompts, answers)), default=0) <= longest_packed(model)
+        return _as_forward(model, _packed_logprobs if packed else padded_logprobs, prompts, answers)
+
+
+def _as_forward(model: PreTrainedModel, function: Callable[..., T], *arguments: object) -> T:
+    """function(model, ...): for a sharded model as one forward pass, meanwhile its weights are whole."""
+    return model.as_forward(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
 
 
 def _packed_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
     groups, numbers = group(prompts, answers)
-    if not groups:
+    if not groups and not isinstance(model, FSDPModule):
         return torch.zeros(len(answers), device=model.device)
-    return _row_logprobs(model, layout(groups, model.device), numbers)
+    # The other ranks compute with this one's share of the weights: it takes part though it has nothing to do.
+    return _row_logprobs(model, layout(groups or [Group((0,), ((0,),))], model.device), numbers)
 
 
 def _row_logprobs(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Tensor:
@@ -135,7 +165,7 @@ def _row_logprobs(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Te
     if head is None:
         raise AssertionError("a model is packed only where its projection is known")
     by_token = _token_logprobs(head, hidden, row.targets)
-    sums = torch.zeros(max(numbers) + 2, device=model.device)  # the last: empty answers
+    sums = torch.zeros(sum(len(sizes) - 1 for sizes in row.sizes) + 1, device=model.device)  # the last: empty answers
     return sums.index_add(0, row.owners, by_token)[torch.tensor(numbers, device=model.device)]
 
 
@@ -165,7 +195,7 @@ def longest_packed(model: PreTrainedModel) -> float:
     """
     if model not in _longest_packed:
         try:
-            _longest_packed[model] = _probe_packing(model)
+            _longest_packed[model] = _as_forward(model, _probe_packing)
         except _CannotPack as reason:
             _longest_packed[model] = 0
             warnings.warn(
@@ -213,7 +243,9 @@ def padded_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: l
     sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     sums: list[Tensor] = [torch.empty(0)] * len(answers)
     head = _head(model)
-    for rows in _groups(sizes, split=model.device.type == "cpu"):
+    # Ranks that share weights must run equally many forward passes.
+    sharded = isinstance(model, FSDPModule)
+    for rows in _groups(sizes, split=model.device.type == "cpu" and not sharded):
         found = _group_logprobs(model, head, [prompts[i] for i in rows], [answers[i] for i in rows])
         for i, value in zip(rows, found.unbind(), strict=True):
             sums[i] = value
@@ -241,7 +273,7 @@ def _group_logprobs(
     device = model.device
     sums = torch.zeros(len(answers), device=device, dtype=torch.float32)
     owners = [i for i, answer in enumerate(answers) for _ in answer]
-    if not owners:
+    if not owners and not isinstance(model, FSDPModule):
         return sums
     # The last answer token is predicted but never conditioned on, so it is no input.
     rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
@@ -256,7 +288,7 @@ def _group_logprobs(
     positions = torch.tensor(at, device=device)
     targets = torch.tensor([token for answer in answers for token in answer], device=device)
     if head is None:
-        logits = model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
+        logits = model.forward(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
         by_token = -F.cross_entropy(logits.float(), targets, reduction="none")
     else:
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [batch, length, width]
@@ -365,7 +397,7 @@ def _agreeing_head(model: PreTrainedModel) -> _Head | None:
     hook = backbone.register_forward_hook(keep)
     try:
         with torch.autocast(model.device.type, enabled=False):
-            expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+            expected = model.forward(input_ids=tokens, use_cache=False).logits[0].float()
             if len(seen) != 1 or seen[0].shape[:2] != tokens.shape:
                 return None
             head = _Head(linear, model.config.get_text_config())

@@ -70,9 +70,10 @@ def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
     return manifest
 
 
-def _upload_folder(store: Store, job: Job, folder: Path) -> list[dict[str, Any]]:
+def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = None) -> list[dict[str, Any]]:
+    """Put files below `folder` (default: all) into the store; returns their entries in a manifest or part."""
     entries = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()) if paths is None else paths:
         name = path.relative_to(folder).as_posix()
         key = f"objects/{job.object_id}/data/{job.writer}/{name}"
         entry = {"name": name, "key": key, "size": path.stat().st_size, "sha256": sha256_file(path)}
@@ -86,14 +87,21 @@ def _now() -> str:
 
 
 def publish(
-    store: Store, job: Job, folder: Path, *, metrics: dict[str, Any], parts: Iterable[str] = (), seconds: float = 0.0
+    store: Store,
+    job: Job,
+    folder: Path,
+    *,
+    metrics: dict[str, Any],
+    parts: Iterable[str] = (),
+    uploaded: Iterable[dict[str, Any]] = (),
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
     """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
 
-    Files of the named parts are listed too, without being copied. If another attempt finished first, its
+    Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If another attempt finished first, its
     manifest is the one that counts and is returned; nothing of it is touched.
     """
-    files = _upload_folder(store, job, folder)
+    files = [*upload(store, job, folder), *uploaded]
     committed = list_parts(store, job.object_id)
     for name in parts:
         files += committed[name]["files"]
@@ -118,9 +126,8 @@ def publish(
     return manifest
 
 
-def commit_part(store: Store, job: Job, name: str, folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
-    """Commit the files below `folder` as one part. If the part exists already, it stays and is returned."""
-    files = _upload_folder(store, job, folder)
+def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
+    """Commit uploaded files as one part. If the part exists already, it stays and is returned."""
     part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": _now()}
     key = f"objects/{job.object_id}/parts/{name}.json"
     try:
@@ -132,13 +139,20 @@ def commit_part(store: Store, job: Job, name: str, folder: Path, meta: dict[str,
     return part
 
 
+def delete_part(store: Store, object_id: str, part: dict[str, Any]) -> None:
+    """Remove a part that is no longer needed: first what makes it exist, then its files."""
+    store.delete(f"objects/{object_id}/parts/{part['name']}.json")
+    for entry in part["files"]:
+        store.delete(entry["key"])
+
+
 def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
     """Committed parts by name, sorted by name."""
     found = {}
     for key in store.list(f"objects/{object_id}/parts/"):
         part = documents.read(store, key)
-        assert part is not None
-        found[part["name"]] = part
+        if part is not None:  # not deleted since
+            found[part["name"]] = part
     return dict(sorted(found.items()))
 
 

@@ -1,19 +1,21 @@
 """The optimiser of a round, its learning rate at every step, and the order in which pairs are seen.
 
-Decides: which optimiser and parameters, the schedule's closed form, the seeded order and the batches.
+Decides: which optimiser and parameters, what is recomputed, the schedule's closed form, the seeded order and batches.
 Leaves out: gradients and the loop (`training.py`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from spinreg_core.config import TrainingConfig
 from spinreg_core.pairs import Pair
@@ -34,6 +36,33 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     # One parameter after another: the foreach version holds a temporary as large as the whole model.
     return torch.optim.RMSprop(groups, lr=0.0, alpha=0.99, eps=1e-8, foreach=False)
+
+
+def recomputing(training: TrainingConfig) -> dict[str, Any]:
+    """Arguments of torch's `checkpoint` for `training.activation_checkpointing` selective or full."""
+    if training.activation_checkpointing == "full":
+        return {"use_reentrant": False}
+
+    def policy(_context: Any, operator: Any, *_arguments: Any, **_options: Any) -> CheckpointPolicy:
+        name = str(operator).removeprefix("aten.").partition(".")[0]
+        return CheckpointPolicy.MUST_SAVE if name in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
+
+
+# Operators whose results selective activation checkpointing keeps: those that are dear to repeat.
+_KEPT = frozenset(
+    {
+        "mm",
+        "bmm",
+        "addmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "flex_attention",
+    }
+)
 
 
 def learning_rate(

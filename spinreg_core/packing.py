@@ -95,22 +95,49 @@ def units(
     return found, sizes
 
 
-def bins(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], budget: int, *, shared: bool
-) -> list[list[int]]:
-    """Items (a prompt with the answers that must be computed together: a pair has two) into bins of `budget` tokens.
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Items to `hands` lists of about equal total size: largest first, each to the list with the least so far.
 
-    Items of one prompt share a bin where they fit, so the prompt is computed once; not `shared` counts it once per
-    answer. Deterministic; every item is in exactly one bin, the longest in the first.
+    Deterministic, and every item is in exactly one list. The largest total is at most 4/3 of the best possible one
+    (Graham 1969).
     """
-    if not shared:
-        return first_fit(
-            [sum(len(p) + len(a) for a in texts) for p, texts in zip(prompts, answers, strict=True)], budget
-        )
-    keys = [tuple(prompt) for prompt in prompts]
-    sizes = [{tuple(answer): len(answer) - 1 for answer in texts if answer} for texts in answers]
-    members, tokens = units(keys, [len(key) for key in keys], sizes, budget)
-    return [sorted(i for unit in chosen for i in members[unit]) for chosen in first_fit(tokens, budget)]
+    found: list[list[int]] = [[] for _ in range(hands)]
+    totals = [0] * hands
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = totals.index(min(totals))
+        found[at].append(i)
+        totals[at] += sizes[i]
+    return found
+
+
+def passes(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    budget: int,
+    *,
+    shared: bool,
+    ranks: int = 1,
+) -> list[list[list[int]]]:
+    """[rank][pass] -> items: each a prompt with the answers that must be computed together (a pair has two).
+
+    A pass has at most `budget` tokens, unless it is one item longer than that. Items of one prompt share a pass where
+    they fit, so the prompt is computed once; not `shared` counts it once per answer. Ranks get about equal tokens.
+    Deterministic; every item is in exactly one pass, and a rank's longest in its first.
+    """
+    if shared:
+        keys = [tuple(prompt) for prompt in prompts]
+        new = [{tuple(answer): len(answer) - 1 for answer in texts if answer} for texts in answers]
+        members, tokens = units(keys, [len(key) for key in keys], new, budget)
+    else:
+        members = [[i] for i in range(len(prompts))]
+        tokens = [sum(len(p) + len(a) for a in texts) for p, texts in zip(prompts, answers, strict=True)]
+    return [
+        [
+            sorted(i for at in chosen for i in members[hand[at]])
+            for chosen in first_fit([tokens[unit] for unit in hand], budget)
+        ]
+        for hand in deal(tokens, ranks)
+    ]
 
 
 @dataclass(frozen=True)

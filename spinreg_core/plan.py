@@ -165,7 +165,7 @@ def read_machine(config: RunConfig, tflops: float | None) -> dict[str, Any]:
     """Device, its memory and rate. Raises BadInput for a GPU that is not there."""
     import torch
 
-    from spinreg_core.scoring import resolve_device
+    from spinreg_core.ranks import resolve_device
 
     device = resolve_device(config.resources.device)
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _main_memory()

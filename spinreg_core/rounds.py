@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.config import RunConfig, of_round, sampling_dtype
+from spinreg_core.config import MUTABLE_FIELDS, RunConfig, of_round, sampling_dtype
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import SpinregError
 from spinreg_core.head import stage_object
@@ -145,7 +145,7 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
     }
     training = config.training.model_dump(
         mode="json",
-        exclude={"checkpoint_every_steps", "learning_rate", "gradient_checkpointing", "max_nonfinite_steps"},
+        exclude={"learning_rate", *(name.partition(".")[2] for name in MUTABLE_FIELDS if name.startswith("training."))},
     )
     key = inputs | {
         "round": round_number, "seed": config.seed, "training": training,

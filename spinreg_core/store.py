@@ -30,7 +30,7 @@ _MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 Gi
 
 
 class Store(Protocol):
-    """Keys are relative, '/'-separated. Nothing here ever deletes."""
+    """Keys are relative, '/'-separated. Nothing is deleted but by `delete`."""
 
     url: str
 
@@ -57,6 +57,9 @@ class Store(Protocol):
 
     def download(self, key: str, path: Path) -> None:
         """Copy a key of any size to a local file; FileNotFoundError where there is none."""
+
+    def delete(self, key: str) -> None:
+        """Remove a key. Does nothing where it does not exist."""
 
     def size(self, key: str) -> int | None:
         """Length in bytes, or None where the key does not exist."""
@@ -172,6 +175,9 @@ class FolderStore:
     def download(self, key: str, path: Path) -> None:
         shutil.copyfile(self._path(key), path)
 
+    def delete(self, key: str) -> None:
+        self._path(key).unlink(missing_ok=True)
+
     def size(self, key: str) -> int | None:
         try:
             return self._path(key).stat().st_size
@@ -281,6 +287,9 @@ class S3Store:
 
     def download(self, key: str, path: Path) -> None:
         self._fs.get_file(self._path(key), str(path))
+
+    def delete(self, key: str) -> None:
+        self._fs.call_s3("delete_object", Bucket=self.bucket, Key=self._key(key))
 
     def size(self, key: str) -> int | None:
         try:

@@ -1,8 +1,10 @@
 """One round of training: π_θ from π_t on pairs whose reference scores are cached.
 
 Decides: what a step does (accumulated gradient of the batch mean, clipping, update), what it reports, and when it
-refuses to go on. Leaves out: the loss (`objective.py`), optimiser, schedule and order (`optim.py`), the store and
-checkpoints (`stages/train.py`), more than one device.
+refuses to go on, on one rank or many. Leaves out: the loss (`objective.py`), optimiser, schedule and order
+(`optim.py`), the store and checkpoints (`stages/train.py`), how weights are spread over ranks (`sharding.py`).
+
+Every rank holds all pairs, takes its share of each step's, and ends each step with the numbers of all of them.
 
 No second model is in memory, and nothing is drawn: dropout is off and the order comes from hashes, so a round
 continued from a checkpoint is the round that was not interrupted: bit for bit on a CPU, up to the order of sums
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import PreTrainedModel
 
@@ -28,11 +31,14 @@ from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import answer_logprobs, compute_format, packs
 from spinreg_core.metrics import REMEDIES
 from spinreg_core.objective import margin, self_play_loss
-from spinreg_core.optim import batches, data_order, learning_rate, make_optimizer
-from spinreg_core.packing import bins
+from spinreg_core.optim import batches, data_order, learning_rate, make_optimizer, recomputing
+from spinreg_core.packing import passes
 from spinreg_core.pairs import SCORES, Pair, keyed
+from spinreg_core.ranks import Ranks
 from spinreg_core.scoring import score
+from spinreg_core.sharding import whole
 
+_VALUES = ("loss", "margin", "real", "generated")  # per pair
 WATCHED_PAIRS = 32  # pairs whose human answers are scored at both ends of a round
 
 
@@ -73,9 +79,10 @@ class Round:
         seed: int,
         round_number: int,
         tokens_per_pass: int,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
-        self.tokens_per_pass = tokens_per_pass
+        self.tokens_per_pass, self.ranks = tokens_per_pass, ranks or Ranks(model.device)
         self.beta = of_round(objective.beta, round_number)
         self.peak = of_round(training.learning_rate, round_number)
         if not pairs:
@@ -90,7 +97,6 @@ class Round:
         )
         self.optimizer = make_optimizer(model, training)
         self.state = RoundState()
-        self.consistent = True  # False while an update is half done
         order = [pairs[i] for i in data_order(pairs, seed=seed, round_number=round_number, epoch=-1)]
         # One of each human answer: with `round_prompts: same` several rounds' pairs share it.
         self.watched = list({keyed(pair, "real"): pair for pair in reversed(order)}.values())[::-1][:WATCHED_PAIRS]
@@ -98,10 +104,10 @@ class Round:
         start = "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
         self._watched_column = start
         torch.manual_seed(seed)
-        # Evaluation mode has no dropout, whoever loaded the model; only gradient checkpointing asks for the other.
-        model.train(training.gradient_checkpointing)
-        if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Evaluation mode has no dropout, whoever loaded the model; only activation checkpointing asks for the other.
+        model.train(training.activation_checkpointing != "none")
+        if training.activation_checkpointing != "none":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=recomputing(training))
 
     @property
     def steps(self) -> int:
@@ -125,6 +131,7 @@ class Round:
             [pair["real_ids"] for pair in self.watched],
             precision=self.training.precision,
             tokens_per_pass=self.tokens_per_pass,
+            ranks=self.ranks,
         )
 
     def step(self) -> dict[str, Any]:
@@ -151,7 +158,7 @@ class Round:
         )
         try:
             values = self.gradient(batch)
-            norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+            norm = whole(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
             grad_norm = float(norm)
             if not math.isfinite(grad_norm):
                 raise NotFinite(f"a gradient norm of {grad_norm}", batch)
@@ -161,7 +168,6 @@ class Round:
             clip_grads_with_norm_(self.model.parameters(), self.training.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.consistent = False
         self.optimizer.step()
         seconds = time.monotonic() - begin
         tokens = sum(2 * len(p["prompt_ids"]) + len(p["real_ids"]) + len(p["generated_ids"]) for p in batch)
@@ -170,7 +176,6 @@ class Round:
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
                     "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
         self.state.metrics.append(metrics)
-        self.consistent = True
         return metrics
 
     def _skip(self, epoch: int, batch: Sequence[Pair], problem: NotFinite) -> dict[str, Any]:
@@ -196,33 +201,43 @@ class Round:
         that is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        precision, device = self.training.precision, self.model.device
-        passes = bins(
+        precision = self.training.precision
+        shares = passes(
             [p["prompt_ids"] for p in batch],
             [[p["real_ids"], p["generated_ids"]] for p in batch],
             self.tokens_per_pass,
             shared=packs(self.model),
+            ranks=self.ranks.size,
         )
-        found: dict[str, list[float]] = {name: [0.0] * len(batch) for name in ("loss", "margin", "real", "generated")}
-        with compute_format(precision, device):  # weights are converted once for all passes
-            for rows in passes:
-                pairs = [batch[i] for i in rows]
-                sums = answer_logprobs(
-                    self.model,
-                    [p["prompt_ids"] for p in pairs] * 2,
-                    [p["real_ids"] for p in pairs] + [p["generated_ids"] for p in pairs],
-                    precision=precision,
-                )
-                with torch.autocast(device.type, enabled=False):
-                    values = self._losses(sums.double(), pairs)
-                    if not torch.isfinite(values["loss"]).all():
-                        bad = [p for p, x in zip(pairs, values["loss"].tolist(), strict=True) if not math.isfinite(x)]
-                        raise NotFinite("a loss that is not finite", bad)
-                    (values["loss"].sum() / len(batch)).backward()
-                for name, column in found.items():
-                    for i, value in zip(rows, values[name].tolist(), strict=True):
-                        column[i] = value
+        own, longest = shares[self.ranks.rank], max(map(len, shares))
+        table = torch.zeros(len(_VALUES), len(batch), dtype=torch.float64)
+        with compute_format(precision, self.model.device):  # weights are converted once for all passes
+            for k in range(longest):
+                if isinstance(self.model, FSDPModule):
+                    self.model.set_requires_all_reduce(k == longest - 1)  # copies of the weights meet once a step
+                if k < len(own):
+                    table[:, own[k]] = self._backward([batch[i] for i in own[k]], len(batch))
+                else:  # the others' weights are needed to the end
+                    answer_logprobs(self.model, [[0]], [[]], precision=precision).sum().backward()
+        found = dict(zip(_VALUES, self.ranks.sum(table).tolist(), strict=True))
+        bad = [pair for pair, loss in zip(batch, found["loss"], strict=True) if not math.isfinite(loss)]
+        if bad:
+            raise NotFinite("a loss that is not finite", bad)
         return found
+
+    def _backward(self, pairs: Sequence[Pair], count: int) -> Tensor:
+        """Add the gradient of these pairs' losses, of a mean over `count`; returns _VALUES by pairs, on the CPU."""
+        sums = answer_logprobs(
+            self.model,
+            [p["prompt_ids"] for p in pairs] * 2,
+            [p["real_ids"] for p in pairs] + [p["generated_ids"] for p in pairs],
+            precision=self.training.precision,
+        )
+        with torch.autocast(self.model.device.type, enabled=False):
+            values = self._losses(sums.double(), pairs)
+            # Ranks' gradients are averaged, and every rank has other pairs.
+            (values["loss"].sum() / count * self.ranks.size).backward()
+        return torch.stack([values[name].detach() for name in _VALUES]).cpu()
 
     def _losses(self, sums: Tensor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
         real, generated = sums.chunk(2)

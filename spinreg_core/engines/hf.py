@@ -19,7 +19,7 @@ from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.engines import Answer, Sampling, check_prompts, cut
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import load_policy
-from spinreg_core.scoring import resolve_device
+from spinreg_core.ranks import resolve_device
 
 
 class HfEngine:

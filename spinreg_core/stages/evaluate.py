@@ -16,6 +16,9 @@ at a time. Leaves `rows.parquet` (columns: `evaluation.py`), `metrics.json`, and
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,11 +28,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.errors import BadInput, Damaged, StageFailed
 from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics, require_final_answers
 from spinreg_core.metrics import Estimate, distinct_bigrams
-from spinreg_core.objects import fetch_file, fetch_folder, publish
+from spinreg_core.objects import fetch_file, fetch_folder, publish, read_manifest
 from spinreg_core.progress import Progress
+from spinreg_core.ranks import Ranks, join
 from spinreg_core.rounds import effective_alpha
 from spinreg_core.scoring import score
 from spinreg_core.stages.generate import ensure_generations
@@ -41,7 +45,7 @@ Columns = dict[str, list[Any]]
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Evaluate one iterate. Returns the manifest; its metrics are {name: value, ..., "intervals": {name: [low, high]}}.
+    """Evaluate one iterate. Returns the manifest (empty on ranks but the first); its metrics are {name: value, ..., "intervals": {name: [low, high]}}.
 
     Raises BadInput (a job without the earlier evaluations it needs, a policy whose scores are not finite), Damaged.
     """
@@ -61,7 +65,10 @@ def run(job: Job) -> dict[str, Any]:
         "final_answer": data["final_answer"],
     }
     rows |= _samples(store, job, data["prompt_id"])
-    rows |= _scores(store, job, data, rows["sample_ids"], base, previous)
+    ranks = join(config.resources)  # not before the samples: nobody waits in a collective for them
+    rows |= _scores(store, job, data, rows["sample_ids"], base, previous, ranks)
+    if not ranks.first:
+        return {}
     table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
     metrics = heldout_metrics(
         table,
@@ -104,7 +111,7 @@ def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
     """This policy's answers, in the order of the held-out rows; sampled now if they are not there."""
     part = job.extra["generate"]
     generate = replace(job, stage="generate", workdir=job.workdir / "generate", **part)
-    manifest = ensure_generations(generate)
+    manifest = _generated(store, generate)
     found: dict[str, dict[str, Any]] = {}
     for entry in manifest["files"]:
         path = fetch_file(store, generate.object_id, entry["name"])
@@ -123,22 +130,47 @@ def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
     }
 
 
+def _generated(store: Store, job: Job) -> dict[str, Any]:
+    """The manifest of the samples. Of several ranks the first has them made, by a process that leaves no memory taken;
+    the others watch the store."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return ensure_generations(job)
+    if int(os.environ["RANK"]) == 0 and read_manifest(store, job.object_id) is None:
+        job.workdir.mkdir(parents=True, exist_ok=True)
+        job_file = job.workdir / "job.json"
+        job.save(job_file)
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        ended = subprocess.run([sys.executable, "-u", "-m", "spinreg_core.stages.generate", str(job_file)],
+                               env=alone | {"OMP_NUM_THREADS": str(os.cpu_count())}, check=False)  # fmt: skip
+        if ended.returncode:
+            raise StageFailed(f"the samples of the held-out prompts: exit status {ended.returncode}; see above")
+    while (manifest := read_manifest(store, job.object_id)) is None:
+        time.sleep(1.0)
+    return manifest
+
+
 def _scores(
-    store: Store, job: Job, data: Columns, sample_ids: list[list[int]], base: Columns, previous: Columns
+    store: Store,
+    job: Job,
+    data: Columns,
+    sample_ids: list[list[int]],
+    base: Columns,
+    previous: Columns,
+    ranks: Ranks,
 ) -> Columns:
     """Every log-probability column: the earlier evaluations' where they have it, else scored now, model by model."""
     prompts, real = data["prompt_ids"], data["answer_ids"]
     nothing: list[Any] = [None] * len(prompts)
     own = {"real_logp": real, "sample_logp": sample_ids}
     if job.round == 0:
-        found = _score(store, job, [(job.inputs["policy"], own)], prompts)
+        found = _score(store, job, [(job.inputs["policy"], own)], prompts, ranks)
         found |= {"real_base_logp": found["real_logp"], "sample_base_logp": found["sample_logp"]}
         return {name: found.get(name, nothing) for name in ROWS_SCHEMA.names if name.endswith("_logp")}
     own["previous_sample_logp"] = previous["sample_ids"]
     work = [(job.inputs["policy"], own), (job.inputs["base"], {"sample_base_logp": sample_ids})]
     if job.inputs["previous"] != job.inputs["base"]:
         work.append((job.inputs["previous"], {"sample_previous_logp": sample_ids}))
-    found = _score(store, job, work, prompts)
+    found = _score(store, job, work, prompts, ranks)
     found.setdefault("sample_previous_logp", found["sample_base_logp"])
     return found | {
         "real_base_logp": base["real_logp"],
@@ -149,7 +181,7 @@ def _scores(
 
 
 def _score(
-    store: Store, job: Job, work: list[tuple[str, dict[str, list[list[int]]]]], prompts: list[list[int]]
+    store: Store, job: Job, work: list[tuple[str, dict[str, list[list[int]]]]], prompts: list[list[int]], ranks: Ranks
 ) -> Columns:
     """Log-probabilities of answers to `prompts`; work: (policy object, {column: answers}), each policy loaded once."""
     config = job.config
@@ -157,12 +189,12 @@ def _score(
     found: Columns = {}
     for policy, columns in work:
         values = score(
-            fetch_folder(store, policy, "policy"),
+            ranks.one_first(lambda policy=policy: fetch_folder(store, policy, "policy")),  # type: ignore[misc]
             prompts * len(columns),
             [answer for answers in columns.values() for answer in answers],
             precision=config.training.precision,
-            device=config.resources.device,
             tokens_per_pass=config.resources.tokens_per_pass,
+            ranks=ranks,
             progress=progress,
         )
         if not np.isfinite(values).all():
@@ -199,4 +231,4 @@ def _write_json(path: Path, document: object) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ranked=True)

@@ -36,7 +36,7 @@ from spinreg_core.errors import (
     StageFailed,
     StagePreempted,
 )
-from spinreg_core.objects import commit_part, fetch_file, fetch_folder, list_parts, publish, read_manifest
+from spinreg_core.objects import commit_part, fetch_file, fetch_folder, list_parts, publish, read_manifest, upload
 from spinreg_core.opponent import draw_iterate
 from spinreg_core.progress import Progress
 from spinreg_core.stages.job import Job, main
@@ -218,7 +218,7 @@ def _answer(job: Job, store: Store, shards: list[Shard], table: pa.Table, progre
             startup = 0.0  # counted once, with the first shard of an engine's life
             folder = job.workdir / shard.name
             _write(folder / "shards" / f"{shard.number:05d}.parquet", shard, rows, answers, renderer)
-            commit_part(store, job, shard.name, folder, meta)
+            commit_part(store, job, shard.name, upload(store, job, folder), meta)
     finally:
         engine.close()
 

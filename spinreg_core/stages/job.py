@@ -15,14 +15,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, SpinregError
+from spinreg_core.errors import EXIT_PREEMPTED
+from spinreg_core.stages.failures import any_recorded, described, record
 
 STARTER_VARIABLE = "SPINREG_STARTER"  # process id of the task's process, an ancestor of every stage process
 
@@ -61,8 +63,34 @@ class Preempted(SystemExit):
         super().__init__(EXIT_PREEMPTED)
 
 
-def _on_sigterm(_signum: int, _frame: FrameType | None) -> NoReturn:
-    raise Preempted
+@dataclass
+class _Sigterm:
+    deferred: bool = False
+    at: float | None = None  # time.monotonic() of the first one
+
+
+_sigterm = _Sigterm()
+
+
+def _on_sigterm(_signum: int, _frame: FrameType | None) -> None:
+    _sigterm.at = _sigterm.at or time.monotonic()
+    if not _sigterm.deferred:
+        raise Preempted
+
+
+@contextmanager
+def finishing_steps() -> Iterator[Callable[[], float | None]]:
+    """Within, SIGTERM does nothing but to make the given function return its time (time.monotonic) instead of None.
+
+    Whoever sees that finishes what is under way and leaves; Preempted is raised then.
+    """
+    _sigterm.deferred = True
+    try:
+        yield lambda: _sigterm.at
+    finally:
+        _sigterm.deferred = False
+    if _sigterm.at is not None:
+        raise Preempted
 
 
 def _gone(pid: int) -> bool:
@@ -75,8 +103,8 @@ def _gone(pid: int) -> bool:
     return False
 
 
-def die_with_parent() -> None:
-    """End this process, and the process group it leads, soon after the parent is gone.
+def die_with_parent(doomed: Callable[[], bool] = lambda: False) -> None:
+    """End this process, and the process group it leads, soon after the parent is gone, or all is lost (`doomed`).
 
     PDEATHSIG asks at once, with SIGHUP: unlike SIGTERM, which may come from anyone, it says that nobody is
     left to end the group (getppid does not say so yet while the parent's last threads end). The watching
@@ -94,12 +122,15 @@ def die_with_parent() -> None:
     def orphaned() -> bool:
         return hung_up.is_set() or os.getppid() != parent or _gone(starter)
 
+    def over() -> bool:
+        return orphaned() or doomed()
+
     def end_group() -> None:
-        if orphaned() and os.getpgrp() == os.getpid():
+        if over() and os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)
 
     def watch() -> None:
-        while not orphaned():
+        while not over():
             time.sleep(0.5)
         time.sleep(3.0)
         end_group()
@@ -112,29 +143,64 @@ def die_with_parent() -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def main(run: Callable[[Job], dict[str, Any]]) -> NoReturn:
-    """Run one stage from the command line: `python -m spinreg_core.stages.<name> JOB.json`."""
+def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoReturn:
+    """Run one stage from the command line: `python -m spinreg_core.stages.<name> JOB.json`.
+
+    `ranked`: several processes can share the stage's work. Then this one starts them, if the job's resources ask for
+    more than one; under torchrun it is one of them.
+    """
     if len(sys.argv) != 2:
         print(f"usage: python -m {run.__module__} JOB.json", file=sys.stderr)
         raise SystemExit(2)
+    job_file = Path(sys.argv[1])
+    job = Job.load(job_file)
+    rank = int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 else None
+    folder = job.workdir / "ranks"
     faulthandler.enable()
-    die_with_parent()
+    die_with_parent((lambda: any_recorded(folder)) if rank is not None else lambda: False)
     signal.signal(signal.SIGTERM, _on_sigterm)
-    job = Job.load(Path(sys.argv[1]))
     job.workdir.mkdir(parents=True, exist_ok=True)
+    if rank is not None:
+        folder.mkdir(exist_ok=True)
+        # Written by the signal itself: where a rank was that does not answer.
+        faulthandler.register(
+            signal.SIGTERM,
+            file=open(folder / f"stack-{rank}.txt", "w"),
+            all_threads=False,
+            chain=True,  # noqa: SIM115
+        )
+        sys.stderr = sys.stdout  # warnings belong to the log; what libraries write below Python does not
     start = time.monotonic()
     try:
+        processes = _processes(job) if ranked and rank is None else 1
+        if processes * job.config.resources.nodes > 1 and ranked and rank is None:
+            from spinreg_core.stages.launch import launch
+
+            _end(launch(job, f"spinreg_core.stages.{job.stage.replace('-', '_')}", job_file, processes))
         manifest = run(job)
-    except BadInput as error:
-        print(f"bad input: {error}", flush=True)
-        raise SystemExit(EXIT_BAD_INPUT) from None
-    except Damaged as error:
-        print(f"damaged: {error}", flush=True)
-        raise SystemExit(EXIT_DAMAGED) from None
-    except SpinregError as error:
-        print(f"error: {error}", flush=True)
-        raise SystemExit(1) from None
-    print(f"[{job.stage}] committed {manifest['object_id']} after {time.monotonic() - start:.1f} s", flush=True)
+    except Preempted:
+        if rank is not None:
+            _end(EXIT_PREEMPTED)
+        raise
+    except Exception as error:
+        status, message = described(error, job.stage, job.config)
+        if rank is None:
+            print(message, flush=True)
+        else:
+            record(folder, rank, status, message)
+        _end(status)
+    if not rank:
+        print(f"[{job.stage}] committed {manifest['object_id']} after {time.monotonic() - start:.1f} s", flush=True)
+    _end(0)
+
+
+def _processes(job: Job) -> int:
+    from spinreg_core.ranks import processes_here
+
+    return processes_here(job.config.resources)
+
+
+def _end(status: int) -> NoReturn:
+    """Engines and process groups leave threads and atexit work behind that can hang a finished process."""
     sys.stdout.flush()
-    # Engines leave threads and atexit work behind that can hang a finished process.
-    os._exit(0)
+    os._exit(status)

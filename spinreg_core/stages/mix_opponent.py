@@ -20,28 +20,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.errors import BadInput
-from spinreg_core.logprobs import load_policy
 from spinreg_core.objects import fetch_file, fetch_folder, publish, require_manifest
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.pairs import PAIRS_SCHEMA, Pair, counts, join, keyed, known_scores, replay, treat_truncated
 from spinreg_core.progress import Progress
+from spinreg_core.ranks import Ranks
+from spinreg_core.ranks import join as join_ranks
 from spinreg_core.rounds import references
-from spinreg_core.scoring import resolve_device, score
+from spinreg_core.scoring import score
+from spinreg_core.sharding import load_for
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import Store, open_store
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Build, score and publish the pairs of a round. Returns the manifest.
+    """Build, score and publish the pairs of a round. Returns the manifest (empty on ranks but the first).
 
     Its metrics are `summary.json`: the numbers of `pairs.counts`, `dropped` and `clipped` pairs, `scores_computed`
     and `scores_reused` (sequences under one policy), `scored_tokens_per_second`. Raises BadInput (no usable pairs, a
     policy whose scores are not finite), Damaged.
     """
     start = time.monotonic()
-    store = open_store(job.store)
+    store, ranks = open_store(job.store), join_ranks(job.config.resources)
     pairs, treated = _opponent(store, job)
-    summary = counts(pairs) | treated | _add_scores(store, job, pairs)
+    summary = counts(pairs) | treated | _add_scores(store, job, pairs, ranks)
+    if not ranks.first:
+        return {}
     print(_described(summary), flush=True)
     folder = job.workdir / "out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,7 @@ def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
     ]
 
 
-def _add_scores(store: Store, job: Job, pairs: list[Pair]) -> dict[str, Any]:
+def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> dict[str, Any]:
     """Fill the score columns that the loss reads (`rounds.references`)."""
     wants = references(job.config.objective.alpha, job.round)
     needed: list[Literal["previous", "base"]] = [name for name in ("previous", "base") if wants[name]]
@@ -108,7 +112,7 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair]) -> dict[str, Any]:
     progress = Progress("mix-opponent", max(sum(computed.values()), 1), "answers")
     seconds = tokens = 0.0
     for object_id, missing in work.items():
-        found, took = _score(store, job, object_id, missing, progress)
+        found, took = _score(store, job, object_id, missing, progress, ranks)
         seconds += took
         tokens += sum(len(pair["prompt_ids"]) + len(pair[f"{which}_ids"]) for pair, which in missing.values())
         for policy in needed:
@@ -138,14 +142,19 @@ def _known(store: Store, job: Job) -> dict[bytes, float]:
 
 
 def _score(
-    store: Store, job: Job, object_id: str, missing: dict[bytes, tuple[Pair, str]], progress: Progress
+    store: Store,
+    job: Job,
+    object_id: str,
+    missing: dict[bytes, tuple[Pair, str]],
+    progress: Progress,
+    ranks: Ranks,
 ) -> tuple[dict[bytes, float], float]:
     """Scores by sequence, and the seconds they took, without those for loading the policy."""
     if not missing:
         return {}, 0.0
     config = job.config
-    device = resolve_device(config.resources.device)
-    model = load_policy(fetch_folder(store, object_id, "policy"), config.training.precision, device)
+    folder = ranks.one_first(lambda: fetch_folder(store, object_id, "policy"))
+    model = load_for(ranks, folder, config.training.precision)
     begin = time.monotonic()
     found = score(
         model,
@@ -153,6 +162,7 @@ def _score(
         [pair[f"{which}_ids"] for pair, which in missing.values()],
         precision=config.training.precision,
         tokens_per_pass=config.resources.tokens_per_pass,
+        ranks=ranks,
         progress=progress,
     )
     return dict(zip(missing, found, strict=True)), time.monotonic() - begin
@@ -179,4 +189,4 @@ def _described(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(run, ranked=True)

@@ -10,14 +10,15 @@ from tiny import random_rows, tiny_model, write_policy
 
 from spinreg_core.logprobs import answer_logprobs, load_policy
 from spinreg_core.progress import Progress, parse
-from spinreg_core.scoring import resolve_device, score
+from spinreg_core.ranks import resolve_device
+from spinreg_core.scoring import score
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 5000])
 def test_rows_keep_their_order_and_their_values(tmp_path: Path, tokens: int) -> None:
     folder = write_policy(tmp_path / "p", 2)
     prompts, answers = random_rows(11, 7)
-    found = score(folder, prompts, answers, precision="fp32", device="cpu", tokens_per_pass=tokens)
+    found = score(folder, prompts, answers, precision="fp32", tokens_per_pass=tokens)
     model = load_policy(folder, "fp32", "cpu")
     with torch.no_grad():
         expected = [float(answer_logprobs(model, [p], [a], precision="fp32")) for p, a in zip(prompts, answers)]  # noqa: B905

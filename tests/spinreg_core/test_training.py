@@ -87,12 +87,12 @@ def test_first_margin_in_bfloat16_is_zero_up_to_noise(precision: Precision) -> N
 
 
 @pytest.mark.parametrize("precision", ["fp32", "mixed"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_one_batch_is_its_passes(precision: Precision, checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_one_batch_is_its_passes(precision: Precision, checkpointing: str) -> None:
     pairs = scored(random_pairs(8, 2), tiny_model(seed=1), tiny_model(seed=2))
     whole, parts = tiny_model(), tiny_model()
     a = a_round(whole, pairs, 0.5, precision=precision).gradient(pairs)
-    other = a_round(parts, pairs, 0.5, precision=precision, tokens_per_pass=1, gradient_checkpointing=checkpointing)
+    other = a_round(parts, pairs, 0.5, precision=precision, tokens_per_pass=1, activation_checkpointing=checkpointing)
     b = other.gradient(pairs)
     tolerance = 1e-4 if precision == "fp32" else 0.05
     assert b["loss"] == pytest.approx(a["loss"], abs=tolerance)

@@ -1,0 +1,135 @@
+"""A policy whose weights are spread over ranks (FSDP2), read from and written to an ordinary Hugging Face folder.
+
+Decides: what is gathered together (each transformer layer; embeddings, last norm and projection), in which number
+format, and that no rank ever holds all weights. Leaves out: the ranks (`ranks.py`), the loss and its gradient
+(`training.py`), checkpoints (`checkpoints.py`).
+
+With `mixed`, weights are gathered and used in bfloat16, and gradients are added up in float32 onto float32 weights.
+Embeddings and residual stream are bfloat16 too then; on one device they stay float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import init_empty_weights
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from spinreg_core.errors import BadInput
+from spinreg_core.logprobs import Precision, architecture, load_policy, master_dtype, refused, without_dropout
+from spinreg_core.ranks import Ranks
+
+_FILE_BYTES = 4 * 10**9  # of one safetensors file; the most that one rank holds while a policy is written
+
+
+def load_for(ranks: Ranks, folder: str | Path, precision: Precision) -> PreTrainedModel:
+    """`load_policy` on one device, or its like spread over the ranks. Raises BadInput."""
+    if ranks.mesh is None:
+        return load_policy(folder, precision, ranks.device)
+    with refused(folder):
+        config, arguments = architecture(folder)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=master_dtype(precision), trust_remote_code=False, **arguments
+            )
+    model.tie_weights()
+    _require_weights(model, Path(folder))
+    buffers = {name: buffer.to(ranks.device) for name, buffer in model.named_buffers()}
+    shard(model, ranks, precision)
+    model.to_empty(device=ranks.device)
+    for name, buffer in buffers.items():
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))  # into the tensors themselves
+    return without_dropout(model)
+
+
+def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
+    """Spread a model's parameters over the ranks, in place. Its forward pass is then `model.as_forward`."""
+    kept = {"mesh": ranks.mesh}
+    if precision == "mixed":
+        kept["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in _layers(model):
+        fully_shard(layer, **kept)
+    fully_shard(model, **kept)
+
+    def as_forward(model: nn.Module, function: Callable[..., Any], *arguments: object) -> Any:
+        return function(model, *arguments)
+
+    model.as_forward = MethodType(as_forward, model)  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "as_forward")
+
+
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer layers: the modules that transformers itself keeps on one device."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.base_model.modules() if type(module).__name__ in names]
+
+
+def _require_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Every parameter is in the folder's files, under its own name and with its shape."""
+    stored: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with refused(folder), safe_open(path, "pt") as file:
+            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    absent = [name for name, p in model.named_parameters() if stored.get(name) != tuple(p.shape)]
+    if absent:
+        raise BadInput(
+            f"policy folder {folder}",
+            f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...) under the names that "
+            "transformers gives them",
+            "weights for every tensor of the architecture its config.json names; where transformers renames weights as "
+            "it loads them, only resources.processes: 1 can read them",
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torch.dtype | None) -> None:
+    """Write a sharded model's weights as safetensors files of at most 4 GB, and their index.
+
+    Files go to the ranks in turn: each holds one at a time, and writes its own into its `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = dict(model.named_parameters())  # a tied weight appears once
+    numbers = {name: p.numel() * (p.dtype if dtype is None else dtype).itemsize for name, p in parameters.items()}
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, count in numbers.items():
+        if files[-1] and size + count > _FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += count
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for i, (file, members) in enumerate(zip(names, files, strict=True)):
+        own = i % ranks.size == ranks.rank
+        held: dict[str, Tensor] = {}
+        for name in members:
+            tensor = whole(parameters[name].detach())
+            if own:
+                held[name] = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+        if own:
+            save_file(held, folder / file, metadata={"format": "pt"})
+    if ranks.first:
+        index = {
+            "metadata": {"total_size": sum(numbers.values())},
+            "weight_map": {name: file for file, members in zip(names, files, strict=True) for name in members},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,80 @@
+"""Starts the ranks of a stage on this node with torchrun, and ends as the rank at fault ended.
+
+Decides: that rank 0 alone speaks while all is well, that the others' output lies in `WORKDIR/ranks/`, and what a failure
+looks like. Leaves out: which of several failures counts (`failures.py`), what ranks do (`ranks.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from spinreg_core.errors import EXIT_PREEMPTED
+from spinreg_core.stages.failures import verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spinreg_core.stages.job import Job
+
+RANKS = "ranks"  # folder in a job's workdir: rank-N.log, rank-N.err, failure-N.json, stack-N.txt
+
+
+class _Logs(DefaultLogsSpecs):
+    """What ranks print goes to `rank-N.log` (the first's to our own output), what libraries write to `rank-N.err`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(log_dir=str(folder / "torchrun"))
+        self.folder = folder
+
+    def reify(self, envs: Mapping[int, Mapping[str, str]]) -> LogsDest:
+        found = super().reify(envs)  # type: ignore[arg-type]
+        for local, env in envs.items():
+            found.stderrs[local] = str(self.folder / f"rank-{env['RANK']}.err")
+            if env["RANK"] != "0":
+                found.stdouts[local] = str(self.folder / f"rank-{env['RANK']}.log")
+        return found
+
+
+def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
+    """Run `python -m MODULE JOB_FILE` as `processes` ranks here (and as many on every other node of the job).
+
+    Returns the exit status of the whole: 0, or that of the rank at fault, whose message is printed.
+    """
+    folder = job.workdir / RANKS
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    resources = job.config.resources
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // processes, 1))
+    config = LaunchConfig(
+        min_nodes=resources.nodes,
+        max_nodes=resources.nodes,
+        nproc_per_node=processes,
+        run_id=f"{job.object_id}-{job.writer}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=resources.rendezvous or "localhost:0",
+        max_restarts=0,
+        logs_specs=_Logs(folder),
+    )
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(resources.stop_seconds) + 1)
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-u", "-m", module, str(job_file))
+    except ChildFailedError as failed:
+        status, message = verdict(folder, {rank: failure.exitcode for rank, failure in failed.failures.items()})
+        if status != EXIT_PREEMPTED:
+            print(message, flush=True)
+        return status
+    except SignalException as stopped:
+        return EXIT_PREEMPTED if stopped.sigval == signal.SIGTERM else 1
+    return 0

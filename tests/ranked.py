@@ -1,0 +1,98 @@
+"""What the tests of several ranks run on each of them: `torchrun tests/ranked.py FUNCTION FOLDER JSON`.
+
+`ranked(...)` starts it from a test. A function gets its Ranks and the folder, and leaves files there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def ranked(processes: int, function: str, folder: Path, *, timeout: float = 240, **arguments: Any) -> str:
+    """Run a function of this file on so many ranks. Returns what they printed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
+               "--rdzv-endpoint", "localhost:0", str(Path(__file__)), function, str(folder), json.dumps(arguments)]  # fmt: skip
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, timeout=timeout, check=False,
+        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def a_ranked_round(ranks: Any, policy: str, pairs: list[Any], training: dict[str, Any], tokens: int) -> Any:
+    from spinreg_core.config import ObjectiveConfig, TrainingConfig
+    from spinreg_core.sharding import load_for
+    from spinreg_core.training import Round
+
+    settings = TrainingConfig(**{"precision": "fp32", "learning_rate": 1e-3, "batch_size": 8} | training)
+    model = load_for(ranks, policy, settings.precision)
+    return Round(model, pairs, objective=ObjectiveConfig(alpha=0.5, beta=0.1), training=settings, seed=3,
+                 round_number=2, tokens_per_pass=tokens, ranks=ranks)  # fmt: skip
+
+
+def gradient(ranks: Any, folder: Path, policy: str, training: dict[str, Any], tokens: int) -> None:
+    """The gradient of eight pairs, and what it came with."""
+    import torch
+    from safetensors.torch import save_file
+
+    from spinreg_core.sharding import whole
+
+    pairs = json.loads((folder.parent / "pairs.json").read_text())
+    round_ = a_ranked_round(ranks, policy, pairs, training, tokens)
+    found = round_.gradient(pairs)
+    grads = {name: whole(p.grad).contiguous() for name, p in round_.model.named_parameters()}
+    held = sum(p.to_local().numel() if ranks.size > 1 else p.numel() for p in round_.model.parameters())
+    if ranks.first:
+        save_file(grads, folder / "gradient.safetensors")
+        (folder / "values.json").write_text(json.dumps(found))
+        all_ = sum(p.numel() for p in round_.model.parameters())
+        assert held <= 1.2 * all_ / (1 if ranks.mesh is None else ranks.mesh.shape[-1]), (held, all_)
+        assert torch.isfinite(torch.tensor(found["loss"])).all()
+
+
+def steps(ranks: Any, folder: Path, policy: str, training: dict[str, Any], tokens: int) -> None:
+    """A whole round: its metrics and the policy it publishes."""
+    from spinreg_core.checkpoints import publish_policy
+
+    pairs = json.loads((folder.parent / "pairs.json").read_text())
+    round_ = a_ranked_round(ranks, policy, pairs, training, tokens)
+    round_.watch_start()
+    while round_.state.done < round_.steps:
+        round_.step()
+    summary = round_.summary()
+    publish_policy(round_.model, Path(policy), folder / "policy", ranks=ranks)
+    if ranks.first:
+        (folder / "metrics.json").write_text(json.dumps([round_.state.metrics, summary]))
+
+
+def scores(ranks: Any, folder: Path, policy: str, tokens: int) -> None:
+    """Scores of rows with an empty answer among them."""
+    from tiny import random_rows
+
+    from spinreg_core.scoring import score
+
+    prompts, answers = random_rows(9, 7)
+    answers[3] = []
+    for number in (9, 1):  # one row: the other ranks have none
+        found = score(policy, prompts[:number], answers[:number], precision="fp32", tokens_per_pass=tokens, ranks=ranks)
+        (folder / f"scores-{number}-{ranks.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    from spinreg_core.config import ResourcesConfig
+    from spinreg_core.ranks import join, leave
+
+    given = json.loads(sys.argv[3])
+    resources = ResourcesConfig(device="cpu", shard_over=given.pop("shard_over", "auto"), collective_timeout_seconds=60)
+    globals()[sys.argv[1]](join(resources), Path(sys.argv[2]), **given)
+    leave()
