@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spinreg_core.errors import BadInput
 from spinreg_core.packed_attention import NAME
-from spinreg_core.packing import Layout, group, layout
+from spinreg_core.packing import Group, Layout, group, layout
 
 Precision = Literal["mixed", "bf16", "fp32"]
 T = TypeVar("T")
@@ -285,15 +285,15 @@ def _group_logprobs(
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
         for k in range(len(answer))
     ]
-    positions = torch.tensor(at, device=device)
-    targets = torch.tensor([token for answer in answers for token in answer], device=device)
+    positions = torch.tensor(at, dtype=torch.int64, device=device)
+    targets = torch.tensor([token for answer in answers for token in answer], dtype=torch.int64, device=device)
     if head is None:
         logits = model.forward(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
         by_token = -F.cross_entropy(logits.float(), targets, reduction="none")
     else:
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [batch, length, width]
         by_token = _token_logprobs(head, hidden.flatten(0, 1)[positions], targets)
-    return sums.index_add(0, torch.tensor(owners, device=device), by_token)
+    return sums.index_add(0, torch.tensor(owners, dtype=torch.int64, device=device), by_token)
 
 
 def _token_logprobs(head: _Head, hidden: Tensor, targets: Tensor) -> Tensor:

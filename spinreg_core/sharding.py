@@ -76,7 +76,8 @@ def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer layers: the modules that transformers itself keeps on one device."""
     names = set(model._no_split_modules or ())
-    return [module for module in model.base_model.modules() if type(module).__name__ in names]
+    found = {name: m for name, m in model.base_model.named_modules() if type(m).__name__ in names}
+    return [m for name, m in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
 
 
 def _require_weights(model: PreTrainedModel, folder: Path) -> None:
@@ -118,6 +119,8 @@ def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torc
         files[-1].append(name)
         size += count
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    if len(files) == 1:
+        names = ["model.safetensors"]
     for i, (file, members) in enumerate(zip(names, files, strict=True)):
         own = i % ranks.size == ranks.rank
         held: dict[str, Tensor] = {}
@@ -127,7 +130,7 @@ def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torc
                 held[name] = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
         if own:
             save_file(held, folder / file, metadata={"format": "pt"})
-    if ranks.first:
+    if ranks.first and len(files) > 1:
         index = {
             "metadata": {"total_size": sum(numbers.values())},
             "weight_map": {name: file for file, members in zip(names, files, strict=True) for name in members},

@@ -15,67 +15,88 @@ from transformers import AutoModelForCausalLM
 
 from spinreg_core.scoring import score
 
+KINDS = ("llama", "llama-tied", "gemma2", "mamba")
+ROUND = {"do": "steps", "kind": "llama-tied", "tokens": 70, "epochs": 3, "batch_size": 3, "learning_rate": 1e-4}
+ON_ONE = {f"{kind}-batch": {"do": "gradient", "kind": kind, "tokens": 5000} for kind in KINDS}
+ON_ONE |= {f"{kind}-passes": {"do": "gradient", "kind": kind, "tokens": 1} for kind in KINDS}
+ROUNDS = {f"round-{name}": ROUND | {"optimizer": name} for name in ("adamw", "rmsprop")}
+SCORES = {f"scores-{kind}": {"do": "scores", "kind": kind, "tokens": 30} for kind in ("llama", "mamba")}
+RECOMPUTED = {
+    f"recomputed-{what}": {"do": "gradient", "kind": "llama", "tokens": 60, "activation_checkpointing": what}
+    for what in ("none", "selective", "full")
+}
+MIXED = {"mixed": {"do": "gradient", "kind": "llama", "tokens": 60, "precision": "mixed"}}
+WORK: dict[tuple[int, int | str], dict[str, Any]] = {
+    (1, "auto"): ON_ONE | ROUNDS | SCORES,
+    (2, "auto"): ON_ONE | ROUNDS | SCORES | RECOMPUTED | MIXED,
+    (2, 1): RECOMPUTED,
+    (3, "auto"): RECOMPUTED | SCORES,
+    (4, "auto"): ROUNDS,
+    (4, 2): RECOMPUTED | ROUNDS,
+}
+
+
+class Given:
+    """What every number of ranks leaves; each is started once, for all tests."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.done: dict[tuple[int, int | str], Path] = {}
+        self.pairs = random_pairs(8, 2)
+        for name, seed in (("previous", 1), ("base", 2)):
+            for which in ("real", "generated"):
+                answers = [p[f"{which}_ids"] for p in self.pairs]
+                values = score(tiny_model(seed=seed), [p["prompt_ids"] for p in self.pairs], answers, precision="fp32",
+                               tokens_per_pass=100)  # fmt: skip
+                for pair, value in zip(self.pairs, values, strict=True):
+                    pair[f"{name}_{which}"] = value
+
+    def folder(self, processes: int, shard_over: int | str = "auto") -> Path:
+        key = (processes, shard_over)
+        if key not in self.done:
+            folder = self.root / f"{processes}-{shard_over}"
+            for kind in KINDS:
+                write_policy(folder / kind, 0, kind)
+            (folder / "pairs.json").write_text(json.dumps(self.pairs))
+            ranked(processes, "several", folder, work=WORK[key], shard_over=shard_over)
+            self.done[key] = folder
+        return self.done[key]
+
+    def gradient(self, name: str, *ranks: Any) -> tuple[dict[str, torch.Tensor], dict[str, list[float]]]:
+        folder = self.folder(*ranks) / name
+        return load_file(folder / "gradient.safetensors"), json.loads((folder / "values.json").read_text())
+
 
 @pytest.fixture(name="given", scope="module")
-def _given(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with policies by kind and eight pairs scored under two others."""
-    folder = tmp_path_factory.mktemp("ranks")
-    for kind in ("llama", "llama-tied", "gemma2", "mamba"):
-        write_policy(folder / kind, 0, kind)
-    pairs = random_pairs(8, 2)
-    for name, seed in (("previous", 1), ("base", 2)):
-        for which in ("real", "generated"):
-            values = score(tiny_model(seed=seed), [p["prompt_ids"] for p in pairs], [p[f"{which}_ids"] for p in pairs],
-                           precision="fp32", tokens_per_pass=100)  # fmt: skip
-            for pair, value in zip(pairs, values, strict=True):
-                pair[f"{name}_{which}"] = value
-    (folder / "pairs.json").write_text(json.dumps(pairs))
-    return folder
+def _given(tmp_path_factory: pytest.TempPathFactory) -> Given:
+    return Given(tmp_path_factory.mktemp("ranks"))
 
 
-def gradient(given: Path, processes: int, kind: str, tokens: int, name: str, **more: Any) -> tuple[Any, Any]:
-    folder = given / name
-    ranked(
-        processes,
-        "gradient",
-        folder,
-        policy=str(given / kind),
-        training=more.pop("training", {}),
-        tokens=tokens,
-        **more,
-    )
-    return load_file(folder / "gradient.safetensors"), json.loads((folder / "values.json").read_text())
+def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["llama", "llama-tied", "gemma2", "mamba"])
-def test_a_batch_of_8_is_8_accumulations_of_1_is_2_ranks_of_4(given: Path, kind: str) -> None:
-    batch, values = gradient(given, 1, kind, 5000, f"{kind}-batch")
-    for name, processes, tokens in (("passes", 1, 1), ("ranks", 2, 5000), ("ranks-and-passes", 2, 1)):
-        found, other = gradient(given, processes, kind, tokens, f"{kind}-{name}")
-        assert found.keys() == batch.keys()
-        for key, value in batch.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{name} {k}: {m}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_8_is_8_accumulations_of_1_is_2_ranks_of_4(given: Given, kind: str) -> None:
+    batch, values = given.gradient(f"{kind}-batch", 1)
+    for name, processes in (("passes", 1), ("batch", 2), ("passes", 2)):
+        found, other = given.gradient(f"{kind}-{name}", processes)
+        same(found, batch)
         for key, row in values.items():
             assert other[key] == pytest.approx(row, abs=1e-4), (name, key)
 
 
-@pytest.mark.parametrize(
-    ("processes", "shard_over", "checkpointing"),
-    [(4, 4, "none"), (4, 2, "selective"), (2, 1, "full"), (3, "auto", "full")],
-)
-def test_meshes_and_recomputation_do_not_change_the_gradient(
-    given: Path, processes: int, shard_over: int | str, checkpointing: str
-) -> None:
-    batch, _ = gradient(given, 1, "llama", 5000, "whole")
-    found, _ = gradient(given, processes, "llama", 60, f"mesh-{processes}-{shard_over}", shard_over=shard_over,
-                        training={"activation_checkpointing": checkpointing})  # fmt: skip
-    for key, value in batch.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, k=key: f"{k}: {m}")
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("ranks", [(2, "auto"), (2, 1), (3, "auto"), (4, 2)], ids=str)
+def test_meshes_and_recomputation_do_not_change_the_gradient(given: Given, ranks: Any, checkpointing: str) -> None:
+    same(given.gradient(f"recomputed-{checkpointing}", *ranks)[0], given.gradient("llama-batch", 1)[0])
 
 
-def test_mixed_precision_is_near_the_exact_gradient_and_not_biased(given: Path) -> None:
-    exact, _ = gradient(given, 1, "llama", 5000, "exact")
-    found, _ = gradient(given, 2, "llama", 60, "mixed", training={"precision": "mixed"})
+def test_mixed_precision_is_near_the_exact_gradient_and_not_biased(given: Given) -> None:
+    exact, _ = given.gradient("llama-batch", 1)
+    found, _ = given.gradient("mixed", 2)
     a, b = (torch.cat([grads[key].flatten() for key in exact]) for grads in (exact, found))
     assert b.dtype == torch.float32
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.995
@@ -84,35 +105,37 @@ def test_mixed_precision_is_near_the_exact_gradient_and_not_biased(given: Path) 
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_a_round_on_ranks_is_the_round(given: Path, optimizer: str, processes: int) -> None:
-    results = {}
-    for number in (1, processes):
-        folder = given / f"round-{optimizer}-{number}-of-{processes}"
-        training = {"optimizer": optimizer, "epochs": 3, "batch_size": 3, "learning_rate": 1e-4}
-        ranked(number, "steps", folder, policy=str(given / "llama-tied"), training=training, tokens=70)
-        model = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
-        assert (folder / "policy" / "extra" / "notes.txt").read_text() == "kept"
-        results[number] = model.state_dict(), json.loads((folder / "metrics.json").read_text())
-    (one, (metrics, summary)), (many, (other, also)) = results[1], results[processes]
-    start = AutoModelForCausalLM.from_pretrained(given / "llama-tied", dtype=torch.float32).state_dict()
+@pytest.mark.parametrize("ranks", [(2, "auto"), (4, "auto"), (4, 2)], ids=str)
+def test_a_round_on_ranks_is_the_round(given: Given, optimizer: str, ranks: Any) -> None:
+    start = tiny_model("llama-tied", 0).state_dict()
+    (one, metrics, summary), (many, other, also) = (
+        _round(given.folder(*r) / f"round-{optimizer}") for r in ((1,), ranks)
+    )
     for key, value in one.items():
         moved = float((value - start[key]).norm())
         assert float((many[key] - value).norm()) <= 0.02 * moved, key
+    assert len(metrics) == 9
     for a, b in zip(metrics, other, strict=True):
         for name in ("loss", "margin", "grad_norm", "real_logp", "learning_rate", "tokens"):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-4), name
     assert also["real_logprob_change"] == pytest.approx(summary["real_logprob_change"], rel=1e-2, abs=1e-3)
 
 
+def _round(folder: Path) -> tuple[Any, Any, Any]:
+    """Weights as transformers loads what was published, metrics, summary."""
+    names = {p.relative_to(folder / "policy").as_posix() for p in (folder / "policy").rglob("*") if p.is_file()}
+    assert {"config.json", "model.safetensors", "extra/notes.txt", "chat_template.jinja"} <= names
+    model = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    return model.state_dict(), *json.loads((folder / "metrics.json").read_text())
+
+
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_scores_are_the_same_on_every_rank(given: Path, kind: str) -> None:
-    found = {}
-    for processes in (1, 2):
-        folder = given / f"scores-{kind}-{processes}"
-        ranked(processes, "scores", folder, policy=str(given / kind), tokens=30)
-        found[processes] = [json.loads(p.read_text()) for p in sorted(folder.glob("scores-*.json"))]
-    one, nine = found[1]
+def test_scores_are_the_same_on_every_rank(given: Given, kind: str) -> None:
+    one, nine = json.loads((given.folder(1) / f"scores-{kind}" / "scores-0.json").read_text())
     assert nine[3] == 0
-    assert found[2][0] == found[2][1] == pytest.approx(one, abs=1e-4)
-    assert found[2][2] == found[2][3] == pytest.approx(nine, abs=1e-4)
+    assert one[0] == pytest.approx(nine[0], abs=1e-4)
+    for processes in (2, 3):
+        for rank in range(processes):
+            found = json.loads((given.folder(processes) / f"scores-{kind}" / f"scores-{rank}.json").read_text())
+            assert found[0] == pytest.approx(one, abs=1e-4)
+            assert found[1] == pytest.approx(nine, abs=1e-4)
