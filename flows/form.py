@@ -20,7 +20,6 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     create_model,
     model_serializer,
-    model_validator,
 )
 
 from spinreg_core import config
@@ -31,23 +30,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def _nothing_filled_in(schema: dict[str, Any]) -> None:
     for field in schema["properties"].values():
-        if {"type": "boolean"} not in field.get("anyOf", []):
-            field.pop("default", None)
+        field.pop("default", None)
 
 
 class Form(BaseModel):
     """Base of all groups of the form. `model_dump()` has the fields that were said, and no others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_nothing_filled_in)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _unsaid_switches(cls, values: Any) -> Any:
-        """A switch has no empty state in the UI; its null is one."""
-        if not isinstance(values, dict):
-            return values
-        switches = {name for name, field in cls.model_fields.items() if field.annotation == bool | None}
-        return {name: value for name, value in values.items() if not (name in switches and value is None)}
 
     @model_serializer(mode="wrap")
     def _only_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -62,7 +51,7 @@ def form_of(group: type[Group]) -> type[Form]:
         default = "unset" if field.default is None else field.default
         shown.description = f"{field.description} Default: {default}."
         shown.default = None
-        fields[name] = (bool | None if field.annotation is bool else field.annotation, shown)
+        fields[name] = (field.annotation, shown)
     return create_model(group.__name__, __doc__=group.__doc__, __base__=Form, **fields)
 
 

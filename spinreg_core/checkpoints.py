@@ -28,6 +28,9 @@ from spinreg_core.errors import Damaged
 from spinreg_core.ranks import Ranks
 from spinreg_core.sharding import save_weights
 
+# One process is what was asked for; it is said in a thread of DCP's own, so that no context around a call helps.
+warnings.filterwarnings("ignore", "torch.distributed is disabled")
+
 
 def start_checkpoint(
     folder: Path,
@@ -46,11 +49,9 @@ def start_checkpoint(
     if ranks.first:
         (folder / "state.json").write_text(json.dumps(state))
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        begun = dcp.async_save(
-            _tensors(model, optimizer), storage_writer=writer, process_group=group, no_dist=ranks.size == 1
-        )
+    begun = dcp.async_save(
+        _tensors(model, optimizer), storage_writer=writer, process_group=group, no_dist=ranks.size == 1
+    )
     assert isinstance(begun, Future)
     return begun
 
@@ -101,9 +102,7 @@ def load_checkpoint(
             name, _, key = rest.rpartition("/")
             value = torch.zeros_like(parameters[name].detach()) if size else torch.zeros(())
             tensors[entry] = states.setdefault(name, {})[key] = value
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.size == 1)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.size == 1)
     numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     by_number = {numbers[id(parameters[name])]: state for name, state in states.items()}
     optimizer.load_state_dict({"state": by_number, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -148,7 +148,11 @@ def answer_logprobs(
 
 def _as_forward(model: PreTrainedModel, function: Callable[..., T], *arguments: object) -> T:
     """function(model, ...): for a sharded model as one forward pass, meanwhile its weights are whole."""
-    return model.as_forward(function, *arguments) if isinstance(model, FSDPModule) else function(model, *arguments)
+    if isinstance(model, FSDPModule):
+        as_forward: Any = model.as_forward  # of `sharding.shard`
+        found: T = as_forward(function, *arguments)
+        return found
+    return function(model, *arguments)
 
 
 def _packed_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:

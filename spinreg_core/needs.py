@@ -3,8 +3,8 @@
 Decides: the formulas below. Leaves out: where the model's shape, the data's lengths and the machine's rate come from,
 and how it is shown (`plan.py`). Imports nothing heavy.
 
-Work. N parameters, T tokens: 6 N T floating-point operations to train (8 N T with gradient checkpointing, which runs
-the forward pass twice), 2 N T to score, 2 N T to answer (prompt and sampled tokens alike). A prompt counts once for
+Work. N parameters, T tokens: 6 N T floating-point operations to train (8 N T where whole layers are computed again in
+the backward pass), 2 N T to score, 2 N T to answer (prompt and sampled tokens alike). A prompt counts once for
 the answers that are computed with it; that the vocabulary projection leaves prompts out is not counted. Attention's own
 products, quadratic in length, are left out: below a tenth for answers of up to a thousand tokens. Models with
 experts compute less than N says.
@@ -19,8 +19,12 @@ Memory of training, bytes per parameter:
 Activations kept for the backward pass, bytes per token and layer, for a layer of the Llama kind (width d, keys of
 all heads together k, MLP width f, h heads): fp32 36 d + 8 k + 16 f, mixed 32 d + 4 k + 8 f, bf16 22 d + 4 k + 8 f,
 each + 5 h. These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU) and one
-layer is added for the gradients that are on their way. With gradient checkpointing: the input of every layer, and
-one whole layer.
+layer is added for the gradients that are on their way. With activation checkpointing `full`: the input of every layer,
+and one whole layer; `selective` keeps the results of matrix products and attention too: fp32 20 d + 8 k + 8 f, mixed
+12 d + 4 k + 4 f, bf16 10 d + 4 k + 4 f, the input counted.
+
+Of ranks that share the weights each holds its part of weights, gradients and optimiser, and while it computes two
+layers and the embeddings whole.
 Logits, ten bytes per answer token and vocabulary entry, never of more tokens at once than `logprobs` computes.
 
 Answering: the weights, and a KV cache of 2 k values per token and layer.
@@ -44,6 +48,7 @@ _WEIGHTS = {"mixed": 4, "bf16": 2, "fp32": 4}
 _COPIES = {"mixed": 2, "bf16": 0, "fp32": 0}
 _STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
 _SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8)}  # per d, k, f
+_SAVED_SELECTIVE = {"fp32": (20, 8, 8), "mixed": (12, 4, 4), "bf16": (10, 4, 4)}
 _VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
 
 
@@ -122,7 +127,7 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     passes = config.training.epochs * total * pair
     # The watched human answers: at the start their cached scores serve, where those are of the previous policy.
     watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
-    factor = 8.0 if config.training.gradient_checkpointing else 6.0
+    factor = 8.0 if config.training.activation_checkpointing == "full" else 6.0
     return {
         "generate": [Work("generate", n * sampled, two_n * n * sampled)],
         "mix-opponent": [Work("score", mix, two_n * mix)],
@@ -136,13 +141,21 @@ def steps(config: RunConfig, sizes: Sizes, round_number: int) -> int:
     return config.training.epochs * math.ceil(pairs(config, sizes, round_number) / config.training.batch_size)
 
 
-def activation_bytes(shape: Shape, precision: str, tokens: int, *, checkpointing: bool) -> int:
+def activation_bytes(
+    shape: Shape, precision: str, tokens: int, checkpointing: Literal["none", "selective", "full"] = "none"
+) -> int:
     """Tensors kept for (and made by) the backward pass through all layers, for so many tokens at once."""
-    d, k, f = _SAVED[precision]
-    layer = tokens * (d * shape.width + k * shape.kv_width + f * shape.mlp_width + 5 * shape.heads)
-    if checkpointing:
-        return shape.layers * tokens * shape.width * (2 if precision == "bf16" else 4) + layer
-    return (shape.layers + 1) * layer
+
+    def layer(saved: tuple[int, int, int]) -> int:
+        d, k, f = saved
+        return tokens * (d * shape.width + k * shape.kv_width + f * shape.mlp_width + 5 * shape.heads)
+
+    kept = layer(_SAVED[precision])
+    if checkpointing == "selective":
+        kept = layer(_SAVED_SELECTIVE[precision])
+    if checkpointing == "full":
+        kept = tokens * shape.width * (2 if precision == "bf16" else 4)
+    return shape.layers * kept + layer(_SAVED[precision])
 
 
 def logits_bytes(shape: Shape, answer_tokens: int) -> int:
@@ -151,12 +164,16 @@ def logits_bytes(shape: Shape, answer_tokens: int) -> int:
 
 
 def stage_memory(
-    config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str
+    config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str, shards: int = 1
 ) -> dict[str, dict[str, int]]:
-    """Bytes on the device that each stage needs at its peak, by part."""
+    """Bytes on a rank's device that each stage needs at its peak, by part. `shards`: ranks that share the weights."""
     t, precision = config.training, config.training.precision
-    weights = _WEIGHTS[precision] * shape.parameters
+    weights = _WEIGHTS[precision] * shape.parameters // shards
     copies = _COPIES[precision] * shape.parameters
+    if shards > 1:
+        embeddings = 2 * shape.vocabulary * shape.width
+        layer = (shape.parameters - embeddings) // max(shape.layers, 1)
+        copies = (2 if precision != "fp32" else 4) * (embeddings + 2 * layer)
     # What a pass is filled up to; the longest pair goes alone where it is longer.
     tokens = max(config.resources.tokens_per_pass, sizes.longest_prompt + 2 * sizes.longest_answer)
     train = {
@@ -164,15 +181,14 @@ def stage_memory(
         "gradients": weights,
         "optimiser": _STATES[t.optimizer] * weights,
         "compute copies": copies,
-        "activations": activation_bytes(shape, precision, tokens, checkpointing=t.gradient_checkpointing)
+        "activations": activation_bytes(shape, precision, tokens, t.activation_checkpointing)
         + logits_bytes(shape, tokens),
     }
     one_layer = Shape(**(vars(shape) | {"layers": 0}))
     score = {
         "weights": weights,
         "compute copies": copies,
-        "activations": activation_bytes(one_layer, precision, tokens, checkpointing=False)
-        + logits_bytes(shape, tokens),
+        "activations": activation_bytes(one_layer, precision, tokens) + logits_bytes(shape, tokens),
     }
     generate = _engine_memory(config, shape, sizes, engine=engine, device=device)
     larger = max(score, generate, key=lambda parts: sum(parts.values()))
@@ -190,6 +206,17 @@ def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str
     return {"weights": number * shape.parameters, "KV cache": cache}
 
 
+def checkpoints_bytes(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> int:
+    """Bytes in the store that a round's checkpoints take at most while it is trained; none are left after it."""
+    t = config.training
+    if t.checkpoint_every_steps is None and t.checkpoint_every_minutes is None:
+        return 0
+    number = t.checkpoints_kept + 1  # one more while the newest is committed
+    if t.checkpoint_every_minutes is None and t.checkpoint_every_steps is not None:
+        number = min(number, (steps(config, sizes, round_number) - 1) // t.checkpoint_every_steps)
+    return number * _WEIGHTS[t.precision] * (1 + _STATES[t.optimizer]) * shape.parameters
+
+
 def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, int]:
     """Bytes that a round adds to the store, by what they are. Round 0: the base model and the data.
 
@@ -203,12 +230,8 @@ def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int
     t = config.training
     master = _WEIGHTS[t.precision]
     saved = {"master": master, "bfloat16": 2, "float32": 4}[t.save_dtype]
-    kept = 0
-    if t.checkpoint_every_steps is not None:
-        kept = (steps(config, sizes, round_number) - 1) // t.checkpoint_every_steps
     return {
         "policy": saved * shape.parameters,
-        "step checkpoints": kept * master * (1 + _STATES[t.optimizer]) * shape.parameters,
         "generations": int(prompts(config, sizes) * (4 * sizes.prompt + 8 * sizes.generated)),
         "pairs": int(pairs(config, sizes, round_number) * (4 * (sizes.prompt + sizes.answer + sizes.generated) + 100)),
         "evaluation": sampled,

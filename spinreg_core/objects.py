@@ -98,8 +98,8 @@ def publish(
 ) -> dict[str, Any]:
     """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
 
-    Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If another attempt finished first, its
-    manifest is the one that counts and is returned; nothing of it is touched.
+    Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If
+    another attempt finished first, its manifest is the one that counts and is returned; nothing of it is touched.
     """
     files = [*upload(store, job, folder), *uploaded]
     committed = list_parts(store, job.object_id)

@@ -20,7 +20,16 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import BadInput
-from spinreg_core.needs import Shape, Sizes, pairs, prompts, round_store, round_work, stage_memory
+from spinreg_core.needs import (
+    Shape,
+    Sizes,
+    checkpoints_bytes,
+    pairs,
+    prompts,
+    round_store,
+    round_work,
+    stage_memory,
+)
 from spinreg_core.store import open_store
 
 # Share of the rate of plain matrix products that each kind of work is assumed to reach. Training and scoring: between
@@ -48,10 +57,12 @@ def plan(config: RunConfig, *, tflops: float | None = None) -> tuple[str, dict[s
     machine = read_machine(config, tflops)
     engine = resolve_engine(config.generation.engine)
     last = config.until_round if config.until_round is not None else config.rounds or 1
-    rounds = [_round(config, shape, sizes, number, machine["tflops"], engine) for number in range(last + 1)]
+    rounds = [_round(config, shape, sizes, number, machine, engine) for number in range(last + 1)]
     memory = {
         stage: parts | {"process": PROCESS_BYTES, "total": sum(parts.values()) + PROCESS_BYTES}
-        for stage, parts in stage_memory(config, shape, sizes, engine=engine, device=machine["device"]).items()
+        for stage, parts in stage_memory(
+            config, shape, sizes, engine=engine, device=machine["device"], shards=machine["shards"]
+        ).items()
     }
     document: dict[str, Any] = {
         "run": config.run,
@@ -64,6 +75,7 @@ def plan(config: RunConfig, *, tflops: float | None = None) -> tuple[str, dict[s
         "rounds": rounds,
         "total": {name: sum(entry[name] for entry in rounds) for name in ("tokens", "flops", "seconds", "store_bytes")},
     }
+    document["checkpoints_bytes"] = max(checkpoints_bytes(config, shape, sizes, n) for n in range(1, last + 2))
     document["warnings"] = warnings(config, document)
     return describe(document), document
 
@@ -165,10 +177,12 @@ def read_machine(config: RunConfig, tflops: float | None) -> dict[str, Any]:
     """Device, its memory and rate. Raises BadInput for a GPU that is not there."""
     import torch
 
-    from spinreg_core.ranks import resolve_device
+    from spinreg_core.ranks import processes_here, resolve_device
 
     device = resolve_device(config.resources.device)
-    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _main_memory()
+    here = processes_here(config.resources)
+    shards = here if config.resources.shard_over == "auto" else config.resources.shard_over
+    memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else _main_memory() // here
     source = "stated"
     if tflops is None:
         dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
@@ -177,7 +191,10 @@ def read_machine(config: RunConfig, tflops: float | None) -> dict[str, Any]:
             f"measured in a second, {str(dtype).removeprefix('torch.')} matrix product: work beside it lowers it, "
             "--tflops states it"
         )
-    return {"device": device, "memory_bytes": memory, "tflops": tflops, "tflops_source": source}
+    # The ranks of a CPU share the cores that were measured.
+    devices = here * config.resources.nodes if device == "cuda" else config.resources.nodes
+    return {"device": device, "ranks": here * config.resources.nodes, "shards": shards, "devices": devices,
+            "memory_bytes": memory, "tflops": tflops, "tflops_source": source}  # fmt: skip
 
 
 def measured_tflops(device: str, dtype: Any, seconds: float = 1.0) -> float:
@@ -206,13 +223,16 @@ def _main_memory() -> int:
     return found
 
 
-def _round(config: RunConfig, shape: Shape, sizes: Sizes, number: int, tflops: float, engine: str) -> dict[str, Any]:
+def _round(
+    config: RunConfig, shape: Shape, sizes: Sizes, number: int, machine: dict[str, Any], engine: str
+) -> dict[str, Any]:
     stages = {}
     for stage, works in round_work(config, shape, sizes, number).items():
         seconds = 0.0
         for work in works:
             kind = f"generate with {engine}" if work.kind == "generate" else work.kind
-            seconds += work.flops / (tflops * 1e12 * UTILISATION[kind])
+            devices = 1 if work.kind == "generate" else machine["devices"]
+            seconds += work.flops / (devices * machine["tflops"] * 1e12 * UTILISATION[kind])
         stages[stage] = {
             "tokens": sum(work.tokens for work in works),
             "flops": sum(work.flops for work in works),
@@ -247,10 +267,9 @@ def warnings(config: RunConfig, document: dict[str, Any]) -> list[str]:
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
-        if document["total"]["store_bytes"] > free:
-            found.append(
-                f"the store will grow by {_bytes(document['total']['store_bytes'])} and {place} has {_bytes(free)} free"
-            )
+        growth = document["total"]["store_bytes"] + document["checkpoints_bytes"]
+        if growth > free:
+            found.append(f"the store will grow by up to {_bytes(growth)} and {place} has {_bytes(free)} free")
     return found
 
 
@@ -297,8 +316,13 @@ def describe(document: dict[str, Any]) -> str:
         f"({data['source']}); {data['generated']:.0f} in a generated answer (as long as allowed)",
         f"machine  {machine['device']}, {_bytes(machine['memory_bytes'])}, {machine['tflops']:.3g} TFLOP/s "
         f"({machine['tflops_source']})",
+        *(
+            [f"ranks    {machine['ranks']}, the weights spread over {machine['shards']}"]
+            if machine["ranks"] > 1
+            else []
+        ),
         "",
-        "memory of one device, at the longest rows",
+        f"memory of one {'device' if machine['ranks'] == 1 else 'rank'}, at the longest rows",
     ]
     names = list(dict.fromkeys(name for parts in document["memory"].values() for name in parts if name != "total"))
     names.append("total")
@@ -324,7 +348,8 @@ def describe(document: dict[str, Any]) -> str:
         "",
         "Time assumes these shares of the machine's rate, and no waiting: "
         + ", ".join(f"{kind} {share:.0%}" for kind, share in used.items()) + ".",
-        "Nothing in the store is deleted by spinreg; step checkpoints are part of it.",
+        f"While a round is trained, its checkpoints take up to {_bytes(document['checkpoints_bytes'])} of the store "
+        "more; they are deleted after it. Nothing else in the store is deleted by spinreg.",
     ]  # fmt: skip
     lines += [f"WARNING: {text}" for text in document["warnings"]]
     return "\n".join(lines)

@@ -59,7 +59,7 @@ def load_for(ranks: Ranks, folder: str | Path, precision: Precision) -> PreTrain
 
 def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
     """Spread a model's parameters over the ranks, in place. Its forward pass is then `model.as_forward`."""
-    kept = {"mesh": ranks.mesh}
+    kept: dict[str, Any] = {"mesh": ranks.mesh}
     if precision == "mixed":
         kept["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in _layers(model):

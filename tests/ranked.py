@@ -18,8 +18,8 @@ TESTS = Path(__file__).parent
 def ranked(processes: int, function: str, folder: Path, *, timeout: float = 240, **arguments: Any) -> str:
     """Run a function of this file on so many ranks. Returns what they printed."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--rdzv-backend", "c10d",
-               "--rdzv-endpoint", "localhost:0", str(Path(__file__)), function, str(folder), json.dumps(arguments)]  # fmt: skip
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+               str(Path(__file__)), function, str(folder), json.dumps(arguments)]  # fmt: skip
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=timeout, check=False,

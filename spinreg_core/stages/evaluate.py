@@ -45,9 +45,10 @@ Columns = dict[str, list[Any]]
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Evaluate one iterate. Returns the manifest (empty on ranks but the first); its metrics are {name: value, ..., "intervals": {name: [low, high]}}.
+    """Evaluate one iterate. Returns the manifest (empty on ranks but the first).
 
-    Raises BadInput (a job without the earlier evaluations it needs, a policy whose scores are not finite), Damaged.
+    Its metrics are {name: value, ..., "intervals": {name: [low, high]}}. Raises BadInput (a job without the earlier
+    evaluations it needs, a policy whose scores are not finite), Damaged.
     """
     start = time.monotonic()
     store, config = open_store(job.store), job.config

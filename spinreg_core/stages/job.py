@@ -163,12 +163,8 @@ def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoRet
     if rank is not None:
         folder.mkdir(exist_ok=True)
         # Written by the signal itself: where a rank was that does not answer.
-        faulthandler.register(
-            signal.SIGTERM,
-            file=open(folder / f"stack-{rank}.txt", "w"),
-            all_threads=False,
-            chain=True,  # noqa: SIM115
-        )
+        stack = open(folder / f"stack-{rank}.txt", "w")  # noqa: SIM115 (as long as the process)
+        faulthandler.register(signal.SIGTERM, file=stack, all_threads=False, chain=True)
         sys.stderr = sys.stdout  # warnings belong to the log; what libraries write below Python does not
     start = time.monotonic()
     try:

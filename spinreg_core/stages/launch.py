@@ -1,7 +1,7 @@
 """Starts the ranks of a stage on this node with torchrun, and ends as the rank at fault ended.
 
-Decides: that rank 0 alone speaks while all is well, that the others' output lies in `WORKDIR/ranks/`, and what a failure
-looks like. Leaves out: which of several failures counts (`failures.py`), what ranks do (`ranks.py`).
+Decides: that rank 0 alone speaks while all is well, that the others' output lies in `WORKDIR/ranks/`, and what a
+failure looks like. Leaves out: which of several failures counts (`failures.py`), what ranks do (`ranks.py`).
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def run(job: Job) -> dict[str, Any]:
     lines = (json.dumps(metrics) + "\n" for metrics in round_.state.metrics)
     (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))
-    others = [entry for entries in ranks.gather([]) for entry in entries]
+    nothing: list[dict[str, Any]] = []
+    others = [entry for entries in ranks.gather(nothing) for entry in entries]
     manifest = publish(store, job, folder, metrics=summary, uploaded=others, seconds=time.monotonic() - begin)
     checkpoints.discard()
     return manifest

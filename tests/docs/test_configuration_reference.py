@@ -54,7 +54,7 @@ def test_every_field_has_one_row_with_all_cells() -> None:
         ("opponent.history", "whole number ≥ 1 or `all`", "`all`"),
         ("data.prompts_per_round", "whole number ≥ 1, or unset", "`32`"),
         ("training.checkpoint_every_steps", "whole number ≥ 1, or unset", "`50`"),
-        ("training.gradient_checkpointing", "true or false", "`false`"),
+        ("training.activation_checkpointing", "`none`, `selective`, `full`", "`none`"),
         ("rounds", "whole number ≥ 1, or unset", "unset"),
     ],
 )

@@ -8,15 +8,16 @@ from typing import Literal
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import tiny_model, write_policy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spinreg_core.checkpoints import load_checkpoint, publish_policy, save_checkpoint
+from spinreg_core.checkpoints import load_checkpoint, own_files, publish_policy, start_checkpoint
 from spinreg_core.config import TrainingConfig
 from spinreg_core.errors import Damaged
 from spinreg_core.logprobs import load_policy
 from spinreg_core.optim import make_optimizer
+from spinreg_core.ranks import Ranks
 
 
 def trained(model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
@@ -29,6 +30,9 @@ def trained(model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int
         optimizer.step()
 
 
+ALONE = Ranks(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
 def test_going_on_from_a_checkpoint_changes_no_bit(
@@ -38,31 +42,40 @@ def test_going_on_from_a_checkpoint_changes_no_bit(
     optimizer = make_optimizer(model, TrainingConfig(optimizer=name))
     trained(model, optimizer, 3, seed=1)
     torch.manual_seed(77)
-    save_checkpoint(tmp_path, model, optimizer, {"metrics": [{"loss": 0.1 + 0.2}], "watched_start": None})
+    kept = {"metrics": [{"loss": 0.1 + 0.2}], "watched_start": None}
+    writing = start_checkpoint(tmp_path, model, optimizer, kept, ALONE)
     drawn = torch.rand(3)
-    trained(model, optimizer, 2, seed=2)
+    trained(model, optimizer, 2, seed=2)  # while it is being written
+    writing.result()
 
     other = tiny_model(kind, seed=9)
     fresh = make_optimizer(other, TrainingConfig(optimizer=name))
-    files = {path.name: path for path in tmp_path.iterdir()}
-    assert set(files) == {"weights.safetensors", "optimizer.safetensors", "state.json"}
-    state = load_checkpoint(files, other, fresh)
-    assert state == {"metrics": [{"loss": 0.1 + 0.2}], "watched_start": None}
+    assert [path.name for path in own_files(tmp_path, ALONE)] == sorted(path.name for path in tmp_path.iterdir())
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}  # no pickle
+    assert load_checkpoint(tmp_path, other, fresh, ALONE) == kept
     assert torch.equal(torch.rand(3), drawn)
     trained(other, fresh, 2, seed=2)
     for (n, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), n
 
 
+def test_a_checkpoint_before_the_first_update_has_no_optimizer_state(tmp_path: Path) -> None:
+    """Every step so far was skipped, say."""
+    model = tiny_model()
+    start_checkpoint(tmp_path, model, make_optimizer(model, TrainingConfig()), {}, ALONE).result()
+    fresh = make_optimizer(model, TrainingConfig())
+    load_checkpoint(tmp_path, model, fresh, ALONE)
+    assert not fresh.state
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
-    optimizer = make_optimizer(model, TrainingConfig())
-    save_checkpoint(tmp_path, model, optimizer, {})
-    weights = load_file(tmp_path / "weights.safetensors")
-    weights["model.norm.weight"] = torch.zeros(5)
-    save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(Damaged, match=r"model\.norm\.weight: found \(5,\)"):
-        load_checkpoint({path.name: path for path in tmp_path.iterdir()}, model, optimizer)
+    start_checkpoint(tmp_path, model, make_optimizer(model, TrainingConfig()), {}, ALONE).result()
+    wider = tiny_model("llama-tied")
+    with torch.no_grad():
+        wider.model.norm.weight = torch.nn.Parameter(torch.zeros(5))
+    with pytest.raises(Damaged, match=r"model\.norm\.weight: found \(32,\); expected shape \(5,\)"):
+        load_checkpoint(tmp_path, wider, make_optimizer(wider, TrainingConfig()), ALONE)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])

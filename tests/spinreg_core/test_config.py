@@ -161,7 +161,8 @@ def test_everything_else_is_fixed() -> None:
     fixed = fixed_fields(RunConfig())
     assert set(fixed) == set(RunConfig.model_fields) - MUTABLE_FIELDS
     assert set(TrainingConfig.model_fields) - set(fixed["training"]) == {
-        "gradient_checkpointing", "checkpoint_every_steps", "max_nonfinite_steps",
+        "activation_checkpointing", "checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_kept",
+        "max_nonfinite_steps",
     }  # fmt: skip
     assert set(EvaluationConfig.model_fields) == set(fixed["evaluation"])
 

@@ -320,7 +320,8 @@ def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -
 def test_fields_that_may_change(store: Store, field: str) -> None:
     values: dict[str, Any] = {
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
-        "training.gradient_checkpointing": True, "training.checkpoint_every_steps": 3,
+        "training.activation_checkpointing": "full", "training.checkpoint_every_steps": 3,
+        "training.checkpoint_every_minutes": 2.0, "training.checkpoints_kept": 5,
         "training.max_nonfinite_steps": 9,
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spinreg_core import logprobs, training
@@ -20,6 +21,7 @@ from spinreg_core.needs import (
     Shape,
     Sizes,
     activation_bytes,
+    checkpoints_bytes,
     logits_bytes,
     pairs,
     prompts,
@@ -28,7 +30,7 @@ from spinreg_core.needs import (
     stage_memory,
     steps,
 )
-from spinreg_core.optim import make_optimizer
+from spinreg_core.optim import _KEPT, make_optimizer
 from spinreg_core.resolve import merge
 
 # SmolLM2-135M, and rows with round numbers.
@@ -100,9 +102,9 @@ def test_the_ends_of_alpha_need_one_policy_s_scores(round_number: int) -> None:
         assert scored(0.5) == scored(1.0) + scored(0.0)
 
 
-def test_gradient_checkpointing_runs_the_forward_pass_twice() -> None:
+def test_activation_checkpointing_runs_the_forward_pass_twice() -> None:
     plain = work(configured(), 1)["train"][1]
-    again = work(configured(training={"gradient_checkpointing": True}), 1)["train"][1]
+    again = work(configured(training={"activation_checkpointing": "full"}), 1)["train"][1]
     assert again - plain == 2 * N * 64 * 90
 
 
@@ -189,15 +191,15 @@ def test_answering_holds_weights_and_cache() -> None:
 def test_more_of_anything_needs_more(precision: str, layers: int, tokens: int) -> None:
     shape = replace(SMOLLM, layers=layers)
 
-    def needed(shape: Shape, tokens: int, checkpointing: bool) -> int:
-        return activation_bytes(shape, precision, tokens, checkpointing=checkpointing)
+    def needed(shape: Shape, tokens: int, checkpointing: Any) -> int:
+        return activation_bytes(shape, precision, tokens, checkpointing)
 
-    for checkpointing in (False, True):
+    for checkpointing in ("none", "selective", "full"):
         base = needed(shape, tokens, checkpointing)
         assert needed(shape, tokens + 1, checkpointing) > base
         assert needed(replace(shape, layers=layers + 1), tokens, checkpointing) > base
         assert needed(replace(shape, width=shape.width + 64), tokens, checkpointing) > base
-    assert needed(shape, tokens, True) < needed(shape, tokens, False)
+    assert needed(shape, tokens, "full") < needed(shape, tokens, "selective") < needed(shape, tokens, "none")
 
 
 def test_logits_are_bounded_however_many_answer_tokens() -> None:
@@ -255,8 +257,37 @@ def test_activations_of_a_real_model(precision: str) -> None:
     # Autocast's copies of the weights are kept too; they are counted on their own.
     copies = 4 * 2 * (96 * 96 * 2 + 96 * 32 * 2 + 96 * 256 * 3) if precision == "mixed" else 0
     per_layer = (found[6] - found[2] - copies) / 4
-    expected = activation_bytes(replace(shape, layers=1), precision, tokens, checkpointing=False) / 2
+    expected = activation_bytes(replace(shape, layers=1), precision, tokens) / 2
     assert per_layer == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
+def test_what_selective_checkpointing_keeps_of_a_real_model(precision: str) -> None:
+    """The input of every layer, which autograd saves, and the results that the policy says to keep."""
+
+    class Kept(TorchDispatchMode):
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if str(func).removeprefix("aten.").partition(".")[0] in _KEPT:
+                first = out if isinstance(out, torch.Tensor) else out[0]
+                self.total += first.nbytes
+            return out
+
+    tokens, found = 4 * 99, {}
+    for layers in (2, 6):
+        model, shape = llama(layers, precision)
+        answer_logprobs(model, [[2] * 4], [[3] * 4], precision=precision)  # type: ignore[arg-type]
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with Kept() as kept:
+            saved, _ = saved_for_backward(model, 4, 60, 40, precision)
+        found[layers] = saved + kept.total
+    per_layer = (found[6] - found[2]) / 4  # copies of weights are not kept here
+    whole = activation_bytes(replace(shape, layers=0), precision, tokens)
+    expected = activation_bytes(replace(shape, layers=1), precision, tokens, "selective") - whole
+    assert per_layer == pytest.approx(expected, rel=0.07)
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
@@ -290,7 +321,6 @@ def test_bytes_in_the_store_by_hand() -> None:
     # 8 steps: checkpoints after 3 and 6, each of weights and one state, float32.
     assert round_store(config, SMOLLM, SIZES, 1) == {
         "policy": 4 * N,
-        "step checkpoints": 2 * 8 * N,
         "generations": 64 * (4 * 20 + 8 * 40),
         "pairs": 64 * (4 * (20 + 30 + 40) + 100),
         "evaluation": 10 * (4 * 20 + 8 * 40),
@@ -307,8 +337,25 @@ def test_a_policy_is_stored_in_its_number_format(precision: str, save_dtype: str
     assert round_store(config, SMOLLM, SIZES, 1)["policy"] == number * N
 
 
-@pytest.mark.parametrize(("every", "kept"), [(None, 0), (8, 0), (7, 1), (4, 1), (1, 7), (100, 0)])
-def test_step_checkpoints_that_are_kept(every: int | None, kept: int) -> None:
-    config = configured(training={"checkpoint_every_steps": every, "optimizer": "adamw"}, opponent={"history": 1})
+@pytest.mark.parametrize(
+    ("every", "minutes", "kept"),
+    [(None, None, 0), (8, None, 0), (7, None, 1), (4, None, 1), (1, None, 3), (100, None, 0), (None, 5.0, 3)],
+)
+def test_checkpoints_at_most_at_once(every: int | None, minutes: float | None, kept: int) -> None:
+    training = {"checkpoint_every_steps": every, "checkpoint_every_minutes": minutes, "optimizer": "adamw"}
+    config = configured(training=training, opponent={"history": 1})
     assert steps(config, SIZES, 1) == 8
-    assert round_store(config, SMOLLM, SIZES, 1)["step checkpoints"] == kept * 12 * N
+    assert checkpoints_bytes(config, SMOLLM, SIZES, 1) == kept * 12 * N
+
+
+def test_ranks_share_weights_and_what_belongs_to_them() -> None:
+    one, four = (
+        stage_memory(configured(training={"precision": "mixed"}), SMOLLM, SIZES, engine="hf", device="cuda", shards=n)[
+            "train"
+        ]
+        for n in (1, 4)
+    )
+    for part in ("weights", "gradients", "optimiser"):
+        assert four[part] == one[part] // 4
+    assert four["activations"] == one["activations"]
+    assert 0 < four["compute copies"] < one["compute copies"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -76,12 +77,27 @@ def test_the_first_manifest_wins_and_nothing_of_it_changes(store: Store, tmp_pat
     assert objects.fetch_file(store, first.object_id, "f").read_text() == "first"
 
 
+def commit(store: Store, j: Job, name: str, files: Path) -> dict[str, Any]:
+    return objects.commit_part(store, j, name, objects.upload(store, j, files), {"rows": 1})
+
+
+def test_a_part_that_is_no_longer_needed_goes_with_its_files_and_nothing_else(store: Store, tmp_path: Path) -> None:
+    j = job(tmp_path, a=4)
+    old = commit(store, j, "step-000001", folder(tmp_path, step1__x="1"))
+    new = commit(store, j, "step-000002", folder(tmp_path, step2__x="2"))
+    objects.delete_part(store, j.object_id, old)
+    objects.delete_part(store, j.object_id, old)  # again after a kill half way
+    assert objects.list_parts(store, j.object_id) == {"step-000002": new}
+    assert store.size(old["files"][0]["key"]) is None
+    assert [p.read_text() for p in objects.fetch_part(store, new).values()] == ["2"]
+
+
 def test_parts_are_committed_once_and_listed_in_the_manifest(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=2)
-    objects.commit_part(store, j, "shard-00001", folder(tmp_path, shards__00001="b"), {"rows": 1})
-    first = objects.commit_part(store, j, "shard-00000", folder(tmp_path, shards__00000="a"), {"rows": 1})
+    commit(store, j, "shard-00001", folder(tmp_path, shards__00001="b"))
+    first = commit(store, j, "shard-00000", folder(tmp_path, shards__00000="a"))
     later = job(tmp_path, "e0002-bbbb", a=2)
-    assert objects.commit_part(store, later, "shard-00000", folder(tmp_path, shards__00000="other"), {}) == first
+    assert commit(store, later, "shard-00000", folder(tmp_path, shards__00000="other")) == first
     parts = objects.list_parts(store, j.object_id)
     assert list(parts) == ["shard-00000", "shard-00001"]
     assert [p.read_text() for p in objects.fetch_part(store, parts["shard-00000"]).values()] == ["a"]

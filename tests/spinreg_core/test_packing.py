@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinreg_core.packing import Group, bins, first_fit, group, layout, units
+from spinreg_core.packing import Group, deal, first_fit, group, layout, passes, units
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 
@@ -64,12 +64,14 @@ def test_units_keep_a_prompt_together_while_it_fits() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from([(1,), (1, 2), (3, 4, 5)]), ids, ids), max_size=20), st.integers(1, 30))
-def test_bins_hold_every_pair_once_and_at_most_the_budget(
+def test_passes_hold_every_pair_once_and_at_most_the_budget(
     pairs: list[tuple[tuple[int, ...], list[int], list[int]]], budget: int
 ) -> None:
     prompts, answers = [list(p) for p, _, _ in pairs], [[r, g] for _, r, g in pairs]
-    for shared in (True, False):
-        found = bins(prompts, answers, budget, shared=shared)
+    for shared, ranks in ((True, 1), (False, 1), (True, 3), (False, 2)):
+        shares = passes(prompts, answers, budget, shared=shared, ranks=ranks)
+        assert len(shares) == ranks
+        found = [chosen for share in shares for chosen in share]
         assert sorted(i for chosen in found for i in chosen) == list(range(len(pairs)))
         for chosen in found:
             if shared:
@@ -78,6 +80,20 @@ def test_bins_hold_every_pair_once_and_at_most_the_budget(
             else:
                 size = sum(len(prompts[i]) + len(answer) for i in chosen for answer in answers[i])
             assert size <= budget or len(chosen) == 1
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 6))
+def test_items_are_dealt_once_and_evenly(sizes: list[int], hands: int) -> None:
+    found = deal(sizes, hands)
+    assert sorted(i for hand in found for i in hand) == list(range(len(sizes)))
+    totals = [sum(sizes[i] for i in hand) for hand in found]
+    assert max(totals) - min(totals) <= max(sizes, default=0)
+    assert found == deal(sizes, hands)
+
+
+def test_dealing_by_hand() -> None:
+    assert deal([3, 9, 4, 4], 2) == [[1], [2, 3, 0]]
+    assert deal([], 2) == [[], []]
 
 
 def test_a_row_by_hand() -> None:

@@ -127,7 +127,8 @@ def test_the_rate_is_measured_or_stated() -> None:
     assert machine["tflops_source"].startswith("measured in a second, float32 matrix product")
     assert "bfloat16" in read_machine(configured(training={"precision": "mixed"}), None)["tflops_source"]
     assert read_machine(configured(), 500.0) | {"memory_bytes": 0} == {
-        "device": "cpu", "memory_bytes": 0, "tflops": 500.0, "tflops_source": "stated"
+        "device": "cpu", "ranks": 1, "shards": 1, "devices": 1, "memory_bytes": 0, "tflops": 500.0,
+        "tflops_source": "stated",
     }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ CASES = [
     ("train", {"training__learning_rate": [5e-6, 1e-6]}, False, True),
     ("train", {"objective__link": "hinge"}, True, True),
     ("train", {"training__checkpoint_every_steps": 3}, False, False),
-    ("train", {"training__gradient_checkpointing": True}, False, False),
+    ("train", {"training__activation_checkpointing": "full"}, False, False),
     ("train", {"resources__tokens_per_pass": 3}, False, False),
     ("train", {"training__batch_size": 16}, True, True),
     ("evaluate", {"objective__alpha": 0.3}, False, True),

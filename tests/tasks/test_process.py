@@ -306,6 +306,7 @@ from tasks.process import run_stage
 class TerminationSignal(BaseException): pass
 def handler(*_): raise TerminationSignal
 signal.signal(signal.SIGTERM, handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell started the tests in the background
 try:
     run_stage(Job.load(pathlib.Path({str(tmp_path / "driver-job.json")!r})), on_line=print)
 except BaseException as error:

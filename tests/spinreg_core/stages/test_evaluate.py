@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from spinreg_core import logprobs
 from spinreg_core import scoring as scoring_module
+from spinreg_core import sharding
 from spinreg_core.config import EvaluationConfig, GenerationConfig, RunConfig, TrainingConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import heldout_metrics
@@ -266,7 +266,7 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
 ) -> None:
     calls: list[tuple[str, int]] = []
     alive: list[int] = []
-    real_score, real_load = evaluate.score, logprobs.load_policy
+    real_score, real_load = evaluate.score, sharding.load_for
 
     def score(policy: Any, prompts: list[list[int]], answers: list[list[int]], **options: Any) -> list[float]:
         calls.append((str(policy), len(answers)))
@@ -282,7 +282,7 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
 
     before = count()
     monkeypatch.setattr(evaluate, "score", score)
-    monkeypatch.setattr(scoring_module, "load_policy", load)
+    monkeypatch.setattr(scoring_module, "load_for", load)
     job = world.job(iterate, evaluated)
     part = job.extra["generate"]
     sampled_anew = {"generate": part | {"object_id": part["object_id"] + "-again"}}

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from spinreg_core.errors import BadInput
 from spinreg_core.pairs import PAIRS_SCHEMA
 from spinreg_core.progress import parse
 from spinreg_core.scoring import score
-from spinreg_core.stages import train
+from spinreg_core.stages import job as job_module
+from spinreg_core.stages import step_checkpoints, train
 from spinreg_core.stages.job import Job, Preempted
+from spinreg_core.stages.step_checkpoints import StepCheckpoints
 from spinreg_core.store import Store, open_store
 from spinreg_core.training import Round
 
@@ -113,7 +116,7 @@ def test_what_a_round_leaves(setting: Setting, whole: dict[str, Any]) -> None:
     assert (summary["steps"], summary["pairs"]) == (STEPS, PAIRS)
     assert summary["last_loss"] == metrics[-1]["loss"]
     assert {"real_logprob_change", "seconds", "tokens_per_second", "accuracy", "alarms"} <= summary.keys()
-    assert list(objects.list_parts(setting.store, whole["object_id"])) == ["step-000005", "step-000010"]
+    assert objects.list_parts(setting.store, whole["object_id"]) == {}, "checkpoints of a finished round"
 
 
 def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dict[str, Any]) -> None:
@@ -148,23 +151,39 @@ def test_output_is_readable_by_people_and_by_the_task(setting: Setting, capsys: 
     assert manifest["metrics"]["real_logprob_change"] < 0
 
 
+def failing_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Round.step
+
+    def failing(self: Round) -> dict[str, Any]:
+        if self.state.done == step:
+            raise RuntimeError("the machine broke")
+        return original(self)
+
+    monkeypatch.setattr(Round, "step", failing)
+
+
+def broken_off(setting: Setting, name: str, step: int, **training: Any) -> Job:
+    """A round that failed after `step` steps, its checkpoints committed, and the job that goes on with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        failing_at(step, patch)
+        wait_for_checkpoints(patch)
+        with pytest.raises(RuntimeError, match="broke"):
+            train.run(setting.job(name, **training))
+    return setting.job(name, writer="e0002-bb", **training)
+
+
+def wait_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is committed before the next step: how far a thread came is chance otherwise."""
+    after = StepCheckpoints.after_step
+    monkeypatch.setattr(StepCheckpoints, "after_step", lambda self, at: (after(self, at), self.wait())[0])
+
+
 def test_a_failed_round_goes_on_to_the_same_bits(
     setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = Round.step
-
-    def failing(self: Round) -> dict[str, Any]:
-        if self.state.done == 8:
-            raise RuntimeError("the machine broke")
-        return step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Round, "step", failing)
-        with pytest.raises(RuntimeError, match="broke"):
-            train.run(setting.job("failed"))
-    job = setting.job("failed", writer="e0002-bb")
+    job = broken_off(setting, "failed", 8)
     assert objects.read_manifest(setting.store, job.object_id) is None
-    taken = []
+    taken, step = [], Round.step
     monkeypatch.setattr(Round, "step", lambda self: (taken.append(self.state.done + 1), step(self))[1])
     manifest = train.run(job)
     assert taken == [6, 7, 8, 9, 10, 11, 12]  # from the checkpoint of step 5
@@ -172,81 +191,112 @@ def test_a_failed_round_goes_on_to_the_same_bits(
     assert sha_of_weights(manifest) == sha_of_weights(whole)
     assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
     assert manifest["metrics"]["real_logprob_change"] == whole["metrics"]["real_logprob_change"]
+    assert objects.list_parts(setting.store, job.object_id) == {}
+
+
+def test_the_newest_checkpoints_are_kept_and_say_what_they_cost(setting: Setting) -> None:
+    job = broken_off(setting, "kept", 9, checkpoint_every_steps=2, checkpoints_kept=3)
+    parts = objects.list_parts(setting.store, job.object_id)
+    assert list(parts) == ["step-000004", "step-000006", "step-000008"]
+    stored = setting.store.list(f"objects/{job.object_id}/data/")
+    assert len([key for key in stored if "/step-" in key]) == 3 * 2, "files of older ones are gone too"
+    meta = parts["step-000008"]["meta"]
+    assert meta["bytes"] == sum(f["size"] for f in parts["step-000008"]["files"])
+    assert meta.keys() == {"step", "ranks", "pause_seconds", "bytes", "upload_seconds"}
+
+
+def test_a_checkpoint_is_due_by_time_too(setting: Setting) -> None:
+    job = broken_off(setting, "timed", 3, checkpoint_every_steps=None, checkpoint_every_minutes=1e-9)
+    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000002", "step-000003"]
+    job = broken_off(setting, "never", 3, checkpoint_every_steps=None, checkpoint_every_minutes=None)
+    assert objects.list_parts(setting.store, job.object_id) == {}
 
 
 def test_a_damaged_checkpoint_is_passed_over(setting: Setting, whole: dict[str, Any], capsys: Any) -> None:
-    job = setting.job("whole", writer="e0003-cc")
+    job = broken_off(setting, "damaged", 11)
     for file in objects.list_parts(setting.store, job.object_id)["step-000010"]["files"]:
         path = setting.store.local_path(file["key"])
         assert path is not None
         path.write_bytes(path.read_bytes()[:-1])
-    train.run(job)
+    manifest = train.run(job)
     output = capsys.readouterr().out
     assert "step-000010 cannot be read" in output
     assert "checkpoint of step 5 of 12" in output
-    weights = job.workdir / "out" / "policy" / "model.safetensors"
-    assert objects.sha256_file(weights) == sha_of_weights(whole)
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
 
 
-@pytest.mark.parametrize("half_done", [False, True])
-def test_sigterm_leaves_a_checkpoint_of_a_finished_step(
-    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, half_done: bool
+def test_a_store_that_fails_costs_a_checkpoint_and_nothing_else(
+    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Stopped in the gradient of step 4, the state is that of step 3. Stopped in an update, it is of no step."""
-    name = f"stopped-{half_done}"
+    monkeypatch.setattr(step_checkpoints, "upload", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
+    wait_for_checkpoints(monkeypatch)
+    manifest = train.run(setting.job("away"))
+    output = capsys.readouterr().out
+    for step in (5, 10):
+        assert f"checkpoint step-{step:06d} could not be stored, training goes on: OSError: no space left" in output
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
+
+
+def stopping_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM arrives in the middle of a step."""
+    gradient = Round.gradient
+
+    def stopped(self: Round, *args: Any) -> Any:
+        if self.state.done == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return gradient(self, *args)
+
+    monkeypatch.setattr(Round, "gradient", stopped)
+    monkeypatch.setattr(job_module, "_sigterm", job_module._Sigterm())
+    signal.signal(signal.SIGTERM, job_module._on_sigterm)
+
+
+@pytest.fixture(autouse=True)
+def _sigterm_is_ours_for_a_test() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(
+    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
-        if half_done:
-            patch.setattr(train, "_QUICK_SECONDS", 1e9)
-
-            def stop_in_update(round_: Round) -> None:
-                original = round_.optimizer.step
-
-                def update() -> None:
-                    original()
-                    if round_.state.done == 3:
-                        raise Preempted
-
-                round_.optimizer.step = update  # type: ignore[method-assign, assignment]
-
-            start = Round.watch_start
-            patch.setattr(Round, "watch_start", lambda self: (start(self), stop_in_update(self))[0])
-        else:
-            gradient = Round.gradient
-
-            def stop_in_gradient(self: Round, *args: Any) -> Any:
-                found = gradient(self, *args)
-                if self.state.done == 3:
-                    raise Preempted
-                return found
-
-            patch.setattr(Round, "gradient", stop_in_gradient)
+        stopping_in(4, patch)
         with pytest.raises(Preempted):
-            train.run(setting.job(name))
-    job = setting.job(name, writer="e0002-bb")
-    assert list(objects.list_parts(setting.store, job.object_id)) == ([] if half_done else ["step-000003"])
+            train.run(setting.job("stopped"))
+    job = setting.job("stopped", writer="e0002-bb")
+    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000004"]
     assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 
-def test_no_checkpoint_is_begun_that_takes_long(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "_QUICK_SECONDS", 0.0)
-    step = Round.step
+def test_sigterm_in_the_last_step_lets_the_round_end(
+    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is left to train; the next start only publishes."""
+    with monkeypatch.context() as patch:
+        stopping_in(STEPS, patch)
+        with pytest.raises(Preempted):
+            train.run(setting.job("stopped-last"))
+    assert sha_of_weights(train.run(setting.job("stopped-last", writer="e0002-bb"))) == sha_of_weights(whole)
 
-    def stopping(self: Round) -> dict[str, Any]:
-        if self.state.done == 3:
-            raise Preempted
-        return step(self)
 
-    monkeypatch.setattr(Round, "step", stopping)
+def test_no_checkpoint_is_begun_for_which_there_is_no_time(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(StepCheckpoints, "_estimate", lambda self: 1e9)
+    stopping_in(4, monkeypatch)
     job = setting.job("slow")
     with pytest.raises(Preempted):
         train.run(job)
     assert objects.list_parts(setting.store, job.object_id) == {}
+    assert "stopped after step 4; no time for a checkpoint, the last is of step 0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
-    job = setting.job("killed", epochs=10, learning_rate=1e-4)
+    job = setting.job("killed", epochs=30, learning_rate=1e-4)
     job.workdir.mkdir(parents=True)
     job.save(tmp_path / "job.json")
     command = [sys.executable, "-m", "spinreg_core.stages.train", str(tmp_path / "job.json")]
@@ -267,12 +317,12 @@ def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
         assert second.stdout is not None
         output = second.stdout.read()
     assert second.returncode == 0, output
-    resumed = re.search(r"going on from the checkpoint of step (\d+) of 60", output)
+    resumed = re.search(r"going on from the checkpoint of step (\d+) of 180", output)
     assert resumed is not None
     assert int(resumed[1]) >= 20
     killed = objects.require_manifest(setting.store, job.object_id)
 
-    other = setting.job("unbroken", epochs=10, learning_rate=1e-4, checkpoint_every_steps=None)
+    other = setting.job("unbroken", epochs=30, learning_rate=1e-4, checkpoint_every_steps=None)
     other.save(tmp_path / "job.json")
     with start() as third:
         assert third.stdout is not None
@@ -316,7 +366,7 @@ def test_all_threads_of_the_process_flush_denormal_numbers() -> None:
     code = """
 import runpy, torch
 from spinreg_core.stages import job
-def check(run):
+def check(run, ranked):
     torch.set_num_threads(2)
     small = torch.full((4_000_000,), 1e-39)
     assert int((small * 1.0).ne(0).sum()) == 0
