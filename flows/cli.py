@@ -46,6 +46,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
     report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
 
+    join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
+    join.add_argument("run", help="name of the run")
+    join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
+
     data = commands.add_parser("data", help="look at a data set").add_subparsers(dest="action", required=True)
     inspect = data.add_parser("inspect", help="counts, lengths, rendered examples and rejected rows")
     inspect.add_argument("dataset", nargs="?", help="as the parameter dataset (default: the configuration's)")
@@ -135,6 +139,15 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _join(arguments: argparse.Namespace) -> int:
+    from tasks.join import join_run
+
+    try:
+        join_run(arguments.store, arguments.run, say=lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        return 130
+
+
 def _data(arguments: argparse.Namespace) -> int:
     from spinreg_core.data.inspect import inspect
     from spinreg_core.resolve import resolve
@@ -147,7 +160,7 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    commands = {"run": _run, "plan": _plan, "status": _status, "report": _report, "data": _data}
+    commands = {"run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data}
     try:
         return commands[arguments.command](arguments)
     except BadInput as error:

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,6 @@ from spinreg_core.progress import ProgressLine, parse
 from spinreg_core.stages.job import STARTER_VARIABLE, Job
 from tasks.display import run_log
 
-# Prefect gives a cancelled run 30 s between SIGTERM and SIGKILL; the stage gets less, so that this
-# process still has time to end in order.
-STOP_GRACE_SECONDS = 20.0
 PROGRESS_EVERY_SECONDS = 5.0
 _GONE_SECONDS = 3.0
 _TAIL_LINES = 200  # kept for messages; bad-row listings are longer than a traceback's end
@@ -77,13 +74,16 @@ def run_stage(
         on_line=on_line or run_log(),
         on_progress=on_progress,
         check=check,
+        grace_seconds=job.config.resources.stop_seconds,
         on_start=on_start,
     )
     result = job.workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else {}
 
 
-def start_process(command: list[str], stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
+def start_process(
+    command: list[str], stdin: int = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     """Start `command` as the leader of a session of its own, its output in one pipe."""
     return subprocess.Popen(
         command,
@@ -91,7 +91,7 @@ def start_process(command: list[str], stdin: int = subprocess.DEVNULL) -> subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1", STARTER_VARIABLE: str(os.getpid())},
+        env=os.environ | {"PYTHONUNBUFFERED": "1", STARTER_VARIABLE: str(os.getpid())} | dict(environment or {}),
     )
 
 
@@ -104,12 +104,12 @@ def run_process(
     deadline_seconds: float | None = None,
     on_progress: Callable[[ProgressLine], None] | None = None,
     check: Callable[[], None] | None = None,
-    grace_seconds: float = STOP_GRACE_SECONDS,
+    grace_seconds: float = 20.0,
     on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
 
-    `on_line` gets the output line by line and `on_progress` the parsed progress lines (both: progress at
+    `grace_seconds`: time between SIGTERM and SIGKILL. `on_line` gets the output line by line and `on_progress` the parsed progress lines (both: progress at
     most every 5 s). They run in a thread of their own, their errors are ignored, and lines are left out
     when they are too slow: the process never waits for them. `check` is called about twice a second by
     the waiting thread; what it raises ends the process (a lost lease, say). So does what `on_start` raises, which is

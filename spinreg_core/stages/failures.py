@@ -93,17 +93,18 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
     records = sorted((json.loads(path.read_text()) for path in folder.glob("failure-*.json")), key=lambda r: r["time"])
     told = {entry["rank"] for entry in records}
     for rank, status in sorted(statuses.items()):
-        if status < 0 and rank not in told and -status not in (signal.SIGTERM, signal.SIGABRT):
+        ended = bool(_stack(folder, rank))  # by us: it had been told to stop
+        if status < 0 and rank not in told and not ended and -status not in (signal.SIGTERM, signal.SIGABRT):
             name = signal.Signals(-status).name
             hint = ", often the kernel's out-of-memory killer (see dmesg)" if name == "SIGKILL" else ""
             return 1, f"error: rank {rank} was killed by {name}{hint}{_last_words(folder, rank)}"
-    own = [entry for entry in records if not _about_others(entry["message"])]
+    own = [entry for entry in records if not about_others(entry["message"])]
     if own:
         return own[0]["status"], _said(own[0])
     waited = [entry for entry in records if not _GONE.search(entry["message"])]
     missing = [rank for rank in _ranks_here(folder) if rank not in told]
     if waited and missing:
-        where = "\n".join(f"rank {rank} was here:\n{_stack(folder, rank)}" for rank in missing)
+        where = "\n".join(f"rank {rank} was here:\n{_stack(folder, rank) or '(it could not say)'}" for rank in missing)
         return 1, (
             f"error: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not arrive where the "
             f"others waited (resources.collective_timeout_seconds).\n{where}"
@@ -120,7 +121,8 @@ def _said(entry: dict[str, Any]) -> str:
     return f"rank {entry['rank']} failed:\n{entry['message']}"
 
 
-def _about_others(message: str) -> bool:
+def about_others(message: str) -> bool:
+    """Whether a failure is only that another rank went away or did not answer."""
     return bool(_COMMUNICATION.search(message) and (_GONE.search(message) or _TIMED_OUT.search(message)))
 
 
@@ -129,8 +131,8 @@ def _ranks_here(folder: Path) -> list[int]:
 
 
 def _stack(folder: Path, rank: int) -> str:
-    text = (folder / f"stack-{rank}.txt").read_text().strip()
-    return text or "(it could not say)"
+    path = folder / f"stack-{rank}.txt"
+    return path.read_text().strip() if path.exists() else ""
 
 
 def _last_words(folder: Path, rank: int) -> str:

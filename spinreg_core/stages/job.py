@@ -44,16 +44,22 @@ class Job:
     workdir: Path
     extra: dict[str, Any] = field(default_factory=dict)
 
+    def fields(self) -> dict[str, Any]:
+        """All of it as JSON."""
+        return asdict(self) | {"config": self.config.model_dump(mode="json"), "workdir": str(self.workdir)}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Job:
+        """The inverse of `fields`."""
+        config, workdir = RunConfig.model_validate(fields["config"]), Path(fields["workdir"])
+        return cls(**fields | {"config": config, "workdir": workdir})
+
     def save(self, path: Path) -> None:
-        fields = asdict(self) | {"config": self.config.model_dump(mode="json"), "workdir": str(self.workdir)}
-        path.write_text(json.dumps(fields, indent=1, sort_keys=True))
+        path.write_text(json.dumps(self.fields(), indent=1, sort_keys=True))
 
     @classmethod
     def load(cls, path: Path) -> Job:
-        fields = json.loads(path.read_text())
-        fields["config"] = RunConfig.model_validate(fields["config"])
-        fields["workdir"] = Path(fields["workdir"])
-        return cls(**fields)
+        return cls.from_fields(json.loads(path.read_text()))
 
 
 class Preempted(SystemExit):

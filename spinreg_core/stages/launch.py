@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spinreg_core.errors import EXIT_PREEMPTED
-from spinreg_core.stages.failures import verdict
+from spinreg_core.stages.failures import about_others, verdict
+from spinreg_core.stages.orders import ATTEMPT_VARIABLE, announce, failures_elsewhere, retract, tell_failure
+from spinreg_core.store import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,10 +49,34 @@ class _Logs(DefaultLogsSpecs):
 
 
 def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
-    """Run `python -m MODULE JOB_FILE` as `processes` ranks here (and as many on every other node of the job).
+    """Run `python -m MODULE JOB_FILE` as `processes` ranks here, together with the other nodes of the job.
 
     Returns the exit status of the whole: 0, or that of the rank at fault, whose message is printed.
     """
+    nodes = job.config.resources.nodes
+    if nodes == 1:
+        status, message = _ranks(job, module, job_file, processes, run_id=f"{job.object_id}-{job.writer}")
+    elif (attempt := os.environ.get(ATTEMPT_VARIABLE)) is not None:  # not the node that runs the flow
+        status, message = _ranks(job, module, job_file, processes, run_id=attempt)
+        if message and not about_others(message):
+            tell_failure(open_store(job.store), job, attempt, status, message)
+    else:
+        store = open_store(job.store)
+        attempt = announce(store, job)
+        print(f"waiting for {nodes - 1} more nodes at {job.config.resources.rendezvous} (spinreg join)", flush=True)
+        try:
+            status, message = _ranks(job, module, job_file, processes, run_id=attempt)
+            if message and about_others(message):
+                status, message = next(iter(failures_elsewhere(store, job, attempt)), (status, message))
+        finally:
+            retract(store, job)
+    if message:
+        print(message, flush=True)
+    return status
+
+
+def _ranks(job: Job, module: str, job_file: Path, processes: int, *, run_id: str) -> tuple[int, str]:
+    """(exit status, what to say of a failure)"""
     folder = job.workdir / RANKS
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -57,24 +84,24 @@ def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // processes, 1))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(resources.stop_seconds) + 1)
     config = LaunchConfig(
         min_nodes=resources.nodes,
         max_nodes=resources.nodes,
         nproc_per_node=processes,
-        run_id=f"{job.object_id}-{job.writer}",
+        run_id=run_id,
         rdzv_backend="c10d",
         rdzv_endpoint=resources.rendezvous or "localhost:0",
         max_restarts=0,
         logs_specs=_Logs(folder),
     )
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(resources.stop_seconds) + 1)
     try:
         elastic_launch(config, entrypoint=sys.executable)("-u", "-m", module, str(job_file))
     except ChildFailedError as failed:
         status, message = verdict(folder, {rank: failure.exitcode for rank, failure in failed.failures.items()})
-        if status != EXIT_PREEMPTED:
-            print(message, flush=True)
-        return status
+        return status, "" if status == EXIT_PREEMPTED else message
     except SignalException as stopped:
-        return EXIT_PREEMPTED if stopped.sigval == signal.SIGTERM else 1
-    return 0
+        return (EXIT_PREEMPTED if stopped.sigval == signal.SIGTERM else 1), ""
+    except RendezvousError as error:
+        return 1, f"error: {resources.nodes} nodes did not meet at {resources.rendezvous}: {error}"
+    return 0, ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -22,7 +23,7 @@ from spinreg_core.progress import Progress
 from spinreg_core.ranks import join
 from spinreg_core.rounds import effective_alpha
 from spinreg_core.sharding import load_for
-from spinreg_core.stages.job import Job, finishing_steps, main
+from spinreg_core.stages.job import Job, Preempted, finishing_steps, main
 from spinreg_core.stages.step_checkpoints import StepCheckpoints
 from spinreg_core.store import open_store
 from spinreg_core.training import Round
@@ -89,7 +90,7 @@ def _train(round_: Round, checkpoints: StepCheckpoints) -> None:
             progress.update()
             print(_step_line(metrics, round_.steps), flush=True)
             if checkpoints.after_step(stopped()):
-                break
+                raise Preempted  # also where only another rank was told
         checkpoints.wait()
 
 
@@ -126,4 +127,5 @@ if __name__ == "__main__":
     # A pair told apart with confidence has a gradient below 1e-38, and CPUs compute with such numbers a dozen times
     # slower (measured: 285 s for a step of 21 s). Here and not below: only threads started later keep to it.
     torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy, of that
     main(run, ranked=True)

@@ -68,8 +68,13 @@ class Setting:
         job = Job(stage, objects.fingerprint(stage, key), key, "", "e0001-aa", 0, {}, RunConfig(), folder)
         return str(objects.publish(self.store, job, folder, metrics={})["object_id"])
 
-    def job(self, name: str, writer: str = "e0001-aa", **training: Any) -> Job:
-        config = RunConfig(seed=7, training=SETTINGS | training, objective={"alpha": 0.5}, resources={"device": "cpu"})  # type: ignore[arg-type]
+    def job(self, name: str, writer: str = "e0001-aa", resources: dict[str, Any] | None = None, **training: Any) -> Job:
+        config = RunConfig(
+            seed=7,
+            training=SETTINGS | training,
+            objective={"alpha": 0.5},
+            resources={"device": "cpu"} | (resources or {}),
+        )  # type: ignore[arg-type]
         key, inputs = {"name": name}, {"pairs": self.pairs, "previous": self.base}
         object_id = objects.fingerprint("train", key)
         return Job("train", object_id, key, str(self.root / "store"), writer, 1, inputs, config,

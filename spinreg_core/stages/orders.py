@@ -1,0 +1,63 @@
+"""What the machine that runs the flow tells the other machines of a stage, and what they tell it of failures.
+
+Decides: the two documents in the store, `runs/<run>/order.json` and `runs/<run>/failures/<attempt>-<machine>.json`.
+They hold no result, and what they say is of the moment. Leaves out: who acts on them (`launch.py`, `tasks/join.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import uuid
+from typing import Any
+
+from spinreg_core.stages.job import Job
+from spinreg_core.store import Store
+
+ATTEMPT_VARIABLE = "SPINREG_ATTEMPT"  # set in the processes that other machines start
+_WAIT_SECONDS = 10.0
+
+
+def announce(store: Store, job: Job) -> str:
+    """Ask the other machines to take part in a stage. Returns the name of this attempt at it."""
+    attempt = uuid.uuid4().hex
+    store.write(_order(job.config.run), json.dumps({"attempt": attempt, "job": job.fields()}).encode())
+    return attempt
+
+
+def retract(store: Store, job: Job) -> None:
+    """The stage is over, for everybody."""
+    store.write(_order(job.config.run), json.dumps({"attempt": None}).encode())
+
+
+def read_order(store: Store, run: str) -> dict[str, Any] | None:
+    """What was announced last; its `attempt` is None between stages."""
+    found = store.read(_order(run))
+    return None if found is None else json.loads(found)
+
+
+def tell_failure(store: Store, job: Job, attempt: str, status: int, message: str) -> None:
+    """Of ranks on another machine, for the log of the flow."""
+    host = socket.gethostname()
+    entry = {"status": status, "message": f"on {host}: {message}"}
+    store.write(f"{_failures(job.config.run)}{attempt}-{host}-{uuid.uuid4().hex[:8]}.json", json.dumps(entry).encode())
+
+
+def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, str]]:
+    """(status, message) of what other machines told of an attempt; waits for them a few seconds."""
+    end = time.monotonic() + _WAIT_SECONDS
+    while True:
+        keys = [k for k in store.list(_failures(job.config.run)) if k.rsplit("/", 1)[-1].startswith(attempt)]
+        if keys or time.monotonic() > end:
+            entries = [json.loads(found) for key in keys if (found := store.read(key)) is not None]
+            return [(entry["status"], entry["message"]) for entry in entries]
+        time.sleep(0.5)
+
+
+def _order(run: str) -> str:
+    return f"runs/{run}/order.json"
+
+
+def _failures(run: str) -> str:
+    return f"runs/{run}/failures/"

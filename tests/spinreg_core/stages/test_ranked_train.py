@@ -1,0 +1,254 @@
+"""The train stage on several ranks: killed, hung, out of memory, stopped, and continued on another number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import Setting, lines, sha_of_weights, without_time
+
+from spinreg_core import objects
+from spinreg_core.stages.job import Job
+
+# Put into a rank's process by Python itself: the stage is the real one, under the real torchrun.
+FAULTY = """
+import importlib.util, os, sys
+if os.environ.get("RANK") == "1" and "FAULT" in os.environ:
+    class Patch:
+        def find_spec(self, name, path=None, target=None):
+            if name != "spinreg_core.training":
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+            def exec_module(module):
+                load(module)
+                step = module.Round.step
+                def faulty(self):
+                    if self.state.done == 3:
+                        exec(os.environ["FAULT"])
+                    return step(self)
+                module.Round.step = faulty
+            spec.loader.exec_module = exec_module
+            return spec
+    sys.meta_path.insert(0, Patch())
+"""
+
+
+@pytest.fixture(scope="module", name="setting")
+def _setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    root = tmp_path_factory.mktemp("ranked")
+    (root / "faulty").mkdir()
+    (root / "faulty" / "sitecustomize.py").write_text(FAULTY)
+    return Setting(root)
+
+
+def start(setting: Setting, job: Job, fault: str | None = None) -> subprocess.Popen[str]:
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    job_file = job.workdir / "job.json"
+    job.save(job_file)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    if fault is not None:
+        environment |= {"PYTHONPATH": str(setting.root / "faulty"), "FAULT": fault}
+    return subprocess.Popen(
+        [sys.executable, "-m", "spinreg_core.stages.train", str(job_file)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(setting: Setting, job: Job, fault: str | None = None) -> tuple[int, str]:
+    with start(setting, job, fault) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+    return process.returncode, output
+
+
+def ranks_of(job: Job) -> list[int]:
+    """Process ids of the job's ranks that are alive."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(job.workdir / "job.json").encode() in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+def on(count: int | str, **resources: Any) -> dict[str, Any]:
+    return {"processes": count, "collective_timeout_seconds": 60} | resources
+
+
+@pytest.fixture(scope="module", name="whole")
+def _whole(setting: Setting) -> dict[str, Any]:
+    """The manifest of a round on two ranks that nothing interrupted."""
+    job = setting.job("whole-2", resources=on(2))
+    status, output = run(setting, job)
+    assert status == 0, output
+    assert "2 ranks, mesh {'shard': 2}" in output
+    assert output.count("step 12/12: ") == 1, "one rank speaks"
+    return objects.require_manifest(setting.store, job.object_id)
+
+
+def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -> None:
+    one = setting.job("whole-1")
+    status, output = run(setting, one)
+    assert status == 0, output
+    manifest = objects.require_manifest(setting.store, one.object_id)
+    a, b = (
+        load_file(objects.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
+        for m in (manifest, whole)
+    )
+    before = load_file(setting.folder / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert float((b[name] - value).norm()) <= 0.05 * float((value - before[name]).norm()), name
+    names = [{f["name"] for f in m["files"]} for m in (manifest, whole)]
+    assert names[0] == names[1]
+    metrics = [lines(setting.store, m) for m in (manifest, whole)]
+    assert [m["loss"] for m in metrics[1]] == pytest.approx([m["loss"] for m in metrics[0]], rel=1e-2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+def test_a_round_goes_on_with_another_number_of_ranks_and_every_pair_is_seen_once(
+    setting: Setting, whole: dict[str, Any], before: int, after: int
+) -> None:
+    name = f"resharded-{before}-{after}"
+    job = setting.job(name, resources=on(before), checkpoint_every_steps=1)
+    with start(setting, job) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("checkpoint step-000007 committed"):
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+    wait_until_gone(job)
+    later = setting.job(name, writer="e0002-bb", resources=on(after), checkpoint_every_steps=1)
+    status, output = run(setting, later)
+    assert status == 0, output
+    resumed = re.search(r"going on from the checkpoint of step (\d+) of 12", output)
+    assert resumed is not None
+    assert int(resumed[1]) >= 7
+    manifest = objects.require_manifest(setting.store, job.object_id)
+    metrics, expected = lines(setting.store, manifest), lines(setting.store, whole)
+    # The steps' pairs follow from their number alone; tokens tell them apart.
+    assert [(m["step"], m["pairs"], m["tokens"]) for m in metrics] == [
+        (m["step"], m["pairs"], m["tokens"]) for m in expected
+    ]
+    assert [m["loss"] for m in metrics] == pytest.approx([m["loss"] for m in expected], rel=1e-2)
+
+
+def wait_until_gone(job: Job, seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while ranks_of(job):
+        assert time.monotonic() < end, "ranks outlive the process that started them"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("import signal; os.kill(os.getpid(), signal.SIGKILL)",
+         r"error: rank 1 was killed by SIGKILL, often the kernel's out-of-memory killer"),
+        ("raise ZeroDivisionError('of rank one')", r"rank 1 failed:\nTraceback.*ZeroDivisionError: of rank one"),
+        ("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file"),
+        ("import torch; torch.empty(10**15)",
+         r"error: out of memory in train: it asked for 3725290\.30 GiB more\. What would help: resources\.tokens_per_pass "
+         r"below 2048; training\.activation_checkpointing full \(now none\); more resources\.processes"),
+        ("import ctypes; ctypes.string_at(0)", r"error: rank 1 was killed by SIGSEGV; the end of its output:"),
+    ],
+    ids=["killed", "raises", "damaged", "memory", "crashes"],
+)  # fmt: skip
+def test_a_rank_that_fails_ends_the_job_with_its_own_words(setting: Setting, fault: str, said: str) -> None:
+    job = setting.job(f"faulty-{abs(hash(fault))}", resources=on(2))
+    begin = time.monotonic()
+    status, output = run(setting, job, fault)
+    assert time.monotonic() - begin < 40
+    assert status == (74 if "Damaged" in fault else 1)
+    assert re.search(said, output, re.DOTALL), output
+    assert "gloo" not in output, "what the others say of its end is not shown"
+    assert output.count("Traceback") == ("ZeroDivisionError" in fault)
+    wait_until_gone(job)
+
+
+def test_a_rank_that_hangs_is_named_with_the_place_where_it_was(setting: Setting) -> None:
+    job = setting.job("hung", resources=on(2, collective_timeout_seconds=4))
+    begin = time.monotonic()
+    status, output = run(setting, job, "import time; time.sleep(600)")
+    assert time.monotonic() - begin < 60
+    assert status == 1
+    assert "error: rank 1 did not arrive where the others waited" in output
+
+    assert "in faulty" in output.split("rank 1 was here:")[1]
+    wait_until_gone(job)
+
+
+def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: dict[str, Any]) -> None:
+    job = setting.job("stopped-2", resources=on(2))
+    with start(setting, job, "import time; time.sleep(1.5)") as process:  # in step 4
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step 3/12"):
+                time.sleep(0.5)
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        output = process.stdout.read()
+    assert process.returncode == 143, output
+    assert "checkpoint step-000004 committed" in output
+    wait_until_gone(job)
+    later = setting.job("stopped-2", writer="e0002-bb", resources=on(2))
+    status, output = run(setting, later)
+    assert status == 0, output
+    assert "going on from the checkpoint of step 4 of 12" in output
+    manifest = objects.require_manifest(setting.store, job.object_id)
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
+    assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_chaos_changes_no_bit(setting: Setting) -> None:
+    """The group of a training process on two ranks is killed at twenty random instants."""
+    shape = {"resources": on(2), "epochs": 150, "learning_rate": 1e-4, "checkpoint_every_steps": 3}
+    draw, kills, resumed = random.Random(int(os.environ.get("CHAOS_SEED", "11"))), 0, []
+    while True:
+        job = setting.job("chaos", writer=f"e{kills + 1:04d}-aa", **shape)
+        process = start(setting, job)
+        assert process.stdout is not None
+        if kills < 20:
+            try:
+                process.wait(draw.uniform(0.5, 11.0))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                kills += 1
+        output = process.stdout.read()
+        process.wait()
+        wait_until_gone(job)
+        found = re.search(r"going on from the checkpoint of step (\d+)", output)
+        resumed.append(int(found[1]) if found else 0)
+        if process.returncode != -signal.SIGKILL:
+            break
+    assert process.returncode == 0, output
+    assert kills >= 20, f"the round was over after {kills} kills"
+    assert resumed == sorted(resumed), "nothing that was committed was lost"
+    assert len(set(resumed)) > 5
+    calm = setting.job("calm", **(shape | {"checkpoint_every_steps": None, "checkpoint_every_minutes": None}))
+    status, output = run(setting, calm)
+    assert status == 0, output
+    chaotic, undisturbed = (objects.require_manifest(setting.store, j.object_id) for j in (job, calm))
+    assert sha_of_weights(chaotic) == sha_of_weights(undisturbed)
+    assert json.dumps(without_time(lines(setting.store, chaotic))) == json.dumps(
+        without_time(lines(setting.store, undisturbed))
+    )
+    assert torch.isfinite(torch.tensor([m["loss"] for m in lines(setting.store, chaotic)])).all()
