@@ -109,11 +109,11 @@ def run_process(
 ) -> None:
     """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
 
-    `grace_seconds`: time between SIGTERM and SIGKILL. `on_line` gets the output line by line and `on_progress` the parsed progress lines (both: progress at
-    most every 5 s). They run in a thread of their own, their errors are ignored, and lines are left out
-    when they are too slow: the process never waits for them. `check` is called about twice a second by
-    the waiting thread; what it raises ends the process (a lost lease, say). So does what `on_start` raises, which is
-    called once.
+    `grace_seconds`: time between SIGTERM and SIGKILL. `on_line` gets the output line by line and `on_progress` the
+    parsed progress lines (both: progress at most every 5 s). They run in a thread of their own, their errors are
+    ignored, and lines are left out when they are too slow: the process never waits for them. `check` is called about
+    twice a second by the waiting thread; what it raises ends the process (a lost lease, say). So does what `on_start`
+    raises, which is called once.
 
     Must be called by a thread that lives until it returns: the process watches that thread.
 
