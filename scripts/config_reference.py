@@ -92,7 +92,7 @@ def type_text(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(type_text(part) for part in arguments)
     if origin is typing.Literal:
-        return " \\| ".join(f"`{value}`" for value in arguments)
+        return ", ".join(f"`{value}`" for value in arguments)
     if origin is list:
         return f"list of ({type_text(arguments[0])})"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[annotation]

@@ -13,9 +13,10 @@ from tiny import random_rows, tiny_model, write_policy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spinreg_core import logprobs
+from spinreg_core import logprobs, projection
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import answer_logprobs, load_policy
+from spinreg_core.projection import head_of
 
 KINDS = ["llama", "llama-tied", "qwen2", "gemma2", "cohere", "granite"]
 
@@ -51,7 +52,7 @@ def gradients(model: PreTrainedModel, sums: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_to_a_loop_over_tokens(tmp_path: Path, kind: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_policy(write_policy(tmp_path / "p", 3, kind), "fp32", "cpu")
-    assert logprobs._head(model) is not None  # the projection on answer positions is what is tested
+    assert head_of(model) is not None  # the projection on answer positions is what is tested
     grouping = logprobs._groups
     monkeypatch.setattr(logprobs, "_groups", lambda sizes, split: grouping(sizes, split=split_wanted))
     split_wanted = split
@@ -83,10 +84,10 @@ def test_projection_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     whole = answer_logprobs(model, prompts, answers, precision="fp32")
     expected = gradients(model, whole)
     sizes: list[int] = []
-    original = logprobs._TargetLogprobs.apply
+    original = projection.TargetLogprobs.apply
     noted = SimpleNamespace(apply=lambda h, w, t: (sizes.append(len(h)), original(h, w, t))[1])
-    monkeypatch.setattr(logprobs, "_TargetLogprobs", noted)
-    monkeypatch.setattr(logprobs, "_LOGITS_AT_ONCE", 4 * model.config.vocab_size)
+    monkeypatch.setattr(projection, "TargetLogprobs", noted)
+    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 4 * model.config.vocab_size)
     pieces = answer_logprobs(model, prompts, answers, precision="fp32")
     torch.testing.assert_close(pieces, whole)
     found = gradients(model, pieces)
@@ -110,7 +111,7 @@ def test_unknown_projection_falls_back_to_the_models_own_logits() -> None:
 
     other = tiny_model("llama")
     other.__class__ = Unheard
-    assert logprobs._head(other) is None
+    assert head_of(other) is None
     found = answer_logprobs(other, prompts, answers, precision="fp32")
     torch.testing.assert_close(found, plain(other, prompts, answers), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, before)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spinreg_core import logprobs, training
+from spinreg_core import projection, training
 from spinreg_core.config import RunConfig
 from spinreg_core.logprobs import answer_logprobs
 from spinreg_core.needs import (
@@ -208,7 +208,7 @@ def test_logits_are_bounded_however_many_answer_tokens() -> None:
 
 
 def test_constants_are_those_of_the_code_they_describe() -> None:
-    assert LOGITS_AT_ONCE == logprobs._LOGITS_AT_ONCE
+    assert LOGITS_AT_ONCE == projection.LOGITS_AT_ONCE
     assert WATCHED_PAIRS == training.WATCHED_PAIRS
 
 

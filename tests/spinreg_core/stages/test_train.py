@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -298,10 +298,18 @@ def test_no_checkpoint_is_begun_for_which_there_is_no_time(
     assert "stopped after step 4; no time for a checkpoint, the last is of step 0" in capsys.readouterr().out
 
 
+def first_checkpoint(output: Iterable[str]) -> int:
+    """Reads until a checkpoint is committed; its step. Which one that is depends on how fast the store was."""
+    for line in output:
+        if found := re.match(r"checkpoint step-(\d+) committed", line):
+            return int(found[1])
+    raise AssertionError("the round was over before a checkpoint was committed")
+
+
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
-    job = setting.job("killed", epochs=30, learning_rate=1e-4)
+    job = setting.job("killed", epochs=60, learning_rate=1e-4)
     job.workdir.mkdir(parents=True)
     job.save(tmp_path / "job.json")
     command = [sys.executable, "-m", "spinreg_core.stages.train", str(tmp_path / "job.json")]
@@ -312,22 +320,20 @@ def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
 
     with start() as first:
         assert first.stdout is not None
-        for line in first.stdout:
-            if line.startswith("checkpoint step-000020 committed"):
-                first.send_signal(signal.SIGKILL)
-                break
+        committed = first_checkpoint(first.stdout)
+        first.send_signal(signal.SIGKILL)
     assert first.returncode == -signal.SIGKILL
     assert objects.read_manifest(setting.store, job.object_id) is None
     with start() as second:
         assert second.stdout is not None
         output = second.stdout.read()
     assert second.returncode == 0, output
-    resumed = re.search(r"going on from the checkpoint of step (\d+) of 180", output)
-    assert resumed is not None
-    assert int(resumed[1]) >= 20
+    resumed = re.search(r"going on from the checkpoint of step (\d+) of 360", output)
+    assert resumed is not None, output
+    assert committed <= int(resumed[1]) < 360
     killed = objects.require_manifest(setting.store, job.object_id)
 
-    other = setting.job("unbroken", epochs=30, learning_rate=1e-4, checkpoint_every_steps=None)
+    other = setting.job("unbroken", epochs=60, learning_rate=1e-4, checkpoint_every_steps=None)
     other.save(tmp_path / "job.json")
     with start() as third:
         assert third.stdout is not None
