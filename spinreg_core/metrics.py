@@ -84,7 +84,8 @@ METRICS: dict[str, Metric] = {
         "share",
         "higher",
         "Share of held-out prompts with r(human answer) > r(the previous policy's sample), where r = log p - alpha "
-        "log p_previous - (1 - alpha) log p_base is the round's implicit reward; ties count half. 0.5 is chance. "
+        "log p_previous - (1 - alpha) log p_base is the round's implicit reward; ties (within 0.001 nats, what sums in "
+        "float32 are off by) count half. 0.5 is chance. "
         "Samples are cut at the length limit and human answers are not, whatever opponent.truncated says.",
     ),
     "exact_match": Metric(
@@ -187,10 +188,10 @@ def wilson(successes: float, n: int) -> Estimate:
     return {"value": share, "low": low, "high": high, "n": n, "unit": "share"}
 
 
-def wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats) -> float:
-    """Number of pairs with left > right; equal values count half."""
-    a, b = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
-    return float(np.sum(a > b) + 0.5 * np.sum(a == b))
+def wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:
+    """Number of pairs with left > right; values that differ by no more than `within` count half."""
+    difference = np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64)
+    return float(np.sum(difference > within) + 0.5 * np.sum(np.abs(difference) <= within))
 
 
 def distinct_bigrams(token_ids: Sequence[int]) -> float | None:

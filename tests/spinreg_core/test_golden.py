@@ -1,11 +1,14 @@
 """Twenty steps of a tiny model, kept with full precision: a change that is not meant to change numbers must not.
 
-python tests/spinreg_core/test_golden.py     writes the trajectory anew (say in the changelog why)
+python tests/spinreg_core/test_golden.py     writes it anew (say in the changelog why), or adds this machine's
+
+Other processors add up in another order: one trajectory is kept per machine, and all agree within a tolerance.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,10 @@ KEPT = ("loss", "margin", "grad_norm", "real_logp", "generated_logp", "learning_
 
 def machine() -> dict[str, str]:
     """What decides the last bits of sums."""
-    return {"torch": torch.__version__.partition("+")[0], "kernels": torch.backends.cpu.get_cpu_capability()}
+    names = re.findall(r"^(?:model name|vendor_id|cpu family|model)\s*:.*", Path("/proc/cpuinfo").read_text(), re.M)
+    processor = ", ".join(sorted({re.sub(r"\s+", " ", name) for name in names}))
+    kernels = torch.backends.cpu.get_cpu_capability()  # not all: the matrix library looks at the processor itself
+    return {"torch": torch.__version__.partition("+")[0], "kernels": kernels, "processor": processor}
 
 
 def trajectory() -> list[dict[str, float]]:
@@ -45,21 +51,28 @@ def trajectory() -> list[dict[str, float]]:
 
 
 def test_the_trajectory_is_the_one_that_was_kept() -> None:
-    kept: dict[str, Any] = json.loads(FILE.read_text())
+    kept: list[dict[str, Any]] = json.loads(FILE.read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         found = trajectory()
     finally:
         torch.set_num_threads(threads)
-    assert len(found) == len(kept["steps"]) == 20
-    if kept["machine"] == machine():
-        assert found == kept["steps"], "bit for bit on the same kernels"
-    for step, expected in zip(found, kept["steps"], strict=True):
-        assert step == pytest.approx(expected, rel=2e-4, abs=1e-6)
+    assert len(found) == 20
+    assert kept
+    for trajectory_ in kept:
+        if trajectory_["machine"] == machine():
+            assert found == trajectory_["steps"], "bit for bit on the same machine"
+        assert near(found, trajectory_["steps"])
     assert found[0]["loss"] > found[-1]["loss"]
+
+
+def near(found: list[dict[str, float]], expected: list[dict[str, float]]) -> bool:
+    return all(a == pytest.approx(b, rel=2e-4, abs=1e-6) for a, b in zip(found, expected, strict=True))
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    FILE.write_text(json.dumps({"machine": machine(), "steps": trajectory()}, indent=1) + "\n")
+    here = {"machine": machine(), "steps": trajectory()}
+    others = [t for t in json.loads(FILE.read_text()) if t["machine"] != machine() and near(here["steps"], t["steps"])]
+    FILE.write_text(json.dumps([*others, here], indent=1) + "\n")

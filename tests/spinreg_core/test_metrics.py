@@ -128,6 +128,7 @@ def test_wilson_refuses_impossible_counts() -> None:
 
 def test_ties_count_half() -> None:
     assert metrics.wins([1.0, 2.0, 3.0, -1.0], [0.0, 2.0, 4.0, -1.0]) == 2.0
+    assert metrics.wins([1.0, 1.25, 1.5, 0.5], [1.0, 1.0, 1.0, 1.0], within=0.25) == 0.5 + 0.5 + 1 + 0
     rng = np.random.default_rng(0)
     left, right = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
     assert metrics.wins(left, right) + metrics.wins(right, left) == 50
