@@ -24,9 +24,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import GenerationConfig, PreTrainedModel
 
+from spinreg_core.adapters import adapter_tensors, targets_of, updates, write_adapter
+from spinreg_core.config import TrainingConfig
 from spinreg_core.errors import Damaged
 from spinreg_core.ranks import Ranks
-from spinreg_core.sharding import save_weights
+from spinreg_core.sharding import save_sum, save_weights
 
 # One process is what was asked for; it is said in a thread of DCP's own, so that no context around a call helps.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -112,6 +114,21 @@ def load_checkpoint(
     return json.loads((folder / "state.json").read_text())
 
 
+def publish_adapted(
+    model: PreTrainedModel, base: Path, folder: Path, training: TrainingConfig, model_name: str, ranks: Ranks
+) -> None:
+    """Write a LoRA policy twice: `adapter/` for peft and vLLM, and `policy/`, base and adapter added up, for everyone.
+
+    The sum is float32, or `training.save_dtype`. Of several ranks each writes its share into its own `folder`.
+    """
+    tensors = adapter_tensors(model)
+    dtype = {"master": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[training.save_dtype]
+    save_sum(base, updates(tensors, training), folder / "policy", ranks, dtype)
+    if ranks.first:
+        write_adapter(tensors, training, folder / "adapter", model_name=model_name, targets=targets_of(model))
+        _copy_rest(base, folder / "policy", dtype)
+
+
 def publish_policy(
     model: PreTrainedModel, previous: Path, folder: Path, dtype: torch.dtype | None = None, ranks: Ranks | None = None
 ) -> None:
@@ -133,13 +150,18 @@ def publish_policy(
         for written in folder.iterdir():
             if not _holds_weights(written.name):
                 written.unlink()
+    _copy_rest(previous, folder, dtype or model.dtype)
+
+
+def _copy_rest(previous: Path, folder: Path, dtype: torch.dtype) -> None:
+    """All of a policy folder but its weights."""
     for source in sorted(p for p in previous.rglob("*") if p.is_file()):
         target = folder / source.relative_to(previous)
         if not _holds_weights(source.name) and source.name != "config.json":
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
     config = json.loads((previous / "config.json").read_text())
-    _set_dtype(config, str(dtype or model.dtype).removeprefix("torch."))
+    _set_dtype(config, str(dtype).removeprefix("torch."))
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

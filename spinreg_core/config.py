@@ -32,6 +32,10 @@ MUTABLE_FIELDS = frozenset(
 )
 
 
+# What training reads of LoRA where it is on.
+LORA_FIELDS = ("lora_alpha", "lora_targets")
+
+
 class Group(BaseModel):
     """Base of all configuration groups: frozen, unknown keys refused."""
 
@@ -211,6 +215,28 @@ class TrainingConfig(Group):
     save_dtype: Literal["master", "bfloat16", "float32"] = Field(
         "master", description="Number format of the published policy; master is that of the master weights."
     )
+    lora_rank: int | None = Field(
+        None,
+        ge=1,
+        description="Rank of a LoRA adapter that is trained while the base model stays. Adapters are float32, so "
+        "`precision: bf16` loses no update. Unset: every weight is trained.",
+    )
+    lora_alpha: PositiveFloat = Field(
+        16.0, description="LoRA's scale: the adapter adds lora_alpha / lora_rank times B A. Not the objective's alpha."
+    )
+    lora_targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear",
+        description="Matrices that get an adapter: those of all transformer layers, or a list of names such as q_proj.",
+    )
+
+    @model_validator(mode="after")
+    def _lora_is_on(self) -> TrainingConfig:
+        set_here = sorted(self.model_fields_set & set(LORA_FIELDS))
+        if self.lora_rank is None and any(
+            getattr(self, name) != type(self).model_fields[name].default for name in set_here
+        ):
+            raise ValueError(f"{', '.join(set_here)} without lora_rank, which switches LoRA on")
+        return self
 
 
 class EvaluationConfig(Group):

@@ -23,6 +23,9 @@ layer is added for the gradients that are on their way. With activation checkpoi
 and one whole layer; `selective` keeps the results of matrix products and attention too: fp32 20 d + 8 k + 8 f, mixed
 12 d + 4 k + 4 f, bf16 10 d + 4 k + 4 f, the input counted.
 
+With LoRA, gradients, optimiser and checkpoints are those of the adapter's numbers (float32), which come to the weights;
+the backward pass needs no gradients of the base: 4 N T to train, 6 N T with whole layers computed again.
+
 Of ranks that share the weights each holds its part of weights, gradients and optimiser, and while it computes two
 layers and the embeddings whole.
 Logits, ten bytes per answer token and vocabulary entry, never of more tokens at once than `logprobs` computes.
@@ -102,6 +105,18 @@ def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
     return sum(replay_quota(weights, [n] * len(weights)))
 
 
+def trained_parameters(config: RunConfig, shape: Shape) -> int:
+    """Numbers that training moves: all, or those of the LoRA adapter, for a layer of the Llama kind."""
+    rank, targets = config.training.lora_rank, config.training.lora_targets
+    if rank is None:
+        return shape.parameters
+    d, k, f = shape.width, shape.kv_width, shape.mlp_width
+    sizes = {"q_proj": d + d, "k_proj": d + k, "v_proj": d + k, "o_proj": d + d,
+             "gate_proj": d + f, "up_proj": d + f, "down_proj": f + d}  # fmt: skip
+    chosen = sizes if isinstance(targets, str) else targets
+    return shape.layers * rank * sum(sizes.get(name, d + f) for name in chosen)
+
+
 def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, list[Work]]:
     """Work of each stage of a round; round 0 is the evaluation of the base."""
     two_n = 2.0 * shape.parameters
@@ -127,7 +142,8 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     passes = config.training.epochs * total * pair
     # The watched human answers: at the start their cached scores serve, where those are of the previous policy.
     watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
-    factor = 8.0 if config.training.activation_checkpointing == "full" else 6.0
+    factor = 6.0 if config.training.lora_rank is None else 4.0
+    factor += 2.0 if config.training.activation_checkpointing == "full" else 0.0
     return {
         "generate": [Work("generate", n * sampled, two_n * n * sampled)],
         "mix-opponent": [Work("score", mix, two_n * mix)],
@@ -176,10 +192,11 @@ def stage_memory(
         copies = (2 if precision != "fp32" else 4) * (embeddings + 2 * layer)
     # What a pass is filled up to; the longest pair goes alone where it is longer.
     tokens = max(config.resources.tokens_per_pass, sizes.longest_prompt + 2 * sizes.longest_answer)
+    adapter = 0 if t.lora_rank is None else 4 * trained_parameters(config, shape) // shards
     train = {
-        "weights": weights,
-        "gradients": weights,
-        "optimiser": _STATES[t.optimizer] * weights,
+        "weights": weights + adapter,
+        "gradients": adapter or weights,
+        "optimiser": _STATES[t.optimizer] * (adapter or weights),
         "compute copies": copies,
         "activations": activation_bytes(shape, precision, tokens, t.activation_checkpointing)
         + logits_bytes(shape, tokens),
@@ -214,7 +231,8 @@ def checkpoints_bytes(config: RunConfig, shape: Shape, sizes: Sizes, round_numbe
     number = t.checkpoints_kept + 1  # one more while the newest is committed
     if t.checkpoint_every_minutes is None and t.checkpoint_every_steps is not None:
         number = min(number, (steps(config, sizes, round_number) - 1) // t.checkpoint_every_steps)
-    return number * _WEIGHTS[t.precision] * (1 + _STATES[t.optimizer]) * shape.parameters
+    width = _WEIGHTS[t.precision] if t.lora_rank is None else 4
+    return number * width * (1 + _STATES[t.optimizer]) * trained_parameters(config, shape)
 
 
 def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, int]:
@@ -228,10 +246,11 @@ def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int
         data = int(rows * 8 * (sizes.prompt + sizes.answer))
         return {"base model": shape.stored_bytes * shape.parameters, "data": data, "evaluation": sampled}
     t = config.training
-    master = _WEIGHTS[t.precision]
+    master = _WEIGHTS[t.precision] if t.lora_rank is None else 4
+    adapter = 0 if t.lora_rank is None else 4 * trained_parameters(config, shape)
     saved = {"master": master, "bfloat16": 2, "float32": 4}[t.save_dtype]
     return {
-        "policy": saved * shape.parameters,
+        "policy": saved * shape.parameters + adapter,
         "generations": int(prompts(config, sizes) * (4 * sizes.prompt + 8 * sizes.generated)),
         "pairs": int(pairs(config, sizes, round_number) * (4 * (sizes.prompt + sizes.answer + sizes.generated) + 100)),
         "evaluation": sampled,

@@ -58,7 +58,7 @@ class TargetLogprobs(torch.autograd.Function):
         return table.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (gradient,) = gradients  # [tokens]
         hidden, weight, targets = ctx.saved_tensors
         # d log p(target) / d logit = [is the target] - p
@@ -66,7 +66,8 @@ class TargetLogprobs(torch.autograd.Function):
         del ctx.table
         table.scatter_add_(1, targets[:, None], gradient[:, None])
         table = table.to(hidden.dtype)
-        return table @ weight, table.T @ hidden, None
+        # With an adapter the projection is frozen.
+        return table @ weight, table.T @ hidden if ctx.needs_input_grad[1] else None, None
 
 
 class Head:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.config import MUTABLE_FIELDS, RunConfig, of_round, sampling_dtype
+from spinreg_core.config import LORA_FIELDS, MUTABLE_FIELDS, RunConfig, of_round, sampling_dtype
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import SpinregError
 from spinreg_core.head import stage_object
@@ -143,10 +143,12 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
         "pairs": _required(head, round_number, "mix-opponent"),
         "previous": policy_object(head, round_number - 1),
     }
-    training = config.training.model_dump(
-        mode="json",
-        exclude={"learning_rate", *(name.partition(".")[2] for name in MUTABLE_FIELDS if name.startswith("training."))},
-    )
+    unread = {"learning_rate", *(name.partition(".")[2] for name in MUTABLE_FIELDS if name.startswith("training."))}
+    if config.training.lora_rank is None:
+        unread |= {"lora_rank", *LORA_FIELDS}
+    else:
+        inputs["base"] = policy_object(head, 0)
+    training = config.training.model_dump(mode="json", exclude=unread)
     key = inputs | {
         "round": round_number, "seed": config.seed, "training": training,
         "learning_rate": of_round(config.training.learning_rate, round_number),

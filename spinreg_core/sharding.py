@@ -11,6 +11,7 @@ Embeddings and residual stream are bfloat16 too then; on one device they stay fl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -27,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from spinreg_core.adapters import base_parameters
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import Precision, architecture, load_policy, master_dtype, refused, without_dropout
 from spinreg_core.ranks import Ranks
@@ -34,25 +36,36 @@ from spinreg_core.ranks import Ranks
 _FILE_BYTES = 4 * 10**9  # of one safetensors file; the most that one rank holds while a policy is written
 
 
-def load_for(ranks: Ranks, folder: str | Path, precision: Precision) -> PreTrainedModel:
-    """`load_policy` on one device, or its like spread over the ranks. Raises BadInput."""
+def load_for(
+    ranks: Ranks,
+    folder: str | Path,
+    precision: Precision,
+    change: Callable[[PreTrainedModel], None] = lambda model: None,
+) -> PreTrainedModel:
+    """`load_policy` on one device, or its like spread over the ranks. Raises BadInput.
+
+    `change` may add modules to the model (an adapter); their numbers are the caller's to set.
+    """
     if ranks.mesh is None:
-        return load_policy(folder, precision, ranks.device)
+        model = load_policy(folder, precision, ranks.device)
+        change(model)
+        return model
     with refused(folder):
         config, arguments = architecture(folder)
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=master_dtype(precision), trust_remote_code=False, **arguments
             )
     model.tie_weights()
-    _require_weights(model, Path(folder))
+    require_weights(model, Path(folder))
+    change(model)
     buffers = {name: buffer.to(ranks.device) for name, buffer in model.named_buffers()}
     shard(model, ranks, precision)
     model.to_empty(device=ranks.device)
     for name, buffer in buffers.items():
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._buffers[attribute] = buffer
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {name: parameter.detach() for name, parameter in base_parameters(model).items()}
     dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))  # into the tensors themselves
     return without_dropout(model)
 
@@ -80,20 +93,27 @@ def _layers(model: PreTrainedModel) -> list[nn.Module]:
     return [m for name, m in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
 
 
-def _require_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Every parameter is in the folder's files, under its own name and with its shape."""
-    stored: dict[str, tuple[int, ...]] = {}
+def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    """File and shape of every tensor in a policy folder."""
+    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with refused(folder), safe_open(path, "pt") as file:
-            stored |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    absent = [name for name, p in model.named_parameters() if stored.get(name) != tuple(p.shape)]
+            found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def require_weights(model: PreTrainedModel, folder: Path) -> None:
+    """Every parameter is in the folder's files, under its own name and with its shape. Raises BadInput."""
+    stored = {name: shape for name, (_, shape) in _stored(folder).items()}
+    absent = [name for name, p in base_parameters(model).items() if stored.get(name) != tuple(p.shape)]
     if absent:
         raise BadInput(
             f"policy folder {folder}",
             f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...) under the names that "
             "transformers gives them",
             "weights for every tensor of the architecture its config.json names; where transformers renames weights as "
-            "it loads them, only resources.processes: 1 can read them",
+            "it loads them, only one process that trains all weights can read them (resources.processes: 1, no "
+            "training.lora_rank)",
         )
 
 
@@ -103,13 +123,46 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torch.dtype | None) -> None:
-    """Write a sharded model's weights as safetensors files of at most 4 GB, and their index.
-
-    Files go to the ranks in turn: each holds one at a time, and writes its own into its `folder`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a sharded model's weights into files, each rank its share. Every rank must call it."""
     parameters = dict(model.named_parameters())  # a tied weight appears once
     numbers = {name: p.numel() * (p.dtype if dtype is None else dtype).itemsize for name, p in parameters.items()}
+
+    def tensor(name: str, own: bool) -> Tensor | None:
+        found = whole(parameters[name].detach())  # the other ranks hold parts of it
+        return found.to(device="cpu", dtype=dtype or found.dtype) if own else None
+
+    _save(numbers, tensor, folder, ranks)
+
+
+def save_sum(
+    base: Path, updates: dict[str, tuple[Tensor, Tensor]], folder: Path, ranks: Ranks, dtype: torch.dtype
+) -> None:
+    """Write the weights of a policy folder with B A added to those in `updates` (name: (B, A)), tensor by tensor.
+
+    Sums are float32 before they become `dtype`. Each rank writes its share, for which it needs no other.
+    """
+    stored = _stored(base)
+
+    def tensor(name: str, own: bool) -> Tensor | None:
+        if not own:
+            return None
+        with safe_open(stored[name][0], "pt") as file:
+            value = file.get_tensor(name)
+        if name in updates:
+            b, a = updates[name]
+            value = value.float() + b @ a
+        return value.to(dtype) if value.is_floating_point() else value
+
+    _save({name: math.prod(shape) * dtype.itemsize for name, (_, shape) in stored.items()}, tensor, folder, ranks)
+
+
+def _save(numbers: dict[str, int], tensor: Callable[[str, bool], Tensor | None], folder: Path, ranks: Ranks) -> None:
+    """Tensors (name: bytes) as safetensors files of at most 4 GB, and their index.
+
+    Files go to the ranks in turn: each holds one at a time, and writes its own into its `folder`.
+    `tensor(name, own)` is called for all names on every rank, in one order.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     files: list[list[str]] = [[]]
     size = 0
     for name, count in numbers.items():
@@ -125,9 +178,9 @@ def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torc
         own = i % ranks.size == ranks.rank
         held: dict[str, Tensor] = {}
         for name in members:
-            tensor = whole(parameters[name].detach())
-            if own:
-                held[name] = tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
+            found = tensor(name, own)
+            if found is not None:
+                held[name] = found.contiguous()
         if own:
             save_file(held, folder / file, metadata={"format": "pt"})
     if ranks.first and len(files) > 1:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ def ranked(processes: int, function: str, folder: Path, *, timeout: float = 240,
 
 
 def a_ranked_round(ranks: Any, policy: str, pairs: list[Any], training: dict[str, Any], tokens: int) -> Any:
+    from spinreg_core.adapters import add_adapter, start_adapter
     from spinreg_core.config import ObjectiveConfig, TrainingConfig
     from spinreg_core.sharding import load_for
     from spinreg_core.training import Round
 
     settings = TrainingConfig(**{"precision": "fp32", "learning_rate": 1e-3, "batch_size": 8} | training)
-    model = load_for(ranks, policy, settings.precision)
+    change = partial(add_adapter, training=settings) if settings.lora_rank else lambda model: None
+    model = load_for(ranks, policy, settings.precision, change)
+    if settings.lora_rank:
+        start_adapter(model, 4)
     return Round(model, pairs, objective=ObjectiveConfig(alpha=0.5, beta=0.1), training=settings, seed=3,
                  round_number=2, tokens_per_pass=tokens, ranks=ranks)  # fmt: skip
 
@@ -49,7 +54,8 @@ def gradient(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) 
     pairs = json.loads((folder.parent / "pairs.json").read_text())
     round_ = a_ranked_round(ranks, str(folder.parent / kind), pairs, training, tokens)
     found = round_.gradient(pairs)
-    grads = {name: whole(p.grad).contiguous() for name, p in round_.model.named_parameters()}
+    named = round_.model.named_parameters()
+    grads = {name: whole(p.grad).contiguous() for name, p in named if p.requires_grad}
     if ranks.mesh is not None:  # no rank holds much more than its share
         held = sum(p.to_local().numel() for p in round_.model.parameters())
         share = sum(p.numel() for p in round_.model.parameters()) / ranks.mesh.shape[-1]
@@ -61,7 +67,12 @@ def gradient(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) 
 
 def steps(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) -> None:
     """A whole round: its metrics and the policy it publishes."""
-    from spinreg_core.checkpoints import publish_policy
+    import torch
+    import torch.distributed as dist
+
+    from spinreg_core.adapters import read_adapter
+    from spinreg_core.checkpoints import publish_adapted, publish_policy
+    from spinreg_core.sharding import whole
 
     pairs = json.loads((folder.parent / "pairs.json").read_text())
     round_ = a_ranked_round(ranks, str(folder.parent / kind), pairs, training, tokens)
@@ -69,7 +80,17 @@ def steps(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) -> 
     while round_.state.done < round_.steps:
         round_.step()
     summary = round_.summary()
-    publish_policy(round_.model, folder.parent / kind, folder / "policy", ranks=ranks)
+    if training.get("lora_rank"):
+        publish_adapted(round_.model, folder.parent / kind, folder, round_.training, "base", ranks)
+        if ranks.size > 1:
+            dist.barrier()
+        # Another round's start has the same numbers.
+        again = a_ranked_round(ranks, str(folder.parent / kind), pairs, training, tokens)
+        read_adapter(again.model, folder / "adapter", alone=ranks.size == 1)
+        for (name, a), b in zip(round_.model.named_parameters(), again.model.parameters(), strict=True):
+            assert torch.equal(whole(a.detach()), whole(b.detach())), name
+    else:
+        publish_policy(round_.model, folder.parent / kind, folder / "policy", ranks=ranks)
     if ranks.first:
         (folder / "metrics.json").write_text(json.dumps([round_.state.metrics, summary]))
 

@@ -60,6 +60,8 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
     if stage == "train":
         if training.activation_checkpointing != "full":
             helps.append(f"training.activation_checkpointing full (now {training.activation_checkpointing})")
+        if training.lora_rank is None:
+            helps.append("training.lora_rank (gradients and optimiser of an adapter alone)")
         if training.optimizer == "adamw":
             helps.append("training.optimizer rmsprop (half of adamw's state)")
         helps.append("more resources.processes (the weights are spread over them)")

@@ -3,8 +3,9 @@
 Decides: where a killed round goes on, what is shown, what is published.
 Leaves out: the loop (`training.py`), step checkpoints (`stages/step_checkpoints.py`), file formats (`checkpoints.py`).
 
-A job's `inputs`: {"pairs", "previous" (holds policy/)}: object ids. Leaves `policy/` (an ordinary Hugging Face
-folder), `metrics.jsonl` (one line per step, see `training.Round.step`) and `summary.json`.
+A job's `inputs`: {"pairs", "previous" (holds policy/), with LoRA also "base"}: object ids. Leaves `policy/` (an
+ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one line per step, see `training.Round.step`)
+and `summary.json`.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from transformers import PreTrainedModel
 
-from spinreg_core.checkpoints import publish_policy
+from spinreg_core.adapters import add_adapter, read_adapter, start_adapter, targets_of
+from spinreg_core.checkpoints import publish_adapted, publish_policy
 from spinreg_core.objects import fetch_file, fetch_folder, publish, upload
 from spinreg_core.progress import Progress
-from spinreg_core.ranks import join
+from spinreg_core.ranks import Ranks, join
 from spinreg_core.rounds import effective_alpha
-from spinreg_core.sharding import load_for
+from spinreg_core.sharding import load_for, require_weights
 from spinreg_core.stages.job import Job, Preempted, finishing_steps, main
 from spinreg_core.stages.step_checkpoints import StepCheckpoints
-from spinreg_core.store import open_store
+from spinreg_core.store import Store, open_store
 from spinreg_core.training import Round
 
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -41,9 +46,8 @@ def run(job: Job) -> dict[str, Any]:
     store, training, objective = open_store(job.store), job.config.training, job.config.objective
     ranks = join(job.config.resources)
     pairs = pq.read_table(ranks.one_first(lambda: fetch_file(store, job.inputs["pairs"], "pairs.parquet"))).to_pylist()
-    previous = ranks.one_first(lambda: fetch_folder(store, job.inputs["previous"], "policy"))
-    model = load_for(ranks, previous, training.precision)
-    if training.precision == "bf16":
+    model, source = _policy(store, job, ranks)
+    if training.precision == "bf16" and training.lora_rank is None:
         print("precision bf16: updates smaller than about 1/256 of a weight are rounded away; mixed keeps them")
     if ranks.mesh is not None:
         print(f"{ranks.size} ranks, mesh {dict(zip(ranks.mesh.mesh_dim_names or (), ranks.mesh.shape, strict=True))}")
@@ -68,7 +72,10 @@ def run(job: Job) -> dict[str, Any]:
         print(f"ALARM: {text}", flush=True)
     print(_described(summary), flush=True)
     folder = job.workdir / f"out-{ranks.rank}"
-    publish_policy(model, previous, folder / "policy", _DTYPES[training.save_dtype], ranks)
+    if training.lora_rank is None:
+        publish_policy(model, source, folder / "policy", _DTYPES[training.save_dtype], ranks)
+    else:
+        publish_adapted(model, source, folder, training, job.config.model, ranks)
     if not ranks.first:
         ranks.gather(upload(store, job, folder))
         return {}
@@ -80,6 +87,31 @@ def run(job: Job) -> dict[str, Any]:
     manifest = publish(store, job, folder, metrics=summary, uploaded=others, seconds=time.monotonic() - begin)
     checkpoints.discard()
     return manifest
+
+
+def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path]:
+    """π_t, ready to be trained, and the folder that the published one will be like."""
+
+    def fetch(name: str, folder: str) -> Path:
+        return ranks.one_first(lambda: fetch_folder(store, job.inputs[name], folder))
+
+    training = job.config.training
+    if training.lora_rank is None:
+        previous = fetch("previous", "policy")
+        return load_for(ranks, previous, training.precision), previous
+    base = fetch("base", "policy")
+    model = load_for(ranks, base, training.precision, partial(add_adapter, training=training))
+    require_weights(model, base)  # what is published is made of the base's files
+    if job.inputs["previous"] == job.inputs["base"]:
+        start_adapter(model, job.config.seed)
+    else:
+        read_adapter(model, fetch("previous", "adapter"), alone=ranks.size == 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    print(
+        f"LoRA of rank {training.lora_rank} on {', '.join(sorted(targets_of(model)))}: "
+        f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} numbers trained"
+    )
+    return model, base
 
 
 def _train(round_: Round, checkpoints: StepCheckpoints) -> None:

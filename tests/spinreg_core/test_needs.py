@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spinreg_core import projection, training
+from spinreg_core.adapters import add_adapter
 from spinreg_core.config import RunConfig
 from spinreg_core.logprobs import answer_logprobs
 from spinreg_core.needs import (
@@ -29,6 +30,7 @@ from spinreg_core.needs import (
     round_work,
     stage_memory,
     steps,
+    trained_parameters,
 )
 from spinreg_core.optim import _KEPT, make_optimizer
 from spinreg_core.resolve import merge
@@ -244,6 +246,31 @@ def saved_for_backward(model: LlamaForCausalLM, rows: int, prompt: int, answer: 
         prompts = [[2 + row] * prompt for row in range(rows)]  # unlike, so that none is shared
         sums = answer_logprobs(model, prompts, [[3] * answer] * rows, precision=precision)
     return sum(storage.nbytes() for storage in kept.values()), sums
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj", "k_proj"]])
+def test_an_adapters_numbers_are_those_that_training_moves(targets: Any) -> None:
+    model, shape = llama(3, "fp32")
+    config = configured(training={"lora_rank": 5, "lora_targets": targets})
+    add_adapter(model, config.training)
+    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained_parameters(config, shape) == real
+    full = configured()
+    assert trained_parameters(full, shape) == shape.parameters
+    assert round_store(config, shape, SIZES, 1)["policy"] == 4 * shape.parameters + 4 * real
+    assert checkpoints_bytes(config, shape, SIZES, 1) * shape.parameters == (
+        checkpoints_bytes(full, shape, SIZES, 1) * real
+    )
+    memory, whole = (stage_memory(c, shape, SIZES, engine="hf", device="cpu")["train"] for c in (config, full))
+    assert memory["weights"] == whole["weights"] + 4 * real
+    assert (memory["gradients"], memory["optimiser"]) == (4 * real, 4 * real)
+
+
+def test_an_adapter_needs_no_gradients_of_the_base() -> None:
+    scored = work(configured(), 1)["train"][1] - 6 * N * 64 * 90
+    assert work(configured(training={"lora_rank": 8}), 1)["train"][1] == 4 * N * 64 * 90 + scored
+    again = configured(training={"lora_rank": 8, "activation_checkpointing": "full"})
+    assert work(again, 1)["train"][1] == 6 * N * 64 * 90 + scored
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])

@@ -25,10 +25,16 @@ RECOMPUTED = {
     f"recomputed-{what}": {"do": "gradient", "kind": "llama", "tokens": 60, "activation_checkpointing": what}
     for what in ("none", "selective", "full")
 }
+LORA = {"lora_rank": 4, "learning_rate": 1e-3}
+ADAPTED = {
+    "lora": {"do": "gradient", "kind": "llama", "tokens": 60} | LORA,
+    "lora-bf16": {"do": "gradient", "kind": "llama", "tokens": 60, "precision": "bf16"} | LORA,
+    "round-lora": ROUND | LORA,
+}
 MIXED = {"mixed": {"do": "gradient", "kind": "llama", "tokens": 60, "precision": "mixed"}}
 WORK: dict[tuple[int, int | str], dict[str, Any]] = {
-    (1, "auto"): ON_ONE | ROUNDS | SCORES,
-    (2, "auto"): ON_ONE | ROUNDS | SCORES | RECOMPUTED | MIXED,
+    (1, "auto"): ON_ONE | ROUNDS | SCORES | ADAPTED,
+    (2, "auto"): ON_ONE | ROUNDS | SCORES | RECOMPUTED | MIXED | ADAPTED,
     (2, 1): RECOMPUTED,
     (3, "auto"): RECOMPUTED | SCORES,
     (4, "auto"): ROUNDS,
@@ -119,6 +125,22 @@ def test_a_round_on_ranks_is_the_round(given: Given, optimizer: str, ranks: Any)
         for name in ("loss", "margin", "grad_norm", "real_logp", "learning_rate", "tokens"):
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-4), name
     assert also["real_logprob_change"] == pytest.approx(summary["real_logprob_change"], rel=1e-2, abs=1e-3)
+
+
+def test_an_adapter_on_ranks_is_the_adapter(given: Given) -> None:
+    one, two = (given.gradient("lora", processes)[0] for processes in (1, 2))
+    assert {name.split(".")[-3] for name in one} == {"lora_A", "lora_B"}
+    same(two, one)
+    half = [torch.cat([g.flatten() for g in given.gradient("lora-bf16", n)[0].values()]) for n in (1, 2)]
+    assert float(torch.nn.functional.cosine_similarity(*half, dim=0)) > 0.99
+
+    (alone, metrics, _), (many, other, _) = (_round(given.folder(n) / "round-lora") for n in (1, 2))
+    start = tiny_model("llama-tied", 0).state_dict()
+    for key, value in alone.items():
+        assert float((many[key] - value).norm()) <= 0.02 * float((value - start[key]).norm()), key
+    assert [m["loss"] for m in other] == pytest.approx([m["loss"] for m in metrics], rel=2e-3)
+    adapters = [load_file(given.folder(n) / "round-lora" / "adapter" / "adapter_model.safetensors") for n in (1, 2)]
+    assert {name: t.shape for name, t in adapters[0].items()} == {name: t.shape for name, t in adapters[1].items()}
 
 
 def _round(folder: Path) -> tuple[Any, Any, Any]:

@@ -178,8 +178,8 @@ def wait_until_gone(job: Job, seconds: float = 10) -> None:
         ("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file"),
         ("import torch; torch.empty(10**15)",
          r"error: out of memory in train: it asked for 3725290\.30 GiB more\. What would help: resources\."
-         r"tokens_per_pass below 2048; training\.activation_checkpointing full \(now none\); "
-         r"more resources\.processes"),
+         r"tokens_per_pass below 2048; training\.activation_checkpointing full \(now none\); training\.lora_rank "
+         r"\(gradients and optimiser of an adapter alone\); more resources\.processes"),
         ("import ctypes; ctypes.string_at(0)", r"error: rank 1 was killed by SIGSEGV; the end of its output:"),
     ],
     ids=["killed", "raises", "damaged", "memory", "crashes"],

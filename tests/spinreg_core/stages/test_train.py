@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file
 from tiny import random_pairs, write_policy
 from transformers import AutoModelForCausalLM
@@ -75,7 +77,7 @@ class Setting:
             objective={"alpha": 0.5},
             resources={"device": "cpu"} | (resources or {}),
         )  # type: ignore[arg-type]
-        key, inputs = {"name": name}, {"pairs": self.pairs, "previous": self.base}
+        key, inputs = {"name": name}, {"pairs": self.pairs, "previous": self.base, "base": self.base}
         object_id = objects.fingerprint("train", key)
         return Job("train", object_id, key, str(self.root / "store"), writer, 1, inputs, config,
                    self.root / "work" / name / writer)  # fmt: skip
@@ -388,6 +390,30 @@ runpy.run_module("spinreg_core.stages.train", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "checked\n", done.stderr
+
+
+def test_an_adapter_goes_on_to_the_same_bits_and_into_the_next_round(setting: Setting, capsys: Any) -> None:
+    lora = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
+    whole = train.run(setting.job("lora-whole", **lora))
+    assert "LoRA of rank 4 on q_proj, v_proj: 896 of " in capsys.readouterr().out
+    job = broken_off(setting, "lora", 8, **lora)
+    (part,) = objects.list_parts(setting.store, job.object_id).values()
+    assert part["meta"]["bytes"] < 30_000, "a checkpoint holds the adapter, not the model"
+    manifest = train.run(job)
+    assert "going on from the checkpoint of step 5 of 12" in capsys.readouterr().out
+    files = [{f["name"]: f["sha256"] for f in m["files"]} for m in (whole, manifest)]
+    for name in ("policy/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert files[0][name] == files[1][name], name
+
+    later = setting.job("lora-next", learning_rate=1e-9, **lora)
+    later = replace(later, inputs=later.inputs | {"previous": whole["object_id"]})
+    after = train.run(later)
+    policies = [load_file(objects.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
+                for m in (whole, after)]  # fmt: skip
+    base = load_file(setting.folder / "model.safetensors")
+    for name, value in policies[1].items():
+        torch.testing.assert_close(value, policies[0][name], rtol=0, atol=1e-6)
+        assert torch.equal(value, base[name]) != ("q_proj" in name or "v_proj" in name)
 
 
 def test_losses_that_are_not_finite_publish_nothing(setting: Setting) -> None:
