@@ -28,7 +28,7 @@ from spinreg_core.adapters import adapter_tensors, targets_of, updates, write_ad
 from spinreg_core.config import TrainingConfig
 from spinreg_core.errors import Damaged
 from spinreg_core.ranks import Ranks
-from spinreg_core.sharding import save_sum, save_weights
+from spinreg_core.sharding import rewrite, save_weights
 
 # One process is what was asked for; it is said in a thread of DCP's own, so that no context around a call helps.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
@@ -123,7 +123,15 @@ def publish_adapted(
     """
     tensors = adapter_tensors(model)
     dtype = {"master": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[training.save_dtype]
-    save_sum(base, updates(tensors, training), folder / "policy", ranks, dtype)
+    added = updates(tensors, training)
+
+    def summed(name: str, weight: Tensor) -> Tensor:
+        if name in added:
+            b, a = added[name]
+            weight = weight.float() + b @ a
+        return weight.to(dtype) if weight.is_floating_point() else weight
+
+    rewrite(base, summed, folder / "policy", ranks)
     if ranks.first:
         write_adapter(tensors, training, folder / "adapter", model_name=model_name, targets=targets_of(model))
         _copy_rest(base, folder / "policy", dtype)

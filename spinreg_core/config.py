@@ -33,7 +33,7 @@ MUTABLE_FIELDS = frozenset(
 
 
 # What training reads of LoRA where it is on.
-LORA_FIELDS = ("lora_alpha", "lora_targets")
+LORA_FIELDS = ("lora_alpha", "lora_targets", "lora_quantize")
 
 
 class Group(BaseModel):
@@ -227,6 +227,11 @@ class TrainingConfig(Group):
     lora_targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
         description="Matrices that get an adapter: those of all transformer layers, or a list of names such as q_proj.",
+    )
+    lora_quantize: Literal["4bit", "8bit"] | None = Field(
+        None,
+        description="Keep the base in so many bits while an adapter is trained (bitsandbytes, one process). The run's "
+        "base model is then the rounded one.",
     )
 
     @model_validator(mode="after")

@@ -16,7 +16,7 @@ import math
 import operator
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -44,13 +44,15 @@ def master_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def load_policy(folder: str | Path, precision: Precision, device: str | torch.device) -> PreTrainedModel:
+def load_policy(
+    folder: str | Path, precision: Precision, device: str | torch.device, *, more: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
     """The causal language model in a Hugging Face folder, ready for `answer_logprobs`, in `master_dtype`.
 
     Only safetensors are read and no code from the folder is run. Every dropout rate is zero, so training mode and
     evaluation mode compute the same. Attention is SDPA where the architecture has it, and eager for models that cap
-    attention logits (Gemma 2), because SDPA would leave the cap out without saying so. Raises BadInput for a folder
-    that cannot be loaded.
+    attention logits (Gemma 2), because SDPA would leave the cap out without saying so. `more`: further arguments of
+    `from_pretrained` (`quantize.loading`). Raises BadInput for a folder that cannot be loaded.
     """
     with refused(folder):
         config, arguments = architecture(folder)
@@ -63,7 +65,7 @@ def load_policy(folder: str | Path, precision: Precision, device: str | torch.de
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
-            **arguments,
+            **arguments | dict(more or {}),
         )
     model: PreTrainedModel = loaded[0]
     # transformers fills such tensors with random numbers and goes on: another policy at every loading.
@@ -73,7 +75,8 @@ def load_policy(folder: str | Path, precision: Precision, device: str | torch.de
             f"policy folder {folder}", f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...)",
             "weights for every tensor of the architecture its config.json names",
         )  # fmt: skip
-    model.to(device)  # type: ignore[arg-type]
+    if not more:  # else it is where it was asked to be
+        model.to(device)  # type: ignore[arg-type]
     return without_dropout(model)
 
 

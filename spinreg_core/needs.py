@@ -50,6 +50,7 @@ Kind = Literal["generate", "score", "train"]
 _WEIGHTS = {"mixed": 4, "bf16": 2, "fp32": 4}
 _COPIES = {"mixed": 2, "bf16": 0, "fp32": 0}
 _STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
+_QUANTISED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # with a scale for every 64 numbers
 _SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8)}  # per d, k, f
 _SAVED_SELECTIVE = {"fp32": (20, 8, 8), "mixed": (12, 4, 4), "bf16": (10, 4, 4)}
 _VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
@@ -193,6 +194,10 @@ def stage_memory(
     # What a pass is filled up to; the longest pair goes alone where it is longer.
     tokens = max(config.resources.tokens_per_pass, sizes.longest_prompt + 2 * sizes.longest_answer)
     adapter = 0 if t.lora_rank is None else 4 * trained_parameters(config, shape) // shards
+    if t.lora_quantize is not None:  # all but the embeddings
+        full = 2 * shape.vocabulary * shape.width
+        each = _QUANTISED[t.lora_quantize]
+        weights = int(_WEIGHTS[precision] * full + each * (shape.parameters - full))
     train = {
         "weights": weights + adapter,
         "gradients": adapter or weights,

@@ -50,13 +50,7 @@ def load_for(
         model = load_policy(folder, precision, ranks.device)
         change(model)
         return model
-    with refused(folder):
-        config, arguments = architecture(folder)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=master_dtype(precision), trust_remote_code=False, **arguments
-            )
-    model.tie_weights()
+    model = empty_policy(folder, precision)
     require_weights(model, Path(folder))
     change(model)
     buffers = {name: buffer.to(ranks.device) for name, buffer in model.named_buffers()}
@@ -68,6 +62,18 @@ def load_for(
     weights = {name: parameter.detach() for name, parameter in base_parameters(model).items()}
     dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))  # into the tensors themselves
     return without_dropout(model)
+
+
+def empty_policy(folder: str | Path, precision: Precision) -> PreTrainedModel:
+    """The model of a policy folder with no numbers in it (meta parameters). Raises BadInput."""
+    with refused(folder):
+        config, arguments = architecture(folder)
+        with init_empty_weights(include_buffers=False):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=master_dtype(precision), trust_remote_code=False, **arguments
+            )
+    model.tie_weights()
+    return model
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
@@ -134,26 +140,20 @@ def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torc
     _save(numbers, tensor, folder, ranks)
 
 
-def save_sum(
-    base: Path, updates: dict[str, tuple[Tensor, Tensor]], folder: Path, ranks: Ranks, dtype: torch.dtype
-) -> None:
-    """Write the weights of a policy folder with B A added to those in `updates` (name: (B, A)), tensor by tensor.
+def rewrite(source: Path, change: Callable[[str, Tensor], Tensor], folder: Path, ranks: Ranks) -> None:
+    """Write the weights of a policy folder, each as `change(name, weight)` returns it (at most four bytes a number).
 
-    Sums are float32 before they become `dtype`. Each rank writes its share, for which it needs no other.
+    One file's weights are in memory at a time. Each rank writes its share, for which it needs no other.
     """
-    stored = _stored(base)
+    stored = _stored(source)
 
     def tensor(name: str, own: bool) -> Tensor | None:
         if not own:
             return None
         with safe_open(stored[name][0], "pt") as file:
-            value = file.get_tensor(name)
-        if name in updates:
-            b, a = updates[name]
-            value = value.float() + b @ a
-        return value.to(dtype) if value.is_floating_point() else value
+            return change(name, file.get_tensor(name))
 
-    _save({name: math.prod(shape) * dtype.itemsize for name, (_, shape) in stored.items()}, tensor, folder, ranks)
+    _save({name: 4 * math.prod(shape) for name, (_, shape) in stored.items()}, tensor, folder, ranks)
 
 
 def _save(numbers: dict[str, int], tensor: Callable[[str, bool], Tensor | None], folder: Path, ranks: Ranks) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
@@ -25,7 +26,14 @@ from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, load_rows, require_usable
 from spinreg_core.data.split import given_heldout, split_rows
 from spinreg_core.evaluation import require_final_answers
-from spinreg_core.model_source import link_policy, model_fingerprint, require_fit, resolve_model, tokenizer_folder
+from spinreg_core.model_source import (
+    WEIGHTS,
+    link_policy,
+    model_fingerprint,
+    require_fit,
+    resolve_model,
+    tokenizer_folder,
+)
 from spinreg_core.objects import fingerprint, publish, read_manifest
 from spinreg_core.progress import Progress
 from spinreg_core.render import Renderer
@@ -148,7 +156,8 @@ def _summary(
 def prepare_base(job: Job, source: Path) -> dict[str, Any]:
     """Publish the object `base`, a model folder; returns its manifest."""
     store, start = open_store(job.store), time.monotonic()
-    key = {"model": model_fingerprint(source)}
+    bits = job.config.training.lora_quantize
+    key = {"model": model_fingerprint(source)} | ({} if bits is None else {"rounded_to": bits})
     job = replace(job, stage="base", key=key, object_id=fingerprint("base", key))
     found = read_manifest(store, job.object_id)
     if found is not None:
@@ -156,6 +165,17 @@ def prepare_base(job: Job, source: Path) -> dict[str, Any]:
         return found
     folder = job.workdir / "base"
     link_policy(source, folder / "policy")
+    if bits is not None:
+        from spinreg_core.quantize import round_weights
+        from spinreg_core.ranks import resolve_device
+
+        print(f"rounding the base model to {bits}", flush=True)
+        device = torch.device(resolve_device(job.config.resources.device))
+        round_weights(source, job.workdir / "rounded", bits, device)
+        for path in [path for pattern in WEIGHTS for path in (folder / "policy").glob(pattern)]:
+            path.unlink()
+        for path in (job.workdir / "rounded").iterdir():
+            path.rename(folder / "policy" / path.name)
     size = sum(path.stat().st_size for path in (folder / "policy").iterdir())
     metrics = {"bytes": size, "source": job.config.model}
     return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)

@@ -23,11 +23,15 @@ from transformers import PreTrainedModel
 
 from spinreg_core.adapters import add_adapter, read_adapter, start_adapter, targets_of
 from spinreg_core.checkpoints import publish_adapted, publish_policy
+from spinreg_core.config import TrainingConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.logprobs import load_policy
 from spinreg_core.objects import fetch_file, fetch_folder, publish, upload
 from spinreg_core.progress import Progress
+from spinreg_core.quantize import load_quantized
 from spinreg_core.ranks import Ranks, join
 from spinreg_core.rounds import effective_alpha
-from spinreg_core.sharding import load_for, require_weights
+from spinreg_core.sharding import empty_policy, load_for, require_weights
 from spinreg_core.stages.job import Job, Preempted, finishing_steps, main
 from spinreg_core.stages.step_checkpoints import StepCheckpoints
 from spinreg_core.store import Store, open_store
@@ -100,8 +104,7 @@ def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path
         previous = fetch("previous", "policy")
         return load_for(ranks, previous, training.precision), previous
     base = fetch("base", "policy")
-    model = load_for(ranks, base, training.precision, partial(add_adapter, training=training))
-    require_weights(model, base)  # what is published is made of the base's files
+    model = _with_adapter(ranks, base, training)
     if job.inputs["previous"] == job.inputs["base"]:
         start_adapter(model, job.config.seed)
     else:
@@ -112,6 +115,23 @@ def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path
         f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} numbers trained"
     )
     return model, base
+
+
+def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrainedModel:
+    """The base, frozen, and an adapter whose numbers are still to be set."""
+    add, bits = partial(add_adapter, training=training), training.lora_quantize
+    if ranks.mesh is not None:
+        if bits is not None:
+            raise BadInput("resources.processes", f"{ranks.size}, with training.lora_quantize {bits}", "1")
+        return load_for(ranks, base, training.precision, add)
+    require_weights(empty_policy(base, training.precision), base)  # what is published is made of the base's files
+    model = (
+        load_policy(base, training.precision, ranks.device)
+        if bits is None
+        else load_quantized(base, training.precision, ranks.device, bits)
+    )
+    add(model)
+    return model
 
 
 def _train(round_: Round, checkpoints: StepCheckpoints) -> None:
