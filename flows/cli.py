@@ -10,21 +10,28 @@ import argparse
 import json
 import os
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spinreg_core import __version__
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, LeaseHeld, SpinregError
 
+if TYPE_CHECKING:
+    from spinreg_core.store import Store
+
 EXIT_HELD = 75  # EX_TEMPFAIL
+STATUSES = "exit status: 0 done, 1 failed, 2 wrong usage, 65 bad input, 75 another process advances the run"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="spinreg", description="Regularised self-play alignment of language models.")
+    parser = argparse.ArgumentParser(
+        prog="spinreg", description="Regularised self-play alignment of language models.", epilog=STATUSES
+    )
     parser.add_argument("--version", action="version", version=f"spinreg {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser(
-        "run", help="advance a run, as `prefect deployment run spin/iterate` does, in this process"
+        "run", help="advance a run, as `prefect deployment run spin/iterate` does, in this process", epilog=STATUSES
     )
     _add_configuration(run)
     run.add_argument("--rounds", type=int, help="advance by so many rounds (default 1)")
@@ -117,20 +124,30 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _status(arguments: argparse.Namespace) -> int:
-    from spinreg_core.status import status
+def _existing_store(url: str) -> Store:
+    """A store that can be read. Raises BadInput."""
     from spinreg_core.store import open_store
 
-    text, document = status(open_store(arguments.store), arguments.run)
+    store = open_store(url)
+    if store.local_path("runs") is None:
+        store.check()
+    elif Path(store.url).exists() and not Path(store.url).is_dir():
+        raise BadInput("store", f"{url}, which is not a folder", "a folder or s3://bucket/prefix")
+    return store
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from spinreg_core.status import status
+
+    text, document = status(_existing_store(arguments.store), arguments.run)
     print(json.dumps(document, indent=1) if arguments.json else text)
     return 0
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from spinreg_core.report import metrics_table, write_report
-    from spinreg_core.store import open_store
 
-    store = open_store(arguments.store)
+    store = _existing_store(arguments.store)
     report = write_report(store, arguments.run)
     if arguments.json:
         print(json.dumps(report["data"], indent=1))

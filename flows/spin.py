@@ -155,8 +155,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
         }
     log(f"\n{metrics_table(report['data'])}\nreport: {summary['report']}")
     show_end(summary, metrics_markdown(report["data"]))
-    flush()
     wait_for_server(END_PATIENCE_SECONDS)
+    flush(30.0)
     return summary
 
 

@@ -83,6 +83,7 @@ class Round:
     ) -> None:
         self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
         self.tokens_per_pass, self.ranks = tokens_per_pass, ranks or Ranks(model.device)
+        self._samplers = {"previous": round_number - 1, "base": 0}  # iterates
         self.beta = of_round(objective.beta, round_number)
         self.peak = of_round(training.learning_rate, round_number)
         if not pairs:
@@ -140,10 +141,10 @@ class Round:
         step (from 1), epoch (from 1), pairs, loss (mean over pairs), margin (mean m, nats), accuracy (share with
         m > 0), real_logp and generated_logp (mean log π_θ, nats/answer), the same `_per_token`, grad_norm (l2, before
         clipping), learning_rate, beta, tokens (prompts and answers, without padding), seconds, tokens_per_second;
-        and where the scores are cached, log_ratio_{previous,base}_{real,generated}: mean log π_θ(y|x) less
-        log π_t(y|x) or log π_0(y|x), nats/answer. The generated ones are no KL of π_θ, because π_θ did not sample
-        these answers: on answers of q_t, -log_ratio_previous_generated estimates KL(q_t‖π_θ) - KL(q_t‖π_t), which
-        is KL(π_t‖π_θ) where the opponent is π_t alone.
+        where the scores are cached, log_ratio_{previous,base}_{real,generated}: mean log π_θ(y|x) less
+        log π_t(y|x) or log π_0(y|x), nats/answer; and where the step has answers that policy itself sampled,
+        kl_from_{previous,base}: their mean log π_t(y'|x) - log π_θ(y'|x), an unbiased estimate of KL(π_t‖π_θ), or
+        with π_0. (KL(π_θ‖π_t), which needs samples of π_θ, is the evaluation's.)
 
         Where a loss or the gradient is not finite the step is skipped: weights and optimiser stay as they are, and the
         metrics have `skipped` (what was found) and `skipped_pairs` instead of numbers. Raises BadInput naming the pairs
@@ -172,11 +173,22 @@ class Round:
         seconds = time.monotonic() - begin
         tokens = sum(2 * len(p["prompt_ids"]) + len(p["real_ids"]) + len(p["generated_ids"]) for p in batch)
         metrics: dict[str, Any] = {"step": number + 1, "epoch": epoch + 1, "pairs": len(batch)}
-        metrics |= _step_metrics(batch, values, self.columns)
+        metrics |= _step_metrics(batch, values, self.columns) | self._kl(batch, values["generated"])
         metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
                     "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
         self.state.metrics.append(metrics)
         return metrics
+
+    def _kl(self, batch: Sequence[Pair], logps: Sequence[float]) -> dict[str, float]:
+        found = {}
+        for name, iterate in self._samplers.items():
+            column = f"{name}_generated"
+            if column in self.columns:
+                own = [pair[column] - value for value, pair in zip(logps, batch, strict=True)
+                       if pair["iterate"] == iterate]  # fmt: skip
+                if own:
+                    found[f"kl_from_{name}"] = math.fsum(own) / len(own)
+        return found
 
     def _skip(self, epoch: int, batch: Sequence[Pair], problem: NotFinite) -> dict[str, Any]:
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -31,9 +32,13 @@ R = TypeVar("R")
 
 # How long one absence of the server may hold up the step to the next round, all waits together: a restart.
 PATIENCE_SECONDS = 10.0
+# Silence after which the server counts as away when it is asked whether it is there, and in what Prefect itself asks it
+# between stages: its own minute of patience, three times over, would stop a training run for a server that hangs.
+_ANSWER_SECONDS = 3.0
+_REQUEST_SECONDS = 8.0
 _POLL_SECONDS = 2.0
 _TRIES = 5  # of one thing that the server answers with 5xx although it is there
-_away_since: float | None = None
+_away_since: float | None = None  # time.monotonic(); None: it answered when it was last asked
 _lock = threading.Condition()
 _waiting: dict[Hashable, Callable[[], object]] = {}
 _sending = False
@@ -102,16 +107,11 @@ def wait_for_server(patience_seconds: float = PATIENCE_SECONDS) -> bool:
     Gives up when the server has been away for `patience_seconds` since the first call that found it so:
     one absence is waited for once, not again at every call.
     """
-    global _away_since
-    while not server_answers():
-        now = time.monotonic()
-        if _away_since is None:
-            _away_since = now
-            run_log()("the Prefect server does not answer")
-        if now - _away_since >= patience_seconds:
+    server_answers()
+    while (since := _away_since) is not None:
+        if time.monotonic() - since >= patience_seconds:
             return False
-        time.sleep(_POLL_SECONDS)
-    _away_since = None
+        time.sleep(0.2)
     return True
 
 
@@ -124,9 +124,10 @@ def called(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
     if server_answers():
         try:
-            return cast(R, task(*args, **kwargs))
+            with _impatient():
+                return cast(R, task(*args, **kwargs))
         except ConcurrencySlotAcquisitionError:  # it went away in between; the task has not begun
-            pass
+            _found_away()
     run_log()(f"the Prefect server is away; {task.name} goes on without its tags")
     untagged = task.with_options()
     untagged.tags = set()
@@ -141,15 +142,15 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.runtime import flow_run
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
     if wait_for_server():
         try:
-            # Prefect's own retries would add minutes, after our patience is over.
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 2}):
+            with _impatient():
                 return cast(R, flow(*args, **kwargs))
         except (httpx.TransportError, PrefectHTTPStatusError) as error:
             run_log()(f"the Prefect server could not be told about {flow.name}: {error!r}")
+            if isinstance(error, httpx.TransportError):
+                _found_away()
             _post(object(), partial(_close_nested, UUID(str(flow_run.id)), datetime.now(UTC)))
     run_log()(f"going on without a flow run of its own for {flow.name}; its tasks show in this one")
     return flow.fn(*args, **kwargs)
@@ -175,18 +176,52 @@ def _close_nested(parent: UUID, begun_before: datetime) -> None:
         client.set_flow_run_state(run.id, state, force=True)
 
 
-def server_answers() -> bool:
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+def _impatient() -> AbstractContextManager[object]:
+    """What Prefect asks the server within is given up after seconds."""
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+    return temporary_settings({PREFECT_API_REQUEST_TIMEOUT: _REQUEST_SECONDS, PREFECT_CLIENT_MAX_RETRIES: 1})
+
+
+def server_answers() -> bool:
+    """Whether the server is there. Once it is not, a thread asks on, and nobody else waits for an answer."""
+    if _away_since is None and not _asked():
+        _found_away()
+    return _away_since is None
+
+
+def _found_away() -> None:
+    global _away_since
+    with _lock:
+        if _away_since is not None:
+            return
+        _away_since = time.monotonic()
+    run_log()("the Prefect server does not answer")
+    context = contextvars.copy_context()  # holds which server it is
+    threading.Thread(target=context.run, args=(_ask_until_back,), name="away", daemon=True).start()
+
+
+def _ask_until_back() -> None:
+    global _away_since
+    while not _asked():
+        time.sleep(_POLL_SECONDS)
+    _away_since = None
+
+
+def _asked() -> bool:
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with temporary_settings({PREFECT_API_REQUEST_TIMEOUT: _ANSWER_SECONDS, PREFECT_CLIENT_MAX_RETRIES: 0}):
         return get_client(sync_client=True).api_healthcheck() is None
 
 
 def flush(timeout_seconds: float = 10.0) -> bool:
-    """Wait until everything posted is sent, at most `timeout_seconds`. Returns whether it is."""
+    """Wait until everything posted is sent, at most `timeout_seconds`, and not for a server that is away. Returns
+    whether it is."""
     with _lock:
-        return _lock.wait_for(lambda: not _waiting and not _sending, timeout_seconds)
+        _lock.wait_for(lambda: _away_since is not None or not (_waiting or _sending), timeout_seconds)
+        return not (_waiting or _sending)
 
 
 def _post(thing: Hashable, send: Callable[[], object]) -> None:

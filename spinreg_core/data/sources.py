@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
+import lzma
 import re
 import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,6 +135,10 @@ def _read_file(path: Path, shown: str) -> Iterable[Record]:
         yield from reader(path)
     except EOFError:
         raise BadInput("dataset", f"{path}, which ends in the middle of its compressed data", "a whole file") from None
+    except (OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise BadInput(
+            "dataset", f"{path}, which cannot be read ({error})", "a file of the kind its name says"
+        ) from None
 
 
 def _open_text(path: Path) -> Any:

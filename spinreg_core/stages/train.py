@@ -149,19 +149,13 @@ def _train(round_: Round, checkpoints: StepCheckpoints) -> None:
 def _step_line(m: dict[str, Any], steps: int) -> str:
     if "skipped" in m:
         return f"step {m['step']}/{steps} SKIPPED: {m['skipped']}, pairs {', '.join(m['skipped_pairs'][:8])}"
-    ratios = "".join(
-        f", {name} {m[key]:+.2f}"
-        for name, key in (
-            ("to previous", "log_ratio_previous_generated"),
-            ("to base", "log_ratio_base_generated"),
-        )
-        if key in m
+    divergence = "".join(
+        f", KL from {name} {m[key]:+.2f}" for name in ("previous", "base") if (key := f"kl_from_{name}") in m
     )
     return (
         f"step {m['step']}/{steps}: loss {m['loss']:.4f}, margin {m['margin']:+.2f} nats, "
         f"accuracy {m['accuracy']:.2f}, "
-        f"log p human {m['real_logp']:.1f} generated {m['generated_logp']:.1f} nats/answer"
-        f"{ratios and ' (log-ratio of generated' + ratios + ')'}, "
+        f"log p human {m['real_logp']:.1f} generated {m['generated_logp']:.1f}{divergence} nats/answer, "
         f"gradient norm {m['grad_norm']:.2f}, learning rate {m['learning_rate']:.2e}, "
         f"{m['tokens_per_second']:.0f} tokens/s"
     )

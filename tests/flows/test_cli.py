@@ -84,3 +84,27 @@ def test_every_command_has_a_help_text(command: list[str]) -> None:
     )
     assert done.returncode == 0
     assert "usage: spinreg" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_store_that_cannot_be_read_is_bad_input(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    for store in (str(file), "s3://nowhere/x"):
+        assert main([command, "demo", "--store", store]) == 65
+        error = capsys.readouterr().err
+        assert error.startswith(f"spinreg: store: found {store}")
+        assert error.count("\n") == 1
+
+
+def test_statuses_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["--help"], ["run", "--help"]):
+        with pytest.raises(SystemExit):
+            main(command)
+        assert "65 bad input" in " ".join(capsys.readouterr().out.split())

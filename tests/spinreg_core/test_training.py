@@ -174,10 +174,39 @@ def test_metrics_of_the_first_step_against_the_scores() -> None:
         assert metrics[f"log_ratio_previous_{which}"] == pytest.approx(0, abs=1e-3)
         drift = statistics.fmean(p[f"previous_{which}"] - p[f"base_{which}"] for p in pairs)
         assert metrics[f"log_ratio_base_{which}"] == pytest.approx(drift, abs=1e-3)
+    assert metrics["kl_from_previous"] == pytest.approx(0, abs=1e-3)  # round 2, and iterate 1 sampled all of them
+    assert "kl_from_base" not in metrics
     assert metrics["tokens"] == sum(2 * len(p["prompt_ids"]) + len(p["real_ids"] + p["generated_ids"]) for p in pairs)
     assert metrics["tokens_per_second"] == pytest.approx(metrics["tokens"] / metrics["seconds"])
     spin = scored(random_pairs(5, 5), previous, None)  # at alpha = 1 there are no scores under the base
     assert not [name for name in a_round(previous, spin).step() if name.startswith("log_ratio_base")]
+
+
+@torch.no_grad()
+def test_kl_of_a_step_is_that_of_the_softmax() -> None:
+    """Answers of one token: KL(π_t‖π_θ) is a sum over the vocabulary. Half of the answers come from the base."""
+    policy, base, previous = tiny_model(seed=1), tiny_model(seed=2), tiny_model(seed=3)
+    draw, prompt = torch.Generator().manual_seed(0), [5, 6, 7]
+
+    def log_softmax(model: PreTrainedModel) -> torch.Tensor:
+        return model(input_ids=torch.tensor([prompt])).logits[0, -1].double().log_softmax(-1)
+
+    here, samplers = log_softmax(policy), {0: log_softmax(base), 1: log_softmax(previous)}
+    pairs = []
+    for number in range(4000):
+        iterate = number % 2
+        token = int(torch.multinomial(samplers[iterate].exp(), 1, generator=draw))
+        pair = random_pairs(1, number, 2)[0]
+        pairs.append(pair | {"prompt_ids": prompt, "generated_ids": [token], "iterate": iterate})
+        for name, table in (("base", samplers[0]), ("previous", samplers[1])):
+            pairs[-1] |= {f"{name}_generated": float(table[token]), f"{name}_real": 0.0}
+    found = a_round(policy, pairs)._kl(pairs, [float(here[pair["generated_ids"][0]]) for pair in pairs])
+    for name, iterate in (("base", 0), ("previous", 1)):
+        p = samplers[iterate].exp()
+        exact = float((p * (samplers[iterate] - here)).sum())
+        spread = float((p * (samplers[iterate] - here - exact) ** 2).sum()) ** 0.5
+        assert found[f"kl_from_{name}"] == pytest.approx(exact, abs=4 * spread / 2000**0.5)
+        assert exact > 0.5
 
 
 def test_a_round_lowers_the_loss_and_raises_the_margin() -> None:

@@ -49,7 +49,6 @@ def inner(number):
         progress(ProgressLine("stage", done, 5, "rows", 1.0, 0))
     display.called(work, number, "b")
     display.show_table(f"table-{number}", [{"round": number}], "a table")
-    display.wait_for_server(display.PATIENCE_SECONDS)
     return number
 
 @flow(name="outer")
@@ -58,7 +57,7 @@ def outer():
         assert display.nested(inner, number) == number
     display.show_markdown("summary", "# All", "the summary")
     gate("outer-end")
-    display.wait_for_server(120)
+    assert display.wait_for_server(120)
     assert display.flush(30)
 
 outer()
@@ -155,13 +154,39 @@ def test_work_is_finished_while_the_server_is_away(
     process = start(patience=3, gates="in-1 outer-end")
     wait_until((tmp_path / "in-1.reached").exists, process, tmp_path / "log", 60)
     server.stop(signal.SIGKILL)
+    left_alone(process, tmp_path)
+    server.start()
+    (tmp_path / "outer-end.go").touch()
+    assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()
+    shown_afterwards(server)
+
+
+def test_a_server_that_hangs_holds_nothing_up_either(
+    server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    """It takes connections and never answers. Prefect alone would wait for nine minutes in this flow."""
+    process = start(patience=3, gates="in-1 outer-end")
+    wait_until((tmp_path / "in-1.reached").exists, process, tmp_path / "log", 60)
+    assert server.running is not None
+    os.killpg(server.running.pid, signal.SIGSTOP)
+    try:
+        left_alone(process, tmp_path)
+    finally:
+        os.killpg(server.running.pid, signal.SIGCONT)
+    (tmp_path / "outer-end.go").touch()
+    assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()
+    shown_afterwards(server)
+
+
+def left_alone(process: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    """The flow does all its work without a server."""
     (tmp_path / "in-1.go").touch()
     wait_until((tmp_path / "outer-end.reached").exists, process, tmp_path / "log", 120)
     trace = (tmp_path / "trace").read_text().splitlines()
     assert [line for line in trace if line.startswith(("2", "3"))] == ["2 a", "2 b", "2 b", "3 a", "3 b", "3 b"]
-    server.start()
-    (tmp_path / "outer-end.go").touch()
-    assert process.wait(timeout=180) == 0, (tmp_path / "log").read_text()
+
+
+def shown_afterwards(server: PrefectServer) -> None:
     outer, nested = last_outer(server)
     assert outer["state_type"] == "COMPLETED"
     assert [(run["parameters"], run["state_type"]) for run in nested] == [({"number": 1}, "COMPLETED")]

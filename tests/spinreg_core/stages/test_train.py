@@ -116,7 +116,13 @@ def test_what_a_round_leaves(setting: Setting, whole: dict[str, Any]) -> None:
     assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert metrics[-1]["margin"] > metrics[0]["margin"] + 1
     wanted = {"loss", "margin", "accuracy", "real_logp", "generated_logp", "real_logp_per_token", "grad_norm"}
-    wanted |= {"log_ratio_previous_generated", "log_ratio_base_generated", "learning_rate", "tokens_per_second"}
+    wanted |= {
+        "log_ratio_previous_generated",
+        "log_ratio_base_generated",
+        "kl_from_previous",
+        "learning_rate",
+        "tokens_per_second",
+    }
     assert wanted <= metrics[0].keys()
     summary = json.loads(objects.fetch_file(setting.store, whole["object_id"], "summary.json").read_text())
     assert summary == whole["metrics"]

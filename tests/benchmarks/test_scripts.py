@@ -1,0 +1,49 @@
+"""The benchmarks answer --help, offer --quick, and count the work by the formula they state. (Their figures are not
+tested: timed assertions do not belong here.)"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name != "work.py")
+sys.path.insert(0, str(FOLDER))
+
+
+def test_there_are_scripts() -> None:
+    assert {"train_vs_trl.py", "scaling.py", "checkpoints.py"} <= {path.name for path in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_names_quick(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "--quick" in done.stdout
+
+
+def test_model_flops_by_hand() -> None:
+    """One layer of width 2 and MLP width 3, vocabulary 5; a prompt of 4 tokens, answers of 3 and 2."""
+    from work import model_flops
+
+    config = SimpleNamespace(
+        hidden_size=2,
+        intermediate_size=3,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        vocab_size=5,
+    )
+    pair = {"prompt_ids": [1, 2, 3, 4], "real_ids": [5, 6, 7], "generated_ids": [8, 9]}
+    weights = 4 * 2 * 2 + 3 * 2 * 3
+    tokens, answers = 4 + 2 + 1, 3 + 2  # the last token of an answer is no input
+    seen = 4**2 / 2 + 3 * (4 + 3 / 2) + 2 * (4 + 2 / 2)
+    assert model_flops([pair], config) == 6 * (weights * tokens + 2 * 5 * answers) + 12 * 2 * seen
+    # Further answers to the prompt cost themselves alone.
+    other = pair | {"generated_ids": [9, 9]}
+    more = 6 * (weights * 1 + 2 * 5 * 2) + 12 * 2 * 2 * (4 + 1)
+    assert model_flops([pair, other], config) - model_flops([pair], config) == more
