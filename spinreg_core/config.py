@@ -283,6 +283,11 @@ class ResourcesConfig(Group):
         "padding and with shared prompts counted once; gradients are accumulated. Fewer take less memory. A pair "
         "longer than this goes alone.",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="torch.compile of the transformer layers in training, scoring and evaluation; auto: on GPUs. The "
+        "first pass then takes a minute longer.",
+    )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU that vLLM may take (0..1).")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's KV cache on CPU (GiB).")
     retries: int = Field(2, ge=0, le=20, description="Retries of a failed stage, with growing delays.")

@@ -53,8 +53,8 @@ REMEDIES = (
 )
 PRIMARY = "heldout_nll"
 PRIMARY_REASON = (
-    "It was fixed as the primary metric before any run, uses all held-out rows of the run, involves no sampling, and is "
-    "computed the same way for the base and for every round; the verdict compares the last round with the base, "
+    "It was fixed as the primary metric before any run, uses all held-out rows of the run, involves no sampling, and "
+    "is computed the same way for the base and for every round; the verdict compares the last round with the base, "
     "not the best round."
 )
 

@@ -26,6 +26,7 @@ from spinreg_core.packing import Layout
 NAME = "spinreg"
 
 
+@torch.compiler.disable  # a compiled layer would be made anew for every layout; FlexAttention is compiled by itself
 def packed_attention(
     module: nn.Module,
     query: Tensor,

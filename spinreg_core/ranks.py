@@ -55,6 +55,7 @@ class Ranks:
     mesh: DeviceMesh | None = None
     files: dist.ProcessGroup | None = None  # for everything that waits for files
     checkpoints: dist.ProcessGroup | None = None  # for the thread that writes checkpoints meanwhile
+    compile: bool = False  # the layers of models that are loaded
 
     @property
     def first(self) -> bool:
@@ -92,9 +93,10 @@ def join(resources: ResourcesConfig) -> Ranks:
     Raises BadInput for a mesh that does not fit.
     """
     device = resolve_device(resources.device)
+    compiled = resources.compile == "on" or (resources.compile == "auto" and device == "cuda")
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
-        return Ranks(torch.device(device))
+        return Ranks(torch.device(device), compile=compiled)
     local = int(os.environ["LOCAL_RANK"])
     shard = int(os.environ["LOCAL_WORLD_SIZE"]) if resources.shard_over == "auto" else resources.shard_over
     if size % shard:
@@ -111,7 +113,8 @@ def join(resources: ResourcesConfig) -> Ranks:
         else init_device_mesh(device, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     )
     groups: list[Any] = [dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT) for _ in range(2)]
-    return Ranks(torch.device(f"cuda:{local}" if device == "cuda" else "cpu"), dist.get_rank(), size, mesh, *groups)
+    here = torch.device(f"cuda:{local}" if device == "cuda" else "cpu")
+    return Ranks(here, dist.get_rank(), size, mesh, *groups, compile=compiled)  # type: ignore[misc]
 
 
 def leave() -> None:

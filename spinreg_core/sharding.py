@@ -30,7 +30,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinreg_core.adapters import base_parameters
 from spinreg_core.errors import BadInput
-from spinreg_core.logprobs import Precision, architecture, load_policy, master_dtype, refused, without_dropout
+from spinreg_core.logprobs import (
+    Precision,
+    architecture,
+    load_policy,
+    master_dtype,
+    packs,
+    refused,
+    without_dropout,
+)
 from spinreg_core.ranks import Ranks
 
 _FILE_BYTES = 4 * 10**9  # of one safetensors file; the most that one rank holds while a policy is written
@@ -49,7 +57,7 @@ def load_for(
     if ranks.mesh is None:
         model = load_policy(folder, precision, ranks.device)
         change(model)
-        return model
+        return compiled(model, ranks)
     model = empty_policy(folder, precision)
     require_weights(model, Path(folder))
     change(model)
@@ -61,7 +69,22 @@ def load_for(
         model.get_submodule(owner)._buffers[attribute] = buffer
     weights = {name: parameter.detach() for name, parameter in base_parameters(model).items()}
     dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))  # into the tensors themselves
-    return without_dropout(model)
+    return compiled(without_dropout(model), ranks)
+
+
+def compiled(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel:
+    """The model with its transformer layers compiled, where `ranks` say so: one graph for all layers and lengths.
+
+    A layer that cannot be compiled runs as it is.
+    """
+    if ranks.compile:
+        packs(model)  # found out before, so that what is tried there is not compiled
+        torch._dynamo.config.suppress_errors = True
+        # Training and scoring, formats and, with several ranks, hooks make one variant each.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        for layer in _layers(model):
+            layer.compile(dynamic=True)
+    return model
 
 
 def empty_policy(folder: str | Path, precision: Precision) -> PreTrainedModel:

@@ -128,6 +128,7 @@ if __name__ == "__main__":
     from spinreg_core.ranks import join, leave
 
     given = json.loads(sys.argv[3])
-    resources = ResourcesConfig(device="cpu", shard_over=given.pop("shard_over", "auto"), collective_timeout_seconds=60)
+    resources = ResourcesConfig(device="cpu", shard_over=given.pop("shard_over", "auto"), collective_timeout_seconds=60,
+                                compile=given.pop("compile", "auto"))  # fmt: skip
     globals()[sys.argv[1]](join(resources), Path(sys.argv[2]), **given)
     leave()

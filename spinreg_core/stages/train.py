@@ -31,7 +31,7 @@ from spinreg_core.progress import Progress
 from spinreg_core.quantize import load_quantized
 from spinreg_core.ranks import Ranks, join
 from spinreg_core.rounds import effective_alpha
-from spinreg_core.sharding import empty_policy, load_for, require_weights
+from spinreg_core.sharding import compiled, empty_policy, load_for, require_weights
 from spinreg_core.stages.job import Job, Preempted, finishing_steps, main
 from spinreg_core.stages.step_checkpoints import StepCheckpoints
 from spinreg_core.store import Store, open_store
@@ -131,7 +131,7 @@ def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrai
         else load_quantized(base, training.precision, ranks.device, bits)
     )
     add(model)
-    return model
+    return compiled(model, ranks)
 
 
 def _train(round_: Round, checkpoints: StepCheckpoints) -> None:
