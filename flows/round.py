@@ -12,7 +12,7 @@ from prefect import flow
 
 from flows.show import show_round
 from tasks.context import current
-from tasks.display import flush
+from tasks.display import flush, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.mix_opponent import mix_opponent
@@ -35,4 +35,5 @@ def round_(run: str, round_number: int) -> dict[str, Any]:
         results[result["stage"]] = result
     show_round(round_number)
     flush()
+    wait_for_server()  # a restart is soon over, and the end of this flow run can be told
     return results

@@ -388,15 +388,3 @@ def fixed_fields(config: RunConfig) -> dict[str, Any]:
         else:
             del values[name]
     return values
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """`field: old -> new` for every leaf that differs, in field order."""
-    lines = []
-    for key in [*old, *(k for k in new if k not in old)]:
-        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from spinreg_core import documents
-from spinreg_core.config import RunConfig, differences, fixed_fields
+from spinreg_core.config import RunConfig, fixed_fields
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
+from spinreg_core.resolve import differences
 from spinreg_core.store import Store, require_conditional_writes
 
 ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")

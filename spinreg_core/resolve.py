@@ -107,3 +107,15 @@ def resolve(parameters: dict[str, Any], config_file: str | None = None, stored: 
 def show(config: RunConfig) -> str:
     """The resolved configuration as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """`field: old -> new` for every leaf that differs, in field order."""
+    lines = []
+    for key in [*old, *(k for k in new if k not in old)]:
+        a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+        if isinstance(a, dict) and isinstance(b, dict):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines

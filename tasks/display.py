@@ -13,8 +13,8 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -143,6 +143,7 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.runtime import flow_run
 
+    begin = datetime.now(UTC)
     if wait_for_server():
         try:
             with _impatient():
@@ -151,13 +152,16 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             run_log()(f"the Prefect server could not be told about {flow.name}: {error!r}")
             if isinstance(error, httpx.TransportError):
                 _found_away()
-            _post(object(), partial(_close_nested, UUID(str(flow_run.id)), datetime.now(UTC)))
+            _post(object(), partial(_close_nested, UUID(str(flow_run.id)), begin, datetime.now(UTC)))
     run_log()(f"going on without a flow run of its own for {flow.name}; its tasks show in this one")
     return flow.fn(*args, **kwargs)
 
 
-def _close_nested(parent: UUID, begun_before: datetime) -> None:
-    """Mark the nested flow runs completed whose end could not be reported; their work was taken over."""
+def _close_nested(parent: UUID, begin: datetime, end: datetime) -> None:
+    """Mark the nested flow runs of that time completed; their end could not be reported, and their work was taken over.
+
+    A server that hung may have learnt, late, that they failed: what failed was telling it.
+    """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas import filters
     from prefect.client.schemas.objects import State, StateType
@@ -166,9 +170,11 @@ def _close_nested(parent: UUID, begun_before: datetime) -> None:
     client = get_client(sync_client=True)
     unended = filters.FlowRunFilter(
         parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=[parent]),
-        expected_start_time=filters.FlowRunFilterExpectedStartTime(before_=begun_before),
+        expected_start_time=filters.FlowRunFilterExpectedStartTime(after_=begin, before_=end),
         state=filters.FlowRunFilterState(
-            type=filters.FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING])
+            type=filters.FlowRunFilterStateType(
+                any_=[StateType.PENDING, StateType.RUNNING, StateType.FAILED, StateType.CRASHED]
+            )
         ),
     )
     for run in client.read_flow_runs(flow_run_filter=unended):
@@ -176,11 +182,16 @@ def _close_nested(parent: UUID, begun_before: datetime) -> None:
         client.set_flow_run_state(run.id, state, force=True)
 
 
-def _impatient() -> AbstractContextManager[object]:
+@contextmanager
+def _impatient() -> Iterator[None]:
     """What Prefect asks the server within is given up after seconds."""
+    from prefect.context import SyncClientContext
     from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    return temporary_settings({PREFECT_API_REQUEST_TIMEOUT: _REQUEST_SECONDS, PREFECT_CLIENT_MAX_RETRIES: 1})
+    settings = {PREFECT_API_REQUEST_TIMEOUT: _REQUEST_SECONDS, PREFECT_CLIENT_MAX_RETRIES: 1}
+    # The client of the flow run around this keeps the patience it was made with.
+    with temporary_settings(settings), SyncClientContext({"timeout": _REQUEST_SECONDS}):
+        yield
 
 
 def server_answers() -> bool:
@@ -210,10 +221,13 @@ def _ask_until_back() -> None:
 
 def _asked() -> bool:
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with temporary_settings({PREFECT_API_REQUEST_TIMEOUT: _ANSWER_SECONDS, PREFECT_CLIENT_MAX_RETRIES: 0}):
-        return get_client(sync_client=True).api_healthcheck() is None
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client,
+    ):
+        return client.api_healthcheck() is None
 
 
 def flush(timeout_seconds: float = 10.0) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from spinreg_core.config import RunConfig, differences, of_round
+from spinreg_core.config import RunConfig, of_round
+from spinreg_core.resolve import differences
 from spinreg_core.resolve import load_config_file, resolve
 
 CONFIGS = Path(__file__).parents[2] / "deployments" / "configs"

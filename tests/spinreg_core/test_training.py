@@ -162,7 +162,7 @@ def test_steps_equal_a_loop_written_out(max_norm: float | None) -> None:
 
 def test_metrics_of_the_first_step_against_the_scores() -> None:
     previous, base = tiny_model(seed=1), tiny_model(seed=2)
-    pairs = scored(random_pairs(5, 5), previous, base)
+    pairs = [pair | {"iterate": 1} for pair in scored(random_pairs(5, 5), previous, base)]
     metrics = a_round(tiny_model(seed=1), pairs, 0.5).step()
     n = 5
     assert (metrics["step"], metrics["epoch"], metrics["pairs"]) == (1, 1, n)

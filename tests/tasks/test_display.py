@@ -49,6 +49,7 @@ def inner(number):
         progress(ProgressLine("stage", done, 5, "rows", 1.0, 0))
     display.called(work, number, "b")
     display.show_table(f"table-{number}", [{"round": number}], "a table")
+    display.wait_for_server(display.PATIENCE_SECONDS)
     return number
 
 @flow(name="outer")
