@@ -16,10 +16,10 @@ from spinreg_core.config import (
     Group,
     RunConfig,
     TrainingConfig,
-    differences,
     fixed_fields,
     of_round,
 )
+from spinreg_core.resolve import differences
 
 GROUPS = [name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)]
 
