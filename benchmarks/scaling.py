@@ -78,14 +78,19 @@ def tokens_of(round_: Round) -> int:
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
-    alone = Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    gpu = torch.cuda.is_available()
+    alone = Ranks(torch.device("cuda" if gpu else "cpu"), compile=gpu)  # as a run does it
     model = load_for(alone, folder, arguments.precision)
     rounds = [(point, a_round(arguments, folder, point, model, alone)) for point in points(arguments.quick)]
     rounds[0][1].step()  # warm
     seconds: list[list[float]] = [[] for _ in rounds]
     for _ in range(arguments.repeats):
         for i, (_, round_) in enumerate(rounds):
-            seconds[i].append(round_.step()["seconds"])
+            begin = time.perf_counter()
+            round_.step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the optimiser's work is in it
+            seconds[i].append(time.perf_counter() - begin)
     return [
         point | {"tokens": tokens_of(round_), "seconds": min(times)}
         for (point, round_), times in zip(rounds, seconds, strict=True)

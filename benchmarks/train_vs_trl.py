@@ -12,6 +12,8 @@ minutes; the first step of each is left out, and the ratio is that of the sums o
 Lengths are drawn like those of chat data (`work.py`). Token ids are random, and so are the weights unless a folder is
 given: neither changes the work.
 
+After the last turn one more step of spinreg is profiled, by operator.
+
 Model FLOPs are the work that had to be done, the same number for both: forward and backward of every prompt once and
 of every answer once, the vocabulary projection on answer tokens only, attention between tokens that see each other. The
 last line is one JSON object with every figure.
@@ -61,28 +63,55 @@ def turn() -> None:
     sys.stdin.readline()
 
 
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def tell(**figures: Any) -> None:
     print("figures " + json.dumps(figures), flush=True)
 
 
 def timed_spinreg(arguments: argparse.Namespace) -> None:
     from spinreg_core.config import ObjectiveConfig, TrainingConfig
-    from spinreg_core.logprobs import load_policy, packs
+    from spinreg_core.logprobs import packs
+    from spinreg_core.ranks import Ranks
+    from spinreg_core.sharding import load_for
     from spinreg_core.training import Round
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = torch.cuda.is_available()
     config = load_config(arguments.folder)
-    pairs = rows(arguments.prompts * (arguments.steps + 1), arguments.answers, config.vocab_size)
+    pairs = rows(arguments.prompts * (arguments.steps + 2), arguments.answers, config.vocab_size)
     training = TrainingConfig(batch_size=arguments.prompts * arguments.answers, precision=arguments.precision,
                               schedule="constant", learning_rate=1e-7, optimizer="rmsprop")  # fmt: skip
-    model = load_policy(arguments.folder, arguments.precision, device)
+    ranks = Ranks(torch.device("cuda" if gpu else "cpu"), compile=gpu)  # as a run does it
+    model = load_for(ranks, arguments.folder, arguments.precision)
     round_ = Round(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=0,
                    round_number=1, tokens_per_pass=arguments.tokens_per_pass)  # fmt: skip
     size = arguments.prompts * arguments.answers  # the order of the rows, so that both train on the same batches
     round_.batches = [(0, list(range(start, start + size))) for start in range(0, len(pairs), size)]
     for _ in range(arguments.steps + 1):
         turn()
-        tell(seconds=round_.step()["seconds"], memory_gib=memory(), packed=packs(model))
+        synchronize()
+        begin = time.perf_counter()
+        round_.step()
+        synchronize()
+        tell(seconds=time.perf_counter() - begin, memory_gib=memory(), packed=packs(model))
+    turn()
+    tell(profile=profiled(round_))
+
+
+def profiled(round_: Any) -> dict[str, float]:
+    """Shares of one step's time, by operator, of the ten that take most; `other` is the rest."""
+    from torch.profiler import ProfilerActivity, profile
+
+    gpu = torch.cuda.is_available()
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as found:
+        round_.step()
+    times = {e.key: e.self_device_time_total if gpu else e.self_cpu_time_total for e in found.key_averages()}
+    total = sum(times.values())
+    largest = dict(sorted(times.items(), key=lambda item: -item[1])[:10])
+    return {name: time / total for name, time in largest.items()} | {"other": 1 - sum(largest.values()) / total}
 
 
 def timed_trl(arguments: argparse.Namespace) -> None:
@@ -114,13 +143,11 @@ def timed_trl(arguments: argparse.Namespace) -> None:
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             turn()
-            if gpu:
-                torch.cuda.synchronize()
+            synchronize()
             self.begin = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            if gpu:
-                torch.cuda.synchronize()
+            synchronize()
             tell(seconds=time.perf_counter() - self.begin, memory_gib=memory())
 
     gpu = torch.cuda.is_available()
@@ -129,7 +156,9 @@ def timed_trl(arguments: argparse.Namespace) -> None:
             output_dir=output, per_device_train_batch_size=per_pass, gradient_accumulation_steps=size // per_pass,
             max_steps=arguments.steps + 1, learning_rate=1e-7, lr_scheduler_type="constant", optim="rmsprop",
             beta=0.1, max_length=None, bf16=arguments.precision != "fp32", use_cpu=not gpu,
-            gradient_checkpointing=False, precompute_ref_log_probs=True, report_to="none", save_strategy="no",
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": "bfloat16" if arguments.precision == "bf16" else "float32"},
+            precompute_ref_log_probs=True, report_to="none", save_strategy="no",
             logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=gpu,
         )  # fmt: skip
         trainer = Prepared(
@@ -149,15 +178,17 @@ class Worker:
         self.name, self.steps = name, list[dict[str, Any]]()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def step(self) -> None:
+    def step(self) -> dict[str, Any]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         print("go", file=self.process.stdin, flush=True)
         for line in self.process.stdout:
             if line.startswith("figures "):
-                self.steps.append(json.loads(line.removeprefix("figures ")))
-                print(f"{self.name}: {self.steps[-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
-                return
+                found: dict[str, Any] = json.loads(line.removeprefix("figures "))
+                if "seconds" in found:
+                    self.steps.append(found)
+                    print(f"{self.name}: {found['seconds']:.2f} s", file=sys.stderr, flush=True)
+                return found
         raise SystemExit(f"{self.name} ended with status {self.process.wait()}")
 
 
@@ -179,6 +210,7 @@ def main() -> None:
                 worker.step()
             if number:
                 peaks.append(measured_peak())
+        profile = workers[0].step()["profile"]
         for worker in workers:
             worker.process.wait(60)
     peak = {name: max(found[name] for found in peaks) for name in peaks[0]}
@@ -203,6 +235,8 @@ def main() -> None:
     figures |= {"precision": arguments.precision, "trl_batch": arguments.trl_batch, "shape": arguments.shape}
     print(f"ratio {figures['ratio']:.2f} ({arguments.precision}, {arguments.answers} generated answers per prompt, "
           f"{figures['device']})")  # fmt: skip
+    figures["profile"] = profile
+    print("where a step of spinreg goes: " + ", ".join(f"{name} {share:.0%}" for name, share in profile.items()))
     print("of each step: " + ", ".join(f"{x:.2f}" for x in figures["ratio_of_each_step"]))
     print(json.dumps(figures))
 

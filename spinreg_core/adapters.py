@@ -59,6 +59,10 @@ def add_adapter(model: PreTrainedModel, training: TrainingConfig) -> None:
             f"{names}, the vocabulary projection among them",
             "matrices of the transformer layers",
         )
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(layer := module.get_base_layer(), nn.Linear):
+            raise BadInput("training.lora_rank", f"a model with matrices of type {type(layer).__name__}",
+                           "one with plain linear layers; merging is known for those only")  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             _set(model, name, parameter.detach().float())

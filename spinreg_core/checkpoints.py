@@ -119,22 +119,22 @@ def publish_adapted(
 ) -> None:
     """Write a LoRA policy twice: `adapter/` for peft and vLLM, and `policy/`, base and adapter added up, for everyone.
 
-    The sum is float32, or `training.save_dtype`. Of several ranks each writes its share into its own `folder`.
+    The sum is float32, so that the policy others score is the one that the next round starts from. Of several ranks
+    each writes its share into its own `folder`.
     """
     tensors = adapter_tensors(model)
-    dtype = {"master": torch.float32, "bfloat16": torch.bfloat16, "float32": torch.float32}[training.save_dtype]
     added = updates(tensors, training)
 
     def summed(name: str, weight: Tensor) -> Tensor:
         if name in added:
             b, a = added[name]
             weight = weight.float() + b @ a
-        return weight.to(dtype) if weight.is_floating_point() else weight
+        return weight.float() if weight.is_floating_point() else weight
 
     rewrite(base, summed, folder / "policy", ranks)
     if ranks.first:
         write_adapter(tensors, training, folder / "adapter", model_name=model_name, targets=targets_of(model))
-        _copy_rest(base, folder / "policy", dtype)
+        _copy_rest(base, folder / "policy", torch.float32)
 
 
 def publish_policy(

@@ -218,8 +218,8 @@ class TrainingConfig(Group):
     lora_rank: int | None = Field(
         None,
         ge=1,
-        description="Rank of a LoRA adapter that is trained while the base model stays. Adapters are float32, so "
-        "`precision: bf16` loses no update. Unset: every weight is trained.",
+        description="Rank of a LoRA adapter (float32) that is trained while the base model stays; it needs a learning "
+        "rate of 1e-4 or more. Unset: every weight is trained.",
     )
     lora_alpha: PositiveFloat = Field(
         16.0, description="LoRA's scale: the adapter adds lora_alpha / lora_rank times B A. Not the objective's alpha."
@@ -241,6 +241,9 @@ class TrainingConfig(Group):
             getattr(self, name) != type(self).model_fields[name].default for name in set_here
         ):
             raise ValueError(f"{', '.join(set_here)} without lora_rank, which switches LoRA on")
+        if self.lora_rank is not None and self.save_dtype == "bfloat16":
+            raise ValueError("save_dtype bfloat16 with lora_rank: rounding hides what a small adapter adds, and the "
+                             "next round would not start from its reference; leave save_dtype at master")  # fmt: skip
         return self
 
 

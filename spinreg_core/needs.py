@@ -18,7 +18,8 @@ Memory of training, bytes per parameter:
 
 Activations kept for the backward pass, bytes per token and layer, for a layer of the Llama kind (width d, keys of
 all heads together k, MLP width f, h heads): fp32 36 d + 8 k + 16 f, mixed 32 d + 4 k + 8 f, bf16 22 d + 4 k + 8 f,
-each + 5 h. These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU) and one
+each + 5 h. With LoRA in bf16, whose adapters take their inputs as float32, at most 40 d + 4 k + 10 f.
+These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU) and one
 layer is added for the gradients that are on their way. With activation checkpointing `full`: the input of every layer,
 and one whole layer; `selective` keeps the results of matrix products and attention too: fp32 20 d + 8 k + 8 f, mixed
 12 d + 4 k + 4 f, bf16 10 d + 4 k + 4 f, the input counted.
@@ -51,8 +52,8 @@ _WEIGHTS = {"mixed": 4, "bf16": 2, "fp32": 4}
 _COPIES = {"mixed": 2, "bf16": 0, "fp32": 0}
 _STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
 _QUANTISED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # with a scale for every 64 numbers
-_SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8)}  # per d, k, f
-_SAVED_SELECTIVE = {"fp32": (20, 8, 8), "mixed": (12, 4, 4), "bf16": (10, 4, 4)}
+_SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8), "bf16-lora": (40, 4, 10)}  # per d, k, f
+_SAVED_SELECTIVE = {"fp32": (20, 8, 8), "mixed": (12, 4, 4), "bf16": (10, 4, 4), "bf16-lora": (28, 4, 6)}
 _VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
 
 
@@ -171,7 +172,7 @@ def activation_bytes(
     if checkpointing == "selective":
         kept = layer(_SAVED_SELECTIVE[precision])
     if checkpointing == "full":
-        kept = tokens * shape.width * (2 if precision == "bf16" else 4)
+        kept = tokens * shape.width * (2 if precision.startswith("bf16") else 4)
     return shape.layers * kept + layer(_SAVED[precision])
 
 
@@ -194,17 +195,18 @@ def stage_memory(
     # What a pass is filled up to; the longest pair goes alone where it is longer.
     tokens = max(config.resources.tokens_per_pass, sizes.longest_prompt + 2 * sizes.longest_answer)
     adapter = 0 if t.lora_rank is None else 4 * trained_parameters(config, shape) // shards
-    if t.lora_quantize is not None:  # all but the embeddings
+    held, made = weights, copies
+    if t.lora_quantize is not None:  # while training, and all but the embeddings
         full = 2 * shape.vocabulary * shape.width
-        each = _QUANTISED[t.lora_quantize]
-        weights = int(_WEIGHTS[precision] * full + each * (shape.parameters - full))
+        held = int(_WEIGHTS[precision] * full + _QUANTISED[t.lora_quantize] * (shape.parameters - full))
+        made = _COPIES[precision] * full
+    kind = "bf16-lora" if t.lora_rank is not None and precision == "bf16" else precision
     train = {
-        "weights": weights + adapter,
-        "gradients": adapter or weights,
-        "optimiser": _STATES[t.optimizer] * (adapter or weights),
-        "compute copies": copies,
-        "activations": activation_bytes(shape, precision, tokens, t.activation_checkpointing)
-        + logits_bytes(shape, tokens),
+        "weights": held + adapter,
+        "gradients": adapter or held,
+        "optimiser": _STATES[t.optimizer] * (adapter or held),
+        "compute copies": made,
+        "activations": activation_bytes(shape, kind, tokens, t.activation_checkpointing) + logits_bytes(shape, tokens),
     }
     one_layer = Shape(**(vars(shape) | {"layers": 0}))
     score = {

@@ -56,12 +56,15 @@ def load_quantized(folder: Path, precision: Precision, device: torch.device, bit
 
 
 def round_weights(source: Path, folder: Path, bits: Bits, device: torch.device) -> None:
-    """Write the weights of a policy folder as they are after rounding to `bits`, in their own number format."""
+    """Write the weights of a policy folder as they are after rounding to `bits`, in float32: what the few bits stand
+    for is not always a number that bfloat16 has."""
     require_library(bits)
     chosen = {f"{name}.weight" for name in _linear_names(source)}
 
     def change(name: str, value: Tensor) -> Tensor:
-        return _rounded(value.to(device), bits).cpu() if name in chosen else value
+        if not value.is_floating_point():
+            return value
+        return _rounded(value.to(device), bits).cpu() if name in chosen else value.float()
 
     rewrite(source, change, folder, Ranks(device))
 
@@ -78,6 +81,7 @@ def _rounded(weight: Tensor, bits: Bits) -> Tensor:
 
     if bits == "4bit":
         packed, state = functional.quantize_4bit(weight, blocksize=64, compress_statistics=False, quant_type="nf4")
-        return functional.dequantize_4bit(packed, state).to(weight.dtype)
+        state.dtype = torch.float32
+        return functional.dequantize_4bit(packed, state)
     packed, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-    return functional.int8_vectorwise_dequant(packed, scales).to(weight.dtype)
+    return functional.int8_vectorwise_dequant(packed, scales).float()

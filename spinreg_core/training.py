@@ -143,8 +143,9 @@ class Round:
         clipping), learning_rate, beta, tokens (prompts and answers, without padding), seconds, tokens_per_second;
         where the scores are cached, log_ratio_{previous,base}_{real,generated}: mean log π_θ(y|x) less
         log π_t(y|x) or log π_0(y|x), nats/answer; and where the step has answers that policy itself sampled,
-        kl_from_{previous,base}: their mean log π_t(y'|x) - log π_θ(y'|x), an unbiased estimate of KL(π_t‖π_θ), or
-        with π_0. (KL(π_θ‖π_t), which needs samples of π_θ, is the evaluation's.)
+        kl_from_{previous,base}: their mean log π_t(y'|x) - log π_θ(y'|x), an estimate of KL(π_t‖π_θ), or with π_0:
+        unbiased while training has not seen these answers (first epoch, this round's own, plain sampler), and too
+        high after it has pushed them down. (KL(π_θ‖π_t), which needs samples of π_θ, is the evaluation's.)
 
         Where a loss or the gradient is not finite the step is skipped: weights and optimiser stay as they are, and the
         metrics have `skipped` (what was found) and `skipped_pairs` instead of numbers. Raises BadInput naming the pairs
@@ -223,7 +224,7 @@ class Round:
         )
         own, longest = shares[self.ranks.rank], max(map(len, shares))
         table = torch.zeros(len(_VALUES), len(batch), dtype=torch.float64)
-        with compute_format(precision, self.model.device):  # weights are converted once for all passes
+        with compute_format(precision, self.model.device):  # trained weights are converted once for all passes
             for k in range(longest):
                 if isinstance(self.model, FSDPModule):
                     self.model.set_requires_all_reduce(k == longest - 1)  # copies of the weights meet once a step

@@ -15,8 +15,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 from uuid import UUID
 
@@ -143,7 +143,7 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.runtime import flow_run
 
-    begin = datetime.now(UTC)
+    untold = False
     if wait_for_server():
         try:
             with _impatient():
@@ -152,13 +152,17 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             run_log()(f"the Prefect server could not be told about {flow.name}: {error!r}")
             if isinstance(error, httpx.TransportError):
                 _found_away()
-            _post(object(), partial(_close_nested, UUID(str(flow_run.id)), begin, datetime.now(UTC)))
+            untold = True
     run_log()(f"going on without a flow run of its own for {flow.name}; its tasks show in this one")
-    return flow.fn(*args, **kwargs)
+    result = flow.fn(*args, **kwargs)
+    if untold:  # and not before: what failed may have been the work itself
+        given = dict(signature(flow.fn).bind(*args, **kwargs).arguments)
+        _post(object(), partial(_close_nested, UUID(str(flow_run.id)), given))
+    return result
 
 
-def _close_nested(parent: UUID, begin: datetime, end: datetime) -> None:
-    """Mark the nested flow runs of that time completed; their end could not be reported, and their work was taken over.
+def _close_nested(parent: UUID, parameters: dict[str, Any]) -> None:
+    """Mark the nested flow runs with these parameters completed: their work was taken over, and is done.
 
     A server that hung may have learnt, late, that they failed: what failed was telling it.
     """
@@ -170,7 +174,6 @@ def _close_nested(parent: UUID, begin: datetime, end: datetime) -> None:
     client = get_client(sync_client=True)
     unended = filters.FlowRunFilter(
         parent_flow_run_id=filters.FlowRunFilterParentFlowRunId(any_=[parent]),
-        expected_start_time=filters.FlowRunFilterExpectedStartTime(after_=begin, before_=end),
         state=filters.FlowRunFilterState(
             type=filters.FlowRunFilterStateType(
                 any_=[StateType.PENDING, StateType.RUNNING, StateType.FAILED, StateType.CRASHED]
@@ -178,6 +181,8 @@ def _close_nested(parent: UUID, begin: datetime, end: datetime) -> None:
         ),
     )
     for run in client.read_flow_runs(flow_run_filter=unended):
+        if run.parameters != parameters:
+            continue
         state: State[Any] = Completed(message="The server was away when this ended; the flow run around it went on.")
         client.set_flow_run_state(run.id, state, force=True)
 

@@ -25,6 +25,7 @@ from spinreg_core.data.encode import encode_rows, rows_table, spread
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, load_rows, require_usable
 from spinreg_core.data.split import given_heldout, split_rows
+from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
 from spinreg_core.model_source import (
     WEIGHTS,
@@ -53,6 +54,8 @@ def run(job: Job) -> dict[str, Any]:
     data = prepare_data(job, loaded, heldout, renderer)
     folder = resolve_model(config.model, cache_folder())
     require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id])
+    if config.training.lora_rank is not None:
+        require_adaptable(folder, config)
     base = prepare_base(job, folder)
     result = {"base": base["object_id"], "data": data["object_id"], "summary": data["metrics"]}
     (job.workdir / "result.json").write_text(json.dumps(result, indent=1))
@@ -151,6 +154,24 @@ def _summary(
         "prompt_tokens": spread([len(ids) for ids in both["prompt_ids"].to_pylist()]),
         "answer_tokens": spread([len(ids) for ids in both["answer_ids"].to_pylist()]),
     }
+
+
+def require_adaptable(folder: Path, config: RunConfig) -> None:
+    """Raise BadInput now for what training with an adapter would refuse after a round was generated and scored."""
+    from spinreg_core.adapters import add_adapter
+    from spinreg_core.quantize import require_library
+    from spinreg_core.ranks import processes_here
+    from spinreg_core.sharding import empty_policy, require_weights
+
+    bits, resources = config.training.lora_quantize, config.resources
+    model = empty_policy(folder, config.training.precision)
+    require_weights(model, folder)
+    add_adapter(model, config.training)
+    if bits is not None:
+        require_library(bits)
+        ranks = processes_here(resources) * resources.nodes
+        if ranks > 1:
+            raise BadInput("resources.processes", f"{ranks} in all, with training.lora_quantize {bits}", "1")
 
 
 def prepare_base(job: Job, source: Path) -> dict[str, Any]:

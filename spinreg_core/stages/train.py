@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from spinreg_core.adapters import add_adapter, read_adapter, start_adapter, targets_of
 from spinreg_core.checkpoints import publish_adapted, publish_policy
-from spinreg_core.config import TrainingConfig
+from spinreg_core.config import TrainingConfig, of_round
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import load_policy
 from spinreg_core.objects import fetch_file, fetch_folder, publish, upload
@@ -37,6 +38,7 @@ from spinreg_core.stages.step_checkpoints import StepCheckpoints
 from spinreg_core.store import Store, open_store
 from spinreg_core.training import Round
 
+_SMALL_LORA_RATE = 5e-5
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -50,6 +52,9 @@ def run(job: Job) -> dict[str, Any]:
     store, training, objective = open_store(job.store), job.config.training, job.config.objective
     ranks = join(job.config.resources)
     pairs = pq.read_table(ranks.one_first(lambda: fetch_file(store, job.inputs["pairs"], "pairs.parquet"))).to_pylist()
+    if training.activation_checkpointing == "selective":
+        # It keeps results of operators that a compiled layer writes over.
+        ranks = replace(ranks, compile=False)
     model, source = _policy(store, job, ranks)
     if training.precision == "bf16" and training.lora_rank is None:
         print("precision bf16: updates smaller than about 1/256 of a weight are rounded away; mixed keeps them")
@@ -114,7 +119,11 @@ def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path
         f"LoRA of rank {training.lora_rank} on {', '.join(sorted(targets_of(model)))}: "
         f"{sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} numbers trained"
     )
-    return model, base
+    peak = of_round(training.learning_rate, job.round)
+    if peak < _SMALL_LORA_RATE:
+        print(f"learning rate {peak:g}: an adapter usually needs 1e-4 or more; what it adds to a weight is small, and "
+              "bfloat16 does not see changes below about 1/256 of a weight")  # fmt: skip
+    return compiled(model, ranks), base  # not before: it tries the model out, numbers and all
 
 
 def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrainedModel:
@@ -123,7 +132,7 @@ def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrai
     if ranks.mesh is not None:
         if bits is not None:
             raise BadInput("resources.processes", f"{ranks.size}, with training.lora_quantize {bits}", "1")
-        return load_for(ranks, base, training.precision, add)
+        return load_for(replace(ranks, compile=False), base, training.precision, add)
     require_weights(empty_policy(base, training.precision), base)  # what is published is made of the base's files
     model = (
         load_policy(base, training.precision, ranks.device)
@@ -131,7 +140,7 @@ def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrai
         else load_quantized(base, training.precision, ranks.device, bits)
     )
     add(model)
-    return compiled(model, ranks)
+    return model
 
 
 def _train(round_: Round, checkpoints: StepCheckpoints) -> None:

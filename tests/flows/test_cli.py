@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,17 @@ def test_every_command_has_a_help_text(command: list[str]) -> None:
     assert "usage: spinreg" in done.stdout
 
 
+@pytest.fixture
+def _clients_forgotten() -> Iterator[None]:
+    """s3fs keeps clients, and with them the credentials they found or did not find."""
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("_clients_forgotten")
 @pytest.mark.parametrize("command", ["status", "report"])
 def test_a_store_that_cannot_be_read_is_bad_input(
     command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,18 +10,19 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoints import ALONE
 from tiny import random_pairs, random_rows, write_policy
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinreg_core.adapters import add_adapter, read_adapter, start_adapter
 from spinreg_core.checkpoints import publish_adapted
-from spinreg_core.config import ObjectiveConfig, RunConfig, TrainingConfig
+from spinreg_core.config import ObjectiveConfig, ResourcesConfig, RunConfig, TrainingConfig
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.logprobs import answer_logprobs, load_policy, packs
 from spinreg_core.rounds import plan_train
 from spinreg_core.scoring import score
+from spinreg_core.stages.prepare import require_adaptable
 from spinreg_core.training import Round
 
 LORA = {"lora_rank": 3, "lora_alpha": 12.0, "precision": "fp32", "learning_rate": 1e-2, "batch_size": 4, "epochs": 2}
@@ -178,9 +179,7 @@ def test_adapters_are_float32_in_every_precision(tmp_path: Path, precision: Any)
     assert sum(m["margin"] for m in round_.state.metrics[-3:]) > 0
     policy = publish(model, base, tmp_path / "out", training) / "policy"
     assert {t.dtype for t in load_file(policy / "model.safetensors").values()} == {torch.float32}
-    half = publish(model, base, tmp_path / "half", settings(save_dtype="bfloat16")) / "policy"
-    assert {t.dtype for t in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
-    assert AutoModelForCausalLM.from_pretrained(half).dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(policy).dtype == torch.float32
 
 
 def test_targets(tmp_path: Path) -> None:
@@ -194,6 +193,9 @@ def test_targets(tmp_path: Path) -> None:
         adapted(base, settings(lora_targets=["q_porj", "v_proj"]))
     with pytest.raises(BadInput, match="the vocabulary projection among them"):
         adapted(base, settings(lora_targets=["q_proj", "lm_head"]))
+    gpt2 = write_policy(tmp_path / "gpt2", 0, "gpt2")
+    with pytest.raises(BadInput, match=r"training\.lora_rank: found a model with matrices of type Conv1D"):
+        adapted(gpt2, settings())
 
 
 def test_the_start_depends_on_the_seed_alone(tmp_path: Path) -> None:
@@ -231,6 +233,31 @@ def test_what_can_change_a_result_is_fingerprinted_and_nothing_else() -> None:
     assert key(lora_rank=4)["base"] == "base-0"
     assert key(lora_rank=4)["training"] | {"lora_rank": 8} == key(lora_rank=8)["training"]
     assert key(lora_rank=4) != key(lora_rank=4, lora_alpha=8)
+
+
+def test_what_cannot_be_adapted_is_refused_before_the_first_round(tmp_path: Path) -> None:
+    def config(**training: Any) -> RunConfig:
+        return RunConfig.model_validate({"training": {"lora_rank": 4} | training, "resources": {"device": "cpu"}})
+
+    base = write_policy(tmp_path / "base", 0)
+    require_adaptable(base, config())
+    with pytest.raises(BadInput, match="found q_porj"):
+        require_adaptable(base, config(lora_targets=["q_porj"]))
+    with pytest.raises(BadInput, match="Conv1D"):
+        require_adaptable(write_policy(tmp_path / "gpt2", 0, "gpt2"), config())
+    two = config(lora_quantize="4bit").model_copy(update={"resources": ResourcesConfig(device="cpu", processes=2)})
+    with pytest.raises(BadInput, match=r"resources\.processes: found 2 in all, with training\.lora_quantize 4bit"):
+        require_adaptable(base, two)
+    weights = load_file(base / "model.safetensors")
+    save_file({f"renamed.{name}": value for name, value in weights.items()}, base / "model.safetensors")
+    with pytest.raises(BadInput, match="under the names that transformers gives them"):
+        require_adaptable(base, config())
+
+
+def test_a_rounded_sum_is_refused() -> None:
+    """It would be another policy than base and adapter, which the next round starts from."""
+    with pytest.raises(ValueError, match="save_dtype bfloat16 with lora_rank"):
+        settings(save_dtype="bfloat16")
 
 
 def test_lora_settings_without_lora_are_refused() -> None:

@@ -10,7 +10,8 @@ import torch
 from ranked import ranked
 from safetensors.torch import load_file
 from test_checkpoints import ALONE
-from tiny import random_pairs, random_rows, tiny_model, write_policy
+from tiny import _SHAPE, random_pairs, random_rows, tiny_model, write_policy
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from spinreg_core.config import ResourcesConfig
 from spinreg_core.logprobs import answer_logprobs, packs
@@ -21,7 +22,10 @@ from spinreg_core.sharding import load_for
 
 @pytest.mark.slow
 def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
-    folder = write_policy(tmp_path / "policy", 0, "llama")
+    folder = tmp_path / "policy"
+    torch.manual_seed(0)
+    # Six layers: a graph for each would be many more than one for all.
+    LlamaForCausalLM(LlamaConfig(**_SHAPE | {"num_hidden_layers": 6})).save_pretrained(folder)
     plain = load_for(ALONE, folder, "fp32")
     torch._dynamo.utils.counters.clear()
     compiled = load_for(Ranks(torch.device("cpu"), compile=True), folder, "fp32")
@@ -34,9 +38,11 @@ def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
             model.zero_grad()
             (values * torch.linspace(-1, 2, len(values))).sum().backward()
         for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
-            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-4, msg=name)
+            assert a.grad is not None
+            assert b.grad is not None
+            assert float((b.grad - a.grad).norm()) < 1e-4 * float(a.grad.norm()), name
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert 0 < graphs <= 8, f"{graphs} graphs: one per layout would be many more"
+    assert 0 < graphs <= 10, f"{graphs} graphs, not one set for all layers and lengths"
 
 
 @pytest.mark.slow
@@ -52,8 +58,9 @@ def test_on_two_ranks(tmp_path: Path) -> None:
     write_policy(tmp_path / "llama", 0, "llama")
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))
     found = {}
-    for compiled in ("off", "on"):
-        ranked(2, "gradient", tmp_path / compiled, kind="llama", tokens=60, compile=compiled)
+    for compiled, checkpointing in (("off", "none"), ("on", "full")):
+        ranked(2, "gradient", tmp_path / compiled, kind="llama", tokens=60, compile=compiled,
+               activation_checkpointing=checkpointing)  # fmt: skip
         found[compiled] = load_file(tmp_path / compiled / "gradient.safetensors")
     assert found["on"].keys() == found["off"].keys()
     for name, value in found["off"].items():

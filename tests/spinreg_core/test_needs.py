@@ -266,6 +266,22 @@ def test_an_adapters_numbers_are_those_that_training_moves(targets: Any) -> None
     assert (memory["gradients"], memory["optimiser"]) == (4 * real, 4 * real)
 
 
+@pytest.mark.parametrize("precision", ["mixed", "bf16"])
+def test_few_bits_are_for_training_alone(precision: str) -> None:
+    """Scores and samples are made with the published policies, whose weights are whole."""
+    lora = {"precision": precision, "lora_rank": 8}
+
+    def parts(stage: str, **more: Any) -> dict[str, int]:
+        return stage_memory(configured(training=lora | more), SMOLLM, SIZES, engine="hf", device="cuda")[stage]
+
+    assert parts("mix-opponent", lora_quantize="4bit") == parts("mix-opponent")
+    embeddings, each = 2 * 49_152 * 576, {"mixed": 4, "bf16": 2}[precision]
+    whole, few = parts("train"), parts("train", lora_quantize="4bit")
+    assert whole["weights"] - few["weights"] == pytest.approx((each - 0.5625) * (N - embeddings), rel=1e-6)
+    assert few["compute copies"] == (2 * embeddings if precision == "mixed" else 0)
+    assert few["gradients"] == whole["gradients"]
+
+
 def test_an_adapter_needs_no_gradients_of_the_base() -> None:
     scored = work(configured(), 1)["train"][1] - 6 * N * 64 * 90
     assert work(configured(training={"lora_rank": 8}), 1)["train"][1] == 4 * N * 64 * 90 + scored

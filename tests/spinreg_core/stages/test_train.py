@@ -28,6 +28,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.pairs import PAIRS_SCHEMA
 from spinreg_core.progress import parse
+from spinreg_core.ranks import Ranks
 from spinreg_core.scoring import score
 from spinreg_core.stages import job as job_module
 from spinreg_core.stages import step_checkpoints, train
@@ -420,6 +421,17 @@ def test_an_adapter_goes_on_to_the_same_bits_and_into_the_next_round(setting: Se
     for name, value in policies[1].items():
         torch.testing.assert_close(value, policies[0][name], rtol=0, atol=1e-6)
         assert torch.equal(value, base[name]) != ("q_proj" in name or "v_proj" in name)
+
+
+def test_selective_checkpointing_is_not_compiled(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps what a compiled layer writes over: the backward pass would fail."""
+    seen: list[bool] = []
+    load, alone = train.load_for, Ranks(torch.device("cpu"))
+    monkeypatch.setattr(train, "load_for", lambda ranks, *rest: (seen.append(ranks.compile), load(alone, *rest))[1])
+    for checkpointing in ("none", "full", "selective"):
+        train.run(setting.job(f"compiled-{checkpointing}", resources={"compile": "on"}, epochs=1,
+                              activation_checkpointing=checkpointing))  # fmt: skip
+    assert seen == [True, True, False]
 
 
 def test_losses_that_are_not_finite_publish_nothing(setting: Setting) -> None:
