@@ -134,7 +134,7 @@ def publish_adapted(
     rewrite(base, summed, folder / "policy", ranks)
     if ranks.first:
         write_adapter(tensors, training, folder / "adapter", model_name=model_name, targets=targets_of(model))
-        _copy_rest(base, folder / "policy", torch.float32)
+        copy_rest(base, folder / "policy", torch.float32)
 
 
 def publish_policy(
@@ -158,11 +158,11 @@ def publish_policy(
         for written in folder.iterdir():
             if not _holds_weights(written.name):
                 written.unlink()
-    _copy_rest(previous, folder, dtype or model.dtype)
+    copy_rest(previous, folder, dtype or model.dtype)
 
 
-def _copy_rest(previous: Path, folder: Path, dtype: torch.dtype) -> None:
-    """All of a policy folder but its weights."""
+def copy_rest(previous: Path, folder: Path, dtype: torch.dtype) -> None:
+    """All of a policy folder but its weights; config.json names `dtype` as theirs."""
     for source in sorted(p for p in previous.rglob("*") if p.is_file()):
         target = folder / source.relative_to(previous)
         if not _holds_weights(source.name) and source.name != "config.json":

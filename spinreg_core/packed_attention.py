@@ -1,6 +1,6 @@
 """Attention of a packed row (`packing.Layout`), plugged in through transformers' attention interface.
 
-Decides: how each token is kept to its own prompt and answer: on CPUs by running SDPA on the pieces themselves, so that
+Decides: how each token is kept to its own prompt and answer: on CPUs by attention over the pieces themselves, so that
 nothing masked is computed; on GPUs by a FlexAttention block mask. Sliding windows and capped logits are honoured.
 Leaves out: the layout (`packing.py`), and whether a model may be packed at all (`logprobs.py` finds out).
 
@@ -21,6 +21,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from spinreg_core.cpu_attention import LONGEST, CausalAttention
 from spinreg_core.packing import Layout
 
 NAME = "spinreg"
@@ -89,6 +90,12 @@ def _attend(
     gqa = q.shape[1] != k.shape[1]
     whole = q.shape[2] == k.shape[2]
     if window is None and softcap is None:
+        autocast = torch.is_autocast_enabled(q.device.type)
+        dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
+        if dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= LONGEST:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            found: Tensor = CausalAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), scale)
+            return found
         mask = None if whole else _causal(q, k, None)
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scaling, enable_gqa=gqa)
     if softcap is None:

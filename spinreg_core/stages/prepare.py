@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 
 from spinreg_core.cache import cache_folder
+from spinreg_core.checkpoints import copy_rest
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_rows, rows_table, spread
 from spinreg_core.data.formats import Rejected, Row
@@ -28,7 +29,6 @@ from spinreg_core.data.split import given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
 from spinreg_core.model_source import (
-    WEIGHTS,
     link_policy,
     model_fingerprint,
     require_fit,
@@ -185,18 +185,16 @@ def prepare_base(job: Job, source: Path) -> dict[str, Any]:
         print(f"the base model is in the store already: {job.object_id}", flush=True)
         return found
     folder = job.workdir / "base"
-    link_policy(source, folder / "policy")
-    if bits is not None:
+    if bits is None:
+        link_policy(source, folder / "policy")
+    else:
         from spinreg_core.quantize import round_weights
         from spinreg_core.ranks import resolve_device
 
         print(f"rounding the base model to {bits}", flush=True)
-        device = torch.device(resolve_device(job.config.resources.device))
-        round_weights(source, job.workdir / "rounded", bits, device)
-        for path in [path for pattern in WEIGHTS for path in (folder / "policy").glob(pattern)]:
-            path.unlink()
-        for path in (job.workdir / "rounded").iterdir():
-            path.rename(folder / "policy" / path.name)
+        link_policy(source, job.workdir / "source")
+        round_weights(source, folder / "policy", bits, torch.device(resolve_device(job.config.resources.device)))
+        copy_rest(job.workdir / "source", folder / "policy", torch.float32)
     size = sum(path.stat().st_size for path in (folder / "policy").iterdir())
     metrics = {"bytes": size, "source": job.config.model}
     return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from spinreg_core import model_source
 from spinreg_core.config import RunConfig
@@ -44,6 +47,22 @@ def job(tmp_path: Path, dataset: str, name: str = "work", **fields: Any) -> Job:
 
 def table(store: FolderStore, data: str, part: str) -> Any:
     return pq.read_table(fetch_file(store, data, f"{part}.parquet"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
+def test_a_rounded_base_is_a_float32_policy_and_says_so(tmp_path: Path) -> None:
+    rows = save(tmp_path / "x.jsonl", ROWS)
+    plain = prepare.run(job(tmp_path, rows, "plain"))
+    rounded = prepare.run(job(tmp_path, rows, "rounded", training={"lora_rank": 4, "lora_quantize": "4bit"}))
+    assert plain["base"] != rounded["base"]
+    store = FolderStore(tmp_path / "store")
+    before, after = (fetch_folder(store, manifest["base"], "policy") for manifest in (plain, rounded))
+    assert {p.name for p in before.iterdir()} == {p.name for p in after.iterdir()}
+    assert json.loads((after / "config.json").read_text())["dtype"] == "float32"
+    weights, changed = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert {value.dtype for value in changed.values()} == {torch.float32}
+    assert weights.keys() == changed.keys()
+    assert not all(torch.equal(weights[name].float(), changed[name]) for name in weights)
 
 
 def test_both_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
