@@ -54,6 +54,7 @@ _STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
 _QUANTISED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # with a scale for every 64 numbers
 _SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8), "bf16-lora": (40, 4, 10)}  # per d, k, f
 _SAVED_SELECTIVE = {"fp32": (20, 8, 8), "mixed": (12, 4, 4), "bf16": (10, 4, 4), "bf16-lora": (28, 4, 6)}
+LONGEST = 1024  # keys; beyond, attention on CPUs keeps no weights
 _VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
 
 
@@ -98,9 +99,14 @@ def prompts(config: RunConfig, sizes: Sizes) -> int:
     return min(config.data.prompts_per_round or sizes.train_rows, sizes.train_rows)
 
 
+def answers(config: RunConfig, sizes: Sizes) -> int:
+    """Answers sampled in a round."""
+    return prompts(config, sizes) * config.generation.answers_per_prompt
+
+
 def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
     """Pairs trained on in a round (counted from 1), earlier rounds' ones included; none is dropped as truncated."""
-    n, o = prompts(config, sizes), config.opponent
+    n, o = answers(config, sizes), config.opponent
     if o.source == "regenerate":
         return n
     weights = mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
@@ -132,7 +138,9 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     evaluate = [Work("generate", m * sampled, two_n * m * sampled), Work("score", scored, two_n * scored)]
     if round_number == 0:
         return {"evaluate": evaluate}
-    total = pairs(config, sizes, round_number)
+    total, per_prompt = pairs(config, sizes, round_number), config.generation.answers_per_prompt
+    pair = (sizes.prompt + sizes.answer) / per_prompt + sizes.generated  # computed once for all answers to a prompt
+    made = n * (sizes.prompt + per_prompt * sizes.generated)
     seen = min(sizes.train_rows, n * (round_number - 1))
     new = min(n, sizes.train_rows - seen)
     if config.data.round_prompts == "same" and round_number > 1:
@@ -140,14 +148,14 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     alpha = config.objective.alpha
     mix = total * pair if alpha > 0 else 0.0
     if alpha < 1 and (round_number > 1 or alpha == 0):  # in round 1 the previous policy is the base
-        mix += n * sampled + new * sizes.answer
+        mix += made + new * sizes.answer
     passes = config.training.epochs * total * pair
     # The watched human answers: at the start their cached scores serve, where those are of the previous policy.
     watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
     factor = 6.0 if config.training.lora_rank is None else 4.0
     factor += 2.0 if config.training.activation_checkpointing == "full" else 0.0
     return {
-        "generate": [Work("generate", n * sampled, two_n * n * sampled)],
+        "generate": [Work("generate", made, two_n * made)],
         "mix-opponent": [Work("score", mix, two_n * mix)],
         "train": [Work("train", passes, factor * shape.parameters * passes), Work("score", watched, two_n * watched)],
         "evaluate": evaluate,
@@ -174,6 +182,15 @@ def activation_bytes(
     if checkpointing == "full":
         kept = tokens * shape.width * (2 if precision.startswith("bf16") else 4)
     return shape.layers * kept + layer(_SAVED[precision])
+
+
+def attention_bytes(
+    shape: Shape, tokens: int, longest: int, checkpointing: Literal["none", "selective", "full"] = "none"
+) -> int:
+    """Attention weights that `cpu_attention` keeps for the backward pass: bfloat16, of every head, of what a query
+    sees; sequences of so many tokens at most, and half of them on average."""
+    seen = (min(longest, LONGEST) + 64) // 2
+    return 2 * shape.heads * tokens * seen * (shape.layers if checkpointing == "none" else 1)
 
 
 def logits_bytes(shape: Shape, answer_tokens: int) -> int:
@@ -208,6 +225,9 @@ def stage_memory(
         "compute copies": made,
         "activations": activation_bytes(shape, kind, tokens, t.activation_checkpointing) + logits_bytes(shape, tokens),
     }
+    if device == "cpu" and precision != "fp32":
+        longest = sizes.longest_prompt + sizes.longest_answer
+        train["activations"] += attention_bytes(shape, tokens, longest, t.activation_checkpointing)
     one_layer = Shape(**(vars(shape) | {"layers": 0}))
     score = {
         "weights": weights,
@@ -222,12 +242,16 @@ def stage_memory(
 def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str) -> dict[str, int]:
     g = config.generation
     number = 2 if sampling_dtype(config) == "bfloat16" else 4
-    sequence = 2 * number * shape.layers * shape.kv_width * (sizes.longest_prompt + g.max_new_tokens)
+    tokens = sizes.longest_prompt + g.max_new_tokens
+    sequence = 2 * number * shape.layers * shape.kv_width * tokens
     if engine == "vllm" and device == "cpu":
         cache = int(config.resources.cpu_kv_cache_gib * 2**30)  # what it is given, whatever it needs
     else:
-        cache = sequence * min(g.shard_size, _VLLM_SEQUENCES if engine == "vllm" else g.batch_size)
-    return {"weights": number * shape.parameters, "KV cache": cache}
+        held = config.resources.kv_cache_tokens
+        rows = _VLLM_SEQUENCES if engine == "vllm" else max(1, (8192 if held == "auto" else held) // tokens)
+        cache = sequence * min(max(answers(config, sizes), sizes.heldout_rows), rows)
+    policies = 2 if config.opponent.geometric_share else 1
+    return {"weights": policies * number * shape.parameters, "KV cache": policies * cache}
 
 
 def checkpoints_bytes(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> int:
@@ -258,7 +282,7 @@ def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int
     saved = {"master": master, "bfloat16": 2, "float32": 4}[t.save_dtype]
     return {
         "policy": saved * shape.parameters + adapter,
-        "generations": int(prompts(config, sizes) * (4 * sizes.prompt + 8 * sizes.generated)),
+        "generations": int(answers(config, sizes) * (4 * sizes.prompt + 12 * sizes.generated)),
         "pairs": int(pairs(config, sizes, round_number) * (4 * (sizes.prompt + sizes.answer + sizes.generated) + 100)),
         "evaluation": sampled,
     }

@@ -94,8 +94,7 @@ def draw_iterate(
     total = math.fsum(weights)
     if not weights or min(weights) < 0 or not math.isclose(total, 1.0, rel_tol=1e-9):
         raise BadInput("weights", list(weights), "non-negative weights that sum to 1 (see mixture_weights)")
-    digest = _digest("spinreg draw_iterate", seed, round_index, prompt_id, answer_index)
-    uniform = (int.from_bytes(digest[:8]) >> (64 - _MANTISSA)) / 2.0**_MANTISSA
+    uniform = _uniform("spinreg draw_iterate", seed, round_index, prompt_id, answer_index)
     reached = 0.0
     for k, weight in enumerate(weights):
         reached += weight
@@ -103,6 +102,14 @@ def draw_iterate(
             return k
     # The sum rounded to just below 1 and the draw fell into the gap.
     return max(k for k, weight in enumerate(weights) if weight > 0)
+
+
+def draws_mixture(share: float, *, seed: int, round_index: int, prompt_id: str, answer_index: int = 0) -> bool:
+    """Whether an answer is sampled from the geometric mixture of its iterate with the base, with probability `share`.
+
+    Depends on the arguments alone, and not on which iterate was drawn. A larger share takes what a smaller one takes.
+    """
+    return _uniform("spinreg draws_mixture", seed, round_index, prompt_id, answer_index) < share
 
 
 def replay_quota(weights: Sequence[float], available: Sequence[int]) -> list[int]:
@@ -157,6 +164,11 @@ def choose(prompt_ids: Sequence[str], count: int, *, seed: int, round_index: int
         raise BadInput("prompt_ids", "a repeated id", "distinct ids, or a pair would be taken twice")
     ranked = sorted(prompt_ids, key=lambda prompt_id: _digest("spinreg choose", seed, round_index, iterate, prompt_id))
     return ranked[:count]
+
+
+def _uniform(*parts: str | int) -> float:
+    """A number in [0, 1)."""
+    return (int.from_bytes(_digest(*parts)[:8]) >> (64 - _MANTISSA)) / 2.0**_MANTISSA
 
 
 def _digest(*parts: str | int) -> bytes:

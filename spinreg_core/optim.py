@@ -50,11 +50,11 @@ def recomputing(training: TrainingConfig) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
 
 
-# Operators whose results selective activation checkpointing keeps: those that are dear to repeat.
+# Operators whose results selective activation checkpointing keeps: those that are dear to repeat. Not bmm: it makes
+# tables of scores, quadratic in length, wherever attention is not one operator.
 _KEPT = frozenset(
     {
         "mm",
-        "bmm",
         "addmm",
         "_scaled_dot_product_flash_attention",
         "_scaled_dot_product_flash_attention_for_cpu",

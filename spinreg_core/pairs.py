@@ -27,6 +27,8 @@ PAIRS_SCHEMA = pa.schema(
         ("pair_id", pa.string()),
         ("round", pa.int32()),
         ("iterate", pa.int32()),
+        ("answer", pa.int32()),  # which of several to the prompt, from 0
+        ("geometric", pa.bool_()),  # sampled from the iterate's token-level mixture with the base
         ("prompt_id", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("real_ids", pa.list_(pa.int32())),
@@ -44,24 +46,27 @@ def join(
     """Pairs of one round's generations (columns of *generations*) with the human answers of their prompts.
 
     `rows` maps prompt_id to a data row. Pairs keep the order of the generations; their scores are None.
-    Raises Damaged where a prompt is unknown, answered twice, or was answered with other prompt tokens.
+    Raises Damaged where a prompt is unknown, an answer is there twice, or was given to other prompt tokens.
     """
     pairs: dict[str, Pair] = {}
     for answer in generations:
         prompt_id = answer["prompt_id"]
+        name = prompt_id if answer["answer"] == 0 else f"{prompt_id}:{answer['answer']}"
         row = rows.get(prompt_id)
-        if row is None or prompt_id in pairs:
-            found = "an unknown prompt" if row is None else "two answers"
-            raise Damaged(f"generations of round {round_number}: found {found}, {prompt_id}; expected one per data row")
+        if row is None or name in pairs:
+            found = "an unknown prompt" if row is None else "an answer twice"
+            raise Damaged(f"generations of round {round_number}: found {found}, {name}; expected one per data row")
         if list(row["prompt_ids"]) != list(answer["prompt_ids"]):
             raise Damaged(
                 f"generations of round {round_number}, prompt {prompt_id}: found other prompt tokens than in the data; "
                 "expected the same, or the policy is trained on prompts that it was not sampled with"
             )
-        pairs[prompt_id] = {
-            "pair_id": f"{round_number}:{prompt_id}",
+        pairs[name] = {
+            "pair_id": f"{round_number}:{name}",
             "round": round_number,
             "iterate": answer["iterate"],
+            "answer": answer["answer"],
+            "geometric": answer["geometric"],
             "prompt_id": prompt_id,
             "prompt_ids": list(answer["prompt_ids"]),
             "real_ids": list(row["answer_ids"]),
@@ -114,10 +119,10 @@ def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed
         )
     found: list[Pair] = []
     for k, (pairs, count) in enumerate(zip(by_round, replay_quota(weights, available), strict=True)):
-        by_prompt = {pair["prompt_id"]: pair for pair in pairs}
+        by_name = {pair["pair_id"].partition(":")[2]: pair for pair in pairs}
         iterate = round_number - 1 - k
-        chosen = choose(list(by_prompt), count, seed=seed, round_index=round_number - 1, iterate=iterate)
-        found += [by_prompt[prompt_id] for prompt_id in chosen]
+        chosen = choose(list(by_name), count, seed=seed, round_index=round_number - 1, iterate=iterate)
+        found += [by_name[name] for name in chosen]
     return found
 
 

@@ -71,8 +71,7 @@ def _required(head: dict[str, Any], round_number: int, stage: str) -> str:
 def _sampler(config: RunConfig) -> dict[str, Any]:
     generation = config.generation
     engine = resolve_engine(generation.engine)
-    # hf draws batch by batch; vllm forms its batches itself.
-    unread = {"batch_size"} if engine == "vllm" else set()
+    unread = {"tensor_parallel", "answers_per_prompt"}
     return generation.model_dump(mode="json", exclude=unread) | {"engine": engine, "dtype": sampling_dtype(config)}
 
 
@@ -83,18 +82,25 @@ def _history(config: RunConfig, round_number: int) -> list[float]:
 
 
 def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
-    """Answers to the round's prompts, by pi_t or (source regenerate) by the drawn iterates."""
+    """Answers to the round's prompts, by pi_t or (source regenerate) by the drawn iterates, or by mixtures of them with
+    the base."""
     t = round_number - 1
     weights = _history(config, round_number) if config.opponent.source == "regenerate" else [1.0]
     iterates = [t - k for k, weight in enumerate(weights) if weight > 0]
     policies = {str(n): policy_object(head, n) for n in iterates}
+    extra: dict[str, Any] = {"rows": "train", "weights": weights}
+    if config.opponent.geometric_share and t:
+        alpha = config.opponent.geometric_alpha
+        extra["geometric"] = {
+            "share": config.opponent.geometric_share, "alpha": config.objective.alpha if alpha is None else alpha
+        }  # fmt: skip
+        policies["0"] = policy_object(head, 0)
     prompts = config.data.model_dump(mode="json", include={"prompts_per_round", "round_prompts"})
-    key = {
-        "rows": "train", "data": head["data"], "prompts": prompts, "round": round_number, "seed": config.seed,
-        "policies": policies, "weights": weights, "sampler": _sampler(config),
+    key = extra | {
+        "data": head["data"], "prompts": prompts, "answers": config.generation.answers_per_prompt,
+        "round": round_number, "seed": config.seed, "policies": policies, "sampler": _sampler(config),
     }  # fmt: skip
-    return Plan("generate", round_number, key, {"data": head["data"], "policies": policies},
-                {"rows": "train", "weights": weights})  # fmt: skip
+    return Plan("generate", round_number, key, {"data": head["data"], "policies": policies}, extra)
 
 
 def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
@@ -127,7 +133,7 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
     }  # fmt: skip
     key = inputs | {
         "round": round_number, "seed": config.seed, "weights": weights,
-        "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated"}),
+        "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated", "scores"}),
         # Only which references the loss reads, not alpha itself: a grid over 0 < alpha < 1 scores once.
         "scores": references(alpha, round_number),
         "precision": config.training.precision,

@@ -11,8 +11,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spinreg_core.data.formats import Row
 from spinreg_core.errors import BadInput
+
+IntArray = NDArray[np.int64]
 
 
 def _order(seed: int, *what: object) -> bytes:
@@ -68,23 +73,24 @@ def given_heldout(
 
 def round_prompts(
     n: int, prompts_per_round: int | None, round_number: int, mode: Literal["fresh", "same"], seed: int
-) -> list[int]:
-    """Indices (into the n training rows) of the prompts of a round, counted from 1.
+) -> IntArray:
+    """Indices (into the n training rows) of the prompts of a round, counted from 1; int64.
 
     fresh: consecutive pieces of one seeded permutation after another, each a full pass over the rows. A round
     that straddles two passes takes no row twice, because the next pass puts the rows that the round has
     already at its end. same: the first piece, every round. All n rows where so many or more are asked for.
     """
     if prompts_per_round is None or prompts_per_round >= n:
-        return list(range(n))
+        return np.arange(n)
     m = prompts_per_round
     begin = 0 if mode == "same" else (round_number - 1) * m
-    taken: list[int] = []
-    straddling: set[int] = set()  # what the round across the last boundary took before it
+    taken: list[IntArray] = []
+    straddling = np.zeros(n, bool)  # what the round across the last boundary took before it
     for number in range((begin + m - 1) // n + 1):
-        key = {i: (i in straddling, _order(seed, number, i)) for i in range(n)}
-        order = sorted(range(n), key=key.__getitem__)
+        ranks = np.fromiter((int.from_bytes(_order(seed, number, i)[:8]) for i in range(n)), np.uint64, n)
+        order = np.lexsort((ranks, straddling))
         low = begin - number * n
-        taken += order[max(low, 0) : max(low + m, 0)]
-        straddling = set(order[n - (number + 1) * n % m :]) if (number + 1) * n % m else set()
-    return taken
+        taken.append(order[max(low, 0) : max(low + m, 0)])
+        straddling = np.zeros(n, bool)
+        straddling[order[n - (number + 1) * n % m :]] = bool((number + 1) * n % m)
+    return np.concatenate(taken)

@@ -49,6 +49,9 @@ class Sampling:
 class Answer:
     token_ids: list[int]  # end-of-turn included where finish is "stop"
     finish: Literal["stop", "length"]
+    # log-probability of each token in nats, at temperature 1 and before top-k and top-p: under the policy, or under the
+    # mixture that was sampled
+    logprobs: list[float]
 
 
 class Engine(Protocol):
@@ -56,14 +59,16 @@ class Engine(Protocol):
         self,
         prompts: list[list[int]],
         sampling: Sampling,
-        seed: int,
-        on_done: Callable[[int], None] = ...,
+        seeds: Sequence[int],
+        on_answer: Callable[[int, Answer], None] = ...,
     ) -> list[Answer]:
         """One answer per prompt, in the order of the prompts.
 
-        The draws depend on `seed` (0 <= seed < 2**32) and on this call's prompts, on no earlier call. The same
-        call gives the same answers as far as the arithmetic repeats: always on one CPU with as many threads,
-        on a GPU only where its kernels add up in a fixed order. `on_done(n)`: n more prompts are answered.
+        What is drawn for a prompt depends on its own seed (0 <= seed < 2**63) and on no other prompt, call or batch,
+        as far as the arithmetic does: sums are rounded otherwise in another batch, which changes an answer where a
+        draw falls within that of the border between two tokens. The same call gives the same answers as far as the
+        arithmetic repeats: always on one CPU with as many threads, on a GPU only where its kernels add up in a fixed
+        order. Answers begin in the order of the prompts; `on_answer(index, answer)` is called as each one ends.
         Raises BadInput, before any work, for an empty prompt, one that leaves no room for max_new_tokens in
         the model's context, or an id outside its vocabulary.
         """
@@ -81,14 +86,15 @@ def resolve_engine(name: Literal["auto", "hf", "vllm"]) -> EngineName:
 
 def open_engine(
     name: EngineName,
-    policy: Path,
+    policies: Sequence[Path],
     generation: GenerationConfig,
     resources: ResourcesConfig,
     *,
     pad_id: int,
+    weights: Sequence[float] = (1.0,),
     longest: int | None = None,
 ) -> Engine:
-    """Load a policy folder into an engine.
+    """Load a policy folder into an engine, or several with the weights of their token-level mixture (hf only).
 
     `longest`: tokens of the longest prompt plus max_new_tokens, for which vllm plans its KV cache (unset: the
     model's whole context). Raises BadInput for a folder, engine or device that cannot be used.
@@ -96,12 +102,14 @@ def open_engine(
     if name == "hf":
         from spinreg_core.engines.hf import HfEngine
 
-        return HfEngine.open(policy, generation, resources, pad_id=pad_id)
+        return HfEngine.open(policies, weights, generation, resources, pad_id=pad_id)
+    if len(policies) > 1:
+        raise BadInput("generation.engine", f"{name} for a mixture of {len(policies)} policies", "hf")
     if importlib.util.find_spec("vllm") is None:
         raise BadInput("generation.engine", "vllm, which is not installed here", "hf, or `pip install spinreg[gpu]`")
     from spinreg_core.engines.vllm import VllmEngine
 
-    return VllmEngine(policy, generation, resources, longest=longest)
+    return VllmEngine(policies[0], generation, resources, longest=longest)
 
 
 def check_prompts(
@@ -128,11 +136,11 @@ def check_prompts(
             raise BadInput(where, f"token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}")
 
 
-def cut(tokens: Sequence[int], sampling: Sampling) -> Answer:
+def cut(tokens: Sequence[int], sampling: Sampling, logprobs: Sequence[float]) -> Answer:
     """The answer in a row of sampled ids, of which everything behind the first stop id is padding."""
     for i, token in enumerate(tokens):
         if token in sampling.stop_ids:
-            return Answer(list(tokens[: i + 1]), "stop")
+            return Answer(list(tokens[: i + 1]), "stop", list(logprobs[: i + 1]))
     if len(tokens) != sampling.max_new_tokens:
         raise SpinregError(f"the engine ended an answer after {len(tokens)} tokens without a stop token")
-    return Answer(list(tokens), "length")
+    return Answer(list(tokens), "length", list(logprobs))

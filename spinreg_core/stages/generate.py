@@ -1,32 +1,33 @@
 """The stage `generate`: iterates answer prompts, shard by shard, each shard committed when it is finished.
 
-Decides: which iterate answers which row, how rows form shards, each shard's seed, what is kept of an answer.
-Leaves out: rendering (`render.py`), decoding (`engines/`), pairing answers with human ones (`mix_opponent.py`).
+Decides: how many engines there are, which of the shards are missing, and what is known when all are there.
+Leaves out: who answers which prompt (`shards.py`), what an engine does (`answer.py`) and how several share the work
+(`engine_pool.py`), decoding (`engines/`), pairing answers with human ones (`mix_opponent.py`).
 
 A job's `inputs`: {"data": object id, "policies": {"<iterate n>": object id with `policy/`}}. Its `extra`:
 
     rows       "train": the prompts of the job's round. "heldout": every held-out prompt.
-    weights    of the iterates round-1, round-2, ... (rows train only); each row's is drawn with them.
-    iterate    optional: answer this iterate's shards and publish nothing (see `_in_process`).
+    weights    of the iterates round-1, round-2, ... (rows train only); each answer's is drawn with them.
+    geometric  optional: {"share", "alpha"} of answers sampled from the mixture of their iterate with iterate 0.
 
-`key["sampler"]["engine"]` names the engine, so that what is run is what was fingerprinted. Importing this file
-loads nothing heavy.
+`key["sampler"]["engine"]` names the engine, so that what is run is what was fingerprinted.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
-from spinreg_core.config import sampling_dtype
-from spinreg_core.engines import Answer, Sampling, check_prompts, open_engine
+import numpy as np
+
+from spinreg_core.config import ResourcesConfig
+from spinreg_core.engines import Sampling
 from spinreg_core.errors import (
     EXIT_BAD_INPUT,
     EXIT_DAMAGED,
@@ -36,54 +37,13 @@ from spinreg_core.errors import (
     StageFailed,
     StagePreempted,
 )
-from spinreg_core.objects import commit_part, fetch_file, fetch_folder, list_parts, publish, read_manifest, upload
-from spinreg_core.opponent import draw_iterate
+from spinreg_core.objects import fetch_file, list_parts, publish, read_manifest
 from spinreg_core.progress import Progress
+from spinreg_core.shards import Rows, Shard, drawn_sources, make_shards
+from spinreg_core.stages.answer import answer_shards, engine_of
+from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave
 from spinreg_core.stages.job import Job, main
-from spinreg_core.store import Store, open_store
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from spinreg_core.render import Renderer
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Rows (indices into the job's rows file) that one iterate answers under one seed."""
-
-    number: int
-    iterate: int
-    rows: list[int]
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"shard-{self.number:05d}"
-
-
-def drawn_iterates(prompt_ids: Sequence[str], weights: Sequence[float], *, round_number: int, seed: int) -> list[int]:
-    """The iterate that answers each prompt of a round (counted from 1): round - 1 - k with probability weights[k]."""
-    t = round_number - 1
-    return [t - draw_iterate(weights, seed=seed, round_index=t, prompt_id=p) for p in prompt_ids]
-
-
-def make_shards(
-    rows: Sequence[int], iterates: Sequence[int], size: int, *, seed: int, round_number: int, kind: str
-) -> list[Shard]:
-    """Cut rows into shards of at most `size`, each of one iterate: iterates ascending, rows in their order.
-
-    A shard's seed is a function of run seed, round, kind of rows and shard number alone.
-    """
-    shards: list[Shard] = []
-    for iterate in sorted(set(iterates)):
-        own = [row for row, by in zip(rows, iterates, strict=True) if by == iterate]
-        for start in range(0, len(own), size):
-            number = len(shards)
-            text = json.dumps(["spinreg generate", seed, round_number, kind, number])
-            shard_seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4]) >> 1
-            shards.append(Shard(number, iterate, own[start : start + size], shard_seed))
-    return shards
+from spinreg_core.store import open_store
 
 
 def ensure_generations(job: Job) -> dict[str, Any]:
@@ -110,43 +70,49 @@ def ensure_generations(job: Job) -> dict[str, Any]:
 def run(job: Job) -> dict[str, Any]:
     """Answer what is not committed yet, then publish. Returns the manifest.
 
-    Its metrics: `prompts`, `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
-    max_new_tokens), `empty` (answers that are an end-of-turn only), `tokens_per_second` (while answering),
-    `startup_seconds` (loading engines, all attempts together). Raises BadInput, Damaged.
+    Its metrics: `prompts` (answers), `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
+    max_new_tokens), `empty` (answers that are an end-of-turn only), `invalid_text` (answers that are no valid UTF-8:
+    their tokens are kept, their text shows U+FFFD), `geometric` (share sampled from the mixture), `tokens_per_second`
+    (while answering), `startup_seconds` (loading engines, all attempts together). Raises BadInput, Damaged.
     """
     start = time.monotonic()
     store = open_store(job.store)
-    kind, generation = job.extra["rows"], job.config.generation
-    table = _read_rows(fetch_file(store, job.inputs["data"], f"{kind}.parquet"))
-    shards = _shards(job, table)
-    unknown = {s.iterate for s in shards} - {int(n) for n in job.inputs["policies"]}
+    kind = job.extra["rows"]
+    rows = Rows(fetch_file(store, job.inputs["data"], f"{kind}.parquet"))
+    shards = planned(job, rows)
+    unknown = {s.source.iterate for s in shards} - {int(n) for n in job.inputs["policies"]}
     if unknown or not shards:
         raise BadInput(f"generate job of round {job.round}", f"no policy for iterates {sorted(unknown)}" if unknown
                        else f"no rows in {kind}.parquet", "a policy for every iterate, and rows")  # fmt: skip
-    done = list_parts(store, job.object_id)
-    missing = [s for s in shards if s.name not in done]
-    only = job.extra.get("iterate")
-    progress = Progress("generate", sum(len(s.rows) for s in shards), "prompts",
-                        done=sum(len(s.rows) for s in shards if s.name in done))  # fmt: skip
-    if done and only is None:
-        print(f"{len(shards) - len(missing)} of {len(shards)} shards were committed before", flush=True)
-    sampling = Sampling.of(generation, ())
-    if not sampling.is_the_policy and only is None:
+    metas = {name: part["meta"] for name, part in list_parts(store, job.object_id).items()}
+    missing = [s for s in shards if s.name not in metas]
+    progress = Progress("generate", sum(len(s.rows) for s in shards), "answers",
+                        done=sum(len(s.rows) for s in shards if s.name in metas))  # fmt: skip
+    if metas:
+        print(f"{len(metas)} of {len(shards)} shards were committed before", flush=True)
+    sampling = Sampling.of(job.config.generation, ())
+    if not sampling.is_the_policy:
         print(
             f"The sampler is not the policy's own (temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, "
             f"top_k {sampling.top_k}; neutral is 1, 1, 0): the opponent q_t is not the iterate, but a modified one.",
             flush=True,
         )
-    iterates = sorted({s.iterate for s in missing} if only is None else {only})
-    for n in iterates:
-        if _engine(job) == "vllm" and len(iterates) > 1:
-            # One vLLM after another in one process is not sure to find the GPU's memory free.
-            _in_process(replace(job, extra=job.extra | {"iterate": n}))
+
+    def on_commit(number: int, meta: dict[str, Any]) -> None:
+        metas[shards[number].name] = meta
+        print(f"shard {len(metas)} of {len(shards)}: {meta['prompts']} answers, {meta['tokens']} tokens in "
+              f"{meta['seconds']:.1f} s", flush=True)  # fmt: skip
+
+    devices = _devices(job.config.resources, job.config.generation.tensor_parallel)
+    sources = [(source, list(own)) for source, own in groupby(missing, key=lambda shard: shard.source)]
+    for source, own in sources:
+        engine, _, _ = engine_of(job, source)
+        # One vLLM after another in one process is not sure to find the GPU's memory free.
+        if len(devices) == 1 and (engine == "hf" or len(sources) == 1):
+            answer_shards(job, store, rows, source, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
-            _answer(job, store, [s for s in missing if s.iterate == n], table, progress)
-    if only is not None:
-        return {"object_id": f"the shards of iterate {only}"}
-    metrics = _metrics([part["meta"] for part in list_parts(store, job.object_id).values()])
+            answer_in_processes(job, source, own, devices, on_answer=progress.update, on_commit=on_commit)
+    metrics = _metrics(list(metas.values()), len(devices))
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
     manifest = publish(store, job, nothing, metrics=metrics, parts=[s.name for s in shards],
@@ -156,118 +122,80 @@ def run(job: Job) -> dict[str, Any]:
     return manifest
 
 
+def _waves(shards: list[Shard]) -> Iterable[list[Shard]]:
+    left = list(shards)
+    while left:
+        wave = next_wave(left, 1)
+        del left[: len(wave)]
+        yield wave
+
+
 def _engine(job: Job) -> Any:
     return job.key["sampler"]["engine"]
 
 
-def _read_rows(path: Path) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    return pq.read_table(path, columns=["prompt_id", "prompt_ids"])
-
-
-def _shards(job: Job, table: pa.Table) -> list[Shard]:
+def planned(job: Job, rows: Rows) -> list[Shard]:
+    """All shards of a job, committed or not; the same wherever and whenever it is asked."""
     from spinreg_core.data.split import round_prompts
 
     config, kind = job.config, job.extra["rows"]
-    if kind == "train":
-        data = config.data
-        rows = round_prompts(len(table), data.prompts_per_round, job.round, data.round_prompts, config.seed)
-        names = table["prompt_id"].take(rows).to_pylist()
-        iterates = drawn_iterates(names, job.extra["weights"], round_number=job.round, seed=config.seed)
-    else:
+    if kind != "train":
         (only,) = job.inputs["policies"]
-        rows, iterates = list(range(len(table))), [int(only)] * len(table)
-    # Held-out sampling has one seed for all iterates, so that equal policies give equal answers.
-    number = job.round if kind == "train" else 0
-    return make_shards(rows, iterates, config.generation.shard_size, seed=config.seed, round_number=number, kind=kind)
+        iterates = np.full((len(rows), 1), int(only))
+        return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), config.generation.shard_size)
+    data = config.data
+    chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
+    geometric = job.extra.get("geometric")
+    if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
+        iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
+        mixed = np.zeros_like(iterates, bool)
+    else:
+        iterates, mixed = drawn_sources(
+            rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
+            geometric_share=geometric["share"] if geometric else 0.0, round_number=job.round, seed=config.seed,
+        )  # fmt: skip
+    return make_shards(chosen, iterates, mixed, config.generation.shard_size)
 
 
-def _answer(job: Job, store: Store, shards: list[Shard], table: pa.Table, progress: Progress) -> None:
-    """Answer and commit the shards of one iterate."""
-    from transformers import AutoConfig
+def _devices(resources: ResourcesConfig, tensor_parallel: int) -> list[dict[str, str]]:
+    """The environment of each engine of this machine: one per GPU, or per `tensor_parallel` GPUs. Raises BadInput."""
+    if resources.processes in ("auto", 1) and resources.device == "cpu":
+        return [{}]
+    import torch
 
-    from spinreg_core.render import Renderer
+    from spinreg_core.ranks import processes_here, resolve_device
 
-    start = time.monotonic()
-    iterate = shards[0].iterate
-    generation, engine_name = job.config.generation, _engine(job)
-    generation = generation.model_copy(update={"dtype": sampling_dtype(job.config)})
-    policy = fetch_folder(store, job.inputs["policies"][str(iterate)], "policy")
-    renderer = Renderer.from_folder(policy)
-    sampling = Sampling.of(generation, renderer.stop_ids)
-    mine = table.take([row for s in shards for row in s.rows])
-    prompts, names = mine["prompt_ids"].to_pylist(), mine["prompt_id"].to_pylist()
-    check_prompts(prompts, sampling, AutoConfig.from_pretrained(policy, local_files_only=True), names)
-    print(f"engine {engine_name} ({generation.dtype}) for iterate {iterate}: {len(prompts)} prompts", flush=True)
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    engine = open_engine(engine_name, policy, generation, job.config.resources, pad_id=renderer.pad_id,
-                         longest=longest)  # fmt: skip
-    startup = time.monotonic() - start
-    try:
-        for shard in shards:
-            begin = time.monotonic()
-            rows = table.take(shard.rows)
-            answers = engine.generate(rows["prompt_ids"].to_pylist(), sampling, shard.seed, progress.update)
-            meta = _meta(answers) | {
-                "iterate": iterate,
-                "seed": shard.seed,
-                "seconds": round(time.monotonic() - begin, 3),
-                "startup_seconds": round(startup, 3),
-            }
-            startup = 0.0  # counted once, with the first shard of an engine's life
-            folder = job.workdir / shard.name
-            _write(folder / "shards" / f"{shard.number:05d}.parquet", shard, rows, answers, renderer)
-            commit_part(store, job, shard.name, upload(store, job, folder), meta)
-    finally:
-        engine.close()
+    processes = processes_here(resources)
+    if resolve_device(resources.device) == "cpu":
+        return devices_of(processes, 1, [], os.cpu_count() or 1) if processes > 1 else [{}]
+    if processes % tensor_parallel:
+        raise BadInput("generation.tensor_parallel", f"{tensor_parallel} with {processes} GPUs", "a divisor of them")
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
+    if processes == tensor_parallel:
+        return [{}]
+    return devices_of(processes // tensor_parallel, tensor_parallel, gpus, os.cpu_count() or 1)
 
 
-def _write(path: Path, shard: Shard, rows: pa.Table, answers: list[Answer], renderer: Renderer) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ids = pa.list_(pa.int32())
-    table = pa.table(
-        {
-            "prompt_id": rows["prompt_id"],
-            "iterate": pa.array([shard.iterate] * len(answers), pa.int32()),
-            "prompt_ids": rows["prompt_ids"].cast(ids),
-            "answer_ids": pa.array([a.token_ids for a in answers], ids),
-            "text": pa.array([renderer.decode(a.token_ids) for a in answers], pa.string()),
-            "finish": pa.array([a.finish for a in answers], pa.string()),
-            "seed": pa.array([shard.seed] * len(answers), pa.int64()),
-        }
-    )
-    pq.write_table(table, path)
-
-
-def _meta(answers: list[Answer]) -> dict[str, Any]:
-    return {
-        "prompts": len(answers),
-        "tokens": sum(len(a.token_ids) for a in answers),
-        "truncated": sum(a.finish == "length" for a in answers),
-        "empty": sum(a.finish == "stop" and len(a.token_ids) == 1 for a in answers),
-    }
-
-
-def _metrics(metas: list[dict[str, Any]]) -> dict[str, Any]:
-    prompts, tokens, truncated, empty = (sum(m[k] for m in metas) for k in ("prompts", "tokens", "truncated", "empty"))
+def _metrics(metas: list[dict[str, Any]], engines: int) -> dict[str, Any]:
+    names = ("prompts", "tokens", "truncated", "empty", "invalid_text")
+    prompts, tokens, truncated, empty, invalid = (sum(m[k] for m in metas) for k in names)
     return {
         "prompts": prompts,
         "tokens": tokens,
         "mean_length": tokens / prompts,
         "truncated": truncated / prompts,
         "empty": empty,
-        "tokens_per_second": tokens / max(sum(m["seconds"] for m in metas), 1e-3),
+        "invalid_text": invalid,
+        "geometric": sum(m["prompts"] for m in metas if m["geometric"]) / prompts,
+        "tokens_per_second": engines * tokens / max(sum(m["seconds"] for m in metas), 1e-3),
         "startup_seconds": round(sum(m["startup_seconds"] for m in metas), 3),
     }
 
 
 def _in_process(job: Job) -> None:
     """Run a generate job in a child process that shows its output here. Raises as its exit status says."""
-    folder = job.workdir / f"generate-{job.extra.get('iterate', 'all')}"
+    folder = job.workdir / "generate"
     folder.mkdir(parents=True, exist_ok=True)
     replace(job, workdir=folder).save(folder / "job.json")
     command = [sys.executable, "-m", "spinreg_core.stages.generate", str(folder / "job.json")]

@@ -84,7 +84,7 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
 
 def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
     names = [f["name"] for f in require_manifest(store, object_id)["files"] if f["name"].startswith("shards/")]
-    columns = ["prompt_id", "iterate", "prompt_ids", "answer_ids", "finish"]
+    columns = ["prompt_id", "answer", "iterate", "geometric", "prompt_ids", "answer_ids", "finish"]
     return [
         row for name in names for row in pq.read_table(fetch_file(store, object_id, name), columns=columns).to_pylist()
     ]

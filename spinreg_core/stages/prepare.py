@@ -111,7 +111,8 @@ def prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Ren
     folder = job.workdir / "data"
     folder.mkdir()
     for name, table in tables.items():
-        pq.write_table(table, folder / f"{name}.parquet")
+        # Small groups: stages read the rows of a shard, not the file.
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=1000)
     listed = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
     (folder / "rejected.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False))
     (folder / "summary.json").write_text(

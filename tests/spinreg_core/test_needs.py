@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spinreg_core import projection, training
+from spinreg_core import cpu_attention, packed_attention, projection, training
 from spinreg_core.adapters import add_adapter
 from spinreg_core.config import RunConfig
 from spinreg_core.logprobs import answer_logprobs
 from spinreg_core.needs import (
     LOGITS_AT_ONCE,
+    LONGEST,
     WATCHED_PAIRS,
     Shape,
     Sizes,
@@ -157,7 +158,7 @@ def test_a_round_has_no_more_prompts_than_there_are_rows(asked: int | None, give
 )  # fmt: skip
 def test_training_memory_by_hand(precision: str, optimizer: str, per_parameter: int) -> None:
     config = configured(training={"precision": precision, "optimizer": optimizer}, resources={"tokens_per_pass": 900})
-    parts = stage_memory(config, SMOLLM, SIZES, engine="hf", device="cpu")["train"]
+    parts = stage_memory(config, SMOLLM, SIZES, engine="hf", device="cuda")["train"]
     activations = parts.pop("activations")
     assert sum(parts.values()) == per_parameter * N
     tokens = 900
@@ -177,14 +178,18 @@ def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known
 
 
 def test_answering_holds_weights_and_cache() -> None:
-    config = configured(generation={"batch_size": 8, "shard_size": 32, "max_new_tokens": 96})
+    config = configured(generation={"max_new_tokens": 96}, data={"prompts_per_round": 40})
+    few = configured(generation={"max_new_tokens": 96}, resources={"kv_cache_tokens": 8 * (50 + 96) + 7})
 
-    def parts(engine: str, device: str) -> dict[str, int]:
+    def parts(engine: str, device: str, config: RunConfig = config) -> dict[str, int]:
         return stage_memory(config, SMOLLM, SIZES, engine=engine, device=device)["generate"]
 
     token = 2 * 2 * 30 * 192  # keys and values, bfloat16
-    assert parts("hf", "cpu") == {"weights": 2 * N, "KV cache": 8 * (50 + 96) * token}
-    assert parts("vllm", "cuda")["KV cache"] == 32 * (50 + 96) * token
+    assert parts("hf", "cpu", few) == {"weights": 2 * N, "KV cache": 8 * (50 + 96) * token}
+    assert parts("hf", "cpu")["KV cache"] == 40 * (50 + 96) * token, "all answers of a round, fewer than 8192 tokens"
+    assert parts("vllm", "cuda")["KV cache"] == 40 * (50 + 96) * token
+    mixed = configured(generation={"max_new_tokens": 96}, opponent={"geometric_share": 0.5})
+    assert parts("hf", "cpu", mixed)["weights"] == 4 * N, "the base is there too"
     assert parts("vllm", "cpu")["KV cache"] == 2**30  # resources.cpu_kv_cache_gib
 
 
@@ -211,6 +216,7 @@ def test_logits_are_bounded_however_many_answer_tokens() -> None:
 
 def test_constants_are_those_of_the_code_they_describe() -> None:
     assert LOGITS_AT_ONCE == projection.LOGITS_AT_ONCE
+    assert LONGEST == cpu_attention.LONGEST
     assert WATCHED_PAIRS == training.WATCHED_PAIRS
 
 
@@ -289,6 +295,13 @@ def test_an_adapter_needs_no_gradients_of_the_base() -> None:
     assert work(again, 1)["train"][1] == 6 * N * 64 * 90 + scored
 
 
+@pytest.fixture
+def attention_keeps_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernels, as on a GPU."""
+    monkeypatch.setattr(packed_attention, "LONGEST", 0)
+
+
+@pytest.mark.usefixtures("attention_keeps_no_table")
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
 def test_activations_of_a_real_model(precision: str) -> None:
     rows, prompt, answer = 4, 60, 40
@@ -304,6 +317,7 @@ def test_activations_of_a_real_model(precision: str) -> None:
     assert per_layer == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.usefixtures("attention_keeps_no_table")
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
 def test_what_selective_checkpointing_keeps_of_a_real_model(precision: str) -> None:
     """The input of every layer, which autograd saves, and the results that the policy says to keep."""
@@ -364,7 +378,7 @@ def test_bytes_in_the_store_by_hand() -> None:
     # 8 steps: checkpoints after 3 and 6, each of weights and one state, float32.
     assert round_store(config, SMOLLM, SIZES, 1) == {
         "policy": 4 * N,
-        "generations": 64 * (4 * 20 + 8 * 40),
+        "generations": 64 * (4 * 20 + 12 * 40),
         "pairs": 64 * (4 * (20 + 30 + 40) + 100),
         "evaluation": 10 * (4 * 20 + 8 * 40),
     }

@@ -39,7 +39,10 @@ def data(lengths: dict[str, int]) -> dict[str, dict[str, Any]]:
 
 
 def answer(name: str, ids: list[int], finish: str, iterate: int = 0) -> dict[str, Any]:
-    return {"prompt_id": name, "iterate": iterate, "prompt_ids": [7, 8], "answer_ids": ids, "finish": finish}
+    return {
+        "prompt_id": name, "answer": 0, "iterate": iterate, "geometric": False, "prompt_ids": [7, 8], "answer_ids": ids,
+        "finish": finish,
+    }  # fmt: skip
 
 
 @pytest.fixture(name="pairs")
@@ -62,6 +65,18 @@ def test_join_keeps_sampled_ids_and_names_pairs(pairs: list[Pair]) -> None:
     assert first["generated_ids"] == [20, 21, 22, 23]
     assert (first["generated_truncated"], finished["generated_truncated"]) == (True, False)
     assert pa.Table.from_pylist(pairs, schema=PAIRS_SCHEMA).to_pylist() == pairs
+
+
+def test_several_answers_to_a_prompt_make_several_pairs() -> None:
+    given = [answer("a", [20 + k, END], "stop") | {"answer": k, "geometric": k == 2} for k in range(3)]
+    pairs = join(given, data({"a": 6}), 3)
+    assert [pair["pair_id"] for pair in pairs] == ["3:a", "3:a:1", "3:a:2"]
+    assert [pair["geometric"] for pair in pairs] == [False, False, True]
+    assert {tuple(pair["real_ids"]) for pair in pairs} == {tuple(pairs[0]["real_ids"])}
+    with pytest.raises(Damaged, match="found an answer twice, a:2;"):
+        join([*given, given[2]], data({"a": 6}), 3)
+    chosen = replay([pairs], [1.0], seed=0, round_number=3)
+    assert sorted(pair["pair_id"] for pair in chosen) == ["3:a", "3:a:1", "3:a:2"]
 
 
 def test_keep_and_drop(pairs: list[Pair]) -> None:
@@ -100,7 +115,7 @@ def test_join_refuses_what_does_not_belong_together() -> None:
     rows = data({"a": 3})
     with pytest.raises(Damaged, match="unknown prompt, b"):
         join([answer("b", [END], "stop")], rows, 1)
-    with pytest.raises(Damaged, match="two answers, a"):
+    with pytest.raises(Damaged, match="an answer twice, a"):
         join([answer("a", [END], "stop")] * 2, rows, 1)
     with pytest.raises(Damaged, match="other prompt tokens"):
         join([answer("a", [END], "stop") | {"prompt_ids": [7, 9]}], rows, 1)

@@ -43,7 +43,11 @@ CASES = [
     ("generate", {"generation__temperature": 0.7}, True, True),
     ("generate", {"generation__max_new_tokens": 12}, True, True),
     ("generate", {"generation__shard_size": 5}, True, True),
-    ("generate", {"generation__batch_size": 5}, True, True),
+    ("generate", {"resources__kv_cache_tokens": 5}, False, False),
+    ("generate", {"generation__tensor_parallel": 2}, False, False),
+    ("generate", {"generation__answers_per_prompt": 2}, True, True),
+    ("generate", {"opponent__geometric_share": 0.5}, False, True),  # the base's mixture with itself is the base
+    ("generate", {"opponent__geometric_share": 0.5, "opponent__geometric_alpha": 0.9}, False, True),
     ("generate", {"generation__dtype": "bfloat16"}, True, True),
     ("generate", {"generation__dtype": "float32"}, False, False),  # what auto means with fp32 training
     ("generate", {"training__precision": "mixed"}, True, True),
@@ -54,6 +58,7 @@ CASES = [
     ("mix-opponent", {"opponent__history": 1}, False, True),
     ("mix-opponent", {"opponent__weighting": "recency"}, False, True),
     ("mix-opponent", {"opponent__truncated": "keep"}, True, True),
+    ("mix-opponent", {"opponent__scores": "engine"}, True, True),
     ("mix-opponent", {"resources__tokens_per_pass": 3}, False, False),
     ("train", {"objective__alpha": 0.3}, False, True),
     ("train", {"objective__beta": [0.1, 5.0]}, False, True),

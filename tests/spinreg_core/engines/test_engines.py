@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -17,22 +18,23 @@ SAMPLING = Sampling(1.0, 1.0, 0, max_new_tokens=4, stop_ids=(7, 9))
 
 
 @pytest.mark.parametrize(
-    ("sampled", "answer"),
+    ("sampled", "answer", "finish"),
     [
-        ([1, 7, 0, 0], Answer([1, 7], "stop")),
-        ([7, 7, 7, 7], Answer([7], "stop")),  # an empty answer; only the first stop token is kept
-        ([1, 2, 3, 9], Answer([1, 2, 3, 9], "stop")),  # finished with the very last token
-        ([1, 2, 3, 4], Answer([1, 2, 3, 4], "length")),
-        ([1, 9, 7, 4], Answer([1, 9], "stop")),
+        ([1, 7, 0, 0], [1, 7], "stop"),
+        ([7, 7, 7, 7], [7], "stop"),  # an empty answer; only the first stop token is kept
+        ([1, 2, 3, 9], [1, 2, 3, 9], "stop"),  # finished with the very last token
+        ([1, 2, 3, 4], [1, 2, 3, 4], "length"),
+        ([1, 9, 7, 4], [1, 9], "stop"),
     ],
 )
-def test_where_an_answer_ends(sampled: list[int], answer: Answer) -> None:
-    assert cut(sampled, SAMPLING) == answer
+def test_where_an_answer_ends(sampled: list[int], answer: list[int], finish: Any) -> None:
+    logprobs = [-float(i) for i in range(4)]
+    assert cut(sampled, SAMPLING, logprobs) == Answer(answer, finish, logprobs[: len(answer)])
 
 
 def test_an_answer_that_just_ends_is_an_error_and_no_truncated_answer() -> None:
     with pytest.raises(SpinregError, match="after 2 tokens"):
-        cut([1, 2], SAMPLING)
+        cut([1, 2], SAMPLING, [0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -63,13 +65,13 @@ def test_auto_is_vllm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_engine("auto") == "hf"
     with pytest.raises(BadInput, match="not installed"):
-        open_engine("vllm", tmp_path, GenerationConfig(), ResourcesConfig(), pad_id=0)
+        open_engine("vllm", [tmp_path], GenerationConfig(), ResourcesConfig(), pad_id=0)
 
 
 def test_asking_which_engine_loads_nothing_heavy() -> None:
     code = (
-        "import sys, spinreg_core.stages.generate as g; from spinreg_core.engines import resolve_engine\n"
-        "resolve_engine('auto'); g.drawn_iterates(['a'], [1.0], round_number=1, seed=0)\n"
+        "import sys, spinreg_core.rounds; from spinreg_core.engines import resolve_engine\n"
+        "resolve_engine('auto')\n"
         "print(sorted({'torch', 'vllm', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

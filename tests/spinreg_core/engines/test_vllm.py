@@ -16,7 +16,6 @@ from test_hf import NEAR_GREEDY, PAD, PROMPTS, kept, next_probabilities, p_value
 from transformers import LlamaForCausalLM
 
 from spinreg_core.engines.hf import HfEngine
-from spinreg_core.engines.vllm import _Ended
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,8 +25,10 @@ LOWEST = 0.01  # vLLM's
 CALLS: dict[str, dict[str, Any]] = {}
 
 
-def call(name: str, prompts: list[list[int]], seed: int, **settings: Any) -> None:
-    CALLS[name] = {"prompts": prompts, "seed": seed, "sampling": asdict(sampling(**settings))}
+def call(name: str, prompts: list[list[int]], seed: int, order: int = 1, **settings: Any) -> None:
+    """Seeds count from `seed`; order -1 turns prompts and seeds round."""
+    seeds = [seed + i for i in range(len(prompts))]
+    CALLS[name] = {"prompts": prompts[::order], "seeds": seeds[::order], "sampling": asdict(sampling(**settings))}
 
 
 call("sampled", PROMPTS * 8, 1)
@@ -35,7 +36,11 @@ call("greedy", PROMPTS, 0, temperature=LOWEST)
 call("softmax", [[3]] * 4000, 2, new=1)
 call("filtered", [[3]] * 4000, 3, new=1, temperature=1.3, top_k=6, top_p=0.8)
 call("sampled again", PROMPTS * 8, 1)
-call("sampled otherwise", PROMPTS * 8, 4)
+call("turned round", PROMPTS * 8, 1, order=-1)
+call("a piece", (PROMPTS * 8)[:5], 1)
+call("sampled otherwise", PROMPTS * 8, 1000)
+# More prompt tokens than vLLM reads in one step: the one that does not fit must wait whole.
+call("many", [[1 + i % 10] * 50 for i in range(300)], 5, new=2)
 for stop in range(11):
     call(f"stop {stop}", PROMPTS, 0, temperature=LOWEST, stop=stop, new=4)
 call("too long", [[1] * 60], 0)
@@ -67,19 +72,19 @@ def test_no_process_is_left_to_outlive_this_one(outcome: dict[str, Any]) -> None
 
 
 def test_agrees_with_hf_where_nothing_is_random(outcome: dict[str, Any], tiny_model: LlamaForCausalLM) -> None:
-    engine = HfEngine(tiny_model, batch_size=4, pad_id=PAD)
+    engine = HfEngine([tiny_model], tokens=56, pad_id=PAD)
     for name in ("greedy", *(f"stop {stop}" for stop in range(11))):
         wanted = CALLS[name]["sampling"]
         settings = sampling(LOWEST, new=wanted["max_new_tokens"], stop=wanted["stop_ids"][0])
-        expected = [[a.token_ids, a.finish] for a in engine.generate(PROMPTS, settings, seed=0)]
-        same = sum(a == b for a, b in zip(outcome[name], expected, strict=True))
+        expected = [[a.token_ids, a.finish] for a in engine.generate(PROMPTS, settings, range(7))]
+        same = sum(a[:2] == b for a, b in zip(outcome[name], expected, strict=True))
         assert same >= len(PROMPTS) - 1, (name, outcome[name], expected)  # one near-tie may fall the other way
 
 
 def test_answers_end_at_the_stop_token_and_are_flagged(outcome: dict[str, Any]) -> None:
     seen = set()
     for stop in range(11):
-        for ids, finish in outcome[f"stop {stop}"]:
+        for ids, finish, _ in outcome[f"stop {stop}"]:
             assert finish == ("stop" if stop in ids else "length")
             assert ids.count(stop) == (finish == "stop")
             assert ids[-1] == stop if finish == "stop" else len(ids) == 4
@@ -89,31 +94,31 @@ def test_answers_end_at_the_stop_token_and_are_flagged(outcome: dict[str, Any]) 
 
 def test_draws_follow_the_softmax(outcome: dict[str, Any], tiny_model: LlamaForCausalLM) -> None:
     for name, temperature, top_k, top_p in (("softmax", 1.0, 0, 1.0), ("filtered", 1.3, 6, 0.8)):
-        counts = Counter(ids[0] for ids, _ in outcome[name])
+        counts = Counter(ids[0] for ids, _, _ in outcome[name])
         assert p_value(counts, kept(next_probabilities(tiny_model, [3], temperature), top_k, top_p)) > 1e-3
         off = kept(next_probabilities(tiny_model, [3], temperature * 1.4), top_k, top_p)
         assert p_value(counts, off) < 1e-6
 
 
-def test_a_seed_fixes_a_call_whatever_the_engine_did_before(outcome: dict[str, Any]) -> None:
-    assert outcome["sampled"] == outcome["sampled again"]
-    assert outcome["sampled"] != outcome["sampled otherwise"]
+def test_an_answer_depends_on_its_seed_and_on_no_neighbour(outcome: dict[str, Any]) -> None:
+    tokens = {name: [answer[:2] for answer in outcome[name]] for name in CALLS if isinstance(outcome[name], list)}
+    assert tokens["sampled"] == tokens["sampled again"] == tokens["turned round"][::-1]
+    assert tokens["sampled"][:5] == tokens["a piece"]
+    assert tokens["sampled"] != tokens["sampled otherwise"]
+    assert len(tokens["many"]) == 300
+
+
+def test_log_probabilities_are_the_policys_whatever_the_sampler(
+    outcome: dict[str, Any], tiny_model: LlamaForCausalLM
+) -> None:
+    for name in ("sampled", "greedy"):
+        for prompt, (ids, _, logprobs) in zip(CALLS[name]["prompts"], outcome[name], strict=True):
+            expected = [
+                float(next_probabilities(tiny_model, prompt + ids[:k]).log()[token]) for k, token in enumerate(ids)
+            ]
+            assert logprobs == pytest.approx(expected, abs=1e-3)
 
 
 def test_refusals(outcome: dict[str, Any]) -> None:
     assert outcome["too long"].startswith("prompt 0: found 60 tokens plus max_new_tokens 6; expected at most 64")
     assert outcome["too cold"].startswith("generation.temperature: found 0.0001; expected 0.01 to 2.0 with engine vllm")
-
-
-def test_progress_is_told_even_where_progress_bars_are_switched_off() -> None:
-    """TQDM_DISABLE=1 reaches tqdm as disable=True; vLLM divides by the bar's elapsed time."""
-    told: list[int] = []
-    bar = _Ended(told.append, total=3, desc="Processed prompts", disable=True)
-    bar.update(1)
-    bar.update(2)
-    assert told == [1, 2]
-    assert bar.n == 3
-    assert bar.format_dict["elapsed"] > 0
-    silent = _Ended(told.append, total=3, desc="Adding requests")
-    silent.update(3)
-    assert told == [1, 2]

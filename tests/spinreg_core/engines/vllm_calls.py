@@ -20,13 +20,13 @@ def main(request: Path, result: Path) -> None:
     given = json.loads(request.read_text())
     generation = GenerationConfig(engine="vllm", dtype="float32")
     resources = ResourcesConfig(cpu_kv_cache_gib=0.25)
-    engine = open_engine("vllm", Path(given["policy"]), generation, resources, pad_id=0, longest=given["longest"])
+    engine = open_engine("vllm", [Path(given["policy"])], generation, resources, pad_id=0, longest=given["longest"])
     answers: list[object] = []
     for call in given["calls"]:
         sampling = Sampling(**call["sampling"] | {"stop_ids": tuple(call["sampling"]["stop_ids"])})
         try:
-            found = engine.generate(call["prompts"], sampling, call["seed"])
-            answers.append([[a.token_ids, a.finish] for a in found])
+            found = engine.generate(call["prompts"], sampling, call["seeds"])
+            answers.append([[a.token_ids, a.finish, a.logprobs] for a in found])
         except BadInput as error:
             answers.append(str(error))
     children = [process.name() for process in psutil.Process().children(recursive=True)]

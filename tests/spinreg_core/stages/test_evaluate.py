@@ -32,7 +32,7 @@ from spinreg_core.store import Store, open_store
 LETTERS = "abcdefghijklmnopqrstuvwxyz .#0123456789"
 ALPHA = 0.25
 CONFIG = RunConfig(
-    generation=GenerationConfig(engine="hf", dtype="float32", max_new_tokens=8, shard_size=5, batch_size=4),
+    generation=GenerationConfig(engine="hf", dtype="float32", max_new_tokens=8, shard_size=5),
     training=TrainingConfig(precision="fp32"),
     evaluation=EvaluationConfig(bootstrap=100, shown_samples=3),
     objective={"alpha": ALPHA},

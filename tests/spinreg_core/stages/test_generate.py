@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
-from collections import Counter
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from spinreg_core import objects
 from spinreg_core.config import RunConfig
 from spinreg_core.data.split import round_prompts
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, StageFailed
 from spinreg_core.render import Renderer
-from spinreg_core.stages import generate
-from spinreg_core.stages.generate import drawn_iterates, ensure_generations, make_shards, run
+from spinreg_core.shards import SHARD_SCHEMA, drawn_sources
+from spinreg_core.stages import answer as answer_stage
+from spinreg_core.stages import engine_pool, generate
+from spinreg_core.stages.generate import ensure_generations, run
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
 
@@ -89,20 +90,25 @@ class House:
         objects.publish(self.store, job, folder, metrics={})
 
     def job(self, name: str, *, iterates: list[int], round_number: int = 3, engine: str = "hf", kind: str = "train",
-            writer: str = "e1-a", **generation: Any) -> Job:  # fmt: skip
+            writer: str = "e1-a", geometric: dict[str, float] | None = None, resources: dict[str, Any] | None = None,
+            **generation: Any) -> Job:  # fmt: skip
         """`iterates`, newest first, share the prompts equally."""
         config = RunConfig.model_validate(
             {
                 "store": self.store.url,
                 "seed": 7,
                 "data": {"prompts_per_round": 13, "max_prompt_tokens": 64, "max_length": 96},
-                "generation": {"dtype": "float32", "max_new_tokens": 12, "shard_size": 4, "batch_size": 3} | generation,
+                "resources": {"device": "cpu", "kv_cache_tokens": 150} | (resources or {}),
+                "generation": {"dtype": "float32", "max_new_tokens": 12, "shard_size": 4} | generation,
             }
         )
         extra: dict[str, Any] = {"rows": kind}
         if kind == "train":
             extra["weights"] = [1 / len(iterates)] * len(iterates)
         policies = {str(n): f"policy-{n}" for n in iterates}
+        if geometric:
+            extra["geometric"] = geometric
+            policies["0"] = "policy-0"
         return Job(
             stage="generate", object_id=f"generate-{name}", key={"sampler": {"engine": engine}}, store=self.store.url,
             writer=writer, round=round_number, inputs={"data": "data", "policies": policies}, config=config,
@@ -134,9 +140,16 @@ def parts_bytes(store: Store, object_id: str) -> dict[str, tuple[bytes | None, b
     }
 
 
+def assert_equal(found: pa.Table, expected: pa.Table) -> None:
+    """The same answers; their log-probabilities but for how sums are rounded in another batch."""
+    assert found.drop_columns(["logprobs"]).equals(expected.drop_columns(["logprobs"]))
+    for a, b in zip(found["logprobs"].to_pylist(), expected["logprobs"].to_pylist(), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+
+
 def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
     """Every further commit dies before it happens, as a kill would."""
-    real, left = generate.commit_part, [shards]
+    real, left = answer_stage.commit_part, [shards]
 
     def commit(*arguments: Any) -> dict[str, Any]:
         if not left[0]:
@@ -144,62 +157,40 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
         left[0] -= 1
         return real(*arguments)
 
-    monkeypatch.setattr(generate, "commit_part", commit)
+    monkeypatch.setattr(answer_stage, "commit_part", commit)
 
 
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(generate, "open_engine", refuse)
-
-
-def test_shards_cover_every_row_once_and_hold_one_iterate_each() -> None:
-    rows_, iterates = list(range(100, 140)), [i % 3 for i in range(40)]
-    shards = make_shards(rows_, iterates, 5, seed=1, round_number=2, kind="train")
-    assert [s.number for s in shards] == list(range(len(shards)))
-    assert [(s.iterate, r) for s in shards for r in s.rows] == sorted(
-        zip(iterates, rows_, strict=True), key=lambda pair: pair[0]
-    )
-    assert all(0 < len(s.rows) <= 5 for s in shards)
-    assert len(shards) == sum(math.ceil(iterates.count(n) / 5) for n in range(3))
-
-
-def test_shard_seeds_depend_on_run_round_kind_and_number_only() -> None:
-    def seeds(size: int = 5, **change: Any) -> list[int]:
-        which = {"seed": 1, "round_number": 2, "kind": "train"} | change
-        return [s.seed for s in make_shards(range(20), [0] * 20, size, **which)]
-
-    variants = [seeds(), seeds(seed=2), seeds(round_number=3), seeds(kind="heldout")]
-    assert len({s for v in variants for s in v}) == 16
-    assert seeds(size=10) == seeds()[:2]
-    assert all(0 <= s < 2**31 for s in seeds())
-
-
-def test_drawn_iterates_follow_the_weights_and_reproduce() -> None:
-    names = [f"p{i}" for i in range(4000)]
-    drawn = drawn_iterates(names, [0.5, 0.3, 0.2], round_number=5, seed=3)
-    assert drawn == drawn_iterates(names, [0.5, 0.3, 0.2], round_number=5, seed=3)
-    share = {n: count / 4000 for n, count in Counter(drawn).items()}
-    assert share == pytest.approx({4: 0.5, 3: 0.3, 2: 0.2}, abs=0.03)
+    monkeypatch.setattr(answer_stage, "open_engine", refuse)
 
 
 def test_a_round_by_one_iterate(house: House) -> None:
-    job = house.job("plain", iterates=[2])
+    job = house.job("plain", iterates=[2], max_new_tokens=31)
     manifest = run(job)
     assert manifest == objects.read_manifest(house.store, job.object_id)
     found = house.answers(manifest)
     data = pq.read_table(house.root / "data" / "train.parquet")
-    expected = data.take(round_prompts(PROMPTS, 13, 3, "fresh", 7))
+    expected = data.take(sorted(round_prompts(PROMPTS, 13, 3, "fresh", 7)))
     assert found["prompt_id"].to_pylist() == expected["prompt_id"].to_pylist()
     assert found["prompt_ids"].to_pylist() == expected["prompt_ids"].to_pylist()
     assert set(found["iterate"].to_pylist()) == {2}
-    assert found.schema.names == ["prompt_id", "iterate", "prompt_ids", "answer_ids", "text", "finish", "seed"]
+    assert found.schema.equals(SHARD_SCHEMA)
+    settings = json.loads(found.schema.metadata[b"spinreg"])
+    assert settings["mixture"] is None
+    assert settings["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 31,
+                                    "stop_ids": [END]}  # fmt: skip
+    assert set(found["policy"].to_pylist()) == {"policy-2"}
+    assert len(set(found["seed"].to_pylist())) == 13
+    model = LlamaForCausalLM.from_pretrained(house.root / "iterate-2" / "policy").eval()
     for answer in found.to_pylist():
         ids = answer["answer_ids"]
         assert ids.count(END) == (answer["finish"] == "stop")
-        assert ids[-1] == END if answer["finish"] == "stop" else len(ids) == 12
+        assert ids[-1] == END if answer["finish"] == "stop" else len(ids) == 31
         assert answer["text"] == house.renderer.decode(ids)
+        assert answer["logprobs"] == pytest.approx(token_logprobs(model, answer["prompt_ids"], ids), abs=1e-4)
     assert len(set(found["finish"].to_pylist())) == 2
     lengths = [len(ids) for ids in found["answer_ids"].to_pylist()]
     metrics = manifest["metrics"]
@@ -208,6 +199,8 @@ def test_a_round_by_one_iterate(house: House) -> None:
     assert metrics["mean_length"] == pytest.approx(sum(lengths) / 13)
     assert metrics["truncated"] == found["finish"].to_pylist().count("length") / 13
     assert metrics["empty"] == found["answer_ids"].to_pylist().count([END])
+    assert metrics["invalid_text"] == sum("\ufffd" in text for text in found["text"].to_pylist()) > 0
+    assert metrics["geometric"] == 0
     assert metrics["startup_seconds"] > 0
     assert metrics["tokens_per_second"] > 0
 
@@ -216,7 +209,8 @@ def test_several_iterates_answer_their_own_drawn_prompts(house: House) -> None:
     job = house.job("mixed", iterates=[2, 1, 0])
     found = house.answers(run(job))
     names = found["prompt_id"].to_pylist()
-    assert found["iterate"].to_pylist() == drawn_iterates(names, [1 / 3] * 3, round_number=3, seed=7)
+    drawn, _ = drawn_sources(names, 1, [1 / 3] * 3, geometric_share=0, round_number=3, seed=7)
+    assert found["iterate"].to_pylist() == drawn[:, 0].tolist()
     assert set(found["iterate"].to_pylist()) == {0, 1, 2}
     data = pq.read_table(house.root / "data" / "train.parquet")
     wanted = data["prompt_id"].take(round_prompts(PROMPTS, 13, 3, "fresh", 7)).to_pylist()
@@ -259,11 +253,11 @@ def test_a_killed_stage_goes_on_from_its_shards(
     after = parts_bytes(house.store, "generate-killed")
     assert {name: after[name] for name in before} == before
     assert len(after) == len(manifest["files"]) > finished
-    assert house.answers(manifest).equals(whole)  # no row lost or doubled; hf on CPU repeats, whoever draws
+    assert_equal(house.answers(manifest), whole)  # no row lost or doubled
     assert manifest["metrics"]["prompts"] == 13
     output = capsys.readouterr().out
     assert f"{finished} of {len(after)} shards were committed before" in output
-    assert "13/13 prompts (100 %)" in output
+    assert "13/13 answers (100 %)" in output
 
 
 def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,18 +297,119 @@ def test_an_iterate_without_a_policy_is_refused(house: House) -> None:
         run(replace(job, inputs=job.inputs | {"policies": {"0": "policy-0", "2": "policy-2"}}))
 
 
-def test_a_child_process_answers_one_iterate_and_its_errors_arrive(house: House) -> None:
-    job = house.job("child", iterates=[2, 1])
-    generate._in_process(replace(job, extra=job.extra | {"iterate": 1}))
-    assert objects.read_manifest(house.store, job.object_id) is None
-    own = [pq.read_table(house.store.local_path(part["files"][0]["key"]))  # type: ignore[arg-type]
-           for part in objects.list_parts(house.store, job.object_id).values()]  # fmt: skip
-    assert set(pa.concat_tables(own)["iterate"].to_pylist()) == {1}
-    assert house.answers(run(job)).equals(house.answers(run(house.job("whole", iterates=[2, 1]))))
+def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> None:
+    whole = house.answers(run(house.job("whole", iterates=[2, 1])))
+    generate._in_process(house.job("child", iterates=[2, 1]))
+    found = objects.require_manifest(house.store, "generate-child")
+    assert_equal(house.answers(found), whole)
+    job = house.job("bad", iterates=[2, 1])
     with pytest.raises(BadInput, match=r"^generate job of round 3: found no policy for iterates \[2\]"):
-        generate._in_process(
-            replace(house.job("bad", iterates=[2, 1]), inputs=job.inputs | {"policies": {"1": "policy-1"}})
-        )
+        generate._in_process(replace(job, inputs=job.inputs | {"policies": {"1": "policy-1"}}))
+
+
+def by_answer(table: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
+    rows = {(row["prompt_id"], row["answer"]): row for row in table.to_pylist()}
+    assert len(rows) == len(table)
+    return rows
+
+
+def drawn(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], tuple[Any, ...]]:
+    return {key: (row["iterate"], row["geometric"], row["answer_ids"], row["seed"]) for key, row in rows.items()}
+
+
+def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: House) -> None:
+    """Engine hf on a CPU; two engines are two processes that take shards from one list."""
+    wanted = {"iterates": [2, 1], "answers_per_prompt": 2}
+    whole = drawn(by_answer(house.answers(run(house.job("whole", **wanted)))))
+    assert len(whole) == 26
+    for name, size, tokens, processes in (("large", 50, 5000, 1), ("small", 1, 1, 1), ("two", 3, 200, 2)):
+        resources = {"kv_cache_tokens": tokens, "processes": processes}
+        found = run(house.job(name, **wanted, shard_size=size, resources=resources))
+        assert drawn(by_answer(house.answers(found))) == whole
+        assert found["metrics"]["prompts"] == 26
+
+
+def test_several_answers_to_a_prompt_are_drawn_on_their_own(house: House) -> None:
+    found = by_answer(house.answers(run(house.job("several", iterates=[2, 1, 0], answers_per_prompt=3))))
+    names = {name for name, _ in found}
+    assert len(names) == 13
+    assert set(found) == {(name, k) for name in names for k in range(3)}
+    assert any(len({found[name, k]["iterate"] for k in range(3)}) > 1 for name in names)
+    texts = [{tuple(found[name, k]["answer_ids"]) for k in range(3)} for name in names]
+    assert sum(len(t) == 3 for t in texts) > 8
+    single = by_answer(house.answers(run(house.job("single", iterates=[2, 1, 0]))))
+    assert drawn(single) == {key: value for key, value in drawn(found).items() if key[1] == 0}
+
+
+def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: House) -> None:
+    alpha = 0.3
+    job = house.job("mixed", iterates=[2, 1], answers_per_prompt=2, geometric={"share": 0.5, "alpha": alpha})
+    manifest = run(job)
+    rows = by_answer(house.answers(manifest)).values()
+    assert 5 < sum(row["geometric"] for row in rows) < 21
+    assert manifest["metrics"]["geometric"] == sum(row["geometric"] for row in rows) / 26
+    models = [LlamaForCausalLM.from_pretrained(house.root / f"iterate-{n}" / "policy").eval() for n in range(3)]
+    for row in rows:
+        own = token_table(models[row["iterate"]], row["prompt_ids"], row["answer_ids"])
+        if row["geometric"]:
+            base = token_table(models[0], row["prompt_ids"], row["answer_ids"])
+            own = (alpha * own + (1 - alpha) * base).log_softmax(-1)
+        expected = own[range(len(row["answer_ids"])), row["answer_ids"]].tolist()
+        assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
+    settings = [json.loads(pq.read_schema(house.store.local_path(e["key"])).metadata[b"spinreg"])["mixture"]  # type: ignore[arg-type]
+                for e in manifest["files"]]  # fmt: skip
+    assert {"policies": ["policy-2", "policy-0"], "weights": [alpha, 1 - alpha]} in settings
+    assert None in settings
+
+
+KILLER = """
+import os, sys
+from spinreg_core.engines.hf import HfEngine
+from spinreg_core.stages import answer
+original = HfEngine._decode
+def dies(self, prompts, seeds, sampling, note):
+    flag = {flag!r}
+    if {always} or not os.path.exists(flag):
+        open(flag, "w").close()
+        os.kill(os.getpid(), 9)
+    return original(self, prompts, seeds, sampling, note)
+HfEngine._decode = dies
+answer.main(answer.run)
+"""
+
+
+def deadly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, always: bool) -> None:
+    """Engine processes that are killed in the middle of their first wave: the first of them, or all."""
+    script = tmp_path / "killer.py"
+    script.write_text(KILLER.format(flag=str(tmp_path / "flag"), always=always))
+    original = engine_pool._start
+
+    def start(job: Job, source: Any, own: dict[str, str]) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_pool, "COMMAND", [sys.executable, "-u", str(script)])
+            return original(job, source, own)
+
+    monkeypatch.setattr(engine_pool, "_start", start)
+
+
+def test_a_dead_engines_shards_go_back_to_the_list(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole = drawn(by_answer(house.answers(run(house.job("whole", iterates=[2])))))
+    deadly(monkeypatch, tmp_path, always=False)
+    found = run(house.job("dies", iterates=[2], resources={"processes": 2}))
+    assert drawn(by_answer(house.answers(found))) == whole
+    output = capsys.readouterr().out
+    assert "an engine ended with status -9; its 1 open shards go back to the list" in output
+    assert "13/13 answers (100 %)" in output
+
+
+def test_a_shard_that_kills_every_engine_is_named(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    deadly(monkeypatch, tmp_path, always=True)
+    with pytest.raises(StageFailed, match=r"3 engines died over shard-0000\d \(the last with status -9\)"):
+        run(house.job("dies", iterates=[2], resources={"processes": 2}))
 
 
 @pytest.mark.slow
@@ -324,14 +419,25 @@ def test_vllm_answers_in_processes_of_their_own(house: House) -> None:
     cold = {"iterates": [2, 1], "temperature": 0.01}
     expected = house.answers(run(house.job("hf", **cold)))
     found = house.answers(ensure_generations(house.job("vllm", engine="vllm", **cold)))
-    drawn = ["answer_ids", "text", "finish"]
-    assert found.drop_columns(drawn).equals(expected.drop_columns(drawn))
+    differ = ["answer_ids", "logprobs", "text", "finish"]
+    assert found.drop_columns(differ).equals(expected.drop_columns(differ))
     models = [LlamaForCausalLM.from_pretrained(house.root / f"iterate-{n}" / "policy").eval() for n in range(3)]
     for answer in found.to_pylist():
         own, other = models[answer["iterate"]], models[0]
         # At temperature 0.01 a token 0.2 below the best has odds of e^-20.
         assert shortfall(own, answer["prompt_ids"], answer["answer_ids"]) < 0.2
         assert shortfall(other, answer["prompt_ids"], answer["answer_ids"]) > 0.2
+
+
+@torch.no_grad()
+def token_table(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """[answer tokens, vocabulary] log-probabilities, from one plain forward pass."""
+    return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+
+
+def token_logprobs(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> list[float]:
+    found: list[float] = token_table(model, prompt, answer)[range(len(answer)), answer].tolist()
+    return found
 
 
 @torch.no_grad()

@@ -64,7 +64,9 @@ class Run:
         rows = [
             {
                 "prompt_id": name,
+                "answer": 0,
                 "iterate": iterate,
+                "geometric": False,
                 "prompt_ids": prompt,
                 "answer_ids": answer[:LIMIT],
                 "text": "",

@@ -1,0 +1,187 @@
+"""One engine answers and commits shards; run as a process, the engine of one GPU (or group of GPUs).
+
+Decides: what an engine is opened for, and that a shard is committed as soon as its last answer is there, while the
+engine goes on with the next ones.
+Leaves out: which engine gets which shards (`generate.py`, `engine_pool.py`), decoding (`engines/`).
+
+    python -m spinreg_core.stages.answer JOB.json
+
+The job is a generate job whose `extra` has "source": [iterate, geometric]. It reads waves from its input, one JSON list
+of shard numbers per line, until there are no more, and says on its output, a line each:
+
+    answered N               N more answers
+    committed NUMBER {...}   a shard, and its meta
+    idle                     the wave is done
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from spinreg_core.config import sampling_dtype
+from spinreg_core.engines import Answer, Engine, Sampling, check_prompts, open_engine
+from spinreg_core.objects import commit_part, fetch_file, fetch_folder, upload
+from spinreg_core.shards import Rows, Shard, Source, answer_seed, shard_meta, write_shard
+from spinreg_core.stages.job import Job, main
+from spinreg_core.store import Store, open_store
+
+_COMMITS_BEHIND = 8  # shards that may wait for their upload before the engine waits for them
+
+
+@dataclass
+class _Open:
+    """A shard in the making."""
+
+    shard: Shard
+    rows: pa.Table
+    seeds: list[int]
+    answers: dict[int, Answer]
+
+
+def answer_shards(
+    job: Job,
+    store: Store,
+    rows: Rows,
+    source: Source,
+    waves: Iterable[list[Shard]],
+    *,
+    on_answer: Callable[[int], None],
+    on_commit: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """Answer waves of shards, all of one source, with one engine. `on_answer(n)`: n more answers are there.
+
+    Within a wave nothing waits for a shard to end; its shards end one after the other, because answers begin in their
+    order. Raises BadInput, Damaged.
+    """
+    from transformers import AutoConfig
+
+    from spinreg_core.render import Renderer
+
+    begin = time.monotonic()
+    name, policies, weights = engine_of(job, source)
+    generation = job.config.generation.model_copy(update={"dtype": sampling_dtype(job.config)})
+    folders = [fetch_folder(store, policy, "policy") for policy in policies]
+    renderer = Renderer.from_folder(folders[0])
+    sampling = Sampling.of(generation, renderer.stop_ids)
+    mixture = {"policies": policies, "weights": weights} if source.geometric else None
+    print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"
+          + (f", mixed with the base {weights[0]:g} : {weights[1]:g}" if mixture else ""), flush=True)  # fmt: skip
+    longest = job.config.data.max_prompt_tokens + sampling.max_new_tokens
+    engine = open_engine(name, folders, generation, job.config.resources, pad_id=renderer.pad_id, weights=weights,
+                         longest=longest)  # fmt: skip
+    config = AutoConfig.from_pretrained(folders[0], local_files_only=True)
+    loading = [round(time.monotonic() - begin, 3)]  # counted once, with the first shard of an engine's life
+
+    def commit(done: _Open, seconds: float) -> None:
+        answers = [done.answers[i] for i in range(len(done.answers))]
+        texts = [renderer.decode(a.token_ids) for a in answers]
+        meta = shard_meta(answers, texts) | {
+            "iterate": source.iterate, "geometric": source.geometric, "seconds": round(seconds, 3),
+            "startup_seconds": loading.pop() if loading else 0.0,
+        }  # fmt: skip
+        folder = job.workdir / done.shard.name
+        write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
+                    done.seeds, policy=policies[0], sampling=sampling, mixture=mixture)  # fmt: skip
+        part = commit_part(store, job, done.shard.name, upload(store, job, folder), meta)
+        shutil.rmtree(folder)
+        on_commit(done.shard.number, part["meta"])
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for wave in waves:
+                _answer_wave(engine, [_opened(job, rows, shard, sampling, config) for shard in wave], sampling,
+                             on_answer, lambda done, seconds: pool.submit(commit, done, seconds))  # fmt: skip
+    finally:
+        engine.close()
+
+
+def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _Open:
+    table, kind = rows.take(shard.rows), job.extra["rows"]
+    names = table["prompt_id"].to_pylist()
+    check_prompts(table["prompt_ids"].to_pylist(), sampling, config, names)
+    # Held-out sampling has one seed for all iterates, so that equal policies give equal answers.
+    number = job.round if kind == "train" else 0
+    seeds = [
+        answer_seed(seed=job.config.seed, round_number=number, kind=kind, prompt_id=name, answer=int(which))
+        for name, which in zip(names, shard.answers, strict=True)
+    ]
+    return _Open(shard, table, seeds, {})
+
+
+def _answer_wave(
+    engine: Engine,
+    wave: list[_Open],
+    sampling: Sampling,
+    on_answer: Callable[[int], None],
+    commit: Callable[[_Open, float], Future[None]],
+) -> None:
+    prompts: list[list[int]] = []
+    owners: list[tuple[_Open, int]] = []
+    for part in wave:
+        ids = part.rows["prompt_ids"].to_pylist()
+        # Longest first, so that what is read together has like lengths.
+        for i in sorted(range(len(ids)), key=lambda i, ids=ids: (-len(ids[i]), i)):  # type: ignore[misc]
+            prompts.append(ids[i])
+            owners.append((part, i))
+    commits: deque[Future[None]] = deque()
+    last = time.monotonic()
+
+    def note(index: int, answer: Answer) -> None:
+        nonlocal last
+        part, i = owners[index]
+        part.answers[i] = answer
+        on_answer(1)
+        if len(part.answers) == len(part.seeds):
+            now = time.monotonic()
+            commits.append(commit(part, now - last))
+            last = now
+            while commits and (len(commits) > _COMMITS_BEHIND or commits[0].done()):
+                commits.popleft().result()
+
+    engine.generate(prompts, sampling, [part.seeds[i] for part, i in owners], note)
+    while commits:
+        commits.popleft().result()
+
+
+def engine_of(job: Job, source: Source) -> tuple[Any, list[str], list[float]]:
+    """(engine, policy objects, weights of their mixture) behind a source. Mixtures are the hf engine's."""
+    own = job.inputs["policies"][str(source.iterate)]
+    if not source.geometric:
+        return job.key["sampler"]["engine"], [own], [1.0]
+    alpha = job.extra["geometric"]["alpha"]
+    return "hf", [own, job.inputs["policies"]["0"]], [alpha, 1 - alpha]
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Serve the waves that come in. Raises as `answer_shards`."""
+    from spinreg_core.stages.generate import planned
+
+    store = open_store(job.store)
+    rows = Rows(fetch_file(store, job.inputs["data"], f"{job.extra['rows']}.parquet"))
+    shards = planned(job, rows)
+
+    def waves() -> Iterable[list[Shard]]:
+        for line in sys.stdin:
+            yield [shards[number] for number in json.loads(line)]
+            print("idle", flush=True)
+
+    answer_shards(
+        job, store, rows, Source(*job.extra["source"]), waves(),
+        on_answer=lambda n: print(f"answered {n}", flush=True),
+        on_commit=lambda number, meta: print(f"committed {number} {json.dumps(meta)}", flush=True),
+    )  # fmt: skip
+    return {"object_id": "nothing more: no shard is left for this engine"}
+
+
+if __name__ == "__main__":
+    main(run)
