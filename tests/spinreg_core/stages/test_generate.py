@@ -168,23 +168,23 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_round_by_one_iterate(house: House) -> None:
-    job = house.job("plain", iterates=[2], max_new_tokens=31)
+    job = house.job("plain", iterates=[1], round_number=2, max_new_tokens=31)
     manifest = run(job)
     assert manifest == objects.read_manifest(house.store, job.object_id)
     found = house.answers(manifest)
     data = pq.read_table(house.root / "data" / "train.parquet")
-    expected = data.take(sorted(round_prompts(PROMPTS, 13, 3, "fresh", 7)))
+    expected = data.take(sorted(round_prompts(PROMPTS, 13, 2, "fresh", 7)))
     assert found["prompt_id"].to_pylist() == expected["prompt_id"].to_pylist()
     assert found["prompt_ids"].to_pylist() == expected["prompt_ids"].to_pylist()
-    assert set(found["iterate"].to_pylist()) == {2}
+    assert set(found["iterate"].to_pylist()) == {1}
     assert found.schema.equals(SHARD_SCHEMA)
     settings = json.loads(found.schema.metadata[b"spinreg"])
     assert settings["mixture"] is None
     assert settings["sampling"] == {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 31,
                                     "stop_ids": [END]}  # fmt: skip
-    assert set(found["policy"].to_pylist()) == {"policy-2"}
+    assert set(found["policy"].to_pylist()) == {"policy-1"}
     assert len(set(found["seed"].to_pylist())) == 13
-    model = LlamaForCausalLM.from_pretrained(house.root / "iterate-2" / "policy").eval()
+    model = LlamaForCausalLM.from_pretrained(house.root / "iterate-1" / "policy").eval()
     for answer in found.to_pylist():
         ids = answer["answer_ids"]
         assert ids.count(END) == (answer["finish"] == "stop")
