@@ -9,18 +9,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spinreg_core import __version__
-from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, LeaseHeld, SpinregError
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, LeaseHeld, SpinregError
 
 if TYPE_CHECKING:
     from spinreg_core.store import Store
 
 EXIT_HELD = 75  # EX_TEMPFAIL
-STATUSES = "exit status: 0 done, 1 failed, 2 wrong usage, 65 bad input, 75 another process advances the run"
+STATUSES = (
+    "exit status: 0 done, 1 failed, 2 wrong usage, 65 bad input, 75 another process advances the run, 143 stopped by "
+    "SIGTERM"
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,16 +106,28 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from prefect.exceptions import CancelledRun
+    from prefect.exceptions import CancelledRun, TerminationSignal
 
     from flows.spin import resolve_parameters, spin
 
     parameters = _parameters(arguments)
     resolve_parameters(arguments.config, parameters)  # a wrong field ends here, before a flow run exists
+
+    def stopped(signum: int, _frame: object) -> NoReturn:
+        raise TerminationSignal(signum)
+
+    # Prefect hands SIGTERM on to the handler it found before it tells the server of the outermost flow run: Python's
+    # own would end the process there, and the flow run would show as running for good.
+    signal.signal(signal.SIGTERM, stopped)
     try:
         spin(config=arguments.config, **parameters)
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
+    except TerminationSignal:
+        print(
+            "spinreg: stopped by SIGTERM; what was committed stays, the same command goes on from it", file=sys.stderr
+        )
+        return EXIT_PREEMPTED
     return 0
 
 

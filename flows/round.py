@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
 
 from flows.show import show_round
+from spinreg_core.errors import StagePreempted
 from tasks.context import current
 from tasks.display import flush, wait_for_server
 from tasks.evaluate import evaluate
@@ -21,7 +24,7 @@ from tasks.train import train
 
 
 @flow(name="round", flow_run_name="{run}/round-{round_number}", persist_result=False)
-def round_(run: str, round_number: int) -> dict[str, Any]:
+def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
     """Train iterate `round_number` out of the one before it, and evaluate it.
 
     Args:
@@ -31,7 +34,10 @@ def round_(run: str, round_number: int) -> dict[str, Any]:
     resources = current().config.resources
     results = {}
     for stage in (generate, mix_opponent, train, evaluate):
-        result = run_task(stage, resources, run, round_number)
+        try:
+            result = run_task(stage, resources, run, round_number)
+        except StagePreempted as error:
+            return Failed(name="Preempted", message=str(error), data=error)
         results[result["stage"]] = result
     show_round(round_number)
     flush()

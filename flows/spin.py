@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Failed
 from pydantic import BaseModel, Field
 
 from flows.form import (
@@ -32,7 +32,7 @@ from flows.form import (
 from flows.round import round_
 from flows.show import show_end
 from spinreg_core.config import RUN_NAME, RunConfig
-from spinreg_core.errors import SpinregError
+from spinreg_core.errors import SpinregError, StagePreempted
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import metrics_markdown, metrics_table, write_report
 from spinreg_core.resolve import resolve, show
@@ -112,6 +112,8 @@ def spin(
         return _advance(config, parameters)
     except RunCancelled as error:
         return Cancelled(message=str(error))
+    except StagePreempted as error:
+        return Failed(name="Preempted", message=str(error), data=error)
 
 
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:

@@ -286,7 +286,10 @@ class ResourcesConfig(Group):
         "auto: the ranks of a node.",
     )
     collective_timeout_seconds: float = Field(
-        600.0, gt=0, description="Silence of a rank after which the others give up and name it (seconds)."
+        600.0,
+        gt=0,
+        description="Silence of a rank after which the others give up and name it; where it has files to fetch or to "
+        "store, twelve times as long (seconds).",
     )
     tokens_per_pass: int = Field(
         2048,

@@ -156,6 +156,17 @@ def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
     return dict(sorted(found.items()))
 
 
+def part_names(store: Store, object_id: str) -> list[str]:
+    """Names of committed parts, sorted, whether or not they can be read."""
+    keys = store.list(f"objects/{object_id}/parts/")
+    return sorted(key.rpartition("/")[2].removesuffix(".json") for key in keys)
+
+
+def read_part(store: Store, object_id: str, name: str) -> dict[str, Any] | None:
+    """One part, or None where it was deleted. Raises Damaged."""
+    return documents.read(store, f"objects/{object_id}/parts/{name}.json")
+
+
 def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
     try:
         stat = path.stat()

@@ -53,17 +53,16 @@ class TargetLogprobs(torch.autograd.Function):
         table = (hidden @ weight.T).float()
         torch.ops.aten._log_softmax.out(table, 1, False, out=table)
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(hidden, weight, targets)
-            ctx.table = table
+            # Saved, not put into ctx: only so does `checkpoint` drop it and have it made again.
+            ctx.save_for_backward(hidden, weight, targets, table)
         return table.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (gradient,) = gradients  # [tokens]
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, targets, table = ctx.saved_tensors
         # d log p(target) / d logit = [is the target] - p
-        table = ctx.table.exp_().mul_(-gradient[:, None])
-        del ctx.table
+        table.exp_().mul_(-gradient[:, None])
         table.scatter_add_(1, targets[:, None], gradient[:, None])
         table = table.to(hidden.dtype)
         # With an adapter the projection is frozen.

@@ -24,8 +24,8 @@ from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput
 
 T = TypeVar("T")
-# Where ranks wait for files to be written or fetched, which takes as long as it takes.
-_FILES_TIMEOUT = datetime.timedelta(days=2)
+# So many collective timeouts ranks wait for each other's files, to be written or fetched: two hours by default.
+_FILES = 12
 
 
 def resolve_device(name: str) -> str:
@@ -103,16 +103,17 @@ def join(resources: ResourcesConfig) -> Ranks:
         raise BadInput("resources.shard_over", shard, f"a divisor of the {size} processes")
     if device == "cuda":
         torch.cuda.set_device(local)
+    timeout = datetime.timedelta(seconds=resources.collective_timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo",
-        timeout=datetime.timedelta(seconds=resources.collective_timeout_seconds),
+        timeout=timeout,
     )
     mesh = (
         init_device_mesh(device, (size,), mesh_dim_names=("shard",))
         if shard == size
         else init_device_mesh(device, (size // shard, shard), mesh_dim_names=("replicate", "shard"))
     )
-    groups: list[Any] = [dist.new_group(backend="gloo", timeout=_FILES_TIMEOUT) for _ in range(2)]
+    groups: list[Any] = [dist.new_group(backend="gloo", timeout=_FILES * timeout) for _ in range(2)]
     here = torch.device(f"cuda:{local}" if device == "cuda" else "cpu")
     return Ranks(here, dist.get_rank(), size, mesh, *groups, compile=compiled)  # type: ignore[misc]
 

@@ -151,6 +151,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torch.dtype | None) -> None:
     """Write a sharded model's weights into files, each rank its share. Every rank must call it."""
     parameters = dict(model.named_parameters())  # a tied weight appears once

@@ -199,8 +199,7 @@ class Round:
         if len(recent) == self.training.max_nonfinite_steps and all("skipped" in m for m in recent):
             names = [name for m in recent for name in m["skipped_pairs"]]
             raise BadInput(
-                f"training, steps {recent[0]['step']} to {metrics['step']}, pairs {', '.join(names[:8])}"
-                + (", ..." if len(names) > 8 else ""),
+                f"training, steps {recent[0]['step']} to {metrics['step']}, pairs {', '.join(dict.fromkeys(names))}",
                 problem.found,
                 f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
             )

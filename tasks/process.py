@@ -33,6 +33,7 @@ from spinreg_core.errors import (
     StagePreempted,
 )
 from spinreg_core.progress import ProgressLine, parse
+from spinreg_core.stages.failures import MEMORY_HELPS
 from spinreg_core.stages.job import STARTER_VARIABLE, Job
 from tasks.display import run_log
 
@@ -234,7 +235,7 @@ def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Excepti
     if status < 0:
         how = f"killed by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
-            how += ", often the kernel's out-of-memory killer (see dmesg; smaller batches need less)"
+            how += f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}"
     else:
         how = f"exit status {status}"
     end = "\n".join(f"  {line}" for line in tail[-_SHOWN_LINES:]) or "  (no output)"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
-from prefect.states import Completed
+from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
 from spinreg_core.config import ResourcesConfig
-from spinreg_core.errors import BadInput, Damaged, LeaseLost
+from spinreg_core.errors import BadInput, Damaged, LeaseLost, StagePreempted
 from spinreg_core.head import stage_object
 from spinreg_core.objects import read_manifest, require_manifest
 from spinreg_core.rounds import PLANS
@@ -89,7 +89,10 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
     if manifest is None:
         writer = session.writer()
         with context.scratch(f"round-{round_number}-{stage}", writer) as folder:
-            watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, stage)
+            try:
+                watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, stage)
+            except StagePreempted as error:  # a failure for Prefect, which retries it, under the name of what it is
+                return Failed(name="Preempted", message=str(error), data=error)
         manifest = require_manifest(store, object_id)
     session.commit(round_number, stage, object_id)
     result = {

@@ -73,6 +73,12 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
     )
 
 
+MEMORY_HELPS = (
+    "what would help is a smaller resources.tokens_per_pass (or kv_cache_tokens for answers), "
+    "training.activation_checkpointing full, training.lora_rank; `spinreg plan` says what each stage needs"
+)
+
+
 def record(folder: Path, rank: int, status: int, message: str) -> None:
     """Leave a rank's failure for the process that started it."""
     entry = {"rank": rank, "time": time.time(), "status": status, "message": message}
@@ -98,7 +104,13 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
         ended = bool(_stack(folder, rank))  # by us: it had been told to stop
         if status < 0 and rank not in told and not ended and -status not in (signal.SIGTERM, signal.SIGABRT):
             name = signal.Signals(-status).name
-            hint = ", often the kernel's out-of-memory killer (see dmesg)" if name == "SIGKILL" else ""
+            if name == "SIGKILL" and any(_TIMED_OUT.search(entry["message"]) for entry in records):
+                # Ours: it had not answered the others, nor SIGTERM, which would have left its stack.
+                return 1, (
+                    f"error: rank {rank} did not answer for resources.collective_timeout_seconds, nor when it was told "
+                    f"to stop, and was killed: it was suspended, or hung outside Python{_last_words(folder, rank)}"
+                )
+            hint = f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}" if name == "SIGKILL" else ""
             return 1, f"error: rank {rank} was killed by {name}{hint}{_last_words(folder, rank)}"
     own = [entry for entry in records if not about_others(entry["message"])]
     if own:

@@ -14,15 +14,29 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spinreg_core.engine_scores import checked_scores
+from spinreg_core.engines import Sampling
 from spinreg_core.errors import BadInput
 from spinreg_core.objects import fetch_file, fetch_folder, publish, require_manifest
 from spinreg_core.opponent import mixture_weights
-from spinreg_core.pairs import PAIRS_SCHEMA, Pair, counts, join, keyed, known_scores, replay, treat_truncated
+from spinreg_core.pairs import (
+    PAIRS_SCHEMA,
+    Pair,
+    counts,
+    join,
+    keyed,
+    known_scores,
+    replay,
+    sequence_key,
+    treat_truncated,
+)
 from spinreg_core.progress import Progress
 from spinreg_core.ranks import Ranks
 from spinreg_core.ranks import join as join_ranks
@@ -38,7 +52,8 @@ def run(job: Job) -> dict[str, Any]:
 
     Its metrics are `summary.json`: the numbers of `pairs.counts`, `dropped` and `clipped` pairs, `scores_computed`
     and `scores_reused` (sequences under one policy), `scored_tokens_per_second`. Raises BadInput (no usable pairs, a
-    policy whose scores are not finite), Damaged.
+    policy whose scores are not finite), Damaged. With scores of the engine also `scores_of_engine` and the
+    figures of `engine_scores.checked_scores`.
     """
     start = time.monotonic()
     store, ranks = open_store(job.store), join_ranks(job.config.resources)
@@ -83,11 +98,25 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
 
 
 def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
-    names = [f["name"] for f in require_manifest(store, object_id)["files"] if f["name"].startswith("shards/")]
     columns = ["prompt_id", "answer", "iterate", "geometric", "prompt_ids", "answer_ids", "finish"]
     return [
-        row for name in names for row in pq.read_table(fetch_file(store, object_id, name), columns=columns).to_pylist()
+        row
+        for name in _shards(store, object_id)
+        for row in pq.read_table(fetch_file(store, object_id, name), columns=columns).to_pylist()
     ]
+
+
+def _shards(store: Store, object_id: str) -> list[str]:
+    return [f["name"] for f in require_manifest(store, object_id)["files"] if f["name"].startswith("shards/")]
+
+
+@dataclass
+class _Spent:
+    """What scoring took, without loading policies."""
+
+    scores: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> dict[str, Any]:
@@ -106,15 +135,27 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> dict
                 key = keyed(pair, which)
                 if key not in values[policy]:
                     missing[key] = (pair, which)
-    computed = {object_id: len(missing) for object_id, missing in work.items()}
+    said = _engine_scores(store, job, work.get(job.inputs["previous"], {}))
     wanted = {keyed(pair, which) for pair in pairs for which in ("real", "generated")}
-    reused = sum(len(wanted) - n for n in computed.values())
-    progress = Progress("mix-opponent", max(sum(computed.values()), 1), "answers")
-    seconds = tokens = 0.0
+    reused = sum(len(wanted) - len(missing) for missing in work.values())
+    progress = Progress("mix-opponent", max(sum(map(len, work.values())), 1), "answers")
+    spent = _Spent()
+    figures: dict[str, Any] = {}
     for object_id, missing in work.items():
-        found, took = _score(store, job, object_id, missing, progress, ranks)
-        seconds += took
-        tokens += sum(len(pair["prompt_ids"]) + len(pair[f"{which}_ids"]) for pair, which in missing.values())
+
+        def scored(part: dict[bytes, tuple[Pair, str]], object_id: str = object_id) -> dict[bytes, float]:
+            found, took = _score(store, job, object_id, part, progress, ranks)
+            spent.scores += len(part)
+            spent.seconds += took
+            spent.tokens += sum(len(pair["prompt_ids"]) + len(pair[f"{which}_ids"]) for pair, which in part.values())
+            return found
+
+        if said and object_id == job.inputs["previous"]:
+            before = spent.scores
+            found, figures = _with_engine(missing, said, scored)
+            progress.update(len(missing) - (spent.scores - before))
+        else:
+            found = scored(missing)
         for policy in needed:
             if job.inputs[policy] == object_id:
                 values[policy] = values[policy] | found
@@ -123,11 +164,52 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> dict
             for which in ("real", "generated"):
                 pair[f"{policy}_{which}"] = values[policy][keyed(pair, which)]
         _require_finite(pairs, policy)
-    return {
-        "scores_computed": sum(computed.values()),
+    return figures | {
+        "scores_computed": spent.scores,
         "scores_reused": reused,
-        "scored_tokens_per_second": round(tokens / seconds, 1) if tokens else 0.0,
+        "scores_of_engine": sum(map(len, work.values())) - spent.scores,
+        "scored_tokens_per_second": round(spent.tokens / spent.seconds, 1) if spent.tokens else 0.0,
     }
+
+
+def _engine_scores(store: Store, job: Job, missing: dict[bytes, tuple[Pair, str]]) -> dict[str, dict[bytes, float]]:
+    """What the engine said of this round's answers of the previous policy, by shard; nothing where it cannot stand for
+    our scores."""
+    if job.config.opponent.scores == "scorer" or not missing:
+        return {}
+    if not Sampling.of(job.config.generation, ()).is_the_policy:
+        print("opponent.scores engine: the sampler is not neutral, so its log-probabilities are not the answers' "
+              "under the policy; all are computed", flush=True)  # fmt: skip
+        return {}
+    found: dict[str, dict[bytes, float]] = {}
+    columns = ["policy", "geometric", "prompt_ids", "answer_ids", "logprobs"]
+    for name in _shards(store, job.inputs["generations"]):
+        rows = pq.read_table(fetch_file(store, job.inputs["generations"], name), columns=columns).to_pylist()
+        own = [row for row in rows if row["policy"] == job.inputs["previous"] and not row["geometric"]]
+        sums = {sequence_key(row["prompt_ids"], row["answer_ids"]): math.fsum(row["logprobs"]) for row in own}
+        found[name] = {key: value for key, value in sums.items() if key in missing}
+    return found
+
+
+def _with_engine(
+    missing: dict[bytes, tuple[Pair, str]],
+    said: dict[str, dict[bytes, float]],
+    scored: Callable[[dict[bytes, tuple[Pair, str]]], dict[bytes, float]],
+) -> tuple[dict[bytes, float], dict[str, Any]]:
+    """Scores of all that is missing, and the figures of the check: the scorer takes what the engine did not say, the
+    samples, and then what the engine is not believed."""
+    candidates = {key for shard in said.values() for key in shard}
+    found: dict[bytes, float] = {}
+
+    def check(sample: Sequence[bytes]) -> list[float]:
+        chosen = set(sample)
+        found.update(scored({k: v for k, v in missing.items() if k not in candidates or k in chosen}))
+        return [found[key] for key in sample]
+
+    taken, figures = checked_scores(said, check)
+    found = taken | found
+    rest = {key: value for key, value in missing.items() if key not in found}
+    return found | (scored(rest) if rest else {}), figures
 
 
 def _known(store: Store, job: Job) -> dict[bytes, float]:
@@ -180,11 +262,19 @@ def _require_finite(pairs: list[Pair], policy: Literal["previous", "base"]) -> N
 
 def _described(summary: dict[str, Any]) -> str:
     rounds = ", ".join(f"{n} of round {number}" for number, n in summary["by_round"].items())
+    engine = ""
+    if "engine_shards" in summary:
+        engine = (
+            f" ({summary['engine_checked']} checked: off by {summary['engine_mean_difference']:+.3g} nats on average, "
+            f"{summary['engine_worst_difference']:+.3g} at most; {summary['engine_shards_refused']} of "
+            f"{summary['engine_shards']} shards refused)"
+        )
     return (
         f"{summary['pairs']} pairs ({rounds}); generated answers cut off: {summary['generated_truncated']}, "
         f"human answers clipped: {summary['clipped']}, pairs dropped: {summary['dropped']}, empty answers: "
         f"{summary['empty_generated']}, equal to the human answer: {summary['identical']}; scores computed: "
-        f"{summary['scores_computed']}, reused: {summary['scores_reused']}"
+        f"{summary['scores_computed']}, reused: {summary['scores_reused']}, the engine's: "
+        f"{summary['scores_of_engine']}{engine}"
     )
 
 

@@ -19,8 +19,9 @@ import torch
 
 from spinreg_core.checkpoints import load_checkpoint, own_files, start_checkpoint
 from spinreg_core.errors import Damaged
-from spinreg_core.objects import commit_part, delete_part, fetch_part, list_parts, upload
+from spinreg_core.objects import commit_part, delete_part, fetch_part, list_parts, part_names, read_part, upload
 from spinreg_core.ranks import Ranks
+from spinreg_core.sharding import local
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store
 from spinreg_core.training import Round, RoundState
@@ -39,17 +40,23 @@ class StepCheckpoints:
         self.writing: Thread | None = None
 
     def resume(self) -> bool:
-        """Put the newest readable checkpoint in place; False where there is none."""
-        parts = self.ranks.gather(list_parts(self.store, self.job.object_id) if self.ranks.first else {})[0]
-        for name, part in reversed(parts.items()):
+        """Put the newest readable checkpoint in place; False where there is none.
+
+        Newer ones that cannot be read are removed: the round goes through their steps again, and must be able to leave
+        sound checkpoints under their names.
+        """
+        names = self.ranks.gather(part_names(self.store, self.job.object_id) if self.ranks.first else [])[0]
+        for name in reversed(names):
             problem = None
             try:
-                files = self.ranks.one_first(lambda part=part: fetch_part(self.store, part))  # type: ignore[misc]
+                files = self.ranks.one_first(lambda name=name: self._fetched(name))  # type: ignore[misc]
             except Damaged as error:  # an older one, or the start, costs time but nothing else
                 problem = str(error)
             problems = [text for text in self.ranks.gather(problem) if text is not None]
             if problems:
-                print(f"checkpoint {name} cannot be read and is passed over: {problems[0]}", flush=True)
+                print(f"checkpoint {name} cannot be read and is removed: {problems[0]}", flush=True)
+                if self.ranks.first:
+                    self.store.delete(f"objects/{self.job.object_id}/parts/{name}.json")
                 continue
             folder = self._folder("resume")
             for file, path in files.items():
@@ -60,6 +67,10 @@ class StepCheckpoints:
             self.saved_step = self.round.state.done
             return True
         return False
+
+    def _fetched(self, name: str) -> dict[str, Path]:
+        part = read_part(self.store, self.job.object_id, name)
+        return {} if part is None else fetch_part(self.store, part)
 
     def after_step(self, stopped_at: float | None) -> bool:
         """Begin a checkpoint if one is due. True where training must stop: any rank was asked to (`stopped_at`)."""
@@ -76,8 +87,10 @@ class StepCheckpoints:
             [stopped_at is not None, self.ranks.first and due, busy, self._estimate() > left], dtype=torch.int64
         )
         stop, is_due, is_busy, no_time = (bool(n) for n in self.ranks.sum(flags).tolist())
-        if done == self.round.steps:
+        if done == self.round.steps and not stop:
             return False  # the policy is published next
+        if "skipped" in self.round.state.metrics[-1]:
+            is_due = False  # whether the weights are still sound shows in the next step
         if stop:
             enabled = steps is not None or minutes is not None
             if enabled and done > self.saved_step and not no_time:
@@ -91,6 +104,19 @@ class StepCheckpoints:
         if is_due and not is_busy:
             self._begin()
         return False
+
+    def remove_unsound(self) -> None:
+        """After steps in a row that were not finite: checkpoints since the weights are not finite themselves, so that
+        what is kept is sound. A finite loss can lead to such weights, which shows one step later."""
+        self.wait()
+        bad = not all(bool(local(p.detach()).isfinite().all()) for p in self.round.model.parameters())
+        if not any(self.ranks.gather(bad)) or not self.ranks.first:
+            return
+        sound = [m["step"] for m in self.round.state.metrics if "skipped" not in m][:-1]
+        for name in part_names(self.store, self.job.object_id):
+            if int(name.removeprefix("step-")) > max(sound, default=0):
+                print(f"checkpoint {name} holds numbers that are not finite and is removed", flush=True)
+                self.store.delete(f"objects/{self.job.object_id}/parts/{name}.json")
 
     def wait(self) -> None:
         """Until the checkpoint under way is committed."""

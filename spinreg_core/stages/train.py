@@ -147,7 +147,11 @@ def _train(round_: Round, checkpoints: StepCheckpoints) -> None:
     progress = Progress("train", round_.steps, "steps", done=round_.state.done)
     with finishing_steps() as stopped:
         while round_.state.done < round_.steps:
-            metrics = round_.step()
+            try:
+                metrics = round_.step()
+            except BadInput:
+                checkpoints.remove_unsound()
+                raise
             progress.update()
             print(_step_line(metrics, round_.steps), flush=True)
             if checkpoints.after_step(stopped()):

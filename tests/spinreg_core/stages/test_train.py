@@ -234,8 +234,32 @@ def test_a_damaged_checkpoint_is_passed_over(setting: Setting, whole: dict[str, 
         path.write_bytes(path.read_bytes()[:-1])
     manifest = train.run(job)
     output = capsys.readouterr().out
-    assert "step-000010 cannot be read" in output
+    assert "step-000010 cannot be read and is removed" in output
     assert "checkpoint of step 5 of 12" in output
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
+
+
+@pytest.mark.parametrize("damage", ["file", "manifest", "missing"])
+def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
+    setting: Setting, whole: dict[str, Any], damage: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = broken_off(setting, f"replaced-{damage}", 11)
+    part = objects.list_parts(setting.store, job.object_id)["step-000010"]
+    paths = [setting.store.local_path(file["key"]) for file in part["files"]]
+    if damage == "manifest":
+        paths = [setting.store.local_path(f"objects/{job.object_id}/parts/step-000010.json")]
+    for path in paths:
+        assert path is not None
+        path.unlink() if damage == "missing" else path.write_bytes(b"torn")
+    with monkeypatch.context() as patch:
+        failing_at(11, patch)
+        wait_for_checkpoints(patch)
+        with pytest.raises(RuntimeError, match="broke"):
+            train.run(job)
+    assert "checkpoint step-000010 committed" in capsys.readouterr().out
+    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000005", "step-000010"]
+    manifest = train.run(setting.job(f"replaced-{damage}", writer="e0003-cc"))
+    assert "checkpoint of step 10 of 12" in capsys.readouterr().out
     assert sha_of_weights(manifest) == sha_of_weights(whole)
 
 
@@ -292,6 +316,7 @@ def test_sigterm_in_the_last_step_lets_the_round_end(
         stopping_in(STEPS, patch)
         with pytest.raises(Preempted):
             train.run(setting.job("stopped-last"))
+    monkeypatch.setattr(Round, "gradient", lambda *_: pytest.fail("a step was trained again"))
     assert sha_of_weights(train.run(setting.job("stopped-last", writer="e0002-bb"))) == sha_of_weights(whole)
 
 
@@ -432,6 +457,32 @@ def test_selective_checkpointing_is_not_compiled(setting: Setting, monkeypatch: 
         train.run(setting.job(f"compiled-{checkpointing}", resources={"compile": "on"}, epochs=1,
                               activation_checkpointing=checkpointing))  # fmt: skip
     assert seen == [True, True, False]
+
+
+def test_the_last_sound_checkpoint_survives_weights_that_are_not_finite(
+    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Weights become infinite in step 6, whose own loss is finite; a checkpoint after every step, two are kept."""
+    settings = {"checkpoint_every_steps": 1}
+    step = Round.step
+
+    def spoilt(self: Round) -> Any:
+        metrics = step(self)
+        if self.state.done == 6:
+            with torch.no_grad():
+                next(self.model.parameters())[:] = torch.inf
+        return metrics
+
+    with monkeypatch.context() as patch:
+        wait_for_checkpoints(patch)
+        patch.setattr(Round, "step", spoilt)
+        with pytest.raises(BadInput, match="steps 7 to 9"):
+            train.run(setting.job("spoilt", **settings))
+    output = capsys.readouterr().out
+    assert "checkpoint step-000006 holds numbers that are not finite and is removed" in output
+    job = setting.job("spoilt", writer="e0002-bb", **settings)
+    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000005"]
+    assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 
 def test_losses_that_are_not_finite_publish_nothing(setting: Setting) -> None:

@@ -1,0 +1,58 @@
+"""SIGTERM, to a run or to one of its stages, is shown as what it is, and what was committed is gone on from."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import SMOKE, environment, run, stage_processes, start, wait_until
+from servers import PrefectServer
+
+from spinreg_core.head import complete_round, read_head
+from spinreg_core.store import open_store
+
+pytestmark = pytest.mark.slow
+
+
+def states(server: PrefectServer, name: str) -> dict[str, str]:
+    """State names of the flow runs and task runs of a run, by name."""
+    found: list[dict[str, Any]] = []
+    for kind in ("flow_runs", "task_runs"):
+        found += server.api("POST", f"{kind}/filter", {"sort": "EXPECTED_START_TIME_ASC"})
+    return {f["name"]: f["state_name"] for f in found if f["name"].startswith(f"{name}/")}
+
+
+@pytest.mark.parametrize("whom", ["run", "stage"])
+def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer, tmp_path: Path, whom: str) -> None:
+    name, log = f"stopped-{whom}", tmp_path / "log"
+    store = open_store(str(tmp_path / "store"))
+    env = environment(tmp_path, prefect_server)
+    arguments = ["--config", SMOKE, "--run", name, "--until-round", "1", "--store", store.url,
+                 "-p", "resources.retries=0", "-p", "training.epochs=40"]  # fmt: skip
+    process = start(arguments, env, log)
+    wait_until(lambda: "step 5/" in log.read_text(), process, log)
+    if whom == "run":
+        process.send_signal(signal.SIGTERM)
+    else:
+        for pid, command in stage_processes():
+            if str(tmp_path) in command:  # the one that waits for the next stage too
+                os.kill(pid, signal.SIGTERM)
+    status = process.wait(timeout=120)
+    text, seen = log.read_text(), states(prefect_server, name)
+    if whom == "run":
+        assert status == 143, text[-3000:]
+        assert "stopped by SIGTERM; what was committed stays" in text
+        assert seen[f"{name}/spin"] == "Crashed"
+        assert seen[f"{name}/round-1"] == "Crashed"
+    else:
+        assert status == 1, text[-3000:]
+        assert {seen[f"{name}/{what}"] for what in ("spin", "round-1", "round-1/train")} == {"Preempted"}
+    assert "checkpoint step-" in text
+    again = run(arguments, env, tmp_path / "again")
+    assert "going on from the checkpoint of step" in again
+    head = read_head(store, name)
+    assert head is not None
+    assert complete_round(head) == 1
