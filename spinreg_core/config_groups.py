@@ -307,7 +307,7 @@ class ResourcesConfig(Group):
         "auto",
         description="Tokens, prompts and answers at their longest, whose keys and values the hf engine keeps at once: "
         "what it decodes together. auto is 8192 on CPUs, and on a GPU what half of its free memory holds; where memory "
-        "does not suffice it is halved.",
+        "does not suffice it is halved (tokens).",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU that vLLM may take (0..1).")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's KV cache on CPU (GiB).")

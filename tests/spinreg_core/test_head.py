@@ -322,7 +322,7 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
         "training.activation_checkpointing": "full", "training.checkpoint_every_steps": 3,
         "training.checkpoint_every_minutes": 2.0, "training.checkpoints_kept": 5,
-        "training.max_nonfinite_steps": 9,
+        "training.max_nonfinite_steps": 9, "generation.tensor_parallel": 2,
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")

@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -206,6 +207,54 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_was(setting: Setting
 
     assert "in faulty" in output.split("rank 1 was here:")[1]
     wait_until_gone(job)
+
+
+def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
+    job = setting.job("suspended", resources=on(2, collective_timeout_seconds=4, stop_seconds=2))
+    status, output = run(setting, job, "import signal; os.kill(os.getpid(), signal.SIGSTOP)")
+    assert status == 1
+    assert "error: rank 1 did not answer for resources.collective_timeout_seconds, nor when it was told" in output
+    assert "out-of-memory" not in output
+    wait_until_gone(job)
+
+
+@pytest.mark.parametrize("fault", [None, "raise ZeroDivisionError('of machine two')"])
+def test_two_machines_train_together(setting: Setting, whole: dict[str, Any], fault: str | None) -> None:
+    """Two sets of processes on this one, with nothing in common but the store and the rendezvous."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    resources = on(1, nodes=2, rendezvous=f"localhost:{port}", collective_timeout_seconds=20, stop_seconds=3)
+    job = setting.job(f"machines-{fault is None}", resources=resources)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    paths = str(Path(__file__).resolve().parents[3])
+    if fault is not None:
+        environment |= {"FAULT": fault}
+        paths = f"{setting.root / 'faulty'}{os.pathsep}{paths}"
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "join", job.config.run, "--store", job.store],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=environment | {"PYTHONPATH": paths},
+    ) as second:  # fmt: skip
+        try:
+            assert second.stdout is not None
+            assert second.stdout.readline().startswith("waiting for the stages of run")
+            status, output = run(setting, job, fault)
+            heard = second.stdout.readline()
+        finally:
+            os.killpg(second.pid, signal.SIGKILL)
+    assert "waiting for 1 more nodes at localhost" in output
+    assert heard == "taking part in train of round 1\n"
+    if fault is None:
+        assert status == 0, output
+        manifest = objects.require_manifest(setting.store, job.object_id)
+        assert [m["loss"] for m in lines(setting.store, manifest)] == pytest.approx(
+            [m["loss"] for m in lines(setting.store, whole)], rel=1e-2
+        )
+    else:
+        assert status == 1
+        assert re.search(r"Traceback.*ZeroDivisionError: of machine two", output, re.DOTALL), output
+        assert "gloo" not in output
 
 
 def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: dict[str, Any]) -> None:
