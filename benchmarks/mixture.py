@@ -7,9 +7,9 @@ little), both with the hf engine, the same prompts, seeds and length: an id that
 all have --new tokens. They take turns.
 
 `uncached` decodes a few answers as TRL's GeometricMixtureWrapper did (its Nash-MD trainer is no longer in TRL 1.16):
-without keys and values, so that every token reads all before it, once for each policy. Its figure grows with the length;
-it is set beside ours for as many answers. The last line is one JSON object; `ratio` is the cost of the mixture over
-plain decoding.
+without keys and values, so that every token reads all before it, once for each policy. Its figure grows with the
+length; it is set beside ours for as many answers. The last line is one JSON object; `ratio` is the cost of the mixture
+over plain decoding.
 """
 
 from __future__ import annotations

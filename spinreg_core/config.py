@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from spinreg_core.config_groups import (
+    AVERAGE_FIELDS,
     LORA_FIELDS,
     DataConfig,
     EvaluationConfig,
@@ -24,6 +25,7 @@ from spinreg_core.config_groups import (
 )
 
 __all__ = [
+    "AVERAGE_FIELDS",
     "LORA_FIELDS",
     "DataConfig",
     "EvaluationConfig",

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-# What training reads of LoRA where it is on.
+# What is read of LoRA, and of averages, where they are on.
 LORA_FIELDS = ("lora_alpha", "lora_targets", "lora_quantize")
+AVERAGE_FIELDS = ("average_weight", "average_as")
 
 
 class Group(BaseModel):
@@ -224,6 +225,19 @@ class TrainingConfig(Group):
     save_dtype: Literal["master", "bfloat16", "float32"] = Field(
         "master", description="Number format of the published policy; master is that of the master weights."
     )
+    average: Literal["ema", "liti", "slerp"] | None = Field(
+        None,
+        description="Average every round's policy with earlier ones, weight by weight: ema with the average before it, "
+        "liti with the base, slerp along the arc between both as seen from the base. Unset: no averages.",
+    )
+    average_weight: float = Field(
+        0.5, ge=0, le=1, description="Share of the newly trained policy in its average (0..1)."
+    )
+    average_as: Annotated[list[Literal["opponent", "reference", "start"]], Field(min_length=1)] = Field(
+        ["opponent", "reference", "start"],
+        description="What the averages stand for in later rounds, in place of the trained policies: whose answers are "
+        "the opponent's, the previous policy of the reference, the policy that training starts from.",
+    )
     lora_rank: int | None = Field(
         None,
         ge=1,
@@ -250,6 +264,14 @@ class TrainingConfig(Group):
             getattr(self, name) != type(self).model_fields[name].default for name in set_here
         ):
             raise ValueError(f"{', '.join(set_here)} without lora_rank, which switches LoRA on")
+        if self.average is not None and self.lora_rank is not None:
+            raise ValueError("average with lora_rank: an average of merged weights is no base plus adapter, from which "
+                             "the next round could start; leave one of them out")  # fmt: skip
+        if self.average is None and self.model_fields_set & set(AVERAGE_FIELDS):
+            changed = sorted(name for name in AVERAGE_FIELDS
+                             if getattr(self, name) != type(self).model_fields[name].default)  # fmt: skip
+            if changed:
+                raise ValueError(f"{', '.join(changed)} without average, which switches averages on")
         if self.lora_rank is not None and self.save_dtype == "bfloat16":
             raise ValueError("save_dtype bfloat16 with lora_rank: rounding hides what a small adapter adds, and the "
                              "next round would not start from its reference; leave save_dtype at master")  # fmt: skip

@@ -226,7 +226,12 @@ def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
 
     In place for a folder store. For a remote one the folder is made of links into the file cache.
     """
-    entries = [e for e in require_manifest(store, object_id)["files"] if e["name"].startswith(f"{prefix}/")]
+    return folder_of(store, object_id, require_manifest(store, object_id)["files"], prefix)
+
+
+def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], prefix: str) -> Path:
+    """The same, of an object whose manifest, which will list `files`, is still to be written. They must be uploaded."""
+    entries = [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
     if not entries:
         raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no files below {prefix!r}")
     paths = {entry["name"].removeprefix(f"{prefix}/"): _entry_path(store, entry) for entry in entries}

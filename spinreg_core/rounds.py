@@ -11,9 +11,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from spinreg_core.config import LORA_FIELDS, MUTABLE_FIELDS, RunConfig, of_round, sampling_dtype
+from spinreg_core.config import (
+    AVERAGE_FIELDS,
+    LORA_FIELDS,
+    MUTABLE_FIELDS,
+    RunConfig,
+    TrainingConfig,
+    of_round,
+    sampling_dtype,
+)
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import SpinregError
 from spinreg_core.head import stage_object
@@ -61,6 +69,30 @@ def policy_object(head: dict[str, Any], iterate: int) -> str:
     return found
 
 
+def average_key(training: TrainingConfig, policy: str, before: str, base: str) -> dict[str, Any]:
+    """What an average of policies is made of: object ids of the new policy, the average before it, and the base."""
+    return {"method": training.average, "weight": training.average_weight, "policy": policy, "before": before,
+            "base": base}  # fmt: skip
+
+
+def average_object(config: RunConfig, head: dict[str, Any], iterate: int) -> str:
+    """The average that ends with iterate n; of the base alone it is the base. Made when round n is trained."""
+    if iterate == 0:
+        return policy_object(head, 0)
+    before = average_object(config, head, iterate - 1)
+    key = average_key(config.training, policy_object(head, iterate), before, policy_object(head, 0))
+    return fingerprint("average", key)
+
+
+def played(
+    config: RunConfig, head: dict[str, Any], iterate: int, role: Literal["opponent", "reference", "start"]
+) -> str:
+    """The object whose `policy/` stands for iterate n in a role: its average where the configuration says so."""
+    if config.training.average is not None and role in config.training.average_as:
+        return average_object(config, head, iterate)
+    return policy_object(head, iterate)
+
+
 def _required(head: dict[str, Any], round_number: int, stage: str) -> str:
     found = stage_object(head, round_number, stage)
     if found is None:
@@ -87,7 +119,7 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     t = round_number - 1
     weights = _history(config, round_number) if config.opponent.source == "regenerate" else [1.0]
     iterates = [t - k for k, weight in enumerate(weights) if weight > 0]
-    policies = {str(n): policy_object(head, n) for n in iterates}
+    policies = {str(n): played(config, head, n, "opponent") for n in iterates}
     extra: dict[str, Any] = {"rows": "train", "weights": weights}
     if config.opponent.geometric_share and t:
         alpha = config.opponent.geometric_alpha
@@ -129,7 +161,7 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
         ]
     inputs = {
         "data": head["data"], "generations": generations, "earlier": earlier,
-        "previous": policy_object(head, round_number - 1), "base": policy_object(head, 0),
+        "previous": played(config, head, round_number - 1, "reference"), "base": policy_object(head, 0),
     }  # fmt: skip
     key = inputs | {
         "round": round_number, "seed": config.seed, "weights": weights,
@@ -147,9 +179,13 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
     """Iterate n out of iterate n - 1 and the round's pairs."""
     inputs = {
         "pairs": _required(head, round_number, "mix-opponent"),
-        "previous": policy_object(head, round_number - 1),
+        "previous": played(config, head, round_number - 1, "start"),
     }
+    if config.training.average is not None:
+        inputs |= {"before": average_object(config, head, round_number - 1), "base": policy_object(head, 0)}
     unread = {"learning_rate", *(name.partition(".")[2] for name in MUTABLE_FIELDS if name.startswith("training."))}
+    if config.training.average is None:
+        unread |= {"average", *AVERAGE_FIELDS}
     if config.training.lora_rank is None:
         unread |= {"lora_rank", *LORA_FIELDS}
     else:

@@ -18,7 +18,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ class Round:
     """A round in training. `model` holds π_t at first and is trained in place.
 
     `pairs` have the columns of `pairs.PAIRS_SCHEMA`; the scores that the loss reads must be there. Rounds count
-    from 1. Raises BadInput for pairs that cannot be trained on.
+    from 1. kl_from: the references that have themselves sampled the answers of their iterate. starts_at_previous: the
+    cached previous scores are those of `model` at first. Raises BadInput for pairs that cannot be trained on.
     """
 
     def __init__(
@@ -80,10 +81,14 @@ class Round:
         round_number: int,
         tokens_per_pass: int,
         ranks: Ranks | None = None,
+        kl_from: Sequence[Literal["previous", "base"]] = ("previous", "base"),
+        starts_at_previous: bool = True,
     ) -> None:
         self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
         self.tokens_per_pass, self.ranks = tokens_per_pass, ranks or Ranks(model.device)
-        self._samplers = {"previous": round_number - 1, "base": 0}  # iterates
+        iterates = {"previous": round_number - 1, "base": 0}
+        self._starts_at_previous = starts_at_previous
+        self._samplers = {name: iterates[name] for name in kl_from}
         self.beta = of_round(objective.beta, round_number)
         self.peak = of_round(training.learning_rate, round_number)
         if not pairs:
@@ -120,7 +125,7 @@ class Round:
 
         Must be called before the first step.
         """
-        if self._watched_column is not None:
+        if self._watched_column is not None and self._starts_at_previous:
             self.state.watched_start = [pair[self._watched_column] for pair in self.watched]
         else:
             self.state.watched_start = self._score_watched()
@@ -186,7 +191,7 @@ class Round:
             column = f"{name}_generated"
             if column in self.columns:
                 own = [pair[column] - value for value, pair in zip(logps, batch, strict=True)
-                       if pair["iterate"] == iterate]  # fmt: skip
+                       if pair["iterate"] == iterate and not pair.get("geometric")]  # fmt: skip
                 if own:
                     found[f"kl_from_{name}"] = math.fsum(own) / len(own)
         return found

@@ -23,15 +23,16 @@ import torch
 from transformers import PreTrainedModel
 
 from spinreg_core.adapters import add_adapter, read_adapter, start_adapter, targets_of
+from spinreg_core.averaging import average_policy
 from spinreg_core.checkpoints import publish_adapted, publish_policy
 from spinreg_core.config import TrainingConfig, of_round
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import load_policy
-from spinreg_core.objects import fetch_file, fetch_folder, publish, upload
+from spinreg_core.objects import fetch_file, fetch_folder, fingerprint, folder_of, publish, read_manifest, upload
 from spinreg_core.progress import Progress
 from spinreg_core.quantize import load_quantized
 from spinreg_core.ranks import Ranks, join
-from spinreg_core.rounds import effective_alpha
+from spinreg_core.rounds import average_key, effective_alpha
 from spinreg_core.sharding import compiled, empty_policy, load_for, require_weights
 from spinreg_core.stages.job import Job, Preempted, finishing_steps, main
 from spinreg_core.stages.step_checkpoints import StepCheckpoints
@@ -69,6 +70,8 @@ def run(job: Job) -> dict[str, Any]:
         round_number=job.round,
         tokens_per_pass=job.config.resources.tokens_per_pass,
         ranks=ranks,
+        kl_from=("previous", "base") if _alike(training, "opponent", "reference") else ("base",),
+        starts_at_previous=job.round == 1 or _alike(training, "start", "reference"),
     )
     checkpoints = StepCheckpoints(store, job, round_, ranks)
     if checkpoints.resume():
@@ -91,11 +94,38 @@ def run(job: Job) -> dict[str, Any]:
     lines = (json.dumps(metrics) + "\n" for metrics in round_.state.metrics)
     (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))
-    nothing: list[dict[str, Any]] = []
-    others = [entry for entries in ranks.gather(nothing) for entry in entries]
-    manifest = publish(store, job, folder, metrics=summary, uploaded=others, seconds=time.monotonic() - begin)
+    own: list[dict[str, Any]] = []
+    files = upload(store, job, folder) + [entry for entries in ranks.gather(own) for entry in entries]
+    if training.average is not None:  # before the manifest: whoever finds the policy finds its average
+        _publish_average(store, job, files)
+    nothing = job.workdir / "manifest-only"
+    nothing.mkdir(exist_ok=True)
+    manifest = publish(store, job, nothing, metrics=summary, uploaded=files, seconds=time.monotonic() - begin)
     checkpoints.discard()
     return manifest
+
+
+def _alike(training: TrainingConfig, *roles: str) -> bool:
+    """Whether the same policies play these roles: averages all of them, or none."""
+    return training.average is None or len({role in training.average_as for role in roles}) == 1
+
+
+def _publish_average(store: Store, job: Job, files: list[dict[str, Any]]) -> None:
+    training, begin = job.config.training, time.monotonic()
+    assert training.average is not None
+    before, base = job.inputs["before"], job.inputs["base"]
+    key = average_key(training, job.object_id, before, base)
+    inputs = {"policy": job.object_id, "before": before, "base": base}
+    average = replace(job, stage="average", key=key, object_id=fingerprint("average", key), inputs=inputs)
+    if read_manifest(store, average.object_id) is not None:
+        return
+    folder = job.workdir / "average"
+    policy = folder_of(store, job.object_id, files, "policy")
+    origin, earlier = (fetch_folder(store, object_id, "policy") for object_id in (base, before))
+    average_policy(training.average, training.average_weight, origin, earlier, policy, folder / "policy")
+    publish(store, average, folder, metrics={}, seconds=time.monotonic() - begin)
+    print(f"average ({training.average}, weight {training.average_weight:g}) of {job.object_id} and {before}: "
+          f"{average.object_id}", flush=True)  # fmt: skip
 
 
 def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path]:

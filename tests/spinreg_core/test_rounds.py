@@ -7,10 +7,21 @@ from typing import Any
 import pytest
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import SpinregError
+from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.head import ROUND_STAGES
+from spinreg_core.objects import fingerprint
 from spinreg_core.resolve import merge, validate
-from spinreg_core.rounds import PLANS, plan_heldout, policy_object
+from spinreg_core.rounds import (
+    PLANS,
+    average_key,
+    average_object,
+    plan_evaluate,
+    plan_generate,
+    plan_heldout,
+    plan_mix,
+    plan_train,
+    policy_object,
+)
 
 
 def head(rounds: int) -> dict[str, Any]:
@@ -120,3 +131,34 @@ def test_heldout_answers_are_one_object_per_iterate() -> None:
     ids = {plan_heldout(config(), head(2), n).object_id for n in range(3)}
     assert len(ids) == 3
     assert plan_heldout(config(objective__alpha=1.0), head(2), 1).object_id in ids
+
+
+def test_averages_play_the_roles_they_are_given() -> None:
+    done = head(3)
+    policy, base = "train-2", "base-x"
+    for roles in (["opponent"], ["reference"], ["start"], ["opponent", "reference", "start"]):
+        own = config(training__average="ema", training__average_weight=0.25, training__average_as=roles)
+        average = average_object(own, done, 2)
+        assert average.startswith("average-")
+        assert average != average_object(config(training__average="ema", training__average_weight=0.5), done, 2)
+        assert average != average_object(own, done, 1)
+        assert average_object(own, done, 0) == base
+        found = {
+            "opponent": plan_generate(own, done, 3).inputs["policies"]["2"],
+            "reference": plan_mix(own, done, 3).inputs["previous"],
+            "start": plan_train(own, done, 3).inputs["previous"],
+        }
+        assert found == {role: average if role in roles else policy for role in found}
+        train = plan_train(own, done, 3)
+        assert (train.inputs["before"], train.inputs["base"]) == (average, base)
+        key = average_key(own.training, policy, average_object(own, done, 1), base)
+        assert average == fingerprint("average", key)
+        assert plan_evaluate(own, done, 2).inputs["policy"] == policy, "what a round trained is what is evaluated"
+    assert plan_train(config(), done, 3).object_id == plan_train(config(training__average=None), done, 3).object_id
+
+
+def test_averages_and_adapters_do_not_go_together() -> None:
+    with pytest.raises(BadInput, match="average with lora_rank"):
+        config(training__average="ema", training__lora_rank=4)
+    with pytest.raises(BadInput, match="average_weight without average"):
+        config(training__average_weight=0.3)

@@ -1,0 +1,62 @@
+"""A run in which every kind of opponent plays: earlier iterates, mixtures, averages, several answers to a prompt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from runs import SMOKE, environment, run
+from safetensors.torch import load_file
+from servers import PrefectServer
+
+from spinreg_core.averaging import average_policy
+from spinreg_core.head import read_head, stage_object
+from spinreg_core.objects import fetch_file, fetch_folder, require_manifest
+from spinreg_core.store import open_store
+
+pytestmark = pytest.mark.slow
+
+
+def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    settings = {
+        "opponent.source": "regenerate", "opponent.history": "all", "opponent.geometric_share": 0.5,
+        "opponent.scores": "engine", "generation.answers_per_prompt": 2, "generation.shard_size": 24, "training.average": "slerp",
+        "training.average_weight": 0.4,
+    }  # fmt: skip
+    parameters = [word for name, value in settings.items() for word in ("-p", f"{name}={value}")]
+    text = run(["--config", SMOKE, "--run", "all", "--until-round", "2", "--store", store.url, *parameters],
+               environment(tmp_path, prefect_server), tmp_path / "log")  # fmt: skip
+    head = read_head(store, "all")
+    assert head is not None
+
+    def made(number: int, stage: str) -> dict[str, Any]:
+        found = stage_object(head, number, stage)
+        assert found is not None
+        return require_manifest(store, found)
+
+    base, first = head["base"], made(1, "train")
+    average = made(2, "mix-opponent")["inputs"]["previous"]
+    assert average.startswith("average-")
+    assert made(2, "train")["inputs"]["previous"] == average
+    assert made(2, "generate")["inputs"]["policies"] == {"1": average, "0": base}
+    assert require_manifest(store, average)["inputs"] == {"policy": first["object_id"], "before": base, "base": base}
+
+    folders = [fetch_folder(store, name, "policy") for name in (base, base, first["object_id"], average)]
+    average_policy("slerp", 0.4, *folders[:3], tmp_path / "again")  # type: ignore[arg-type]
+    again, found = (load_file(f / "model.safetensors") for f in (tmp_path / "again", folders[3]))
+    assert all(bool((again[name] == found[name]).all()) for name in found)
+
+    pairs = pq.read_table(fetch_file(store, made(2, "mix-opponent")["object_id"], "pairs.parquet")).to_pylist()
+    assert len(pairs) == 24
+    assert {(p["iterate"], p["geometric"]) for p in pairs} == {(0, False), (1, False), (1, True)}
+    assert {p["pair_id"].count(":") for p in pairs} == {1, 2}
+    mixed = made(2, "mix-opponent")["metrics"]
+    assert mixed["engine_shards_refused"] == 0
+    assert mixed["scores_of_engine"] > 0
+    assert abs(mixed["engine_worst_difference"]) < 0.01
+    assert f"average (slerp, weight 0.4) of {first['object_id']} and {base}" in text
+    # The scorer would have said the same.
+    assert all(p["previous_generated"] is not None for p in pairs)
