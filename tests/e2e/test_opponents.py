@@ -23,7 +23,8 @@ def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path)
     store = open_store(str(tmp_path / "store"))
     settings = {
         "opponent.source": "regenerate", "opponent.history": "all", "opponent.geometric_share": 0.5,
-        "opponent.scores": "engine", "generation.answers_per_prompt": 2, "generation.shard_size": 24, "training.average": "slerp",
+        "opponent.scores": "engine", "generation.answers_per_prompt": 2, "generation.shard_size": 24,
+        "training.average": "slerp",
         "training.average_weight": 0.4,
     }  # fmt: skip
     parameters = [word for name, value in settings.items() for word in ("-p", f"{name}={value}")]
