@@ -53,6 +53,11 @@ class DataConfig(Group):
         "recipe does), or every one (each becomes a row whose prompt is all that precedes it).",
     )
     max_prompt_tokens: int = Field(512, ge=8, description="Rows with a longer prompt are bad rows (tokens).")
+    long_prompts: Literal["refuse", "drop_oldest"] = Field(
+        "refuse",
+        description="A conversation with a longer prompt is a bad row (refuse), or loses its oldest turns until it "
+        "fits; system messages and the turn that is answered stay (drop_oldest).",
+    )
     max_length: int = Field(
         1024, ge=16, description="Prompt plus answer; longer human answers are cut and count as truncated (tokens)."
     )

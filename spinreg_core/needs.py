@@ -43,6 +43,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from spinreg_core.config import RunConfig, sampling_dtype
+from spinreg_core.engines import columns_for
 from spinreg_core.opponent import mixture_weights, replay_quota
 
 LOGITS_AT_ONCE = 2**27  # elements; what `logprobs` allows
@@ -248,7 +249,10 @@ def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str
         cache = int(config.resources.cpu_kv_cache_gib * 2**30)  # what it is given, whatever it needs
     else:
         held = config.resources.kv_cache_tokens
-        rows = _VLLM_SEQUENCES if engine == "vllm" else max(1, (8192 if held == "auto" else held) // tokens)
+        rows = _VLLM_SEQUENCES
+        if engine == "hf":
+            sequence = sequence // tokens * columns_for(tokens)
+            rows = max(1, (8192 if held == "auto" else held) // columns_for(tokens))
         cache = sequence * min(max(answers(config, sizes), sizes.heldout_rows), rows)
     policies = 2 if config.opponent.geometric_share else 1
     return {"weights": policies * number * shape.parameters, "KV cache": policies * cache}

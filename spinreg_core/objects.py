@@ -216,6 +216,12 @@ def fetch_file(store: Store, object_id: str, name: str) -> Path:
     raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no file {name!r}")
 
 
+def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
+    """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
+    files = require_manifest(store, object_id)["files"]
+    return {entry["name"]: _entry_path(store, entry) for entry in files if entry["name"].startswith(f"{prefix}/")}
+
+
 def fetch_part(store: Store, part: dict[str, Any]) -> dict[str, Path]:
     """Verified local copies of a part's files, by name. Raises Damaged."""
     return {entry["name"]: _entry_path(store, entry) for entry in part["files"]}

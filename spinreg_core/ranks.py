@@ -80,9 +80,10 @@ class Ranks:
         if self.size == 1:
             return action()
         if int(os.environ["LOCAL_RANK"]) == 0:
-            value = action()
-            dist.barrier(group=self.files)
-            return value
+            try:
+                return action()
+            finally:  # what it raises must not leave the others waiting
+                dist.barrier(group=self.files)
         dist.barrier(group=self.files)
         return action()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.formats import Rejected, Row, final_answer, prompt_ids_of
+from spinreg_core.data.formats import Message, Rejected, Row, final_answer, prompt_ids_of
 from spinreg_core.errors import BadInput
 from spinreg_core.progress import Progress
 
@@ -43,8 +43,9 @@ def encode_rows(
 ) -> tuple[list[tuple[Row, dict[str, Any]]], list[Rejected]]:
     """Each usable row with its record (columns of ROWS_SCHEMA but `prompt_id`), and the rows refused.
 
-    Refused are rows whose prompt is too long or which the template does not render. A human answer that does
-    not fit `max_length` is cut, without an end-of-turn, and marked as truncated.
+    Refused are rows whose prompt is too long (with `long_prompts: drop_oldest` only where no turn is left to drop; the
+    record's `messages` are those that stayed) or which the template does not render. A human answer that does not fit
+    `max_length` is cut, without an end-of-turn, and marked as truncated.
     """
     encoded: list[tuple[Row, dict[str, Any]]] = []
     rejected: list[Rejected] = []
@@ -53,7 +54,13 @@ def encode_rows(
             progress.update()
         messages = list(row.messages)
         try:
-            prompt, answer = renderer.prompt_ids(messages), renderer.answer_ids(messages, row.answer)
+            prompt = renderer.prompt_ids(messages)
+            while len(prompt) > config.max_prompt_tokens and config.long_prompts == "drop_oldest":
+                shorter = without_oldest_turn(messages)
+                if shorter is None:
+                    break
+                messages, prompt = shorter, renderer.prompt_ids(shorter)
+            answer = renderer.answer_ids(messages, row.answer)
         except BadInput as error:
             rejected.append(Rejected(row.source_row, "template", str(error)))
             continue
@@ -73,6 +80,13 @@ def encode_rows(
         }
         encoded.append((row, record))
     return encoded, rejected
+
+
+def without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
+    """The conversation less its first user message and all up to the next one; system messages before it
+    stay. None where only one user message is left."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    return None if len(users) < 2 else [*messages[: users[0]], *messages[users[1] :]]
 
 
 def rows_table(rows: Sequence[Row], encoded: Sequence[tuple[Row, dict[str, Any]]]) -> pa.Table:

@@ -84,6 +84,12 @@ def resolve_engine(name: Literal["auto", "hf", "vllm"]) -> EngineName:
     return name
 
 
+def columns_for(longest: int) -> int:
+    """Places for keys and values that the hf engine keeps for an answer of so many tokens, prompt included: some more,
+    so that it seldom has to move everything back."""
+    return longest + max(16, longest // 8)
+
+
 def open_engine(
     name: EngineName,
     policies: Sequence[Path],

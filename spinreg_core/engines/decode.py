@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spinreg_core.engines import Answer, Sampling
+from spinreg_core.engines import Answer, Sampling, columns_for
 from spinreg_core.engines.sampler import distribution, draw, mixed_logits, uniforms
-from spinreg_core.engines.slots import Slots, prompt_cache
+from spinreg_core.engines.slots import Slots, layers_of, prompt_cache
 
+# Answers at once: more make no step of any machine cheaper, and each has a row of logits.
+_ROWS = 1024
+# Logits that are turned into draws at once (elements).
+_DRAWN_AT_ONCE = 2**25
 # Prompt tokens (padding included) read in one forward pass.
 _READ_AT_ONCE = 4096
 
@@ -64,7 +68,7 @@ def decode(
         if begun < len(prompts):
             left = len(prompts) - begun
             most = max([longest[begun], *(row.prompt for row in batch.open.values())])
-            rows = batch.rows_for(tokens // (most + sampling.max_new_tokens), left)
+            rows = batch.rows_for(tokens // columns_for(most + sampling.max_new_tokens), left)
             free = min(rows - len(batch.open), left)
             if free > 0 and (not batch.open or free >= rows / 8 or free == left):
                 batch.begin(range(begun, begun + free), prompts, seeds, rows, most)
@@ -93,7 +97,7 @@ class _Batch:
 
     def rows_for(self, room: int, left: int) -> int:
         """How many slots to have where keys and values have room for `room` answers and `left` have not begun."""
-        wanted = max(1, min(room, len(self.open) + left))
+        wanted = max(1, min(room, len(self.open) + left, _ROWS))
         # Making more copies all there is, and shorter prompts make room for one more every now and then.
         return self.caches[0].rows if self.open and wanted < 1.25 * self.caches[0].rows else wanted
 
@@ -102,14 +106,13 @@ class _Batch:
     ) -> None:
         """Read some of the prompts into so many slots, and draw their first tokens. `longest`: of the prompts that are
         open or to come."""
-        columns = longest + self.sampling.max_new_tokens
-        columns += max(64, columns // 4)  # the longer it takes to fill them, the rarer is moving everything back
+        columns = columns_for(longest + self.sampling.max_new_tokens)
         if not self.open:
-            self.caches = [Slots(_layers(model), rows, columns) for model in self.models]
+            self.caches = [Slots(layers_of(model), rows, columns) for model in self.models]
             self.numbers = torch.zeros(rows, self.sampling.max_new_tokens, dtype=torch.float64)
         elif rows > self.caches[0].rows:
             for cache in self.caches:
-                cache.resize(rows, columns)
+                cache.resize(rows, columns, max(map(_length, self.open.values())))
             more = torch.zeros(rows - len(self.numbers), self.sampling.max_new_tokens, dtype=torch.float64)
             self.numbers = torch.cat([self.numbers, more])
         free = [slot for slot in range(self.caches[0].rows) if slot not in self.open]
@@ -151,7 +154,7 @@ class _Batch:
         positions = (own.long().cumsum(-1) - 1).clamp(min=0)
         logits = []
         for model, cache in zip(self.models, self.caches, strict=True):
-            read = prompt_cache(_layers(model))
+            read = prompt_cache(layers_of(model))
             logits.append(_last_logits(model, ids, own, positions, read)[of_slot])
             cache.fill(slots, read, of_slot, lengths[of_slot])
         return logits
@@ -161,8 +164,9 @@ class _Batch:
         mixed = mixed_logits(logits, self.weights)
         steps = torch.tensor([len(self.open[slot].tokens) for slot in slots])
         numbers = self.numbers[torch.tensor(slots), steps].to(self.device)
-        tokens = draw(distribution(mixed, self.sampling), numbers)
-        logprobs = mixed.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        size = max(1, _DRAWN_AT_ONCE // mixed.shape[1])
+        drawn = [_drawn(x, u, self.sampling) for x, u in zip(mixed.split(size), numbers.split(size), strict=True)]
+        tokens, logprobs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
             row = self.open[slot]
             row.tokens.append(token)
@@ -185,8 +189,10 @@ def _length(row: _Open) -> int:
     return row.prompt + len(row.tokens) - 1
 
 
-def _layers(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)
+def _drawn(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """[rows] tokens and their log-probabilities."""
+    tokens = draw(distribution(logits, sampling), numbers)
+    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:

@@ -33,6 +33,11 @@ def has_slots(model: PreTrainedModel) -> bool:
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
+def layers_of(model: PreTrainedModel) -> int:
+    """Layers with keys and values of their own: some models share them between layers."""
+    return len(DynamicCache(config=model.config).layers)
+
+
 def prompt_cache(layers: int) -> Cache:
     """Where the keys and values of prompts are put before they get their slots."""
     return Cache(layers=[DynamicLayer() for _ in range(layers)])
@@ -87,9 +92,10 @@ class Slots(Cache):
             layer.keys, layer.values = layer.both[0][at], layer.both[1][at]
         self.mask, self.rows = self.mask[at], len(slots)
 
-    def resize(self, rows: int, columns: int) -> None:
-        """So many slots and columns, of which those in use must be no more."""
+    def resize(self, rows: int, columns: int, longest: int) -> None:
+        """So many slots and columns. `longest`: tokens of the longest answer in them, no more than the columns."""
         assert self.mask is not None
+        self.low = self.high - longest  # a longer one may have ended
         used = slice(self.low, self.high)
         for layer in self.slot_layers:
             layer.keys, layer.values = (_resized(x, rows, columns, used) for x in layer.both)

@@ -7,18 +7,22 @@ Leaves out: which engine gets which shards (`generate.py`, `engine_pool.py`), de
     python -m spinreg_core.stages.answer JOB.json
 
 The job is a generate job whose `extra` has "source": [iterate, geometric]. It reads waves from its input, one JSON list
-of shard numbers per line, until there are no more, and says on its output, a line each:
+of shard numbers per line, until there are no more, and says, a line each:
 
     answered N               N more answers
     committed NUMBER {...}   a shard, and its meta
     idle                     the wave is done
+
+It says so to the file descriptor that SPINREG_SAY names (libraries print to the output as they like), or to its output.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -166,6 +170,14 @@ def run(job: Job) -> dict[str, Any]:
     """Serve the waves that come in. Raises as `answer_shards`."""
     from spinreg_core.stages.generate import planned
 
+    say, speaking = int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), threading.Lock()
+
+    def tell(line: str) -> None:
+        with speaking:  # commits are told of by a thread of their own
+            rest = f"{line}\n".encode()
+            while rest:
+                rest = rest[os.write(say, rest) :]
+
     store = open_store(job.store)
     rows = Rows(fetch_file(store, job.inputs["data"], f"{job.extra['rows']}.parquet"))
     shards = planned(job, rows)
@@ -173,12 +185,12 @@ def run(job: Job) -> dict[str, Any]:
     def waves() -> Iterable[list[Shard]]:
         for line in sys.stdin:
             yield [shards[number] for number in json.loads(line)]
-            print("idle", flush=True)
+            tell("idle")
 
     answer_shards(
         job, store, rows, Source(*job.extra["source"]), waves(),
-        on_answer=lambda n: print(f"answered {n}", flush=True),
-        on_commit=lambda number, meta: print(f"committed {number} {json.dumps(meta)}", flush=True),
+        on_answer=lambda n: tell(f"answered {n}"),
+        on_commit=lambda number, meta: tell(f"committed {number} {json.dumps(meta)}"),
     )  # fmt: skip
     return {"object_id": "nothing more: no shard is left for this engine"}
 

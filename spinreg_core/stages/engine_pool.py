@@ -6,6 +6,7 @@ Leaves out: what an engine does (`answer.py`), how many there are (`generate.py`
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -19,13 +20,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged, StageFailed
+from spinreg_core.objects import read_part
 from spinreg_core.shards import Shard, Source
 from spinreg_core.stages.job import Job
+from spinreg_core.store import open_store
 
 # Engines that died over one shard before it is given up: its prompts may be what kills them.
 _DEATHS = 3
 # Answers in one wave: enough that its end, where the engine runs empty, does not count.
 _WAVE = 4096
+_LAST_WORDS_SECONDS = 5.0
 COMMAND = [sys.executable, "-u", "-m", "spinreg_core.stages.answer"]
 _LINE = re.compile(r"^(?:answered (\d+)|committed (\d+) (\{.*\})|(idle))$")
 
@@ -67,8 +71,10 @@ def answer_in_processes(
     """
     left, by_number = list(shards), {shard.number: shard for shard in shards}
     deaths: Counter[int] = Counter()
-    lines: queue.Queue[tuple[_Engine, str | None]] = queue.Queue()
+    said: queue.Queue[tuple[_Engine, str | None]] = queue.Queue()
     engines: list[_Engine] = []
+    numbers = itertools.count()
+    store = open_store(job.store)
 
     def give(engine: _Engine) -> None:
         wave = next_wave(left, len(devices))
@@ -84,49 +90,59 @@ def answer_in_processes(
             pass  # it died; its end is in the queue
 
     def start(own: dict[str, str]) -> None:
-        engine = _Engine(_start(job, source, own), own)
+        # A writer of its own: what another engine has committed must not be written over.
+        process, says = _start(replace(job, writer=f"{job.writer}-{next(numbers)}"), source, own)
+        engine = _Engine(process, own)
         engines.append(engine)
-        threading.Thread(target=_read, args=(engine, lines), daemon=True).start()
+        threading.Thread(target=_watch, args=(engine, says, said), daemon=True).start()
         give(engine)
+
+    def committed(engine: _Engine, number: int, meta: dict[str, Any]) -> None:
+        engine.open.remove(number)
+        engine.uncommitted -= len(by_number[number].rows)
+        on_commit(number, meta)
 
     try:
         for own in devices[: max(1, min(len(devices), len(shards)))]:
             start(own)
         while engines:
-            engine, line = lines.get()
+            engine, line = said.get()
             if line is not None:
                 found = _LINE.match(line)
                 if found is None:
-                    engine.last.append(line)
-                    print(line, flush=True)
-                elif found[1]:
+                    raise StageFailed(f"an engine said {line!r}")
+                if found[1]:
                     engine.uncommitted += int(found[1])
                     on_answer(int(found[1]))
                 elif found[2]:
-                    number = int(found[2])
-                    engine.open.remove(number)
-                    engine.uncommitted -= len(by_number[number].rows)
-                    on_commit(number, json.loads(found[3]))
+                    committed(engine, int(found[2]), json.loads(found[3]))
                 else:
                     give(engine)
                 continue
             engines.remove(engine)
             status = engine.process.wait()
             _raise_for(status, engine)
-            if status:
+            for number in list(engine.open):  # committed, and not told of any more
+                part = read_part(store, job.object_id, by_number[number].name)
+                if part is not None:
+                    committed(engine, number, part["meta"])
+            if engine.open:
                 # Which of them it was is not known: the first one it had not finished, most likely.
-                deaths[engine.open[0] if engine.open else -1] += 1
-                if max(deaths.values()) >= _DEATHS:
-                    raise StageFailed(
-                        f"{_DEATHS} engines died over {by_number[engine.open[0]].name if engine.open else 'starting'} "
-                        f"(the last with status {status}): {' / '.join(list(engine.last)[-3:])}"
-                    )
+                first = engine.open[0]
+                deaths[first] += 1
+                end = " / ".join(list(engine.last)[-3:])
+                if deaths[first] >= _DEATHS:
+                    raise StageFailed(f"{_DEATHS} engines died over {by_number[first].name} (the last with status "
+                                      f"{status}): {end}")  # fmt: skip
                 print(f"an engine ended with status {status}; its {len(engine.open)} open shards go back to the list",
                       flush=True)  # fmt: skip
                 on_answer(-engine.uncommitted)
                 left[:0] = [by_number[number] for number in engine.open]
-                start(engine.devices)
-            elif left:  # it had none left when others still had; what those gave back is for a new one
+            elif status:
+                print(
+                    f"an engine ended with status {status}, all that it had begun committed: {engine.last}", flush=True
+                )
+            if left and len(engines) < len(devices):
                 start(engine.devices)
     finally:
         for engine in engines:
@@ -134,22 +150,45 @@ def answer_in_processes(
             engine.process.wait()
 
 
-def _start(job: Job, source: Source, own: dict[str, str]) -> subprocess.Popen[str]:
-    folder = job.workdir / f"engine-{'-'.join(own.values()) or 'alone'}"
+def _start(job: Job, source: Source, own: dict[str, str]) -> tuple[subprocess.Popen[str], int]:
+    """An engine's process, and the end of the pipe that it speaks to."""
+    folder = job.workdir / job.writer
     folder.mkdir(parents=True, exist_ok=True)
     extra = job.extra | {"source": [source.iterate, source.geometric]}
     replace(job, workdir=folder, extra=extra).save(folder / "answer.json")
-    return subprocess.Popen(
-        [*COMMAND, str(folder / "answer.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        errors="replace", env=os.environ | own,
-    )  # fmt: skip
+    hears, speaks = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [*COMMAND, str(folder / "answer.json")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            errors="replace", env=os.environ | own | {"SPINREG_SAY": str(speaks)}, pass_fds=[speaks],
+        )  # fmt: skip
+    finally:
+        os.close(speaks)
+    return process, hears
 
 
-def _read(engine: _Engine, lines: queue.Queue[tuple[_Engine, str | None]]) -> None:
-    assert engine.process.stdout is not None
-    for line in engine.process.stdout:
-        lines.put((engine, line.rstrip("\n")))
-    lines.put((engine, None))
+def _watch(engine: _Engine, hears: int, said: queue.Queue[tuple[_Engine, str | None]]) -> None:
+    """Hand on what an engine says, and at last, as None, that it has ended: by its process, because a child of it may
+    keep its pipes open."""
+
+    def listen() -> None:
+        with open(hears, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                said.put((engine, line.rstrip("\n")))
+
+    def show() -> None:
+        assert engine.process.stdout is not None
+        for line in engine.process.stdout:
+            engine.last.append(line.rstrip("\n"))
+            print(line, end="", flush=True)
+
+    threads = [threading.Thread(target=target, daemon=True) for target in (listen, show)]
+    for thread in threads:
+        thread.start()
+    engine.process.wait()
+    for thread in threads:
+        thread.join(timeout=_LAST_WORDS_SECONDS)
+    said.put((engine, None))
 
 
 def _raise_for(status: int, engine: _Engine) -> None:

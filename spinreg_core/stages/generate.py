@@ -73,7 +73,8 @@ def run(job: Job) -> dict[str, Any]:
     Its metrics: `prompts` (answers), `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
     max_new_tokens), `empty` (answers that are an end-of-turn only), `invalid_text` (answers that are no valid UTF-8:
     their tokens are kept, their text shows U+FFFD), `geometric` (share sampled from the mixture), `tokens_per_second`
-    (while answering), `startup_seconds` (loading engines, all attempts together). Raises BadInput, Damaged.
+    (of one engine, while answering), `startup_seconds` (loading engines, all attempts together). Raises BadInput,
+    Damaged.
     """
     start = time.monotonic()
     store = open_store(job.store)
@@ -103,16 +104,16 @@ def run(job: Job) -> dict[str, Any]:
         print(f"shard {len(metas)} of {len(shards)}: {meta['prompts']} answers, {meta['tokens']} tokens in "
               f"{meta['seconds']:.1f} s", flush=True)  # fmt: skip
 
-    devices = _devices(job.config.resources, job.config.generation.tensor_parallel)
     sources = [(source, list(own)) for source, own in groupby(missing, key=lambda shard: shard.source)]
     for source, own in sources:
         engine, _, _ = engine_of(job, source)
+        devices = _devices(job.config.resources, job.config.generation.tensor_parallel if engine == "vllm" else 1)
         # One vLLM after another in one process is not sure to find the GPU's memory free.
         if len(devices) == 1 and (engine == "hf" or len(sources) == 1):
             answer_shards(job, store, rows, source, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
             answer_in_processes(job, source, own, devices, on_answer=progress.update, on_commit=on_commit)
-    metrics = _metrics(list(metas.values()), len(devices))
+    metrics = _metrics(list(metas.values()))
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
     manifest = publish(store, job, nothing, metrics=metrics, parts=[s.name for s in shards],
@@ -167,17 +168,17 @@ def _devices(resources: ResourcesConfig, tensor_parallel: int) -> list[dict[str,
 
     processes = processes_here(resources)
     if resolve_device(resources.device) == "cpu":
-        return devices_of(processes, 1, [], os.cpu_count() or 1) if processes > 1 else [{}]
+        return devices_of(processes, 1, [], len(os.sched_getaffinity(0))) if processes > 1 else [{}]
     if processes % tensor_parallel:
         raise BadInput("generation.tensor_parallel", f"{tensor_parallel} with {processes} GPUs", "a divisor of them")
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = shown.split(",") if shown else [str(i) for i in range(torch.cuda.device_count())]
     if processes == tensor_parallel:
         return [{}]
-    return devices_of(processes // tensor_parallel, tensor_parallel, gpus, os.cpu_count() or 1)
+    return devices_of(processes // tensor_parallel, tensor_parallel, gpus, 1)
 
 
-def _metrics(metas: list[dict[str, Any]], engines: int) -> dict[str, Any]:
+def _metrics(metas: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("prompts", "tokens", "truncated", "empty", "invalid_text")
     prompts, tokens, truncated, empty, invalid = (sum(m[k] for m in metas) for k in names)
     return {
@@ -188,7 +189,7 @@ def _metrics(metas: list[dict[str, Any]], engines: int) -> dict[str, Any]:
         "empty": empty,
         "invalid_text": invalid,
         "geometric": sum(m["prompts"] for m in metas if m["geometric"]) / prompts,
-        "tokens_per_second": engines * tokens / max(sum(m["seconds"] for m in metas), 1e-3),
+        "tokens_per_second": tokens / max(sum(m["seconds"] for m in metas), 1e-3),
         "startup_seconds": round(sum(m["startup_seconds"] for m in metas), 3),
     }
 

@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from spinreg_core.engine_scores import checked_scores
 from spinreg_core.engines import Sampling
 from spinreg_core.errors import BadInput
-from spinreg_core.objects import fetch_file, fetch_folder, publish, require_manifest
+from spinreg_core.objects import fetch_file, fetch_files, fetch_folder, publish
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.pairs import (
     PAIRS_SCHEMA,
@@ -99,15 +99,8 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
 
 def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
     columns = ["prompt_id", "answer", "iterate", "geometric", "prompt_ids", "answer_ids", "finish"]
-    return [
-        row
-        for name in _shards(store, object_id)
-        for row in pq.read_table(fetch_file(store, object_id, name), columns=columns).to_pylist()
-    ]
-
-
-def _shards(store: Store, object_id: str) -> list[str]:
-    return [f["name"] for f in require_manifest(store, object_id)["files"] if f["name"].startswith("shards/")]
+    paths = fetch_files(store, object_id, "shards").values()
+    return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
 
 
 @dataclass
@@ -183,8 +176,8 @@ def _engine_scores(store: Store, job: Job, missing: dict[bytes, tuple[Pair, str]
         return {}
     found: dict[str, dict[bytes, float]] = {}
     columns = ["policy", "geometric", "prompt_ids", "answer_ids", "logprobs"]
-    for name in _shards(store, job.inputs["generations"]):
-        rows = pq.read_table(fetch_file(store, job.inputs["generations"], name), columns=columns).to_pylist()
+    for name, path in fetch_files(store, job.inputs["generations"], "shards").items():
+        rows = pq.read_table(path, columns=columns).to_pylist()
         own = [row for row in rows if row["policy"] == job.inputs["previous"] and not row["geometric"]]
         sums = {sequence_key(row["prompt_ids"], row["answer_ids"]): math.fsum(row["logprobs"]) for row in own}
         found[name] = {key: value for key, value in sums.items() if key in missing}

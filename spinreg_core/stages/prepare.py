@@ -80,7 +80,9 @@ def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer
     return {
         "rows": loaded.content_hash(),
         "heldout": None if heldout is None else heldout.content_hash(),
-        "limits": config.data.model_dump(mode="json", include={"max_prompt_tokens", "max_length", "heldout_rows"}),
+        "limits": config.data.model_dump(
+            mode="json", include={"max_prompt_tokens", "long_prompts", "max_length", "heldout_rows"}
+        ),
         "final_answer": config.evaluation.final_answer,
         "seed": config.seed,
         "rendering": renderer.fingerprint(),

@@ -70,7 +70,9 @@ class StepCheckpoints:
 
     def _fetched(self, name: str) -> dict[str, Path]:
         part = read_part(self.store, self.job.object_id, name)
-        return {} if part is None else fetch_part(self.store, part)
+        if part is None:
+            raise Damaged(f"checkpoint {name}: found nothing any more")
+        return fetch_part(self.store, part)
 
     def after_step(self, stopped_at: float | None) -> bool:
         """Begin a checkpoint if one is due. True where training must stop: any rank was asked to (`stopped_at`)."""

@@ -179,14 +179,15 @@ def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known
 
 def test_answering_holds_weights_and_cache() -> None:
     config = configured(generation={"max_new_tokens": 96}, data={"prompts_per_round": 40})
-    few = configured(generation={"max_new_tokens": 96}, resources={"kv_cache_tokens": 8 * (50 + 96) + 7})
+    columns = 50 + 96 + (50 + 96) // 8
+    few = configured(generation={"max_new_tokens": 96}, resources={"kv_cache_tokens": 8 * columns + 7})
 
     def parts(engine: str, device: str, config: RunConfig = config) -> dict[str, int]:
         return stage_memory(config, SMOLLM, SIZES, engine=engine, device=device)["generate"]
 
     token = 2 * 2 * 30 * 192  # keys and values, bfloat16
-    assert parts("hf", "cpu", few) == {"weights": 2 * N, "KV cache": 8 * (50 + 96) * token}
-    assert parts("hf", "cpu")["KV cache"] == 40 * (50 + 96) * token, "all answers of a round, fewer than 8192 tokens"
+    assert parts("hf", "cpu", few) == {"weights": 2 * N, "KV cache": 8 * columns * token}
+    assert parts("hf", "cpu")["KV cache"] == 40 * columns * token, "all answers of a round, fewer than 8192 tokens"
     assert parts("vllm", "cuda")["KV cache"] == 40 * (50 + 96) * token
     mixed = configured(generation={"max_new_tokens": 96}, opponent={"geometric_share": 0.5})
     assert parts("hf", "cpu", mixed)["weights"] == 4 * N, "the base is there too"

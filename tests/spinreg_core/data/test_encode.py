@@ -60,6 +60,30 @@ def test_the_limits(renderer: Renderer) -> None:
     assert kept["answer_ids"][-1] == renderer.end_of_turn
 
 
+def test_long_conversations_lose_their_oldest_turns_where_asked() -> None:
+    renderer = Renderer(chat_tokenizer("byte_bpe", TEMPLATES["chatml"]))
+    system = {"role": "system", "content": "Be brief."}
+    turns = [
+        {"role": role, "content": f"{role} {i} " + "word " * 4} for i in range(5) for role in ("user", "assistant")
+    ]
+    conversation = [system, *turns[:-1]]  # ends with the fifth user turn
+    source = Row(1, tuple(conversation), "An answer.")
+    whole = len(renderer.prompt_ids(conversation))
+    limits = {"max_prompt_tokens": whole - 1, "max_length": 1000}
+    refused = encode_rows([source], renderer, DataConfig(**limits), "none")
+    assert [bad.reason for bad in refused[1]] == ["prompt_too_long"]
+    ((_, record),), rejected = encode_rows([source], renderer, DataConfig(long_prompts="drop_oldest", **limits), "none")
+    assert not rejected
+    assert json.loads(record["messages"]) == [system, *turns[2:-1]], "one turn was enough"
+    assert record["prompt_ids"] == renderer.prompt_ids([system, *turns[2:-1]])
+    last = len(renderer.prompt_ids([system, turns[-2]]))
+    for limit, reasons in ((last, []), (last - 1, ["prompt_too_long"])):
+        config = DataConfig(long_prompts="drop_oldest", max_prompt_tokens=limit, max_length=1000)
+        encoded, rejected = encode_rows([source], renderer, config, "none")
+        assert [bad.reason for bad in rejected] == reasons
+        assert all(json.loads(found["messages"]) == [system, turns[-2]] for _, found in encoded)
+
+
 @pytest.mark.parametrize("room", [0, 1])
 def test_an_answer_that_just_fits_is_whole(renderer: Renderer, room: int) -> None:
     source = row(1, "Hello", "word " * 20)

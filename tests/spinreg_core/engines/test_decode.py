@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 from test_hf import PAD, PROMPTS, VOCABULARY, kept, next_probabilities, p_value, plain, sampling
 from tiny import tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spinreg_core.engines import Answer
+from spinreg_core.engines.decode import _Batch
 from spinreg_core.engines.hf import HfEngine
 from spinreg_core.engines.sampler import distribution, draw, uniforms
-from spinreg_core.engines.slots import has_slots
+from spinreg_core.engines.slots import Slots, has_slots
 from spinreg_core.errors import BadInput
 
 FAMILIES = [
@@ -48,15 +50,67 @@ def uncached(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> li
     return logits.log_softmax(-1)[range(len(answer)), answer].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_cached_is_uncached_while_slots_are_refilled(family: str) -> None:
-    model = tiny_model(family, 5).eval()
-    vocabulary = model.config.get_text_config().vocab_size
-    prompts = [[(3 * i + 5 * k) % vocabulary for k in range(1 + (i * 7) % 13)] for i in range(14)]
+def shared_layers() -> PreTrainedModel:
+    """The upper two of four layers use the keys and values of the lower two."""
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        vocab_size=61, vocab_size_per_layer_input=61, hidden_size=32, hidden_size_per_layer_input=8,
+        intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5,
+        laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, max_position_embeddings=256,
+        pad_token_id=0, bos_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    return Gemma3nForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3n"])
+def test_cached_is_uncached_while_slots_are_refilled(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers begin beside others, all is moved back to the left, and to the right, slots are added and dropped."""
+    model = shared_layers() if family == "gemma3n" else tiny_model(family, 5).eval()
+    events: Counter[str] = Counter()
+    move, resize, keep, begin = Slots._move, Slots.resize, Slots.keep, _Batch.begin
+
+    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(self: Any, *arguments: Any) -> Any:
+            if name == "begin":
+                events["beside others"] += bool(self.open)
+            elif name == "move":
+                events["right" if arguments[0] > 0 else "left"] += 1
+            else:
+                events[name] += 1
+            return original(self, *arguments)
+
+        return call
+
+    monkeypatch.setattr(Slots, "_move", noted("move", move))
+    monkeypatch.setattr(Slots, "resize", noted("resize", resize))
+    monkeypatch.setattr(Slots, "keep", noted("keep", keep))
+    monkeypatch.setattr(_Batch, "begin", noted("begin", begin))
+    # A few short ones, one much longer than all that began before it, then shorter and shorter ones.
+    sizes = [2, 3, 2, 1, 30, 9, 12, 7, *(1 + (i * 7) % 6 for i in range(112))]
+    prompts = [[(3 * i + 5 * k) % 61 for k in range(size)] for i, size in enumerate(sizes)]
     assert has_slots(model)
-    engine = HfEngine([model], tokens=64, pad_id=PAD)
-    answers = engine.generate(prompts, sampling(new=12, stop=1), range(14))
-    assert len({len(a.token_ids) for a in answers}) > 1 or vocabulary > 50
+    engine = HfEngine([model], tokens=240, pad_id=PAD)
+    answers = engine.generate(prompts, sampling(new=12, stop=1), range(len(prompts)))
+    assert len({len(a.token_ids) for a in answers}) > 3
+    assert {"beside others", "left", "keep"} <= events.keys(), events
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert answer.logprobs == pytest.approx(uncached(model, prompt, answer.token_ids), abs=2e-4)
+
+
+@pytest.mark.parametrize("place", [0, 20])
+def test_one_prompt_much_longer_than_the_others(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its columns are free again when slots are added after it; where it comes later, the others make room for it."""
+    moved: list[int] = []
+    move = Slots._move
+    monkeypatch.setattr(Slots, "_move", lambda self, by: (moved.append(by), move(self, by)))
+    model = LlamaForCausalLM(LlamaConfig(**small(3).config.to_dict() | {"max_position_embeddings": 400})).eval()
+    prompts = [[1 + k % 9] * 6 for k in range(200)]
+    prompts.insert(place, [1 + i % 9 for i in range(300)])
+    answers = HfEngine([model], tokens=1000 if place == 0 else 4000, pad_id=PAD).generate(
+        prompts, sampling(new=12, stop=1), range(201)
+    )
+    assert place == 0 or max(moved) > 0
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.logprobs == pytest.approx(uncached(model, prompt, answer.token_ids), abs=2e-4)
 

@@ -404,6 +404,40 @@ def test_a_dead_engines_shards_go_back_to_the_list(
     assert "13/13 answers (100 %)" in output
 
 
+AFTER_COMMIT = """
+import os
+from spinreg_core.stages import answer
+commit = answer.commit_part
+def dies(*arguments):
+    part = commit(*arguments)
+    flag = {flag!r}
+    if not os.path.exists(flag):
+        open(flag, "w").close()
+        os.kill(os.getpid(), 9)
+    return part
+answer.commit_part = dies
+answer.main(answer.run)
+"""
+
+
+def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not answered again, and its bytes are not written over."""
+    script = tmp_path / "killer.py"
+    script.write_text(AFTER_COMMIT.format(flag=str(tmp_path / "flag")))
+    monkeypatch.setattr(engine_pool, "COMMAND", [sys.executable, "-u", str(script)])
+    manifest = run(house.job("quiet", iterates=[2], resources={"processes": 2}))
+    assert (tmp_path / "flag").exists()
+    parts = objects.list_parts(house.store, "generate-quiet")
+    writers = {part["files"][0]["key"].split("/")[3] for part in parts.values()}
+    assert len(writers) > 1, "every engine process writes below a name of its own"
+    assert manifest["metrics"]["prompts"] == 13
+    assert len(house.answers(manifest)) == 13  # every file has the hash that was committed
+    data = list((house.root / "store" / "objects" / "generate-quiet" / "data").rglob("*.parquet"))
+    assert len(data) == len(parts), "no shard was answered twice"
+
+
 def test_a_shard_that_kills_every_engine_is_named(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -209,6 +209,27 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_was(setting: Setting
     wait_until_gone(job)
 
 
+def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, Any]) -> None:
+    """One rank reads it first, and the others wait for that."""
+    job = setting.job("damaged-2", resources=on(2, collective_timeout_seconds=4))
+    with start(setting, job, "raise ZeroDivisionError", after=11) as process:
+        assert process.stdout is not None
+        output = process.stdout.read()
+    assert process.returncode == 1, output
+    names = list(objects.list_parts(setting.store, job.object_id))
+    for file in objects.list_parts(setting.store, job.object_id)[names[-1]]["files"]:
+        path = setting.store.local_path(file["key"])
+        assert path is not None
+        path.write_bytes(b"torn")
+    begin = time.monotonic()
+    later = setting.job("damaged-2", writer="e0002-bb", resources=on(2, collective_timeout_seconds=4))
+    status, output = run(setting, later)
+    assert status == 0, output
+    assert time.monotonic() - begin < 45
+    assert f"checkpoint {names[-1]} cannot be read and is removed" in output
+    assert sha_of_weights(objects.require_manifest(setting.store, later.object_id)) == sha_of_weights(whole)
+
+
 def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
     job = setting.job("suspended", resources=on(2, collective_timeout_seconds=4, stop_seconds=2))
     status, output = run(setting, job, "import signal; os.kill(os.getpid(), signal.SIGSTOP)")
