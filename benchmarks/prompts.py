@@ -4,9 +4,8 @@
 
 The engine is replaced by an echo that answers with the prompt's first tokens, so that all that is left is spinreg's own
 work: dealing out answers, reading prompts, Parquet, texts, hashes, commits in a folder store. Every count is a process
-of its own. Memory is the largest resident size of the process less what it had once everything was imported; pages of
-the mapped prompts file do not count, they belong to the page cache. The last line is one JSON object; `ratio` is the
-memory at the largest count over that at the smallest.
+of its own. Memory is the largest size of the process (USS) less what it had once everything was imported. The last line
+is one JSON object; `ratio` is the memory at the largest count over that at the smallest.
 """
 
 from __future__ import annotations
