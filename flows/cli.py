@@ -85,24 +85,11 @@ def _add_configuration(parser: argparse.ArgumentParser, *, dataset: bool = True)
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the command line says, as nested mappings of RunConfig fields."""
+    from spinreg_core.resolve import assignments, merge
+
     names = ("run", "rounds", "until_round", "model", "dataset", "store", "seed")
     values: dict[str, Any] = {n: v for n in names if (v := getattr(arguments, n, None)) is not None}
-    for item in arguments.param:
-        path, equals, text = item.partition("=")
-        if not equals:
-            raise BadInput(f"--param {item!r}", "no '='", "GROUP.FIELD=VALUE")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        *groups, field = path.split(".")
-        place = values
-        for group in groups:
-            place = place.setdefault(group, {})
-            if not isinstance(place, dict):
-                raise BadInput(f"--param {item!r}", f"{group} = {place!r} given before", "either a group or its fields")
-        place[field] = value
-    return values
+    return merge(values, assignments(arguments.param))
 
 
 def _run(arguments: argparse.Namespace) -> int:

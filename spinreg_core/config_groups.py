@@ -6,6 +6,7 @@ Leaves out: what groups must agree on, which fields of an existing run may chang
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -61,6 +62,24 @@ class DataConfig(Group):
     max_length: int = Field(
         1024, ge=16, description="Prompt plus answer; longer human answers are cut and count as truncated (tokens)."
     )
+    min_answer_characters: int = Field(
+        0, ge=0, description="Rows with a shorter human answer are left out of training (characters)."
+    )
+    max_answer_characters: int | None = Field(
+        None, ge=1, description="Rows with a longer one are left out (characters). Unset: none."
+    )
+    drop_patterns: list[str] = Field(
+        [],
+        description="Regular expressions (Python's): a row whose prompt or answer one of them is found in is left out.",
+    )
+    evaluation_sets: list[str] = Field(
+        [],
+        description="Data sets that the model will be judged by: rows that share words in a row with one of their "
+        "prompts are listed and left out of training.",
+    )
+    contamination_words: int = Field(
+        13, ge=5, description="How many words in a row count as shared; a shorter prompt counts as a whole (words)."
+    )
     prompts_per_round: int | None = Field(
         32, ge=1, description="Prompts answered in one round (rows). Unset: all training rows."
     )
@@ -72,6 +91,16 @@ class DataConfig(Group):
     max_bad_share: float = Field(
         0.02, ge=0, le=1, description="Largest share of bad rows before the run ends (0..1 of the rows)."
     )
+
+    @field_validator("drop_patterns")
+    @classmethod
+    def _patterns_compile(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return value
 
     @model_validator(mode="after")
     def _columns_and_lengths(self) -> DataConfig:

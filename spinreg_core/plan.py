@@ -121,12 +121,13 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
 
     Generated answers are taken to be as long as they may be.
     """
-    from spinreg_core.data import load_heldout, load_rows, require_usable, split_rows
+    from spinreg_core.data import load_heldout, require_usable, split_rows
+    from spinreg_core.data.select import load_training
     from spinreg_core.render import Renderer
 
     data, new = config.data, config.generation.max_new_tokens
     try:
-        loaded = load_rows(config.dataset, data)
+        loaded, _ = load_training(config.dataset, data)
         require_usable(loaded, loaded.rejected, data.max_bad_share)
         given = load_heldout(config.dataset, data)
         rows, heldout = loaded.rows, data.heldout_rows

@@ -7,6 +7,7 @@ text of every configuration error. Leaves out: the fields themselves (`config.py
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,27 @@ def load_config_file(location: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise BadInput(f"config {location!r}", f"a {type(content).__name__}", "a mapping of field names to values")
     return content
+
+
+def assignments(items: Iterable[str]) -> dict[str, Any]:
+    """`GROUP.FIELD=VALUE` of command lines as nested mappings; VALUE is JSON, or else text. Raises BadInput."""
+    values: dict[str, Any] = {}
+    for item in items:
+        path, equals, text = item.partition("=")
+        if not equals:
+            raise BadInput(f"--param {item!r}", "no '='", "GROUP.FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        *groups, field = path.split(".")
+        place = values
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise BadInput(f"--param {item!r}", f"{group} = {place!r} given before", "either a group or its fields")
+        place[field] = value
+    return values
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

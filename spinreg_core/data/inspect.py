@@ -12,7 +12,9 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_rows, spread
 from spinreg_core.data.formats import REASONS
-from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, load_rows, shorten
+from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, shorten
+from spinreg_core.data.select import by_reason as left_out_by
+from spinreg_core.data.select import load_training
 from spinreg_core.errors import BadInput
 
 EXAMPLES = 2
@@ -26,12 +28,18 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     are in characters only and the text says why. Raises BadInput for a data set that cannot be read.
     """
     renderer, reason = _renderer(config.model)
-    parts = {"train": load_rows(config.dataset, config.data)}
+    training, left_out = load_training(config.dataset, config.data)
+    parts = {"train": training}
     heldout = load_heldout(config.dataset, config.data)
     if heldout is not None:
         parts["heldout"] = heldout
     document: dict[str, Any] = {name: _describe(part, config, renderer) for name, part in parts.items()}
     lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
+    document |= {"left_out": {"counts": left_out_by(left_out), "rows": [asdict(row) for row in left_out]}}
+    lines += [f"left out of training: {count} {reason}" for reason, count in left_out_by(left_out).items()]
+    lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in left_out[:LISTED]]
+    if len(left_out) > LISTED:
+        lines.append(f"  ... and {len(left_out) - LISTED} more (--json lists all)")
     if reason:
         lines.append(f"no token counts: {reason}")
     return "\n".join(lines), document | {"tokenizer": None if reason else config.model}

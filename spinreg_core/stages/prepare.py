@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from spinreg_core.checkpoints import copy_rest
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_rows, rows_table, spread
 from spinreg_core.data.formats import Rejected, Row
-from spinreg_core.data.load import Loaded, by_reason, load_heldout, load_rows, require_usable
+from spinreg_core.data.load import Loaded, by_reason, load_heldout, require_usable
+from spinreg_core.data.select import LeftOut, load_training
+from spinreg_core.data.select import by_reason as left_out_by
 from spinreg_core.data.split import given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
@@ -45,13 +48,17 @@ from spinreg_core.store import open_store
 def run(job: Job) -> dict[str, Any]:
     """Publish both objects. Returns the manifest of `data` with both ids. Raises BadInput."""
     config = job.config
-    loaded, heldout = load_rows(config.dataset, config.data), load_heldout(config.dataset, config.data)
+    loaded, left_out = load_training(config.dataset, config.data)
+    heldout = load_heldout(config.dataset, config.data)
     for part in (loaded, heldout):
         if part is not None:
             _tell(part)
             require_usable(part, part.rejected, config.data.max_bad_share)
     renderer = Renderer.from_folder(tokenizer_folder(config.model, cache_folder()))
-    data = prepare_data(job, loaded, heldout, renderer)
+    if left_out:
+        print(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in left_out_by(left_out).items())}",
+              flush=True)  # fmt: skip
+    data = prepare_data(job, loaded, heldout, renderer, left_out)
     folder = resolve_model(config.model, cache_folder())
     require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id])
     if config.training.lora_rank is not None:
@@ -89,7 +96,9 @@ def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer
     }
 
 
-def prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
+def prepare_data(
+    job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Renderer, left_out: Sequence[LeftOut] = ()
+) -> dict[str, Any]:
     """Split and tokenise the rows and publish the object `data`; returns its manifest. Raises BadInput."""
     config, store, start = job.config, open_store(job.store), time.monotonic()
     key = data_key(config, loaded, heldout, renderer)
@@ -108,7 +117,7 @@ def prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Ren
         train, held, dropped = given_heldout(rows, [row for row, _ in more], config.data.heldout_rows, config.seed)
         encoded += more
     tables = {"train": rows_table(train, encoded), "heldout": rows_table(held, encoded)}
-    summary = _summary(loaded, tables, bad, dropped)
+    summary = _summary(loaded, tables, bad, dropped) | {"left_out": left_out_by(left_out)}
     require_final_answers(config.evaluation.final_answer, tables["heldout"]["final_answer"].to_pylist())
     folder = job.workdir / "data"
     folder.mkdir()
@@ -117,6 +126,7 @@ def prepare_data(job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Ren
         pq.write_table(table, folder / f"{name}.parquet", row_group_size=1000)
     listed = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
     (folder / "rejected.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False))
+    (folder / "left_out.json").write_text(json.dumps([asdict(row) for row in left_out], indent=1, ensure_ascii=False))
     (folder / "summary.json").write_text(
         json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1, ensure_ascii=False)
     )

@@ -3,6 +3,7 @@ tested: timed assertions do not belong here.)"""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,21 @@ def test_help_names_quick(script: Path) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "--quick" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_quick_run_ends_with_one_line_of_figures() -> None:
+    """Of the script that needs the least time; that figures are right is not what is looked at."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "prompts.py"), "--quick"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    *table, last = done.stdout.strip().splitlines()
+    figures = json.loads(last)
+    assert [row["prompts"] for row in figures["curve"]] == [2_000, 20_000]
+    assert figures["ratio"] > 0
+    assert len(table) == 3
+    assert "memory MB" in table[0]
 
 
 def test_model_flops_by_hand() -> None:

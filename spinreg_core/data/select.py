@@ -1,0 +1,130 @@
+"""Which good rows are left out of training on purpose: by length, by pattern, because an evaluation would know them.
+
+Decides: the reasons, their order (a row is left out for the first that applies), and what overlap is.
+Leaves out: bad rows and exact duplicates (`load.py`), what does not fit in tokens (`encode.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.formats import Row
+from spinreg_core.data.load import Loaded, load_rows, shorten
+from spinreg_core.errors import BadInput
+
+REASONS = {
+    "answer_too_short": "the answer has fewer than data.min_answer_characters characters",
+    "answer_too_long": "the answer has more than data.max_answer_characters characters",
+    "pattern": "prompt or answer match one of data.drop_patterns",
+    "contaminated": "prompt or answer share data.contamination_words words in a row with a prompt of an evaluation set",
+}
+
+# Evaluation prompts of fewer words match only as a whole, and not at all below this: "What is it?" is in many prompts.
+_FEWEST_WORDS = 5
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that is not trained on: its number (from 1), a key of REASONS, and what was found there."""
+
+    row: int
+    reason: str
+    detail: str
+
+
+def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOut]]:
+    """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
+    loaded = load_rows(dataset, config)
+    known = {name: _prompts(name, config) for name in config.evaluation_sets}
+    kept, left_out = select(loaded.rows, config, known)
+    if loaded.rows and not kept:
+        found = ", ".join(f"{count} {reason}" for reason, count in by_reason(left_out).items())
+        raise BadInput(f"dataset {dataset}", f"no row that is not left out ({found})", "filters that leave some")
+    return replace(loaded, rows=kept), left_out
+
+
+def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[list[Row], list[LeftOut]]:
+    """Rows to train on, and the others. known: prompts of the evaluation sets, by name of the set."""
+    patterns = [re.compile(pattern) for pattern in config.drop_patterns]
+    grams = _grams(known, config.contamination_words)
+    lengths = sorted({len(gram) for gram in grams})
+    kept: list[Row] = []
+    left_out: list[LeftOut] = []
+    for row in rows:
+        problem = _problem(row, config, patterns) or _overlap(row, grams, lengths)
+        if problem is None:
+            kept.append(row)
+        else:
+            left_out.append(LeftOut(row.source_row, *problem))
+    return kept, left_out
+
+
+def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
+    """Counts by reason; a pattern by itself."""
+    found: dict[str, int] = {}
+    for one in left_out:
+        name = f"pattern {one.detail}" if one.reason == "pattern" else one.reason
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:
+    size, most = len(row.answer), config.max_answer_characters
+    if size < config.min_answer_characters:
+        return "answer_too_short", f"{size} characters"
+    if most is not None and size > most:
+        return "answer_too_long", f"{size} characters"
+    for pattern in patterns:
+        if any(pattern.search(text) for text in _texts(row)):
+            return "pattern", pattern.pattern
+    return None
+
+
+def _overlap(row: Row, grams: dict[tuple[str, ...], str], lengths: Sequence[int]) -> tuple[str, str] | None:
+    for text in _texts(row) if grams else ():
+        words = _words(text)
+        for length in lengths:
+            for gram in _runs(words, length):
+                if gram in grams:
+                    return "contaminated", f"{grams[gram]}: {shorten(' '.join(gram), 120)}"
+    return None
+
+
+def _grams(known: dict[str, list[str]], length: int) -> dict[tuple[str, ...], str]:
+    """Runs of words to look for, with the set each is of."""
+    found: dict[tuple[str, ...], str] = {}
+    for name, prompts in known.items():
+        for prompt in prompts:
+            words = _words(prompt)
+            if len(words) >= _FEWEST_WORDS:
+                for gram in _runs(words, min(length, len(words))):
+                    found.setdefault(gram, name)
+    return found
+
+
+def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
+    return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))
+
+
+def _words(text: str) -> list[str]:
+    """Without case and punctuation."""
+    return re.findall(r"\w+", text.lower())
+
+
+def _texts(row: Row) -> list[str]:
+    return [*(message["content"] for message in row.messages), row.answer]
+
+
+def _prompts(dataset: str, config: DataConfig) -> list[str]:
+    """What users say in an evaluation set. Its layout is found by its columns; its own split is `test` or `train`."""
+    plain = DataConfig(format="auto", turns=config.turns)
+    try:
+        found = load_rows(dataset, plain, split="test")
+    except BadInput as error:
+        if "data.split" not in str(error):
+            raise
+        found = load_rows(dataset, plain, split="train")
+    return [m["content"] for row in found.rows for m in row.messages if m["role"] == "user"]
