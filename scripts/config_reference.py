@@ -95,6 +95,8 @@ def type_text(annotation: Any) -> str:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is list:
         return f"list of ({type_text(arguments[0])})"
+    if origin is dict:
+        return "mapping of names to values"
     return {int: "whole number", float: "number", str: "text", bool: "true or false"}[annotation]
 
 

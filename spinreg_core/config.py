@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen pydantic tree, every default in one place.
 
-Decides: what the groups (`config_groups.py`) must agree on, and which fields of an existing run may change.
+Decides: what the groups (`config_groups.py`, `config_data.py`) must agree on, and which fields of an existing run may
+change.
 Leaves out: how values from a file and from parameters are combined (`spinreg_core.resolve`).
 The defaults are the demo's: `RunConfig()` is what `prefect deployment run spin/iterate` runs.
 """
@@ -11,10 +12,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from spinreg_core.config_data import DataConfig
 from spinreg_core.config_groups import (
     AVERAGE_FIELDS,
     LORA_FIELDS,
-    DataConfig,
     EvaluationConfig,
     GenerationConfig,
     Group,

@@ -136,7 +136,7 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
             heldout = len(held)
         else:
             heldout = min(heldout, len(given.rows))
-        renderer = Renderer.from_folder(folder)
+        renderer = Renderer.from_folder(folder, config.data.template_arguments)
         chosen = rows[:: -(-len(rows) // SAMPLED_ROWS)]
         lengths = []
         for row in chosen:

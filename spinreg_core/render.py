@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from spinreg_core.errors import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from spinreg_core.data.formats import Message
 
@@ -74,11 +74,13 @@ class Renderer:
     `pad_id`: for padding only, it carries no meaning.
     """
 
-    def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = ()) -> None:
-        """`eos_ids`: further ends of generation, from the model's generation_config. Raises BadInput for a
-        template in which the place of an answer cannot be found.
+    def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = (), arguments: Mapping[str, Any] | None = None) -> None:
+        """`eos_ids`: further ends of generation, from the model's generation_config. `arguments`: what the template is
+        given besides the messages (`data.template_arguments`). Raises BadInput for a template in which the place of an
+        answer cannot be found.
         """
         self.tokenizer = tokenizer
+        self._arguments = dict(arguments or {})
         added = tokenizer.added_tokens_decoder
         self._header = ""  # what such templates as ignore add_generation_prompt put before an answer
         self._controls = {token.content: i for i, token in added.items() if token.special and token.content.strip()}
@@ -106,11 +108,12 @@ class Renderer:
         self._before = tokenizer.decode(self._encode(before), skip_special_tokens=True) if before else ""
 
     @classmethod
-    def from_folder(cls, path: Path) -> Renderer:
+    def from_folder(cls, path: Path, arguments: Mapping[str, Any] | None = None) -> Renderer:
         """The renderer of a Hugging Face folder (tokenizer files suffice). Raises BadInput."""
         file = Path(path) / "generation_config.json"
         eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
-        return cls(load_tokenizer(Path(path)), eos if isinstance(eos, list) else [] if eos is None else [eos])
+        ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return cls(load_tokenizer(Path(path)), ends, arguments)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids a policy is sampled with and trained on; ends where the answer begins. Raises BadInput."""
@@ -155,6 +158,7 @@ class Renderer:
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         template = self.tokenizer.get_chat_template()
         parts = [spec, template, dict(self.tokenizer.special_tokens_map), self.end_of_turn]
+        parts += [self._arguments] if self._arguments else []
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _probe(self) -> tuple[str, str]:
@@ -182,7 +186,7 @@ class Renderer:
 
         try:
             text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._arguments
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)

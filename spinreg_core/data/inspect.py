@@ -27,7 +27,7 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     Token counts and rendered examples need the tokenizer of `config.model`; where it cannot be had, lengths
     are in characters only and the text says why. Raises BadInput for a data set that cannot be read.
     """
-    renderer, reason = _renderer(config.model)
+    renderer, reason = _renderer(config)
     training, left_out = load_training(config.dataset, config.data)
     parts = {"train": training}
     heldout = load_heldout(config.dataset, config.data)
@@ -45,12 +45,13 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     return "\n".join(lines), document | {"tokenizer": None if reason else config.model}
 
 
-def _renderer(model: str) -> tuple[Any, str]:
+def _renderer(config: RunConfig) -> tuple[Any, str]:
     from spinreg_core.model_source import tokenizer_folder
     from spinreg_core.render import Renderer
 
     try:
-        return Renderer.from_folder(tokenizer_folder(model, cache_folder())), ""
+        folder = tokenizer_folder(config.model, cache_folder())
+        return Renderer.from_folder(folder, config.data.template_arguments), ""
     except BadInput as error:
         return None, str(error)
 

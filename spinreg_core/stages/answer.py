@@ -75,7 +75,7 @@ def answer_shards(
     name, policies, weights = engine_of(job, source)
     generation = job.config.generation.model_copy(update={"dtype": sampling_dtype(job.config)})
     folders = [fetch_folder(store, policy, "policy") for policy in policies]
-    renderer = Renderer.from_folder(folders[0])
+    renderer = Renderer.from_folder(folders[0], job.config.data.template_arguments)
     sampling = Sampling.of(generation, renderer.stop_ids)
     mixture = {"policies": policies, "weights": weights} if source.geometric else None
     print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"

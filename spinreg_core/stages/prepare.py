@@ -54,7 +54,7 @@ def run(job: Job) -> dict[str, Any]:
         if part is not None:
             _tell(part)
             require_usable(part, part.rejected, config.data.max_bad_share)
-    renderer = Renderer.from_folder(tokenizer_folder(config.model, cache_folder()))
+    renderer = Renderer.from_folder(tokenizer_folder(config.model, cache_folder()), config.data.template_arguments)
     if left_out:
         print(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in left_out_by(left_out).items())}",
               flush=True)  # fmt: skip

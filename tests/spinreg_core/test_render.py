@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from spinreg_core.cache import cache_folder
+from spinreg_core.config import DataConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.model_source import tokenizer_folder
 from spinreg_core.render import DEFAULT_TEMPLATE, Renderer, load_tokenizer
@@ -237,3 +238,49 @@ class TestSmolLM2:
         ids = smollm2.answer_ids(messages, f"x{text}x")
         assert smollm2.decode(ids) == f"x{text}x"
         assert [i for i in ids if i < 17] == [smollm2.end_of_turn]  # ids 0..16 are its special tokens
+
+
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+# What is said before an answer in a prompt is there in a finished conversation too.
+WHOLE = THINKING.replace(
+    "{{ m['role'] }}\n{{ m['content'] }}",
+    "{{ m['role'] }}\n{% if m['role'] == 'assistant' and enable_thinking is defined and not enable_thinking %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}",
+)
+
+
+def test_the_template_is_given_what_the_user_says() -> None:
+    tokenizer = chat_tokenizer("byte_bpe", WHOLE)
+    messages = [{"role": "user", "content": "Why?"}]
+    plain, quiet, loud = (
+        Renderer(tokenizer, (), arguments)
+        for arguments in (None, {"enable_thinking": False}, {"enable_thinking": True})
+    )
+    assert "<think>" not in plain.text(plain.prompt_ids(messages))
+    assert quiet.text(quiet.prompt_ids(messages)).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert loud.prompt_ids(messages) == plain.prompt_ids(messages)
+    for renderer in (plain, quiet):
+        ids = renderer.answer_ids(messages, "Because.")
+        assert renderer.decode(ids) == "Because."
+        whole = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": "Because."}], tokenize=False, **renderer._arguments
+        )
+        assert whole.startswith(renderer.text(renderer.prompt_ids(messages) + ids))
+    assert plain.fingerprint() == Renderer(tokenizer).fingerprint()
+    assert len({r.fingerprint() for r in (plain, quiet, loud)}) == 3
+
+
+def test_tools_reach_the_template() -> None:
+    with_tools = "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}" + WHOLE
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    renderer = Renderer(chat_tokenizer("byte_bpe", with_tools), (), {"tools": tools})
+    assert '"weather"' in renderer.text(renderer.prompt_ids([{"role": "user", "content": "Rain?"}]))
+
+
+def test_arguments_that_are_ours_are_refused() -> None:
+    with pytest.raises(ValueError, match="tokenize: spinreg itself says these to the template"):
+        DataConfig(template_arguments={"tokenize": True})
