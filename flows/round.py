@@ -10,7 +10,6 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
-from prefect.states import Failed
 
 from flows.show import show_round
 from spinreg_core.errors import StagePreempted
@@ -19,7 +18,7 @@ from tasks.display import flush, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.mix_opponent import mix_opponent
-from tasks.stage import run_task
+from tasks.stage import preempted, run_task
 from tasks.train import train
 
 
@@ -37,7 +36,7 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
         try:
             result = run_task(stage, resources, run, round_number)
         except StagePreempted as error:
-            return Failed(name="Preempted", message=str(error), data=error)
+            return preempted(error)
         results[result["stage"]] = result
     show_round(round_number)
     flush()

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Cancelled, Failed
+from prefect.states import Cancelled
 from pydantic import BaseModel, Field
 
 from flows.form import (
@@ -42,7 +42,7 @@ from tasks.context import Context, entered
 from tasks.display import artifact_key, flush, nested, run_log, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
-from tasks.stage import run_task
+from tasks.stage import preempted, run_task
 
 # Everything is committed when the flow ends; a long outage must not make it a failed run.
 END_PATIENCE_SECONDS = 3600.0
@@ -113,7 +113,7 @@ def spin(
     except RunCancelled as error:
         return Cancelled(message=str(error))
     except StagePreempted as error:
-        return Failed(name="Preempted", message=str(error), data=error)
+        return preempted(error)
 
 
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:

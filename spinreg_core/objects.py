@@ -148,12 +148,8 @@ def delete_part(store: Store, object_id: str, part: dict[str, Any]) -> None:
 
 def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
     """Committed parts by name, sorted by name."""
-    found = {}
-    for key in store.list(f"objects/{object_id}/parts/"):
-        part = documents.read(store, key)
-        if part is not None:  # not deleted since
-            found[part["name"]] = part
-    return dict(sorted(found.items()))
+    read = ((name, read_part(store, object_id, name)) for name in part_names(store, object_id))
+    return {name: part for name, part in read if part is not None}  # None: deleted since
 
 
 def part_names(store: Store, object_id: str) -> list[str]:

@@ -87,7 +87,6 @@ class Round:
         self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
         self.tokens_per_pass, self.ranks = tokens_per_pass, ranks or Ranks(model.device)
         iterates = {"previous": round_number - 1, "base": 0}
-        self._starts_at_previous = starts_at_previous
         self._samplers = {name: iterates[name] for name in kl_from}
         self.beta = of_round(objective.beta, round_number)
         self.peak = of_round(training.learning_rate, round_number)
@@ -108,7 +107,7 @@ class Round:
         self.watched = list({keyed(pair, "real"): pair for pair in reversed(order)}.values())[::-1][:WATCHED_PAIRS]
         # π_t is π_0 in round 1, so the base's scores serve too.
         start = "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
-        self._watched_column = start
+        self._watched_column = start if starts_at_previous else None
         torch.manual_seed(seed)
         # Evaluation mode has no dropout, whoever loaded the model; only activation checkpointing asks for the other.
         model.train(training.activation_checkpointing != "none")
@@ -125,7 +124,7 @@ class Round:
 
         Must be called before the first step.
         """
-        if self._watched_column is not None and self._starts_at_previous:
+        if self._watched_column is not None:
             self.state.watched_start = [pair[self._watched_column] for pair in self.watched]
         else:
             self.state.watched_start = self._score_watched()

@@ -36,6 +36,11 @@ def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
     return False
 
 
+def preempted(error: StagePreempted) -> State[Any]:
+    """A failure for Prefect, which retries it, under the name of what it is."""
+    return Failed(name="Preempted", message=str(error), data=error)
+
+
 def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: object) -> dict[str, Any]:
     """Call a task with the run's retries: delays double and are spread, so that workers do not align."""
     if resources.retries:
@@ -91,8 +96,8 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
         with context.scratch(f"round-{round_number}-{stage}", writer) as folder:
             try:
                 watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, stage)
-            except StagePreempted as error:  # a failure for Prefect, which retries it, under the name of what it is
-                return Failed(name="Preempted", message=str(error), data=error)
+            except StagePreempted as error:
+                return preempted(error)
         manifest = require_manifest(store, object_id)
     session.commit(round_number, stage, object_id)
     result = {

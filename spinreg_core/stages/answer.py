@@ -1,7 +1,7 @@
 """One engine answers and commits shards; run as a process, the engine of one GPU (or group of GPUs).
 
-Decides: what an engine is opened for, and that a shard is committed as soon as its last answer is there, while the
-engine goes on with the next ones.
+Decides: which shards a job has, what an engine is opened for, and that a shard is committed as soon as its last answer
+is there, while the engine goes on with the next ones.
 Leaves out: which engine gets which shards (`generate.py`, `engine_pool.py`), decoding (`engines/`).
 
     python -m spinreg_core.stages.answer JOB.json
@@ -30,12 +30,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from spinreg_core.config import sampling_dtype
+from spinreg_core.data.split import round_prompts
 from spinreg_core.engines import Answer, Engine, Sampling, check_prompts, open_engine
 from spinreg_core.objects import commit_part, fetch_file, fetch_folder, upload
-from spinreg_core.shards import Rows, Shard, Source, answer_seed, shard_meta, write_shard
+from spinreg_core.shards import Rows, Shard, Source, answer_seed, drawn_sources, make_shards, shard_meta, write_shard
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import Store, open_store
 
@@ -166,10 +168,29 @@ def engine_of(job: Job, source: Source) -> tuple[Any, list[str], list[float]]:
     return "hf", [own, job.inputs["policies"]["0"]], [alpha, 1 - alpha]
 
 
+def planned(job: Job, rows: Rows) -> list[Shard]:
+    """All shards of a job, committed or not; the same wherever and whenever it is asked."""
+    config, kind = job.config, job.extra["rows"]
+    if kind != "train":
+        (only,) = job.inputs["policies"]
+        iterates = np.full((len(rows), 1), int(only))
+        return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), config.generation.shard_size)
+    data = config.data
+    chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
+    geometric = job.extra.get("geometric")
+    if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
+        iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
+        mixed = np.zeros_like(iterates, bool)
+    else:
+        iterates, mixed = drawn_sources(
+            rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
+            geometric_share=geometric["share"] if geometric else 0.0, round_number=job.round, seed=config.seed,
+        )  # fmt: skip
+    return make_shards(chosen, iterates, mixed, config.generation.shard_size)
+
+
 def run(job: Job) -> dict[str, Any]:
     """Serve the waves that come in. Raises as `answer_shards`."""
-    from spinreg_core.stages.generate import planned
-
     say, speaking = int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), threading.Lock()
 
     def tell(line: str) -> None:

@@ -121,7 +121,7 @@ def answer_in_processes(
                 continue
             engines.remove(engine)
             status = engine.process.wait()
-            _raise_for(status, engine)
+            raise_verdict(status, engine.last[-1] if engine.last else "")
             for number in list(engine.open):  # committed, and not told of any more
                 part = read_part(store, job.object_id, by_number[number].name)
                 if part is not None:
@@ -191,8 +191,8 @@ def _watch(engine: _Engine, hears: int, said: queue.Queue[tuple[_Engine, str | N
     said.put((engine, None))
 
 
-def _raise_for(status: int, engine: _Engine) -> None:
-    last = engine.last[-1] if engine.last else ""
+def raise_verdict(status: int, last: str) -> None:
+    """Raise what a process said with its last line, where its exit status says that trying again is of no use."""
     if status == EXIT_BAD_INPUT:
         raise BadInput.from_message(last.removeprefix("bad input: "))
     if status == EXIT_DAMAGED:
@@ -202,5 +202,5 @@ def _raise_for(status: int, engine: _Engine) -> None:
 def devices_of(count: int, each: int, gpus: list[str], cores: int) -> list[dict[str, str]]:
     """Environment of each of `count` engines: its own `each` GPUs, or its share of the cores where there are none."""
     if not gpus:
-        return [{"OMP_NUM_THREADS": str(max(1, cores // count)), "SPINREG_ENGINE": str(i)} for i in range(count)]
+        return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(count)]

@@ -24,24 +24,19 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import numpy as np
-
 from spinreg_core.config import ResourcesConfig
 from spinreg_core.engines import Sampling
 from spinreg_core.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DAMAGED,
     EXIT_PREEMPTED,
     BadInput,
-    Damaged,
     StageFailed,
     StagePreempted,
 )
 from spinreg_core.objects import fetch_file, list_parts, publish, read_manifest
 from spinreg_core.progress import Progress
-from spinreg_core.shards import Rows, Shard, drawn_sources, make_shards
-from spinreg_core.stages.answer import answer_shards, engine_of
-from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave
+from spinreg_core.shards import Rows, Shard
+from spinreg_core.stages.answer import answer_shards, engine_of, planned
+from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave, raise_verdict
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import open_store
 
@@ -135,29 +130,6 @@ def _engine(job: Job) -> Any:
     return job.key["sampler"]["engine"]
 
 
-def planned(job: Job, rows: Rows) -> list[Shard]:
-    """All shards of a job, committed or not; the same wherever and whenever it is asked."""
-    from spinreg_core.data.split import round_prompts
-
-    config, kind = job.config, job.extra["rows"]
-    if kind != "train":
-        (only,) = job.inputs["policies"]
-        iterates = np.full((len(rows), 1), int(only))
-        return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), config.generation.shard_size)
-    data = config.data
-    chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
-    geometric = job.extra.get("geometric")
-    if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
-        iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
-        mixed = np.zeros_like(iterates, bool)
-    else:
-        iterates, mixed = drawn_sources(
-            rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
-            geometric_share=geometric["share"] if geometric else 0.0, round_number=job.round, seed=config.seed,
-        )  # fmt: skip
-    return make_shards(chosen, iterates, mixed, config.generation.shard_size)
-
-
 def _devices(resources: ResourcesConfig, tensor_parallel: int) -> list[dict[str, str]]:
     """The environment of each engine of this machine: one per GPU, or per `tensor_parallel` GPUs. Raises BadInput."""
     if resources.processes in ("auto", 1) and resources.device == "cpu":
@@ -210,10 +182,7 @@ def _in_process(job: Job) -> None:
         except BaseException:  # SIGTERM: what the child has committed stays
             child.kill()
             raise
-    if child.returncode == EXIT_BAD_INPUT:
-        raise BadInput.from_message(last.removeprefix("bad input: "))
-    if child.returncode == EXIT_DAMAGED:
-        raise Damaged(last.removeprefix("damaged: "))
+    raise_verdict(child.returncode, last)
     if child.returncode in (EXIT_PREEMPTED, -15):
         raise StagePreempted("the generate process was stopped from outside")
     if child.returncode:
