@@ -251,8 +251,8 @@ class ResourcesConfig(Group):
     collective_timeout_seconds: float = Field(
         600.0,
         gt=0,
-        description="Silence of a rank after which the others give up and name it; where it has files to fetch or to "
-        "store, twelve times as long (seconds).",
+        description="Silence of a rank after which the job ends and names it: in a collective, or where it stores or "
+        "fetches files and no byte moves (seconds).",
     )
     tokens_per_pass: int = Field(
         2048,

@@ -26,6 +26,7 @@ from spinreg_core import documents
 from spinreg_core.cache import cache_folder
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import Conflict, Damaged
+from spinreg_core.standstill import moving
 from spinreg_core.store import Store
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def fingerprint(stage: str, key: dict[str, Any]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with moving(f"reading {path}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

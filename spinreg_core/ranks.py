@@ -25,6 +25,8 @@ from spinreg_core.errors import BadInput
 
 T = TypeVar("T")
 # So many collective timeouts ranks wait for each other's files, to be written or fetched: two hours by default.
+# One whose bytes stand still, or that does not run, is found by its node long before (`stages/watch.py`); this is for
+# lost nodes.
 _FILES = 12
 
 

@@ -16,7 +16,6 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
@@ -119,13 +119,15 @@ class FolderStore:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
         try:
-            yield temporary
+            with moving(f"writing {path}"):
+                yield temporary
         finally:
             temporary.unlink(missing_ok=True)
 
     def read(self, key: str) -> bytes | None:
         try:
-            return self._path(key).read_bytes()
+            with moving(f"reading {self.uri(key)}"):
+                return self._path(key).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -165,15 +167,16 @@ class FolderStore:
 
     def upload(self, path: Path, key: str) -> None:
         target = self._path(key)
-        with self._temporary(target) as temporary:
-            shutil.copyfile(path, temporary)
+        with self._temporary(target) as temporary, moving(f"storing {path.name} in {self.url}") as moved:
+            _copy(path, temporary, moved)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         _sync_folder(target.parent)
 
     def download(self, key: str, path: Path) -> None:
-        shutil.copyfile(self._path(key), path)
+        with moving(f"fetching {self.uri(key)}") as moved:
+            _copy(self._path(key), path, moved)
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
@@ -283,10 +286,12 @@ class S3Store:
 
     def upload(self, path: Path, key: str) -> None:
         part = max(PART_BYTES, -(-path.stat().st_size // _MOST_PARTS))
-        self._fs.put_file(str(path), self._path(key), chunksize=part, max_concurrency=4)
+        with moving(f"storing {path.name} in {self.url}") as moved:
+            self._fs.put_file(str(path), self._path(key), chunksize=part, max_concurrency=4, callback=_telling(moved))
 
     def download(self, key: str, path: Path) -> None:
-        self._fs.get_file(self._path(key), str(path))
+        with moving(f"fetching {self.uri(key)}") as moved:
+            self._fs.get_file(self._path(key), str(path), callback=_telling(moved))
 
     def delete(self, key: str) -> None:
         self._fs.call_s3("delete_object", Bucket=self.bucket, Key=self._key(key))
@@ -334,6 +339,20 @@ def require_conditional_writes(store: Store) -> None:
     ):
         return
     raise BadInput("store", f"{store.url}, whose server does not go by If-Match", expected)
+
+
+def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:
+    with open(source, "rb") as reader, open(target, "wb") as writer:
+        while data := reader.read(PART_BYTES):
+            writer.write(data)
+            moved(len(data))
+
+
+def _telling(moved: Callable[[int], None]) -> Any:
+    """What fsspec calls as bytes move."""
+    from fsspec.callbacks import Callback
+
+    return Callback(hooks={"moved": lambda _size, value, **_: moved(value)})
 
 
 def _write_durably(path: Path, data: bytes) -> None:

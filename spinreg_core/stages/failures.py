@@ -6,6 +6,7 @@ end brought down. Leaves out: what follows from an exit status (`tasks/process.p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -21,6 +22,7 @@ from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged,
 # What a rank says when another one went away or kept it waiting; the texts are those of gloo and NCCL.
 _GONE = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|remote process exited")
 _TIMED_OUT = re.compile(r"Timed out waiting|Timeout|timeout", re.ASCII)
+_LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")  # said of a rank's own silence
 _COMMUNICATION = re.compile(r"gloo|nccl|NCCL|DistBackendError|DistNetworkError|ProcessGroup|TCPStore|collective")
 
 
@@ -32,6 +34,9 @@ def described(error: BaseException, stage: str, config: RunConfig) -> tuple[int,
         return EXIT_DAMAGED, f"damaged: {error}"
     if isinstance(error, SpinregError):
         return 1, f"error: {error}"
+    if isinstance(error, SystemExit):
+        where = "".join(traceback.format_exception(error)).rstrip()
+        return 1, f"something {stage} called left the process with status {error.code!r}:\n{where}"
     if _out_of_memory(error):
         return 1, f"error: {_memory_message(error, stage, config)}"
     return 1, "".join(traceback.format_exception(error)).rstrip()
@@ -87,6 +92,15 @@ def record(folder: Path, rank: int, status: int, message: str) -> None:
     path.with_suffix(".tmp").replace(path)
 
 
+def alive(folder: Path) -> dict[int, float]:
+    """Ranks of this node that have not come to their proper end, and when each last said that it runs (`watch.py`)."""
+    found = {}
+    for path in folder.glob("alive-*"):
+        with contextlib.suppress(FileNotFoundError):  # it ends just now
+            found[int(path.name.removeprefix("alive-"))] = path.stat().st_mtime
+    return found
+
+
 def any_recorded(folder: Path) -> bool:
     """Whether a rank of this node has failed."""
     return any(folder.glob("failure-*.json"))
@@ -96,7 +110,7 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
     """(exit status, what to print) of a stage whose ranks failed. `statuses`: exit statuses by rank, negative signals.
 
     A rank that was killed comes first, then one with an error of its own (the earliest), then one that never arrived
-    where the others waited.
+    where the others waited, then one that left with status 0 before its end.
     """
     records = sorted((json.loads(path.read_text()) for path in folder.glob("failure-*.json")), key=lambda r: r["time"])
     told = {entry["rank"] for entry in records}
@@ -123,6 +137,12 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
             f"error: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not arrive where the "
             f"others waited (resources.collective_timeout_seconds).\n{where}"
         )
+    left = [rank for rank in alive(folder) if rank not in told and rank not in statuses and not _stack(folder, rank)]
+    if records and left:
+        return 1, (
+            f"error: rank {left[0]} left with exit status 0 before its work was done: something it called ended the "
+            f"process{_last_words(folder, left[0])}"
+        )
     if records:
         return 1, _said(records[0])
     rank, status = next(iter(sorted(statuses.items())), (0, 1))
@@ -137,7 +157,10 @@ def _said(entry: dict[str, Any]) -> str:
 
 def about_others(message: str) -> bool:
     """Whether a failure is only that another rank went away or did not answer."""
-    return bool(_COMMUNICATION.search(message) and (_GONE.search(message) or _TIMED_OUT.search(message)))
+    text = _LIMIT.sub("", message)
+    if text.startswith("error: "):
+        text = text.splitlines()[0]  # what follows is where it happened
+    return bool(_COMMUNICATION.search(text) and (_GONE.search(text) or _TIMED_OUT.search(text)))
 
 
 def _ranks_here(folder: Path) -> list[int]:

@@ -24,7 +24,8 @@ from typing import Any, NoReturn
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import EXIT_PREEMPTED
-from spinreg_core.stages.failures import any_recorded, described, record
+from spinreg_core.stages.failures import described, record
+from spinreg_core.stages.watch import POLL_SECONDS, RankWatch
 
 STARTER_VARIABLE = "SPINREG_STARTER"  # process id of the task's process, an ancestor of every stage process
 
@@ -137,7 +138,7 @@ def die_with_parent(doomed: Callable[[], bool] = lambda: False) -> None:
 
     def watch() -> None:
         while not over():
-            time.sleep(0.5)
+            time.sleep(POLL_SECONDS)
         time.sleep(3.0)
         end_group()
         os._exit(EXIT_PREEMPTED)
@@ -163,11 +164,14 @@ def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoRet
     rank = int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 else None
     folder = job.workdir / "ranks"
     faulthandler.enable()
-    die_with_parent((lambda: any_recorded(folder)) if rank is not None else lambda: False)
-    signal.signal(signal.SIGTERM, _on_sigterm)
     job.workdir.mkdir(parents=True, exist_ok=True)
+    watch = None
     if rank is not None:
         folder.mkdir(exist_ok=True)
+        watch = RankWatch(folder, rank, job.config.resources.collective_timeout_seconds)
+    die_with_parent((lambda: False) if watch is None else watch.doomed)
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    if rank is not None:
         # Written by the signal itself: where a rank was that does not answer.
         stack = open(folder / f"stack-{rank}.txt", "w")  # noqa: SIM115 (as long as the process)
         faulthandler.register(signal.SIGTERM, file=stack, all_threads=False, chain=True)
@@ -184,13 +188,15 @@ def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoRet
         if rank is not None:
             _end(EXIT_PREEMPTED)
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # libraries that leave the process had better say why
         status, message = described(error, job.stage, job.config)
         if rank is None:
             print(message, flush=True)
         else:
             record(folder, rank, status, message)
         _end(status)
+    if watch is not None:
+        watch.finished()
     if not rank:
         print(f"[{job.stage}] committed {manifest['object_id']} after {time.monotonic() - start:.1f} s", flush=True)
     _end(0)

@@ -23,6 +23,7 @@ from spinreg_core.objects import commit_part, delete_part, fetch_part, list_part
 from spinreg_core.ranks import Ranks
 from spinreg_core.sharding import local
 from spinreg_core.stages.job import Job
+from spinreg_core.standstill import awaiting
 from spinreg_core.store import Store
 from spinreg_core.training import Round, RoundState
 
@@ -123,7 +124,8 @@ class StepCheckpoints:
     def wait(self) -> None:
         """Until the checkpoint under way is committed."""
         if self.writing is not None:
-            self.writing.join()
+            with awaiting(self.writing):
+                self.writing.join()
 
     def discard(self) -> None:
         """Delete the checkpoints of a round whose policy is published. Rank 0."""

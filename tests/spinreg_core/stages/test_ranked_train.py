@@ -26,7 +26,7 @@ from spinreg_core.stages.job import Job
 # Put into a rank's process by Python itself: the stage is the real one, under the real torchrun.
 FAULTY = """
 import importlib.util, os, sys
-if os.environ.get("RANK", "1") == "1" and "FAULT" in os.environ:
+if os.environ.get("RANK", "1") == os.environ.get("FAULT_RANK", "1") and "FAULT" in os.environ:
     class Patch:
         def find_spec(self, name, path=None, target=None):
             if name != "spinreg_core.training":
@@ -56,22 +56,27 @@ def _setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(root)
 
 
-def start(setting: Setting, job: Job, fault: str | None = None, after: int = 3) -> subprocess.Popen[str]:
-    """`fault`: what rank 1, or the only one, does after so many steps."""
+def start(setting: Setting, job: Job, fault: str | None = None, after: int = 3, rank: int = 1) -> subprocess.Popen[str]:
+    """`fault`: what this rank, or the only one, does after so many steps."""
     job.workdir.mkdir(parents=True, exist_ok=True)
     job_file = job.workdir / "job.json"
     job.save(job_file)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     if fault is not None:
-        environment |= {"PYTHONPATH": str(setting.root / "faulty"), "FAULT": fault, "FAULT_AFTER": str(after)}
+        environment |= {
+            "PYTHONPATH": str(setting.root / "faulty"),
+            "FAULT": fault,
+            "FAULT_AFTER": str(after),
+            "FAULT_RANK": str(rank),
+        }
     return subprocess.Popen(
         [sys.executable, "-m", "spinreg_core.stages.train", str(job_file)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True,
     )  # fmt: skip
 
 
-def run(setting: Setting, job: Job, fault: str | None = None) -> tuple[int, str]:
-    with start(setting, job, fault) as process:
+def run(setting: Setting, job: Job, fault: str | None = None, rank: int = 1) -> tuple[int, str]:
+    with start(setting, job, fault, rank=rank) as process:
         assert process.stdout is not None
         output = process.stdout.read()
     return process.returncode, output
@@ -228,6 +233,49 @@ def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, A
     assert time.monotonic() - begin < 45
     assert f"checkpoint {names[-1]} cannot be read and is removed" in output
     assert sha_of_weights(objects.require_manifest(setting.store, later.object_id)) == sha_of_weights(whole)
+
+
+HANGS = "import spinreg_core.store as store; store._copy = lambda *_: __import__('time').sleep(600)"
+
+
+@pytest.mark.parametrize(
+    ("every", "fault", "said"),
+    [
+        (None, HANGS,
+         r"error: rank 0: storing \S+ in \S+ has stood still for \d+ s \(resources\.collective_timeout_seconds: 4\)\. "
+         r"It was here:\n.*in run\n.*in upload"),
+        (5, HANGS, r"error: rank 0: storing \S+ in \S+ has stood still .*in _finish"),
+        (None, "import spinreg_core.store as store; store._copy = lambda *_: os.kill(os.getpid(), 19)",
+         r"error: rank 0 has not run for 9 s \(resources\.collective_timeout_seconds: 4\): it is suspended"),
+    ],
+    ids=["hangs", "hangs in a checkpoint", "suspended"],
+)  # fmt: skip
+def test_a_rank_that_hangs_with_its_files_is_named_as_soon(
+    setting: Setting, every: int | None, fault: str, said: str
+) -> None:
+    """Where ranks wait for files they wait longer, but not for one whose bytes stand still."""
+    resources = on(2, collective_timeout_seconds=4, stop_seconds=2)
+    job = setting.job(f"files-{abs(hash((every, fault)))}", resources=resources, checkpoint_every_steps=every)
+    begin = time.monotonic()
+    status, output = run(setting, job, fault, rank=0)
+    assert time.monotonic() - begin < 60
+    assert status == 1
+    assert re.search(said, output, re.DOTALL), output
+    wait_until_gone(job)
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [("raise SystemExit", r"something train called left the process with status None:\nTraceback.*in faulty"),
+     ("os._exit(0)", r"error: rank 1 left with exit status 0 before its work was done")],
+    ids=["SystemExit", "_exit"],
+)  # fmt: skip
+def test_a_rank_that_leaves_as_if_all_were_well_is_named(setting: Setting, fault: str, said: str) -> None:
+    job = setting.job(f"left-{abs(hash(fault))}", resources=on(2))
+    status, output = run(setting, job, fault)
+    assert status == 1
+    assert re.search(said, output, re.DOTALL), output
+    wait_until_gone(job)
 
 
 def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
