@@ -1,7 +1,7 @@
 """A rank's eye on itself and on the others of its node, for the times when no collective would notice that one hangs.
 
-Decides: when a rank counts as hung while files are stored or fetched, and as gone without a word. Leaves out: hanging in
-a collective, which times out by itself; what is shown of a failure (`failures.py`).
+Decides: when a rank counts as hung while files are stored or fetched, and as gone without a word. Leaves out: hanging
+in a collective, which times out by itself; what is shown of a failure (`failures.py`).
 
 Ranks wait for each other's files far longer than for a collective: a policy of a hundred gigabytes takes its time. So
 each looks whether its own bytes still move, and touches `alive-N` in the job's folder `ranks`, which is there from its
