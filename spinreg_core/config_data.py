@@ -39,6 +39,12 @@ class DataConfig(Group):
     )
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split to read, in the notation of `datasets`, e.g. train[:50000].")
+    max_records: int | None = Field(
+        None,
+        ge=1,
+        description="Read so many records from the beginning of the split, as a stream: of a hub data set no more is "
+        "downloaded (records). Unset: all.",
+    )
     heldout_dataset: str | None = Field(
         None,
         description="Data set of the held-out rows (same formats). Unset: heldout_rows are set aside "
@@ -119,6 +125,8 @@ class DataConfig(Group):
             raise ValueError("name both prompt_column and response_column, or neither")
         if named and self.format not in ("auto", "prompt_response"):
             raise ValueError(f"prompt_column/response_column need format prompt_response, found {self.format!r}")
+        if self.max_records is not None and re.search(r"[\[+(]", self.split):
+            raise ValueError(f"max_records reads from the beginning of a whole split, found split {self.split!r}")
         if self.max_length <= self.max_prompt_tokens:
             raise ValueError(
                 f"max_length ({self.max_length}) must exceed max_prompt_tokens ({self.max_prompt_tokens}), "

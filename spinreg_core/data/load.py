@@ -52,15 +52,17 @@ class Loaded:
         return digest.hexdigest()
 
 
-def load_rows(dataset: str, config: DataConfig, *, split: str | None = None, subset: str | None = None) -> Loaded:
+def load_rows(
+    dataset: str, config: DataConfig, *, split: str | None = None, subset: str | None = None, most: int | None = None
+) -> Loaded:
     """Read and check a data set: hub id, local or s3:// file or folder, or builtin:demo.
 
-    `split` and `subset` override those of `config` (for a held-out data set). Bad rows are listed in
+    `split` and `subset` override those of `config` (for a held-out data set); `most`: records to read. Bad rows are listed in
     `.rejected`; `require_usable` says whether there are too many. Raises BadInput for what concerns the whole
     data set: a missing file, split or column, or no records at all.
     """
     # A data set named as split= of its own (held-out) has no use for the training set's subset.
-    records = read_records(dataset, split or config.split, config.subset if split is None else subset)
+    records = read_records(dataset, split or config.split, config.subset if split is None else subset, most)
     where = f"dataset {dataset}"
     if not records:
         raise BadInput(where, "no rows", "at least one row for training and one to hold out")

@@ -37,7 +37,7 @@ class LeftOut:
 
 def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOut]]:
     """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
-    loaded = load_rows(dataset, config)
+    loaded = load_rows(dataset, config, most=config.max_records)
     known = {name: _prompts(name, config) for name in config.evaluation_sets}
     kept, left_out = select(loaded.rows, config, known)
     if loaded.rows and not kept:

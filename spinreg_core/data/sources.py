@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +44,30 @@ class Record:
     problem: RowProblem | None = None
 
 
-def read_records(dataset: str, split: str, subset: str | None = None) -> list[Record]:
-    """All records of a split of a data set, in the order of the source. Raises BadInput."""
+def read_records(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> list[Record]:
+    """All records of a split of a data set, in the order of the source. Raises BadInput.
+
+    most: only so many from its beginning, read as a stream: of a hub data set no more is fetched, of a local one (lines
+    of text, Parquet, Arrow) no more read.
+    """
     if dataset.startswith("builtin:"):
         if dataset != "builtin:demo":
             raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
-        return _read_local(DEMO, split, dataset)
+        return _read_local(DEMO, split, dataset, most)
     if dataset.startswith("s3://"):
         with tempfile.TemporaryDirectory(prefix="spinreg-data-") as scratch:
             names = list(list_s3(dataset, "dataset"))
             fetch_s3(dataset, names, Path(scratch))
             single = names == [""]
-            return _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset)
+            return _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset, most)
     path = Path(dataset).expanduser()
     if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
-        return _read_hub(str(path), split, subset)
+        return _read_hub(str(path), split, subset, most)
     if path.exists():
-        return _read_local(path, split, dataset)
+        return _read_local(path, split, dataset, most)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or _kind(path) in _READERS:
         raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
-    return _read_hub(dataset, split, subset)
+    return _read_hub(dataset, split, subset, most)
 
 
 def _kind(path: Path) -> str:
@@ -73,9 +78,9 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _read_local(path: Path, split: str, shown: str) -> list[Record]:
+def _read_local(path: Path, split: str, shown: str, most: int | None) -> list[Record]:
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        return _read_saved(path, split, shown)
+        return _read_saved(path, split, shown, most)
     splits = _folder_splits(path, shown) if path.is_dir() else {"train": [path]}
     name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
     if name not in splits:
@@ -83,7 +88,8 @@ def _read_local(path: Path, split: str, shown: str) -> list[Record]:
     records: list[Record] = []
     for file in splits[name]:
         first = records[-1].row if records else 0
-        records += [Record(first + r.row, r.content, r.problem) for r in _read_file(file, shown)]
+        left = None if most is None else most - len(records)
+        records += [Record(first + r.row, r.content, r.problem) for r in islice(_read_file(file, shown), left)]
     if split == name:
         return records
     return [record for low, high in _slices(split, name, len(records)) for record in records[low:high]]
@@ -260,11 +266,11 @@ _READERS = {
 }
 
 
-def _dataset_records(dataset: Any) -> list[Record]:
-    return list(_table_records(dataset.with_format("arrow").iter(1000)))
+def _dataset_records(dataset: Any, most: int | None) -> list[Record]:
+    return list(islice(_table_records(dataset.with_format("arrow").iter(min(most or 1000, 1000))), most))
 
 
-def _read_saved(path: Path, split: str, shown: str) -> list[Record]:
+def _read_saved(path: Path, split: str, shown: str, most: int | None) -> list[Record]:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     from datasets import Dataset, load_from_disk
 
@@ -273,19 +279,19 @@ def _read_saved(path: Path, split: str, shown: str) -> list[Record]:
     name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
     if name not in splits:
         raise BadInput("data.split", f"{split!r} of {shown}", f"one of its splits: {', '.join(splits)}")
-    records = _dataset_records(splits[name])
+    records = _dataset_records(splits[name], most)
     if split == name:
         return records
     return [record for low, high in _slices(split, name, len(records)) for record in records[low:high]]
 
 
-def _read_hub(dataset: str, split: str, subset: str | None) -> list[Record]:
+def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) -> list[Record]:
     """A hub data set, or what the local cache of the hub has of it where the hub cannot be reached."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
 
     try:
-        found = load_dataset(dataset, subset, split=split)
+        return _dataset_records(load_dataset(dataset, subset, split=split, streaming=most is not None), most)
     except (DatasetNotFoundError, DefunctDatasetError, FileNotFoundError) as error:
         raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub data set") from None
     except ConnectionError as error:
@@ -296,4 +302,3 @@ def _read_hub(dataset: str, split: str, subset: str | None) -> list[Record]:
     except (ValueError, DatasetGenerationError, RuntimeError) as error:  # unknown split or subset, or a broken file
         raise BadInput("dataset", f"{dataset!r}, subset {subset!r}, split {split!r}: {error}",
                        "an existing data.split and data.subset, in a layout `datasets` reads") from None  # fmt: skip
-    return _dataset_records(found)

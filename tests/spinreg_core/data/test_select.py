@@ -10,6 +10,7 @@ import pytest
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Row
+from spinreg_core.data.load import load_heldout
 from spinreg_core.data.select import by_reason, load_training, select
 from spinreg_core.errors import BadInput
 
@@ -109,3 +110,20 @@ def test_a_data_set_without_what_an_evaluation_asks(tmp_path: Path) -> None:
 def test_a_pattern_that_is_none_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
         DataConfig(drop_patterns=["("])
+
+
+def test_the_beginning_of_the_training_set(tmp_path: Path) -> None:
+    """`max_records` counts records, good and bad, and says nothing about the other data sets."""
+    lines = [json.dumps({"prompt": f"question {i}", "response": "answer"}) for i in range(6)]
+    lines[1] = "{broken"
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    config = DataConfig(max_records=3, heldout_dataset=str(tmp_path / "x.jsonl"))
+    loaded, _ = load_training(str(tmp_path / "x.jsonl"), config)
+    assert (loaded.records, [r.source_row for r in loaded.rows]) == (3, [1, 3])
+    heldout = load_heldout(str(tmp_path / "x.jsonl"), config)
+    assert heldout is not None
+    assert heldout.records == 6
+    with pytest.raises(
+        ValueError, match=r"max_records reads from the beginning of a whole split, found split 'train\[:5\]'"
+    ):
+        DataConfig(max_records=3, split="train[:5]")

@@ -181,6 +181,44 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         read_records(str(tmp_path / "x.txt"), "train")
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"])
+def test_the_beginning_of_a_split(tmp_path: Path, name: str) -> None:
+    path = str(write(tmp_path / name))
+    for most in (1, 3, len(ROWS), 100):
+        found = read_records(path, "train", most=most)
+        assert found == read_records(path, "train")[:most]
+
+
+def test_no_more_of_a_file_is_read_than_is_asked_for(tmp_path: Path) -> None:
+    write(tmp_path / "train-1.jsonl")
+    (tmp_path / "train-2.jsonl.gz").write_bytes(b"broken")  # the second file of the split
+    records = read_records(str(tmp_path), "train", most=len(ROWS))
+    assert contents(records) == ROWS
+    with pytest.raises(BadInput, match=r"train-2\.jsonl\.gz, which cannot be read"):
+        read_records(str(tmp_path), "train", most=len(ROWS) + 1)
+
+
+def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone of one goes through `load_dataset` as the hub itself does; nothing is prepared in its cache."""
+    import datasets
+
+    folder, cache = tmp_path / "clone", tmp_path / "cache"
+    folder.mkdir()
+    write(folder / "part.jsonl")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: part.jsonl\n---\n"
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    found = read_records(str(folder), "train", "small", most=3)
+    assert contents(found) == ROWS[:3]
+    assert [record.row for record in found] == [1, 2, 3]
+    assert not list(cache.rglob("*.arrow"))
+    assert contents(read_records(str(folder), "train", "small")) == ROWS
+    assert list(cache.rglob("*.arrow")), "this test would see it"
+    with pytest.raises(BadInput, match="an existing data.split"):
+        read_records(str(folder), "test", "small", most=3)
+
+
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import datasets
 
