@@ -57,8 +57,8 @@ def load_rows(
 ) -> Loaded:
     """Read and check a data set: hub id, local or s3:// file or folder, or builtin:demo.
 
-    `split` and `subset` override those of `config` (for a held-out data set); `most`: records to read. Bad rows are listed in
-    `.rejected`; `require_usable` says whether there are too many. Raises BadInput for what concerns the whole
+    `split` and `subset` override those of `config` (for a held-out data set); `most`: records to read. Bad rows are
+    listed in `.rejected`; `require_usable` says whether there are too many. Raises BadInput for what concerns the whole
     data set: a missing file, split or column, or no records at all.
     """
     # A data set named as split= of its own (held-out) has no use for the training set's subset.
@@ -81,7 +81,7 @@ def load_rows(
             rows += read_rows(record.content, record.row, layout, config.turns)
         except RowProblem as problem:
             rejected.append(Rejected(record.row, problem.reason, problem.detail))
-    kept, duplicates = _without_exact_duplicates(rows)
+    kept, duplicates = without_exact_duplicates(rows)
     return Loaded(dataset, layout.format, len(records), kept, rejected, duplicates)
 
 
@@ -94,7 +94,7 @@ def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
     return None
 
 
-def _without_exact_duplicates(rows: Sequence[Row]) -> tuple[list[Row], Duplicates]:
+def without_exact_duplicates(rows: Sequence[Row]) -> tuple[list[Row], Duplicates]:
     answers: dict[str, dict[str, int]] = {}  # prompt hash -> answer -> source row
     first: dict[str, Row] = {}
     kept = []

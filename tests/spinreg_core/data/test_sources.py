@@ -215,7 +215,7 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(cache.rglob("*.arrow"))
     assert contents(read_records(str(folder), "train", "small")) == ROWS
     assert list(cache.rglob("*.arrow")), "this test would see it"
-    with pytest.raises(BadInput, match="an existing data.split"):
+    with pytest.raises(BadInput, match=r"an existing data\.split"):
         read_records(str(folder), "test", "small", most=3)
 
 
