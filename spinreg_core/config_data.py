@@ -7,7 +7,7 @@ Decides: what that group can say by itself. Leaves out: the other groups (`confi
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,11 +39,16 @@ class DataConfig(Group):
     )
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split to read, in the notation of `datasets`, e.g. train[:50000].")
+    mixed_datasets: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {},
+        description="Further data sets to train on, each with the number of its rows for one row of `dataset` (ratio), "
+        "e.g. {org/math: 0.5}. As many rows are taken as these shares allow, none twice.",
+    )
     max_records: int | None = Field(
         None,
         ge=1,
-        description="Read so many records from the beginning of the split, as a stream: of a hub data set no more is "
-        "downloaded (records). Unset: all.",
+        description="Read so many records from the beginning of the split of each, as a stream: of a hub data set no "
+        "more is downloaded (records). Unset: all.",
     )
     heldout_dataset: str | None = Field(
         None,

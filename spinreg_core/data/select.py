@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Row
 from spinreg_core.data.load import Loaded, load_rows, shorten
+from spinreg_core.data.mixture import load_mixture, take_shares
 from spinreg_core.errors import BadInput
 
 REASONS = {
     "answer_too_short": "the answer has fewer than data.min_answer_characters characters",
     "answer_too_long": "the answer has more than data.max_answer_characters characters",
     "pattern": "prompt or answer match one of data.drop_patterns",
+    "beyond_share": "its data set has more rows than its share of data.mixed_datasets",
     "contaminated": "prompt or answer share data.contamination_words words in a row with a prompt of an evaluation set",
 }
 
@@ -37,9 +39,12 @@ class LeftOut:
 
 def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOut]]:
     """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
-    loaded = load_rows(dataset, config, most=config.max_records)
+    loaded, ends = load_mixture(dataset, config)
     known = {name: _prompts(name, config) for name in config.evaluation_sets}
     kept, left_out = select(loaded.rows, config, known)
+    if kept and config.mixed_datasets:
+        kept, beyond = take_shares(kept, ends, {dataset: 1.0} | config.mixed_datasets)
+        left_out += [LeftOut(row.source_row, "beyond_share", name) for row, name in beyond]
     if loaded.rows and not kept:
         found = ", ".join(f"{count} {reason}" for reason, count in by_reason(left_out).items())
         raise BadInput(f"dataset {dataset}", f"no row that is not left out ({found})", "filters that leave some")
@@ -63,10 +68,10 @@ def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]])
 
 
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
-    """Counts by reason; a pattern by itself."""
+    """Counts by reason; each pattern and each data set by itself."""
     found: dict[str, int] = {}
     for one in left_out:
-        name = f"pattern {one.detail}" if one.reason == "pattern" else one.reason
+        name = f"{one.reason} {one.detail}" if one.reason in ("pattern", "beyond_share") else one.reason
         found[name] = found.get(name, 0) + 1
     return found
 
