@@ -7,11 +7,11 @@ Decides: what that group can say by itself. Leaves out: the other groups (`confi
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from spinreg_core.config_groups import Group
+from spinreg_core.config_groups import Group, PositiveFloat
 
 # Arguments of apply_chat_template that are not the user's.
 TEMPLATE_OWN = frozenset(
@@ -39,7 +39,7 @@ class DataConfig(Group):
     )
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split to read, in the notation of `datasets`, e.g. train[:50000].")
-    mixed_datasets: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    mixed_datasets: dict[str, PositiveFloat] = Field(
         {},
         description="Further data sets to train on, each with the number of its rows for one row of `dataset` (ratio), "
         "e.g. {org/math: 0.5}. As many rows are taken as these shares allow, none twice.",

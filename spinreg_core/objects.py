@@ -27,7 +27,7 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import Conflict, Damaged
 from spinreg_core.standstill import moving
-from spinreg_core.store import Store
+from spinreg_core.store import PART_BYTES, Store
 
 if TYPE_CHECKING:
     from spinreg_core.stages.job import Job
@@ -43,8 +43,12 @@ def fingerprint(stage: str, key: dict[str, Any]) -> str:
 
 
 def sha256_file(path: Path) -> str:
-    with moving(f"reading {path}"), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with moving(f"reading {path}") as moved, open(path, "rb") as file:
+        while data := file.read(PART_BYTES):
+            digest.update(data)
+            moved(len(data))
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -1,42 +1,47 @@
-"""For how long the main thread has waited for files of the store without a byte having moved.
+"""Which files of the store the main thread waits for, and whether their bytes move.
 
-Decides: what counts as standing still. Leaves out: what follows from it (`stages/watch.py`: a rank that the others wait
-for ends). Other threads count while the main one waits for them: a checkpoint that cannot be stored meanwhile costs a
-checkpoint, not the stage.
+Decides: what counts as movement. Leaves out: for how long none is too long, and what follows (`stages/watch.py`: a
+rank that the others wait for ends). Other threads count while the main one waits for them: a checkpoint that cannot be
+stored meanwhile costs a checkpoint, not the stage.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 
-@dataclass
-class _Operation:
+@dataclass(eq=False)
+class Operation:
+    """`moves` is counted up whenever bytes have moved; who watches looks whether it changes, not at a clock, because a
+    process that was suspended has not been idle."""
+
     what: str
     thread: threading.Thread
-    moved_at: float
+    moves: int = 0
 
     def moved(self, _bytes: int = 0) -> None:
-        self.moved_at = time.monotonic()
+        self.moves += 1
 
 
-_under_way: list[_Operation] = []  # inner ones after outer ones
+_under_way: list[Operation] = []  # inner ones after outer ones
 _awaited: list[threading.Thread] = [threading.main_thread()]
 
 
 @contextmanager
 def moving(what: str) -> Iterator[Callable[[int], None]]:
     """Around an operation of the store. The function given is to be called whenever bytes have moved."""
-    operation = _Operation(what, threading.current_thread(), time.monotonic())
+    operation = Operation(what, threading.current_thread())
     _under_way.append(operation)
     try:
         yield operation.moved
     finally:
         _under_way.remove(operation)
+        for outer in list(_under_way):
+            if outer.thread is operation.thread:
+                outer.moved()
 
 
 @contextmanager
@@ -49,9 +54,7 @@ def awaiting(thread: threading.Thread) -> Iterator[None]:
         _awaited.remove(thread)
 
 
-def standing_still() -> tuple[str, float, threading.Thread] | None:
-    """(what is waited for, seconds since its last byte, the thread that waits), or None where nothing is."""
-    now = time.monotonic()
+def awaited() -> list[Operation]:
+    """The innermost operation of each thread that the main one is or waits for."""
     innermost = {operation.thread: operation for operation in list(_under_way)}
-    found = [(o.what, now - o.moved_at, thread) for thread, o in innermost.items() if thread in _awaited]
-    return max(found, key=lambda entry: entry[1], default=None)
+    return [operation for thread, operation in innermost.items() if thread in _awaited]

@@ -26,6 +26,7 @@ from spinreg_core.errors import BadInput, Conflict
 from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
+_SYNC_BYTES = 256 * 2**20
 _MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
 
 
@@ -343,8 +344,13 @@ def require_conditional_writes(store: Store) -> None:
 
 def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:
     with open(source, "rb") as reader, open(target, "wb") as writer:
+        copied = 0
         while data := reader.read(PART_BYTES):
             writer.write(data)
+            copied += len(data)
+            if copied % _SYNC_BYTES < PART_BYTES:  # bytes in the page cache have moved nowhere yet
+                writer.flush()
+                os.fsync(writer.fileno())
             moved(len(data))
 
 

@@ -37,9 +37,10 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
     document |= {"left_out": {"counts": left_out_by(left_out), "rows": [asdict(row) for row in left_out]}}
     lines += [f"left out of training: {count} {reason}" for reason, count in left_out_by(left_out).items()]
-    lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in left_out[:LISTED]]
-    if len(left_out) > LISTED:
-        lines.append(f"  ... and {len(left_out) - LISTED} more (--json lists all)")
+    told = [row for row in left_out if row.reason != "beyond_share"]
+    lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in told[:LISTED]]
+    if len(told) > LISTED:
+        lines.append(f"  ... and {len(told) - LISTED} more (--json lists all)")
     if reason:
         lines.append(f"no token counts: {reason}")
     return "\n".join(lines), document | {"tokenizer": None if reason else config.model}
@@ -66,6 +67,7 @@ def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any
         "dataset": loaded.dataset,
         "format": loaded.format,
         "records": loaded.records,
+        "last_records": loaded.last,
         "rows": len(rows),
         "duplicates": asdict(loaded.duplicates) | {"examples": list(loaded.duplicates.examples)},
     }
@@ -105,6 +107,7 @@ def _lines(name: str, part: dict[str, Any], max_bad_share: float) -> list[str]:
     lines = [
         f"{name}: {part['dataset']} ({part['format']})",
         f"  records {part['records']}, usable rows {part['rows']}",
+        *(f"    up to {last}: {name}" for name, last in part["last_records"].items() if len(part["last_records"]) > 1),
         f"  duplicates: {duplicates['exact']} exact, left out; {duplicates['prompts']} prompts with several answers",
         *(f"    {example}" for example in duplicates["examples"]),
     ]

@@ -33,7 +33,8 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A data set after the checks that need no model. `records` counts the source's records, good and bad."""
+    """One or several data sets after the checks that need no model. `records` counts their records, good and bad;
+    `last` is the number of the last record of each (from 1, going on from one to the next)."""
 
     dataset: str
     format: str
@@ -41,6 +42,7 @@ class Loaded:
     rows: list[Row]
     rejected: list[Rejected]
     duplicates: Duplicates
+    last: dict[str, int]
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the rows and the rejected rows: equal for equal content, whatever the file's layout."""
@@ -82,7 +84,7 @@ def load_rows(
         except RowProblem as problem:
             rejected.append(Rejected(record.row, problem.reason, problem.detail))
     kept, duplicates = without_exact_duplicates(rows)
-    return Loaded(dataset, layout.format, len(records), kept, rejected, duplicates)
+    return Loaded(dataset, layout.format, len(records), kept, rejected, duplicates, {dataset: records[-1].row})
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:

@@ -39,11 +39,11 @@ class LeftOut:
 
 def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOut]]:
     """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
-    loaded, ends = load_mixture(dataset, config)
+    loaded = load_mixture(dataset, config)
     known = {name: _prompts(name, config) for name in config.evaluation_sets}
     kept, left_out = select(loaded.rows, config, known)
     if kept and config.mixed_datasets:
-        kept, beyond = take_shares(kept, ends, {dataset: 1.0} | config.mixed_datasets)
+        kept, beyond = take_shares(kept, loaded.last, {dataset: 1.0} | config.mixed_datasets)
         left_out += [LeftOut(row.source_row, "beyond_share", name) for row, name in beyond]
     if loaded.rows and not kept:
         found = ", ".join(f"{count} {reason}" for reason, count in by_reason(left_out).items())

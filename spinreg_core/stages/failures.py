@@ -109,8 +109,8 @@ def any_recorded(folder: Path) -> bool:
 def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
     """(exit status, what to print) of a stage whose ranks failed. `statuses`: exit statuses by rank, negative signals.
 
-    A rank that was killed comes first, then one with an error of its own (the earliest), then one that never arrived
-    where the others waited, then one that left with status 0 before its end.
+    A rank that was killed comes first, then one with an error of its own (the earliest), then one that left with
+    status 0 before its end, then one that never arrived where the others waited.
     """
     records = sorted((json.loads(path.read_text()) for path in folder.glob("failure-*.json")), key=lambda r: r["time"])
     told = {entry["rank"] for entry in records}
@@ -129,6 +129,12 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
     own = [entry for entry in records if not about_others(entry["message"])]
     if own:
         return own[0]["status"], _said(own[0])
+    left = [rank for rank in alive(folder) if rank not in told and rank not in statuses and not _stack(folder, rank)]
+    if records and left:
+        return 1, (
+            f"error: rank {left[0]} left with exit status 0 before its work was done: something it called ended the "
+            f"process{_last_words(folder, left[0])}"
+        )
     waited = [entry for entry in records if not _GONE.search(entry["message"])]
     missing = [rank for rank in _ranks_here(folder) if rank not in told]
     if waited and missing:
@@ -136,12 +142,6 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
         return 1, (
             f"error: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not arrive where the "
             f"others waited (resources.collective_timeout_seconds).\n{where}"
-        )
-    left = [rank for rank in alive(folder) if rank not in told and rank not in statuses and not _stack(folder, rank)]
-    if records and left:
-        return 1, (
-            f"error: rank {left[0]} left with exit status 0 before its work was done: something it called ended the "
-            f"process{_last_words(folder, left[0])}"
         )
     if records:
         return 1, _said(records[0])

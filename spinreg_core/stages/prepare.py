@@ -70,6 +70,10 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _tell(loaded: Loaded) -> None:
+    first = 1
+    for name, last in loaded.last.items() if len(loaded.last) > 1 else ():
+        print(f"records {first} to {last}: {name}")
+        first = last + 1
     print(
         f"{loaded.dataset} ({loaded.format}): {loaded.records} records, {len(loaded.rows)} rows; "
         f"bad rows: {_counts(loaded.rejected)}; {loaded.duplicates.exact} exact duplicates left out; "
@@ -124,9 +128,11 @@ def prepare_data(
     for name, table in tables.items():
         # Small groups: stages read the rows of a shard, not the file.
         pq.write_table(table, folder / f"{name}.parquet", row_group_size=1000)
+    # Rows beyond a share can be millions, and nothing is wrong with any of them.
+    told = [asdict(row) for row in left_out if row.reason != "beyond_share"]
     listed = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
     (folder / "rejected.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False))
-    (folder / "left_out.json").write_text(json.dumps([asdict(row) for row in left_out], indent=1, ensure_ascii=False))
+    (folder / "left_out.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
     (folder / "summary.json").write_text(
         json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1, ensure_ascii=False)
     )
@@ -156,6 +162,7 @@ def _summary(
     both = pa.concat_tables(tables.values())
     return {
         "records": loaded.records,
+        "last_records": loaded.last,
         "train_rows": tables["train"].num_rows,
         "heldout_rows": tables["heldout"].num_rows,
         "bad_rows": by_reason(bad["train"] + bad["heldout"]),

@@ -1,30 +1,29 @@
-"""Standing still: what moves does not, nor what nobody waits for."""
+"""What counts as movement, and of which threads."""
 
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 
 import pytest
 
-from spinreg_core.standstill import awaiting, moving, standing_still
+from spinreg_core import store as stores
+from spinreg_core.objects import sha256_file
+from spinreg_core.standstill import Operation, awaited, awaiting, moving
 from spinreg_core.store import PART_BYTES, FolderStore
 
 
-def test_seconds_count_from_the_last_byte_and_the_innermost_operation_counts() -> None:
-    assert standing_still() is None
-    with moving("outer"), moving("inner") as moved:
-        time.sleep(0.3)
-        still = standing_still()
-        assert still is not None
-        assert still[0] == "inner"
-        assert still[1] >= 0.3
-        moved(1)
-        still = standing_still()
-        assert still is not None
-        assert still[1] < 0.2
-    assert standing_still() is None
+def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
+    assert awaited() == []
+    with moving("outer"):
+        with moving("inner") as moved:
+            (inner,) = awaited()
+            assert (inner.what, inner.moves) == ("inner", 0)
+            moved(1)
+            assert inner.moves == 1
+        (outer,) = awaited()
+        assert (outer.what, outer.moves) == ("outer", 1)
+    assert awaited() == []
 
 
 def test_another_thread_counts_while_it_is_waited_for() -> None:
@@ -38,12 +37,11 @@ def test_another_thread_counts_while_it_is_waited_for() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     inside.wait()
-    assert standing_still() is None
+    assert awaited() == []
     with awaiting(thread):
-        still = standing_still()
-        assert still is not None
-        assert (still[0], still[2]) == ("of the thread", thread)
-    assert standing_still() is None
+        (found,) = awaited()
+        assert (found.what, found.thread) == ("of the thread", thread)
+    assert awaited() == []
     leave.set()
     thread.join()
 
@@ -51,8 +49,18 @@ def test_another_thread_counts_while_it_is_waited_for() -> None:
 def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(2 * PART_BYTES + 1))
     store, told = FolderStore(tmp_path / "store"), list[int]()
-    monkeypatch.setattr("spinreg_core.standstill._Operation.moved", lambda _self, n=0: told.append(n))
+    monkeypatch.setattr(Operation, "moved", lambda _self, n=0: told.append(n))
     store.upload(tmp_path / "file", "a/key")
     store.download("a/key", tmp_path / "back")
-    assert told == 2 * [PART_BYTES, PART_BYTES, 1]
-    assert (tmp_path / "back").read_bytes() == (tmp_path / "file").read_bytes()
+    assert sha256_file(tmp_path / "back") == sha256_file(tmp_path / "file")
+    assert [n for n in told if n] == 4 * [PART_BYTES, PART_BYTES, 1]
+
+
+def test_what_is_copied_goes_to_the_disk_as_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of a large file would go there at once at the end, which would look like standing still."""
+    synced: list[int] = []
+    monkeypatch.setattr(stores, "_SYNC_BYTES", 2 * PART_BYTES)
+    monkeypatch.setattr(stores.os, "fsync", lambda number: synced.append(stores.os.fstat(number).st_size))
+    (tmp_path / "file").write_bytes(bytes(5 * PART_BYTES))
+    stores._copy(tmp_path / "file", tmp_path / "copy", lambda _bytes: None)
+    assert [size // PART_BYTES for size in synced] == [2, 4]

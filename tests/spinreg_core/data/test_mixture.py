@@ -36,7 +36,7 @@ def test_shares(sources: list[tuple[int, float]]) -> None:
     shares = {f"set {i}": weight for i, (_, weight) in enumerate(sources)}
     ends = [sum(n for n, _ in sources[: i + 1]) for i in range(len(sources))]
     given_rows = [row for i, (n, _) in enumerate(sources) for row in rows(f"set {i}", n, ends[i] - n)]
-    taken, beyond = take_shares(given_rows, ends, shares)
+    taken, beyond = take_shares(given_rows, dict(zip(shares, ends, strict=True)), shares)
     assert sorted([r.source_row for r in taken] + [r.source_row for r, _ in beyond]) == list(range(1, ends[-1] + 1))
     counts = Counter(str(row.messages[0]["content"]).rpartition(" ")[0] for row in taken)
     scale = min(n / weight for n, weight in sources)
@@ -49,28 +49,28 @@ def test_shares(sources: list[tuple[int, float]]) -> None:
 
 def test_a_larger_share_contains_a_smaller_one_whatever_the_order() -> None:
     both = rows("a", 4, 0) + rows("b", 40, 4)
-    found = [{id(r) for r in take_shares(both, [4, 44], {"a": 1.0, "b": w})[0]} for w in (1.0, 3.0, 10.0)]
+    found = [{id(r) for r in take_shares(both, {"a": 4, "b": 44}, {"a": 1.0, "b": w})[0]} for w in (1.0, 3.0, 10.0)]
     assert [len(ids) for ids in found] == [8, 16, 44]
     assert found[0] < found[1] < found[2]
-    again, _ = take_shares(both[::-1], [4, 44], {"a": 1.0, "b": 3.0})
+    again, _ = take_shares(both[::-1], {"a": 4, "b": 44}, {"a": 1.0, "b": 3.0})
     assert {id(r) for r in again} == found[1]
 
 
 def test_records_are_numbered_on_and_a_repeated_row_counts_once(tmp_path: Path) -> None:
-    first = save(tmp_path / "a.jsonl", [*pairs("a", 2), "", "{broken"])  # lines 1, 2, 4
+    first = save(tmp_path / "a.jsonl", [*pairs("a", 2), "", "{broken", *pairs("a", 1)])  # line 5 is a duplicate
     second = save(tmp_path / "b.jsonl", [*pairs("a", 1), *pairs("b", 2), {"prompt": "", "response": "x"}])
     third = save(tmp_path / "c.jsonl", [{"instruction": "c", "output": "answer"}])
-    loaded, ends = load_mixture(first, DataConfig(mixed_datasets={second: 1, third: 1}))
-    assert ends == [4, 8, 9]
-    assert [row.source_row for row in loaded.rows] == [1, 2, 6, 7, 9]
-    assert [bad.row for bad in loaded.rejected] == [4, 8]
-    assert (loaded.records, loaded.duplicates.exact) == (3 + 4 + 1, 1)
+    loaded = load_mixture(first, DataConfig(mixed_datasets={second: 1, third: 1}, max_bad_share=0.5))
+    assert loaded.last == {first: 5, second: 9, third: 10}
+    assert [row.source_row for row in loaded.rows] == [1, 2, 7, 8, 10]
+    assert [bad.row for bad in loaded.rejected] == [4, 9]
+    assert (loaded.records, loaded.duplicates.exact) == (4 + 4 + 1, 2)
     assert loaded.dataset == f"{first} + {second} + {third}"
     assert loaded.format == "prompt_response, instruction"
 
 
 def test_a_training_set_in_shares(tmp_path: Path) -> None:
-    """Filters come first: the shares are those of the rows that are trained on."""
+    """Filters come first: the shares are those of what they leave."""
     first = save(tmp_path / "a.jsonl", pairs("a", 10))
     second = save(tmp_path / "b.jsonl", pairs("b", 100))
     config = DataConfig(mixed_datasets={second: 2.0}, drop_patterns=["^a [0-4]$"])
@@ -90,6 +90,9 @@ def test_bad_mixtures(tmp_path: Path) -> None:
         load_training(first, DataConfig(mixed_datasets={copy: 1}))
     with pytest.raises(BadInput, match=r"no file or folder .*none\.jsonl"):
         load_training(first, DataConfig(mixed_datasets={str(tmp_path / "none.jsonl"): 1}))
-    for weight in (0, -1, "x"):
+    broken = save(tmp_path / "c.jsonl", [*pairs("c", 2), "{broken"])
+    with pytest.raises(BadInput, match=r"dataset \S+c\.jsonl: found 33\.3% bad rows"):
+        load_mixture(first, DataConfig(mixed_datasets={broken: 1}))
+    for weight in (0, -1, float("inf"), "x"):
         with pytest.raises(ValueError, match="mixed_datasets"):
             DataConfig(mixed_datasets={copy: weight})  # type: ignore[dict-item]

@@ -6,8 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import pytest
+
 from spinreg_core.stages.failures import about_others, verdict
 from spinreg_core.stages.watch import _LATER_SECONDS, POLL_SECONDS, RankWatch
+from spinreg_core.standstill import moving
 
 POLLS = int((1 + _LATER_SECONDS) / POLL_SECONDS)  # of a silence that is still allowed, with a timeout of one second
 
@@ -31,6 +34,8 @@ def test_ranks_that_were_all_suspended_blame_nobody(tmp_path: Path) -> None:
     assert not watch.doomed()
     for file in (watch.file, other.file):
         os.utime(file, (1, 1))  # an hour passes, and nobody polls
+    with moving("the store"):
+        assert not watch.doomed()
     assert not watch.doomed()
     assert not other.doomed()
 
@@ -40,3 +45,39 @@ def test_a_rank_at_its_end_is_not_missed(tmp_path: Path) -> None:
     other.finished()
     assert not any(watch.doomed() for _ in range(3 * POLLS))
     assert not other.file.exists()
+
+
+def test_bytes_that_stand_still_are_recorded_with_the_place(tmp_path: Path) -> None:
+    watch = RankWatch(tmp_path, 0, 1.0)
+    with moving("storing a file") as moved:
+        for _ in range(10):
+            assert not watch.doomed()
+            moved(1)
+        polls = 0
+        while not watch.doomed():
+            polls += 1
+        assert polls == pytest.approx(1 / POLL_SECONDS, abs=1.1)
+    message = json.loads((tmp_path / "failure-0.json").read_text())["message"]
+    assert message.startswith("error: rank 0: storing a file has stood still for 2 s (resources")
+    assert "in test_bytes_that_stand_still" in message
+    assert not about_others(message)
+    assert "in test_bytes_that_stand_still" in (tmp_path / "stack-0.txt").read_text()
+
+
+def test_a_rank_that_has_finished_does_not_come_back(tmp_path: Path) -> None:
+    watch = RankWatch(tmp_path, 0, 1.0)
+    watch.finished()
+    assert not watch.doomed()
+    assert not watch.file.exists()
+
+
+def test_a_file_system_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = RankWatch(tmp_path, 0, 1.0)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("spinreg_core.stages.watch.os.utime", full)
+    assert not watch.doomed()
+    (tmp_path / "failure-1.json").write_text("{}")
+    assert watch.doomed()
