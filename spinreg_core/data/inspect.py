@@ -14,7 +14,7 @@ from spinreg_core.data.encode import encode_rows, spread
 from spinreg_core.data.formats import REASONS
 from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, shorten
 from spinreg_core.data.select import by_reason as left_out_by
-from spinreg_core.data.select import load_training
+from spinreg_core.data.select import listed, load_training
 from spinreg_core.errors import BadInput
 
 EXAMPLES = 2
@@ -37,7 +37,7 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
     document |= {"left_out": {"counts": left_out_by(left_out), "rows": [asdict(row) for row in left_out]}}
     lines += [f"left out of training: {count} {reason}" for reason, count in left_out_by(left_out).items()]
-    told = [row for row in left_out if row.reason != "beyond_share"]
+    told = listed(left_out)
     lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in told[:LISTED]]
     if len(told) > LISTED:
         lines.append(f"  ... and {len(told) - LISTED} more (--json lists all)")

@@ -67,6 +67,11 @@ def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]])
     return kept, left_out
 
 
+def listed(left_out: Iterable[LeftOut]) -> list[LeftOut]:
+    """Those to be told one by one. Rows beyond a share can be millions, and nothing is wrong with any of them."""
+    return [row for row in left_out if row.reason != "beyond_share"]
+
+
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
     """Counts by reason; each pattern and each data set by itself."""
     found: dict[str, int] = {}

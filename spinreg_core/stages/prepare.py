@@ -26,7 +26,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_rows, rows_table, spread
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, require_usable
-from spinreg_core.data.select import LeftOut, load_training
+from spinreg_core.data.select import LeftOut, listed, load_training
 from spinreg_core.data.select import by_reason as left_out_by
 from spinreg_core.data.split import given_heldout, split_rows
 from spinreg_core.errors import BadInput
@@ -128,10 +128,9 @@ def prepare_data(
     for name, table in tables.items():
         # Small groups: stages read the rows of a shard, not the file.
         pq.write_table(table, folder / f"{name}.parquet", row_group_size=1000)
-    # Rows beyond a share can be millions, and nothing is wrong with any of them.
-    told = [asdict(row) for row in left_out if row.reason != "beyond_share"]
-    listed = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
-    (folder / "rejected.json").write_text(json.dumps(listed, indent=1, ensure_ascii=False))
+    told = [asdict(row) for row in listed(left_out)]
+    refused = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
+    (folder / "rejected.json").write_text(json.dumps(refused, indent=1, ensure_ascii=False))
     (folder / "left_out.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
     (folder / "summary.json").write_text(
         json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1, ensure_ascii=False)
