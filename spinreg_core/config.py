@@ -108,6 +108,8 @@ class RunConfig(Group):
                 f"resources.nodes is {self.resources.nodes} but resources.rendezvous is not set; give HOST:PORT of the "
                 "machine that runs the flow, where the others meet it"
             )
+        if self.resources.rendezvous is not None and int(self.resources.rendezvous.rpartition(":")[2]) > 65535:
+            raise ValueError(f"resources.rendezvous is {self.resources.rendezvous}; give a port of at most 65535")
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:
             raise ValueError(

@@ -241,7 +241,9 @@ class ResourcesConfig(Group):
     )
     nodes: int = Field(1, ge=1, description="Machines that work together; the others run `spinreg join`.")
     rendezvous: str | None = Field(
-        None, description="Where the machines meet: HOST:PORT on the one that runs the flow. Needed for several nodes."
+        None,
+        pattern=r"^\S+:[1-9]\d{0,4}$",
+        description="Where the machines meet: HOST:PORT on the one that runs the flow. Needed for several nodes.",
     )
     shard_over: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",

@@ -232,7 +232,9 @@ def _round(
         seconds = 0.0
         for work in works:
             kind = f"generate with {engine}" if work.kind == "generate" else work.kind
-            devices = 1 if work.kind == "generate" else machine["devices"]
+            devices = machine["devices"]
+            if work.kind == "generate" and stage == "evaluate":  # held-out prompts are one machine's
+                devices = max(1, devices // config.resources.nodes)
             seconds += work.flops / (devices * machine["tflops"] * 1e12 * UTILISATION[kind])
         stages[stage] = {
             "tokens": sum(work.tokens for work in works),

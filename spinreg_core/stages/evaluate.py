@@ -38,6 +38,7 @@ from spinreg_core.rounds import effective_alpha
 from spinreg_core.scoring import score
 from spinreg_core.stages.generate import ensure_generations
 from spinreg_core.stages.job import Job, main
+from spinreg_core.stages.orders import ATTEMPT_VARIABLE
 from spinreg_core.store import Store, open_store
 from spinreg_core.tables import format_estimate, label
 
@@ -139,8 +140,11 @@ def _generated(store: Store, job: Job) -> dict[str, Any]:
     if int(os.environ["RANK"]) == 0 and read_manifest(store, job.object_id) is None:
         job.workdir.mkdir(parents=True, exist_ok=True)
         job_file = job.workdir / "job.json"
-        job.save(job_file)
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        # On this machine alone: the ranks of the others are in this stage already, and at its rendezvous.
+        resources = job.config.resources.model_copy(update={"nodes": 1})
+        replace(job, config=job.config.model_copy(update={"resources": resources})).save(job_file)
+        ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", ATTEMPT_VARIABLE)
+        alone = {name: value for name, value in os.environ.items() if name not in ours}
         ended = subprocess.run([sys.executable, "-u", "-m", "spinreg_core.stages.generate", str(job_file)],
                                env=alone | {"OMP_NUM_THREADS": str(os.cpu_count())}, check=False)  # fmt: skip
         if ended.returncode:

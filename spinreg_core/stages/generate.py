@@ -24,7 +24,6 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from spinreg_core.config import ResourcesConfig
 from spinreg_core.engines import Sampling
 from spinreg_core.errors import (
     EXIT_PREEMPTED,
@@ -34,10 +33,13 @@ from spinreg_core.errors import (
 )
 from spinreg_core.objects import fetch_file, list_parts, publish, read_manifest
 from spinreg_core.progress import Progress
-from spinreg_core.shards import Rows, Shard
+from spinreg_core.shards import Rows, Shard, Source
 from spinreg_core.stages.answer import answer_shards, engine_of, planned
-from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave, raise_verdict
+from spinreg_core.stages.engine_guests import lend_engines
+from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave
+from spinreg_core.stages.engine_process import raise_verdict
 from spinreg_core.stages.job import Job, main
+from spinreg_core.stages.orders import ATTEMPT_VARIABLE
 from spinreg_core.store import open_store
 
 
@@ -101,13 +103,13 @@ def run(job: Job) -> dict[str, Any]:
 
     sources = [(source, list(own)) for source, own in groupby(missing, key=lambda shard: shard.source)]
     for source, own in sources:
-        engine, _, _ = engine_of(job, source)
-        devices = _devices(job.config.resources, job.config.generation.tensor_parallel if engine == "vllm" else 1)
+        devices = _devices(job, source)
         # One vLLM after another in one process is not sure to find the GPU's memory free.
-        if len(devices) == 1 and (engine == "hf" or len(sources) == 1):
+        alone = len(devices) == 1 and (engine_of(job, source)[0] == "hf" or len(sources) == 1)
+        if alone and job.config.resources.nodes == 1:
             answer_shards(job, store, rows, source, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
-            answer_in_processes(job, source, own, devices, on_answer=progress.update, on_commit=on_commit)
+            answer_in_processes(job, store, source, own, devices, on_answer=progress.update, on_commit=on_commit)
     metrics = _metrics(list(metas.values()))
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
@@ -130,8 +132,19 @@ def _engine(job: Job) -> Any:
     return job.key["sampler"]["engine"]
 
 
-def _devices(resources: ResourcesConfig, tensor_parallel: int) -> list[dict[str, str]]:
+def lend(job: Job) -> dict[str, Any]:
+    """On a further machine of a run: answer with all engines of this one what the machine of the flow gives them.
+
+    The job's `extra` has the source as well, as an engine's (`answer.py`).
+    """
+    lend_engines(job, os.environ[ATTEMPT_VARIABLE], _devices(job, Source(*job.extra["source"])))
+    return {"object_id": "what this machine was given"}
+
+
+def _devices(job: Job, source: Source) -> list[dict[str, str]]:
     """The environment of each engine of this machine: one per GPU, or per `tensor_parallel` GPUs. Raises BadInput."""
+    resources = job.config.resources
+    tensor_parallel = job.config.generation.tensor_parallel if engine_of(job, source)[0] == "vllm" else 1
     if resources.processes in ("auto", 1) and resources.device == "cpu":
         return [{}]
     import torch
@@ -190,4 +203,4 @@ def _in_process(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    main(run)
+    main(lend if ATTEMPT_VARIABLE in os.environ else run)

@@ -47,6 +47,9 @@ def refusal(values: dict[str, Any]) -> str:
         ({"opponent": {"weighting": [1, 1], "history": 3}}, "lists 2 weights but opponent.history is 3"),
         ({"opponent": {"weighting": [0, 1], "history": 2}}, "the first of them positive"),
         ({"opponent": {"weighting": []}}, "the first of them positive"),
+        ({"resources": {"nodes": 2}}, "resources.nodes is 2 but resources.rendezvous is not set"),
+        ({"resources": {"nodes": 2, "rendezvous": "a:65536"}}, "resources.rendezvous is a:65536; give a port of at most"),
+        ({"resources": {"nodes": 2, "rendezvous": "a"}}, "resources.rendezvous\n  String should match pattern"),
     ],
 )
 def test_cross_checks_name_the_fields_and_the_values(values: dict[str, Any], words: str) -> None:

@@ -183,6 +183,15 @@ def test_time_is_work_over_the_used_share_of_the_rate() -> None:
     assert generate["seconds"] == pytest.approx(generate["flops"] / (1e12 * UTILISATION["generate with hf"]))
 
 
+def test_two_machines_answer_a_round_in_half_the_time_and_held_out_prompts_on_one() -> None:
+    one, two = (
+        plan(configured(resources={"device": "cpu", "nodes": n, "rendezvous": "a:1"}), tflops=1.0)[1]["rounds"][1]
+        for n in (1, 2)
+    )
+    assert two["stages"]["generate"]["seconds"] == pytest.approx(one["stages"]["generate"]["seconds"] / 2)
+    assert two["stages"]["evaluate"]["seconds"] > one["stages"]["evaluate"]["seconds"] / 2
+
+
 def test_a_stored_policy_is_as_large_as_planned() -> None:
     _, shape = read_shape("random:tiny")
     sizes = read_sizes(configured(), tiny_folder())[0]

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import signal
+import socket
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +30,7 @@ from spinreg_core.errors import BadInput, StageFailed
 from spinreg_core.render import Renderer
 from spinreg_core.shards import SHARD_SCHEMA, drawn_sources
 from spinreg_core.stages import answer as answer_stage
-from spinreg_core.stages import engine_pool, generate
+from spinreg_core.stages import engine_process, generate, orders
 from spinreg_core.stages.generate import ensure_generations, run
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
@@ -382,14 +389,7 @@ def deadly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, always: bool) -> 
     """Engine processes that are killed in the middle of their first wave: the first of them, or all."""
     script = tmp_path / "killer.py"
     script.write_text(KILLER.format(flag=str(tmp_path / "flag"), always=always))
-    original = engine_pool._start
-
-    def start(job: Job, source: Any, own: dict[str, str]) -> Any:
-        with monkeypatch.context() as patch:
-            patch.setattr(engine_pool, "COMMAND", [sys.executable, "-u", str(script)])
-            return original(job, source, own)
-
-    monkeypatch.setattr(engine_pool, "_start", start)
+    monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
 
 
 def test_a_dead_engines_shards_go_back_to_the_list(
@@ -426,7 +426,7 @@ def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
     """Not answered again, and its bytes are not written over."""
     script = tmp_path / "killer.py"
     script.write_text(AFTER_COMMIT.format(flag=str(tmp_path / "flag")))
-    monkeypatch.setattr(engine_pool, "COMMAND", [sys.executable, "-u", str(script)])
+    monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
     manifest = run(house.job("quiet", iterates=[2], resources={"processes": 2}))
     assert (tmp_path / "flag").exists()
     parts = objects.list_parts(house.store, "generate-quiet")
@@ -444,6 +444,126 @@ def test_a_shard_that_kills_every_engine_is_named(
     deadly(monkeypatch, tmp_path, always=True)
     with pytest.raises(StageFailed, match=r"3 engines died over shard-0000\d \(the last with status -9\)"):
         run(house.job("dies", iterates=[2], resources={"processes": 2}))
+
+
+AFTER_OTHERS = """
+import os, sys, time
+from spinreg_core import objects
+from spinreg_core.engines.hf import HfEngine
+from spinreg_core.stages import answer
+from spinreg_core.store import open_store
+original = HfEngine._decode
+def waits(self, *arguments):
+    parts = lambda: objects.part_names(open_store({store!r}), {object_id!r})
+    while not parts():
+        time.sleep(0.1)
+    return original(self, *arguments)
+HfEngine._decode = waits
+answer.main(answer.run)
+"""
+
+
+def two_machines(house: House, monkeypatch: pytest.MonkeyPatch, name: str, **settings: Any) -> Job:
+    """A job of two machines, of which this one answers nothing before the other has committed a shard."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    job = house.job(name, resources={"nodes": 2, "rendezvous": f"localhost:{port}"}, **settings)
+    script = house.root / f"{name}.py"
+    script.write_text(AFTER_OTHERS.format(store=house.store.url, object_id=job.object_id))
+    monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
+    return job
+
+
+def test_another_machine_takes_shards(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes with nothing in common but the store and the rendezvous; two sources, so two attempts."""
+    settings: dict[str, Any] = {"iterates": [2, 1]}
+    whole = drawn(by_answer(house.answers(run(house.job("whole", **settings)))))
+    job = two_machines(house, monkeypatch, "shared", shard_size=1, **settings)
+    with subprocess.Popen(
+        [sys.executable, "-m", "flows.cli", "join", job.config.run, "--store", job.store],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "PYTHONUNBUFFERED": "1"},
+    ) as second:  # fmt: skip
+        try:
+            found = run(job)
+            time.sleep(3)  # the other machine hears that all is over
+        finally:
+            os.killpg(second.pid, signal.SIGKILL)
+        assert second.stdout is not None
+        heard = second.stdout.read()
+    assert drawn(by_answer(house.answers(found))) == whole
+    assert re.search(r"an engine of \S+ \(127\.0\.0\.1|::1\) takes part", capsys.readouterr().out)
+    writers = {part["writer"] for part in objects.list_parts(house.store, job.object_id).values()}
+    assert {w for w in writers if socket.gethostname() in w}, writers
+    assert len(writers) > 1, "both machines answered"
+    assert "taking part in generate of round 3" in heard
+    assert "Traceback" not in heard, heard
+    assert orders.read_order(house.store, job.config.run) == {"attempt": None}
+
+
+class Guest(threading.Thread):
+    """Speaks to the machine of the flow as an engine elsewhere does, and leaves in the middle of its first wave."""
+
+    def __init__(self, job: Job, store: Store) -> None:
+        super().__init__(daemon=True)
+        self.job, self.store = job, store
+        self.waves: list[list[int]] = []
+        self.refused = False
+
+    def run(self) -> None:
+        while not (order := orders.read_order(self.store, self.job.config.run)) or not order["attempt"]:
+            time.sleep(0.05)
+        address = ("localhost", int(self.job.config.resources.rendezvous.rpartition(":")[2]))  # type: ignore[union-attr]
+        with socket.create_connection(address) as stranger:
+            stranger.sendall(b"x" * 512)
+            self.refused = stranger.recv(1) == b""
+        while len(self.waves) < 2:
+            with socket.create_connection(address) as line, line.makefile() as lines:
+                line.sendall(f"{order['attempt']} guest".encode().ljust(512))
+                if lines.readline() != "begin\n" or not (wave := lines.readline()):
+                    return
+                self.waves.append(json.loads(wave))
+                line.sendall(b"answered 1\n")
+        commit_last_shard(self.job, self.store)
+
+
+def commit_last_shard(job: Job, store: Store) -> None:
+    """What the engines of this machine wait for."""
+    rows = generate.Rows(objects.fetch_file(store, "data", "train.parquet"))
+    shard = answer_stage.planned(job, rows)[-1]
+    answer_stage.answer_shards(replace(job, writer="by-hand"), store, rows, shard.source, [[shard]],
+                               on_answer=lambda n: None, on_commit=lambda number, meta: None)  # fmt: skip
+
+
+def test_shards_of_a_machine_that_is_lost_go_back_to_the_list(
+    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = drawn(by_answer(house.answers(run(house.job("whole", iterates=[2])))))
+    job = two_machines(house, monkeypatch, "lost", iterates=[2], shard_size=2)
+    guest = Guest(job, house.store)
+    guest.start()
+    found = run(job)
+    guest.join(timeout=10)
+    assert guest.refused, "who does not know the attempt is not let in"
+    first, second = guest.waves
+    assert first[0] not in second, "what an engine elsewhere died over is done here"
+    assert drawn(by_answer(house.answers(found))) == whole
+    output = capsys.readouterr().out
+    assert re.search(r"an engine of guest \(\S+\) was lost; its \d open shards go back to the list", output)
+    assert "13/13 answers (100 %)" in output
+
+
+def test_a_taken_rendezvous_is_said(house: House) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        job = house.job("taken", iterates=[2], resources={"nodes": 2, "rendezvous": f"localhost:{port}"})
+        with pytest.raises(StageFailed, match=rf"resources.rendezvous: cannot listen at port {port} for the engines"):
+            run(job)
 
 
 @pytest.mark.slow

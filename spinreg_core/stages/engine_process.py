@@ -1,0 +1,87 @@
+"""One engine as a process, at the end of a socket: here for the engines of this machine and of others alike.
+
+Decides: how an engine's process is started (`python -m spinreg_core.stages.answer`), that it hears and speaks through
+one socket, and that this socket says at last how the process ended.
+Leaves out: what an engine does (`answer.py`), who gives it work (`engine_pool.py`), where sockets to other machines
+come from (`engine_guests.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from dataclasses import dataclass, replace
+
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged
+from spinreg_core.shards import Source
+from spinreg_core.stages.job import Job
+
+COMMAND = [sys.executable, "-u", "-m", "spinreg_core.stages.answer"]
+_LAST_WORDS_SECONDS = 5.0
+_LAST_LINES = 20
+
+
+@dataclass(frozen=True)
+class EngineProcess:
+    process: subprocess.Popen[str]
+    keeper: threading.Thread  # ends when the socket has been told of the process's end
+
+    def wait(self) -> int:
+        """The exit status."""
+        self.keeper.join()
+        return self.process.wait()
+
+
+def start_engine(job: Job, source: Source, environment: dict[str, str], line: socket.socket) -> EngineProcess:
+    """An engine that reads waves from `line` and speaks to it (`answer.py`). When it has ended, the socket says
+    `ended STATUS [its last lines as JSON]` and is closed: it belongs to the engine from here on.
+
+    environment: what the engine's adds to ours: its GPUs, or its share of the cores.
+    """
+    folder = job.workdir / job.writer
+    folder.mkdir(parents=True, exist_ok=True)
+    extra = job.extra | {"source": [source.iterate, source.geometric]}
+    replace(job, workdir=folder, extra=extra).save(folder / "answer.json")
+    line.settimeout(None)  # the engine shares the file, which must block
+    speak = line.fileno()
+    process = subprocess.Popen(
+        [*COMMAND, str(folder / "answer.json")], stdin=speak, stdout=subprocess.PIPE, text=True, errors="replace",
+        env=os.environ | environment | {"SPINREG_SAY": str(speak)}, pass_fds=[speak],
+    )  # fmt: skip
+    keeper = threading.Thread(target=_keep, args=(process, line), daemon=True)
+    keeper.start()
+    return EngineProcess(process, keeper)
+
+
+def _keep(process: subprocess.Popen[str], line: socket.socket) -> None:
+    """Show what an engine prints and tell of its end: by its process, as a child of it may keep its pipes open."""
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+
+    def show() -> None:
+        assert process.stdout is not None
+        for text in process.stdout:
+            last.append(text.rstrip("\n"))
+            print(text, end="", flush=True)
+
+    shown = threading.Thread(target=show, daemon=True)
+    shown.start()
+    status = process.wait()
+    shown.join(timeout=_LAST_WORDS_SECONDS)
+    with contextlib.suppress(OSError):  # nobody listens any more
+        line.sendall(f"\nended {status} {json.dumps(list(last))}\n".encode())
+        line.shutdown(socket.SHUT_RDWR)
+    line.close()
+
+
+def raise_verdict(status: int | None, last: str) -> None:
+    """Raise what a process said with its last line, where its exit status says that trying again is of no use."""
+    if status == EXIT_BAD_INPUT:
+        raise BadInput.from_message(last.removeprefix("bad input: "))
+    if status == EXIT_DAMAGED:
+        raise Damaged(last.removeprefix("damaged: "))
