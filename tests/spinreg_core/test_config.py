@@ -48,7 +48,10 @@ def refusal(values: dict[str, Any]) -> str:
         ({"opponent": {"weighting": [0, 1], "history": 2}}, "the first of them positive"),
         ({"opponent": {"weighting": []}}, "the first of them positive"),
         ({"resources": {"nodes": 2}}, "resources.nodes is 2 but resources.rendezvous is not set"),
-        ({"resources": {"nodes": 2, "rendezvous": "a:65536"}}, "resources.rendezvous is a:65536; give a port of at most"),
+        (
+            {"resources": {"nodes": 2, "rendezvous": "a:65536"}},
+            "resources.rendezvous is a:65536; give a port of at most",
+        ),
         ({"resources": {"nodes": 2, "rendezvous": "a"}}, "resources.rendezvous\n  String should match pattern"),
     ],
 )
