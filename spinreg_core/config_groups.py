@@ -265,8 +265,8 @@ class ResourcesConfig(Group):
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="torch.compile of the transformer layers in training, scoring and evaluation; auto: on GPUs. The "
-        "first pass then takes a minute longer.",
+        description="torch.compile of the transformer layers in training, scoring and evaluation, and of the hf "
+        "engine's decoding step; auto: on GPUs. The first pass then takes a minute longer.",
     )
     kv_cache_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",

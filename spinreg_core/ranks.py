@@ -37,6 +37,11 @@ def resolve_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
+def compiles(resources: ResourcesConfig, device: str) -> bool:
+    """`resources.compile`: auto is on GPUs."""
+    return resources.compile == "on" or (resources.compile == "auto" and device == "cuda")
+
+
 def processes_here(resources: ResourcesConfig) -> int:
     """`resources.processes` of this node: auto is one per GPU, and one on a CPU. Raises BadInput."""
     gpus = torch.cuda.device_count() if resolve_device(resources.device) == "cuda" else 0
@@ -96,7 +101,7 @@ def join(resources: ResourcesConfig) -> Ranks:
     Raises BadInput for a mesh that does not fit.
     """
     device = resolve_device(resources.device)
-    compiled = resources.compile == "on" or (resources.compile == "auto" and device == "cuda")
+    compiled = compiles(resources, device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         return Ranks(torch.device(device), compile=compiled)

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from spinreg_core.engines import Answer, Sampling, columns_for
 from spinreg_core.engines.sampler import distribution, draw, mixed_logits, uniforms
 from spinreg_core.engines.slots import Slots, layers_of, prompt_cache
+from spinreg_core.engines.step import Step
 
 # Answers at once: more make no step of any machine cheaper, and each has a row of logits.
 _ROWS = 1024
@@ -52,15 +53,17 @@ def decode(
     *,
     tokens: int,
     pad_id: int,
+    step: Step,
     on_answer: Callable[[int, Answer], None],
 ) -> None:
     """Answer all prompts; `on_answer(index of the prompt, answer)` as they end.
 
     models, weights: the mixture (`sampler.mixed_logits`). seeds: one per prompt. tokens: how many, prompts and answers
-    at their longest together, may have keys and values at the same time; a single answer may take more.
+    at their longest together, may have keys and values at the same time; a single answer may take more. step: of
+    `last_logits`.
     Raises BadInput for logits that are no numbers, torch.OutOfMemoryError.
     """
-    batch = _Batch(list(models), list(weights), sampling, pad_id, on_answer)
+    batch = _Batch(list(models), list(weights), sampling, pad_id, step, on_answer)
     begun = 0
     # The longest prompt among each one and all after it.
     longest = list(accumulate(reversed([len(p) for p in prompts]), max))[::-1]
@@ -86,10 +89,11 @@ class _Batch:
         weights: list[float],
         sampling: Sampling,
         pad_id: int,
+        step: Step,
         on_answer: Callable[[int, Answer], None],
     ) -> None:
         self.models, self.weights, self.sampling = models, weights, sampling
-        self.pad_id, self.on_answer = pad_id, on_answer
+        self.pad_id, self.one_step, self.on_answer = pad_id, step, on_answer
         self.device = models[0].device
         self.open: dict[int, _Open] = {}  # by slot
         self.caches: list[Slots] = []
@@ -135,10 +139,11 @@ class _Batch:
         last = [self.open[slot].tokens[-1] if slot in self.open else self.pad_id for slot in range(rows)]
         lengths = [_length(self.open[slot]) if slot in self.open else 0 for slot in range(rows)]
         ids, positions = (torch.tensor(x, device=self.device)[:, None] for x in (last, lengths))
+        self.one_step.begin(self.caches)
         logits = []
         for model, cache in zip(self.models, self.caches, strict=True):
             mask = cache.open_column(max(lengths))
-            logits.append(_last_logits(model, ids, mask, positions, cache))
+            logits.append(self.one_step(model, ids, mask, positions, cache))
         slots = sorted(self.open)
         at = torch.tensor(slots, device=self.device)
         self._draw(slots, [x[at] for x in logits])
@@ -155,7 +160,7 @@ class _Batch:
         logits = []
         for model, cache in zip(self.models, self.caches, strict=True):
             read = prompt_cache(layers_of(model))
-            logits.append(_last_logits(model, ids, own, positions, read)[of_slot])
+            logits.append(last_logits(model, ids, own, positions, read)[of_slot])
             cache.fill(slots, read, of_slot, lengths[of_slot])
         return logits
 
@@ -195,7 +200,8 @@ def _drawn(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor,
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
-def _last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+    """[rows, vocabulary] logits behind the last of `ids` [rows, tokens], whose keys and values go into the cache."""
     output = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
         logits_to_keep=1,

@@ -22,24 +22,33 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.engines import Answer, Sampling, check_prompts, cut
-from spinreg_core.engines.decode import decode
+from spinreg_core.engines.decode import decode, last_logits
 from spinreg_core.engines.sampler import distribution, draw, uniforms
 from spinreg_core.engines.slots import has_slots
+from spinreg_core.engines.step import Step
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import load_policy
-from spinreg_core.ranks import resolve_device
+from spinreg_core.ranks import compiles, resolve_device
 
 
 class HfEngine:
     """Samples one policy, or the token-level mixture of several (`sampler.mixed_logits`).
 
-    `models` are used in their own number format and on their own device. `tokens`: see `decode`.
+    `models` are used in their own number format and on their own device. `tokens`: see `decode`. `compile`: the
+    decoding step, of engines that live long (`step.py`).
     """
 
     def __init__(
-        self, models: Sequence[PreTrainedModel], *, weights: Sequence[float] = (1.0,), tokens: int, pad_id: int
+        self,
+        models: Sequence[PreTrainedModel],
+        *,
+        weights: Sequence[float] = (1.0,),
+        tokens: int,
+        pad_id: int,
+        compile: bool = False,
     ) -> None:
         self._models, self._weights = list(models), list(weights)
+        self._step = Step(last_logits, compile=compile)
         self._tokens, self._pad_id = tokens, pad_id
         sizes = {model.config.get_text_config().vocab_size for model in models}
         if len(sizes) > 1:
@@ -63,7 +72,8 @@ class HfEngine:
         # auto is for runs, which know their scores' format (`config.sampling_dtype`); alone it is the exact one.
         precision: Any = "bf16" if generation.dtype == "bfloat16" else "fp32"
         models = [load_policy(policy, precision, device) for policy in policies]
-        return cls(models, weights=weights, tokens=_tokens(models, resources), pad_id=pad_id)
+        return cls(models, weights=weights, tokens=_tokens(models, resources), pad_id=pad_id,
+                   compile=compiles(resources, device))  # fmt: skip
 
     def generate(
         self,
@@ -96,7 +106,7 @@ class HfEngine:
     ) -> None:
         if all(map(has_slots, self._models)):
             decode(self._models, self._weights, prompts, seeds, sampling, tokens=self._tokens, pad_id=self._pad_id,
-                   on_answer=note)  # fmt: skip
+                   step=self._step, on_answer=note)  # fmt: skip
             return
         order = list(range(len(prompts)))
         while order:

@@ -5,7 +5,8 @@ Leaves out: who is in which slot, and when (`decode.py`).
 
 All slots write the same column at the same time, the newest, and each answer reaches back from there as far as it is
 long; a mask says how far. Nothing is copied as answers grow: a layer is one buffer, written in place, and the model
-sees the columns that somebody uses.
+sees the columns that somebody uses. For a compiled step (`fix`) it sees columns from the first one to a multiple of
+128, and finds the newest in a tensor, so that one graph serves for all.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def prompt_cache(layers: int) -> Cache:
     return Cache(layers=[DynamicLayer() for _ in range(layers)])
 
 
+_WINDOW = 128  # columns seen by a compiled step are a multiple of it
+
+
 class Slots(Cache):
     """`rows` slots of `columns` columns; columns `low` to `high` are in use."""
 
@@ -52,6 +56,8 @@ class Slots(Cache):
         self.rows, self.columns = rows, columns
         self.low = self.high = 0
         self.mask: Tensor | None = None  # bool [rows, columns]: what belongs to the answer in each slot
+        self.column: Tensor | None = None  # int64 [1], once shapes are fixed: the open column
+        self.window = 0  # and how many columns, from the first, are seen
 
     def fill(self, slots: list[int], prompts: Cache, which: Tensor, lengths: Tensor) -> None:
         """Put left-padded prompts ([prompts, heads, width, head width] per layer) into slots, ending at `high`.
@@ -78,11 +84,23 @@ class Slots(Cache):
         included, without it. Returns the mask [rows, columns seen] that goes with the forward pass."""
         assert self.mask is not None
         self.low = self.high - longest
-        if self.high == self.columns:
+        # All before the newest column is seen where shapes are fixed, so what nobody uses there is not let grow.
+        end = self.columns if self.column is None else min(self.columns, _rounded(longest + longest // 4 + 1))
+        if self.high >= end:
             self._move(-self.low)
         self.mask[:, self.high] = True
         self.high += 1
-        return self.mask[:, self.low : self.high]
+        if self.column is None:
+            return self.mask[:, self.low : self.high]
+        self.column.fill_(self.high - 1)
+        self.window = min(self.columns, _rounded(self.high))
+        return self.mask[:, : self.window]
+
+    def fix(self) -> None:
+        """From the next step on, shapes seldom change and no number does, as a compiled step wants it."""
+        assert self.mask is not None
+        if self.column is None:
+            self.column = torch.zeros(1, dtype=torch.int64, device=self.mask.device)
 
     def keep(self, slots: list[int]) -> None:
         """Only these slots, in this order."""
@@ -138,18 +156,27 @@ class _Layer(DynamicLayer):
             own[at, :, column : column + given.shape[2]] = given
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        low, high = self._slots.low, self._slots.high
         keys, values = self.both
+        if self._slots.column is not None:
+            keys.index_copy_(2, self._slots.column, key_states)
+            values.index_copy_(2, self._slots.column, value_states)
+            return keys[:, :, : self._slots.window], values[:, :, : self._slots.window]
+        low, high = self._slots.low, self._slots.high
         keys[:, :, high - 1 : high] = key_states
         values[:, :, high - 1 : high] = value_states
         return keys[:, :, low:high], values[:, :, low:high]
 
-    def get_seq_length(self) -> int:
-        """Columns before the open one: what masks count from."""
-        return self._slots.high - self._slots.low - 1
+    def get_seq_length(self) -> Any:
+        """Columns before the open one: what masks count from. A tensor where shapes are fixed, as transformers' own
+        static caches have it."""
+        return self._slots.high - self._slots.low - 1 if self._slots.column is None else self._slots.column[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._slots.high - self._slots.low, 0
+        return (self._slots.high - self._slots.low if self._slots.column is None else self._slots.window), 0
+
+
+def _rounded(columns: int) -> int:
+    return -(-columns // _WINDOW) * _WINDOW
 
 
 def _resized(x: Tensor, rows: int, columns: int, used: slice) -> Tensor:
