@@ -9,6 +9,7 @@ use one engine, in turn. Without vLLM the bare engine is hf.
 
 `hf` is our engine with continuous refill; `naive` is transformers' own generate, a batch of as many prompts as hf
 decodes together at a time, in the order given, each batch until its longest answer ends. Both use one model, in turn.
+With --compile, `compiled` is hf with its decoding step compiled from the first one; compiling counts as start-up.
 
 Prompts are the bundled demo's, over and over; answers end where the policy ends them. A first short call warms every
 engine up. Start-up is reported apart. The last line is one JSON object; `ratio` is stage over bare.
@@ -23,6 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,8 @@ from spinreg_core import objects
 from spinreg_core.cache import cache_folder
 from spinreg_core.config import DataConfig, GenerationConfig, ResourcesConfig, RunConfig
 from spinreg_core.data import load_rows
-from spinreg_core.engines import Sampling, open_engine
+from spinreg_core.engines import Sampling, open_engine, step
+from spinreg_core.engines.decode import last_logits
 from spinreg_core.engines.hf import HfEngine
 from spinreg_core.model_source import link_policy, resolve_model
 from spinreg_core.render import Renderer
@@ -51,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=96, help="longest answer (tokens)")
     parser.add_argument("--shard", type=int, default=32, help="answers per shard")
     parser.add_argument("--turns", type=int, default=2, help="how often each is timed, A B A B")
+    parser.add_argument("--compile", action="store_true", help="time the compiled decoding step too; on GPUs always")
     parser.add_argument("--quick", action="store_true", help="48 prompts, answers of at most 48 tokens, one turn")
     given = parser.parse_args()
     if given.quick:
@@ -165,11 +169,23 @@ def main() -> None:
     hf.generate(prompts[:1], Sampling(1.0, 1.0, 0, 1, sampling.stop_ids), [0])
     startup = {"hf": time.monotonic() - begin}
     together = max(1, hf._tokens // (max(map(len, prompts)) + given.new))
+
+    def answered(engine: HfEngine) -> int:
+        return sum(len(a.token_ids) for a in engine.generate(prompts, sampling, [7 * i for i in range(len(prompts))]))
+
+    more: dict[str, Any] = {}
+    if given.compile or torch.cuda.is_available():
+        step._AFTER_STEPS = 0
+        compiled = HfEngine(hf._models, tokens=hf._tokens, pad_id=renderer.pad_id, compile=True)
+        hf._step = step.Step(last_logits, compile=False)
+        begin = time.monotonic()
+        compiled.generate(prompts, replace(sampling, max_new_tokens=8), range(len(prompts)))
+        startup["compiled"] = time.monotonic() - begin
+        more["compiled"] = clocked(lambda: answered(compiled))
     speeds = in_turn(
         given.turns,
-        hf=clocked(
-            lambda: sum(len(a.token_ids) for a in hf.generate(prompts, sampling, [7 * i for i in range(len(prompts))]))
-        ),
+        hf=clocked(lambda: answered(hf)),
+        **more,
         naive=clocked(lambda: naive(hf._models[0], prompts, sampling, together, renderer.pad_id)),
     )
     engine: Any = hf
@@ -194,8 +210,10 @@ def main() -> None:
     }  # fmt: skip
     print(f"\n{'':34} {'tokens/s':>9}")
     for key, text in (("bare", f"{name} alone"), ("stage", f"generate stage on {name}"), ("hf", "hf engine"),
+                      ("compiled", "hf engine, compiled"),
                       ("naive", f"transformers, batches of {together}")):  # fmt: skip
-        print(f"{text:34} {speeds[key]:9.1f}")
+        if key in speeds:
+            print(f"{text:34} {speeds[key]:9.1f}")
     print(
         f"stage over bare {figures['ratio']:.3f}, hf over naive {figures['hf_over_naive']:.2f}, "
         f"stage over hf {figures['stage_over_hf']:.2f}; start-up "

@@ -133,7 +133,8 @@ class _Batch:
 
     def step(self) -> None:
         """One more token of every open answer."""
-        if len(self.open) <= self.caches[0].rows // 2:
+        alone = len(self.open) == 1 and self.one_step.compiled  # would be a graph of its own
+        if len(self.open) <= self.caches[0].rows // 2 and not alone:
             self._drop_free_slots()
         rows = self.caches[0].rows
         last = [self.open[slot].tokens[-1] if slot in self.open else self.pad_id for slot in range(rows)]

@@ -45,6 +45,7 @@ def prompt_cache(layers: int) -> Cache:
 
 
 _WINDOW = 128  # columns seen by a compiled step are a multiple of it
+_SPARE = 1  # a column that is never seen: a compiler takes seeing all columns for another case than seeing some
 
 
 class Slots(Cache):
@@ -67,7 +68,7 @@ class Slots(Cache):
         read: list[Any] = prompts.layers
         device, width = read[0].keys.device, read[0].keys.shape[2]
         if self.mask is None:
-            self.mask = torch.zeros(self.rows, self.columns, dtype=torch.bool, device=device)
+            self.mask = torch.zeros(self.rows, self.columns + _SPARE, dtype=torch.bool, device=device)
         if self.high == self.low:
             self.low = self.high = width
         if width > self.high:
@@ -76,7 +77,7 @@ class Slots(Cache):
         at = torch.tensor(slots, device=device)
         for layer, source in zip(self.slot_layers, read, strict=True):
             layer.put(at, self.high - width, source.keys[which], source.values[which])
-        own = torch.arange(self.columns, device=device) - self.high
+        own = torch.arange(self.columns + _SPARE, device=device) - self.high
         self.mask[at] = (own < 0) & (own >= -lengths[:, None])
 
     def open_column(self, longest: int) -> Tensor:
@@ -149,7 +150,8 @@ class _Layer(DynamicLayer):
         if not self.is_initialized:
             # Zeros, because what a mask hides is still multiplied, by zero.
             self.keys, self.values = (
-                x.new_zeros(self._slots.rows, x.shape[1], self._slots.columns, x.shape[3]) for x in (keys, values)
+                x.new_zeros(self._slots.rows, x.shape[1], self._slots.columns + _SPARE, x.shape[3])
+                for x in (keys, values)
             )
             self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
         for own, given in zip(self.both, (keys, values), strict=True):
@@ -181,6 +183,6 @@ def _rounded(columns: int) -> int:
 
 def _resized(x: Tensor, rows: int, columns: int, used: slice) -> Tensor:
     """[slots, heads, columns, width], the used columns first."""
-    found = x.new_zeros(rows, x.shape[1], columns, x.shape[3])
+    found = x.new_zeros(rows, x.shape[1], columns + _SPARE, x.shape[3])
     found[: len(x), :, : used.stop - used.start] = x[:, :, used]
     return found

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from spinreg_core.engines.slots import Slots
 
-# Compiling takes about as long as so many eager steps.
-_AFTER_STEPS = 1000
+# Compiling takes a minute: what so many steps may have saved by the time they are taken again.
+_AFTER_STEPS = 2000
 
 Forward = Callable[[PreTrainedModel, Tensor, Tensor, Tensor, Slots], Tensor]
 
@@ -29,11 +29,15 @@ class Step:
         self._compiled: Forward | None = None
         self._taken = 0
 
+    @property
+    def compiled(self) -> bool:
+        return self._compiled is not None
+
     def begin(self, caches: list[Slots]) -> None:
         """To be called before each step with all caches that take part in it."""
         self._taken += 1
         if self._compile and self._compiled is None and self._taken > _AFTER_STEPS:
-            # One graph per model, and another one for a single row.
+            # One graph per model, and another one for sizes that happened to be equal, or 1.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
             self._compiled = torch.compile(self._forward, dynamic=True)
         if self._compiled is not None:
