@@ -63,5 +63,9 @@ class StagePreempted(StageFailed):
     """A stage process was stopped from outside; a retry continues from what it committed."""
 
 
+class StoreFailed(SpinregError):
+    """The store did not do for minutes what it was asked to; a later attempt may find it well again."""
+
+
 class Conflict(SpinregError):
     """A create-only key exists with other content, or a compare-and-swap lost."""

@@ -1,10 +1,9 @@
-"""Bytes under keys, in a local folder or an S3 bucket, with the two writes that commits are made of.
+"""Bytes under keys, with the two writes that commits are made of: what every store promises, and one in a local folder.
 
-Decides: what create-only and compare-and-swap mean on each backend, and that a reader never sees half a
-file. Leaves out: what the bytes are (`objects.py`, `head.py`) and who may write (`head.py`).
+Decides: what create-only and compare-and-swap mean, and that a reader never sees half a file.
+Leaves out: stores on S3 (`s3_store.py`), what the bytes are (`objects.py`, `head.py`) and who may write (`head.py`).
 
-Both backends offer the same methods. Tags are opaque: equal tags mean unchanged content.
-S3 goes through s3fs; endpoint and credentials come from the environment or the AWS chain, never from a URL.
+Tags are opaque: equal tags mean unchanged content.
 """
 
 from __future__ import annotations
@@ -15,19 +14,16 @@ import fcntl
 import hashlib
 import os
 import re
-import secrets
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from spinreg_core.errors import BadInput, Conflict
 from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _SYNC_BYTES = 256 * 2**20
-_MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
 
 
 class Store(Protocol):
@@ -81,6 +77,8 @@ def open_store(url: str) -> Store:
     Raises BadInput for other schemes, and for an S3 URL without a bucket.
     """
     if url.startswith("s3://"):
+        from spinreg_core.s3_store import S3Store
+
         return S3Store(url)
     if "://" in url and not url.startswith("file://"):
         raise BadInput("store", repr(redacted(url)), "a local folder, file:///path or s3://bucket/prefix")
@@ -93,7 +91,7 @@ def redacted(url: str) -> str:
     return re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
 
 
-def _checked(key: str) -> str:
+def checked(key: str) -> str:
     if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.rstrip("/").split("/")):
         raise BadInput("store key", repr(key), "a relative path without '.', '..' or empty parts")
     return key
@@ -113,7 +111,7 @@ class FolderStore:
             raise BadInput("store", f"{self.url} ({there} is {found})", "a folder that can be written to")
 
     def _path(self, key: str) -> Path:
-        return self.root / _checked(key)
+        return self.root / checked(key)
 
     @contextlib.contextmanager
     def _temporary(self, path: Path) -> Iterator[Path]:
@@ -200,120 +198,6 @@ class FolderStore:
         return str(self._path(key))
 
 
-class S3Store:
-    """A bucket behind s3fs. Needs a server that honours If-None-Match and If-Match (`require_conditional_writes`)."""
-
-    def __init__(self, url: str) -> None:
-        import s3fs
-
-        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        self.prefix = prefix.strip("/")
-        if not self.bucket or redacted(url) != url:
-            raise BadInput(
-                "store", repr(redacted(url)), "s3://bucket/prefix, with credentials in the environment, not in the URL"
-            )
-        self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
-        self._fs: Any = s3fs.S3FileSystem(
-            use_listings_cache=False,  # another writer's keys must be seen
-            default_block_size=PART_BYTES,
-            config_kwargs={
-                "retries": {"max_attempts": 8, "mode": "standard"},
-                "connect_timeout": 20,
-                "read_timeout": 120,
-            },
-        )
-
-    def check(self) -> None:
-        try:
-            self._fs.call_s3("head_bucket", Bucket=self.bucket)
-        except Exception as error:  # botocore and aiohttp have error families of their own
-            if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp")):
-                raise
-            raise BadInput(
-                "store", f"{self.url}, which cannot be used: {error}",
-                f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)",
-            ) from None  # fmt: skip
-
-    def _key(self, key: str) -> str:
-        return f"{self.prefix}/{_checked(key)}" if self.prefix else _checked(key)
-
-    def _path(self, key: str) -> str:
-        return f"{self.bucket}/{self._key(key)}"
-
-    def read(self, key: str) -> bytes | None:
-        found = self.read_tagged(key)
-        return None if found is None else found[0]
-
-    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
-        from fsspec.asyn import sync
-
-        async def get() -> tuple[bytes, str]:
-            reply = await self._fs._call_s3("get_object", Bucket=self.bucket, Key=self._key(key))
-            async with reply["Body"] as body:
-                return await body.read(), reply["ETag"]
-
-        try:
-            return sync(self._fs.loop, get)
-        except FileNotFoundError:
-            return None
-
-    def _put_if(self, key: str, data: bytes, **condition: str) -> str:
-        for attempt in range(6):
-            try:
-                reply = self._fs.call_s3("put_object", Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
-                return reply["ETag"]
-            except (OSError, FileNotFoundError) as error:
-                code = _s3_code(error)
-                if code == "ConditionalRequestConflict":  # 409: two conditional writes met, neither is decided
-                    time.sleep(0.1 * 2**attempt * (1 + secrets.randbelow(100) / 100))
-                    continue
-                if code not in ("PreconditionFailed", "NoSuchKey"):
-                    raise
-            # A lost acknowledgement looks like a lost race: our own bytes there mean that we won.
-            found = self.read_tagged(key)
-            if found is not None and found[0] == data:
-                return found[1]
-            raise Conflict(f"{self.uri(key)} was written by another writer")
-        raise Conflict(f"{self.uri(key)} is being written by others again and again")
-
-    def create(self, key: str, data: bytes) -> str:
-        return self._put_if(key, data, IfNoneMatch="*")
-
-    def replace(self, key: str, data: bytes, tag: str) -> str:
-        return self._put_if(key, data, IfMatch=tag)
-
-    def write(self, key: str, data: bytes) -> None:
-        self._fs.pipe_file(self._path(key), data)
-
-    def upload(self, path: Path, key: str) -> None:
-        part = max(PART_BYTES, -(-path.stat().st_size // _MOST_PARTS))
-        with moving(f"storing {path.name} in {self.url}") as moved:
-            self._fs.put_file(str(path), self._path(key), chunksize=part, max_concurrency=4, callback=_telling(moved))
-
-    def download(self, key: str, path: Path) -> None:
-        with moving(f"fetching {self.uri(key)}") as moved:
-            self._fs.get_file(self._path(key), str(path), callback=_telling(moved))
-
-    def delete(self, key: str) -> None:
-        self._fs.call_s3("delete_object", Bucket=self.bucket, Key=self._key(key))
-
-    def size(self, key: str) -> int | None:
-        try:
-            return int(self._fs.info(self._path(key), refresh=True)["size"])
-        except FileNotFoundError:
-            return None
-
-    def list(self, prefix: str) -> list[str]:
-        cut = len(self._path("x")) - 1
-        return sorted(path[cut:] for path in self._fs.find(self._path(prefix.rstrip("/"))))
-
-    def local_path(self, key: str) -> Path | None:
-        return None
-
-    def uri(self, key: str) -> str:
-        return f"s3://{self._path(key)}"
-
-
 def require_conditional_writes(store: Store) -> None:
     """Refuse a store whose server ignores If-None-Match or If-Match: two writers could mix there unseen.
 
@@ -354,13 +238,6 @@ def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:
             moved(len(data))
 
 
-def _telling(moved: Callable[[int], None]) -> Any:
-    """What fsspec calls as bytes move."""
-    from fsspec.callbacks import Callback
-
-    return Callback(hooks={"moved": lambda _size, value, **_: moved(value)})
-
-
 def _write_durably(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
@@ -377,14 +254,3 @@ def _sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(handle)
-
-
-def _s3_code(error: BaseException) -> str | None:
-    """The server's error code behind the OSError that s3fs made of it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        response = getattr(seen, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code"))
-        seen = seen.__cause__ or seen.__context__
-    return None

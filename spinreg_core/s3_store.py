@@ -1,0 +1,296 @@
+"""A store in an S3 bucket, through s3fs.
+
+Decides: which requests are tried again and for how long, how files are cut into parts, what a conditional write means
+whose acknowledgement was lost. Leaves out: what a store promises (`store.py`), other data on S3 (`s3_files.py`).
+
+Endpoint and credentials come from the environment or the AWS chain, never from a URL. Every request, every part of a
+file, is tried again by itself, after pauses that grow and are drawn at random, until nothing has been achieved for
+PATIENCE_SECONDS; the retries of botocore and s3fs are off, so that nothing multiplies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spinreg_core.errors import BadInput, Conflict, StoreFailed
+from spinreg_core.standstill import moving
+from spinreg_core.store import PART_BYTES, checked, redacted
+
+T = TypeVar("T")
+PATIENCE_SECONDS = 300.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0  # seconds, of which a random share is waited
+_ATTEMPT_SECONDS = 180.0  # one request; a part of 16 MiB needs 100 kB/s
+_CHECK_SECONDS = 15.0  # for who asks whether the store is there at all
+_PARTS_AT_ONCE = 8
+_MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
+# Codes of refusals that pass, apart from all of status 429 and 5xx. The digests: bytes that changed on their way.
+_PASSING = {
+    "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "TooManyRequests",
+    "RequestLimitExceeded", "PriorRequestNotComplete", "OperationAborted", "ConditionalRequestConflict",
+    "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "InternalError",
+}  # fmt: skip
+
+
+class S3Store:
+    """A bucket. Needs a server that honours If-None-Match and If-Match (`require_conditional_writes`)."""
+
+    def __init__(self, url: str) -> None:
+        import s3fs
+
+        self.bucket, _, prefix = url.removeprefix("s3://").partition("/")
+        self.prefix = prefix.strip("/")
+        if not self.bucket or redacted(url) != url:
+            raise BadInput(
+                "store", repr(redacted(url)), "s3://bucket/prefix, with credentials in the environment, not in the URL"
+            )
+        self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        self._fs: Any = s3fs.S3FileSystem(
+            use_listings_cache=False,  # another writer's keys must be seen
+            config_kwargs={
+                "retries": {"total_max_attempts": 1, "mode": "standard"},
+                "connect_timeout": 20,
+                "read_timeout": 60,
+                "max_pool_connections": 2 * _PARTS_AT_ONCE,
+            },
+        )
+        self._fs.retries = 1
+
+    def check(self) -> None:
+        try:
+            self._run(lambda: self._call("head_bucket"), f"asking for bucket {self.bucket!r}", _CHECK_SECONDS)
+        except (StoreFailed, OSError) as error:
+            raise BadInput(
+                "store", f"{self.url}, which cannot be used: {error.__cause__ or error}",
+                f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)",
+            ) from None  # fmt: skip
+
+    def read(self, key: str) -> bytes | None:
+        found = self.read_tagged(key)
+        return None if found is None else found[0]
+
+    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
+        try:
+            return self._run(lambda: self._get(self._key(key)), f"reading {self.uri(key)}")
+        except FileNotFoundError:
+            return None
+
+    def create(self, key: str, data: bytes) -> str:
+        return self._put_if(key, data, IfNoneMatch="*")
+
+    def replace(self, key: str, data: bytes, tag: str) -> str:
+        return self._put_if(key, data, IfMatch=tag)
+
+    def _put_if(self, key: str, data: bytes, **condition: str) -> str:
+        try:
+            return self._run(lambda: self._put(self._key(key), data, **condition), f"writing {self.uri(key)}")
+        except OSError as error:
+            if _refusal(error)[1] not in ("PreconditionFailed", "NoSuchKey"):
+                raise
+        # A lost acknowledgement looks like a lost race: our own bytes there mean that we won.
+        found = self.read_tagged(key)
+        if found is not None and found[0] == data:
+            return found[1]
+        raise Conflict(f"{self.uri(key)} was written by another writer")
+
+    def write(self, key: str, data: bytes) -> None:
+        self._run(lambda: self._put(self._key(key), data), f"writing {self.uri(key)}")
+
+    def upload(self, path: Path, key: str) -> None:
+        size = path.stat().st_size
+        part = max(PART_BYTES, -(-size // _MOST_PARTS))
+        with moving(f"storing {path.name} in {self.url}") as moved:
+            if size <= part:
+                self._run(lambda: self._put(self._key(key), path.read_bytes()), f"storing {self.uri(key)}")
+                return
+            self._sync(lambda: self._upload(path, self._key(key), size, part, moved))
+
+    def download(self, key: str, path: Path) -> None:
+        with moving(f"fetching {self.uri(key)}") as moved:
+            size = self.size(key)
+            if size is None:
+                raise FileNotFoundError(self.uri(key))
+            with open(path, "wb") as file:
+                file.truncate(size)
+                self._sync(lambda: self._download(self._key(key), file.fileno(), size, moved))
+
+    def delete(self, key: str) -> None:
+        self._run(lambda: self._call("delete_object", Key=self._key(key)), f"deleting {self.uri(key)}")
+
+    def size(self, key: str) -> int | None:
+        try:
+            reply = self._run(lambda: self._call("head_object", Key=self._key(key)), f"asking for {self.uri(key)}")
+        except FileNotFoundError:
+            return None
+        return int(reply["ContentLength"])
+
+    def list(self, prefix: str) -> list[str]:
+        full, cut, token = self._key(prefix.rstrip("/")) + "/", len(self._key("x")) - 1, None
+        found: list[str] = []
+        while True:
+            more: dict[str, Any] = {} if token is None else {"ContinuationToken": token}
+            page = self._run(lambda more=more: self._call("list_objects_v2", Prefix=full, **more),  # type: ignore[misc]
+                             f"listing {self.uri(prefix)}")  # fmt: skip
+            found += [entry["Key"][cut:] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
+            token = page.get("NextContinuationToken")
+            if not page.get("IsTruncated") or token is None:
+                return sorted(found)
+
+    def local_path(self, key: str) -> Path | None:
+        return None
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.bucket}/{self._key(key)}"
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{checked(key)}" if self.prefix else checked(key)
+
+    # --- requests -----------------------------------------------------------------------------------
+
+    def _sync(self, work: Callable[[], Awaitable[T]]) -> T:
+        from fsspec.asyn import sync
+
+        found: T = sync(self._fs.loop, work)
+        return found
+
+    def _run(self, attempt: Callable[[], Awaitable[T]], what: str, patience: float | None = None) -> T:
+        return self._sync(lambda: insisted(attempt, what, patience))
+
+    async def _call(self, method: str, **arguments: Any) -> Any:
+        return await self._fs._call_s3(method, Bucket=self.bucket, **arguments)
+
+    async def _get(self, key: str, **arguments: Any) -> tuple[bytes, str]:
+        reply = await self._call("get_object", Key=key, **arguments)
+        async with reply["Body"] as body:
+            return await body.read(), reply["ETag"]
+
+    async def _put(self, key: str, data: bytes, **condition: str) -> str:
+        reply = await self._call("put_object", Key=key, Body=data, **condition)
+        return str(reply["ETag"])
+
+    async def _upload(self, path: Path, key: str, size: int, part: int, moved: Callable[[int], None]) -> None:
+        where = f"s3://{self.bucket}/{key}"
+        begun = await insisted(lambda: self._call("create_multipart_upload", Key=key), f"storing {where}")
+        upload = {"Key": key, "UploadId": begun["UploadId"]}
+        numbers = iter(range(1, -(-size // part) + 1))
+        tags: dict[int, str] = {}
+
+        async def send() -> None:
+            for number in numbers:  # shared: each takes the next part
+                data = await asyncio.to_thread(_read_at, path, (number - 1) * part, part)
+                reply = await insisted(
+                    lambda number=number, data=data: self._call(  # type: ignore[misc]
+                        "upload_part", PartNumber=number, Body=data, **upload
+                    ),
+                    f"storing part {number} of {where}",
+                )
+                tags[number] = reply["ETag"]
+                moved(len(data))
+
+        parts: list[dict[str, Any]] = []
+
+        async def complete() -> None:
+            try:
+                await self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+            except (
+                FileNotFoundError
+            ):  # the acknowledgement of an earlier try was lost: there is no such upload any more
+                if (await self._call("head_object", Key=key))["ContentLength"] != size:
+                    raise
+
+        try:
+            await _together(send)
+            parts += [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
+            await insisted(complete, f"storing {where}")
+        except BaseException:
+            try:
+                await asyncio.wait_for(self._call("abort_multipart_upload", **upload), _CHECK_SECONDS)
+            except Exception:  # what is left of it costs space until the bucket's own rule removes it
+                print(f"an unfinished upload of {where} could not be removed", flush=True)
+            raise
+
+    async def _download(self, key: str, file: int, size: int, moved: Callable[[int], None]) -> None:
+        where = f"s3://{self.bucket}/{key}"
+        starts = iter(range(0, size, PART_BYTES))
+
+        async def fetch() -> None:
+            for start in starts:
+                end = min(start + PART_BYTES, size)
+
+                async def get(start: int = start, end: int = end) -> bytes:
+                    data, _ = await self._get(key, Range=f"bytes={start}-{end - 1}")
+                    if len(data) != end - start:
+                        raise ConnectionError(f"{len(data)} bytes instead of {end - start}")
+                    return data
+
+                data = await insisted(get, f"fetching {where}")
+                await asyncio.to_thread(os.pwrite, file, data, start)
+                moved(len(data))
+
+        await _together(fetch)
+
+
+async def _together(work: Callable[[], Awaitable[None]]) -> None:
+    """Several at once; the first that fails ends the others."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(_PARTS_AT_ONCE):
+                group.create_task(work())  # type: ignore[arg-type]
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+
+
+async def insisted(attempt: Callable[[], Awaitable[T]], what: str, patience: float | None = None) -> T:
+    """The result of `attempt`, tried again while its errors are such as pass, for `patience` seconds
+    (PATIENCE_SECONDS). Raises StoreFailed after that, and at once what does not pass."""
+    patience = PATIENCE_SECONDS if patience is None else patience
+    end, pause = time.monotonic() + patience, _FIRST_PAUSE
+    while True:
+        try:
+            return await asyncio.wait_for(attempt(), min(_ATTEMPT_SECONDS, patience))
+        except Exception as error:
+            if not passes(error):
+                raise
+            wait = random.uniform(0, pause)
+            if time.monotonic() + wait > end:
+                said = str(error) or type(error).__name__
+                raise StoreFailed(f"{what}: the store did not do it for {patience:g} s: {said}") from error
+        await asyncio.sleep(wait)
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether a request that failed so may succeed by itself: the server is overloaded, restarting, or out of reach."""
+    status, code = _refusal(error)
+    if status is not None:
+        return (status >= 500 and status != 501) or status == 429 or code in _PASSING  # 501: it never will
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return False
+    own = type(error).__module__.partition(".")[0]
+    if own == "botocore":
+        return type(error).__name__ not in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+    return own == "aiohttp" or isinstance(error, OSError | TimeoutError | EOFError)
+
+
+def _refusal(error: BaseException) -> tuple[int | None, str | None]:
+    """(HTTP status, error code) of the server's answer behind the OSError that s3fs made of it; (None, None) where
+    there was none."""
+    seen: BaseException | None = error
+    while seen is not None:
+        response = getattr(seen, "response", None)
+        if isinstance(response, dict):
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return (status or 0), str(response.get("Error", {}).get("Code"))
+        seen = seen.__cause__ or seen.__context__
+    return None, None
+
+
+def _read_at(path: Path, start: int, count: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(count)
