@@ -9,9 +9,9 @@ Leaves out: which engine gets which shards (`generate.py`, `engine_pool.py`), de
 The job is a generate job whose `extra` has "source": [iterate, geometric]. It reads waves from its input, one JSON list
 of shard numbers per line, until there are no more, and says, a line each:
 
-    answered N               N more answers
-    committed NUMBER {...}   a shard, and its meta
-    idle                     the wave is done
+    answered N;               N more answers
+    committed NUMBER {...};   a shard, and its meta
+    idle;                     the wave is done
 
 It says so to the file descriptor that SPINREG_SAY names (libraries print to the output as they like), or to its output.
 """
@@ -195,7 +195,7 @@ def run(job: Job) -> dict[str, Any]:
 
     def tell(line: str) -> None:
         with speaking:  # commits are told of by a thread of their own
-            rest = f"{line}\n".encode()
+            rest = f"{line};\n".encode()
             while rest:
                 rest = rest[os.write(say, rest) :]
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 
-from spinreg_core.errors import StageFailed
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, StageFailed
 from spinreg_core.shards import Source
 from spinreg_core.stages.engine_process import start_engine
 from spinreg_core.stages.job import Job
@@ -57,30 +57,47 @@ def guests(job: Job, store: Store, source: Source) -> Iterator[Guests]:
         finally:
             with contextlib.suppress(OSError):
                 server.shutdown(socket.SHUT_RDWR)  # wakes the thread
-            retract(store, job)
+            retract(store, job, attempt)
             while not waiting.empty():
                 waiting.get()[0].close()
 
 
 def lend_engines(job: Job, attempt: str, devices: list[dict[str, str]]) -> None:
     """The guest's side: offer one engine per entry of `devices` (their environments) until the source is answered."""
+    lines: dict[int, socket.socket] = {}  # by engine; none of them is waited for when this process is told to stop
+    over = threading.Event()
     with ThreadPoolExecutor(len(devices)) as pool:
-        for lent in [pool.submit(_lend, job, attempt, own) for own in devices]:
-            lent.result()
+        lent = [pool.submit(_lend, job, attempt, own, i, lines, over) for i, own in enumerate(devices)]
+        try:
+            for one in lent:
+                one.result()
+        finally:
+            over.set()
+            for line in list(lines.values()):
+                with contextlib.suppress(OSError):
+                    line.shutdown(socket.SHUT_RDWR)
 
 
-def _lend(job: Job, attempt: str, environment: dict[str, str]) -> None:
-    source = Source(*job.extra["source"])
+def _lend(
+    job: Job, attempt: str, environment: dict[str, str], number: int, lines: dict[int, socket.socket],
+    over: threading.Event,
+) -> None:  # fmt: skip
     deaths = 0
-    while deaths < _STARTS and (line := _connected(job, attempt)) is not None:
-        with contextlib.suppress(OSError):
-            if line.recv(len(BEGIN), socket.MSG_WAITALL) == BEGIN:
-                # A writer of its own: what another engine has committed must not be written over.
-                own = replace(job, writer=f"{job.writer}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
-                deaths += start_engine(own, source, environment, line).wait() != 0
-                continue
-        line.close()
-        return
+    while not over.is_set() and deaths < _STARTS and (line := _connected(job, attempt)) is not None:
+        lines[number] = line
+        try:  # `over` may have come before the line was known
+            asked = not over.is_set() and line.recv(len(BEGIN), socket.MSG_WAITALL) == BEGIN
+        except OSError:
+            asked = False
+        if not asked or over.is_set():
+            line.close()
+            return
+        # A writer of its own: what another engine has committed must not be written over.
+        own = replace(job, writer=f"{job.writer}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+        status = start_engine(own, Source(*job.extra["source"]), environment, line).wait()
+        if status in (EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED):
+            return  # it will not go better the next time
+        deaths += status != 0
 
 
 def _address(job: Job) -> tuple[str, int]:

@@ -31,8 +31,9 @@ from spinreg_core.store import Store
 _DEATHS = 3
 # Answers in one wave: enough that its end, where the engine runs empty, does not count.
 _WAVE = 4096
+_LEAST_WAVE = 256
 _LOOK_SECONDS = 0.5  # between looks for engines of other machines
-_LINE = re.compile(r"^(?:answered (\d+)|committed (\d+) (\{.*\})|(idle)|ended (-?\d+) (\[.*\]))$")
+_LINE = re.compile(r"^(?:answered (\d+);|committed (\d+) (\{.*\});|(idle);|ended (-?\d+) (\[.*\]);)$")
 
 
 @dataclass
@@ -42,18 +43,22 @@ class _Engine:
     own: EngineProcess | None
     machine: str = ""
     open: list[int] = field(default_factory=list)
+    again: bool = False  # they are open elsewhere too
     uncommitted: int = 0  # answers it told of, of shards that it has not committed
     status: int | None = None  # of its end, where it told of that
     last: list[str] = field(default_factory=list)  # what it printed last
 
 
-def next_wave(shards: list[Shard], engines: int) -> list[Shard]:
-    """The shards that an engine gets next of those left: fewer and fewer, so that all engines end together."""
-    share = max(1, (len(shards) + 2 * engines - 1) // (2 * engines)) if engines > 1 else len(shards)
+def next_wave(shards: list[Shard], engines: int, total: int) -> list[Shard]:
+    """The shards that an engine gets next of those left: fewer and fewer, so that all engines end together, but no
+    fewer answers than keep it busy, or than an even share of all that there were (`total`)."""
+    left = sum(len(shard.rows) for shard in shards)
+    least = min(_LEAST_WAVE, -(-total // engines))
+    most = _WAVE if engines == 1 else min(_WAVE, max(-(-left // (2 * engines)), least))
     found: list[Shard] = []
     size = 0
-    for shard in shards[:share]:
-        if found and size + len(shard.rows) > _WAVE:
+    for shard in shards:
+        if found and size + len(shard.rows) > most:
             break
         found.append(shard)
         size += len(shard.rows)
@@ -99,19 +104,22 @@ class _Pool:
         self.job, self.store, self.source, self.devices, self.waiting = job, store, source, devices, waiting
         self.on_answer, self.on_commit = on_answer, on_commit
         self.left, self.by_number = list(shards), {shard.number: shard for shard in shards}
+        self.done: set[int] = set()
         self.deaths: Counter[int] = Counter()  # of engines of this machine, by shard
         self.suspects: set[int] = set()  # shards that an engine of another machine died over: they are done here
         self.said: queue.Queue[tuple[_Engine, str | None]] = queue.Queue()
         self.engines: list[_Engine] = []
         self.writers = itertools.count()
+        self.total = sum(len(shard.rows) for shard in shards)
+        self.counted = 0  # answers told to `on_answer`
 
     def run(self) -> None:
-        self._fill()
-        while self.engines:
+        self._start_own()
+        while self.engines and not self._nothing_to_wait_for():
+            self._admit_guests()
             try:
                 engine, line = self.said.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
-                self._fill()
                 continue
             if line is not None:
                 self._hear(engine, line)
@@ -119,20 +127,28 @@ class _Pool:
             self.engines.remove(engine)
             engine.line.close()
             self._bury(engine)
-            self._fill()
+            self._start_own()
+        self._count(self.total - self.counted)
 
     def end(self) -> None:
         """Nobody works any longer."""
         for engine in self.engines:
             if engine.own is not None:
                 engine.own.process.kill()
-                engine.own.wait()
             with contextlib.suppress(OSError):
                 engine.line.shutdown(socket.SHUT_RDWR)
+        for engine in self.engines:
+            if engine.own is not None:
+                engine.own.wait()
             engine.line.close()
 
-    def _fill(self) -> None:
-        """Start engines while there is work for them: our own, and those that wait elsewhere."""
+    def _nothing_to_wait_for(self) -> bool:
+        """All is committed, and no engine of this machine is about to end by itself (and to give its memory back)."""
+        done = len(self.done) == len(self.by_number)
+        return done and not any(engine.own is not None and not engine.open for engine in self.engines)
+
+    def _start_own(self) -> None:
+        """Start engines of this machine while there is work for them."""
         for device in set(range(len(self.devices))) - {engine.device for engine in self.engines}:
             if not self.left:
                 break
@@ -140,7 +156,9 @@ class _Pool:
             # A writer of its own: what another engine has committed must not be written over.
             job = replace(self.job, writer=f"{self.job.writer}-{next(self.writers)}")
             self._take_on(_Engine(ours, device, start_engine(job, self.source, self.devices[device], its)))
-        while self._open_to_guests() and not self.waiting.empty():
+
+    def _admit_guests(self) -> None:
+        while not self.waiting.empty() and self._open_to_guests():
             line, name = self.waiting.get()
             with contextlib.suppress(OSError):  # it left while it waited
                 line.sendall(BEGIN)
@@ -155,9 +173,20 @@ class _Pool:
     def _open_to_guests(self) -> list[Shard]:
         return [shard for shard in self.left if shard.number not in self.suspects]
 
+    def _elsewhere(self) -> list[Shard]:
+        """What only guests have open, from the end, because they begin at the other: for engines of ours that would be
+        idle. A machine that is slow, or hangs, so holds nothing up; whoever commits first counts."""
+        ours = {number for engine in self.engines if engine.own is not None for number in engine.open}
+        theirs = {number for engine in self.engines if engine.own is None for number in engine.open}
+        return [self.by_number[number] for number in sorted(theirs - ours - self.done, reverse=True)]
+
     def _give(self, engine: _Engine) -> None:
         found = self.left if engine.own is not None else self._open_to_guests()
-        wave = next_wave(found, max(len(self.devices) * self.job.config.resources.nodes, len(self.engines)))
+        engine.again = engine.own is not None and not found
+        if engine.again:
+            found = self._elsewhere()
+        engines = max(len(self.devices) * self.job.config.resources.nodes, len(self.engines))
+        wave = next_wave(found, engines, self.total)
         engine.open = [shard.number for shard in wave]
         self.left = [shard for shard in self.left if shard.number not in engine.open]
         with contextlib.suppress(OSError):  # it died; its end is in the queue
@@ -166,14 +195,21 @@ class _Pool:
             else:
                 engine.line.shutdown(socket.SHUT_WR)
 
+    def _count(self, answers: int) -> None:
+        self.counted += answers
+        self.on_answer(answers)
+
     def _hear(self, engine: _Engine, line: str) -> None:
         found = _LINE.match(line)
-        if found is None:
-            raise StageFailed(f"an engine said {line!r}")
+        if found is None:  # half a line, of an engine that was killed
+            engine.last.append(f"it said {line!r}")
+            with contextlib.suppress(OSError):
+                engine.line.shutdown(socket.SHUT_WR)
+            return
         answers, number, meta, idle, status, last = found.groups()
-        if answers:
+        if answers and not engine.again:
             engine.uncommitted += int(answers)
-            self.on_answer(int(answers))
+            self._count(int(answers))
         elif number:
             self._committed(engine, int(number), json.loads(meta))
         elif idle:
@@ -183,34 +219,41 @@ class _Pool:
 
     def _committed(self, engine: _Engine, number: int, meta: dict[str, Any]) -> None:
         engine.open.remove(number)
-        engine.uncommitted -= len(self.by_number[number].rows)
-        self.on_commit(number, meta)
+        if not engine.again:
+            engine.uncommitted -= len(self.by_number[number].rows)
+        if number not in self.done:
+            self.done.add(number)
+            self.on_commit(number, meta)
 
     def _bury(self, engine: _Engine) -> None:
         """An engine has ended: what it had open goes back to the list."""
-        raise_verdict(engine.status, engine.last[-1] if engine.last else "")
+        if engine.own is not None:  # what another machine lacks does not end the run
+            raise_verdict(engine.status, engine.last[-1] if engine.last else "")
         for number in list(engine.open):  # committed, and not told of any more
             part = read_part(self.store, self.job.object_id, self.by_number[number].name)
             if part is not None:
                 self._committed(engine, number, part["meta"])
-        how = "was lost" if engine.status is None else f"ended with status {engine.status}"
+        self._count(-engine.uncommitted)
+        if engine.status == 0 and not engine.open:
+            return
+        others = {number for other in self.engines for number in other.open}
+        back = [number for number in engine.open if number not in self.done | others]
         who = f"an engine of {engine.machine}" if engine.machine else "an engine"
-        if not engine.open:
-            if engine.status:
-                print(f"{who} {how}, all that it had begun committed: {engine.last}", flush=True)
+        how = "was lost" if engine.status is None else f"ended with status {engine.status}"
+        said = " / ".join(engine.last[-3:])
+        print(f"{who} {how}; its {len(back)} open shards go back to the list: {said}", flush=True)
+        self.left[:0] = [self.by_number[number] for number in back]
+        if not back:
             return
         # Which of them it was is not known: the first one it had not finished, most likely.
-        first = engine.open[0]
         if engine.own is None:
-            self.suspects.add(first)
-        else:
-            self.deaths[first] += 1
-        if self.deaths[first] >= _DEATHS:
-            raise StageFailed(f"{_DEATHS} engines died over {self.by_number[first].name} (the last with status "
-                              f"{engine.status}): {' / '.join(engine.last[-3:])}")  # fmt: skip
-        print(f"{who} {how}; its {len(engine.open)} open shards go back to the list", flush=True)
-        self.on_answer(-engine.uncommitted)
-        self.left[:0] = [self.by_number[number] for number in engine.open]
+            if engine.status is not None:  # else the machine is gone, or out of reach
+                self.suspects.add(back[0])
+            return
+        self.deaths[back[0]] += 1
+        if self.deaths[back[0]] >= _DEATHS:
+            raise StageFailed(f"{_DEATHS} engines died over {self.by_number[back[0]].name} (the last with status "
+                              f"{engine.status}): {said}")  # fmt: skip
 
 
 def _listen(engine: _Engine, said: queue.Queue[tuple[_Engine, str | None]]) -> None:

@@ -40,20 +40,24 @@ class EngineProcess:
 
 def start_engine(job: Job, source: Source, environment: dict[str, str], line: socket.socket) -> EngineProcess:
     """An engine that reads waves from `line` and speaks to it (`answer.py`). When it has ended, the socket says
-    `ended STATUS [its last lines as JSON]` and is closed: it belongs to the engine from here on.
+    `ended STATUS [its last lines as JSON];` and is closed: it belongs to the engine from here on.
 
     environment: what the engine's adds to ours: its GPUs, or its share of the cores.
     """
-    folder = job.workdir / job.writer
-    folder.mkdir(parents=True, exist_ok=True)
-    extra = job.extra | {"source": [source.iterate, source.geometric]}
-    replace(job, workdir=folder, extra=extra).save(folder / "answer.json")
-    line.settimeout(None)  # the engine shares the file, which must block
-    speak = line.fileno()
-    process = subprocess.Popen(
-        [*COMMAND, str(folder / "answer.json")], stdin=speak, stdout=subprocess.PIPE, text=True, errors="replace",
-        env=os.environ | environment | {"SPINREG_SAY": str(speak)}, pass_fds=[speak],
-    )  # fmt: skip
+    try:
+        folder = job.workdir / job.writer
+        folder.mkdir(parents=True, exist_ok=True)
+        extra = job.extra | {"source": [source.iterate, source.geometric]}
+        replace(job, workdir=folder, extra=extra).save(folder / "answer.json")
+        line.settimeout(None)  # the engine shares the file, which must block
+        speak = line.fileno()
+        process = subprocess.Popen(
+            [*COMMAND, str(folder / "answer.json")], stdin=speak, stdout=subprocess.PIPE, text=True, errors="replace",
+            env=os.environ | environment | {"SPINREG_SAY": str(speak)}, pass_fds=[speak],
+        )  # fmt: skip
+    except OSError as error:  # a full disk, say
+        _tell_end(line, 1, [f"error: its process could not be started: {error}"])
+        raise
     keeper = threading.Thread(target=_keep, args=(process, line), daemon=True)
     keeper.start()
     return EngineProcess(process, keeper)
@@ -73,8 +77,12 @@ def _keep(process: subprocess.Popen[str], line: socket.socket) -> None:
     shown.start()
     status = process.wait()
     shown.join(timeout=_LAST_WORDS_SECONDS)
+    _tell_end(line, status, list(last))
+
+
+def _tell_end(line: socket.socket, status: int, last: list[str]) -> None:
     with contextlib.suppress(OSError):  # nobody listens any more
-        line.sendall(f"\nended {status} {json.dumps(list(last))}\n".encode())
+        line.sendall(f"\nended {status} {json.dumps(last)};\n".encode())
         line.shutdown(socket.SHUT_RDWR)
     line.close()
 

@@ -123,7 +123,7 @@ def run(job: Job) -> dict[str, Any]:
 def _waves(shards: list[Shard]) -> Iterable[list[Shard]]:
     left = list(shards)
     while left:
-        wave = next_wave(left, 1)
+        wave = next_wave(left, 1, 0)
         del left[: len(wave)]
         yield wave
 

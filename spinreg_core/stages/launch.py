@@ -69,7 +69,7 @@ def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
             if message and about_others(message):
                 status, message = next(iter(failures_elsewhere(store, job, attempt)), (status, message))
         finally:
-            retract(store, job)
+            retract(store, job, attempt)
     if message:
         print(message, flush=True)
     return status

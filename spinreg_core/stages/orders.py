@@ -6,12 +6,15 @@ They hold no result, and what they say is of the moment. Leaves out: who acts on
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import socket
 import time
 import uuid
 from typing import Any
 
+from spinreg_core.errors import Conflict, LeaseLost
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store
 
@@ -20,15 +23,34 @@ _WAIT_SECONDS = 10.0
 
 
 def announce(store: Store, job: Job) -> str:
-    """Ask the other machines to take part in a stage. Returns the name of this attempt at it."""
-    attempt = uuid.uuid4().hex
-    store.write(_order(job.config.run), json.dumps({"attempt": attempt, "job": job.fields()}).encode())
-    return attempt
+    """Ask the other machines to take part in a stage. Returns the name of this attempt at it.
+
+    Raises LeaseLost where a later holder of the run's lease has asked for something.
+    """
+    attempt, epoch = uuid.uuid4().hex, _epoch(job)
+    order = json.dumps({"attempt": attempt, "epoch": epoch, "job": job.fields()}).encode()
+    key = _order(job.config.run)
+    while True:
+        found = store.read_tagged(key)
+        try:
+            if found is None:
+                store.create(key, order)
+            elif json.loads(found[0]).get("epoch", 0) > epoch:
+                raise LeaseLost(f"run {job.config.run!r} was taken over; its other machines work for its new holder")
+            else:
+                store.replace(key, order, found[1])
+            return attempt
+        except Conflict:
+            continue
 
 
-def retract(store: Store, job: Job) -> None:
-    """The stage is over, for everybody."""
-    store.write(_order(job.config.run), json.dumps({"attempt": None}).encode())
+def retract(store: Store, job: Job, attempt: str) -> None:
+    """The stage is over, for everybody. Does nothing where something else has been asked for since."""
+    key = _order(job.config.run)
+    found = store.read_tagged(key)
+    if found is not None and json.loads(found[0])["attempt"] == attempt:
+        with contextlib.suppress(Conflict):
+            store.replace(key, json.dumps({"attempt": None, "epoch": _epoch(job)}).encode(), found[1])
 
 
 def read_order(store: Store, run: str) -> dict[str, Any] | None:
@@ -53,6 +75,12 @@ def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, 
             entries = [json.loads(found) for key in keys if (found := store.read(key)) is not None]
             return [(entry["status"], entry["message"]) for entry in entries]
         time.sleep(0.5)
+
+
+def _epoch(job: Job) -> int:
+    """Of the lease under which a job was given out: its writer's (`head.Session.writer`)."""
+    found = re.match(r"e(\d+)-", job.writer)
+    return int(found[1]) if found else 0
 
 
 def _order(run: str) -> str:

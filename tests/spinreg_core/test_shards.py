@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinreg_core.shards import Rows, answer_seed, drawn_sources, make_shards
-from spinreg_core.stages.engine_pool import _WAVE, devices_of, next_wave
+from spinreg_core.stages.engine_pool import _LEAST_WAVE, _WAVE, devices_of, next_wave
 
 NAMES = [f"p{i}" for i in range(3000)]
 
@@ -86,20 +86,26 @@ def test_rows_are_read_from_the_groups_that_hold_them(tmp_path: Path, group: int
 
 
 def test_waves_shrink_so_that_engines_end_together() -> None:
-    count = 100
-    shards = make_shards(np.arange(count * 8), np.zeros((count * 8, 1), np.int64), np.zeros((count * 8, 1), bool), 8)
-    left, taken = list(shards), []
-    while left:
-        wave = next_wave(left, 4)
-        del left[: len(wave)]
-        taken.append(len(wave))
-    assert sum(taken) == count
-    assert taken[0] == 13
-    assert taken == sorted(taken, reverse=True)
-    assert taken[-1] == 1
+    def waves(count: int, size: int, engines: int) -> list[int]:
+        """Answers in each of the waves that `engines` take in turn."""
+        rows = np.zeros((count, 1), np.int64)
+        left, taken = make_shards(np.arange(count), rows, rows.astype(bool), size), []
+        while left:
+            wave = next_wave(left, engines, count)
+            del left[: len(wave)]
+            taken.append(sum(len(shard.rows) for shard in wave))
+        assert sum(taken) == count
+        assert taken == sorted(taken, reverse=True)
+        return taken
+
+    few = waves(800, 8, 4)
+    assert few == [200] * 4, "an even share: less than what keeps an engine busy"
+    many = waves(32_000, 32, 8)
+    assert 2000 - 32 < many[0] <= 2000
+    assert min(many[:-1]) >= _LEAST_WAVE
     large = make_shards(np.arange(3 * _WAVE), np.zeros((3 * _WAVE, 1), np.int64), np.zeros((3 * _WAVE, 1), bool), 1000)
-    assert sum(len(s.rows) for s in next_wave(large, 1)) <= _WAVE
-    assert len(next_wave(large[:1], 1)) == 1
+    assert sum(len(s.rows) for s in next_wave(large, 1, 0)) <= _WAVE
+    assert len(next_wave(large[:1], 1, 0)) == 1
 
 
 def test_engines_share_the_gpus_and_without_any_the_cores() -> None:

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import re
-import signal
-import socket
-import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,123 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from house import END, HELDOUT, PROMPTS, House, by_answer, drawn
+from transformers import LlamaForCausalLM
 
 from spinreg_core import objects
-from spinreg_core.config import RunConfig
 from spinreg_core.data.split import round_prompts
 from spinreg_core.errors import BadInput, StageFailed
-from spinreg_core.render import Renderer
 from spinreg_core.shards import SHARD_SCHEMA, drawn_sources
 from spinreg_core.stages import answer as answer_stage
-from spinreg_core.stages import engine_process, generate, orders
+from spinreg_core.stages import engine_process, generate
 from spinreg_core.stages.generate import ensure_generations, run
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store, open_store
-
-END, PROMPTS, HELDOUT = 1, 23, 5
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def write_policy(folder: Path, seed: int) -> None:
-    """A random Llama over bytes, with a chat template; it ends a turn about every thirtieth token."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(special + letters)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>", additional_special_tokens=special[2:]
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=96, initializer_range=0.3, bos_token_id=None, eos_token_id=END, pad_token_id=0,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.lm_head.weight[END] = 0.0  # a logit in the middle of the others': neither rare nor certain
-        model.lm_head.weight *= 0.5
-    model.save_pretrained(folder)
-
-
-def rows(renderer: Renderer, count: int, kind: str) -> pa.Table:
-    prompts = [[{"role": "user", "content": f"{kind} {i} " + "x" * (i % 7)}] for i in range(count)]
-    return pa.table(
-        {
-            "prompt_id": [f"{kind}-{i:04d}" for i in range(count)],
-            "prompt_ids": pa.array([renderer.prompt_ids(p) for p in prompts], pa.list_(pa.int32())),
-            "answer": ["yes"] * count,
-        }
-    )
-
-
-class House:
-    """A local store with a data object and the policies of iterates 0, 1 and 2."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.store = root, open_store(str(root / "store"))
-        for n in range(3):
-            write_policy(root / f"iterate-{n}" / "policy", seed=n)
-            self._publish(f"policy-{n}", root / f"iterate-{n}")
-        self.renderer = Renderer.from_folder(root / "iterate-0" / "policy")
-        (root / "data").mkdir()
-        for kind, count in (("train", PROMPTS), ("heldout", HELDOUT)):
-            pq.write_table(rows(self.renderer, count, kind), root / "data" / f"{kind}.parquet")
-        self._publish("data", root / "data")
-
-    def _publish(self, name: str, folder: Path) -> None:
-        job = Job("base", name, {}, self.store.url, "w", 0, {}, RunConfig(), self.root)
-        objects.publish(self.store, job, folder, metrics={})
-
-    def job(self, name: str, *, iterates: list[int], round_number: int = 3, engine: str = "hf", kind: str = "train",
-            writer: str = "e1-a", geometric: dict[str, float] | None = None, resources: dict[str, Any] | None = None,
-            **generation: Any) -> Job:  # fmt: skip
-        """`iterates`, newest first, share the prompts equally."""
-        config = RunConfig.model_validate(
-            {
-                "store": self.store.url,
-                "seed": 7,
-                "data": {"prompts_per_round": 13, "max_prompt_tokens": 64, "max_length": 96},
-                "resources": {"device": "cpu", "kv_cache_tokens": 150} | (resources or {}),
-                "generation": {"dtype": "float32", "max_new_tokens": 12, "shard_size": 4} | generation,
-            }
-        )
-        extra: dict[str, Any] = {"rows": kind}
-        if kind == "train":
-            extra["weights"] = [1 / len(iterates)] * len(iterates)
-        policies = {str(n): f"policy-{n}" for n in iterates}
-        if geometric:
-            extra["geometric"] = geometric
-            policies["0"] = "policy-0"
-        return Job(
-            stage="generate", object_id=f"generate-{name}", key={"sampler": {"engine": engine}}, store=self.store.url,
-            writer=writer, round=round_number, inputs={"data": "data", "policies": policies}, config=config,
-            workdir=self._workdir(), extra=extra,
-        )  # fmt: skip
-
-    def _workdir(self) -> Path:
-        folder = self.root / f"work-{len(list(self.root.glob('work-*')))}"
-        folder.mkdir()
-        return folder
-
-    def answers(self, manifest: dict[str, Any]) -> pa.Table:
-        names = sorted(entry["name"] for entry in manifest["files"])
-        paths = [objects.fetch_file(self.store, manifest["object_id"], name) for name in names]
-        return pa.concat_tables([pq.read_table(path) for path in paths])
-
-
-@pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
-    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
-    return House(tmp_path)
+from spinreg_core.store import Store
 
 
 def parts_bytes(store: Store, object_id: str) -> dict[str, tuple[bytes | None, bytes | None]]:
@@ -314,16 +201,6 @@ def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> N
         generate._in_process(replace(job, inputs=job.inputs | {"policies": {"1": "policy-1"}}))
 
 
-def by_answer(table: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
-    rows = {(row["prompt_id"], row["answer"]): row for row in table.to_pylist()}
-    assert len(rows) == len(table)
-    return rows
-
-
-def drawn(rows: dict[tuple[str, int], dict[str, Any]]) -> dict[tuple[str, int], tuple[Any, ...]]:
-    return {key: (row["iterate"], row["geometric"], row["answer_ids"], row["seed"]) for key, row in rows.items()}
-
-
 def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: House) -> None:
     """Engine hf on a CPU; two engines are two processes that take shards from one list."""
     wanted = {"iterates": [2, 1], "answers_per_prompt": 2}
@@ -444,126 +321,6 @@ def test_a_shard_that_kills_every_engine_is_named(
     deadly(monkeypatch, tmp_path, always=True)
     with pytest.raises(StageFailed, match=r"3 engines died over shard-0000\d \(the last with status -9\)"):
         run(house.job("dies", iterates=[2], resources={"processes": 2}))
-
-
-AFTER_OTHERS = """
-import os, sys, time
-from spinreg_core import objects
-from spinreg_core.engines.hf import HfEngine
-from spinreg_core.stages import answer
-from spinreg_core.store import open_store
-original = HfEngine._decode
-def waits(self, *arguments):
-    parts = lambda: objects.part_names(open_store({store!r}), {object_id!r})
-    while not parts():
-        time.sleep(0.1)
-    return original(self, *arguments)
-HfEngine._decode = waits
-answer.main(answer.run)
-"""
-
-
-def two_machines(house: House, monkeypatch: pytest.MonkeyPatch, name: str, **settings: Any) -> Job:
-    """A job of two machines, of which this one answers nothing before the other has committed a shard."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    job = house.job(name, resources={"nodes": 2, "rendezvous": f"localhost:{port}"}, **settings)
-    script = house.root / f"{name}.py"
-    script.write_text(AFTER_OTHERS.format(store=house.store.url, object_id=job.object_id))
-    monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
-    return job
-
-
-def test_another_machine_takes_shards(
-    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Two processes with nothing in common but the store and the rendezvous; two sources, so two attempts."""
-    settings: dict[str, Any] = {"iterates": [2, 1]}
-    whole = drawn(by_answer(house.answers(run(house.job("whole", **settings)))))
-    job = two_machines(house, monkeypatch, "shared", shard_size=1, **settings)
-    with subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", "join", job.config.run, "--store", job.store],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[3]), "PYTHONUNBUFFERED": "1"},
-    ) as second:  # fmt: skip
-        try:
-            found = run(job)
-            time.sleep(3)  # the other machine hears that all is over
-        finally:
-            os.killpg(second.pid, signal.SIGKILL)
-        assert second.stdout is not None
-        heard = second.stdout.read()
-    assert drawn(by_answer(house.answers(found))) == whole
-    assert re.search(r"an engine of \S+ \(127\.0\.0\.1|::1\) takes part", capsys.readouterr().out)
-    writers = {part["writer"] for part in objects.list_parts(house.store, job.object_id).values()}
-    assert {w for w in writers if socket.gethostname() in w}, writers
-    assert len(writers) > 1, "both machines answered"
-    assert "taking part in generate of round 3" in heard
-    assert "Traceback" not in heard, heard
-    assert orders.read_order(house.store, job.config.run) == {"attempt": None}
-
-
-class Guest(threading.Thread):
-    """Speaks to the machine of the flow as an engine elsewhere does, and leaves in the middle of its first wave."""
-
-    def __init__(self, job: Job, store: Store) -> None:
-        super().__init__(daemon=True)
-        self.job, self.store = job, store
-        self.waves: list[list[int]] = []
-        self.refused = False
-
-    def run(self) -> None:
-        while not (order := orders.read_order(self.store, self.job.config.run)) or not order["attempt"]:
-            time.sleep(0.05)
-        address = ("localhost", int(self.job.config.resources.rendezvous.rpartition(":")[2]))  # type: ignore[union-attr]
-        with socket.create_connection(address) as stranger:
-            stranger.sendall(b"x" * 512)
-            self.refused = stranger.recv(1) == b""
-        while len(self.waves) < 2:
-            with socket.create_connection(address) as line, line.makefile() as lines:
-                line.sendall(f"{order['attempt']} guest".encode().ljust(512))
-                if lines.readline() != "begin\n" or not (wave := lines.readline()):
-                    return
-                self.waves.append(json.loads(wave))
-                line.sendall(b"answered 1\n")
-        commit_last_shard(self.job, self.store)
-
-
-def commit_last_shard(job: Job, store: Store) -> None:
-    """What the engines of this machine wait for."""
-    rows = generate.Rows(objects.fetch_file(store, "data", "train.parquet"))
-    shard = answer_stage.planned(job, rows)[-1]
-    answer_stage.answer_shards(replace(job, writer="by-hand"), store, rows, shard.source, [[shard]],
-                               on_answer=lambda n: None, on_commit=lambda number, meta: None)  # fmt: skip
-
-
-def test_shards_of_a_machine_that_is_lost_go_back_to_the_list(
-    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    whole = drawn(by_answer(house.answers(run(house.job("whole", iterates=[2])))))
-    job = two_machines(house, monkeypatch, "lost", iterates=[2], shard_size=2)
-    guest = Guest(job, house.store)
-    guest.start()
-    found = run(job)
-    guest.join(timeout=10)
-    assert guest.refused, "who does not know the attempt is not let in"
-    first, second = guest.waves
-    assert first[0] not in second, "what an engine elsewhere died over is done here"
-    assert drawn(by_answer(house.answers(found))) == whole
-    output = capsys.readouterr().out
-    assert re.search(r"an engine of guest \(\S+\) was lost; its \d open shards go back to the list", output)
-    assert "13/13 answers (100 %)" in output
-
-
-def test_a_taken_rendezvous_is_said(house: House) -> None:
-    with socket.socket() as taken:
-        taken.bind(("", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        job = house.job("taken", iterates=[2], resources={"nodes": 2, "rendezvous": f"localhost:{port}"})
-        with pytest.raises(StageFailed, match=rf"resources.rendezvous: cannot listen at port {port} for the engines"):
-            run(job)
 
 
 @pytest.mark.slow

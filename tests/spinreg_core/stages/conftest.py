@@ -1,0 +1,14 @@
+"""Fixtures of the stages' tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from house import House
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
+    return House(tmp_path)
