@@ -1,7 +1,7 @@
 """Policies that are averages of others in the space of weights: EMA over rounds, LITI towards the base, SLERP.
 
-Decides: the arithmetic, in float32 whatever the weights are stored in, and that it goes tensor by tensor: what is in
-memory is one tensor of each policy.
+Decides: the arithmetic, in float64 whatever the weights are stored in, rounded once, and that it goes piece by piece:
+what is in memory are four million numbers of each policy.
 Leaves out: what an average is used for (`rounds.py`), when it is made (`stages/train.py`).
 
 With π_n the policy that round n trained, A_0 = π_0 the base, and w the weight of the new one:
@@ -10,17 +10,20 @@ With π_n the policy that round n trained, A_0 = π_0 the base, and w the weight
     liti    A_n = (1 - w) π_0 + w π_n                        (WARP, arXiv 2406.16768, equation 4)
     slerp   A_n = π_0 + slerp(A_{n-1} - π_0, π_n - π_0; w)   (WARP, equation 3, for every tensor on its own)
 
-A_1 of slerp is π_1: there is no earlier direction to turn from.
+A_1 of slerp is π_1: there is no earlier direction to turn from. A tensor that A_{n-1} has where π_0 has it turns from
+nothing: slerp's limit there is the straight line.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -32,6 +35,9 @@ Method = Literal["ema", "liti", "slerp"]
 
 # Sine of the angle below which directions are so near (or so opposite) that the weights of slerp lose all digits.
 _PARALLEL = 1e-4
+_PIECE = 2**22  # numbers of a tensor that are in memory at once
+
+_Read = Callable[[Any], Tensor]  # index -> that part of a tensor, float64
 
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -45,13 +51,18 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     Where one of them is zero or they are parallel there is no arc: the straight line then, which is its limit.
     """
     a, b = a.double(), b.double()
-    norms = a.norm() * b.norm()
-    cosine = float((a * b).sum() / norms) if norms > 0 else 1.0
+    of_a, of_b = _arc(float((a * b).sum()), float(a.norm()), float(b.norm()), weight)
+    return (of_a * a + of_b * b).float()
+
+
+def _arc(product: float, norm_a: float, norm_b: float, weight: float) -> tuple[float, float]:
+    """The two weights of `slerp`, from the inner product and the lengths."""
+    cosine = product / norm_a / norm_b if norm_a > 0 and norm_b > 0 else 1.0
     sine = max(0.0, 1 - cosine**2) ** 0.5
-    if norms == 0 or sine < _PARALLEL:
-        return lerp(a, b, weight)
-    angle = torch.acos(torch.tensor(min(1.0, max(-1.0, cosine)), dtype=torch.float64))
-    return ((torch.sin((1 - weight) * angle) * a + torch.sin(weight * angle) * b) / torch.sin(angle)).float()
+    if sine < _PARALLEL:
+        return 1 - weight, weight
+    angle = math.acos(min(1.0, max(-1.0, cosine)))
+    return math.sin((1 - weight) * angle) / math.sin(angle), math.sin(weight * angle) / math.sin(angle)
 
 
 def average_policy(method: Method, weight: float, base: Path, before: Path, policy: Path, folder: Path) -> None:
@@ -59,38 +70,53 @@ def average_policy(method: Method, weight: float, base: Path, before: Path, poli
 
     `before` is A_{n-1}. Raises BadInput where a tensor is not in all of them with one shape.
     """
+    first = before.resolve() == base.resolve()  # no earlier direction
     with ExitStack() as stack:
         read = {name: _reader(path, stack) for name, path in {"base": base, "before": before}.items()}
 
-        def other(which: str, name: str, shape: torch.Size) -> Tensor:
+        def other(which: str, name: str, shape: list[int]) -> _Read:
             found = read[which](name)
-            if found is None or found.shape != shape:
-                held = "nothing" if found is None else f"shape {tuple(found.shape)}"
+            if found is None or found.get_shape() != shape:
+                held = "nothing" if found is None else f"shape {tuple(found.get_shape())}"
                 raise BadInput(f"average of policies, tensor {name}", f"{held} in {which}", f"{tuple(shape)}")
-            return found.float()
+            return partial(_doubled, found)
 
-        def change(name: str, value: Tensor) -> Tensor:
-            if not value.is_floating_point():
-                return value
-            new = value.float()
+        def averaged(name: str, new: _Read, shape: list[int]) -> _Read:
             if method == "ema":
-                return lerp(other("before", name, value.shape), new, weight).to(value.dtype)
-            origin = other("base", name, value.shape)
+                earlier = other("before", name, shape)
+                return lambda piece: (1 - weight) * earlier(piece) + weight * new(piece)
+            origin = other("base", name, shape)
             if method == "liti":
-                return lerp(origin, new, weight).to(value.dtype)
-            turned = other("before", name, value.shape) - origin
-            return (origin + slerp(turned, new - origin, weight)).to(value.dtype) if bool(turned.any()) else value
+                return lambda piece: (1 - weight) * origin(piece) + weight * new(piece)
+            if first:
+                return new
+            earlier = other("before", name, shape)
+            product, square_a, square_b = 0.0, 0.0, 0.0
+            for piece in _pieces(shape):
+                zero = origin(piece)
+                a, b = earlier(piece) - zero, new(piece) - zero
+                product, square_a, square_b = (
+                    total + float((x * y).sum())
+                    for total, x, y in ((product, a, b), (square_a, a, a), (square_b, b, b))
+                )
+            of_a, of_b = _arc(product, square_a**0.5, square_b**0.5, weight)
+
+            def combined(piece: Any) -> Tensor:
+                zero = origin(piece)
+                return zero + of_a * (earlier(piece) - zero) + of_b * (new(piece) - zero)
+
+            return combined
 
         for source in sorted(p for p in policy.rglob("*") if p.is_file()):
             target = folder / source.relative_to(policy)
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.suffix == ".safetensors":
-                _rewrite(source, change, target)
+                _rewrite(source, averaged, target)
             else:
                 shutil.copyfile(source, target)
 
 
-def _rewrite(source: Path, change: Callable[[str, Tensor], Tensor], target: Path) -> None:
+def _rewrite(source: Path, averaged: Callable[[str, _Read, list[int]], _Read], target: Path) -> None:
     """A safetensors file with the same header and other numbers. (The library's writer wants all of a file at once.)"""
     with open(source, "rb") as file, open(target, "wb") as out, safe_open(source, "pt") as tensors:
         size = file.read(8)
@@ -98,11 +124,32 @@ def _rewrite(source: Path, change: Callable[[str, Tensor], Tensor], target: Path
         out.write(size + header)
         entries = {name: entry for name, entry in json.loads(header).items() if name != "__metadata__"}
         for name in sorted(entries, key=lambda name: entries[name]["data_offsets"][0]):
-            value = change(name, tensors.get_tensor(name)).contiguous()
-            out.write(value.reshape(-1).view(torch.uint8).numpy().data)
+            own, shape = tensors.get_slice(name), list(entries[name]["shape"])
+            found: _Read | None = None
+            if entries[name]["dtype"].startswith(("F", "BF")):
+                found = averaged(name, partial(_doubled, own), shape)
+            for piece in _pieces(shape):
+                value = own[piece] if found is None else found(piece).float().to(own[piece].dtype)
+                out.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _reader(folder: Path, stack: ExitStack) -> Callable[[str], Tensor | None]:
+def _doubled(tensor: Any, piece: Any) -> Tensor:
+    values: Tensor = tensor[piece].double()
+    return values
+
+
+def _pieces(shape: list[int]) -> Iterator[Any]:
+    """Indices that cut a tensor along its first dimension into parts of a bounded size."""
+    if not shape:
+        yield ...
+        return
+    rows = max(1, _PIECE // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield slice(start, start + rows)
+
+
+def _reader(folder: Path, stack: ExitStack) -> Callable[[str], Any]:
+    """name -> the tensor's slices, or None."""
     files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
-    return lambda name: where[name].get_tensor(name) if name in where else None
+    return lambda name: where[name].get_slice(name) if name in where else None

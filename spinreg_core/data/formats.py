@@ -100,8 +100,11 @@ def _sha256(messages: Iterable[Message]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def choose_layout(columns: set[str], config: DataConfig, where: str) -> Layout:
-    """The layout of a data set with these columns. Raises BadInput naming the columns found."""
+def choose_layout(columns: set[str], config: DataConfig, where: str, *, prompts_only: bool = False) -> Layout:
+    """The layout of a data set with these columns; `prompts_only`: it may lack the column of the answers.
+
+    Raises BadInput naming the columns found.
+    """
     listed = ", ".join(sorted(columns)) or "(none)"
     if config.prompt_column is not None and config.response_column is not None:
         missing = [name for name in (config.prompt_column, config.response_column) if name not in columns]
@@ -116,6 +119,8 @@ def choose_layout(columns: set[str], config: DataConfig, where: str) -> Layout:
     ]
     for layout in candidates:
         needed = {name for name in layout.columns if name != "input" or layout.format != "instruction"}
+        if prompts_only:
+            needed = set(layout.columns[:1])
         if config.format in ("auto", layout.format) and needed <= columns:
             return layout
     known = "; ".join(f"{name} ({what})" for name, what in _FORMAT_COLUMNS.items())
@@ -138,6 +143,26 @@ def read_rows(record: object, number: int, layout: Layout, turns: Literal["last"
         raise RowProblem("no_assistant_turn", f"roles: {', '.join(m['role'] for m in messages)}")
     chosen = {"last": answers[-1:], "first": answers[:1], "all": answers}[turns]
     return [_row(messages, at, number) for at in chosen]
+
+
+def user_texts(record: object, layout: Layout) -> list[str]:
+    """What users say in a record, whatever else is wrong with it."""
+    if not isinstance(record, dict):
+        return []
+    if layout.format in ("messages", "conversations"):
+        turns = record.get(layout.columns[0])
+        if isinstance(turns, str):
+            try:
+                turns = json.loads(turns)
+            except ValueError:
+                return []
+        said = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        texts = [turn.get("content") if turn.get("content") is not None else turn.get("value") for turn in said
+                 if _ROLES.get(str(turn.get("role") or turn.get("from")).lower()) == "user"]  # fmt: skip
+    else:
+        names = layout.columns[:2] if layout.format == "instruction" else layout.columns[:1]
+        texts = ["\n\n".join(str(record[name]) for name in names if record.get(name))]
+    return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _row(messages: list[Message], at: int, number: int) -> Row:

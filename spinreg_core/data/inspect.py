@@ -35,9 +35,12 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
         parts["heldout"] = heldout
     document: dict[str, Any] = {name: _describe(part, config, renderer) for name, part in parts.items()}
     lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
-    document |= {"left_out": {"counts": left_out_by(left_out), "rows": [asdict(row) for row in left_out]}}
-    lines += [f"left out of training: {count} {reason}" for reason, count in left_out_by(left_out).items()]
     told = listed(left_out)
+    document |= {"left_out": {"counts": left_out_by(left_out), "rows": [asdict(row) for row in told]}}
+    document |= {"guarded": training.guards}
+    lines += [f"{guard['prompts']} prompts of {name} looked for, {guard['too_short']} too short for that"
+              for name, guard in training.guards.items()]  # fmt: skip
+    lines += [f"left out of training: {count} {reason}" for reason, count in left_out_by(left_out).items()]
     lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in told[:LISTED]]
     if len(told) > LISTED:
         lines.append(f"  ... and {len(told) - LISTED} more (--json lists all)")

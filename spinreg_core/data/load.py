@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, RowProblem, choose_layout, read_rows
@@ -43,6 +43,7 @@ class Loaded:
     rejected: list[Rejected]
     duplicates: Duplicates
     last: dict[str, int]
+    guards: dict[str, dict[str, int]] = field(default_factory=dict)  # evaluation set -> prompts looked for, and not
 
     def content_hash(self) -> str:
         """SHA-256 (hex) of the rows and the rejected rows: equal for equal content, whatever the file's layout."""

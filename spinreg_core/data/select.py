@@ -1,18 +1,20 @@
 """Which good rows are left out of training on purpose: by length, by pattern, because an evaluation would know them.
 
-Decides: the reasons, their order (a row is left out for the first that applies), and what overlap is.
-Leaves out: bad rows and exact duplicates (`load.py`), what does not fit in tokens (`encode.py`).
+Decides: the reasons and their order (a row is left out for the first that applies).
+Leaves out: what overlap with an evaluation is (`guard.py`), bad rows and exact duplicates (`load.py`), what does not
+fit in tokens (`encode.py`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Row
-from spinreg_core.data.load import Loaded, load_rows, shorten
+from spinreg_core.data.guard import Guard, evaluation_prompts, guarded
+from spinreg_core.data.load import Loaded
 from spinreg_core.data.mixture import load_mixture, take_shares
 from spinreg_core.errors import BadInput
 
@@ -23,9 +25,6 @@ REASONS = {
     "beyond_share": "its data set has more rows than its share of data.mixed_datasets",
     "contaminated": "prompt or answer share data.contamination_words words in a row with a prompt of an evaluation set",
 }
-
-# Evaluation prompts of fewer words match only as a whole, and not at all below this: "What is it?" is in many prompts.
-_FEWEST_WORDS = 5
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class LeftOut:
 def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOut]]:
     """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
     loaded = load_mixture(dataset, config)
-    known = {name: _prompts(name, config) for name in config.evaluation_sets}
+    known = {name: evaluation_prompts(name) for name in config.evaluation_sets}
+    guards = {name: guarded(name, prompts) for name, prompts in known.items()}
     kept, left_out = select(loaded.rows, config, known)
     if kept and config.mixed_datasets:
         kept, beyond = take_shares(kept, loaded.last, {dataset: 1.0} | config.mixed_datasets)
@@ -48,18 +48,17 @@ def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOu
     if loaded.rows and not kept:
         found = ", ".join(f"{count} {reason}" for reason, count in by_reason(left_out).items())
         raise BadInput(f"dataset {dataset}", f"no row that is not left out ({found})", "filters that leave some")
-    return replace(loaded, rows=kept), left_out
+    return replace(loaded, rows=kept, guards=guards), left_out
 
 
 def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[list[Row], list[LeftOut]]:
     """Rows to train on, and the others. known: prompts of the evaluation sets, by name of the set."""
     patterns = [re.compile(pattern) for pattern in config.drop_patterns]
-    grams = _grams(known, config.contamination_words)
-    lengths = sorted({len(gram) for gram in grams})
+    guard = Guard(known, config.contamination_words)
     kept: list[Row] = []
     left_out: list[LeftOut] = []
     for row in rows:
-        problem = _problem(row, config, patterns) or _overlap(row, grams, lengths)
+        problem = _problem(row, config, patterns) or _overlap(row, guard)
         if problem is None:
             kept.append(row)
         else:
@@ -93,48 +92,10 @@ def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) 
     return None
 
 
-def _overlap(row: Row, grams: dict[tuple[str, ...], str], lengths: Sequence[int]) -> tuple[str, str] | None:
-    for text in _texts(row) if grams else ():
-        words = _words(text)
-        for length in lengths:
-            for gram in _runs(words, length):
-                if gram in grams:
-                    return "contaminated", f"{grams[gram]}: {shorten(' '.join(gram), 120)}"
-    return None
-
-
-def _grams(known: dict[str, list[str]], length: int) -> dict[tuple[str, ...], str]:
-    """Runs of words to look for, with the set each is of."""
-    found: dict[tuple[str, ...], str] = {}
-    for name, prompts in known.items():
-        for prompt in prompts:
-            words = _words(prompt)
-            if len(words) >= _FEWEST_WORDS:
-                for gram in _runs(words, min(length, len(words))):
-                    found.setdefault(gram, name)
-    return found
-
-
-def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
-    return (tuple(words[i : i + length]) for i in range(len(words) - length + 1))
-
-
-def _words(text: str) -> list[str]:
-    """Without case and punctuation."""
-    return re.findall(r"\w+", text.lower())
+def _overlap(row: Row, guard: Guard) -> tuple[str, str] | None:
+    found = next((shared for text in _texts(row) if (shared := guard.shared(text))), None)
+    return None if found is None else ("contaminated", found)
 
 
 def _texts(row: Row) -> list[str]:
     return [*(message["content"] for message in row.messages), row.answer]
-
-
-def _prompts(dataset: str, config: DataConfig) -> list[str]:
-    """What users say in an evaluation set. Its layout is found by its columns; its own split is `test` or `train`."""
-    plain = DataConfig(format="auto", turns=config.turns)
-    try:
-        found = load_rows(dataset, plain, split="test")
-    except BadInput as error:
-        if "data.split" not in str(error):
-            raise
-        found = load_rows(dataset, plain, split="train")
-    return [m["content"] for row in found.rows for m in row.messages if m["role"] == "user"]

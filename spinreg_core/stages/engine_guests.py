@@ -67,9 +67,8 @@ def lend_engines(job: Job, attempt: str, devices: list[dict[str, str]]) -> None:
     lines: dict[int, socket.socket] = {}  # by engine; none of them is waited for when this process is told to stop
     over = threading.Event()
     with ThreadPoolExecutor(len(devices)) as pool:
-        lent = [pool.submit(_lend, job, attempt, own, i, lines, over) for i, own in enumerate(devices)]
         try:
-            for one in lent:
+            for one in [pool.submit(_lend, job, attempt, own, i, lines, over) for i, own in enumerate(devices)]:
                 one.result()
         finally:
             over.set()

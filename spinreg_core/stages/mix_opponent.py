@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spinreg_core.engine_scores import checked_scores
@@ -72,11 +73,14 @@ def run(job: Job) -> dict[str, Any]:
 def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
     """The pairs to train on, and how many were dropped or had their human answer clipped."""
     opponent, earlier = job.config.opponent, job.inputs["earlier"]
-    columns = ["prompt_id", "prompt_ids", "answer_ids", "answer_truncated"]
-    table = pq.read_table(fetch_file(store, job.inputs["data"], "train.parquet"), columns=columns)
-    rows = {row["prompt_id"]: row for row in table.to_pylist()}
     sources = [(job.round, job.inputs["generations"]), *((e["round"], e["generations"]) for e in earlier)]
-    before = [join(_generations(store, object_id), rows, number) for number, object_id in sources]
+    generations = [(number, _generations(store, object_id)) for number, object_id in sources]
+    columns = ["prompt_id", "prompt_ids", "answer_ids", "answer_truncated"]
+    asked = {row["prompt_id"] for _, found in generations for row in found}  # a few of a million, perhaps
+    table = pq.read_table(fetch_file(store, job.inputs["data"], "train.parquet"), columns=columns,
+                          filters=pc.field("prompt_id").isin(sorted(asked)))  # fmt: skip
+    rows = {row["prompt_id"]: row for row in table.to_pylist()}
+    before = [join(found, rows, number) for number, found in generations]
     after = [treat_truncated(pairs, opponent.truncated) for pairs in before]
     if opponent.source == "replay":
         weights = mixture_weights(job.round - 1, opponent.history, opponent.weighting, decay=opponent.decay)

@@ -55,6 +55,9 @@ def run(job: Job) -> dict[str, Any]:
             _tell(part)
             require_usable(part, part.rejected, config.data.max_bad_share)
     renderer = Renderer.from_folder(tokenizer_folder(config.model, cache_folder()), config.data.template_arguments)
+    for name, guard in loaded.guards.items():
+        print(f"{guard['prompts']} prompts of {name} are looked for in the training rows, {guard['too_short']} are too "
+              "short for that", flush=True)  # fmt: skip
     if left_out:
         print(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in left_out_by(left_out).items())}",
               flush=True)  # fmt: skip
@@ -121,7 +124,9 @@ def prepare_data(
         train, held, dropped = given_heldout(rows, [row for row, _ in more], config.data.heldout_rows, config.seed)
         encoded += more
     tables = {"train": rows_table(train, encoded), "heldout": rows_table(held, encoded)}
-    summary = _summary(loaded, tables, bad, dropped) | {"left_out": left_out_by(left_out)}
+    summary = _summary(loaded, tables, bad, dropped) | {
+        "left_out": left_out_by(left_out), "guarded": loaded.guards,
+    }  # fmt: skip
     require_final_answers(config.evaluation.final_answer, tables["heldout"]["final_answer"].to_pylist())
     folder = job.workdir / "data"
     folder.mkdir()

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny import write_policy
 from torch import Tensor
 
+from spinreg_core import averaging
 from spinreg_core.averaging import Method, average_policy, lerp, slerp
 from spinreg_core.errors import BadInput
 
@@ -89,9 +90,11 @@ def test_a_folder_holds_the_definition_tensor_by_tensor(tmp_path: Path, method: 
         else:
             u, v = a - o, b - o
             angle = torch.acos((u * v).sum() / u.norm() / v.norm()) if u.any() and v.any() else None
-            # norms that no training moved are equal in all of them
+            # norms that no training moved are equal in all of them: nothing to turn from, the limit
             expected = (
-                b if angle is None else o + (torch.sin(0.7 * angle) * u + torch.sin(0.3 * angle) * v) / torch.sin(angle)
+                o + 0.3 * v
+                if angle is None
+                else o + (torch.sin(0.7 * angle) * u + torch.sin(0.3 * angle) * v) / torch.sin(angle)
             )
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -121,6 +124,23 @@ def test_other_shapes_are_refused_by_name(tmp_path: Path) -> None:
     save_file(tensors, before / "model.safetensors")
     with pytest.raises(BadInput, match=r"tensor lm_head.weight: found shape \(5, 32\) in before; expected \(61, 32\)"):
         average_policy("ema", 0.5, base, before, policy, tmp_path / "out")
+
+
+def test_a_tensor_that_stood_still_so_far_does_not_jump(tmp_path: Path) -> None:
+    """Where the average has not left the base, the next one leaves it by the weight's share, as one that hardly has."""
+    found = []
+    for name, moved in (("still", 0.0), ("hardly", 1e-20)):
+        folders = []
+        for which, value in (("base", 0.0), ("before", moved), ("policy", 1.0)):
+            folder = tmp_path / name / which
+            folder.mkdir(parents=True)
+            save_file({"a": torch.full((4,), value), "b": torch.arange(4.0) * value}, folder / "model.safetensors")
+            folders.append(folder)
+        average_policy("slerp", 0.1, *folders, tmp_path / name / "out")
+        found.append(load_file(tmp_path / name / "out" / "model.safetensors"))
+    for tensor in ("a", "b"):
+        torch.testing.assert_close(found[0][tensor], found[1][tensor])
+    torch.testing.assert_close(found[0]["a"], torch.full((4,), 0.1))
 
 
 MEASURE = """
@@ -158,3 +178,25 @@ def test_memory_is_that_of_a_tensor_not_of_a_file_or_a_model(tmp_path: Path) -> 
     mapped = 3 * 11 * 16e6
     assert int(done.stdout) * 1024 < mapped + 50e6
     assert (tmp_path / "large-out" / "model.safetensors").stat().st_size > 12 * 16e6
+
+
+def test_a_large_tensor_goes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers whatever the pieces, and scalars and whole numbers as they are."""
+    folders = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        save_file({"w": torch.randn(7, 3), "s": torch.tensor(float(seed)), "n": torch.arange(3)},
+                  folder / "model.safetensors")  # fmt: skip
+        folders.append(folder)
+    for method in ("ema", "liti", "slerp"):
+        average_policy(method, 0.3, *folders, tmp_path / f"{method}-whole")  # type: ignore[arg-type]
+        monkeypatch.setattr(averaging, "_PIECE", 6)
+        average_policy(method, 0.3, *folders, tmp_path / f"{method}-pieces")  # type: ignore[arg-type]
+        monkeypatch.undo()
+        whole, pieces = (load_file(tmp_path / f"{method}-{n}" / "model.safetensors") for n in ("whole", "pieces"))
+        for name in whole:
+            torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-7)
+        assert pieces["n"].tolist() == [0, 1, 2]
+        assert float(pieces["s"]) == pytest.approx(1.3 if method != "liti" else 0.6)
