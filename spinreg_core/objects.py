@@ -107,9 +107,11 @@ def publish(
     another attempt finished first, its manifest is the one that counts and is returned; nothing of it is touched.
     """
     files = [*upload(store, job, folder), *uploaded]
-    committed = list_parts(store, job.object_id)
-    for name in parts:
-        files += committed[name]["files"]
+    for name in parts:  # by their names: a listing may be behind
+        part = read_part(store, job.object_id, name)
+        if part is None:
+            raise Damaged(f"{store.uri(f'objects/{job.object_id}')}: found no part {name}; it was committed before")
+        files += part["files"]
     manifest = {
         "schema": SCHEMA,
         "object_id": job.object_id,
