@@ -11,11 +11,12 @@ import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spinreg_core import __version__
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, BadInput, LeaseHeld, SpinregError
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, LeaseHeld, SpinregError
 
 if TYPE_CHECKING:
     from spinreg_core.store import Store
@@ -51,6 +52,17 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run", nargs="?", help="name of the run (default: all runs of the store)")
     status.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
     status.add_argument("--json", action="store_true", help="print JSON")
+
+    resume = commands.add_parser("resume", help="finish what a run was told to do and did not", epilog=STATUSES)
+    resume.add_argument("run", help="name of the run")
+    resume.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+
+    verify = commands.add_parser("verify", help="read every file of a run and compare it with what was committed",
+                                 epilog="exit status: 0 all as committed (or repaired), 74 damaged")  # fmt: skip
+    verify.add_argument("run", help="name of the run")
+    verify.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    verify.add_argument("--repair", action="store_true", help="make what is damaged anew, and nothing else")
+    verify.add_argument("--json", action="store_true", help="print JSON")
 
     report = commands.add_parser("report", help="write a run's report anew and print its table")
     report.add_argument("run", help="name of the run")
@@ -93,12 +105,46 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    return _advance(_parameters(arguments), arguments.config)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    from spinreg_core.status import run_status
+
+    found = run_status(_existing_store(arguments.store), arguments.run)
+    if found["pending"] is None:
+        print(f"{arguments.run}: round {found['complete_round']} is complete and nothing is pending; "
+              f"`spinreg run --run {arguments.run} --rounds 1` goes on")  # fmt: skip
+        return 0
+    return _advance({"run": arguments.run, "store": arguments.store}, None)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from spinreg_core.verify import described, verify
+
+    store = _existing_store(arguments.store)
+    found = verify(store, arguments.run, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(asdict(found) | {"damaged": found.damaged}, indent=1) if arguments.json else described(found))
+    if not found.problems:
+        return 0
+    if not arguments.repair:
+        return EXIT_DAMAGED
+    from flows.repair import repair
+
+    others = repair(store, found, say=lambda line: print(line, flush=True))
+    left = verify(store, arguments.run)
+    print(described(left))
+    if others and not left.problems:
+        print(f"with another content than before, as what was made from it: {', '.join(others)}")
+    return EXIT_DAMAGED if left.problems else 0
+
+
+def _advance(parameters: dict[str, Any], config: str | None) -> int:
     from prefect.exceptions import CancelledRun, TerminationSignal
 
     from flows.spin import resolve_parameters, spin
 
-    parameters = _parameters(arguments)
-    resolve_parameters(arguments.config, parameters)  # a wrong field ends here, before a flow run exists
+    resolve_parameters(config, parameters)  # a wrong field ends here, before a flow run exists
 
     def stopped(signum: int, _frame: object) -> NoReturn:
         raise TerminationSignal(signum)
@@ -107,7 +153,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # own would end the process there, and the flow run would show as running for good.
     signal.signal(signal.SIGTERM, stopped)
     try:
-        spin(config=arguments.config, **parameters)
+        spin(config=config, **parameters)
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
     except TerminationSignal:
@@ -180,7 +226,10 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    commands = {"run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data}
+    commands = {
+        "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
+        "resume": _resume, "verify": _verify,
+    }  # fmt: skip
     try:
         return commands[arguments.command](arguments)
     except BadInput as error:

@@ -184,10 +184,13 @@ def write_shard(
     pq.write_table(table, path)
 
 
-def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, int]:
+def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, Any]:
     """Counts of a shard: `prompts` (answers, in fact: one prompt may have several), sampled `tokens`, `truncated`
-    (cut off by the limit), `empty` (an end-of-turn only), `invalid_text` (ids that are no valid UTF-8)."""
+    (cut off by the limit), `empty` (an end-of-turn only), `invalid_text` (ids that are no valid UTF-8); and `drawn`, a
+    SHA-256 of what was drawn, without the log-probabilities, whose last digits depend on the batch."""
+    drawn = json.dumps([[a.token_ids, a.finish] for a in answers]).encode()
     return {
+        "drawn": hashlib.sha256(drawn).hexdigest(),
         "prompts": len(answers),
         "tokens": sum(len(a.token_ids) for a in answers),
         "truncated": sum(a.finish == "length" for a in answers),
