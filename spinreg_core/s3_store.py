@@ -29,11 +29,12 @@ _ATTEMPT_SECONDS = 180.0  # one request; a part of 16 MiB needs 100 kB/s
 _CHECK_SECONDS = 15.0  # for who asks whether the store is there at all
 _PARTS_AT_ONCE = 8
 _MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
-# Codes of refusals that pass, apart from all of status 429 and 5xx. The digests: bytes that changed on their way.
+# Codes of refusals that pass, besides all of status 429 and 5xx. The last two lines: bytes changed on their way.
 _PASSING = {
     "SlowDown", "RequestTimeout", "RequestTimeoutException", "Throttling", "ThrottlingException", "TooManyRequests",
     "RequestLimitExceeded", "PriorRequestNotComplete", "OperationAborted", "ConditionalRequestConflict",
-    "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody", "InternalError",
+    "InternalError", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody",
+    "MalformedXML", "InvalidPart", "InvalidPartOrder",
 }  # fmt: skip
 
 
@@ -64,7 +65,9 @@ class S3Store:
     def check(self) -> None:
         try:
             self._run(lambda: self._call("head_bucket"), f"asking for bucket {self.bucket!r}", _CHECK_SECONDS)
-        except (StoreFailed, OSError) as error:
+        except Exception as error:  # botocore has an error family of its own
+            if not isinstance(error, StoreFailed | OSError) and _family(error) != "botocore":
+                raise
             raise BadInput(
                 "store", f"{self.url}, which cannot be used: {error.__cause__ or error}",
                 f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)",
@@ -271,10 +274,13 @@ def passes(error: BaseException) -> bool:
         return (status >= 500 and status != 501) or status == 429 or code in _PASSING  # 501: it never will
     if isinstance(error, FileNotFoundError | PermissionError):
         return False
-    own = type(error).__module__.partition(".")[0]
-    if own == "botocore":
+    if _family(error) == "botocore":
         return type(error).__name__ not in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
-    return own == "aiohttp" or isinstance(error, OSError | TimeoutError | EOFError)
+    return _family(error) == "aiohttp" or isinstance(error, OSError | TimeoutError | EOFError)
+
+
+def _family(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 def _refusal(error: BaseException) -> tuple[int | None, str | None]:
