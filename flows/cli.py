@@ -54,19 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print JSON")
 
     resume = commands.add_parser("resume", help="finish what a run was told to do and did not", epilog=STATUSES)
-    resume.add_argument("run", help="name of the run")
-    resume.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    _add_existing(resume)
 
     verify = commands.add_parser("verify", help="read every file of a run and compare it with what was committed",
                                  epilog="exit status: 0 all as committed (or repaired), 74 damaged")  # fmt: skip
-    verify.add_argument("run", help="name of the run")
-    verify.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    _add_existing(verify)
     verify.add_argument("--repair", action="store_true", help="make what is damaged anew, and nothing else")
     verify.add_argument("--json", action="store_true", help="print JSON")
 
     report = commands.add_parser("report", help="write a run's report anew and print its table")
-    report.add_argument("run", help="name of the run")
-    report.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    _add_existing(report)
     report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
 
     join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
@@ -79,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(inspect, dataset=False)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _add_existing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="name of the run")
+    parser.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
 
 
 def _add_configuration(parser: argparse.ArgumentParser, *, dataset: bool = True) -> None:

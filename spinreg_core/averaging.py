@@ -37,7 +37,7 @@ Method = Literal["ema", "liti", "slerp"]
 _PARALLEL = 1e-4
 _PIECE = 2**22  # numbers of a tensor that are in memory at once
 
-_Read = Callable[[Any], Tensor]  # index -> that part of a tensor, float64
+_Read = Callable[[Any], Tensor]  # index -> that part of a tensor: float64, or rounded for good
 
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -45,18 +45,12 @@ def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     return ((1 - weight) * a.double() + weight * b.double()).float()
 
 
-def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """[sin((1 - w) Ω) a + sin(w Ω) b] / sin Ω with Ω the angle between a and b as one vector each, float32.
+def arc(product: float, norm_a: float, norm_b: float, weight: float) -> tuple[float, float]:
+    """The weights of a and b in slerp(a, b; w) = [sin((1 - w) Ω) a + sin(w Ω) b] / sin Ω, with Ω the angle between
+    a and b as one vector each, from their inner product and lengths.
 
     Where one of them is zero or they are parallel there is no arc: the straight line then, which is its limit.
     """
-    a, b = a.double(), b.double()
-    of_a, of_b = _arc(float((a * b).sum()), float(a.norm()), float(b.norm()), weight)
-    return (of_a * a + of_b * b).float()
-
-
-def _arc(product: float, norm_a: float, norm_b: float, weight: float) -> tuple[float, float]:
-    """The two weights of `slerp`, from the inner product and the lengths."""
     cosine = product / norm_a / norm_b if norm_a > 0 and norm_b > 0 else 1.0
     sine = max(0.0, 1 - cosine**2) ** 0.5
     if sine < _PARALLEL:
@@ -84,10 +78,10 @@ def average_policy(method: Method, weight: float, base: Path, before: Path, poli
         def averaged(name: str, new: _Read, shape: list[int]) -> _Read:
             if method == "ema":
                 earlier = other("before", name, shape)
-                return lambda piece: (1 - weight) * earlier(piece) + weight * new(piece)
+                return lambda piece: lerp(earlier(piece), new(piece), weight)
             origin = other("base", name, shape)
             if method == "liti":
-                return lambda piece: (1 - weight) * origin(piece) + weight * new(piece)
+                return lambda piece: lerp(origin(piece), new(piece), weight)
             if first:
                 return new
             earlier = other("before", name, shape)
@@ -99,7 +93,7 @@ def average_policy(method: Method, weight: float, base: Path, before: Path, poli
                     total + float((x * y).sum())
                     for total, x, y in ((product, a, b), (square_a, a, a), (square_b, b, b))
                 )
-            of_a, of_b = _arc(product, square_a**0.5, square_b**0.5, weight)
+            of_a, of_b = arc(product, square_a**0.5, square_b**0.5, weight)
 
             def combined(piece: Any) -> Tensor:
                 zero = origin(piece)

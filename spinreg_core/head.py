@@ -45,6 +45,14 @@ def read_head(store: Store, run: str) -> dict[str, Any] | None:
     return documents.read(store, head_key(run))
 
 
+def require_head(store: Store, run: str) -> dict[str, Any]:
+    """The head of a run. Raises BadInput where there is no such run, naming those that there are."""
+    head = read_head(store, run)
+    if head is None:
+        raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")
+    return head
+
+
 def read_config(store: Store, run: str) -> RunConfig | None:
     """The configuration a run was started with, or None where there is no such run."""
     document = documents.read(store, config_key(run))

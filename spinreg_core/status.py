@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from spinreg_core.errors import BadInput
-from spinreg_core.head import ROUND_STAGES, complete_round, list_runs, pending_advance, read_head, stage_object
+from spinreg_core.head import ROUND_STAGES, complete_round, list_runs, pending_advance, require_head, stage_object
 from spinreg_core.objects import read_manifest
 from spinreg_core.store import Store
 
 
 def run_status(store: Store, run: str) -> dict[str, Any]:
     """Everything `spinreg status` shows, as plain values. Raises BadInput where there is no such run."""
-    head = read_head(store, run)
-    if head is None:
-        raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")
+    head = require_head(store, run)
     rounds = []
     for number in range(max((entry["round"] for entry in head["rounds"]), default=0) + 1):
         stages = {}

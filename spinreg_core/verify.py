@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.head import Session, config_key, list_runs, read_config, read_head
+from spinreg_core.head import Session, config_key, read_config, require_head
 from spinreg_core.objects import part_names, read_manifest, read_part, sha256_file
 from spinreg_core.rounds import average_object, plan_heldout
 from spinreg_core.store import Store
@@ -59,9 +59,7 @@ class Verdict:
 def verify(store: Store, run: str, *, say: Callable[[str], None] = lambda line: None) -> Verdict:
     """Read every file of a run and compare it with its manifest. Raises BadInput where there is no such run, Damaged
     where the run's own head or configuration cannot be read."""
-    head = read_head(store, run)
-    if head is None:
-        raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")
+    head = require_head(store, run)
     verdict = Verdict(run, _objects(store, run, head))
     inputs: dict[str, set[str]] = {}
     for object_id in verdict.objects:

@@ -18,10 +18,17 @@ from tiny import write_policy
 from torch import Tensor
 
 from spinreg_core import averaging
-from spinreg_core.averaging import Method, average_policy, lerp, slerp
+from spinreg_core.averaging import Method, arc, average_policy, lerp
 from spinreg_core.errors import BadInput
 
 WEIGHTS = st.floats(0, 1)
+
+
+def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """Of whole tensors at once, float32."""
+    a, b = a.double(), b.double()
+    of_a, of_b = arc(float((a * b).sum()), float(a.norm()), float(b.norm()), weight)
+    return (of_a * a + of_b * b).float()
 
 
 def vectors(seed: int) -> tuple[Tensor, Tensor]:
