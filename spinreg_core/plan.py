@@ -123,17 +123,18 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
     """
     from spinreg_core.data import load_heldout, require_usable, split_rows
     from spinreg_core.data.select import load_training
+    from spinreg_core.data.spool import pick
     from spinreg_core.render import Renderer
 
     data, new = config.data, config.generation.max_new_tokens
     try:
-        loaded, _ = load_training(config.dataset, data)
+        loaded = load_training(config.dataset, data).loaded
         require_usable(loaded, loaded.rejected, data.max_bad_share)
         given = load_heldout(config.dataset, data)
         rows, heldout = loaded.rows, data.heldout_rows
         if given is None:
-            rows, held = split_rows(rows, heldout, config.seed)
-            heldout = len(held)
+            train, held = split_rows(rows, heldout, config.seed)
+            rows, heldout = pick(rows, train), len(held)
         else:
             heldout = min(heldout, len(given.rows))
         renderer = Renderer.from_folder(folder, config.data.template_arguments)
@@ -141,8 +142,8 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
         lengths = []
         for row in chosen:
             try:
-                prompt = len(renderer.prompt_ids(row.messages))
-                answer = len(renderer.answer_ids(row.messages, row.answer))
+                prompt = len(renderer.prompt_ids(row.messages, row.tools))
+                answer = len(renderer.answer_ids(row.messages, row.reply, row.tools))
             except BadInput:  # a bad row for the run too, which goes on without it
                 continue
             if prompt <= data.max_prompt_tokens:

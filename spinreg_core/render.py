@@ -22,12 +22,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spinreg_core.data.turns import THOUGHTS
 from spinreg_core.errors import BadInput
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from spinreg_core.data.formats import Message
+    from spinreg_core.data.turns import Message
+
+    Tools = Sequence[Mapping[str, Any]] | None
 
 # Unicode noncharacters: valid in a string, and reserved for uses like this one.
 _MASK, _NAME = "\ufdd0", "\ufdd1"
@@ -71,7 +74,9 @@ class Renderer:
     """Renders conversations for one model.
 
     `end_of_turn`: the id that ends an answer. `stop_ids`: every id that generation stops at, that one first.
-    `pad_id`: for padding only, it carries no meaning.
+    `pad_id`: for padding only, it carries no meaning. `written_before`: what the template writes before every answer
+    that is no part of the prompt (an empty thought, say), or "": an answer begins with it, and the policy has to sample
+    it.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = (), arguments: Mapping[str, Any] | None = None) -> None:
@@ -105,7 +110,17 @@ class Renderer:
         self.stop_ids: list[int] = list(dict.fromkeys([self.end_of_turn, *eos, *eos_ids]))
         pad = tokenizer.pad_token_id
         self.pad_id: int = pad if pad is not None else (eos or [self.end_of_turn])[0]
+        self.written_before = before if before.strip() else ""
         self._before = tokenizer.decode(self._encode(before), skip_special_tokens=True) if before else ""
+
+    @property
+    def written_before_warning(self) -> str:
+        """What follows from `written_before`, where there is some."""
+        return (
+            f"the chat template writes {self.written_before!r} before every answer. It is trained on as the answer's "
+            "beginning, whatever the model itself writes there (a thought, say), and so is easy to tell from its "
+            "answers; data.template_arguments may put it into the prompt (enable_thinking: false for Qwen3)"
+        )
 
     @classmethod
     def from_folder(cls, path: Path, arguments: Mapping[str, Any] | None = None) -> Renderer:
@@ -115,25 +130,33 @@ class Renderer:
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return cls(load_tokenizer(Path(path)), ends, arguments)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Ids a policy is sampled with and trained on; ends where the answer begins. Raises BadInput."""
-        protect = self._spells_control(messages)
-        text = self._template(self._masked(messages) if protect else messages, generation_prompt=True)
+    def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
+        """Ids a policy is sampled with and trained on; ends where the answer begins. `tools`: descriptions of the
+        conversation's own. Raises BadInput, also for tools and calls that the template does not write.
+        """
+        protect = self._spells_control([messages, tools])
+        if protect:
+            messages, tools = self._masked([messages, tools])
+        text = self._template(messages, tools, generation_prompt=True)
+        _require_written([_name(tool) for tool in tools or []] + _called(messages), text)
         return self._encode_protected(text) if protect else self._encode(text)
 
-    def answer_ids(self, messages: Sequence[Message], answer: str) -> list[int]:
-        """Ids of a finished answer to `prompt_ids(messages)`; the last one, and no other, is `end_of_turn`.
+    def answer_ids(self, messages: Sequence[Message], reply: str | Message, tools: Tools = None) -> list[int]:
+        """Ids of a finished answer to `prompt_ids(messages, tools)`; the last one, and no other, is `end_of_turn`.
 
-        They are the answer's ids in the context of the prompt, or on its own where the tokenizer would
-        merge its first letters with the prompt's last. Raises BadInput.
+        reply: its text, or the message with tool calls and a thought. They are the answer's ids in the context of the
+        prompt, or on its own where the tokenizer would merge its first letters with the prompt's last. Raises BadInput,
+        also for calls and a thought that the template does not write.
         """
-        conversation = [*messages, {"role": "assistant", "content": answer}]
-        protect = self._spells_control(conversation)
+        prompt_ids = self.prompt_ids(messages, tools)
+        said: Message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+        protect = self._spells_control([messages, said, tools])
         if protect:
-            conversation = self._masked(conversation)
+            messages, said, tools = self._masked([messages, said, tools])
         encode = self._encode_protected if protect else self._encode
-        prompt, text = self._answer_text(conversation)
-        prompt_ids = self.prompt_ids(messages)
+        prompt, text = self._answer_text(messages, said, tools)
+        thoughts = [said[name].strip() for name in THOUGHTS if name in said]
+        _require_written(_called([said]) + thoughts, text)
         ids = encode(prompt + text + self._end_text)
         if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids) + 1:
             ids = ids[len(prompt_ids) :]
@@ -181,22 +204,23 @@ class Renderer:
             self._header, before = before, ""  # the header belongs to the prompt, or the policy would have to write it
         return before, tail
 
-    def _template(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
+    def _template(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool) -> str:
         import jinja2
 
+        own = {"tools": list(tools)} if tools else {}
         try:
             text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._arguments
+                list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._arguments | own
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise BadInput("chat template", f"roles {roles}: {error}", "a conversation it accepts") from None
         return text + self._header if generation_prompt else text
 
-    def _answer_text(self, conversation: Sequence[Message]) -> tuple[str, str]:
+    def _answer_text(self, messages: Sequence[Message], reply: Message, tools: Tools) -> tuple[str, str]:
         """Rendered prompt, and the answer as the template writes it after that prompt."""
-        prompt = self._template(conversation[:-1], generation_prompt=True)
-        full = self._template(conversation, generation_prompt=False)
+        prompt = self._template(messages, tools, generation_prompt=True)
+        full = self._template([*messages, reply], tools, generation_prompt=False)
         if not full.startswith(prompt) or not full.endswith(self._tail):
             raise BadInput(
                 "chat template", f"the answer has no place of its own in {full[-200:]!r}",
@@ -207,17 +231,24 @@ class Renderer:
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
-    def _spells_control(self, messages: Iterable[Message]) -> bool:
-        return any(self._pattern.search(message["content"]) for message in messages)
+    def _spells_control(self, said: Any) -> bool:
+        found = False
 
-    def _masked(self, messages: Iterable[Message]) -> list[Message]:
-        masked = []
-        for message in messages:
-            if _MASK in message["content"] or _NAME in message["content"]:
+        def look(text: str) -> str:
+            nonlocal found
+            found = found or self._pattern.search(text) is not None
+            return text
+
+        _mapped(said, look)
+        return found
+
+    def _masked(self, said: Any) -> Any:
+        def mask(text: str) -> str:
+            if _MASK in text or _NAME in text:
                 raise BadInput("row", "the noncharacter U+FDD0 or U+FDD1 in a text", "text without it")
-            content = self._pattern.sub(lambda m: f"{_MASK}{self._controls[m[0]]}{_MASK}", message["content"])
-            masked.append({"role": message["role"], "content": content})
-        return masked
+            return self._pattern.sub(lambda m: f"{_MASK}{self._controls[m[0]]}{_MASK}", text)
+
+        return _mapped(said, mask)
 
     def _encode_protected(self, rendered: str) -> list[int]:
         """Ids of a text rendered from masked messages: only the template's own special tokens are special."""
@@ -249,6 +280,34 @@ class Renderer:
             if copy.token_to_id(names[name]) != i:
                 raise BadInput("model", f"token {name!r} with an id of its own making", "an ordinary tokenizer.json")
         return copy
+
+
+def _mapped(said: Any, change: Callable[[str], str]) -> Any:
+    """Messages or descriptions of tools with every text in them changed, at any depth."""
+    if isinstance(said, str):
+        return change(said)
+    if isinstance(said, dict):
+        return {change(key): _mapped(value, change) for key, value in said.items()}
+    if isinstance(said, list | tuple):
+        return [_mapped(one, change) for one in said]
+    return said
+
+
+def _called(messages: Iterable[Message]) -> list[str]:
+    return [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    return str(tool.get("function", tool).get("name", ""))
+
+
+def _require_written(what: Iterable[str], text: str) -> None:
+    """A template that knows no tools leaves them out without a word."""
+    missing = next((one for one in what if one not in text), None)
+    if missing is not None:
+        raise BadInput(
+            "chat template", f"{missing[:60]!r} left out", "a template that writes tools, calls and thoughts"
+        )
 
 
 def _first_of(names: Iterable[str], text: str) -> tuple[int, str] | None:

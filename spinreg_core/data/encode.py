@@ -7,18 +7,26 @@ Decides: the columns of train.parquet and heldout.parquet, and the length limits
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.formats import Message, Rejected, Row, final_answer, prompt_ids_of
+from spinreg_core.data.formats import Rejected, Row, final_answer
+from spinreg_core.data.turns import Message
 from spinreg_core.errors import BadInput
-from spinreg_core.progress import Progress
 
 if TYPE_CHECKING:
     from spinreg_core.render import Renderer
+
+_GROUP = 1000  # rows read and written at once: stages read the rows of a shard, not the file
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -34,52 +42,50 @@ ROWS_SCHEMA = pa.schema(
 )
 
 
-def encode_rows(
-    rows: Sequence[Row],
-    renderer: Renderer,
-    config: DataConfig,
-    mode: Literal["auto", "gsm8k", "none"],
-    progress: Progress | None = None,
-) -> tuple[list[tuple[Row, dict[str, Any]]], list[Rejected]]:
-    """Each usable row with its record (columns of ROWS_SCHEMA but `prompt_id`), and the rows refused.
+def encode_row(
+    row: Row, renderer: Renderer, config: DataConfig, mode: Literal["auto", "gsm8k", "none"]
+) -> dict[str, Any] | Rejected:
+    """A row's record (columns of ROWS_SCHEMA but `prompt_id`, and `messages_dropped`), or why it is refused.
 
     Refused are rows whose prompt is too long (with `long_prompts: drop_oldest` only where no turn is left to drop; the
     record's `messages` are those that stayed) or which the template does not render. A human answer that does not fit
     `max_length` is cut, without an end-of-turn, and marked as truncated.
     """
-    encoded: list[tuple[Row, dict[str, Any]]] = []
-    rejected: list[Rejected] = []
-    for row in rows:
-        if progress is not None:
-            progress.update()
-        messages = list(row.messages)
-        try:
-            prompt = renderer.prompt_ids(messages)
-            while len(prompt) > config.max_prompt_tokens and config.long_prompts == "drop_oldest":
-                shorter = without_oldest_turn(messages)
-                if shorter is None:
-                    break
-                messages, prompt = shorter, renderer.prompt_ids(shorter)
-            answer = renderer.answer_ids(messages, row.answer)
-        except BadInput as error:
-            rejected.append(Rejected(row.source_row, "template", str(error)))
-            continue
-        if len(prompt) > config.max_prompt_tokens:
-            detail = f"{len(prompt)} tokens; at most {config.max_prompt_tokens}"
-            rejected.append(Rejected(row.source_row, "prompt_too_long", detail))
-            continue
-        room = config.max_length - len(prompt)
-        record = {
-            "source_row": row.source_row,
-            "messages": json.dumps(messages, ensure_ascii=False),
-            "answer": row.answer,
-            "prompt_ids": prompt,
-            "answer_ids": answer[:room],
-            "answer_truncated": len(answer) > room,
-            "final_answer": final_answer(row.answer, mode),
-        }
-        encoded.append((row, record))
-    return encoded, rejected
+    messages = list(row.messages)
+    try:
+        prompt = renderer.prompt_ids(messages, row.tools)
+        while len(prompt) > config.max_prompt_tokens and config.long_prompts == "drop_oldest":
+            shorter = without_oldest_turn(messages)
+            if shorter is None:
+                break
+            messages, prompt = shorter, renderer.prompt_ids(shorter, row.tools)
+        answer = renderer.answer_ids(messages, row.reply, row.tools)
+    except BadInput as error:
+        return Rejected(row.source_row, "template", str(error))
+    if len(prompt) > config.max_prompt_tokens:
+        detail = f"{len(prompt)} tokens; at most {config.max_prompt_tokens}"
+        return Rejected(row.source_row, "prompt_too_long", detail)
+    room = config.max_length - len(prompt)
+    return {
+        "source_row": row.source_row,
+        "messages": json.dumps(messages, ensure_ascii=False),
+        "answer": row.answer,
+        "prompt_ids": prompt,
+        "answer_ids": answer[:room],
+        "answer_truncated": len(answer) > room,
+        "final_answer": final_answer(row.answer, mode),
+        "messages_dropped": len(row.messages) - len(messages),
+    }
+
+
+def prompt_ids_of(stems: NDArray[np.bytes_]) -> Iterator[str]:
+    """`prompt_id` of rows whose prompts' hashes begin with `stems` (16 hex digits): these, with -2, -3, ... for
+    repetitions, in order."""
+    _, which, counts = np.unique(stems, return_inverse=True, return_counts=True)
+    seen: Counter[bytes] = Counter()
+    for stem, repeats in zip(stems, counts[which] > 1, strict=True):
+        seen[stem] += repeats
+        yield stem.decode() if seen[stem] < 2 else f"{stem.decode()}-{seen[stem]}"
 
 
 def without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
@@ -89,18 +95,36 @@ def without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
     return None if len(users) < 2 else [*messages[: users[0]], *messages[users[1] :]]
 
 
-def rows_table(rows: Sequence[Row], encoded: Sequence[tuple[Row, dict[str, Any]]]) -> pa.Table:
-    """Some of the encoded rows as a table of ROWS_SCHEMA, prompt ids included."""
-    records = {id(row): record for row, record in encoded}
-    listed = [records[id(row)] | {"prompt_id": name} for row, name in zip(rows, prompt_ids_of(rows), strict=True)]
-    return pa.Table.from_pylist(listed, schema=ROWS_SCHEMA)
+def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """A Parquet file of ROWS_SCHEMA; `prompt_id` is null where a record has none."""
+    records = iter(records)
+    with pq.ParquetWriter(path, ROWS_SCHEMA) as writer:
+        while group := list(islice(records, _GROUP)):
+            writer.write_table(pa.Table.from_pylist(group, schema=ROWS_SCHEMA))
 
 
-def spread(values: Sequence[int]) -> dict[str, float]:
+def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str], path: Path) -> None:
+    """Some records of a file, by their places there (ascending), with their `prompt_id` as a file of their own."""
+    names, first = iter(prompt_ids), 0
+    waiting = ROWS_SCHEMA.empty_table()
+    with pq.ParquetFile(source) as file, pq.ParquetWriter(path, ROWS_SCHEMA) as writer:
+        for batch in file.iter_batches(_GROUP):
+            low, high = np.searchsorted(chosen, [first, first + batch.num_rows])
+            part = pa.Table.from_batches([batch]).take(pa.array(chosen[low:high] - first))
+            own = pa.array(islice(names, part.num_rows), pa.string())
+            waiting = pa.concat_tables([waiting, part.set_column(0, "prompt_id", own)])
+            while waiting.num_rows >= _GROUP:
+                writer.write_table(waiting.slice(0, _GROUP))
+                waiting = waiting.slice(_GROUP)
+            first += batch.num_rows
+        writer.write_table(waiting)
+
+
+def spread(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
     """Mean, median, 95th percentile (nearest rank) and largest of some lengths."""
-    if not values:
+    ordered = np.sort(np.asarray(values, np.int64))
+    if not len(ordered):
         return {"mean": 0.0, "median": 0, "p95": 0, "max": 0}
-    ordered = sorted(values)
     rank = -(-95 * len(ordered) // 100) - 1
-    mean = round(sum(ordered) / len(ordered), 1)
-    return {"mean": mean, "median": ordered[(len(ordered) - 1) // 2], "p95": ordered[rank], "max": ordered[-1]}
+    at = {"median": (len(ordered) - 1) // 2, "p95": rank, "max": -1}
+    return {"mean": round(float(ordered.mean()), 1)} | {name: int(ordered[i]) for name, i in at.items()}

@@ -56,11 +56,11 @@ def evaluation_prompts(name: str) -> list[str]:
     if ":" in name and "://" not in name and not Path(name).expanduser().exists() and not name.startswith("builtin:"):
         dataset, _, subset = name.rpartition(":")
     try:
-        records = read_records(dataset, "test", subset)
+        records = list(read_records(dataset, "test", subset))
     except BadInput as error:
         if "data.split" not in str(error):
             raise
-        records = read_records(dataset, "train", subset)
+        records = list(read_records(dataset, "train", subset))
     columns = {str(key) for record in records if isinstance(record.content, dict) for key in record.content}
     layout = choose_layout(columns, DataConfig(), f"evaluation set {name}", prompts_only=True)
     found = [text for record in records for text in user_texts(record.content, layout)]

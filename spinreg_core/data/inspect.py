@@ -5,16 +5,17 @@ Decides: what `spinreg data inspect` shows. Leaves out: judging it; the stage `p
 
 from __future__ import annotations
 
+from array import array
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_rows, spread
-from spinreg_core.data.formats import REASONS
+from spinreg_core.data.encode import encode_row, spread
+from spinreg_core.data.formats import REASONS, Rejected
 from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, shorten
-from spinreg_core.data.select import by_reason as left_out_by
-from spinreg_core.data.select import listed, load_training
+from spinreg_core.data.select import load_training
 from spinreg_core.errors import BadInput
 
 EXAMPLES = 2
@@ -28,24 +29,26 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     are in characters only and the text says why. Raises BadInput for a data set that cannot be read.
     """
     renderer, reason = _renderer(config)
-    training, left_out = load_training(config.dataset, config.data)
-    parts = {"train": training}
+    selected = load_training(config.dataset, config.data)
+    parts = {"train": selected.loaded}
     heldout = load_heldout(config.dataset, config.data)
     if heldout is not None:
         parts["heldout"] = heldout
     document: dict[str, Any] = {name: _describe(part, config, renderer) for name, part in parts.items()}
     lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
-    told = listed(left_out)
-    document |= {"left_out": {"counts": left_out_by(left_out), "rows": [asdict(row) for row in told]}}
-    document |= {"guarded": training.guards}
+    told = selected.left_out
+    document |= {"left_out": {"counts": selected.counts, "rows": [asdict(row) for row in told]}}
+    document |= {"guarded": selected.loaded.guards}
     lines += [f"{guard['prompts']} prompts of {name} looked for, {guard['too_short']} too short for that"
-              for name, guard in training.guards.items()]  # fmt: skip
-    lines += [f"left out of training: {count} {reason}" for reason, count in left_out_by(left_out).items()]
+              for name, guard in selected.loaded.guards.items()]  # fmt: skip
+    lines += [f"left out of training: {count} {reason}" for reason, count in selected.counts.items()]
     lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in told[:LISTED]]
     if len(told) > LISTED:
         lines.append(f"  ... and {len(told) - LISTED} more (--json lists all)")
     if reason:
         lines.append(f"no token counts: {reason}")
+    elif renderer.written_before:
+        lines.append(f"warning: {renderer.written_before_warning}")
     return "\n".join(lines), document | {"tokenizer": None if reason else config.model}
 
 
@@ -75,23 +78,30 @@ def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any
         "duplicates": asdict(loaded.duplicates) | {"examples": list(loaded.duplicates.examples)},
     }
     if renderer is not None:
-        encoded, refused = encode_rows(rows, renderer, config.data, config.evaluation.final_answer)
-        rejected += refused
-        lengths["prompt_tokens"] = spread([len(record["prompt_ids"]) for _, record in encoded])
-        lengths["answer_tokens"] = spread([len(record["answer_ids"]) for _, record in encoded])
-        document |= {
-            "rows": len(encoded),
-            "truncated_answers": sum(record["answer_truncated"] for _, record in encoded),
-            "final_answers": sum(record["final_answer"] is not None for _, record in encoded),
-            "examples": [
-                {
+        counts = Counter[str]()
+        tokens: dict[str, array[int]] = {"prompt_ids": array("q"), "answer_ids": array("q")}
+        examples: list[dict[str, Any]] = []
+        for row in rows:
+            record = encode_row(row, renderer, config.data, config.evaluation.final_answer)
+            if isinstance(record, Rejected):
+                rejected.append(record)
+                continue
+            counts["rows"] += 1
+            counts["truncated_answers"] += record["answer_truncated"]
+            counts["final_answers"] += record["final_answer"] is not None
+            counts["shortened_prompts"] += record["messages_dropped"] > 0
+            for name, found in tokens.items():
+                found.append(len(record[name]))
+            if len(examples) < EXAMPLES:
+                examples.append({
                     "row": row.source_row,
                     "prompt": renderer.text(record["prompt_ids"]),
                     "answer": renderer.text(record["answer_ids"]),
-                }
-                for row, record in encoded[:EXAMPLES]
-            ],
-        }
+                })  # fmt: skip
+        lengths |= {"prompt_tokens": spread(tokens["prompt_ids"]), "answer_tokens": spread(tokens["answer_ids"])}
+        names = ("rows", "truncated_answers", "final_answers", "shortened_prompts")
+        document |= {name: counts[name] for name in names} | {"examples": examples}
+        document |= {"written_before_answers": renderer.written_before}
     else:
         document["examples"] = [
             {"row": row.source_row, "prompt": row.messages[-1]["content"], "answer": row.answer}
@@ -117,6 +127,7 @@ def _lines(name: str, part: dict[str, Any], max_bad_share: float) -> list[str]:
     if "truncated_answers" in part:
         lines.append(f"  answers cut at data.max_length: {part['truncated_answers']}")
         lines.append(f"  answers with a final answer (####): {part['final_answers']}")
+        lines.append(f"  prompts that lost their oldest turns (data.long_prompts): {part['shortened_prompts']}")
     for what, found in part["lengths"].items():
         values = ", ".join(f"{key} {value:g}" for key, value in found.items())
         lines.append(f"  {what.replace('_', ' in ')}: {values}")

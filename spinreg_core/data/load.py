@@ -11,13 +11,20 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+
+import numpy as np
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.formats import Rejected, Row, RowProblem, choose_layout, read_rows
-from spinreg_core.data.sources import read_records
+from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
+from spinreg_core.data.sources import Record, read_records
+from spinreg_core.data.spool import Spool, pick
+from spinreg_core.data.turns import RowProblem
 from spinreg_core.errors import BadInput
 
 SHOWN = 5  # rows and examples that a message names
+_LOOKED_AT = 1000  # records whose columns decide on the layout
+_DIGITS = 32  # of a SHA-256 (hex) by which rows are compared: 128 bits
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Loaded:
     dataset: str
     format: str
     records: int
-    rows: list[Row]
+    rows: Sequence[Row]
     rejected: list[Rejected]
     duplicates: Duplicates
     last: dict[str, int]
@@ -49,7 +56,7 @@ class Loaded:
         """SHA-256 (hex) of the rows and the rejected rows: equal for equal content, whatever the file's layout."""
         digest = hashlib.sha256()
         for row in self.rows:
-            digest.update(json.dumps([row.source_row, row.messages, row.answer]).encode())
+            digest.update(json.dumps([row.source_row, *row.content]).encode())
         for bad in self.rejected:
             digest.update(json.dumps([bad.row, bad.reason]).encode())
         return digest.hexdigest()
@@ -67,25 +74,33 @@ def load_rows(
     # A data set named as split= of its own (held-out) has no use for the training set's subset.
     records = read_records(dataset, split or config.split, config.subset if split is None else subset, most)
     where = f"dataset {dataset}"
-    if not records:
+    columns: set[str] = set()
+    first: list[Record] = []  # one row may lack a column, most rows do not
+    for record in records:
+        first.append(record)
+        columns |= {str(name) for name in record.content} if isinstance(record.content, dict) else set()
+        if columns and len(first) >= _LOOKED_AT:
+            break
+    if not first:
         raise BadInput(where, "no rows", "at least one row for training and one to hold out")
-    columns = {str(name) for record in records if isinstance(record.content, dict) for name in record.content}
     if not columns:
-        first = records[0].problem or RowProblem("wrong_type", type(records[0].content).__name__)
-        raise BadInput(where, f"{len(records)} rows and no record among them (row {records[0].row}: {first})",
+        bad = first[0].problem or RowProblem("wrong_type", type(first[0].content).__name__)
+        raise BadInput(where, f"{len(first)} rows and no record among them (row {first[0].row}: {bad})",
                        "records with named fields")  # fmt: skip
     layout = choose_layout(columns, config, where)
-    rows: list[Row] = []
-    rejected: list[Rejected] = []
-    for record in records:
+    rows, rejected = Spool(), list[Rejected]()
+    count = last = 0
+    for record in chain(first, records):
+        count, last = count + 1, record.row
         try:
             if record.problem is not None:
                 raise record.problem
-            rows += read_rows(record.content, record.row, layout, config.turns)
+            for row in read_rows(record.content, record.row, layout, config.turns):
+                rows.append(row)
         except RowProblem as problem:
             rejected.append(Rejected(record.row, problem.reason, problem.detail))
     kept, duplicates = without_exact_duplicates(rows)
-    return Loaded(dataset, layout.format, len(records), kept, rejected, duplicates, {dataset: records[-1].row})
+    return Loaded(dataset, layout.format, count, kept, rejected, duplicates, {dataset: last})
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
@@ -97,23 +112,23 @@ def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
     return None
 
 
-def without_exact_duplicates(rows: Sequence[Row]) -> tuple[list[Row], Duplicates]:
-    answers: dict[str, dict[str, int]] = {}  # prompt hash -> answer -> source row
-    first: dict[str, Row] = {}
-    kept = []
-    for row in rows:
-        key = row.prompt_hash
-        seen = answers.setdefault(key, {})
-        if row.answer not in seen:
-            seen[row.answer] = row.source_row
-            first.setdefault(key, row)
-            kept.append(row)
-    repeated = [key for key, seen in answers.items() if len(seen) > 1]
-    examples = tuple(
-        f"{shorten(first[key].messages[-1]['content'])} (rows {', '.join(map(str, answers[key].values()))})"
-        for key in repeated[:SHOWN]
-    )
-    return kept, Duplicates(len(rows) - len(kept), len(repeated), examples)
+def without_exact_duplicates(rows: Sequence[Row]) -> tuple[Sequence[Row], Duplicates]:
+    names = (row.prompt_hash[:_DIGITS] + _digest([row.answer, row.extras]) for row in rows)
+    both = np.fromiter(names, f"S{2 * _DIGITS}", len(rows))  # prompt, answer
+    kept = np.sort(np.unique(both, return_index=True)[1])
+    prompts = both[kept].astype(f"S{_DIGITS}")
+    _, first, which, counts = np.unique(prompts, return_index=True, return_inverse=True, return_counts=True)
+    repeated = np.flatnonzero(counts > 1)
+    examples = []
+    for prompt in sorted(repeated, key=lambda prompt: first[prompt])[:SHOWN]:
+        alike = pick(rows, kept[which == prompt])
+        numbers = ", ".join(str(row.source_row) for row in alike)
+        examples.append(f"{shorten(alike[0].messages[-1]['content'])} (rows {numbers})")
+    return pick(rows, kept), Duplicates(len(rows) - len(kept), len(repeated), tuple(examples))
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:_DIGITS]
 
 
 def shorten(text: str, length: int = 60) -> str:

@@ -11,9 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, load_rows, require_usable, without_exact_duplicates
+from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
 
 
@@ -30,13 +33,14 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
         return found[0]
     alike = config.model_copy(update={"subset": None})  # the first one's
     found += [load_rows(name, alike, most=config.max_records) for name in config.mixed_datasets]
-    rows: list[Row] = []
+    rows = Spool()
     rejected: list[Rejected] = []
     last: dict[str, int] = {}
     for one in found:
         require_usable(one, one.rejected, config.max_bad_share)
         first = max(last.values(), default=0)
-        rows += [replace(row, source_row=first + row.source_row) for row in one.rows]
+        for row in one.rows:
+            rows.append(replace(row, source_row=first + row.source_row))
         rejected += [replace(bad, row=first + bad.row) for bad in one.rejected]
         last[one.dataset] = first + one.last[one.dataset]
     kept, duplicates = without_exact_duplicates(rows)
@@ -53,28 +57,30 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
 
 def take_shares(
     rows: Sequence[Row], last: Mapping[str, int], shares: Mapping[str, float]
-) -> tuple[list[Row], list[tuple[Row, str]]]:
-    """(rows taken, rows beyond the shares and the data set of each), both in the order of `rows`.
+) -> tuple[Sequence[Row], dict[str, int]]:
+    """(rows taken, in the order of `rows`; number of rows beyond its share, by data set).
 
     last: see `Loaded`. shares: what each data set weighs. The one with the fewest rows for its weight
     gives all of them; of the others the rows whose content has the smallest SHA-256 are taken, so that a larger share
     contains a smaller one. Raises BadInput where a data set has no row left.
     """
-    sources: dict[str, list[Row]] = {name: [] for name in last}
-    names = {id(row): next(name for name, end in last.items() if row.source_row <= end) for row in rows}
-    for row in rows:
-        sources[names[id(row)]].append(row)
-    for name, source in sources.items():
-        if not source:
+    sources = np.searchsorted(list(last.values()), np.fromiter((row.source_row for row in rows), np.int64, len(rows)))
+    order = np.fromiter((_order(row) for row in rows), "S64", len(rows))
+    counts = {name: int(n) for name, n in zip(last, np.bincount(sources, minlength=len(last)), strict=True)}
+    for name, count in counts.items():
+        if not count:
             raise BadInput("data.mixed_datasets", f"{name} without a row that is new and not left out", "rows of each")
-    scale = min(len(source) / shares[name] for name, source in sources.items())
-    taken: set[int] = set()
-    for name, source in sources.items():
-        count = max(min(round(scale * shares[name]), len(source)), 1)
-        taken.update(id(row) for row in sorted(source, key=_order)[:count])
-    kept = [row for row in rows if id(row) in taken]
-    return kept, [(row, names[id(row)]) for row in rows if id(row) not in taken]
+    scale = min(count / shares[name] for name, count in counts.items())
+    taken = []
+    beyond: dict[str, int] = {}
+    for number, (name, count) in enumerate(counts.items()):
+        take = max(min(round(scale * shares[name]), count), 1)
+        own = np.flatnonzero(sources == number)
+        taken.append(own[np.argsort(order[own], kind="stable")[:take]])
+        if take < count:
+            beyond[name] = count - take
+    return pick(rows, np.sort(np.concatenate(taken))), beyond
 
 
-def _order(row: Row) -> str:
-    return hashlib.sha256(json.dumps([row.messages, row.answer]).encode()).hexdigest()
+def _order(row: Row) -> bytes:
+    return hashlib.sha256(json.dumps(row.content).encode()).hexdigest().encode()

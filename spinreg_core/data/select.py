@@ -8,6 +8,7 @@ fit in tokens (`encode.py`).
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ from spinreg_core.data.formats import Row
 from spinreg_core.data.guard import Guard, evaluation_prompts, guarded
 from spinreg_core.data.load import Loaded
 from spinreg_core.data.mixture import load_mixture, take_shares
+from spinreg_core.data.spool import pick
 from spinreg_core.errors import BadInput
 
 REASONS = {
@@ -36,46 +38,51 @@ class LeftOut:
     detail: str
 
 
-def load_training(dataset: str, config: DataConfig) -> tuple[Loaded, list[LeftOut]]:
+@dataclass(frozen=True)
+class Selected:
+    """The rows to train on, and what was left out: one by one, and counted by reason (each pattern and each data set by
+    itself). Rows beyond a share are only counted: they can be millions, and nothing is wrong with any of them."""
+
+    loaded: Loaded
+    left_out: list[LeftOut]
+    counts: dict[str, int]
+
+
+def load_training(dataset: str, config: DataConfig) -> Selected:
     """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
     loaded = load_mixture(dataset, config)
     known = {name: evaluation_prompts(name) for name in config.evaluation_sets}
     guards = {name: guarded(name, prompts) for name, prompts in known.items()}
     kept, left_out = select(loaded.rows, config, known)
-    if kept and config.mixed_datasets:
+    counts = by_reason(left_out)
+    if len(kept) and config.mixed_datasets:
         kept, beyond = take_shares(kept, loaded.last, {dataset: 1.0} | config.mixed_datasets)
-        left_out += [LeftOut(row.source_row, "beyond_share", name) for row, name in beyond]
-    if loaded.rows and not kept:
-        found = ", ".join(f"{count} {reason}" for reason, count in by_reason(left_out).items())
+        counts |= {f"beyond_share {name}": count for name, count in beyond.items()}
+    if len(loaded.rows) and not len(kept):
+        found = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         raise BadInput(f"dataset {dataset}", f"no row that is not left out ({found})", "filters that leave some")
-    return replace(loaded, rows=kept, guards=guards), left_out
+    return Selected(replace(loaded, rows=kept, guards=guards), left_out, counts)
 
 
-def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[list[Row], list[LeftOut]]:
+def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[Sequence[Row], list[LeftOut]]:
     """Rows to train on, and the others. known: prompts of the evaluation sets, by name of the set."""
     patterns = [re.compile(pattern) for pattern in config.drop_patterns]
     guard = Guard(known, config.contamination_words)
-    kept: list[Row] = []
+    kept = array("q")
     left_out: list[LeftOut] = []
-    for row in rows:
+    for index, row in enumerate(rows):
         problem = _problem(row, config, patterns) or _overlap(row, guard)
         if problem is None:
-            kept.append(row)
+            kept.append(index)
         else:
             left_out.append(LeftOut(row.source_row, *problem))
-    return kept, left_out
-
-
-def listed(left_out: Iterable[LeftOut]) -> list[LeftOut]:
-    """Those to be told one by one. Rows beyond a share can be millions, and nothing is wrong with any of them."""
-    return [row for row in left_out if row.reason != "beyond_share"]
+    return pick(rows, kept), left_out
 
 
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
-    """Counts by reason; each pattern and each data set by itself."""
     found: dict[str, int] = {}
     for one in left_out:
-        name = f"{one.reason} {one.detail}" if one.reason in ("pattern", "beyond_share") else one.reason
+        name = f"{one.reason} {one.detail}" if one.reason == "pattern" else one.reason
         found[name] = found.get(name, 0) + 1
     return found
 

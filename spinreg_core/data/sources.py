@@ -14,13 +14,13 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.data.formats import RowProblem
+from spinreg_core.data.turns import RowProblem
 from spinreg_core.errors import BadInput
 from spinreg_core.s3_files import fetch_s3, list_s3
 
@@ -44,8 +44,8 @@ class Record:
     problem: RowProblem | None = None
 
 
-def read_records(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> list[Record]:
-    """All records of a split of a data set, in the order of the source. Raises BadInput.
+def read_records(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> Iterator[Record]:
+    """The records of a split of a data set, in the order of the source, as they are read. Raises BadInput, at any time.
 
     most: only so many from its beginning, read as a stream: of a hub data set no more is fetched, of a local one (lines
     of text, Parquet, Arrow) no more read.
@@ -53,21 +53,24 @@ def read_records(dataset: str, split: str, subset: str | None = None, most: int 
     if dataset.startswith("builtin:"):
         if dataset != "builtin:demo":
             raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
-        return _read_local(DEMO, split, dataset, most)
+        yield from _read_local(DEMO, split, dataset, most)
+        return
     if dataset.startswith("s3://"):
         with tempfile.TemporaryDirectory(prefix="spinreg-data-") as scratch:
             names = list(list_s3(dataset, "dataset"))
             fetch_s3(dataset, names, Path(scratch))
             single = names == [""]
-            return _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset, most)
+            yield from _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset, most)
+        return
     path = Path(dataset).expanduser()
     if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
-        return _read_hub(str(path), split, subset, most)
-    if path.exists():
-        return _read_local(path, split, dataset, most)
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or _kind(path) in _READERS:
+        yield from _read_hub(str(path), split, subset, most)
+    elif path.exists():
+        yield from _read_local(path, split, dataset, most)
+    elif not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or _kind(path) in _READERS:
         raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
-    return _read_hub(dataset, split, subset, most)
+    else:
+        yield from _read_hub(dataset, split, subset, most)
 
 
 def _kind(path: Path) -> str:
@@ -78,21 +81,37 @@ def _kind(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _read_local(path: Path, split: str, shown: str, most: int | None) -> list[Record]:
+def _read_local(path: Path, split: str, shown: str, most: int | None) -> Iterator[Record]:
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         return _read_saved(path, split, shown, most)
     splits = _folder_splits(path, shown) if path.is_dir() else {"train": [path]}
+    name = _split_name(split, splits, shown)
+    return _part(split, name, lambda: _read_files(splits[name], shown), most)
+
+
+def _split_name(split: str, splits: Iterable[str], shown: str) -> str:
     name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
     if name not in splits:
         raise BadInput("data.split", f"{split!r} of {shown}", f"one of its splits: {', '.join(splits)}")
-    records: list[Record] = []
-    for file in splits[name]:
-        first = records[-1].row if records else 0
-        left = None if most is None else most - len(records)
-        records += [Record(first + r.row, r.content, r.problem) for r in islice(_read_file(file, shown), left)]
+    return name
+
+
+def _part(split: str, name: str, read: Callable[[], Iterator[Record]], most: int | None) -> Iterator[Record]:
+    """What the notation of `split` takes of its records; a part of them is counted first, and read again."""
     if split == name:
-        return records
-    return [record for low, high in _slices(split, name, len(records)) for record in records[low:high]]
+        yield from islice(read(), most)
+        return
+    for low, high in _slices(split, name, sum(1 for _ in read())):
+        yield from islice(read(), low, high)
+
+
+def _read_files(files: Sequence[Path], shown: str) -> Iterator[Record]:
+    last = 0
+    for file in files:
+        first = last
+        for record in _read_file(file, shown):
+            last = first + record.row
+            yield Record(last, record.content, record.problem)
 
 
 def _slices(split: str, name: str, rows: int) -> list[tuple[int, int]]:
@@ -266,32 +285,27 @@ _READERS = {
 }
 
 
-def _dataset_records(dataset: Any, most: int | None) -> list[Record]:
-    return list(islice(_table_records(dataset.with_format("arrow").iter(min(most or 1000, 1000))), most))
+def _dataset_records(dataset: Any, most: int | None) -> Iterator[Record]:
+    return islice(_table_records(dataset.with_format("arrow").iter(min(most or 1000, 1000))), most)
 
 
-def _read_saved(path: Path, split: str, shown: str, most: int | None) -> list[Record]:
+def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterator[Record]:
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     from datasets import Dataset, load_from_disk
 
     found = load_from_disk(str(path))
     splits = {"train": found} if isinstance(found, Dataset) else dict(found)
-    name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
-    if name not in splits:
-        raise BadInput("data.split", f"{split!r} of {shown}", f"one of its splits: {', '.join(splits)}")
-    records = _dataset_records(splits[name], most)
-    if split == name:
-        return records
-    return [record for low, high in _slices(split, name, len(records)) for record in records[low:high]]
+    name = _split_name(split, splits, shown)
+    return _part(split, name, lambda: _dataset_records(splits[name], None), most)
 
 
-def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) -> list[Record]:
+def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) -> Iterator[Record]:
     """A hub data set, or what the local cache of the hub has of it where the hub cannot be reached."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
 
     try:
-        return _dataset_records(load_dataset(dataset, subset, split=split, streaming=most is not None), most)
+        yield from _dataset_records(load_dataset(dataset, subset, split=split, streaming=most is not None), most)
     except (DatasetNotFoundError, DefunctDatasetError, FileNotFoundError) as error:
         raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub data set") from None
     except ConnectionError as error:

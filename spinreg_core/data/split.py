@@ -24,51 +24,46 @@ def _order(seed: int, *what: object) -> bytes:
     return hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
 
 
-def _groups(rows: Sequence[Row], seed: int) -> list[list[int]]:
-    """Indices of rows that share an opening, groups in seeded hash order."""
-    groups: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(row.opening_hash, []).append(index)
-    return [groups[opening] for opening in sorted(groups, key=lambda opening: _order(seed, opening))]
-
-
-def split_rows(rows: Sequence[Row], heldout_rows: int, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, held-out), both in the order of `rows`; held-out has at most `heldout_rows` rows.
+def split_rows(rows: Sequence[Row], heldout_rows: int, seed: int) -> tuple[IntArray, IntArray]:
+    """Indices of the rows (train, held-out), ascending; held-out are at most `heldout_rows`.
 
     Rows that open alike (same messages up to the first user turn) stay together, so no prompt and no piece
     of one conversation is on both sides. The seeded SHA-256 order of the openings decides; a group that
     would overfill the held-out side is passed over. Raises BadInput if nothing is left to train on.
     """
-    held: set[int] = set()
-    for group in _groups(rows, seed):
-        if len(held) + len(group) <= heldout_rows:
-            held.update(group)
-    train = [row for index, row in enumerate(rows) if index not in held]
-    heldout = [rows[index] for index in sorted(held)]
-    if not train or not heldout:
+    openings = np.fromiter((_order(seed, row.opening_hash).hex().encode() for row in rows), "S64", len(rows))
+    _, group, sizes = np.unique(openings, return_inverse=True, return_counts=True)  # groups in their order
+    chosen = np.zeros(len(sizes), bool)
+    count = 0
+    for number, size in enumerate(sizes):
+        if count + size <= heldout_rows:
+            chosen[number], count = True, count + size
+    held = chosen[group]
+    if held.all() or not held.any():
         raise BadInput(
             "data.heldout_rows",
-            f"{heldout_rows} held-out rows of {len(rows)} usable rows: {len(train)} train, {len(heldout)} held out",
+            f"{heldout_rows} held-out rows of {len(rows)} usable rows: {len(rows) - held.sum()} train, {held.sum()} "
+            "held out",
             "rows on both sides; lower it or name a heldout_dataset",
         )
-    return train, heldout
+    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def given_heldout(
     rows: Sequence[Row], heldout: Sequence[Row], heldout_rows: int, seed: int
-) -> tuple[list[Row], list[Row], int]:
-    """(train, held-out, dropped) where the held-out rows come from a data set of their own.
+) -> tuple[IntArray, IntArray]:
+    """Indices (train, held-out) of each, ascending, where the held-out rows come from a data set of their own.
 
     Held-out are its first `heldout_rows` rows in seeded order of their prompts. Training rows that open like
-    any of them are dropped and counted. Raises BadInput if nothing is left to train on.
+    any of them are left out. Raises BadInput if nothing is left to train on.
     """
-    order = sorted(range(len(heldout)), key=lambda i: (_order(seed, heldout[i].prompt_hash), i))
-    chosen = [heldout[i] for i in sorted(order[:heldout_rows])]
-    openings = {row.opening_hash for row in chosen}
-    train = [row for row in rows if row.opening_hash not in openings]
-    if not train:
+    order = np.fromiter((_order(seed, row.prompt_hash).hex().encode() for row in heldout), "S64", len(heldout))
+    chosen = np.sort(np.argsort(order, kind="stable")[:heldout_rows])
+    openings = {heldout[int(i)].opening_hash for i in chosen}
+    train = np.fromiter((i for i, row in enumerate(rows) if row.opening_hash not in openings), np.int64)
+    if not len(train):
         raise BadInput("data.heldout_dataset", f"all {len(rows)} training prompts in it", "other prompts than dataset")
-    return train, chosen, len(rows) - len(train)
+    return train, chosen
 
 
 def round_prompts(

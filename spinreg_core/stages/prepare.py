@@ -10,25 +10,28 @@ Its two objects are named by contents that only this stage sees, so the job carr
 from __future__ import annotations
 
 import json
+import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from spinreg_core.cache import cache_folder
 from spinreg_core.checkpoints import copy_rest
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_rows, rows_table, spread
+from spinreg_core.data.encode import encode_row, prompt_ids_of, spread, write_part, write_records
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, load_heldout, require_usable
-from spinreg_core.data.select import LeftOut, listed, load_training
-from spinreg_core.data.select import by_reason as left_out_by
+from spinreg_core.data.select import Selected, load_training
 from spinreg_core.data.split import given_heldout, split_rows
+from spinreg_core.data.spool import pick
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
 from spinreg_core.model_source import (
@@ -48,7 +51,8 @@ from spinreg_core.store import open_store
 def run(job: Job) -> dict[str, Any]:
     """Publish both objects. Returns the manifest of `data` with both ids. Raises BadInput."""
     config = job.config
-    loaded, left_out = load_training(config.dataset, config.data)
+    selected = load_training(config.dataset, config.data)
+    loaded = selected.loaded
     heldout = load_heldout(config.dataset, config.data)
     for part in (loaded, heldout):
         if part is not None:
@@ -58,10 +62,12 @@ def run(job: Job) -> dict[str, Any]:
     for name, guard in loaded.guards.items():
         print(f"{guard['prompts']} prompts of {name} are looked for in the training rows, {guard['too_short']} are too "
               "short for that", flush=True)  # fmt: skip
-    if left_out:
-        print(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in left_out_by(left_out).items())}",
+    if selected.counts:
+        print(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in selected.counts.items())}",
               flush=True)  # fmt: skip
-    data = prepare_data(job, loaded, heldout, renderer, left_out)
+    if renderer.written_before:
+        print(f"warning: {renderer.written_before_warning}", flush=True)
+    data = prepare_data(job, loaded, heldout, renderer, selected)
     folder = resolve_model(config.model, cache_folder())
     require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id])
     if config.training.lora_rank is not None:
@@ -104,9 +110,12 @@ def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer
 
 
 def prepare_data(
-    job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Renderer, left_out: Sequence[LeftOut] = ()
+    job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Renderer, selected: Selected | None = None
 ) -> dict[str, Any]:
-    """Split and tokenise the rows and publish the object `data`; returns its manifest. Raises BadInput."""
+    """Split and tokenise the rows and publish the object `data`; returns its manifest. Raises BadInput.
+
+    Rows and records are on disk; of every row a few hundred bytes are in memory, whatever its length.
+    """
     config, store, start = job.config, open_store(job.store), time.monotonic()
     key = data_key(config, loaded, heldout, renderer)
     job = replace(job, stage="data", key=key, object_id=fingerprint("data", key))
@@ -114,26 +123,31 @@ def prepare_data(
     if found is not None:
         print(f"rows are in the store already: {job.object_id}", flush=True)
         return found
-    encoded, rejected = _encode(loaded, renderer, config)
-    dropped, bad = 0, {"train": rejected, "heldout": []}
-    rows = [row for row, _ in encoded]
-    if heldout is None:
-        train, held = split_rows(rows, config.data.heldout_rows, config.seed)
-    else:
-        more, bad["heldout"] = _encode(heldout, renderer, config)
-        train, held, dropped = given_heldout(rows, [row for row, _ in more], config.data.heldout_rows, config.seed)
-        encoded += more
-    tables = {"train": rows_table(train, encoded), "heldout": rows_table(held, encoded)}
-    summary = _summary(loaded, tables, bad, dropped) | {
-        "left_out": left_out_by(left_out), "guarded": loaded.guards,
-    }  # fmt: skip
-    require_final_answers(config.evaluation.final_answer, tables["heldout"]["final_answer"].to_pylist())
-    folder = job.workdir / "data"
+    folder, scratch = job.workdir / "data", job.workdir / "encoded"
     folder.mkdir()
-    for name, table in tables.items():
-        # Small groups: stages read the rows of a shard, not the file.
-        pq.write_table(table, folder / f"{name}.parquet", row_group_size=1000)
-    told = [asdict(row) for row in listed(left_out)]
+    scratch.mkdir()
+    train = _encode(loaded, renderer, config, scratch / "train.parquet")
+    if heldout is None:
+        held = train
+        chosen = split_rows(train.rows, config.data.heldout_rows, config.seed)
+    else:
+        held = _encode(heldout, renderer, config, scratch / "heldout.parquet")
+        chosen = given_heldout(train.rows, held.rows, config.data.heldout_rows, config.seed)
+    for name, part, own in zip(("train", "heldout"), (train, held), chosen, strict=True):
+        stems = np.fromiter((row.prompt_hash[:16] for row in pick(part.rows, own)), "S16", len(own))
+        write_part(part.path, own, prompt_ids_of(stems), folder / f"{name}.parquet")
+    shutil.rmtree(scratch)
+    dropped = 0 if heldout is None else len(train.rows) - len(chosen[0])
+    bad = {"train": train.rejected, "heldout": [] if heldout is None else held.rejected}
+    summary = _summary(loaded, folder, bad) | {
+        "train_rows_dropped_as_heldout": dropped,
+        "shortened_prompts": train.shortened + (held.shortened if heldout is not None else 0),
+        "left_out": {} if selected is None else selected.counts,
+        "guarded": loaded.guards,
+    }
+    answers = pq.read_table(folder / "heldout.parquet", columns=["final_answer"])["final_answer"]
+    require_final_answers(config.evaluation.final_answer, answers.to_pylist())
+    told = [] if selected is None else [asdict(row) for row in selected.left_out]
     refused = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
     (folder / "rejected.json").write_text(json.dumps(refused, indent=1, ensure_ascii=False))
     (folder / "left_out.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
@@ -141,42 +155,70 @@ def prepare_data(
         json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1, ensure_ascii=False)
     )
     print(
-        f"{len(train)} rows to train on, {len(held)} held out, {dropped} dropped because they are held out; "
-        f"{summary['truncated_answers']} answers cut at {config.data.max_length} tokens; bad rows by now: "
+        f"{summary['train_rows']} rows to train on, {summary['heldout_rows']} held out, {dropped} dropped because they "
+        f"are held out; {summary['truncated_answers']} answers cut at {config.data.max_length} tokens, "
+        f"{summary['shortened_prompts']} prompts without their oldest turns; bad rows by now: "
         f"{_counts(bad['train'] + bad['heldout'])}",
         flush=True,
     )
     return publish(store, job, folder, metrics=summary, seconds=time.monotonic() - start)
 
 
-def _encode(
-    loaded: Loaded, renderer: Renderer, config: RunConfig
-) -> tuple[list[tuple[Row, dict[str, Any]]], list[Rejected]]:
-    """The rows that fit, tokenised, and all rows refused until now."""
+@dataclass(frozen=True)
+class _Encoded:
+    """The rows that fit, their records at `path` in the same order, all rows refused until now, and how many prompts
+    lost their oldest turns."""
+
+    rows: Sequence[Row]
+    path: Path
+    rejected: list[Rejected]
+    shortened: int
+
+
+def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -> _Encoded:
     progress = Progress("prepare", len(loaded.rows), "rows")
-    encoded, refused = encode_rows(loaded.rows, renderer, config.data, config.evaluation.final_answer, progress)
-    rejected = loaded.rejected + refused
+    rejected, usable, shortened = list(loaded.rejected), array("q"), 0
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal shortened
+        for index, row in enumerate(loaded.rows):
+            progress.update()
+            found = encode_row(row, renderer, config.data, config.evaluation.final_answer)
+            if isinstance(found, Rejected):
+                rejected.append(found)
+            else:
+                usable.append(index)
+                shortened += found["messages_dropped"] > 0
+                yield found
+
+    write_records(path, records())
     require_usable(loaded, rejected, config.data.max_bad_share)
-    return encoded, rejected
+    return _Encoded(pick(loaded.rows, usable), path, rejected, shortened)
 
 
-def _summary(
-    loaded: Loaded, tables: dict[str, pa.Table], bad: dict[str, list[Rejected]], dropped: int
-) -> dict[str, Any]:
-    both = pa.concat_tables(tables.values())
+def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> dict[str, Any]:
+    lengths: dict[str, list[Any]] = {"prompt_ids": [], "answer_ids": []}
+    rows, truncated, final = dict.fromkeys(("train", "heldout"), 0), 0, 0
+    for name in rows:
+        with pq.ParquetFile(folder / f"{name}.parquet") as file:
+            for batch in file.iter_batches(columns=[*lengths, "answer_truncated", "final_answer"]):
+                rows[name] += batch.num_rows
+                truncated += pc.sum(batch["answer_truncated"]).as_py() or 0
+                final += batch.num_rows - batch["final_answer"].null_count if name == "heldout" else 0
+                for column, found in lengths.items():
+                    found.append(pc.list_value_length(batch[column]).to_numpy())
     return {
         "records": loaded.records,
         "last_records": loaded.last,
-        "train_rows": tables["train"].num_rows,
-        "heldout_rows": tables["heldout"].num_rows,
+        "train_rows": rows["train"],
+        "heldout_rows": rows["heldout"],
         "bad_rows": by_reason(bad["train"] + bad["heldout"]),
         "exact_duplicates": loaded.duplicates.exact,
         "prompts_with_several_answers": loaded.duplicates.prompts,
-        "train_rows_dropped_as_heldout": dropped,
-        "truncated_answers": both["answer_truncated"].to_pylist().count(True),
-        "final_answers": tables["heldout"].num_rows - tables["heldout"]["final_answer"].null_count,
-        "prompt_tokens": spread([len(ids) for ids in both["prompt_ids"].to_pylist()]),
-        "answer_tokens": spread([len(ids) for ids in both["answer_ids"].to_pylist()]),
+        "truncated_answers": truncated,
+        "final_answers": final,
+        "prompt_tokens": spread(np.concatenate(lengths["prompt_ids"])),
+        "answer_tokens": spread(np.concatenate(lengths["answer_ids"])),
     }
 
 

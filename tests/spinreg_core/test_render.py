@@ -21,7 +21,7 @@ CASES = [(kind, template) for kind in TOKENIZERS for template in TEMPLATES]
 ENDS = {
     "chatml": "<|im_end|>", "default_system": "<|im_end|>", "llama3": "<|eot_id|>", "zephyr": "</s>",
     "mistral": "</s>", "no_system": "<|im_end|>", "empty_thoughts": "<|im_end|>",
-    "no_generation_prompt": "<|im_end|>", "no_end": "</s>",
+    "tools": "<|im_end|>", "no_generation_prompt": "<|im_end|>", "no_end": "</s>",
 }  # fmt: skip
 CONVERSATIONS = [
     [{"role": "user", "content": "What is the capital of France?"}],
@@ -272,6 +272,16 @@ def test_the_template_is_given_what_the_user_says() -> None:
         assert whole.startswith(renderer.text(renderer.prompt_ids(messages) + ids))
     assert plain.fingerprint() == Renderer(tokenizer).fingerprint()
     assert len({r.fingerprint() for r in (plain, quiet, loud)}) == 3
+
+
+@pytest.mark.parametrize(("kind", "template"), CASES)
+def test_what_is_written_before_answers_is_told(kind: str, template: str) -> None:
+    found = renderer(kind, template)
+    assert found.written_before == ("<think>\n\n</think>\n\n" if template == "empty_thoughts" else "")
+    if found.written_before:
+        ids = found.answer_ids(CONVERSATIONS[0], ANSWER)
+        assert found.text(ids).startswith(found.written_before), "it is part of the answer"
+        assert repr(found.written_before) in found.written_before_warning
 
 
 def test_tools_reach_the_template() -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from chat_models import TEMPLATES, chat_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.encode import ROWS_SCHEMA, encode_rows, rows_table, spread
-from spinreg_core.data.formats import Row
+from spinreg_core.data import encode
+from spinreg_core.data.encode import ROWS_SCHEMA, encode_row, prompt_ids_of, spread, write_part, write_records
+from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.render import Renderer
 
 
@@ -24,11 +30,21 @@ def row(number: int, prompt: str, answer: str, system: str | None = None) -> Row
     return Row(number, (*head, {"role": "user", "content": prompt}), answer)
 
 
-def test_rows_become_the_ids_that_generation_uses(renderer: Renderer) -> None:
+def encoded_rows(
+    rows: list[Row], renderer: Renderer, config: DataConfig, mode: Any
+) -> tuple[list[dict[str, Any]], list[Rejected]]:
+    found = [encode_row(row, renderer, config, mode) for row in rows]
+    return [one for one in found if isinstance(one, dict)], [one for one in found if isinstance(one, Rejected)]
+
+
+def test_rows_become_the_ids_that_generation_uses(renderer: Renderer, tmp_path: Path) -> None:
     rows = [row(1, "Hello </s>", "Hi <|im_end|>"), row(2, "a", "b\n#### 7"), row(5, "Hello </s>", "Other")]
-    encoded, rejected = encode_rows(rows, renderer, DataConfig(), "auto")
+    encoded, rejected = encoded_rows(rows, renderer, DataConfig(), "auto")
     assert not rejected
-    table = rows_table(rows, encoded)
+    write_records(tmp_path / "all.parquet", encoded)
+    stems = np.array([row.prompt_hash[:16] for row in rows], "S16")
+    write_part(tmp_path / "all.parquet", np.arange(3), prompt_ids_of(stems), tmp_path / "part.parquet")
+    table = pq.read_table(tmp_path / "part.parquet")
     assert table.schema == ROWS_SCHEMA
     for found, source in zip(table.to_pylist(), rows, strict=True):
         messages = json.loads(found["messages"])
@@ -47,11 +63,11 @@ def test_the_limits(renderer: Renderer) -> None:
     config = DataConfig(max_prompt_tokens=40, max_length=48)
     long = row(1, "x " * 60, "a")
     fits, whole = row(2, "Hello", "word " * 60), row(3, "Hello", "ok")
-    encoded, rejected = encode_rows([long, fits, whole, row(4, "Hello", "a", "system")], renderer, config, "none")
+    encoded, rejected = encoded_rows([long, fits, whole, row(4, "Hello", "a", "system")], renderer, config, "none")
     assert [(bad.row, bad.reason) for bad in rejected] == [(1, "prompt_too_long"), (4, "template")]
     assert "at most 40" in rejected[0].detail
     assert "System role not supported" in rejected[1].detail
-    (_, cut), (_, kept) = encoded
+    cut, kept = encoded
     assert cut["answer_truncated"]
     assert len(cut["prompt_ids"]) + len(cut["answer_ids"]) == 48
     assert renderer.end_of_turn not in cut["answer_ids"]
@@ -70,18 +86,19 @@ def test_long_conversations_lose_their_oldest_turns_where_asked() -> None:
     source = Row(1, tuple(conversation), "An answer.")
     whole = len(renderer.prompt_ids(conversation))
     limits = {"max_prompt_tokens": whole - 1, "max_length": 1000}
-    refused = encode_rows([source], renderer, DataConfig(**limits), "none")
+    refused = encoded_rows([source], renderer, DataConfig(**limits), "none")
     assert [bad.reason for bad in refused[1]] == ["prompt_too_long"]
-    ((_, record),), rejected = encode_rows([source], renderer, DataConfig(long_prompts="drop_oldest", **limits), "none")
+    (record,), rejected = encoded_rows([source], renderer, DataConfig(long_prompts="drop_oldest", **limits), "none")
     assert not rejected
     assert json.loads(record["messages"]) == [system, *turns[2:-1]], "one turn was enough"
     assert record["prompt_ids"] == renderer.prompt_ids([system, *turns[2:-1]])
+    assert record["messages_dropped"] == 2
     last = len(renderer.prompt_ids([system, turns[-2]]))
     for limit, reasons in ((last, []), (last - 1, ["prompt_too_long"])):
         config = DataConfig(long_prompts="drop_oldest", max_prompt_tokens=limit, max_length=1000)
-        encoded, rejected = encode_rows([source], renderer, config, "none")
+        encoded, rejected = encoded_rows([source], renderer, config, "none")
         assert [bad.reason for bad in rejected] == reasons
-        assert all(json.loads(found["messages"]) == [system, turns[-2]] for _, found in encoded)
+        assert all(json.loads(found["messages"]) == [system, turns[-2]] for found in encoded)
 
 
 @pytest.mark.parametrize("room", [0, 1])
@@ -90,10 +107,57 @@ def test_an_answer_that_just_fits_is_whole(renderer: Renderer, room: int) -> Non
     messages = list(source.messages)
     prompt, answer = len(renderer.prompt_ids(messages)), len(renderer.answer_ids(messages, source.answer))
     config = DataConfig(max_prompt_tokens=prompt, max_length=prompt + answer - 1 + room)
-    ((_, found),), _ = encode_rows([source], renderer, config, "none")
+    (found,), _ = encoded_rows([source], renderer, config, "none")
     assert found["answer_truncated"] == (room == 0)
     assert len(found["answer_ids"]) == answer - 1 + room
     assert (renderer.end_of_turn in found["answer_ids"]) == (room == 1)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 7))
+def test_a_part_of_the_records_group_by_group(tmp_path: Path, chosen: list[bool], group: int) -> None:
+    records = [{"source_row": i, "messages": str(i), "answer_ids": [i, i], "final_answer": None} for i in range(40)]
+    places = np.flatnonzero(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_GROUP", group)
+        write_records(tmp_path / "all", iter(records))
+        write_part(tmp_path / "all", places, (f"p{i}" for i in places), tmp_path / "part")
+    found = pq.read_table(tmp_path / "part").to_pylist()
+    assert [(r["prompt_id"], r["source_row"], r["answer_ids"]) for r in found] == [(f"p{i}", i, [i, i]) for i in places]
+    groups = pq.ParquetFile(tmp_path / "part").metadata
+    assert max((groups.row_group(i).num_rows for i in range(groups.num_row_groups)), default=0) <= group
+
+
+def test_repeated_prompts_have_numbers() -> None:
+    stems = np.array(["a" * 16, "b" * 16, "a" * 16, "a" * 16], "S16")
+    assert list(prompt_ids_of(stems)) == ["a" * 16, "b" * 16, "a" * 16 + "-2", "a" * 16 + "-3"]
+
+
+def test_tools_and_thoughts_are_part_of_what_is_trained() -> None:
+    renderer = Renderer(chat_tokenizer("byte_bpe", TEMPLATES["tools"]))
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "<|im_end|> Ulm"}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+    asked = {"role": "user", "content": "Rain?"}
+    calling = Row(1, (asked,), "", {"tool_calls": [call], "reasoning_content": "Ask."}, tools)
+    said = (asked, calling.reply, {"role": "tool", "content": "dry", "name": "weather"})
+    telling = Row(2, said, "No.", {}, tools)
+    lacks = Row(3, (asked,), "", {"tool_calls": [{"type": "function", "function": {"name": "none", "arguments": {}}}]})
+    encoded, rejected = encoded_rows([calling, telling, lacks], renderer, DataConfig(), "none")
+    assert not rejected
+    answer = renderer.text(encoded[0]["answer_ids"])
+    assert answer.startswith(
+        '<think>Ask.</think><call>{"name": "weather", "arguments": {"city": "<|im_end|> Ulm"}}</call>'
+    )
+    assert encoded[0]["answer_ids"].count(renderer.end_of_turn) == 1, "text that spells a special token stays text"
+    assert '{"name": "weather", "parameters": {}}' in renderer.text(encoded[0]["prompt_ids"])
+    assert "<|im_start|>tool\ndry<|im_end|>" in renderer.text(encoded[1]["prompt_ids"])
+    assert encoded[1]["prompt_ids"][: len(encoded[0]["prompt_ids"])] == encoded[0]["prompt_ids"]
+    plain = Renderer(chat_tokenizer("byte_bpe", TEMPLATES["chatml"]))
+    _, rejected = encoded_rows(
+        [calling, telling, Row(4, (asked,), "No.", {"thinking": "Dry."})], plain, DataConfig(), "none"
+    )
+    assert [bad.reason for bad in rejected] == ["template"] * 3, "a template that knows no tools drops them in silence"
+    assert ["'weather' left out" in bad.detail or "'Dry.' left out" in bad.detail for bad in rejected] == [True] * 3
 
 
 def test_spread() -> None:

@@ -13,12 +13,11 @@ from spinreg_core.data.formats import (
     REASONS,
     Layout,
     Row,
-    RowProblem,
     choose_layout,
     final_answer,
-    prompt_ids_of,
     read_rows,
 )
+from spinreg_core.data.turns import RowProblem
 from spinreg_core.errors import BadInput
 
 MESSAGES = Layout("messages", ("messages",))
@@ -92,6 +91,14 @@ def turn(role: Any, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def calling(name: Any, arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def answering(**fields: Any) -> dict[str, Any]:
+    return {"messages": [turn("user", "x"), turn("assistant", fields.pop("content", "x")) | fields]}
+
+
 BAD = [
     ("wrong_type", ["not", "a", "record"]),
     ("wrong_type", {"messages": "not a list"}),
@@ -102,7 +109,16 @@ BAD = [
     ("missing_column", {"text": "x"}),
     ("missing_role", {"messages": [{"content": "x"}, turn("assistant", "x")]}),
     ("missing_role", {"messages": [turn(None, "x"), turn("assistant", "x")]}),
-    ("unknown_role", {"messages": [turn("user", "x"), turn("tool", "x"), turn("assistant", "x")]}),
+    ("unknown_role", {"messages": [turn("user", "x"), turn("critic", "x"), turn("assistant", "x")]}),
+    ("prompt_not_user", {"messages": [turn("tool", "x"), turn("assistant", "x")]}),
+    ("wrong_type", answering(tool_calls=7)),
+    ("wrong_type", answering(tool_calls=[{"id": "1"}])),
+    ("wrong_type", answering(content=None, tool_calls=[calling("f", "[1]")])),
+    ("wrong_type", {"messages": [turn("user", "x"), turn("function_call", "f(1)")]}),
+    ("wrong_type", answering() | {"tools": "search"}),
+    ("wrong_type", answering(thinking=["x"])),
+    ("broken_utf8", answering(content="", tool_calls=[calling("f", {"a": "\ud83d"})])),
+    ("empty_answer", answering(content="", tool_calls=[])),
     ("unknown_role", {"messages": [turn(3, "x")]}),
     ("no_assistant_turn", {"messages": [turn("user", "x")]}),
     ("no_assistant_turn", {"messages": []}),
@@ -145,10 +161,9 @@ def test_one_bad_turn_makes_the_whole_conversation_bad() -> None:
     assert rows({"messages": broken}, "first")[0].answer == "1"
 
 
-def test_prompt_ids_are_hashes_of_the_prompt_numbered_when_repeated() -> None:
+def test_prompts_are_known_by_their_hashes() -> None:
     a, b = rows({"prompt": "Ä?", "response": "1"})[0], rows({"prompt": "B?", "response": "1"})[0]
-    digest = hashlib.sha256('[["user","Ä?"]]'.encode()).hexdigest()[:16]
-    assert prompt_ids_of([a, b, a, a]) == [digest, b.prompt_hash[:16], f"{digest}-2", f"{digest}-3"]
+    assert a.prompt_hash == hashlib.sha256('[["user","Ä?"]]'.encode()).hexdigest() != b.prompt_hash
     system = Row(1, ({"role": "system", "content": "x"}, *a.messages), "1")
     assert system.prompt_hash != a.prompt_hash
 

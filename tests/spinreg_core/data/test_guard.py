@@ -40,7 +40,8 @@ def test_prompts_are_guarded_whether_or_not_they_have_answers(tmp_path: Path, re
     assert evaluation_prompts(bench) == [PROMPT]
     train = written(tmp_path / "train.jsonl", [{"prompt": f"Well. {PROMPT}", "response": "x"},
                                                {"prompt": "Something else?", "response": "y"}])  # fmt: skip
-    loaded, left_out = load_training(train, DataConfig(evaluation_sets=[bench]))
+    found = load_training(train, DataConfig(evaluation_sets=[bench]))
+    loaded, left_out = found.loaded, found.left_out
     assert [row.source_row for row in loaded.rows] == [2]
     assert [one.reason for one in left_out] == ["contaminated"]
     assert loaded.guards == {bench: {"prompts": 1, "too_short": 0}}

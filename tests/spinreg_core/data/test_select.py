@@ -94,13 +94,14 @@ def test_a_data_set_without_what_an_evaluation_asks(tmp_path: Path) -> None:
     bench = save(tmp_path / "bench.jsonl", [{"prompt": " ".join(WORDS), "answer": "b"}])
     rows = [{"prompt": f"Question {i}", "answer": "yes"} for i in range(5)]
     train = save(tmp_path / "train.jsonl", [*rows, {"prompt": f"Now: {' '.join(WORDS)}", "answer": "no"}])
-    loaded, left_out = load_training(train, DataConfig(evaluation_sets=[bench]))
-    assert len(loaded.rows) == 5
-    assert [(one.row, one.reason) for one in left_out] == [(6, "contaminated")]
-    plain, nothing = load_training(train, DataConfig())
-    assert len(plain.rows) == 6
-    assert nothing == []
-    assert plain.content_hash() != loaded.content_hash(), "so that the stage prepare makes another object"
+    found = load_training(train, DataConfig(evaluation_sets=[bench]))
+    assert len(found.loaded.rows) == 5
+    assert [(one.row, one.reason) for one in found.left_out] == [(6, "contaminated")]
+    assert found.counts == {"contaminated": 1}
+    plain = load_training(train, DataConfig())
+    assert len(plain.loaded.rows) == 6
+    assert (plain.left_out, plain.counts) == ([], {})
+    assert plain.loaded.content_hash() != found.loaded.content_hash(), "so that the stage prepare makes another object"
     with pytest.raises(BadInput, match=r"no row that is not left out \(6 answer_too_short\)"):
         load_training(train, DataConfig(min_answer_characters=99))
     with pytest.raises(BadInput, match="nowhere"):
@@ -118,7 +119,7 @@ def test_the_beginning_of_the_training_set(tmp_path: Path) -> None:
     lines[1] = "{broken"
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     config = DataConfig(max_records=3, heldout_dataset=str(tmp_path / "x.jsonl"))
-    loaded, _ = load_training(str(tmp_path / "x.jsonl"), config)
+    loaded = load_training(str(tmp_path / "x.jsonl"), config).loaded
     assert (loaded.records, [r.source_row for r in loaded.rows]) == (3, [1, 3])
     heldout = load_heldout(str(tmp_path / "x.jsonl"), config)
     assert heldout is not None

@@ -15,6 +15,11 @@ from servers import S3Server
 from spinreg_core.data.sources import Record, read_records
 from spinreg_core.errors import BadInput
 
+
+def read(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> list[Record]:
+    return list(read_records(dataset, split, subset, most))
+
+
 ROWS = [{"prompt": f"q{i} é", "response": f"a{i}"} for i in range(5)]
 
 
@@ -63,7 +68,7 @@ KINDS = [
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file(tmp_path: Path, name: str) -> None:
-    records = read_records(str(write(tmp_path / name)), "train")
+    records = read(str(write(tmp_path / name)), "train")
     assert contents(records) == ROWS
     assert [r.row for r in records] == [1, 2, 3, 4, 5]
 
@@ -72,11 +77,11 @@ def test_saved_datasets_and_their_splits(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
     Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "one"))
-    assert contents(read_records(str(tmp_path / "one"), "train[1:3]")) == ROWS[1:3]
+    assert contents(read(str(tmp_path / "one"), "train[1:3]")) == ROWS[1:3]
     DatasetDict({"a": Dataset.from_list(ROWS[:2])}).save_to_disk(str(tmp_path / "dict"))
-    assert contents(read_records(str(tmp_path / "dict"), "a")) == ROWS[:2]
+    assert contents(read(str(tmp_path / "dict"), "a")) == ROWS[:2]
     with pytest.raises(BadInput, match=r"data.split: found 'train' .* expected one of its splits: a"):
-        read_records(str(tmp_path / "dict"), "train")
+        read(str(tmp_path / "dict"), "train")
 
 
 def test_a_broken_line_costs_one_row(tmp_path: Path) -> None:
@@ -85,7 +90,7 @@ def test_a_broken_line_costs_one_row(tmp_path: Path) -> None:
     path.write_bytes(
         b"\xef\xbb\xbf" + good + b'{"prompt": "q"\n' + b"\n" + b'{"prompt": "\xff", "response": "a"}\n' + good
     )
-    records = read_records(str(path), "train")
+    records = read(str(path), "train")
     assert [(r.row, r.problem.reason if r.problem else None) for r in records] == [
         (1, None), (2, "broken_json"), (4, None), (5, None),
     ]  # fmt: skip
@@ -98,19 +103,19 @@ def test_a_broken_array_names_the_place(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     path.write_text(json.dumps(ROWS)[:-5])
     with pytest.raises(BadInput, match=r"is broken: .*line 1 column"):
-        read_records(str(path), "train")
+        read(str(path), "train")
     path.write_text(json.dumps({"data": ROWS}, indent=1))
     with pytest.raises(BadInput, match="a JSON array of records, or one object per line"):
-        read_records(str(path), "train")
+        read(str(path), "train")
     path.write_text("hello")
     with pytest.raises(BadInput, match="beginning with 'h'"):
-        read_records(str(path), "train")
+        read(str(path), "train")
 
 
 def test_csv(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
     path.write_bytes(b'prompt,response\n"two\nlines",a\nq,a,too,many\nq\n\xff,a\n' + b"q," + b"x" * 200_000 + b"\n")
-    records = read_records(str(path), "train")
+    records = read(str(path), "train")
     assert records[0].content == {"prompt": "two\nlines", "response": "a"}
     assert records[1].problem is not None
     assert records[1].problem.reason == "wrong_type"
@@ -122,7 +127,7 @@ def test_csv(tmp_path: Path) -> None:
 def test_broken_text_in_arrow_costs_one_row(tmp_path: Path) -> None:
     broken = pa.array([b"fine", b"\xff\xfe", b"also fine"], pa.binary()).cast(pa.binary()).view(pa.string())
     pq.write_table(pa.table({"prompt": broken, "response": ["a", "b", "c"]}), tmp_path / "x.parquet")
-    records = read_records(str(tmp_path / "x.parquet"), "train")
+    records = read(str(tmp_path / "x.parquet"), "train")
     assert [r.problem.reason if r.problem else None for r in records] == [None, "broken_utf8", None]
     assert [r.row for r in records] == [1, 2, 3]
 
@@ -132,70 +137,70 @@ def test_cut_files_are_bad_input(tmp_path: Path) -> None:
         path = write(tmp_path / name)
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(BadInput, match="dataset: found"):
-            read_records(str(path), "train")
+            read(str(path), "train")
 
 
 def test_folders_and_their_splits(tmp_path: Path) -> None:
     for name in ("train-00000.jsonl", "train-00001.jsonl", "test.jsonl", ".hidden.jsonl"):
         write(tmp_path / name)
     (tmp_path / "README.md").write_text("no data")
-    records = read_records(str(tmp_path), "train")
+    records = read(str(tmp_path), "train")
     assert contents(records) == ROWS * 2
     assert [r.row for r in records] == list(range(1, 11))
-    assert contents(read_records(str(tmp_path), "test")) == ROWS
+    assert contents(read(str(tmp_path), "test")) == ROWS
     with pytest.raises(BadInput, match="one of its splits: train, test"):
-        read_records(str(tmp_path), "validation")
+        read(str(tmp_path), "validation")
     write(tmp_path / "train.parquet")
     with pytest.raises(BadInput, match=r"files of kinds \.jsonl, \.parquet"):
-        read_records(str(tmp_path), "train")
+        read(str(tmp_path), "train")
 
 
 def test_folders_without_split_names(tmp_path: Path) -> None:
     write(tmp_path / "training_set" / "rows.jsonl")  # "training" is a word of the folder's name
     write(tmp_path / "contest.jsonl")  # "test" is none of this one's
-    assert contents(read_records(str(tmp_path), "train")) == ROWS
+    assert contents(read(str(tmp_path), "train")) == ROWS
     write(tmp_path / "plain" / "rows.jsonl")
-    assert contents(read_records(str(tmp_path / "plain"), "train")) == ROWS
+    assert contents(read(str(tmp_path / "plain"), "train")) == ROWS
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="without data files"):
-        read_records(str(tmp_path / "empty"), "train")
+        read(str(tmp_path / "empty"), "train")
 
 
 def test_slices(tmp_path: Path) -> None:
     path = str(write(tmp_path / "x.jsonl"))
-    assert contents(read_records(path, "train[:40%]")) == ROWS[:2]
-    assert contents(read_records(path, "train[:1]+train[3:]")) == [ROWS[0], *ROWS[3:]]
-    assert [r.row for r in read_records(path, "train[3:]")] == [4, 5]  # numbers stay those of the file
+    assert contents(read(path, "train[:40%]")) == ROWS[:2]
+    assert contents(read(path, "train[:1]+train[3:]")) == [ROWS[0], *ROWS[3:]]
+    assert [r.row for r in read(path, "train[3:]")] == [4, 5]  # numbers stay those of the file
     with pytest.raises(BadInput, match=r"data\.split"):
-        read_records(path, "train[:x]")
+        read(path, "train[:x]")
     with pytest.raises(BadInput, match="one of its splits: train"):
-        read_records(path, "test")
+        read(path, "test")
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     for missing in (str(tmp_path / "no.jsonl"), "no.jsonl", "./no", "builtin:other"):
         with pytest.raises(BadInput, match="dataset: found"):
-            read_records(missing, "train")
+            read(missing, "train")
     (tmp_path / "x.txt").write_text("text")
     with pytest.raises(BadInput, match=r"suffix '\.txt'"):
-        read_records(str(tmp_path / "x.txt"), "train")
+        read(str(tmp_path / "x.txt"), "train")
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"])
 def test_the_beginning_of_a_split(tmp_path: Path, name: str) -> None:
     path = str(write(tmp_path / name))
     for most in (1, 3, len(ROWS), 100):
-        found = read_records(path, "train", most=most)
-        assert found == read_records(path, "train")[:most]
+        found = read(path, "train", most=most)
+        assert found == read(path, "train")[:most]
 
 
 def test_no_more_of_a_file_is_read_than_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "train-1.jsonl")
     (tmp_path / "train-2.jsonl.gz").write_bytes(b"broken")  # the second file of the split
-    records = read_records(str(tmp_path), "train", most=len(ROWS))
+    records = read(str(tmp_path), "train", most=len(ROWS))
     assert contents(records) == ROWS
     with pytest.raises(BadInput, match=r"train-2\.jsonl\.gz, which cannot be read"):
-        read_records(str(tmp_path), "train", most=len(ROWS) + 1)
+        read(str(tmp_path), "train", most=len(ROWS) + 1)
 
 
 def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,14 +214,14 @@ def test_a_hub_data_set_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: part.jsonl\n---\n"
     )
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    found = read_records(str(folder), "train", "small", most=3)
+    found = read(str(folder), "train", "small", most=3)
     assert contents(found) == ROWS[:3]
     assert [record.row for record in found] == [1, 2, 3]
     assert not list(cache.rglob("*.arrow"))
-    assert contents(read_records(str(folder), "train", "small")) == ROWS
+    assert contents(read(str(folder), "train", "small")) == ROWS
     assert list(cache.rglob("*.arrow")), "this test would see it"
     with pytest.raises(BadInput, match=r"an existing data\.split"):
-        read_records(str(folder), "test", "small", most=3)
+        read(str(folder), "test", "small", most=3)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -225,11 +230,11 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(BadInput, match="nobody/nothing"):
-        read_records("nobody/nothing", "train")
+        read("nobody/nothing", "train")
 
 
 def test_the_demo() -> None:
-    train, heldout = read_records("builtin:demo", "train"), read_records("builtin:demo", "heldout")
+    train, heldout = read("builtin:demo", "train"), read("builtin:demo", "heldout")
     assert len(train) >= 300
     assert len(heldout) >= 60
 
@@ -241,8 +246,8 @@ def test_s3(tmp_path: Path, s3_server: S3Server) -> None:
     fs = s3fs.S3FileSystem()
     for name in ("set/train.jsonl", "set/test.jsonl", "alone.parquet"):
         fs.put_file(str(write(tmp_path / name)), f"{s3_server.bucket}/data/{name}")
-    assert contents(read_records(f"s3://{s3_server.bucket}/data/set", "test")) == ROWS
-    assert contents(read_records(f"s3://{s3_server.bucket}/data/alone.parquet", "train[:2]")) == ROWS[:2]
+    assert contents(read(f"s3://{s3_server.bucket}/data/set", "test")) == ROWS
+    assert contents(read(f"s3://{s3_server.bucket}/data/alone.parquet", "train[:2]")) == ROWS[:2]
     for url in (f"s3://{s3_server.bucket}/data/none", "s3://no-such-bucket/data"):
         with pytest.raises(BadInput, match="dataset: found nothing at s3://"):
-            read_records(url, "train")
+            read(url, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 import pytest
@@ -20,6 +21,23 @@ def row(number: int, *texts: str) -> Row:
     return Row(number, messages, f"answer {number}")
 
 
+def sides(rows: list[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
+    train, held = split_rows(rows, heldout, seed)
+    return [rows[i] for i in train], [rows[i] for i in held]
+
+
+def split_plainly(rows: list[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """The obvious version: groups in a dict."""
+    groups: dict[str, list[Row]] = {}
+    for r in rows:
+        groups.setdefault(r.opening_hash, []).append(r)
+    held: list[Row] = []
+    for opening in sorted(groups, key=lambda opening: hashlib.sha256(f"{seed}:{opening}".encode()).digest()):
+        if len(held) + len(groups[opening]) <= heldout:
+            held += groups[opening]
+    return [r for r in rows if r not in held], [r for r in rows if r in held]
+
+
 openings = st.lists(st.integers(0, 30), min_size=2, max_size=60)
 
 
@@ -30,10 +48,11 @@ def test_split(openings: list[int], heldout: int, seed: int) -> None:
     sizes = sorted(openings.count(o) for o in set(openings))
     assume(len(sizes) > 1 and sizes[0] <= heldout < len(rows))
     try:
-        train, held = split_rows(rows, heldout, seed)
+        train, held = sides(rows, heldout, seed)
     except BadInput:
         assert sizes[-1] > heldout or sum(sizes) <= heldout  # one huge group, or nothing left to train on
         return
+    assert (train, held) == split_plainly(rows, heldout, seed)
     assert sorted(r.source_row for r in train + held) == list(range(len(rows)))
     assert 1 <= len(held) <= heldout
     assert not {r.prompt_hash for r in train} & {r.prompt_hash for r in held}
@@ -41,20 +60,20 @@ def test_split(openings: list[int], heldout: int, seed: int) -> None:
         assert len(held) == min(heldout, len(rows))
     shuffled = list(rows)
     random.Random(1).shuffle(shuffled)
-    again = split_rows(shuffled, heldout, seed)
+    again = sides(shuffled, heldout, seed)
     assert {r.source_row for r in again[1]} == {r.source_row for r in held}
 
 
 def test_another_seed_holds_out_others() -> None:
     rows = [row(i, f"prompt {i}") for i in range(100)]
-    held = [frozenset(r.source_row for r in split_rows(rows, 20, seed)[1]) for seed in range(5)]
+    held = [frozenset(r.source_row for r in sides(rows, 20, seed)[1]) for seed in range(5)]
     assert len(set(held)) == 5
-    assert split_rows(rows, 20, 0) == split_rows(rows, 20, 0)
+    assert sides(rows, 20, 0) == sides(rows, 20, 0)
 
 
 def test_turns_of_one_conversation_stay_on_one_side() -> None:
     rows = [r for i in range(40) for r in (row(2 * i, f"a{i}"), row(2 * i + 1, f"a{i}", "x", "more"))]
-    train, held = split_rows(rows, 11, 0)
+    train, held = sides(rows, 11, 0)
     assert len(held) == 10
     assert not {r.messages[0]["content"] for r in train} & {r.messages[0]["content"] for r in held}
 
@@ -69,13 +88,15 @@ def test_nothing_left_to_train_on_is_refused() -> None:
 def test_a_heldout_set_of_its_own() -> None:
     rows = [row(i, f"prompt {i}") for i in range(50)]
     other = [row(i, f"prompt {i}") for i in range(40, 60)]
-    train, held, dropped = given_heldout(rows, other, 15, 3)
-    assert len(held) == 15
-    assert held == [r for r in other if r in held]
+    kept, places = given_heldout(rows, other, 15, 3)
+    assert places.tolist() == sorted(places)
+    held = [other[i] for i in places]
+    order = sorted(other, key=lambda r: hashlib.sha256(f"3:{r.prompt_hash}".encode()).digest())
+    assert sorted(r.source_row for r in held) == sorted(r.source_row for r in order[:15])
     chosen = {r.prompt_hash for r in held}
-    assert dropped == sum(r.prompt_hash in chosen for r in rows) > 0
-    assert train == [r for r in rows if r.prompt_hash not in chosen]
-    assert given_heldout(rows, other, 100, 3)[1] == other
+    assert [rows[i] for i in kept] == [r for r in rows if r.prompt_hash not in chosen]
+    assert len(kept) < len(rows)
+    assert given_heldout(rows, other, 100, 3)[1].tolist() == list(range(20))
     with pytest.raises(BadInput, match=r"data\.heldout_dataset"):
         given_heldout(rows, rows, 100, 3)
 

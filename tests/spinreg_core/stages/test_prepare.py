@@ -14,11 +14,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from chat_models import TEMPLATES
 from safetensors.torch import load_file
 
 from spinreg_core import model_source
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import ROWS_SCHEMA
+from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
 from spinreg_core.objects import fetch_file, fetch_folder, read_manifest
 from spinreg_core.render import Renderer
@@ -134,6 +136,33 @@ def test_what_changes_the_rows_changes_their_object(tmp_path: Path) -> None:
     assert len({m["object_id"] for m in made.values()}) == 7
     assert made.pop("template")["base"] not in {m["base"] for m in made.values()}
     assert len({m["base"] for m in made.values()}) == 1
+
+
+def test_a_template_that_thinks_for_the_human_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
+    other = shutil.copytree(toy, tmp_path / "other")
+    (other / "chat_template.jinja").write_text(TEMPLATES["empty_thoughts"])
+    dataset = save(tmp_path / "x.jsonl", ROWS)
+    prepare.run(job(tmp_path, dataset))
+    assert "warning" not in capsys.readouterr().out
+    prepare.run(job(tmp_path, dataset, "other-run", model=str(other)))
+    warning = r"warning: the chat template writes '<think>\n\n</think>\n\n' before every answer"
+    assert warning in capsys.readouterr().out
+    config = RunConfig.model_validate({"model": str(other), "dataset": dataset})
+    assert warning in inspect(config)[0]
+
+
+def test_prompts_that_lose_turns_are_counted(tmp_path: Path) -> None:
+    def chat(i: int, turns: int) -> dict[str, Any]:
+        said = [{"role": r, "content": f"{r} {i} " + "w" * 50} for _ in range(turns) for r in ("user", "assistant")]
+        return {"messages": said}
+
+    dataset = save(tmp_path / "x.jsonl", [chat(i, 1 + 9 * (i < 3)) for i in range(20)])
+    limits = {"max_prompt_tokens": 400, "long_prompts": "drop_oldest"}
+    made = prepare.run(job(tmp_path, dataset, data=limits))
+    assert made["metrics"]["shortened_prompts"] == 3
+    config = RunConfig.model_validate({"model": "random:tiny", "dataset": dataset, "data": limits})
+    assert inspect(config)[1]["train"]["shortened_prompts"] == 3
 
 
 def test_heldout_data_of_its_own(tmp_path: Path) -> None:

@@ -1,0 +1,152 @@
+"""One conversation of a data set -> messages as chat templates take them.
+
+Decides: which roles there are and what data sets call them, and what a tool call, a tool's description and a thought
+look like. Leaves out: layouts and rows (`formats.py`), what a template makes of them (`render.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}; of an assistant also "tool_calls" and a thought
+# under one of THOUGHTS, of a tool also "tool_call_id" and "name".
+Message = dict[str, Any]
+
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # templates differ in what they call it
+_ROLES = {
+    "system": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
+}  # fmt: skip
+_EXTRAS = {"assistant": THOUGHTS, "tool": ("tool_call_id", "name")}
+
+
+class RowProblem(Exception):
+    """Why one record gives no row; becomes a `formats.Rejected`."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+def read_turns(turns: object, where: str) -> list[Message]:
+    """Turns with role/content or from/value; or a JSON text of such a list (CSV, Parquet). Raises RowProblem."""
+    turns = _unwrapped(turns)
+    if not isinstance(turns, list):
+        what = "text" if isinstance(turns, str) else type(turns).__name__
+        raise RowProblem("wrong_type", f"{where} is {what}, not a list of turns")
+    if not turns:
+        raise RowProblem("no_assistant_turn", f"{where} is empty")
+    return [_message(turn, f"turn {i}") for i, turn in enumerate(turns, start=1)]
+
+
+def user_turns(turns: object) -> list[object]:
+    """What users say in a conversation, whatever else is wrong with it."""
+    turns = _unwrapped(turns)
+    said = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    return [_content(turn) for turn in said if _ROLES.get(str(_role(turn)).lower()) == "user"]
+
+
+def read_tools(value: object) -> list[dict[str, Any]] | None:
+    """Descriptions of the tools that a conversation may use: a list of records, or a JSON text of it; None without any.
+    Raises RowProblem."""
+    found = _unwrapped(value)
+    if found is None or found in ("", []):
+        return None
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise RowProblem("wrong_type", "tools is no list of descriptions")
+    _check_texts(found, "tools")
+    return found
+
+
+def text_of(value: object, where: str, role: str) -> str:
+    """A text field. Raises RowProblem."""
+    if value is None:  # how Parquet and CSV write an absent text
+        raise RowProblem("empty_answer" if role == "assistant" else "empty_prompt", f"{where} is null")
+    if not isinstance(value, str):
+        raise RowProblem("wrong_type", f"{where} is {type(value).__name__}, not text")
+    _check_texts(value, where)
+    return value
+
+
+def _message(turn: object, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise RowProblem("wrong_type", f"{where} is {type(turn).__name__}")
+    named = _role(turn)
+    if named is None or named == "":
+        raise RowProblem("missing_role", f"{where} has the fields {', '.join(map(str, turn)) or '(none)'}")
+    if not isinstance(named, str) or named.lower() not in _ROLES:
+        raise RowProblem("unknown_role", f"{where} has role {named!r}")
+    role, content = _ROLES[named.lower()], _content(turn)
+    calls: Any = turn.get("tool_calls") if role == "assistant" else None
+    if named.lower() == "function_call":  # ShareGPT: the call is the text
+        calls, content = content, None
+    extras: Message = {}
+    if calls is not None and calls != []:
+        extras["tool_calls"] = _calls(calls, where)
+        content = "" if content is None else content
+    for name in _EXTRAS.get(role, ()):
+        if turn.get(name) not in (None, ""):
+            extras[name] = text_of(turn[name], f"{where}, {name}", role)
+    return {"role": role, "content": text_of(content, where, role)} | extras
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """As templates expect them: {"type": "function", "function": {"name", "arguments": a mapping}}, "id" if given.
+
+    Arguments may be a JSON text (as OpenAI's interface has them), the call may be the bare function.
+    """
+    where = f"{where}, tool_calls"
+    calls = _unwrapped(calls)
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise RowProblem("wrong_type", f"{where} is {type(calls).__name__}, not a list of calls")
+    found = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str) or not name:
+            raise RowProblem("wrong_type", f"{where}: a call without the name of a function")
+        arguments = _unwrapped(function.get("arguments"))
+        arguments = {} if arguments is None or arguments == "" else arguments
+        if not isinstance(arguments, dict):
+            raise RowProblem("wrong_type", f"{where}: arguments of {name} are no JSON object")
+        one = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        found.append(one | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
+    _check_texts(found, where)
+    return found
+
+
+def _unwrapped(value: Any) -> Any:
+    """What a JSON text says; anything else, and a text that is no JSON, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def _role(turn: dict[str, Any]) -> object:
+    return turn.get("role") if turn.get("role") is not None else turn.get("from")
+
+
+def _content(turn: dict[str, Any]) -> object:
+    return turn.get("content") if turn.get("content") is not None else turn.get("value")
+
+
+def _check_texts(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            _check_texts(key, where)
+            _check_texts(one, where)
+    elif isinstance(value, list):
+        for one in value:
+            _check_texts(one, where)
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # files are read with undecodable bytes kept as lone surrogates
+            raise RowProblem("broken_utf8", f"{where}, character {error.start + 1}") from None

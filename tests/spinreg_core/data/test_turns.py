@@ -1,0 +1,75 @@
+"""Conversations with tools and thoughts, in the forms that data sets have them in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.formats import Row, choose_layout, read_rows
+
+ASKED = {"role": "user", "content": "Rain?"}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+OPENAI = [
+    ASKED,
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}]},
+    {"role": "tool", "tool_call_id": "c1", "content": "dry"},
+    {"role": "assistant", "content": "No.", "reasoning_content": "It is dry."},
+]  # fmt: skip
+SHAREGPT = [
+    {"from": "human", "value": "Rain?"},
+    {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Ulm"}}'},
+    {"from": "observation", "value": "dry"},
+    {"from": "gpt", "value": "No."},
+]
+
+
+def rows(record: dict[str, Any], turns: Any = "last") -> list[Row]:
+    return read_rows(record, 1, choose_layout(set(record), DataConfig(), "dataset"), turns)
+
+
+def test_an_answer_after_a_tool() -> None:
+    (row,) = rows({"messages": OPENAI, "tools": TOOLS})
+    said = {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": "c1"}]}
+    assert row.messages == (ASKED, said, {"role": "tool", "content": "dry", "tool_call_id": "c1"})
+    assert row.reply == {"role": "assistant", "content": "No.", "reasoning_content": "It is dry."}
+    assert row.tools == TOOLS
+
+
+def test_a_call_is_an_answer_of_its_own() -> None:
+    calling, telling = rows({"messages": OPENAI}, "all")
+    assert calling.messages == (ASKED,)
+    assert (calling.answer, calling.extras) == ("", {"tool_calls": [CALL | {"id": "c1"}]})
+    assert calling.tools is None
+    assert telling.answer == "No."
+    assert calling.opening_hash == telling.opening_hash
+
+
+def test_sharegpt_has_calls_as_texts() -> None:
+    calling, telling = rows({"conversations": SHAREGPT}, "all")
+    assert calling.extras == {"tool_calls": [CALL]}
+    assert [m["role"] for m in telling.messages] == ["user", "assistant", "tool"]
+    assert rows({"conversations": json.dumps(SHAREGPT), "tools": json.dumps(TOOLS)})[0].tools == TOOLS
+
+
+@pytest.mark.parametrize("absent", [None, "", [], "[]"])
+def test_what_parquet_writes_for_absent_fields(absent: Any) -> None:
+    """Every turn has every field there, most of them null."""
+    empty = {"tool_calls": None, "tool_call_id": None, "reasoning_content": None, "name": ""}
+    record = {"messages": [empty | turn for turn in OPENAI], "tools": absent}
+    assert rows(record, "all") == rows({"messages": OPENAI}, "all")
+
+
+def test_rows_differ_by_all_that_they_hold() -> None:
+    other = json.loads(json.dumps(OPENAI).replace("Ulm", "Bonn"))
+    plain, tools, call = (
+        rows(r)[0] for r in ({"messages": OPENAI}, {"messages": OPENAI, "tools": TOOLS}, {"messages": other})
+    )
+    assert len({plain.prompt_hash, tools.prompt_hash, call.prompt_hash}) == 3
+    thought = rows({"messages": [*OPENAI[:-1], OPENAI[-1] | {"reasoning_content": "Hm."}]})[0]
+    assert thought.prompt_hash == plain.prompt_hash
+    assert thought.content != plain.content
