@@ -84,7 +84,8 @@ def prompt_ids_of(stems: NDArray[np.bytes_]) -> Iterator[str]:
     _, which, counts = np.unique(stems, return_inverse=True, return_counts=True)
     seen: Counter[bytes] = Counter()
     for stem, repeats in zip(stems, counts[which] > 1, strict=True):
-        seen[stem] += repeats
+        if repeats:  # few do: the others need not be remembered
+            seen[stem] += 1
         yield stem.decode() if seen[stem] < 2 else f"{stem.decode()}-{seen[stem]}"
 
 

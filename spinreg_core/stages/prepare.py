@@ -201,7 +201,7 @@ def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> di
     rows, truncated, final = dict.fromkeys(("train", "heldout"), 0), 0, 0
     for name in rows:
         with pq.ParquetFile(folder / f"{name}.parquet") as file:
-            for batch in file.iter_batches(columns=[*lengths, "answer_truncated", "final_answer"]):
+            for batch in file.iter_batches(1000, columns=[*lengths, "answer_truncated", "final_answer"]):
                 rows[name] += batch.num_rows
                 truncated += pc.sum(batch["answer_truncated"]).as_py() or 0
                 final += batch.num_rows - batch["final_answer"].null_count if name == "heldout" else 0
