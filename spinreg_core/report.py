@@ -85,16 +85,18 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
 
 
 def _round(store: Store, head: dict[str, Any], number: int) -> dict[str, Any]:
-    """What one round left: its objects, its held-out metrics, its training curve; None for what is not there yet."""
+    """What one round left: its objects, held-out metrics, pairs and training curve; None for what is not there yet."""
     stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
-    metrics = training = None
+    metrics = training = pairs = None
+    if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
+        pairs = manifest["metrics"]
     if "evaluate" in stages:
         metrics = json.loads(fetch_file(store, stages["evaluate"], "metrics.json").read_bytes())
     if "train" in stages:
         lines = fetch_file(store, stages["train"], "metrics.jsonl").read_text().splitlines()
         summary = json.loads(fetch_file(store, stages["train"], "summary.json").read_bytes())
         training = {"steps": [json.loads(line) for line in lines], "summary": summary}
-    return {"round": number, "stages": stages, "metrics": metrics, "training": training}
+    return {"round": number, "stages": stages, "metrics": metrics, "pairs": pairs, "training": training}
 
 
 def _samples(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:

@@ -91,25 +91,36 @@ def summary(number: int, text: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pairs(number: int) -> dict[str, Any]:
+    """The metrics of the stage `mix-opponent`, in the second round with scores of the engine."""
+    engine = {"engine_checked": 8, "engine_mean_difference": 0.0123, "engine_worst_difference": -0.0456,
+              "engine_shards": 2, "engine_shards_refused": 1}  # fmt: skip
+    return {
+        "pairs": 64, "by_iterate": {str(k): 64 // number for k in range(number)}, "generated_truncated": 3,
+        "clipped": 2, "dropped": 0, "empty_generated": 1, "scores_computed": 100, "scores_reused": 28,
+        "scores_of_engine": 10 * (number - 1),
+    } | (engine if number == 2 else {})  # fmt: skip
+
+
 def make_run(store: Store, tmp_path: Path, nll: list[float], text: str = "fine", run: str = "demo") -> Store:
     """A run with len(nll) - 1 rounds, published and committed as stages do it."""
     config = RunConfig(run=run)
 
-    def put(stage: str, number: int, files: dict[str, str]) -> str:
+    def put(stage: str, number: int, files: dict[str, str], found: dict[str, Any] | None = None) -> str:
         key = {"stage": stage, "round": number, "run": run, "text": text}
         folder = tmp_path / "out" / run / f"{stage}-{number}"
         folder.mkdir(parents=True)
         for name, content in files.items():
             (folder / name).write_text(content)
         job = Job(stage, fingerprint(stage, key), key, store.url, "e0001-aa", number, {"from": text}, config, tmp_path)
-        return publish(store, job, folder, metrics={}, seconds=12.5 + 60 * number)["object_id"]
+        return publish(store, job, folder, metrics=found or {}, seconds=12.5 + 60 * number)["object_id"]
 
     with open_session(store, config, "test") as session:
         session.commit_inputs(put("base", 0, {"weights": "w" * 2000}), put("data", 0, {"train.parquet": "p"}))
         for number in range(len(nll)):
             if number:
                 session.commit(number, "generate", put("generate", number, {"shard": "s"}))
-                session.commit(number, "mix-opponent", put("mix-opponent", number, {"pairs": "p"}))
+                session.commit(number, "mix-opponent", put("mix-opponent", number, {"pairs": "p"}, pairs(number)))
                 lines = "\n".join(json.dumps(step) for step in steps(number))
                 files = {"metrics.jsonl": lines, "summary.json": json.dumps(summary(number, text))}
                 session.commit(number, "train", put("train", number, files))
@@ -167,6 +178,16 @@ def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Pa
     assert page == build_report(store, "demo")[0]
 
 
+def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) -> None:
+    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert "100 / 28 / 10" in text
+    assert "+0.0123, -0.0456 (8 checked); 1 of 2" in text
+    assert "0: 32, 1: 32" in text
+    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10], run="plain"), "plain")
+    assert "engine's scores" not in page
+
+
 def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -> None:
     page, data = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(Reader(page).text)
@@ -184,6 +205,7 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
     assert [s["loss"] for s in data["rounds"][1]["training"]["steps"]] == [s["loss"] for s in steps(1)]
     assert data["rounds"][1]["training"]["steps"][0]["grad_norm"] is None  # NaN cannot be JSON
     assert data["rounds"][2]["training"]["summary"] == summary(2, "fine")
+    assert [entry["pairs"] for entry in data["rounds"]] == [None, pairs(1), pairs(2)]
     assert "+4.56 ± 0.54" in text
     assert "-3.21 ± 0.54" in text
     assert data["config"] == RunConfig().model_dump(mode="json")
@@ -257,7 +279,10 @@ def test_an_unknown_run_is_named_with_the_known_ones(store: Store, tmp_path: Pat
 
 
 def rounds(nll: list[float], half: float = 0.02) -> list[dict[str, Any]]:
-    return [{"round": n, "metrics": metrics(n, nll, half), "training": None, "stages": {}} for n in range(len(nll))]
+    return [
+        {"round": n, "metrics": metrics(n, nll, half), "training": None, "pairs": None, "stages": {}}
+        for n in range(len(nll))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +305,7 @@ def test_the_verdict_is_what_the_paired_interval_supports(
 
 
 def test_the_verdict_skips_a_round_that_is_not_evaluated_yet() -> None:
-    unfinished = [*rounds([1.25, 1.10]), {"round": 2, "metrics": None, "training": None, "stages": {}}]
+    unfinished = [*rounds([1.25, 1.10]), {"round": 2, "metrics": None, "training": None, "pairs": None, "stages": {}}]
     assert verdict(unfinished)["round"] == 1
 
 
