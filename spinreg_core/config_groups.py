@@ -59,6 +59,13 @@ class OpponentConfig(Group):
         "own scorer; or the engine that sampled them, shard by shard, where its numbers agree with the scorer's on a "
         "sample of the shard (neutral sampler only).",
     )
+    replay_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="With source regenerate: share of the answers drawn from an earlier iterate that are not generated "
+        "anew; as many pairs of that iterate come back from earlier rounds, with their own prompts (0..1).",
+    )
     truncated: Literal["keep", "drop", "clip_real"] = Field(
         "clip_real",
         description="Generated answers cut off by the length limit: keep the pair, drop it, or clip a real answer that "
@@ -72,6 +79,12 @@ class OpponentConfig(Group):
         if isinstance(value, list) and (not value or value[0] <= 0):
             raise ValueError("a list of weights, newest first, the first of them positive")
         return value
+
+    @model_validator(mode="after")
+    def _replays_what_could_be_regenerated(self) -> OpponentConfig:
+        if self.replay_share and self.source == "replay":
+            raise ValueError(f"replay_share ({self.replay_share}) needs source regenerate: source replay is all replay")
+        return self
 
 
 class ObjectiveConfig(Group):

@@ -101,7 +101,7 @@ def prompts(config: RunConfig, sizes: Sizes) -> int:
 
 
 def answers(config: RunConfig, sizes: Sizes) -> int:
-    """Answers sampled in a round."""
+    """Answers of a round, also those that pairs of earlier rounds stand for (opponent.replay_share)."""
     return prompts(config, sizes) * config.generation.answers_per_prompt
 
 

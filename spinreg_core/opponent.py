@@ -112,6 +112,14 @@ def draws_mixture(share: float, *, seed: int, round_index: int, prompt_id: str, 
     return _uniform("spinreg draws_mixture", seed, round_index, prompt_id, answer_index) < share
 
 
+def draws_replay(share: float, *, seed: int, round_index: int, prompt_id: str, answer_index: int = 0) -> bool:
+    """Whether the answer of an earlier iterate is replaced by a pair of an earlier round, with probability `share`.
+
+    Depends on the arguments alone, and not on which iterate was drawn. A larger share takes what a smaller one takes.
+    """
+    return _uniform("spinreg draws_replay", seed, round_index, prompt_id, answer_index) < share
+
+
 def replay_quota(weights: Sequence[float], available: Sequence[int]) -> list[int]:
     """How many pairs of each round to train on, so that the shares of the iterates are the weights.
 

@@ -126,6 +126,24 @@ def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed
     return found
 
 
+def replay_iterates(
+    earlier: Iterable[Sequence[Pair]], wanted: Mapping[int, int], *, seed: int, round_number: int
+) -> list[Pair]:
+    """Pairs of earlier rounds by the iterate that answered: `wanted[n]` of iterate n, or all there are of it if less.
+
+    earlier: the pairs of each round. They are chosen without replacement (`opponent.choose`), newest iterate first.
+    """
+    by_iterate: dict[int, dict[str, Pair]] = {}
+    for pair in (pair for pairs in earlier for pair in pairs):
+        by_iterate.setdefault(pair["iterate"], {})[pair["pair_id"]] = pair
+    found: list[Pair] = []
+    for iterate, count in sorted(wanted.items(), reverse=True):
+        own = by_iterate.get(iterate, {})
+        chosen = choose(list(own), min(count, len(own)), seed=seed, round_index=round_number - 1, iterate=iterate)
+        found += [own[name] for name in chosen]
+    return found
+
+
 def sequence_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> bytes:
     """What a score belongs to: SHA-256 of the tokens. Not the pair's id, because clipping changes an answer."""
     head = len(prompt_ids).to_bytes(8, "little")

@@ -127,6 +127,8 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
             "share": config.opponent.geometric_share, "alpha": config.objective.alpha if alpha is None else alpha
         }  # fmt: skip
         policies["0"] = policy_object(head, 0)
+    if config.opponent.replay_share and t:
+        extra["replay_share"] = config.opponent.replay_share
     prompts = config.data.model_dump(mode="json", include={"prompts_per_round", "round_prompts"})
     key = extra | {
         "data": head["data"], "prompts": prompts, "answers": config.generation.answers_per_prompt,
@@ -150,7 +152,7 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
     alpha, weights = config.objective.alpha, _history(config, round_number)
     generations = _required(head, round_number, "generate")
     earlier = []
-    if config.opponent.source == "replay":
+    if config.opponent.source == "replay" or config.opponent.replay_share:
         earlier = [
             {
                 "round": round_number - k,

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spinreg_core.engines import Answer, Sampling
-from spinreg_core.opponent import draw_iterate, draws_mixture
+from spinreg_core.opponent import draw_iterate, draws_mixture, draws_replay
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -76,34 +76,43 @@ def drawn_sources(
     weights: Sequence[float],
     *,
     geometric_share: float,
+    replay_share: float,
     round_number: int,
     seed: int,
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """([prompts, answers] iterates, [prompts, answers] geometric): who answers in a round, counted from 1.
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """([prompts, answers] iterates, geometric, replayed): who answers in a round, counted from 1, and which of these
+    answers are not given, because a pair of an earlier round stands for them.
 
     Iterate round - 1 - k has probability weights[k]. The base's mixture with itself is the base.
     """
     t = round_number - 1
     iterates = np.empty((len(prompt_ids), answers), np.int64)
-    geometric = np.zeros((len(prompt_ids), answers), bool)
+    geometric, replayed = np.zeros((2, len(prompt_ids), answers), bool)
     for i, name in enumerate(prompt_ids):
         for k in range(answers):
-            iterates[i, k] = t - draw_iterate(weights, seed=seed, round_index=t, prompt_id=name, answer_index=k)
-            geometric[i, k] = iterates[i, k] > 0 and draws_mixture(
-                geometric_share, seed=seed, round_index=t, prompt_id=name, answer_index=k
-            )
-    return iterates, geometric
+            age = draw_iterate(weights, seed=seed, round_index=t, prompt_id=name, answer_index=k)
+            of = {"seed": seed, "round_index": t, "prompt_id": name, "answer_index": k}
+            iterates[i, k] = t - age
+            geometric[i, k] = age < t and draws_mixture(geometric_share, **of)  # type: ignore[arg-type]
+            replayed[i, k] = age > 0 and draws_replay(replay_share, **of)  # type: ignore[arg-type]
+    return iterates, geometric, replayed
 
 
 def make_shards(
-    rows: NDArray[np.int64], iterates: NDArray[np.int64], geometric: NDArray[np.bool_], size: int
+    rows: NDArray[np.int64],
+    iterates: NDArray[np.int64],
+    geometric: NDArray[np.bool_],
+    size: int,
+    replayed: NDArray[np.bool_] | None = None,
 ) -> list[Shard]:
     """Cut the answers into shards of at most `size`, each of one source: sources ascending, rows ascending.
 
-    rows [prompts], iterates and geometric [prompts, answers].
+    rows [prompts]; iterates, geometric and replayed (answers that are not given) [prompts, answers].
     """
     count, answers = iterates.shape
     which = np.repeat(rows, answers), np.tile(np.arange(answers), count), iterates.ravel(), geometric.ravel()
+    if replayed is not None:
+        which = tuple(x[~replayed.ravel()] for x in which)  # type: ignore[assignment]
     order = np.lexsort((which[1], which[0], which[3], which[2]))
     row, answer, iterate, mixed = (x[order] for x in which)
     shards: list[Shard] = []

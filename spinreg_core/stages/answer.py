@@ -175,18 +175,30 @@ def planned(job: Job, rows: Rows) -> list[Shard]:
         (only,) = job.inputs["policies"]
         iterates = np.full((len(rows), 1), int(only))
         return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), config.generation.shard_size)
-    data = config.data
+    chosen, iterates, mixed, replayed = _drawn(job, rows)
+    return make_shards(chosen, iterates, mixed, config.generation.shard_size, replayed)
+
+
+def not_given(job: Job, rows: Rows) -> dict[str, int]:
+    """Answers of a round, by iterate, that are not given: pairs of earlier rounds stand for them."""
+    if not job.extra.get("replay_share"):
+        return {}
+    _, iterates, _, replayed = _drawn(job, rows)
+    return {str(n): int(count) for n, count in zip(*np.unique(iterates[replayed], return_counts=True), strict=True)}
+
+
+def _drawn(job: Job, rows: Rows) -> tuple[Any, Any, Any, Any]:
+    """([prompts] rows, [prompts, answers] iterates, geometric, replayed) of a round; see `shards.drawn_sources`."""
+    config, data, geometric = job.config, job.config.data, job.extra.get("geometric")
     chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
-    geometric = job.extra.get("geometric")
     if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
         iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
-        mixed = np.zeros_like(iterates, bool)
-    else:
-        iterates, mixed = drawn_sources(
-            rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
-            geometric_share=geometric["share"] if geometric else 0.0, round_number=job.round, seed=config.seed,
-        )  # fmt: skip
-    return make_shards(chosen, iterates, mixed, config.generation.shard_size)
+        return chosen, iterates, np.zeros_like(iterates, bool), np.zeros_like(iterates, bool)
+    return chosen, *drawn_sources(
+        rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
+        geometric_share=geometric["share"] if geometric else 0.0, replay_share=job.extra.get("replay_share", 0.0),
+        round_number=job.round, seed=config.seed,
+    )  # fmt: skip
 
 
 def run(job: Job) -> dict[str, Any]:

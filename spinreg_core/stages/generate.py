@@ -9,6 +9,7 @@ A job's `inputs`: {"data": object id, "policies": {"<iterate n>": object id with
     rows       "train": the prompts of the job's round. "heldout": every held-out prompt.
     weights    of the iterates round-1, round-2, ... (rows train only); each answer's is drawn with them.
     geometric  optional: {"share", "alpha"} of answers sampled from the mixture of their iterate with iterate 0.
+    replay_share  optional: of the answers of earlier iterates, how many are not given (`opponent.replay_share`).
 
 `key["sampler"]["engine"]` names the engine, so that what is run is what was fingerprinted.
 """
@@ -34,7 +35,7 @@ from spinreg_core.errors import (
 from spinreg_core.objects import fetch_file, list_parts, publish, read_manifest
 from spinreg_core.progress import Progress
 from spinreg_core.shards import Rows, Shard, Source
-from spinreg_core.stages.answer import answer_shards, engine_of, planned
+from spinreg_core.stages.answer import answer_shards, engine_of, not_given, planned
 from spinreg_core.stages.engine_guests import lend_engines
 from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave
 from spinreg_core.stages.engine_process import raise_verdict
@@ -70,8 +71,8 @@ def run(job: Job) -> dict[str, Any]:
     Its metrics: `prompts` (answers), `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
     max_new_tokens), `empty` (answers that are an end-of-turn only), `invalid_text` (answers that are no valid UTF-8:
     their tokens are kept, their text shows U+FFFD), `geometric` (share sampled from the mixture), `tokens_per_second`
-    (of one engine, while answering), `startup_seconds` (loading engines, all attempts together). Raises BadInput,
-    Damaged.
+    (of one engine, while answering), `startup_seconds` (loading engines, all attempts together), `replayed` (answers
+    not given, by iterate: pairs of earlier rounds stand for them). Raises BadInput, Damaged.
     """
     start = time.monotonic()
     store = open_store(job.store)
@@ -110,7 +111,7 @@ def run(job: Job) -> dict[str, Any]:
             answer_shards(job, store, rows, source, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
             answer_in_processes(job, store, source, own, devices, on_answer=progress.update, on_commit=on_commit)
-    metrics = _metrics(list(metas.values()))
+    metrics = _metrics(list(metas.values())) | ({"replayed": not_given(job, rows)} if kind == "train" else {})
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
     manifest = publish(store, job, nothing, metrics=metrics, parts=[s.name for s in shards],

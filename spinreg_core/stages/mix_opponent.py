@@ -24,8 +24,8 @@ import pyarrow.parquet as pq
 
 from spinreg_core.engine_scores import checked_scores
 from spinreg_core.engines import Sampling
-from spinreg_core.errors import BadInput
-from spinreg_core.objects import fetch_file, fetch_files, fetch_folder, publish
+from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.objects import fetch_file, fetch_files, fetch_folder, publish, read_manifest
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.pairs import (
     PAIRS_SCHEMA,
@@ -35,6 +35,7 @@ from spinreg_core.pairs import (
     keyed,
     known_scores,
     replay,
+    replay_iterates,
     sequence_key,
     treat_truncated,
 )
@@ -82,23 +83,39 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
     rows = {row["prompt_id"]: row for row in table.to_pylist()}
     before = [join(found, rows, number) for number, found in generations]
     after = [treat_truncated(pairs, opponent.truncated) for pairs in before]
+    of_rounds = mixture_weights(job.round - 1, opponent.history, opponent.weighting, decay=opponent.decay)
+    if earlier or opponent.source == "replay":
+        expected = [job.round - k for k in range(len(of_rounds))]
+        if [number for number, _ in sources] != expected:
+            found = f"rounds {[e['round'] for e in earlier]}"
+            raise BadInput(f"mix-opponent job of round {job.round}, inputs.earlier", found,
+                           f"rounds {expected[1:]}, newest first")  # fmt: skip
+    figures: dict[str, int] = {}
     if opponent.source == "replay":
-        weights = mixture_weights(job.round - 1, opponent.history, opponent.weighting, decay=opponent.decay)
-        if [number for number, _ in sources] != [job.round - k for k in range(len(weights))]:
-            raise BadInput(
-                f"mix-opponent job of round {job.round}, inputs.earlier",
-                f"rounds {[e['round'] for e in earlier]}",
-                f"rounds {[job.round - k for k in range(1, len(weights))]}, newest first",
-            )
-    else:
-        weights = [1.0]  # the round's generations carry the drawn iterates already
-    chosen = replay(after, weights, seed=job.config.seed, round_number=job.round)
+        used = [weight > 0 for weight in of_rounds]
+        chosen = replay(after, of_rounds, seed=job.config.seed, round_number=job.round)
+    else:  # the round's generations carry the drawn iterates already
+        used = [True] * len(after)
+        chosen = replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round)
+        if earlier:
+            wanted = _replayed(store, job)
+            back = replay_iterates(after[1:], wanted, seed=job.config.seed, round_number=job.round)
+            chosen += back
+            figures = {"replayed": len(back), "replay_short": sum(wanted.values()) - len(back)}
     length_before = {pair["pair_id"]: len(pair["real_ids"]) for pairs in before for pair in pairs}
-    return chosen, {
+    return chosen, figures | {
         # Only rounds whose pairs are used at all lose any.
-        "dropped": sum(len(a) - len(b) for a, b, w in zip(before, after, weights, strict=True) if w > 0),
+        "dropped": sum(len(a) - len(b) for a, b, use in zip(before, after, used, strict=True) if use),
         "clipped": sum(len(pair["real_ids"]) < length_before[pair["pair_id"]] for pair in chosen),
     }
+
+
+def _replayed(store: Store, job: Job) -> dict[int, int]:
+    """How many answers of each iterate the round did not generate, so that earlier pairs of it come back."""
+    manifest = read_manifest(store, job.inputs["generations"])
+    if manifest is None:
+        raise Damaged(f"{job.inputs['generations']}: found no manifest; expected the round's generations")
+    return {int(iterate): count for iterate, count in manifest["metrics"]["replayed"].items()}
 
 
 def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
@@ -266,8 +283,11 @@ def _described(summary: dict[str, Any]) -> str:
             f"{summary['engine_worst_difference']:+.3g} at most; {summary['engine_shards_refused']} of "
             f"{summary['engine_shards']} shards refused)"
         )
+    short = ""
+    if summary.get("replay_short"):
+        short = f" ({summary['replay_short']} of the pairs to replay were not there: the shares are off by as many)"
     return (
-        f"{summary['pairs']} pairs ({rounds}); generated answers cut off: {summary['generated_truncated']}, "
+        f"{summary['pairs']} pairs ({rounds}){short}; generated answers cut off: {summary['generated_truncated']}, "
         f"human answers clipped: {summary['clipped']}, pairs dropped: {summary['dropped']}, empty answers: "
         f"{summary['empty_generated']}, equal to the human answer: {summary['identical']}; scores computed: "
         f"{summary['scores_computed']}, reused: {summary['scores_reused']}, the engine's: "

@@ -23,7 +23,8 @@ def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path)
     store = open_store(str(tmp_path / "store"))
     settings = {
         "opponent.source": "regenerate", "opponent.history": "all", "opponent.geometric_share": 0.5,
-        "opponent.scores": "engine", "generation.answers_per_prompt": 2, "generation.shard_size": 24,
+        "opponent.scores": "engine", "opponent.replay_share": 0.5,
+        "generation.answers_per_prompt": 2, "generation.shard_size": 24,
         "training.average": "slerp",
         "training.average_weight": 0.4,
     }  # fmt: skip
@@ -51,7 +52,10 @@ def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path)
     assert all(bool((again[name] == found[name]).all()) for name in found)
 
     pairs = pq.read_table(fetch_file(store, made(2, "mix-opponent")["object_id"], "pairs.parquet")).to_pylist()
-    assert len(pairs) == 24
+    generated = made(2, "generate")["metrics"]
+    assert 0 < generated["replayed"]["0"] == made(2, "mix-opponent")["metrics"]["replayed"]
+    assert len(pairs) == 24 == generated["prompts"] + generated["replayed"]["0"]
+    assert sum(p["round"] == 1 for p in pairs) == generated["replayed"]["0"]
     assert {(p["iterate"], p["geometric"]) for p in pairs} == {(0, False), (1, False), (1, True)}
     assert {p["pair_id"].count(":") for p in pairs} == {1, 2}
     mixed = made(2, "mix-opponent")["metrics"]

@@ -111,6 +111,10 @@ def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
     again = config(opponent__source="regenerate", opponent__history=2)
     assert PLANS["mix-opponent"](again, head(3), 3).inputs["earlier"] == []
     assert PLANS["generate"](again, head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
+    both = config(opponent__source="regenerate", opponent__history=2, opponent__replay_share=0.5)
+    assert [e["round"] for e in PLANS["mix-opponent"](both, head(3), 3).inputs["earlier"]] == [2]
+    assert PLANS["generate"](both, head(3), 3).extra["replay_share"] == 0.5
+    assert PLANS["generate"](both, head(3), 1).object_id == PLANS["generate"](again, head(3), 1).object_id
 
 
 def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history() -> None:

@@ -26,6 +26,10 @@ NAMES = [f"p{i}" for i in range(3000)]
 def test_shards_hold_every_answer_once_and_one_source_each(rows: list[int], answers: int, size: int, seed: int) -> None:
     draw = np.random.default_rng(seed)
     iterates, mixed = draw.integers(0, 3, (len(rows), answers)), draw.integers(0, 2, (len(rows), answers)) > 0
+    replayed = draw.integers(0, 2, (len(rows), answers)) > 0
+    shards = make_shards(np.array(rows), iterates, mixed, size, replayed)
+    asked = {(int(r), int(a)) for s in shards for r, a in zip(s.rows, s.answers, strict=True)}
+    assert asked == {(row, k) for i, row in enumerate(rows) for k in range(answers) if not replayed[i, k]}
     shards = make_shards(np.array(rows), iterates, mixed, size)
     assert [s.number for s in shards] == list(range(len(shards)))
     seen = {(int(r), int(a)): s.source for s in shards for r, a in zip(s.rows, s.answers, strict=True)}
@@ -44,22 +48,28 @@ def test_shards_hold_every_answer_once_and_one_source_each(rows: list[int], answ
 
 
 def test_sources_follow_weights_and_share_and_reproduce() -> None:
-    given = {"geometric_share": 0.4, "round_number": 5, "seed": 3}
-    iterates, mixed = drawn_sources(NAMES, 2, [0.5, 0.3, 0.2], **given)  # type: ignore[arg-type]
+    given = {"geometric_share": 0.4, "replay_share": 0.7, "round_number": 5, "seed": 3}
+    iterates, mixed, replayed = drawn_sources(NAMES, 2, [0.5, 0.3, 0.2], **given)  # type: ignore[arg-type]
     again = drawn_sources(NAMES[::-1], 2, [0.5, 0.3, 0.2], **given)  # type: ignore[arg-type]
     assert (again[0][::-1] == iterates).all()
     assert (again[1][::-1] == mixed).all()
+    assert (again[2][::-1] == replayed).all()
     share = {n: float((iterates == n).mean()) for n in (4, 3, 2)}
     assert share == pytest.approx({4: 0.5, 3: 0.3, 2: 0.2}, abs=0.03)
     assert float(mixed.mean()) == pytest.approx(0.4, abs=0.03)
     assert abs(np.corrcoef(iterates[:, 0], iterates[:, 1])[0, 1]) < 0.06, "answers to a prompt are drawn on their own"
     assert abs(np.corrcoef(iterates.ravel(), mixed.ravel())[0, 1]) < 0.06
-    first, _ = drawn_sources(NAMES, 1, [0.5, 0.3, 0.2], **given)  # type: ignore[arg-type]
+    assert not replayed[iterates == 4].any(), "the newest iterate has no earlier pairs"
+    assert float(replayed[iterates < 4].mean()) == pytest.approx(0.7, abs=0.03)
+    assert abs(np.corrcoef(replayed[iterates < 4], mixed[iterates < 4])[0, 1]) < 0.06
+    first, _, _ = drawn_sources(NAMES, 1, [0.5, 0.3, 0.2], **given)  # type: ignore[arg-type]
     assert (first[:, 0] == iterates[:, 0]).all(), "further answers change nothing of the first"
 
 
 def test_the_base_has_no_mixture_with_itself() -> None:
-    iterates, mixed = drawn_sources(NAMES[:200], 1, [0.5, 0.5], geometric_share=1.0, round_number=2, seed=0)
+    given = {"geometric_share": 1.0, "replay_share": 0.0, "round_number": 2, "seed": 0}
+    iterates, mixed, replayed = drawn_sources(NAMES[:200], 1, [0.5, 0.5], **given)  # type: ignore[arg-type]
+    assert not replayed.any()
     assert mixed[iterates == 1].all()
     assert not mixed[iterates == 0].any()
 

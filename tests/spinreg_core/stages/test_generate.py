@@ -103,7 +103,7 @@ def test_several_iterates_answer_their_own_drawn_prompts(house: House) -> None:
     job = house.job("mixed", iterates=[2, 1, 0])
     found = house.answers(run(job))
     names = found["prompt_id"].to_pylist()
-    drawn, _ = drawn_sources(names, 1, [1 / 3] * 3, geometric_share=0, round_number=3, seed=7)
+    drawn, _, _ = drawn_sources(names, 1, [1 / 3] * 3, geometric_share=0, replay_share=0, round_number=3, seed=7)
     assert found["iterate"].to_pylist() == drawn[:, 0].tolist()
     assert set(found["iterate"].to_pylist()) == {0, 1, 2}
     data = pq.read_table(house.root / "data" / "train.parquet")

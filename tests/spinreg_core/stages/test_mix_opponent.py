@@ -42,24 +42,24 @@ class Run:
         self.prompts = dict(zip(names, prompts, strict=True))
         self.generations = [self.generate(number, number - 1) for number in (1, 2, 3)]
 
-    def _publish(self, stage: str, tables: dict[str, pa.Table]) -> str:
+    def _publish(self, stage: str, tables: dict[str, pa.Table], metrics: dict[str, Any] | None = None) -> str:
         folder = self.root / f"out-{len(list(self.root.iterdir()))}"
         for name, table in tables.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, folder / name)
-        return self._put(stage, folder)
+        return self._put(stage, folder, metrics)
 
-    def _put(self, stage: str, folder: Path) -> str:
+    def _put(self, stage: str, folder: Path, metrics: dict[str, Any] | None = None) -> str:
         key = {"from": folder.name}
         job = Job(stage, objects.fingerprint(stage, key), key, "", "e0001-aa", 0, {}, RunConfig(), folder)
-        return str(objects.publish(self.store, job, folder, metrics={})["object_id"])
+        return str(objects.publish(self.store, job, folder, metrics=metrics or {})["object_id"])
 
     def _policy(self, seed: int) -> str:
         write_policy(self.root / f"policy-{seed}" / "policy", seed)
         return self._put("base", self.root / f"policy-{seed}")
 
-    def generate(self, number: int, iterate: int, **changes: Any) -> str:
-        """Answers of round `number` to every prompt, in two shards."""
+    def generate(self, number: int, iterate: int, replayed: dict[str, int] | None = None, **changes: Any) -> str:
+        """Answers of round `number` to every prompt, in two shards; `replayed`: answers not given, by iterate."""
         _, answers = random_rows(ROWS, 100 + number, longest=10)
         rows = [
             {
@@ -76,7 +76,8 @@ class Run:
             for (name, prompt), answer in zip(self.prompts.items(), answers, strict=True)
         ]
         half = [pa.Table.from_pylist(rows[:5]), pa.Table.from_pylist(rows[5:])]
-        return self._publish("generate", {f"shards/{i:05d}.parquet": table for i, table in enumerate(half)})
+        return self._publish("generate", {f"shards/{i:05d}.parquet": table for i, table in enumerate(half)},
+                             {"replayed": replayed or {}})  # fmt: skip
 
     def job(self, number: int, earlier: list[dict[str, Any]] | None = None, **groups: Any) -> Job:
         groups = {
@@ -231,6 +232,29 @@ def test_regenerated_answers_keep_the_iterate_that_was_drawn(prepared: Run) -> N
     manifest = mix_opponent.run(replace(job, inputs=job.inputs | {"generations": other}, object_id=job.object_id + "r"))
     assert manifest["metrics"]["by_iterate"] == {"1": ROWS}
     assert manifest["metrics"]["by_round"] == {"3": ROWS}
+
+
+def test_pairs_of_earlier_rounds_stand_for_answers_that_were_not_generated(prepared: Run) -> None:
+    """Source regenerate with a replay_share: of every iterate as many come back as were drawn for it."""
+    opponent = {"source": "regenerate", "history": "all", "replay_share": 0.5, "truncated": "keep"}
+    job = prepared.job(3, prepared.earlier(2, 1), opponent=opponent)
+    found = {}
+    for name, replayed in (("some", {"1": 5, "0": 3}), ("short", {"1": 5, "0": ROWS + 2}), ("more", {"1": 7, "0": 3})):
+        inputs = job.inputs | {"generations": prepared.generate(3, 2, replayed)}
+        found[name] = mix_opponent.run(replace(job, inputs=inputs, object_id=f"{job.object_id}-{name}"))
+    metrics = found["some"]["metrics"]
+    assert metrics["by_round"] == {"3": ROWS, "2": 5, "1": 3}
+    assert metrics["by_iterate"] == {"2": ROWS, "1": 5, "0": 3}
+    assert (metrics["replayed"], metrics["replay_short"]) == (8, 0)
+    assert found["short"]["metrics"]["by_iterate"] == {"2": ROWS, "1": 5, "0": ROWS}
+    assert found["short"]["metrics"]["replay_short"] == 2
+    pairs = {name: prepared.pairs(manifest) for name, manifest in found.items()}
+    taken = {name: {p["pair_id"] for p in own if p["iterate"] == 1} for name, own in pairs.items()}
+    assert taken["some"] == taken["short"] < taken["more"]
+    prepared.check_scores(pairs["some"], 2, "previous")
+    prepared.check_scores(pairs["some"], 0, "base")
+    with pytest.raises(BadInput, match=r"inputs\.earlier: found rounds \[1\]"):
+        mix_opponent.run(replace(prepared.job(3, prepared.earlier(1), opponent=opponent), object_id="other"))
 
 
 def test_jobs_that_do_not_fit_are_refused(prepared: Run) -> None:
