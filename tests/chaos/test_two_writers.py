@@ -1,0 +1,306 @@
+"""Two writers of one run, in every order in which their requests can reach the store (up to a number of switches).
+
+The real code runs in two threads; each request to the store, and each look at the clock while waiting for a lease, is a
+step, and a scheduler decides whose is next. A watcher's clock runs away at every look: to each writer the other may be
+frozen, cut off from the store, or dead at any time, and come back at any time. With `kills`, one of them dies before
+one of its steps. Orders are walked through depth first, with at most so many switches away from a writer that could
+have gone on (Musuvathi and Qadeer, CHESS): without a bound there are millions.
+
+Held after every step: a head follows its predecessor (nothing committed is changed or dropped; the epoch never falls),
+what is committed was committed by the holder of the lease under which it is written, and a manifest never changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinreg_core import head as heads
+from spinreg_core import objects
+from spinreg_core.config import ResourcesConfig, RunConfig
+from spinreg_core.errors import Conflict, LeaseHeld, LeaseLost
+from spinreg_core.head import head_key, open_session, stage_object
+from spinreg_core.stages.job import Job
+
+CONFIG = RunConfig(run="r", resources=ResourcesConfig(lease_seconds=3600))
+WRITERS = (0, 1)
+STAGES = ("generate", "mix-opponent")
+
+
+class Killed(BaseException):
+    """The process is gone: no `except` and no `finally` of it has any effect on the store."""
+
+
+@dataclass
+class Scheduler:
+    """Lets one writer go one step at a time, as `choices` say, and then without a switch."""
+
+    choices: list[tuple[int, bool]]  # (writer, is it killed)
+    log: list[tuple[list[int], int, int | None]] = field(default_factory=list)  # who could go, who went, who before
+    problems: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._state = threading.Condition()
+        self._waiting: set[int] = set()
+        self._ended: set[int] = set()
+        self._turn: int | None = None
+        self._dead: set[int] = set()
+
+    def step(self, writer: int) -> None:
+        with self._state:
+            self._waiting.add(writer)
+            self._state.notify_all()
+            self._state.wait_for(lambda: self._turn == writer)
+            self._turn = None
+            self._waiting.remove(writer)
+        if writer in self._dead:
+            raise Killed
+
+    def ended(self, writer: int) -> None:
+        with self._state:
+            self._ended.add(writer)
+            self._state.notify_all()
+
+    def drive(self) -> None:
+        last: int | None = None
+        while True:
+            with self._state:
+                assert self._state.wait_for(lambda: len(self._waiting | self._ended) == len(WRITERS), 30), "a deadlock"
+                able = sorted(self._waiting)
+                if not able:
+                    return
+                number = len(self.log)
+                if number < len(self.choices):
+                    chosen, kill = self.choices[number]
+                else:
+                    chosen, kill = (last if last in able else able[0]), False
+                if kill:
+                    self._dead.add(chosen)
+                self.log.append((able, chosen, last))
+                last, self._turn = chosen, chosen
+                self._state.notify_all()
+                self._state.wait_for(lambda: self._turn is None)
+                self._state.wait_for(lambda: len(self._waiting | self._ended) == len(WRITERS), 30)
+
+
+class Memory:
+    """A store whose requests are steps, and which checks what must hold after each."""
+
+    url = "memory"
+
+    def __init__(self, scheduler: Scheduler | None, data: dict[str, bytes]) -> None:
+        self.scheduler, self.data, self.writer = scheduler, data, threading.local()
+
+    def _step(self) -> None:
+        if self.scheduler is not None:
+            self.scheduler.step(self.writer.number)
+
+    def check(self) -> None:
+        pass
+
+    def uri(self, key: str) -> str:
+        return key
+
+    def read(self, key: str) -> bytes | None:
+        self._step()
+        return self.data.get(key)
+
+    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
+        found = self.read(key)
+        return None if found is None else (found, tag(found))
+
+    def create(self, key: str, data: bytes) -> str:
+        self._step()
+        if self.data.get(key, data) != data:
+            raise Conflict(key)
+        return self._put(key, data)
+
+    def replace(self, key: str, data: bytes, expected: str) -> str:
+        self._step()
+        if key not in self.data or tag(self.data[key]) != expected:
+            raise Conflict(key)
+        return self._put(key, data)
+
+    def upload(self, path: Path, key: str) -> None:
+        self._step()
+        self._put(key, path.read_bytes())
+
+    def size(self, key: str) -> int | None:
+        self._step()
+        return len(self.data[key]) if key in self.data else None
+
+    def list(self, prefix: str) -> list[str]:
+        self._step()
+        return sorted(key for key in self.data if key.startswith(prefix))
+
+    def _put(self, key: str, data: bytes) -> str:
+        before, self.data[key] = self.data.get(key), data
+        if self.scheduler is not None and before is not None and before != data:
+            problem = self._problem(key, before, data)
+            if problem:
+                self.scheduler.problems.append(problem)
+        return tag(data)
+
+    def _problem(self, key: str, before: bytes, after: bytes) -> str | None:
+        if key != head_key("r"):
+            return f"{key} was written over"
+        old, new = json.loads(before), json.loads(after)
+        if new["lease"]["epoch"] < old["lease"]["epoch"]:
+            return "the epoch fell"
+        committed = [(e["round"], stage, found) for e in old["rounds"] for stage, found in e["stages"].items()]
+        if any(stage_object(new, number, stage) != found for number, stage, found in committed):
+            return "a committed stage was changed"
+        if new["rounds"] != old["rounds"]:
+            if new["lease"]["epoch"] != old["lease"]["epoch"]:
+                return "a stage was committed with a change of the lease"
+            if new["lease"]["holder"] is None or new["lease"]["holder"]["label"] != str(self.writer.number):
+                return f"writer {self.writer.number} committed under the lease of {new['lease']['holder']}"
+        return None
+
+
+def tag(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class Clock:
+    """In place of `time` in head.py: every sleep lasts longer than any lease, for who sleeps."""
+
+    def __init__(self, store: Memory) -> None:
+        self._store, self._now = store, threading.local()
+
+    def monotonic(self) -> float:
+        return getattr(self._now, "seconds", 0.0)
+
+    def sleep(self, seconds: float) -> None:
+        self._store._step()
+        self._now.seconds = self.monotonic() + 1e6
+
+
+def write(store: Any, writer: int, folder: Path) -> None:
+    """What a flow run does with the store: take the lease, make objects, commit them."""
+    with open_session(store, CONFIG, str(writer)) as session:
+        for stage in STAGES:
+            job = Job(stage, f"{stage}-x", {}, "memory", f"{session.writer()}-{writer}", 1, {}, CONFIG, folder)
+            objects.publish(store, job, folder / str(writer), metrics={})
+            session.commit(1, stage, job.object_id)
+            session.update(lambda head: head["lease"].update(beat=head["lease"]["beat"] + 1))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for writer in (*WRITERS, 9):
+        (tmp_path / str(writer)).mkdir()
+        (tmp_path / str(writer) / "answers").write_text(f"drawn by {writer}")
+    return tmp_path
+
+
+def begun() -> dict[str, bytes]:
+    """A run with its inputs committed by somebody who has given the lease back."""
+    data: dict[str, bytes] = {}
+    with open_session(Memory(None, data), CONFIG, "first") as session:  # type: ignore[arg-type]
+        session.commit_inputs("base-x", "data-x")
+    return data
+
+
+def one_order(
+    start: dict[str, bytes], choices: list[tuple[int, bool]], folder: Path
+) -> tuple[Scheduler, dict[str, bytes]]:
+    scheduler = Scheduler(choices)
+    store = Memory(scheduler, dict(start))
+    ends: dict[int, BaseException | None] = {}
+
+    def run(writer: int) -> None:
+        store.writer.number = writer
+        try:
+            write(store, writer, folder)
+            ends[writer] = None
+        except BaseException as error:
+            ends[writer] = error
+        finally:
+            scheduler.ended(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "time", Clock(store))
+        threads = [threading.Thread(target=run, args=(writer,)) for writer in WRITERS]
+        for thread in threads:
+            thread.start()
+        scheduler.drive()
+        for thread in threads:
+            thread.join(30)
+    for writer, error in ends.items():
+        if not isinstance(error, LeaseHeld | LeaseLost | Killed | None):
+            scheduler.problems.append(f"writer {writer} ended with {error!r}")
+    if all(isinstance(error, LeaseHeld | LeaseLost) for error in ends.values()):
+        scheduler.problems.append(f"nobody went on: {ends}")
+    return scheduler, store.data
+
+
+def orders(run: Callable[[list[tuple[int, bool]]], Scheduler], switches: int, kills: int) -> Iterator[Scheduler]:
+    """All orders with so many switches and kills at most, each once."""
+    waiting: list[tuple[list[tuple[int, bool]], int, int]] = [([], 0, 0)]
+    while waiting:
+        choices, switched, killed = waiting.pop()
+        found = run(choices)
+        yield found
+        taken = list(choices)
+        for able, chosen, last in found.log[len(choices) :]:
+            for other in able:
+                costs = switched + (last in able and other != last and last is not None)
+                if other != chosen and costs <= switches:
+                    waiting.append(([*taken, (other, False)], costs, killed))
+                if killed < kills and costs <= switches:
+                    waiting.append(([*taken, (other, True)], costs, killed + 1))
+            taken.append((chosen, False))
+
+
+@pytest.mark.parametrize(("switches", "kills", "least"), [(2, 0, 400), (1, 1, 300)])
+def test_no_order_of_requests_mixes_two_writers(folder: Path, switches: int, kills: int, least: int) -> None:
+    start, walked, outcomes = begun(), 0, set()
+    last: list[dict[str, bytes]] = []
+
+    def run(choices: list[tuple[int, bool]]) -> Scheduler:
+        scheduler, data = one_order(start, choices, folder)
+        last[:] = [data]
+        return scheduler
+
+    for found in orders(run, switches, kills):
+        walked += 1
+        (data,) = last
+        assert not found.problems, (found.problems, [chosen for _, chosen, _ in found.log])
+        # Whoever comes next finishes the run, from what is committed.
+        before = json.loads(data[head_key("r")])
+        with pytest.MonkeyPatch.context() as patch:
+            store = Memory(None, data)
+            store._step = lambda: None  # type: ignore[method-assign]
+            patch.setattr(heads, "time", Clock(store))
+            write(store, 9, folder)
+        after = json.loads(data[head_key("r")])
+        assert all(stage_object(after, 1, stage) == f"{stage}-x" for stage in STAGES)
+        assert all(stage_object(before, 1, s) in (None, stage_object(after, 1, s)) for s in STAGES)
+        writers = tuple(json.loads(data[f"objects/{stage}-x/manifest.json"])["writer"][-1] for stage in STAGES)
+        for stage, writer in zip(STAGES, writers, strict=True):
+            (entry,) = json.loads(data[f"objects/{stage}-x/manifest.json"])["files"]
+            assert data[entry["key"]] == f"drawn by {writer}".encode(), "a manifest's files are its own writer's"
+        outcomes.add(writers)
+    assert walked >= least
+    assert {("0", "0"), ("1", "1"), ("0", "1")} <= outcomes, "the lease does change hands in the middle"
+
+
+def test_the_walk_would_see_a_commit_without_a_lease(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check itself: with a head that is written whatever its tag, orders are found that mix writers."""
+
+    def careless(self: Memory, key: str, data: bytes, expected: str) -> str:
+        self._step()
+        return self._put(key, data)
+
+    start = begun()
+    monkeypatch.setattr(Memory, "replace", careless)
+    found = orders(lambda choices: one_order(start, choices, folder)[0], 1, 0)
+    assert any(scheduler.problems for scheduler in found)
