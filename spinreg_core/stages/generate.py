@@ -85,6 +85,7 @@ def run(job: Job) -> dict[str, Any]:
     missing = [s for s in shards if s.name not in metas]
     progress = Progress("generate", sum(len(s.rows) for s in shards), "answers",
                         done=sum(len(s.rows) for s in shards if s.name in metas))  # fmt: skip
+    progress.note = f"shards: {len(metas)} of {len(shards)} committed"
     if metas:
         print(f"{len(metas)} of {len(shards)} shards were committed before", flush=True)
     sampling = Sampling.of(job.config.generation, ())
@@ -99,6 +100,7 @@ def run(job: Job) -> dict[str, Any]:
         metas[shards[number].name] = meta
         print(f"shard {len(metas)} of {len(shards)}: {meta['prompts']} answers, {meta['tokens']} tokens in "
               f"{meta['seconds']:.1f} s", flush=True)  # fmt: skip
+        progress.tell(f"shards: {len(metas)} of {len(shards)} committed")
 
     lists = _lists(job, missing)
     for own in lists:

@@ -22,6 +22,7 @@ from spinreg_core import objects
 from spinreg_core.data.split import round_prompts
 from spinreg_core.engines import hf
 from spinreg_core.errors import BadInput, StageFailed
+from spinreg_core.progress import parse
 from spinreg_core.shards import SHARD_SCHEMA, Rows, Source, drawn_sources
 from spinreg_core.stages import answer as answer_stage
 from spinreg_core.stages import engine_process, generate
@@ -156,6 +157,9 @@ def test_a_killed_stage_goes_on_from_its_shards(
     output = capsys.readouterr().out
     assert f"{finished} of {len(after)} shards were committed before" in output
     assert "13/13 answers (100 %)" in output
+    lines = [line for line in map(parse, output.splitlines()) if line is not None]
+    assert lines[0].note == f"shards: {finished} of {len(after)} committed"
+    assert lines[-1].note == f"shards: {len(after)} of {len(after)} committed"
 
 
 def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
