@@ -110,7 +110,7 @@ def answer_shards(
     try:
         with ThreadPoolExecutor(1) as pool:
             for wave in waves:
-                source = wave[0].source
+                (source,) = {shard.source for shard in wave}
                 if turn is None or turn.source != source:
                     begin = time.monotonic()
                     for policy in folders.keys() - _needed(job, source, sources):
