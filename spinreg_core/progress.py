@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 _LINE = re.compile(
     r"^\[(?P<stage>[^\]]+)\] (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+) \((?P<percent>\d+) %\), "
-    r"(?P<rate>[0-9.]+)/s, (?P<eta>\d+:\d\d:\d\d) left$"
+    r"(?P<rate>[0-9.]+)/s, (?P<eta>\d+:\d\d:\d\d) left(?:; (?P<note>.+))?$"
 )
 
 
@@ -23,6 +23,7 @@ class ProgressLine:
     unit: str
     rate: float
     eta_seconds: int
+    note: str = ""
 
 
 class Progress:
@@ -32,9 +33,18 @@ class Progress:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self._every, self._start, self._start_done = every, time.monotonic(), done
         self._last = -float("inf")
+        self.note = ""  # what else is to be said
 
     def update(self, n: int = 1) -> None:
         self.done += n
+        self._show()
+
+    def tell(self, note: str) -> None:
+        """Say something else from now on. Unlike `update`, for any thread."""
+        self.note = note
+        self._show()
+
+    def _show(self) -> None:
         now = time.monotonic()
         if now - self._last >= self._every or self.done >= self.total:
             self._last = now
@@ -43,7 +53,7 @@ class Progress:
             print(
                 f"[{self.stage}] {self.done}/{self.total} {self.unit} "
                 f"({100 * self.done // max(self.total, 1)} %), {rate:.2f}/s, "
-                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left",
+                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" + (f"; {self.note}" if self.note else ""),
                 flush=True,
             )
 
@@ -61,4 +71,5 @@ def parse(line: str) -> ProgressLine | None:
         match["unit"],
         float(match["rate"]),
         int(hours) * 3600 + int(minutes) * 60 + int(seconds),
+        match["note"] or "",
     )

@@ -76,6 +76,7 @@ class StageProgress:
         percent = 100.0 * line.done / max(line.total, 1)
         minutes, seconds = divmod(line.eta_seconds, 60)
         text = f"{line.stage}: {line.done}/{line.total} {line.unit}, {line.rate:.2f}/s, {minutes}:{seconds:02d} left"
+        text += f"; {line.note}" if line.note else ""
         if self._artifact is None:
             self._artifact = cast(UUID, create_progress_artifact(percent, key=self._key, description=text))
         else:

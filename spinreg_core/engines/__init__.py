@@ -74,7 +74,7 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Give memory back. The engine cannot be used afterwards."""
+        """Give memory back, but for models that others hold. The engine cannot be used afterwards."""
 
 
 def resolve_engine(name: Literal["auto", "hf", "vllm"]) -> EngineName:
@@ -99,16 +99,19 @@ def open_engine(
     pad_id: int,
     weights: Sequence[float] = (1.0,),
     longest: int | None = None,
+    loaded: dict[Path, Any] | None = None,
 ) -> Engine:
     """Load a policy folder into an engine, or several with the weights of their token-level mixture (hf only).
 
     `longest`: tokens of the longest prompt plus max_new_tokens, for which vllm plans its KV cache (unset: the
-    model's whole context). Raises BadInput for a folder, engine or device that cannot be used.
+    model's whole context). `loaded`: models by folder, which hf takes instead of loading them again, and to which it
+    adds what it loads; whoever holds them decides how long they stay. Raises BadInput for a folder, engine or device
+    that cannot be used.
     """
     if name == "hf":
         from spinreg_core.engines.hf import HfEngine
 
-        return HfEngine.open(policies, weights, generation, resources, pad_id=pad_id)
+        return HfEngine.open(policies, weights, generation, resources, pad_id=pad_id, loaded=loaded)
     if len(policies) > 1:
         raise BadInput("generation.engine", f"{name} for a mixture of {len(policies)} policies", "hf")
     if importlib.util.find_spec("vllm") is None:

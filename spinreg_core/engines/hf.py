@@ -67,11 +67,16 @@ class HfEngine:
         resources: ResourcesConfig,
         *,
         pad_id: int,
+        loaded: dict[Path, PreTrainedModel] | None = None,
     ) -> HfEngine:
         device = resolve_device(resources.device)
         # auto is for runs, which know their scores' format (`config.sampling_dtype`); alone it is the exact one.
         precision: Any = "bf16" if generation.dtype == "bfloat16" else "fp32"
-        models = [load_policy(policy, precision, device) for policy in policies]
+        loaded = {} if loaded is None else loaded
+        for policy in policies:
+            if policy not in loaded:
+                loaded[policy] = load_policy(policy, precision, device)
+        models = [loaded[policy] for policy in policies]
         return cls(models, weights=weights, tokens=_tokens(models, resources), pad_id=pad_id,
                    compile=compiles(resources, device))  # fmt: skip
 

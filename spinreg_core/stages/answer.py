@@ -1,13 +1,14 @@
 """One engine answers and commits shards; run as a process, the engine of one GPU (or group of GPUs).
 
-Decides: which shards a job has, what an engine is opened for, and that a shard is committed as soon as its last answer
-is there, while the engine goes on with the next ones.
+Decides: which shards a job has, what an engine is opened for, which models stay loaded from one source to the next,
+and that a shard is committed as soon as its last answer is there, while the engine goes on with the next ones.
 Leaves out: which engine gets which shards (`generate.py`, `engine_pool.py`), decoding (`engines/`).
 
     python -m spinreg_core.stages.answer JOB.json
 
-The job is a generate job whose `extra` has "source": [iterate, geometric]. It reads waves from its input, one JSON list
-of shard numbers per line, until there are no more, and says, a line each:
+The job is a generate job whose `extra` has "sources": [[iterate, geometric], ...], those of all shards that may come,
+ascending. It reads waves from its input, one JSON list of shard numbers (all of one source) per line, until there are
+no more, and says, a line each:
 
     answered N;               N more answers
     committed NUMBER {...};   a shard, and its meta
@@ -25,10 +26,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +42,9 @@ from spinreg_core.objects import commit_part, fetch_file, fetch_folder, upload
 from spinreg_core.shards import Rows, Shard, Source, answer_seed, drawn_sources, make_shards, shard_meta, write_shard
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import Store, open_store
+
+if TYPE_CHECKING:
+    from spinreg_core.render import Renderer
 
 _COMMITS_BEHIND = 8  # shards that may wait for their upload before the engine waits for them
 
@@ -54,50 +59,50 @@ class _Open:
     answers: dict[int, Answer]
 
 
+@dataclass
+class _Turn:
+    """An engine at the work of one source."""
+
+    source: Source
+    policies: list[str]
+    mixture: dict[str, Any] | None
+    engine: Engine
+    renderer: Renderer
+    sampling: Sampling
+    config: Any
+    loading: list[float]  # seconds; counted once, with the first shard of the turn
+
+
 def answer_shards(
     job: Job,
     store: Store,
     rows: Rows,
-    source: Source,
+    sources: Sequence[Source],
     waves: Iterable[list[Shard]],
     *,
     on_answer: Callable[[int], None],
     on_commit: Callable[[int, dict[str, Any]], None],
 ) -> None:
-    """Answer waves of shards, all of one source, with one engine. `on_answer(n)`: n more answers are there.
+    """Answer waves of shards, each wave of one of `sources`. `on_answer(n)`: n more answers are there.
 
     Within a wave nothing waits for a shard to end; its shards end one after the other, because answers begin in their
-    order. Raises BadInput, Damaged.
+    order. Where the sources of the waves ascend, engine hf loads each policy once, and never holds more than an iterate
+    and the base. Raises BadInput, Damaged.
     """
-    from transformers import AutoConfig
+    folders: dict[str, Path] = {}  # of the policies at hand, by object
+    loaded: dict[Path, Any] = {}  # their models
+    turn: _Turn | None = None
 
-    from spinreg_core.render import Renderer
-
-    begin = time.monotonic()
-    name, policies, weights = engine_of(job, source)
-    generation = job.config.generation.model_copy(update={"dtype": sampling_dtype(job.config)})
-    folders = [fetch_folder(store, policy, "policy") for policy in policies]
-    renderer = Renderer.from_folder(folders[0], job.config.data.template_arguments)
-    sampling = Sampling.of(generation, renderer.stop_ids)
-    mixture = {"policies": policies, "weights": weights} if source.geometric else None
-    print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"
-          + (f", mixed with the base {weights[0]:g} : {weights[1]:g}" if mixture else ""), flush=True)  # fmt: skip
-    longest = job.config.data.max_prompt_tokens + sampling.max_new_tokens
-    engine = open_engine(name, folders, generation, job.config.resources, pad_id=renderer.pad_id, weights=weights,
-                         longest=longest)  # fmt: skip
-    config = AutoConfig.from_pretrained(folders[0], local_files_only=True)
-    loading = [round(time.monotonic() - begin, 3)]  # counted once, with the first shard of an engine's life
-
-    def commit(done: _Open, seconds: float) -> None:
+    def commit(turn: _Turn, done: _Open, seconds: float) -> None:
         answers = [done.answers[i] for i in range(len(done.answers))]
-        texts = [renderer.decode(a.token_ids) for a in answers]
+        texts = [turn.renderer.decode(a.token_ids) for a in answers]
         meta = shard_meta(answers, texts) | {
-            "iterate": source.iterate, "geometric": source.geometric, "seconds": round(seconds, 3),
-            "startup_seconds": loading.pop() if loading else 0.0,
+            "iterate": turn.source.iterate, "geometric": turn.source.geometric, "seconds": round(seconds, 3),
+            "startup_seconds": turn.loading.pop() if turn.loading else 0.0,
         }  # fmt: skip
         folder = job.workdir / done.shard.name
         write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
-                    done.seeds, policy=policies[0], sampling=sampling, mixture=mixture)  # fmt: skip
+                    done.seeds, policy=turn.policies[0], sampling=turn.sampling, mixture=turn.mixture)  # fmt: skip
         part = commit_part(store, job, done.shard.name, upload(store, job, folder), meta)
         shutil.rmtree(folder)
         on_commit(done.shard.number, part["meta"])
@@ -105,10 +110,51 @@ def answer_shards(
     try:
         with ThreadPoolExecutor(1) as pool:
             for wave in waves:
-                _answer_wave(engine, [_opened(job, rows, shard, sampling, config) for shard in wave], sampling,
-                             on_answer, lambda done, seconds: pool.submit(commit, done, seconds))  # fmt: skip
+                (source,) = {shard.source for shard in wave}
+                if turn is None or turn.source != source:
+                    begin = time.monotonic()
+                    for policy in folders.keys() - _needed(job, source, sources):
+                        loaded.pop(folders.pop(policy), None)
+                    if turn is not None:  # before the next models are loaded: memory may not suffice for all
+                        turn.engine.close()
+                    turn = _turn(job, store, source, folders, loaded)
+                    turn.loading.append(round(time.monotonic() - begin, 3))
+                _answer_wave(turn, [_opened(job, rows, shard, turn.sampling, turn.config) for shard in wave], on_answer,
+                             lambda *done: pool.submit(commit, *done))  # fmt: skip
     finally:
-        engine.close()
+        loaded.clear()
+        if turn is not None:
+            turn.engine.close()
+
+
+def _needed(job: Job, source: Source, sources: Sequence[Source]) -> set[str]:
+    """The policies of a source, and the base where a later one mixes with it."""
+    bases = (base for later in sources if later > source for base in engine_of(job, later)[1][1:])
+    return {*engine_of(job, source)[1], *bases}
+
+
+def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], loaded: dict[Path, Any]) -> _Turn:
+    from transformers import AutoConfig
+
+    from spinreg_core.render import Renderer
+
+    name, policies, weights = engine_of(job, source)
+    generation = job.config.generation.model_copy(update={"dtype": sampling_dtype(job.config)})
+    for policy in policies:
+        if policy not in folders:
+            folders[policy] = fetch_folder(store, policy, "policy")
+    own = folders[policies[0]]
+    renderer = Renderer.from_folder(own, job.config.data.template_arguments)
+    sampling = Sampling.of(generation, renderer.stop_ids)
+    mixture = {"policies": policies, "weights": weights} if source.geometric else None
+    print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"
+          + (f", mixed with the base {weights[0]:g} : {weights[1]:g}" if mixture else ""), flush=True)  # fmt: skip
+    engine = open_engine(
+        name, [folders[policy] for policy in policies], generation, job.config.resources, pad_id=renderer.pad_id,
+        weights=weights, longest=job.config.data.max_prompt_tokens + sampling.max_new_tokens, loaded=loaded,
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(own, local_files_only=True)
+    return _Turn(source, policies, mixture, engine, renderer, sampling, config, [])
 
 
 def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _Open:
@@ -125,11 +171,10 @@ def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any)
 
 
 def _answer_wave(
-    engine: Engine,
+    turn: _Turn,
     wave: list[_Open],
-    sampling: Sampling,
     on_answer: Callable[[int], None],
-    commit: Callable[[_Open, float], Future[None]],
+    commit: Callable[[_Turn, _Open, float], Future[None]],
 ) -> None:
     prompts: list[list[int]] = []
     owners: list[tuple[_Open, int]] = []
@@ -149,12 +194,12 @@ def _answer_wave(
         on_answer(1)
         if len(part.answers) == len(part.seeds):
             now = time.monotonic()
-            commits.append(commit(part, now - last))
+            commits.append(commit(turn, part, now - last))
             last = now
             while commits and (len(commits) > _COMMITS_BEHIND or commits[0].done()):
                 commits.popleft().result()
 
-    engine.generate(prompts, sampling, [part.seeds[i] for part, i in owners], note)
+    turn.engine.generate(prompts, turn.sampling, [part.seeds[i] for part, i in owners], note)
     while commits:
         commits.popleft().result()
 
@@ -225,7 +270,7 @@ def run(job: Job) -> dict[str, Any]:
             tell("idle")
 
     answer_shards(
-        job, store, rows, Source(*job.extra["source"]), waves(),
+        job, store, rows, [Source(*source) for source in job.extra["sources"]], waves(),
         on_answer=lambda n: tell(f"answered {n}"),
         on_commit=lambda number, meta: tell(f"committed {number} {json.dumps(meta)}"),
     )  # fmt: skip

@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, StageFailed
-from spinreg_core.shards import Source
 from spinreg_core.stages.engine_process import start_engine
 from spinreg_core.stages.job import Job
 from spinreg_core.stages.orders import announce, retract
@@ -40,8 +39,8 @@ Guests = queue.SimpleQueue[tuple[socket.socket, str]]  # (an engine that waits t
 
 
 @contextmanager
-def guests(job: Job, store: Store, source: Source) -> Iterator[Guests]:
-    """Within, the other machines of the run are asked for engines for one source, which arrive in the queue.
+def guests(job: Job, store: Store) -> Iterator[Guests]:
+    """Within, the other machines of the run are asked for engines, which arrive in the queue.
 
     Empty for a run of one machine. Raises StageFailed where the port is taken.
     """
@@ -50,7 +49,7 @@ def guests(job: Job, store: Store, source: Source) -> Iterator[Guests]:
         yield waiting
         return
     with _listening(job) as server:
-        attempt = announce(store, replace(job, extra=job.extra | {"source": [source.iterate, source.geometric]}))
+        attempt = announce(store, job)
         threading.Thread(target=_accept, args=(server, attempt, waiting), daemon=True).start()
         try:
             yield waiting
@@ -63,7 +62,7 @@ def guests(job: Job, store: Store, source: Source) -> Iterator[Guests]:
 
 
 def lend_engines(job: Job, attempt: str, devices: list[dict[str, str]]) -> None:
-    """The guest's side: offer one engine per entry of `devices` (their environments) until the source is answered."""
+    """The guest's side: offer one engine per entry of `devices` (their environments) until all is answered."""
     lines: dict[int, socket.socket] = {}  # by engine; none of them is waited for when this process is told to stop
     over = threading.Event()
     with ThreadPoolExecutor(len(devices)) as pool:
@@ -93,7 +92,7 @@ def _lend(
             return
         # A writer of its own: what another engine has committed must not be written over.
         own = replace(job, writer=f"{job.writer}-{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
-        status = start_engine(own, Source(*job.extra["source"]), environment, line).wait()
+        status = start_engine(own, environment, line).wait()
         if status in (EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED):
             return  # it will not go better the next time
         deaths += status != 0
@@ -121,7 +120,7 @@ def _accept(server: socket.socket, attempt: str, waiting: Guests) -> None:
         try:
             line, peer = server.accept()
         except OSError:
-            return  # closed: the source is answered
+            return  # closed: all is answered
         threading.Thread(target=_welcome, args=(line, str(peer[0]), attempt, waiting), daemon=True).start()
 
 
@@ -157,7 +156,7 @@ def _connected(job: Job, attempt: str) -> socket.socket | None:
             if time.monotonic() < end:
                 time.sleep(0.5)
                 continue
-            print(f"nobody listens at {job.config.resources.rendezvous} ({error}): this source is answered", flush=True)
+            print(f"nobody listens at {job.config.resources.rendezvous} ({error}): all is answered", flush=True)
             return None
         line.settimeout(None)
         _keep_alive(line)

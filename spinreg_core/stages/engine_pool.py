@@ -1,6 +1,7 @@
-"""Several engines, each a process with its own GPUs, on this machine or on others, share the shards of one source.
+"""Several engines, each a process with its own GPUs, on this machine or on others, share a list of shards.
 
-Decides: who gets which shards when, and that what a dead engine had open goes back to the list.
+Decides: who gets which shards when, each time of one source, and that what a dead engine had open goes back to the
+list.
 Leaves out: what an engine does (`answer.py`), its process (`engine_process.py`), how those of other machines come here
 (`engine_guests.py`), how many there are (`generate.py`).
 """
@@ -42,6 +43,7 @@ class _Engine:
     device: int | None  # which of the pool's; None for an engine of another machine
     own: EngineProcess | None
     machine: str = ""
+    source: Source | None = None  # of what it was given last
     open: list[int] = field(default_factory=list)
     again: bool = False  # they are open elsewhere too
     uncommitted: int = 0  # answers it told of, of shards that it has not committed
@@ -50,15 +52,16 @@ class _Engine:
 
 
 def next_wave(shards: list[Shard], engines: int, total: int) -> list[Shard]:
-    """The shards that an engine gets next of those left: fewer and fewer, so that all engines end together, but no
-    fewer answers than keep it busy, or than an even share of all that there were (`total`)."""
+    """The shards that an engine gets next of those left, all of the first one's source: fewer and fewer, so that all
+    engines end together, but no fewer answers than keep it busy, or than an even share of all that there were
+    (`total`)."""
     left = sum(len(shard.rows) for shard in shards)
     least = min(_LEAST_WAVE, -(-total // engines))
     most = _WAVE if engines == 1 else min(_WAVE, max(-(-left // (2 * engines)), least))
     found: list[Shard] = []
     size = 0
     for shard in shards:
-        if found and size + len(shard.rows) > most:
+        if found and (shard.source != found[0].source or size + len(shard.rows) > most):
             break
         found.append(shard)
         size += len(shard.rows)
@@ -68,19 +71,21 @@ def next_wave(shards: list[Shard], engines: int, total: int) -> list[Shard]:
 def answer_in_processes(
     job: Job,
     store: Store,
-    source: Source,
     shards: list[Shard],
     devices: list[dict[str, str]],
     *,
     on_answer: Callable[[int], None],
     on_commit: Callable[[int, dict[str, Any]], None],
 ) -> None:
-    """Have all shards committed. devices: for each engine of this machine, what its environment says of its GPUs.
+    """Have all shards committed, by one kind of engine. devices: for each engine of this machine, what its environment
+    says of its GPUs.
 
     Raises BadInput, Damaged; StageFailed where engines die over the same shard again and again.
     """
-    with guests(job, store, source) as waiting:
-        pool = _Pool(job, store, source, shards, devices, waiting, on_answer, on_commit)
+    sources = sorted({shard.source for shard in shards})
+    job = replace(job, extra=job.extra | {"sources": [[source.iterate, source.geometric] for source in sources]})
+    with guests(job, store) as waiting:
+        pool = _Pool(job, store, shards, devices, waiting, on_answer, on_commit)
         try:
             pool.run()
         finally:
@@ -94,14 +99,13 @@ class _Pool:
         self,
         job: Job,
         store: Store,
-        source: Source,
         shards: list[Shard],
         devices: list[dict[str, str]],
         waiting: Guests,
         on_answer: Callable[[int], None],
         on_commit: Callable[[int, dict[str, Any]], None],
     ) -> None:
-        self.job, self.store, self.source, self.devices, self.waiting = job, store, source, devices, waiting
+        self.job, self.store, self.devices, self.waiting = job, store, devices, waiting
         self.on_answer, self.on_commit = on_answer, on_commit
         self.left, self.by_number = list(shards), {shard.number: shard for shard in shards}
         self.done: set[int] = set()
@@ -155,7 +159,7 @@ class _Pool:
             ours, its = socket.socketpair()
             # A writer of its own: what another engine has committed must not be written over.
             job = replace(self.job, writer=f"{self.job.writer}-{next(self.writers)}")
-            self._take_on(_Engine(ours, device, start_engine(job, self.source, self.devices[device], its)))
+            self._take_on(_Engine(ours, device, start_engine(job, self.devices[device], its)))
 
     def _admit_guests(self) -> None:
         while not self.waiting.empty() and self._open_to_guests():
@@ -185,12 +189,15 @@ class _Pool:
         engine.again = engine.own is not None and not found
         if engine.again:
             found = self._elsewhere()
+        # What comes back to the list may be of a source that the engine has left: its own are finished before.
+        found = sorted(found, key=lambda shard: shard.source != engine.source)
         engines = max(len(self.devices) * self.job.config.resources.nodes, len(self.engines))
         wave = next_wave(found, engines, self.total)
         engine.open = [shard.number for shard in wave]
         self.left = [shard for shard in self.left if shard.number not in engine.open]
         with contextlib.suppress(OSError):  # it died; its end is in the queue
             if wave:
+                engine.source = wave[0].source
                 engine.line.sendall(f"{json.dumps(engine.open)}\n".encode())
             else:
                 engine.line.shutdown(socket.SHUT_WR)

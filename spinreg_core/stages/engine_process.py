@@ -19,7 +19,6 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged
-from spinreg_core.shards import Source
 from spinreg_core.stages.job import Job
 
 COMMAND = [sys.executable, "-u", "-m", "spinreg_core.stages.answer"]
@@ -38,17 +37,16 @@ class EngineProcess:
         return self.process.wait()
 
 
-def start_engine(job: Job, source: Source, environment: dict[str, str], line: socket.socket) -> EngineProcess:
+def start_engine(job: Job, environment: dict[str, str], line: socket.socket) -> EngineProcess:
     """An engine that reads waves from `line` and speaks to it (`answer.py`). When it has ended, the socket says
     `ended STATUS [its last lines as JSON];` and is closed: it belongs to the engine from here on.
 
-    environment: what the engine's adds to ours: its GPUs, or its share of the cores.
+    job: as `answer.py` has it. environment: what the engine's adds to ours: its GPUs, or its share of the cores.
     """
     try:
         folder = job.workdir / job.writer
         folder.mkdir(parents=True, exist_ok=True)
-        extra = job.extra | {"source": [source.iterate, source.geometric]}
-        replace(job, workdir=folder, extra=extra).save(folder / "answer.json")
+        replace(job, workdir=folder).save(folder / "answer.json")
         line.settimeout(None)  # the engine shares the file, which must block
         speak = line.fileno()
         process = subprocess.Popen(

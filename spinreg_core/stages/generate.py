@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 from spinreg_core.engines import Sampling
@@ -87,6 +86,7 @@ def run(job: Job) -> dict[str, Any]:
     missing = [s for s in shards if s.name not in metas]
     progress = Progress("generate", sum(len(s.rows) for s in shards), "answers",
                         done=sum(len(s.rows) for s in shards if s.name in metas))  # fmt: skip
+    progress.note = f"shards: {len(metas)} of {len(shards)} committed"
     if metas:
         print(f"{len(metas)} of {len(shards)} shards were committed before", flush=True)
     sampling = Sampling.of(job.config.generation, ())
@@ -101,16 +101,18 @@ def run(job: Job) -> dict[str, Any]:
         metas[shards[number].name] = meta
         print(f"shard {len(metas)} of {len(shards)}: {meta['prompts']} answers, {meta['tokens']} tokens in "
               f"{meta['seconds']:.1f} s", flush=True)  # fmt: skip
+        progress.tell(f"shards: {len(metas)} of {len(shards)} committed")
 
-    sources = [(source, list(own)) for source, own in groupby(missing, key=lambda shard: shard.source)]
-    for source, own in sources:
-        devices = _devices(job, source)
-        # One vLLM after another in one process is not sure to find the GPU's memory free.
-        alone = len(devices) == 1 and (engine_of(job, source)[0] == "hf" or len(sources) == 1)
+    lists = _lists(job, missing)
+    for own in lists:
+        sources = sorted({shard.source for shard in own})
+        engine = engine_of(job, sources[0])[0]
+        devices = _devices(job, engine)
+        alone = len(devices) == 1 and (engine == "hf" or len(lists) == 1)
         if alone and job.config.resources.nodes == 1:
-            answer_shards(job, store, rows, source, _waves(own), on_answer=progress.update, on_commit=on_commit)
+            answer_shards(job, store, rows, sources, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
-            answer_in_processes(job, store, source, own, devices, on_answer=progress.update, on_commit=on_commit)
+            answer_in_processes(job, store, own, devices, on_answer=progress.update, on_commit=on_commit)
     metrics = _metrics(list(metas.values())) | ({"replayed": not_given(job, rows)} if kind == "train" else {})
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
@@ -119,6 +121,16 @@ def run(job: Job) -> dict[str, Any]:
     print(f"{metrics['prompts']} answers, {metrics['mean_length']:.1f} tokens each, {100 * metrics['truncated']:.1f} % "
           f"cut off, {metrics['empty']} empty, {metrics['tokens_per_second']:.0f} tokens/s", flush=True)  # fmt: skip
     return manifest
+
+
+def _lists(job: Job, shards: list[Shard]) -> list[list[Shard]]:
+    """Shards that the same engines answer: all of hf's, which come last, and those of each source of vllm, because one
+    vLLM after another in one process is not sure to find the GPU's memory free."""
+    lists: dict[Source | None, list[Shard]] = {}
+    for shard in shards:
+        hf = engine_of(job, shard.source)[0] == "hf"
+        lists.setdefault(None if hf else shard.source, []).append(shard)
+    return [lists[source] for source in sorted(lists, key=lambda source: source is None)]
 
 
 def _waves(shards: list[Shard]) -> Iterable[list[Shard]]:
@@ -136,16 +148,17 @@ def _engine(job: Job) -> Any:
 def lend(job: Job) -> dict[str, Any]:
     """On a further machine of a run: answer with all engines of this one what the machine of the flow gives them.
 
-    The job's `extra` has the source as well, as an engine's (`answer.py`).
+    The job's `extra` has the sources as well, as an engine's (`answer.py`).
     """
-    lend_engines(job, os.environ[ATTEMPT_VARIABLE], _devices(job, Source(*job.extra["source"])))
+    engine = engine_of(job, Source(*job.extra["sources"][0]))[0]
+    lend_engines(job, os.environ[ATTEMPT_VARIABLE], _devices(job, engine))
     return {"object_id": "what this machine was given"}
 
 
-def _devices(job: Job, source: Source) -> list[dict[str, str]]:
+def _devices(job: Job, engine: str) -> list[dict[str, str]]:
     """The environment of each engine of this machine: one per GPU, or per `tensor_parallel` GPUs. Raises BadInput."""
     resources = job.config.resources
-    tensor_parallel = job.config.generation.tensor_parallel if engine_of(job, source)[0] == "vllm" else 1
+    tensor_parallel = job.config.generation.tensor_parallel if engine == "vllm" else 1
     if resources.processes in ("auto", 1) and resources.device == "cpu":
         return [{}]
     import torch

@@ -118,6 +118,16 @@ def test_waves_shrink_so_that_engines_end_together() -> None:
     assert len(next_wave(large[:1], 1, 0)) == 1
 
 
+def test_a_wave_is_of_one_source() -> None:
+    iterates = np.array([[0], [1], [1], [0], [1], [1]])
+    mixed = np.array([[0], [1], [0], [0], [1], [0]], bool)
+    left, waves = make_shards(np.arange(6), iterates, mixed, 1), []
+    while left:
+        waves.append(next_wave(left, 1, 0))
+        del left[: len(waves[-1])]
+    assert [[shard.rows.tolist() for shard in wave] for wave in waves] == [[[0], [3]], [[2], [5]], [[1], [4]]]
+
+
 def test_engines_share_the_gpus_and_without_any_the_cores() -> None:
     assert devices_of(2, 2, ["0", "1", "4", "5"], 8) == [
         {"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "4,5"},

@@ -46,7 +46,7 @@ def inner(number):
     display.called(work, number, "a")
     gate(f"in-{number}")
     for done in range(1, 6):
-        progress(ProgressLine("stage", done, 5, "rows", 1.0, 0))
+        progress(ProgressLine("stage", done, 5, "rows", 1.0, 0, f"shards: {done} of 5 committed"))
     display.called(work, number, "b")
     display.show_table(f"table-{number}", [{"round": number}], "a table")
     display.wait_for_server(display.PATIENCE_SECONDS)
@@ -109,10 +109,10 @@ def last_outer(server: PrefectServer) -> tuple[dict[str, Any], list[dict[str, An
     return outer, server.api("POST", "flow_runs/filter", wanted)
 
 
-def artifacts(server: PrefectServer, runs: list[dict[str, Any]]) -> dict[str, Any]:
+def artifacts(server: PrefectServer, runs: list[dict[str, Any]], what: str = "data") -> dict[str, Any]:
     found = server.api("POST", "artifacts/filter", {})
     ids = {run["id"] for run in runs}
-    return {a["key"]: a["data"] for a in found if a["flow_run_id"] in ids}
+    return {a["key"]: a[what] for a in found if a["flow_run_id"] in ids}
 
 
 def test_with_a_server_every_round_is_a_flow_run_and_everything_is_shown(
@@ -129,6 +129,8 @@ def test_with_a_server_every_round_is_a_flow_run_and_everything_is_shown(
     assert shown["summary"] == "# All"
     assert {f"table-{n}" for n in (1, 2, 3)} <= shown.keys()
     assert [shown[f"stage-{n}"] for n in (1, 2, 3)] == [100.0] * 3
+    said = artifacts(server, nested, "description")
+    assert said["stage-1"] == "stage: 5/5 rows, 1.00/s, 0:00 left; shards: 5 of 5 committed"
 
 
 def test_a_short_absence_is_waited_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,20 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+# For the script of an engine's process: tells of every policy that is loaded, in a file below {root!r}.
+LOADS = """
+import os
+from pathlib import Path
+from spinreg_core.engines import hf
+load = hf.load_policy
+def noted(folder, *more):
+    with open(Path({root!r}, "loads"), "a") as file:
+        print(os.getpid(), folder.parts[folder.parts.index("objects") + 1], file=file)
+    return load(folder, *more)
+hf.load_policy = noted
+"""
 
 
 def write_policy(folder: Path, seed: int) -> None:
@@ -103,6 +118,14 @@ class House:
             writer=writer, round=round_number, inputs={"data": "data", "policies": policies}, config=config,
             workdir=self._workdir(), extra=extra,
         )  # fmt: skip
+
+    def loads(self) -> dict[int, list[str]]:
+        """The policies that processes with `LOADS` in their script have loaded, in their order, by process id."""
+        found = defaultdict(list)
+        for line in (self.root / "loads").read_text().splitlines():
+            pid, name = line.split()
+            found[int(pid)].append(name)
+        return found
 
     def _workdir(self) -> Path:
         folder = self.root / f"work-{len(list(self.root.glob('work-*')))}"

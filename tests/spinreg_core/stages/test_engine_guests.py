@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from house import House, by_answer, drawn
+from house import LOADS, House, by_answer, drawn
 
 from spinreg_core import objects
 from spinreg_core.errors import LeaseLost, StageFailed
 from spinreg_core.stages import answer as answer_stage
 from spinreg_core.stages import engine_process, generate, orders
+from spinreg_core.stages.engine_guests import lend_engines
 from spinreg_core.stages.generate import run
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store
 
 # Engines of this machine do something before each wave: GATE, an expression, is waited for.
-PATCHED = """
+PATCHED = (
+    LOADS
+    + """
 import os, sys, time
 from pathlib import Path
 from spinreg_core import objects
@@ -48,6 +51,7 @@ def patched(self, prompts, seeds, sampling, note):
 HfEngine._decode = patched
 answer.main(answer.run)
 """
+)
 OTHERS_HAVE_COMMITTED = "objects.part_names(store, {object_id!r})"
 ROOT = str(Path(__file__).resolve().parents[3])
 
@@ -84,7 +88,7 @@ def test_another_machine_takes_shards(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Two processes with nothing in common but the store and the rendezvous; two sources, so two attempts."""
+    """Two processes with nothing in common but the store and the rendezvous; two sources, one attempt."""
     expected = whole(house, iterates=[2, 1])
     job = two_machines(house, monkeypatch, "shared", gate=OTHERS_HAVE_COMMITTED, iterates=[2, 1], shard_size=1)
     with joined(job) as second:
@@ -105,6 +109,31 @@ def test_another_machine_takes_shards(
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
     assert order["attempt"] is None
+
+
+def test_an_engine_elsewhere_goes_from_source_to_source(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine of the flow waits over the first source until the other one has answered all the rest."""
+    settings: dict[str, Any] = {"iterates": [2, 1], "answers_per_prompt": 2, "shard_size": 1,
+                                "geometric": {"share": 0.5, "alpha": 0.3}}  # fmt: skip
+    expected = whole(house, **settings)
+    rest = sum(1 for iterate, mixed, *_ in expected.values() if (iterate, mixed) != (1, False))
+    gate = (f"os.environ.get('GUEST') or len(objects.part_names(store, {{object_id!r}})) >= {rest} "
+            f"or time.time() > {time.time() + 120}")  # fmt: skip
+    job = two_machines(house, monkeypatch, "on", gate=gate, **settings)
+
+    def lend() -> None:
+        while (order := orders.read_order(house.store, job.config.run)) is None:
+            time.sleep(0.05)
+        given = replace(Job.from_fields(order["job"]), workdir=house.root / "lent")
+        lend_engines(given, order["attempt"], [{"GUEST": "1"}])
+
+    lender = threading.Thread(target=lend, daemon=True)
+    lender.start()
+    found = run(job)
+    lender.join(timeout=15)
+    assert not lender.is_alive()
+    assert drawn(by_answer(house.answers(found))) == expected
+    assert sorted(house.loads().values()) == [["policy-1"], ["policy-1", "policy-0", "policy-2"]]
 
 
 Wire = Callable[[socket.socket, IO[str], list[int]], bool]
@@ -172,7 +201,7 @@ def commit_last_shard(job: Job, store: Store) -> None:
     """What the engines of this machine wait for."""
     rows = generate.Rows(objects.fetch_file(store, "data", "train.parquet"))
     shard = answer_stage.planned(job, rows)[-1]
-    answer_stage.answer_shards(replace(job, writer="by-hand"), store, rows, shard.source, [[shard]],
+    answer_stage.answer_shards(replace(job, writer="by-hand"), store, rows, [shard.source], [[shard]],
                                on_answer=lambda n: None, on_commit=lambda number, meta: None)  # fmt: skip
 
 
@@ -246,7 +275,7 @@ def test_a_joined_machine_lets_go_when_it_is_told_to(house: House) -> None:
     with socket.create_server(("localhost", 0)) as server:
         job = house.job("lent", iterates=[2],
                         resources={"nodes": 2, "rendezvous": f"localhost:{server.getsockname()[1]}"})  # fmt: skip
-        job = replace(job, extra=job.extra | {"source": [2, False]})
+        job = replace(job, extra=job.extra | {"sources": [[2, False]]})
         job.save(house.root / "job.json")
         with subprocess.Popen(
             [sys.executable, "-m", "spinreg_core.stages.generate", str(house.root / "job.json")],

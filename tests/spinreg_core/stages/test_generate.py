@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from house import END, HELDOUT, PROMPTS, House, by_answer, drawn
+from house import END, HELDOUT, LOADS, PROMPTS, House, by_answer, drawn
 from transformers import LlamaForCausalLM
 
 from spinreg_core import objects
 from spinreg_core.data.split import round_prompts
+from spinreg_core.engines import hf
 from spinreg_core.errors import BadInput, StageFailed
-from spinreg_core.shards import SHARD_SCHEMA, drawn_sources
+from spinreg_core.progress import parse
+from spinreg_core.shards import SHARD_SCHEMA, Rows, Source, drawn_sources
 from spinreg_core.stages import answer as answer_stage
 from spinreg_core.stages import engine_process, generate
 from spinreg_core.stages.generate import ensure_generations, run
+from spinreg_core.stages.job import Job
 from spinreg_core.store import Store
 
 
@@ -152,6 +157,9 @@ def test_a_killed_stage_goes_on_from_its_shards(
     output = capsys.readouterr().out
     assert f"{finished} of {len(after)} shards were committed before" in output
     assert "13/13 answers (100 %)" in output
+    lines = [line for line in map(parse, output.splitlines()) if line is not None]
+    assert lines[0].note == f"shards: {finished} of {len(after)} committed"
+    assert lines[-1].note == f"shards: {len(after)} of {len(after)} committed"
 
 
 def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,6 +252,81 @@ def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: Hous
                 for e in manifest["files"]]  # fmt: skip
     assert {"policies": ["policy-2", "policy-0"], "weights": [alpha, 1 - alpha]} in settings
     assert None in settings
+
+
+def apart(house: House, job: Job) -> dict[str, str]:
+    """What is drawn by an engine for each source alone, by shard."""
+    rows = Rows(objects.fetch_file(house.store, "data", "train.parquet"))
+    shards = answer_stage.planned(job, rows)
+    found: dict[str, str] = {}
+    for source in sorted({shard.source for shard in shards}):
+        own = [shard for shard in shards if shard.source == source]
+        answer_stage.answer_shards(
+            replace(job, object_id="generate-apart", workdir=house._workdir()), house.store, rows, [source], [own],
+            on_answer=lambda n: None, on_commit=lambda number, meta: found.update({shards[number].name: meta["drawn"]}),
+        )  # fmt: skip
+    return found
+
+
+BOTH = {"share": 0.5, "alpha": 0.3}  # plain answers, and such of the mixture
+
+
+@pytest.mark.parametrize(("iterates", "expected"), [([2, 1, 0], [0, 1, 2]), ([2, 1], [1, 0, 2])])
+def test_each_policy_is_loaded_once(
+    house: House, monkeypatch: pytest.MonkeyPatch, iterates: list[int], expected: list[int]
+) -> None:
+    """However many sources it takes part in, and with no more than one other in memory."""
+    job = house.job("once", iterates=iterates, answers_per_prompt=2, geometric=BOTH)
+    alone = apart(house, job)
+    load, models, loaded = hf.load_policy, list[weakref.ref[Any]](), list[str]()
+
+    def noted(folder: Path, *more: Any) -> Any:
+        gc.collect()
+        assert sum(model() is not None for model in models) < 2, loaded
+        loaded.append(folder.parts[folder.parts.index("objects") + 1])
+        model = load(folder, *more)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(hf, "load_policy", noted)
+    run(job)
+    assert loaded == [f"policy-{n}" for n in expected]
+    gc.collect()
+    assert not [model for model in models if model() is not None]
+    metas = {name: part["meta"] for name, part in objects.list_parts(house.store, job.object_id).items()}
+    assert {name: meta["drawn"] for name, meta in metas.items()} == alone
+    begun = [(m["iterate"], m["geometric"]) for m in metas.values() if m["startup_seconds"] > 0]
+    assert sorted(begun) == sorted({(m["iterate"], m["geometric"]) for m in metas.values()})
+    assert len(begun) == 2 * len(iterates) - (0 in iterates)
+
+
+def test_each_policy_is_loaded_once_by_each_of_two_engines(
+    house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"iterates": [2, 1], "answers_per_prompt": 2, "geometric": BOTH, "shard_size": 2}
+    alone = apart(house, house.job("alone", **settings))
+    script = tmp_path / "noting.py"
+    script.write_text(
+        LOADS.format(root=str(house.root)) + "from spinreg_core.stages.answer import main, run\nmain(run)\n"
+    )
+    monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
+    run(house.job("two", **settings, resources={"processes": 2}))
+    assert {n: p["meta"]["drawn"] for n, p in objects.list_parts(house.store, "generate-two").items()} == alone
+    loads = house.loads()
+    assert len(loads) == 2, "four sources, and no process but the two engines"
+    assert all(len(set(own)) == len(own) for own in loads.values()), loads
+    assert set().union(*loads.values()) == {"policy-0", "policy-1", "policy-2"}
+
+
+def test_each_vllm_answers_for_one_iterate_and_one_hf_for_all_mixtures(house: House) -> None:
+    job = house.job("both", engine="vllm", iterates=[2, 1], answers_per_prompt=2, geometric=BOTH)
+    rows = Rows(objects.fetch_file(house.store, "data", "train.parquet"))
+    shards = answer_stage.planned(job, rows)
+    lists = generate._lists(job, shards)
+    assert sorted(shard.number for own in lists for shard in own) == list(range(len(shards)))
+    assert [sorted({shard.source for shard in own}) for own in lists] == [
+        [Source(1, False)], [Source(2, False)], [Source(1, True), Source(2, True)],
+    ]  # fmt: skip
 
 
 KILLER = """
