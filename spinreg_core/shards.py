@@ -195,7 +195,7 @@ def write_shard(
 
 def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, Any]:
     """Counts of a shard: `prompts` (answers, in fact: one prompt may have several), sampled `tokens`, `truncated`
-    (cut off by the limit), `empty` (an end-of-turn only), `invalid_text` (ids that are no valid UTF-8); and `drawn`, a
+    (cut off by the limit), `empty` (no text, or nothing but blanks), `invalid_text` (ids that are no valid UTF-8); and `drawn`, a
     SHA-256 of what was drawn, without the log-probabilities, whose last digits depend on the batch."""
     drawn = json.dumps([[a.token_ids, a.finish] for a in answers]).encode()
     return {
@@ -203,6 +203,6 @@ def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, Any]:
         "prompts": len(answers),
         "tokens": sum(len(a.token_ids) for a in answers),
         "truncated": sum(a.finish == "length" for a in answers),
-        "empty": sum(a.finish == "stop" and len(a.token_ids) == 1 for a in answers),
+        "empty": sum(not text.strip() for text in texts),
         "invalid_text": sum("\ufffd" in text for text in texts),
     }

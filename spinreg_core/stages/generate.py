@@ -68,7 +68,7 @@ def run(job: Job) -> dict[str, Any]:
     """Answer what is not committed yet, then publish. Returns the manifest.
 
     Its metrics: `prompts` (answers), `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
-    max_new_tokens), `empty` (answers that are an end-of-turn only), `invalid_text` (answers that are no valid UTF-8:
+    max_new_tokens), `empty` (answers without text but blanks), `invalid_text` (answers that are no valid UTF-8:
     their tokens are kept, their text shows U+FFFD), `geometric` (share sampled from the mixture), `tokens_per_second`
     (of one engine, while answering), `startup_seconds` (loading engines, all attempts together), `replayed` (answers
     not given, by iterate: pairs of earlier rounds stand for them). Raises BadInput, Damaged.

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spinreg_core.shards import Rows, answer_seed, drawn_sources, make_shards
+from spinreg_core.engines import Answer
+from spinreg_core.shards import Rows, answer_seed, drawn_sources, make_shards, shard_meta
 from spinreg_core.stages.engine_pool import _LEAST_WAVE, _WAVE, devices_of, next_wave
 
 NAMES = [f"p{i}" for i in range(3000)]
@@ -133,3 +134,13 @@ def test_engines_share_the_gpus_and_without_any_the_cores() -> None:
         {"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "4,5"},
     ]  # fmt: skip
     assert [d["OMP_NUM_THREADS"] for d in devices_of(3, 1, [], 8)] == ["2"] * 3
+
+
+def test_what_a_shard_is_counted_by() -> None:
+    answers = [Answer([5, 1], "stop", [0.0, 0.0]), Answer([1], "stop", [0.0]), Answer([6, 7], "length", [0.0, 0.0])]
+    found = shard_meta(answers, ["\ufffdx", "", " \n"])
+    assert {name: found[name] for name in ("prompts", "tokens", "truncated", "empty", "invalid_text")} == {
+        "prompts": 3, "tokens": 5, "truncated": 1, "empty": 2, "invalid_text": 1,
+    }  # fmt: skip
+    other = shard_meta([*answers[:2], Answer([6, 8], "length", [0.0, 0.0])], ["", "", ""])
+    assert other["drawn"] != found["drawn"] == shard_meta(answers, ["", "", ""])["drawn"]
