@@ -195,8 +195,8 @@ def write_shard(
 
 def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, Any]:
     """Counts of a shard: `prompts` (answers, in fact: one prompt may have several), sampled `tokens`, `truncated`
-    (cut off by the limit), `empty` (no text, or nothing but blanks), `invalid_text` (ids that are no valid UTF-8); and `drawn`, a
-    SHA-256 of what was drawn, without the log-probabilities, whose last digits depend on the batch."""
+    (cut off by the limit), `empty` (no text, or nothing but blanks), `invalid_text` (ids that are no valid UTF-8); and
+    `drawn`, a SHA-256 of what was drawn, without the log-probabilities, whose last digits depend on the batch."""
     drawn = json.dumps([[a.token_ids, a.finish] for a in answers]).encode()
     return {
         "drawn": hashlib.sha256(drawn).hexdigest(),
