@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -217,23 +219,64 @@ class PrefectServer:
         return found
 
 
+@dataclass
+class Postgres:
+    """A PostgreSQL server on loopback; `url` for Prefect's PREFECT_SERVER_DATABASE_CONNECTION_URL."""
+
+    folder: Path
+    port: int
+    user: str | None  # that runs it: PostgreSQL refuses to be root
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+asyncpg://prefect@127.0.0.1:{self.port}/postgres"
+
+    def ctl(self, *arguments: str) -> None:
+        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories="
+        command = ["pg_ctl", "-D", str(self.folder / "data"), "-l", str(self.folder / "log"), "-w", "-o", options]
+        subprocess.run([*command, *arguments], user=self.user, check=True, capture_output=True, cwd=self.folder)
+
+
 @contextlib.contextmanager
-def prefect_server(home: Path) -> Iterator[PrefectServer]:
-    """A Prefect server on a free port with a fresh SQLite database below `home`.
+def postgres() -> Iterator[Postgres]:
+    """A fresh PostgreSQL server, its files in a folder that its user can reach (pytest's are for their owner alone)."""
+    user = "nobody" if os.getuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="spinreg-postgres-"))
+    if user:
+        shutil.chown(folder, user)
+    server = Postgres(folder, free_ports(1)[0], user)
+    try:
+        made = subprocess.run(["initdb", "-D", str(folder / "data"), "-U", "prefect", "--auth=trust"], user=user,
+                              capture_output=True, text=True, cwd=folder)  # fmt: skip
+        assert made.returncode == 0, made.stdout + made.stderr
+        server.ctl("start")
+        yield server
+        server.ctl("stop", "-m", "immediate")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path, database: str | None = None) -> Iterator[PrefectServer]:
+    """A Prefect server on a free port with a fresh SQLite database below `home`, or with the one named.
 
     Its `env` is for everything that talks to it: own PREFECT_HOME, so no profile of the user has a say.
     """
     home.mkdir(parents=True, exist_ok=True)
     (port,) = free_ports(1)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
-    env = inherited | {
-        "PREFECT_HOME": str(home),
-        # Of the server process too: without it the UI asks 127.0.0.1:4200 (measured, shared/prefect.md).
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-    }
+    env = (
+        inherited
+        | {
+            "PREFECT_HOME": str(home),
+            # Of the server process too: without it the UI asks 127.0.0.1:4200 (measured, shared/prefect.md).
+            "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_WORKER_QUERY_SECONDS": "1",
+        }
+        | ({} if database is None else {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database})
+    )
     server = PrefectServer(port, home, env)
     try:
         server.start()

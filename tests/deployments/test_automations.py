@@ -1,0 +1,89 @@
+"""`deployments/automations.py` on a real server: who is called crashed, and who is not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from servers import PrefectServer
+
+ROOT = Path(__file__).parents[2]
+
+
+def register(server: PrefectServer, *arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "deployments/automations.py"), *arguments]
+    done = subprocess.run(command, env=server.env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def running(server: PrefectServer, flow: str) -> dict[str, Any]:
+    """A flow run that says it is running; nobody executes it."""
+    flow_id = server.api("POST", "flows/", {"name": flow})["id"]
+    run: dict[str, Any] = server.api("POST", "flow_runs/", {"flow_id": flow_id, "state": {"type": "RUNNING"}})
+    return run | {"flow": flow}
+
+
+def beat(server: PrefectServer, run: dict[str, Any]) -> None:
+    """The event that Prefect's flow engine sends every PREFECT_FLOWS_HEARTBEAT_FREQUENCY seconds."""
+    event = {
+        "occurred": datetime.now(UTC).isoformat(), "event": "prefect.flow-run.heartbeat", "id": str(uuid.uuid4()),
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run['id']}", "prefect.resource.name": run["name"]},
+        "related": [{"prefect.resource.id": f"prefect.flow.{run['flow_id']}", "prefect.resource.role": "flow",
+                     "prefect.resource.name": run["flow"]}],
+    }  # fmt: skip
+    server.api("POST", "events", [event])
+
+
+@pytest.fixture
+def server(deployed_server: PrefectServer) -> Iterator[PrefectServer]:
+    """Without automations afterwards: runs of other tests send a heartbeat every 30 seconds only."""
+    yield deployed_server
+    for automation in deployed_server.api("POST", "automations/filter", {}):
+        deployed_server.api("DELETE", f"automations/{automation['id']}")
+
+
+@pytest.mark.slow
+def test_silent_runs_are_called_crashed_and_no_others(server: PrefectServer) -> None:
+    assert "created" in register(server)
+    assert "updated" in register(server, "--silent-seconds", "10")
+    assert len([a for a in server.api("POST", "automations/filter", {}) if a["name"].startswith("spinreg")]) == 1
+    flows = {"silent": "spin", "silent round": "round", "beating": "spin", "another's": "other", "done": "spin"}
+    runs = {name: running(server, flow) for name, flow in flows.items()}
+    for run in runs.values():
+        beat(server, run)
+    body = {"state": {"type": "COMPLETED"}}
+    server.api("POST", f"flow_runs/{runs['done']['id']}/set_state", body)
+    end = time.monotonic() + 90
+    while True:
+        beat(server, runs["beating"])
+        states = {name: server.flow_run(run["id"])["state_type"] for name, run in runs.items()}
+        if states["silent"] == states["silent round"] == "CRASHED" or time.monotonic() > end:
+            break
+        time.sleep(2)
+    for _ in range(6):  # longer than the silence that counts
+        time.sleep(2)
+        beat(server, runs["beating"])
+    states = {name: server.flow_run(run["id"])["state_type"] for name, run in runs.items()}
+    assert states == {
+        "silent": "CRASHED", "silent round": "CRASHED", "beating": "RUNNING", "another's": "RUNNING",
+        "done": "COMPLETED",
+    }  # fmt: skip
+    assert "no heartbeat for 10 s" in server.flow_run(runs["silent"]["id"])["state"]["message"]
+
+
+@pytest.mark.parametrize("file", ["prefect.yaml", "deployments/docker.yaml", "deployments/kubernetes.yaml"])
+def test_the_margin_is_five_heartbeats_of_every_deployment(file: str) -> None:
+    (deployment,) = yaml.safe_load((ROOT / file).read_text())["deployments"]
+    frequency = int(deployment["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    source = (ROOT / "deployments/automations.py").read_text()
+    (silent,) = (int(line.split()[2]) for line in source.splitlines() if line.startswith("SILENT_SECONDS ="))
+    assert silent == 5 * frequency

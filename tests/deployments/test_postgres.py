@@ -1,0 +1,46 @@
+"""Several workers on a Prefect server with PostgreSQL, which dies and comes back while they work."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from servers import postgres, prefect_server, prefect_worker
+from test_worker import start_run
+
+from spinreg_core.head import complete_round, read_head
+from spinreg_core.store import open_store
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is missing")]
+ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+def test_two_workers_and_a_database_that_crashes(clone: Path, tmp_path: Path) -> None:
+    with postgres() as database, prefect_server(tmp_path / "prefect", database.url) as server:
+        server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
+        for command in ("work-pool create local --type process", "--no-prompt deploy --all"):
+            done = server.cli(*command.split(), cwd=clone)
+            assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
+        store = open_store(str(tmp_path / "store"))
+        common = ["config=deployments/configs/smoke.yaml", "until_round=1", f"store={store.url}"]
+        with (
+            prefect_worker(server, "--limit", "1", "--name", "one", cwd=tmp_path),
+            prefect_worker(server, "--limit", "1", "--name", "two", cwd=tmp_path),
+        ):
+            runs = {name: start_run(server, *common, f"run={name}") for name in ("a", "b")}
+            deadline = time.monotonic() + 240
+            while not all((head := read_head(store, name)) is not None and head.get("base") for name in runs):
+                assert time.monotonic() < deadline, (server.home / "worker.log").read_text()[-3000:]
+                time.sleep(0.2)
+            database.ctl("restart", "-m", "immediate")  # as after a crash: the log is replayed, all connections end
+            ended = {name: server.wait_for_state(run, ENDED, 400) for name, run in runs.items()}
+        log = (server.home / "worker.log").read_text()[-3000:]
+        assert {name: run["state_type"] for name, run in ended.items()} == dict.fromkeys(runs, "COMPLETED"), log
+        starts, ends = zip(*((run["start_time"], run["end_time"]) for run in ended.values()), strict=True)
+        assert max(starts) < min(ends), "the two did not run at the same time"
+        for name in runs:
+            head = read_head(store, name)
+            assert head is not None
+            assert complete_round(head) == 1
