@@ -105,6 +105,15 @@ def answers(config: RunConfig, sizes: Sizes) -> int:
     return prompts(config, sizes) * config.generation.answers_per_prompt
 
 
+def generated_share(config: RunConfig, round_number: int) -> float:
+    """Of the answers of a round, those that are sampled; pairs of earlier rounds stand for the others."""
+    o = config.opponent
+    if not o.replay_share:
+        return 1.0
+    newest = mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)[0]
+    return 1.0 - o.replay_share * (1.0 - newest)
+
+
 def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
     """Pairs trained on in a round (counted from 1), earlier rounds' ones included; none is dropped as truncated."""
     n, o = answers(config, sizes), config.opponent
@@ -155,8 +164,9 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
     factor = 6.0 if config.training.lora_rank is None else 4.0
     factor += 2.0 if config.training.activation_checkpointing == "full" else 0.0
+    answered = made * generated_share(config, round_number)
     return {
-        "generate": [Work("generate", made, two_n * made)],
+        "generate": [Work("generate", answered, two_n * answered)],
         "mix-opponent": [Work("score", mix, two_n * mix)],
         "train": [Work("train", passes, factor * shape.parameters * passes), Work("score", watched, two_n * watched)],
         "evaluate": evaluate,
@@ -286,7 +296,9 @@ def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int
     saved = {"master": master, "bfloat16": 2, "float32": 4}[t.save_dtype]
     return {
         "policy": saved * shape.parameters + adapter,
-        "generations": int(answers(config, sizes) * (4 * sizes.prompt + 12 * sizes.generated)),
+        "generations": int(
+            answers(config, sizes) * generated_share(config, round_number) * (4 * sizes.prompt + 12 * sizes.generated)
+        ),
         "pairs": int(pairs(config, sizes, round_number) * (4 * (sizes.prompt + sizes.answer + sizes.generated) + 100)),
         "evaluation": sampled,
     }

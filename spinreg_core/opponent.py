@@ -109,7 +109,7 @@ def draws_mixture(share: float, *, seed: int, round_index: int, prompt_id: str, 
 
     Depends on the arguments alone, and not on which iterate was drawn. A larger share takes what a smaller one takes.
     """
-    return _uniform("spinreg draws_mixture", seed, round_index, prompt_id, answer_index) < share
+    return share > 0 and _uniform("spinreg draws_mixture", seed, round_index, prompt_id, answer_index) < share
 
 
 def draws_replay(share: float, *, seed: int, round_index: int, prompt_id: str, answer_index: int = 0) -> bool:
@@ -117,7 +117,7 @@ def draws_replay(share: float, *, seed: int, round_index: int, prompt_id: str, a
 
     Depends on the arguments alone, and not on which iterate was drawn. A larger share takes what a smaller one takes.
     """
-    return _uniform("spinreg draws_replay", seed, round_index, prompt_id, answer_index) < share
+    return share > 0 and _uniform("spinreg draws_replay", seed, round_index, prompt_id, answer_index) < share
 
 
 def replay_quota(weights: Sequence[float], available: Sequence[int]) -> list[int]:

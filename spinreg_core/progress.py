@@ -6,6 +6,8 @@ Decides: the one line format. Leaves out: where the line is shown (terminal, log
 from __future__ import annotations
 
 import re
+import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -32,7 +34,7 @@ class Progress:
     def __init__(self, stage: str, total: int, unit: str, done: int = 0, every: float = 2.0) -> None:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self._every, self._start, self._start_done = every, time.monotonic(), done
-        self._last = -float("inf")
+        self._last, self._showing = -float("inf"), threading.Lock()
         self.note = ""  # what else is to be said
 
     def update(self, n: int = 1) -> None:
@@ -46,16 +48,19 @@ class Progress:
 
     def _show(self) -> None:
         now = time.monotonic()
-        if now - self._last >= self._every or self.done >= self.total:
+        with self._showing:
+            if now - self._last < self._every and self.done < self.total:
+                return
             self._last = now
             rate = (self.done - self._start_done) / max(now - self._start, 1e-6)
             left = int((self.total - self.done) / rate) if rate > 0 else 0
-            print(
+            sys.stdout.write(  # at once: `print` writes the end of the line by itself, and two lines become one
                 f"[{self.stage}] {self.done}/{self.total} {self.unit} "
                 f"({100 * self.done // max(self.total, 1)} %), {rate:.2f}/s, "
-                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left" + (f"; {self.note}" if self.note else ""),
-                flush=True,
+                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+                + (f"; {self.note}\n" if self.note else "\n")
             )
+            sys.stdout.flush()
 
 
 def parse(line: str) -> ProgressLine | None:

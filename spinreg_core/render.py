@@ -138,7 +138,9 @@ class Renderer:
         if protect:
             messages, tools = self._masked([messages, tools])
         text = self._template(messages, tools, generation_prompt=True)
-        _require_written([_name(tool) for tool in tools or []] + _called(messages), text)
+        marked, marks = _marked([*messages, {"tools": tools or []}])
+        if marks:
+            _require_written(marks, self._template(marked[:-1], marked[-1]["tools"], generation_prompt=True))
         return self._encode_protected(text) if protect else self._encode(text)
 
     def answer_ids(self, messages: Sequence[Message], reply: str | Message, tools: Tools = None) -> list[int]:
@@ -155,8 +157,9 @@ class Renderer:
             messages, said, tools = self._masked([messages, said, tools])
         encode = self._encode_protected if protect else self._encode
         prompt, text = self._answer_text(messages, said, tools)
-        thoughts = [said[name].strip() for name in THOUGHTS if name in said]
-        _require_written(_called([said]) + thoughts, text)
+        (marked,), marks = _marked([said], whole=True)
+        if marks:
+            _require_written(marks, self._answer_text(messages, marked, tools)[1])
         ids = encode(prompt + text + self._end_text)
         if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids) + 1:
             ids = ids[len(prompt_ids) :]
@@ -293,21 +296,42 @@ def _mapped(said: Any, change: Callable[[str], str]) -> Any:
     return said
 
 
-def _called(messages: Iterable[Message]) -> list[str]:
-    return [call["function"]["name"] for message in messages for call in message.get("tool_calls", ())]
+def _marked(messages: Sequence[Message], *, whole: bool = False) -> tuple[list[Message], dict[str, str]]:
+    """Messages with marks in place of what a template may leave out without a word, and what each mark stands for:
+    names of tools, calls with their arguments, what tools say; with `whole` also texts and thoughts, where there are
+    calls or thoughts. A `tools` among the messages' fields is a list of descriptions."""
+    marks: dict[str, str] = {}
+
+    def mark(text: object) -> str:
+        marks[f"spinregmark{len(marks)}x"] = str(text)
+        return f"spinregmark{len(marks) - 1}x"
+
+    def named(record: Mapping[str, Any]) -> dict[str, Any]:
+        function = dict(record.get("function") or record)
+        function["name"] = mark(function["name"])
+        if isinstance(function.get("arguments"), dict):
+            function["arguments"] = {key: mark(value) for key, value in function["arguments"].items()}
+        return {**record, "function": function} if record.get("function") else function
+
+    found = []
+    for message in messages:
+        changed = message | {
+            key: [named(one) for one in message[key]] for key in ("tool_calls", "tools") if key in message
+        }
+        written = [name for name in THOUGHTS if name in message]
+        if whole and (written or "tool_calls" in message):
+            written += ["content"] if message["content"].strip() else []
+        else:
+            written = ["content"] if message.get("role") == "tool" and message["content"].strip() else []
+        found.append(changed | {name: mark(message[name]) for name in written})
+    return found, marks
 
 
-def _name(tool: Mapping[str, Any]) -> str:
-    return str(tool.get("function", tool).get("name", ""))
-
-
-def _require_written(what: Iterable[str], text: str) -> None:
-    """A template that knows no tools leaves them out without a word."""
-    missing = next((one for one in what if one not in text), None)
+def _require_written(marks: Mapping[str, str], text: str) -> None:
+    missing = next((what for mark, what in marks.items() if mark not in text), None)
     if missing is not None:
-        raise BadInput(
-            "chat template", f"{missing[:60]!r} left out", "a template that writes tools, calls and thoughts"
-        )
+        raise BadInput("chat template", f"{missing.strip()[:60]!r} left out",
+                       "a template that writes tools, calls and thoughts, or rows without them")  # fmt: skip
 
 
 def _first_of(names: Iterable[str], text: str) -> tuple[int, str] | None:

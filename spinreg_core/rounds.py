@@ -127,7 +127,7 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
             "share": config.opponent.geometric_share, "alpha": config.objective.alpha if alpha is None else alpha
         }  # fmt: skip
         policies["0"] = policy_object(head, 0)
-    if config.opponent.replay_share and t:
+    if config.opponent.replay_share and len(weights) > 1:
         extra["replay_share"] = config.opponent.replay_share
     prompts = config.data.model_dump(mode="json", include={"prompts_per_round", "round_prompts"})
     key = extra | {

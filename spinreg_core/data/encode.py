@@ -118,7 +118,8 @@ def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str
                 writer.write_table(waiting.slice(0, _GROUP))
                 waiting = waiting.slice(_GROUP)
             first += batch.num_rows
-        writer.write_table(waiting)
+        if waiting.num_rows:
+            writer.write_table(waiting)
 
 
 def spread(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:

@@ -7,9 +7,10 @@ fit in tokens (`encode.py`).
 
 from __future__ import annotations
 
+import json
 import re
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spinreg_core.config import DataConfig
@@ -18,6 +19,7 @@ from spinreg_core.data.guard import Guard, evaluation_prompts, guarded
 from spinreg_core.data.load import Loaded
 from spinreg_core.data.mixture import load_mixture, take_shares
 from spinreg_core.data.spool import pick
+from spinreg_core.data.turns import THOUGHTS
 from spinreg_core.errors import BadInput
 
 REASONS = {
@@ -89,7 +91,7 @@ def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
 
 def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:
     size, most = len(row.answer), config.max_answer_characters
-    if size < config.min_answer_characters:
+    if size < config.min_answer_characters and "tool_calls" not in row.extras:
         return "answer_too_short", f"{size} characters"
     if most is not None and size > most:
         return "answer_too_long", f"{size} characters"
@@ -104,5 +106,10 @@ def _overlap(row: Row, guard: Guard) -> tuple[str, str] | None:
     return None if found is None else ("contaminated", found)
 
 
-def _texts(row: Row) -> list[str]:
-    return [*(message["content"] for message in row.messages), row.answer]
+def _texts(row: Row) -> Iterator[str]:
+    """All that is said in a row, thoughts and the arguments of calls included."""
+    for message in (*row.messages, row.reply):
+        yield message["content"]
+        yield from (message[name] for name in THOUGHTS if name in message)
+        if "tool_calls" in message:
+            yield json.dumps(message["tool_calls"], ensure_ascii=False)

@@ -50,13 +50,15 @@ def user_turns(turns: object) -> list[object]:
 
 
 def read_tools(value: object) -> list[dict[str, Any]] | None:
-    """Descriptions of the tools that a conversation may use: a list of records, or a JSON text of it; None without any.
-    Raises RowProblem."""
-    found = _unwrapped(value)
+    """Descriptions of the tools that a conversation may use, each with the name of a function (bare, or as "function"):
+    a list of records, or a JSON text of it; None without any. Raises RowProblem."""
+    found = _unwrapped(value) if isinstance(value, str) else _without_nulls(value)
     if found is None or found in ("", []):
         return None
-    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+    if not isinstance(found, list):
         raise RowProblem("wrong_type", "tools is no list of descriptions")
+    for tool in found:
+        _function(tool, "tools")
     _check_texts(found, "tools")
     return found
 
@@ -80,11 +82,11 @@ def _message(turn: object, where: str) -> Message:
     if not isinstance(named, str) or named.lower() not in _ROLES:
         raise RowProblem("unknown_role", f"{where} has role {named!r}")
     role, content = _ROLES[named.lower()], _content(turn)
-    calls: Any = turn.get("tool_calls") if role == "assistant" else None
+    calls: Any = _unwrapped(turn.get("tool_calls")) if role == "assistant" else None
     if named.lower() == "function_call":  # ShareGPT: the call is the text
-        calls, content = content, None
+        calls, content = _unwrapped(content), None
     extras: Message = {}
-    if calls is not None and calls != []:
+    if calls is not None and calls not in ("", []):
         extras["tool_calls"] = _calls(calls, where)
         content = "" if content is None else content
     for name in _EXTRAS.get(role, ()):
@@ -96,27 +98,40 @@ def _message(turn: object, where: str) -> Message:
 def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     """As templates expect them: {"type": "function", "function": {"name", "arguments": a mapping}}, "id" if given.
 
-    Arguments may be a JSON text (as OpenAI's interface has them), the call may be the bare function.
+    Arguments may be a JSON text (as OpenAI's interface has them), in which a null stays one; the call may be the bare
+    function.
     """
     where = f"{where}, tool_calls"
-    calls = _unwrapped(calls)
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise RowProblem("wrong_type", f"{where} is {type(calls).__name__}, not a list of calls")
     found = []
     for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        name = function.get("name") if isinstance(function, dict) else None
-        if not isinstance(function, dict) or not isinstance(name, str) or not name:
-            raise RowProblem("wrong_type", f"{where}: a call without the name of a function")
-        arguments = _unwrapped(function.get("arguments"))
+        function = _function(call, where)
+        arguments = function.get("arguments")
+        arguments = _unwrapped(arguments) if isinstance(arguments, str) else _without_nulls(arguments)
         arguments = {} if arguments is None or arguments == "" else arguments
         if not isinstance(arguments, dict):
-            raise RowProblem("wrong_type", f"{where}: arguments of {name} are no JSON object")
-        one = {"type": "function", "function": {"name": name, "arguments": arguments}}
+            raise RowProblem("wrong_type", f"{where}: arguments of {function['name']} are no JSON object")
+        one = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         found.append(one | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
     _check_texts(found, where)
     return found
+
+
+def _function(record: Any, where: str) -> dict[str, Any]:
+    """What names a function in a call or a description: the record's "function", or the record itself."""
+    found = record.get("function") or record if isinstance(record, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not found["name"]:
+        raise RowProblem("wrong_type", f"{where}: a record without the name of a function")
+    return found
+
+
+def _without_nulls(value: Any) -> Any:
+    """Less the keys whose value is null, at any depth: in a column of Arrow records every row has all rows' keys."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def _unwrapped(value: Any) -> Any:
@@ -150,3 +165,5 @@ def _check_texts(value: Any, where: str) -> None:
             value.encode()
         except UnicodeEncodeError as error:  # files are read with undecodable bytes kept as lone surrogates
             raise RowProblem("broken_utf8", f"{where}, character {error.start + 1}") from None
+    elif not isinstance(value, int | float | None):  # bool is an int
+        raise RowProblem("wrong_type", f"{where} holds {type(value).__name__}, which JSON has no word for")

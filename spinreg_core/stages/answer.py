@@ -213,37 +213,26 @@ def engine_of(job: Job, source: Source) -> tuple[Any, list[str], list[float]]:
     return "hf", [own, job.inputs["policies"]["0"]], [alpha, 1 - alpha]
 
 
-def planned(job: Job, rows: Rows) -> list[Shard]:
-    """All shards of a job, committed or not; the same wherever and whenever it is asked."""
-    config, kind = job.config, job.extra["rows"]
+def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
+    """All shards of a job, committed or not, the same wherever and whenever it is asked; and, by iterate, how many
+    answers are in none, because pairs of earlier rounds stand for them."""
+    config, data, kind = job.config, job.config.data, job.extra["rows"]
+    size, geometric = config.generation.shard_size, job.extra.get("geometric")
     if kind != "train":
         (only,) = job.inputs["policies"]
         iterates = np.full((len(rows), 1), int(only))
-        return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), config.generation.shard_size)
-    chosen, iterates, mixed, replayed = _drawn(job, rows)
-    return make_shards(chosen, iterates, mixed, config.generation.shard_size, replayed)
-
-
-def not_given(job: Job, rows: Rows) -> dict[str, int]:
-    """Answers of a round, by iterate, that are not given: pairs of earlier rounds stand for them."""
-    if not job.extra.get("replay_share"):
-        return {}
-    _, iterates, _, replayed = _drawn(job, rows)
-    return {str(n): int(count) for n, count in zip(*np.unique(iterates[replayed], return_counts=True), strict=True)}
-
-
-def _drawn(job: Job, rows: Rows) -> tuple[Any, Any, Any, Any]:
-    """([prompts] rows, [prompts, answers] iterates, geometric, replayed) of a round; see `shards.drawn_sources`."""
-    config, data, geometric = job.config, job.config.data, job.extra.get("geometric")
+        return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), size), {}
     chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
     if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
         iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
-        return chosen, iterates, np.zeros_like(iterates, bool), np.zeros_like(iterates, bool)
-    return chosen, *drawn_sources(
+        return make_shards(chosen, iterates, np.zeros_like(iterates, bool), size), {}
+    iterates, mixed, replayed = drawn_sources(
         rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
         geometric_share=geometric["share"] if geometric else 0.0, replay_share=job.extra.get("replay_share", 0.0),
         round_number=job.round, seed=config.seed,
     )  # fmt: skip
+    not_given = zip(*np.unique(iterates[replayed], return_counts=True), strict=True)
+    return make_shards(chosen, iterates, mixed, size, replayed), {str(n): int(count) for n, count in not_given}
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -262,7 +251,7 @@ def run(job: Job) -> dict[str, Any]:
 
     store = open_store(job.store)
     rows = Rows(fetch_file(store, job.inputs["data"], f"{job.extra['rows']}.parquet"))
-    shards = planned(job, rows)
+    shards, _ = planned(job, rows)
 
     def waves() -> Iterable[list[Shard]]:
         for line in sys.stdin:

@@ -34,7 +34,7 @@ from spinreg_core.errors import (
 from spinreg_core.objects import fetch_file, list_parts, publish, read_manifest
 from spinreg_core.progress import Progress
 from spinreg_core.shards import Rows, Shard, Source
-from spinreg_core.stages.answer import answer_shards, engine_of, not_given, planned
+from spinreg_core.stages.answer import answer_shards, engine_of, planned
 from spinreg_core.stages.engine_guests import lend_engines
 from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave
 from spinreg_core.stages.engine_process import raise_verdict
@@ -77,9 +77,9 @@ def run(job: Job) -> dict[str, Any]:
     store = open_store(job.store)
     kind = job.extra["rows"]
     rows = Rows(fetch_file(store, job.inputs["data"], f"{kind}.parquet"))
-    shards = planned(job, rows)
+    shards, not_given = planned(job, rows)
     unknown = {s.source.iterate for s in shards} - {int(n) for n in job.inputs["policies"]}
-    if unknown or not shards:
+    if unknown or not (shards or not_given):
         raise BadInput(f"generate job of round {job.round}", f"no policy for iterates {sorted(unknown)}" if unknown
                        else f"no rows in {kind}.parquet", "a policy for every iterate, and rows")  # fmt: skip
     metas = {name: part["meta"] for name, part in list_parts(store, job.object_id).items()}
@@ -113,7 +113,7 @@ def run(job: Job) -> dict[str, Any]:
             answer_shards(job, store, rows, sources, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
             answer_in_processes(job, store, own, devices, on_answer=progress.update, on_commit=on_commit)
-    metrics = _metrics(list(metas.values())) | ({"replayed": not_given(job, rows)} if kind == "train" else {})
+    metrics = _metrics(list(metas.values())) | {"replayed": not_given}
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
     manifest = publish(store, job, nothing, metrics=metrics, parts=[s.name for s in shards],
@@ -183,11 +183,11 @@ def _metrics(metas: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "prompts": prompts,
         "tokens": tokens,
-        "mean_length": tokens / prompts,
-        "truncated": truncated / prompts,
+        "mean_length": tokens / max(prompts, 1),
+        "truncated": truncated / max(prompts, 1),
         "empty": empty,
         "invalid_text": invalid,
-        "geometric": sum(m["prompts"] for m in metas if m["geometric"]) / prompts,
+        "geometric": sum(m["prompts"] for m in metas if m["geometric"]) / max(prompts, 1),
         "tokens_per_second": tokens / max(sum(m["seconds"] for m in metas), 1e-3),
         "startup_seconds": round(sum(m["startup_seconds"] for m in metas), 3),
     }

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,53 +75,60 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
     """The pairs to train on, and how many were dropped or had their human answer clipped."""
     opponent, earlier = job.config.opponent, job.inputs["earlier"]
     sources = [(job.round, job.inputs["generations"]), *((e["round"], e["generations"]) for e in earlier)]
-    generations = [(number, _generations(store, object_id)) for number, object_id in sources]
+    weights = mixture_weights(job.round - 1, opponent.history, opponent.weighting, decay=opponent.decay)
+    expected = [job.round - k for k in range(len(weights) if opponent.source == "replay" or earlier else 1)]
+    if [number for number, _ in sources] != expected:
+        found = f"rounds {[e['round'] for e in earlier]}"
+        raise BadInput(f"mix-opponent job of round {job.round}, inputs.earlier", found,
+                       f"rounds {expected[1:]}, newest first")  # fmt: skip
+    # With source regenerate the round's generations carry the drawn iterates already, all but these.
+    wanted = _not_given(store, job) if opponent.source == "regenerate" else {}
+    generations = [
+        (number, _generations(store, object_id, wanted if wanted and number < job.round else None))
+        for number, object_id in sources
+    ]
     columns = ["prompt_id", "prompt_ids", "answer_ids", "answer_truncated"]
     asked = {row["prompt_id"] for _, found in generations for row in found}  # a few of a million, perhaps
     table = pq.read_table(fetch_file(store, job.inputs["data"], "train.parquet"), columns=columns,
                           filters=pc.field("prompt_id").isin(sorted(asked)))  # fmt: skip
     rows = {row["prompt_id"]: row for row in table.to_pylist()}
-    before = [join(found, rows, number) for number, found in generations]
+    joined = [join(found, rows, number) for number, found in generations]
+    back = replay_iterates(joined[1:], wanted, seed=job.config.seed, round_number=job.round)
+    # Before truncated answers are treated: what was drawn for an iterate loses as large a share as what it generates.
+    before = [joined[0], back] if opponent.source == "regenerate" else joined
     after = [treat_truncated(pairs, opponent.truncated) for pairs in before]
-    of_rounds = mixture_weights(job.round - 1, opponent.history, opponent.weighting, decay=opponent.decay)
-    if earlier or opponent.source == "replay":
-        expected = [job.round - k for k in range(len(of_rounds))]
-        if [number for number, _ in sources] != expected:
-            found = f"rounds {[e['round'] for e in earlier]}"
-            raise BadInput(f"mix-opponent job of round {job.round}, inputs.earlier", found,
-                           f"rounds {expected[1:]}, newest first")  # fmt: skip
-    figures: dict[str, int] = {}
-    if opponent.source == "replay":
-        used = [weight > 0 for weight in of_rounds]
-        chosen = replay(after, of_rounds, seed=job.config.seed, round_number=job.round)
-    else:  # the round's generations carry the drawn iterates already
-        used = [True] * len(after)
-        chosen = replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round)
-        if earlier:
-            wanted = _replayed(store, job)
-            back = replay_iterates(after[1:], wanted, seed=job.config.seed, round_number=job.round)
-            chosen += back
-            figures = {"replayed": len(back), "replay_short": sum(wanted.values()) - len(back)}
+    if opponent.source == "regenerate":
+        used = [1.0, 1.0]
+        chosen = [*replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round)] if after[0] else []
+        chosen += after[1]
+        if not chosen:
+            replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round)  # says what is missing
+    else:
+        used = weights
+        chosen = replay(after, weights, seed=job.config.seed, round_number=job.round)
     length_before = {pair["pair_id"]: len(pair["real_ids"]) for pairs in before for pair in pairs}
-    return chosen, figures | {
+    replayed = {"replayed": len(back), "replay_short": sum(wanted.values()) - len(back)} if wanted else {}
+    return chosen, replayed | {
         # Only rounds whose pairs are used at all lose any.
-        "dropped": sum(len(a) - len(b) for a, b, use in zip(before, after, used, strict=True) if use),
+        "dropped": sum(len(a) - len(b) for a, b, w in zip(before, after, used, strict=True) if w > 0),
         "clipped": sum(len(pair["real_ids"]) < length_before[pair["pair_id"]] for pair in chosen),
     }
 
 
-def _replayed(store: Store, job: Job) -> dict[int, int]:
+def _not_given(store: Store, job: Job) -> dict[int, int]:
     """How many answers of each iterate the round did not generate, so that earlier pairs of it come back."""
     manifest = read_manifest(store, job.inputs["generations"])
     if manifest is None:
         raise Damaged(f"{job.inputs['generations']}: found no manifest; expected the round's generations")
-    return {int(iterate): count for iterate, count in manifest["metrics"]["replayed"].items()}
+    return {int(iterate): count for iterate, count in manifest["metrics"].get("replayed", {}).items()}
 
 
-def _generations(store: Store, object_id: str) -> list[dict[str, Any]]:
+def _generations(store: Store, object_id: str, iterates: Iterable[int] | None = None) -> list[dict[str, Any]]:
+    """Rows of a round's shards, of some iterates or all."""
     columns = ["prompt_id", "answer", "iterate", "geometric", "prompt_ids", "answer_ids", "finish"]
+    wanted = None if iterates is None else pc.field("iterate").isin(sorted(iterates))
     paths = fetch_files(store, object_id, "shards").values()
-    return [row for path in paths for row in pq.read_table(path, columns=columns).to_pylist()]
+    return [row for path in paths for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
 
 
 @dataclass
@@ -288,7 +295,8 @@ def _described(summary: dict[str, Any]) -> str:
         short = f" ({summary['replay_short']} of the pairs to replay were not there: the shares are off by as many)"
     return (
         f"{summary['pairs']} pairs ({rounds}){short}; generated answers cut off: {summary['generated_truncated']}, "
-        f"human answers clipped: {summary['clipped']}, pairs dropped: {summary['dropped']}, empty answers: "
+        f"human answers clipped: {summary['clipped']}, pairs dropped: {summary['dropped']}, answers of an "
+        f"end-of-turn only: "
         f"{summary['empty_generated']}, equal to the human answer: {summary['identical']}; scores computed: "
         f"{summary['scores_computed']}, reused: {summary['scores_reused']}, the engine's: "
         f"{summary['scores_of_engine']}{engine}"

@@ -67,7 +67,7 @@ def run(job: Job) -> dict[str, Any]:
               flush=True)  # fmt: skip
     if renderer.written_before:
         print(f"warning: {renderer.written_before_warning}", flush=True)
-    data = prepare_data(job, loaded, heldout, renderer, selected)
+    data = prepare_data(job, selected, heldout, renderer)
     folder = resolve_model(config.model, cache_folder())
     require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id])
     if config.training.lora_rank is not None:
@@ -109,14 +109,13 @@ def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer
     }
 
 
-def prepare_data(
-    job: Job, loaded: Loaded, heldout: Loaded | None, renderer: Renderer, selected: Selected | None = None
-) -> dict[str, Any]:
+def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
     """Split and tokenise the rows and publish the object `data`; returns its manifest. Raises BadInput.
 
     Rows and records are on disk; of every row a few hundred bytes are in memory, whatever its length.
     """
     config, store, start = job.config, open_store(job.store), time.monotonic()
+    loaded = selected.loaded
     key = data_key(config, loaded, heldout, renderer)
     job = replace(job, stage="data", key=key, object_id=fingerprint("data", key))
     found = read_manifest(store, job.object_id)
@@ -142,12 +141,12 @@ def prepare_data(
     summary = _summary(loaded, folder, bad) | {
         "train_rows_dropped_as_heldout": dropped,
         "shortened_prompts": train.shortened + (held.shortened if heldout is not None else 0),
-        "left_out": {} if selected is None else selected.counts,
+        "left_out": selected.counts,
         "guarded": loaded.guards,
     }
     answers = pq.read_table(folder / "heldout.parquet", columns=["final_answer"])["final_answer"]
     require_final_answers(config.evaluation.final_answer, answers.to_pylist())
-    told = [] if selected is None else [asdict(row) for row in selected.left_out]
+    told = [asdict(row) for row in selected.left_out]
     refused = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
     (folder / "rejected.json").write_text(json.dumps(refused, indent=1, ensure_ascii=False))
     (folder / "left_out.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))

@@ -26,6 +26,7 @@ from spinreg_core.report import (
     metrics_markdown,
     metrics_rows,
     metrics_table,
+    render,
     report_data,
     verdict,
     write_report,
@@ -184,8 +185,16 @@ def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) 
     assert "100 / 28 / 10" in text
     assert "+0.0123, -0.0456 (8 checked); 1 of 2" in text
     assert "0: 32, 1: 32" in text
-    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10], run="plain"), "plain")
+    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10], run="plain"), "plain")
     assert "engine's scores" not in page
+    engine = {"engine_checked": 4, "engine_mean_difference": None, "engine_worst_difference": None,
+              "engine_shards": 1, "engine_shards_refused": 1}  # fmt: skip
+    odd = data["rounds"][1]["pairs"] | engine | {"replay_short": 3}
+    del odd["scores_of_engine"]  # a run of an older spinreg
+    data["rounds"][1]["pairs"] = odd
+    text = " ".join(" ".join(Reader(render(data)).text).split())
+    assert "not finite, not finite (4 checked)" in text
+    assert "3 to replay were not there" in text
 
 
 def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -> None:

@@ -160,6 +160,31 @@ def test_tools_and_thoughts_are_part_of_what_is_trained() -> None:
     assert ["'weather' left out" in bad.detail or "'Dry.' left out" in bad.detail for bad in rejected] == [True] * 3
 
 
+def test_what_a_template_leaves_out_makes_a_row_bad() -> None:
+    """Names alone do not tell: they may stand in the tool list, or in what the user says."""
+    asked = {"role": "user", "content": "Please get it."}
+    call = {"type": "function", "function": {"name": "get", "arguments": {"what": "it"}}}
+    calling = {"role": "assistant", "content": "I look.", "tool_calls": [call]}
+    tools = [{"name": "get"}]
+    told = Row(1, (asked, calling, {"role": "tool", "content": "dry"}), "It is dry.")
+    answers = Row(2, (asked,), "I look.", {"tool_calls": [call]}, tools)
+    whole = TEMPLATES["tools"].replace("t.function", "(t.function or t)")
+    _, rejected = encoded_rows([told, answers], Renderer(chat_tokenizer("byte_bpe", whole)), DataConfig(), "none")
+    assert not rejected
+    for without, replaced, bad in (
+        ("what tools say", ("{{ m['content'] }}", "{{ m['content'] if m.role != 'tool' }}"), [1]),
+        ("calls", ("{{ c.function | tojson }}", ""), [1, 2]),
+        ("arguments", ("{{ c.function | tojson }}", "{{ c.function.name }}"), [1, 2]),
+        ("texts beside calls", ("{{ m['content'] }}", "{{ m['content'] if not m.tool_calls }}"), [2]),
+        ("tools", ("{% if tools %}", "{% if false %}"), [2]),
+    ):
+        assert replaced[0] in whole, without
+        renderer = Renderer(chat_tokenizer("byte_bpe", whole.replace(*replaced)))
+        _, rejected = encoded_rows([told, answers], renderer, DataConfig(), "none")
+        assert [one.row for one in rejected] == bad, without
+        assert all("left out" in one.detail for one in rejected)
+
+
 def test_spread() -> None:
     expected: dict[str, Any] = {"mean": 50.5, "median": 50, "p95": 95, "max": 100}
     assert spread(range(100, 0, -1)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from typing import Any
@@ -116,6 +117,10 @@ BAD = [
     ("wrong_type", answering(content=None, tool_calls=[calling("f", "[1]")])),
     ("wrong_type", {"messages": [turn("user", "x"), turn("function_call", "f(1)")]}),
     ("wrong_type", answering() | {"tools": "search"}),
+    ("wrong_type", answering() | {"tools": [{"function": "weather"}]}),
+    ("wrong_type", answering() | {"tools": [{"type": "function"}]}),
+    ("wrong_type", answering(tool_calls=[calling("f", {"day": datetime.date(2026, 1, 1)})])),
+    ("empty_answer", answering(content="", tool_calls="[]")),
     ("wrong_type", answering(thinking=["x"])),
     ("broken_utf8", answering(content="", tool_calls=[calling("f", {"a": "\ud83d"})])),
     ("empty_answer", answering(content="", tool_calls=[])),

@@ -85,6 +85,18 @@ def test_short_prompts_count_as_a_whole_and_very_short_ones_not_at_all() -> None
     assert chosen(rows, known)[0] == [2]
 
 
+def test_thoughts_and_calls_are_texts_too() -> None:
+    call = {"type": "function", "function": {"name": "search", "arguments": {"q": " ".join(WORDS)}}}
+    plain = row(1, "Look it up.", "Yes.")
+    thinking = Row(2, plain.messages, "Yes.", {"reasoning_content": " ".join(WORDS)})
+    calling = Row(3, plain.messages, "", {"tool_calls": [call]})
+    earlier = Row(4, (*plain.messages, calling.reply, {"role": "tool", "content": "found"}), "Yes.")
+    rows = [plain, thinking, calling, earlier]
+    assert chosen(rows, {"bench": [" ".join(WORDS)]})[0] == [1]
+    assert chosen(rows, drop_patterns=[WORDS[1]])[0] == [1]
+    assert chosen(rows, min_answer_characters=3)[0] == [1, 2, 3, 4], "a call is no short answer"
+
+
 def save(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return str(path)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Row, choose_layout, read_rows
+from spinreg_core.data.load import load_rows
 
 ASKED = {"role": "user", "content": "Rain?"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
@@ -62,6 +66,33 @@ def test_what_parquet_writes_for_absent_fields(absent: Any) -> None:
     empty = {"tool_calls": None, "tool_call_id": None, "reasoning_content": None, "name": ""}
     record = {"messages": [empty | turn for turn in OPENAI], "tools": absent}
     assert rows(record, "all") == rows({"messages": OPENAI}, "all")
+
+
+def test_records_that_arrow_has_made_alike(tmp_path: Path) -> None:
+    """Two calls in one column get each other's arguments as nulls, and a bare tool beside a wrapped one a null too."""
+    calls = [{"name": "weather", "arguments": {"city": "Ulm"}}, {"name": "add", "arguments": {"a": 1, "b": 2}}]
+    tools = [TOOLS[0], {"name": "add", "parameters": {"type": "object"}}]
+    records = [
+        {
+            "messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [{"function": call}]}],
+            "tools": [tool],
+        }
+        for call, tool in zip(calls, tools, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "rows.parquet")
+    found = load_rows(str(tmp_path / "rows.parquet"), DataConfig())
+    assert not found.rejected
+    assert [row.extras["tool_calls"][0]["function"] for row in found.rows] == calls
+    assert [row.tools for row in found.rows] == [[tool] for tool in tools]
+    kept = rows({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [
+        {"function": {"name": "f", "arguments": '{"a": null}'}}]}]})[0]  # fmt: skip
+    assert kept.extras["tool_calls"][0]["function"]["arguments"] == {"a": None}, "said, not made up by Arrow"
+
+
+@pytest.mark.parametrize("none", ["", "[]", "null", None, []])
+def test_no_calls_are_no_calls(none: Any) -> None:
+    (row,) = rows({"messages": [ASKED, {"role": "assistant", "content": "No.", "tool_calls": none}]})
+    assert (row.answer, row.extras) == ("No.", {})
 
 
 def test_rows_differ_by_all_that_they_hold() -> None:

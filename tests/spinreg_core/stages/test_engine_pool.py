@@ -17,7 +17,7 @@ from spinreg_core.stages.engine_pool import _Engine, _Pool
 def test_an_engine_ends_its_source_before_what_came_back_of_another(house: House) -> None:
     """It would load that one's policy again, and then its own."""
     job = house.job("pool", iterates=[2, 1, 0], shard_size=1)
-    shards = planned(job, Rows(objects.fetch_file(house.store, "data", "train.parquet")))
+    shards, _ = planned(job, Rows(objects.fetch_file(house.store, "data", "train.parquet")))
     pool = _Pool(job, house.store, shards, [{}], queue.SimpleQueue(), lambda n: None, lambda number, meta: None)
     second = [shard for shard in shards if shard.source.iterate == 1]
     pool.left = [shards[0], *second[-2:], *(shard for shard in shards if shard.source.iterate == 2)]

@@ -257,7 +257,7 @@ def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: Hous
 def apart(house: House, job: Job) -> dict[str, str]:
     """What is drawn by an engine for each source alone, by shard."""
     rows = Rows(objects.fetch_file(house.store, "data", "train.parquet"))
-    shards = answer_stage.planned(job, rows)
+    shards, _ = answer_stage.planned(job, rows)
     found: dict[str, str] = {}
     for source in sorted({shard.source for shard in shards}):
         own = [shard for shard in shards if shard.source == source]
@@ -321,7 +321,7 @@ def test_each_policy_is_loaded_once_by_each_of_two_engines(
 def test_each_vllm_answers_for_one_iterate_and_one_hf_for_all_mixtures(house: House) -> None:
     job = house.job("both", engine="vllm", iterates=[2, 1], answers_per_prompt=2, geometric=BOTH)
     rows = Rows(objects.fetch_file(house.store, "data", "train.parquet"))
-    shards = answer_stage.planned(job, rows)
+    shards, _ = answer_stage.planned(job, rows)
     lists = generate._lists(job, shards)
     assert sorted(shard.number for own in lists for shard in own) == list(range(len(shards)))
     assert [sorted({shard.source for shard in own}) for own in lists] == [
@@ -440,3 +440,13 @@ def shortfall(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> 
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     return float((logits.max(dim=1).values - chosen).max())
+
+
+def test_a_round_of_replayed_pairs_alone(house: House) -> None:
+    """Of few prompts all may be drawn for earlier iterates; nothing is generated then, and that is no mistake."""
+    job = house.job("replayed", iterates=[2, 1])
+    job = replace(job, extra=job.extra | {"replay_share": 1.0, "weights": [1e-12, 1 - 1e-12]})
+    manifest = run(job)
+    assert manifest["metrics"]["replayed"] == {"1": 13}
+    assert manifest["metrics"]["prompts"] == 0
+    assert manifest["files"] == []

@@ -257,6 +257,24 @@ def test_pairs_of_earlier_rounds_stand_for_answers_that_were_not_generated(prepa
         mix_opponent.run(replace(prepared.job(3, prepared.earlier(1), opponent=opponent), object_id="other"))
 
 
+def test_replayed_pairs_lose_as_many_as_generated_ones(prepared: Run) -> None:
+    """`truncated: drop` must not shift the shares of the iterates towards those that are replayed."""
+    opponent = {"source": "regenerate", "history": 2, "replay_share": 1.0}
+    other = prepared.generate(2, 1, {"0": ROWS})
+    found = {}
+    for treatment in ("keep", "drop"):
+        job = prepared.job(2, prepared.earlier(1), opponent=opponent | {"truncated": treatment})
+        job = replace(job, inputs=job.inputs | {"generations": other}, object_id=f"{job.object_id}-{treatment}")
+        manifest = mix_opponent.run(job)
+        found[treatment] = manifest["metrics"]
+        if treatment == "keep":
+            cut = Counter(str(p["iterate"]) for p in prepared.pairs(manifest) if p["generated_truncated"])
+    assert found["keep"]["by_iterate"] == {"0": ROWS, "1": ROWS}
+    assert found["drop"]["by_iterate"] == {n: ROWS - cut[n] for n in ("0", "1")}
+    assert found["drop"]["dropped"] == sum(cut.values())
+    assert found["drop"]["replay_short"] == 0
+
+
 def test_jobs_that_do_not_fit_are_refused(prepared: Run) -> None:
     with pytest.raises(BadInput, match=r"inputs\.earlier: found rounds \[1\]"):
         mix_opponent.run(prepared.job(3, prepared.earlier(1)))
