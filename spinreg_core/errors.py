@@ -21,7 +21,8 @@ class BadInput(SpinregError):
     """
 
     def __init__(self, where: str, found: object, expected: str) -> None:
-        super().__init__(f"{where}: found {found}; expected {expected}")
+        text = f"{where}: found {found}; expected {expected}"
+        super().__init__(text.encode(errors="backslashreplace").decode())  # it may quote what is no UTF-8
 
     @classmethod
     def from_message(cls, message: str) -> BadInput:

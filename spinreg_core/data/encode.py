@@ -7,8 +7,10 @@ Decides: the columns of train.parquet and heldout.parquet, and the length limits
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +47,8 @@ ROWS_SCHEMA = pa.schema(
 def encode_row(
     row: Row, renderer: Renderer, config: DataConfig, mode: Literal["auto", "gsm8k", "none"]
 ) -> dict[str, Any] | Rejected:
-    """A row's record (columns of ROWS_SCHEMA but `prompt_id`, and `messages_dropped`), or why it is refused.
+    """A row's record (columns of ROWS_SCHEMA but `prompt_id`; and `row`, with the messages that stayed), or why it is
+    refused.
 
     Refused are rows whose prompt is too long (with `long_prompts: drop_oldest` only where no turn is left to drop; the
     record's `messages` are those that stayed) or which the template does not render. A human answer that does not fit
@@ -54,11 +57,9 @@ def encode_row(
     messages = list(row.messages)
     try:
         prompt = renderer.prompt_ids(messages, row.tools)
-        while len(prompt) > config.max_prompt_tokens and config.long_prompts == "drop_oldest":
-            shorter = without_oldest_turn(messages)
-            if shorter is None:
-                break
-            messages, prompt = shorter, renderer.prompt_ids(shorter, row.tools)
+        if len(prompt) > config.max_prompt_tokens and config.long_prompts == "drop_oldest":
+            messages = _that_fit(row, renderer, config.max_prompt_tokens)
+            prompt = renderer.prompt_ids(messages, row.tools)
         answer = renderer.answer_ids(messages, row.reply, row.tools)
     except BadInput as error:
         return Rejected(row.source_row, "template", str(error))
@@ -74,7 +75,7 @@ def encode_row(
         "answer_ids": answer[:room],
         "answer_truncated": len(answer) > room,
         "final_answer": final_answer(row.answer, mode),
-        "messages_dropped": len(row.messages) - len(messages),
+        "row": row if len(messages) == len(row.messages) else replace(row, messages=tuple(messages)),
     }
 
 
@@ -89,11 +90,22 @@ def prompt_ids_of(stems: NDArray[np.bytes_]) -> Iterator[str]:
         yield stem.decode() if seen[stem] < 2 else f"{stem.decode()}-{seen[stem]}"
 
 
-def without_oldest_turn(messages: Sequence[Message]) -> list[Message] | None:
-    """The conversation less its first user message and all up to the next one; system messages before it
-    stay. None where only one user message is left."""
+def without_oldest_turns(messages: Sequence[Message], turns: int) -> list[Message]:
+    """The conversation less its first so many user messages and all that follows each up to the next one; system
+    messages stay, wherever they are."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    return None if len(users) < 2 else [*messages[: users[0]], *messages[users[1] :]]
+    first = users[turns]
+    return [m for i, m in enumerate(messages) if i >= first or i < users[0] or m["role"] == "system"]
+
+
+def _that_fit(row: Row, renderer: Renderer, limit: int) -> list[Message]:
+    """The conversation less as few of its oldest turns as make it fit, or all but the last where none do."""
+    most = sum(message["role"] == "user" for message in row.messages) - 1
+
+    def fits(turns: int) -> bool:
+        return len(renderer.prompt_ids(without_oldest_turns(row.messages, turns), row.tools)) <= limit
+
+    return without_oldest_turns(row.messages, min(bisect_left(range(most + 1), True, key=fits), most))
 
 
 def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:

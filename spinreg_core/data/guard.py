@@ -13,7 +13,7 @@ from pathlib import Path
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import choose_layout, user_texts
 from spinreg_core.data.load import shorten
-from spinreg_core.data.sources import read_records
+from spinreg_core.data.sources import Record, read_records
 from spinreg_core.errors import BadInput
 
 # Evaluation prompts of fewer words match only as a whole, and not at all below this: "What is it?" is in many prompts.
@@ -48,25 +48,31 @@ class Guard:
 
 def evaluation_prompts(name: str) -> list[str]:
     """What users say in an evaluation set, whether or not it has answers. `name`: as of any data set, for one on the
-    hub also `owner/name:subset`. Its layout is found by its columns; its own split is `test`, or `train` without one.
+    hub also `owner/name:subset`. Its layout is found by its columns; of its splits the first there is of `test`,
+    `validation` and `train`.
 
     Raises BadInput for a set that cannot be read, or has no prompt.
     """
     dataset, subset = name, None
     if ":" in name and "://" not in name and not Path(name).expanduser().exists() and not name.startswith("builtin:"):
         dataset, _, subset = name.rpartition(":")
-    try:
-        records = list(read_records(dataset, "test", subset))
-    except BadInput as error:
-        if "data.split" not in str(error):
-            raise
-        records = list(read_records(dataset, "train", subset))
+    records = _read_any(dataset, subset)
     columns = {str(key) for record in records if isinstance(record.content, dict) for key in record.content}
     layout = choose_layout(columns, DataConfig(), f"evaluation set {name}", prompts_only=True)
     found = [text for record in records for text in user_texts(record.content, layout)]
     if not found:
         raise BadInput(f"data.evaluation_sets, {name}", f"{len(records)} records and no prompt", "prompts to guard")
     return found
+
+
+def _read_any(dataset: str, subset: str | None) -> list[Record]:
+    for split in ("test", "validation"):
+        try:
+            return list(read_records(dataset, split, subset))
+        except BadInput as error:
+            if "data.split" not in str(error):
+                raise
+    return list(read_records(dataset, "train", subset))
 
 
 def guarded(name: str, prompts: Sequence[str]) -> dict[str, int]:

@@ -29,7 +29,8 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     are in characters only and the text says why. Raises BadInput for a data set that cannot be read.
     """
     renderer, reason = _renderer(config)
-    selected = load_training(config.dataset, config.data)
+    # Too many bad rows are to be shown, and not refused, in a mixture as well.
+    selected = load_training(config.dataset, config.data.model_copy(update={"max_bad_share": 1.0}))
     parts = {"train": selected.loaded}
     heldout = load_heldout(config.dataset, config.data)
     if heldout is not None:
@@ -89,7 +90,7 @@ def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any
             counts["rows"] += 1
             counts["truncated_answers"] += record["answer_truncated"]
             counts["final_answers"] += record["final_answer"] is not None
-            counts["shortened_prompts"] += record["messages_dropped"] > 0
+            counts["shortened_prompts"] += record["row"] is not row
             for name, found in tokens.items():
                 found.append(len(record[name]))
             if len(examples) < EXAMPLES:

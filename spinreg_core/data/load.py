@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
@@ -99,8 +100,8 @@ def load_rows(
                 rows.append(row)
         except RowProblem as problem:
             rejected.append(Rejected(record.row, problem.reason, problem.detail))
-    kept, duplicates = without_exact_duplicates(rows)
-    return Loaded(dataset, layout.format, count, kept, rejected, duplicates, {dataset: last})
+    kept, duplicates = exact_duplicates(rows)
+    return Loaded(dataset, layout.format, count, pick(rows, kept), rejected, duplicates, {dataset: last})
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
@@ -112,7 +113,8 @@ def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
     return None
 
 
-def without_exact_duplicates(rows: Sequence[Row]) -> tuple[Sequence[Row], Duplicates]:
+def exact_duplicates(rows: Sequence[Row]) -> tuple[NDArray[np.int64], Duplicates]:
+    """Indices of the rows that are none (the first of those that are alike), ascending, and what the others are."""
     names = (row.prompt_hash[:_DIGITS] + _digest([row.answer, row.extras]) for row in rows)
     both = np.fromiter(names, f"S{2 * _DIGITS}", len(rows))  # prompt, answer
     kept = np.sort(np.unique(both, return_index=True)[1])
@@ -124,7 +126,7 @@ def without_exact_duplicates(rows: Sequence[Row]) -> tuple[Sequence[Row], Duplic
         alike = pick(rows, kept[which == prompt])
         numbers = ", ".join(str(row.source_row) for row in alike)
         examples.append(f"{shorten(alike[0].messages[-1]['content'])} (rows {numbers})")
-    return pick(rows, kept), Duplicates(len(rows) - len(kept), len(repeated), tuple(examples))
+    return kept, Duplicates(len(rows) - len(kept), len(repeated), tuple(examples))
 
 
 def _digest(content: object) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row
-from spinreg_core.data.load import Loaded, load_rows, require_usable, without_exact_duplicates
+from spinreg_core.data.load import Loaded, exact_duplicates, load_rows, require_usable
 from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
 
@@ -43,12 +43,12 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
             rows.append(replace(row, source_row=first + row.source_row))
         rejected += [replace(bad, row=first + bad.row) for bad in one.rejected]
         last[one.dataset] = first + one.last[one.dataset]
-    kept, duplicates = without_exact_duplicates(rows)
+    kept, duplicates = exact_duplicates(rows)
     return Loaded(
         " + ".join(names),
         ", ".join(dict.fromkeys(one.format for one in found)),
         sum(one.records for one in found),
-        kept,
+        pick(rows, kept),
         rejected,
         replace(duplicates, exact=duplicates.exact + sum(one.duplicates.exact for one in found)),
         last,

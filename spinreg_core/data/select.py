@@ -90,7 +90,8 @@ def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
 
 
 def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:
-    size, most = len(row.answer), config.max_answer_characters
+    size = len(row.answer) + sum(len(row.extras[name]) for name in THOUGHTS if name in row.extras)
+    most = config.max_answer_characters
     if size < config.min_answer_characters and "tool_calls" not in row.extras:
         return "answer_too_short", f"{size} characters"
     if most is not None and size > most:

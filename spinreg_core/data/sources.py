@@ -181,7 +181,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
             if line.strip():
                 try:
                     yield Record(number, json.loads(line))
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield Record(number, None, RowProblem("broken_json", f"{path.name}, line {number}: {error}"))
 
 
@@ -194,7 +194,7 @@ def _json(path: Path) -> Iterator[Record]:
         if first == "[":
             try:
                 records = json.loads(first + file.read())
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput("dataset", f"{path} is broken: {error}", "a JSON array of records") from None
             yield from (Record(number, content) for number, content in enumerate(records, start=1))
             return

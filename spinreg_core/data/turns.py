@@ -20,6 +20,7 @@ _ROLES = {
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
+_DEEPEST = 50  # of tools and arguments
 _EXTRAS = {"assistant": THOUGHTS, "tool": ("tool_call_id", "name")}
 
 
@@ -27,6 +28,7 @@ class RowProblem(Exception):
     """Why one record gives no row; becomes a `formats.Rejected`."""
 
     def __init__(self, reason: str, detail: str) -> None:
+        detail = detail.encode(errors="backslashreplace").decode()  # it may quote a name that is no UTF-8
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -127,11 +129,13 @@ def _function(record: Any, where: str) -> dict[str, Any]:
     return found
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_nulls(value: Any, depth: int = 0) -> Any:
     """Less the keys whose value is null, at any depth: in a column of Arrow records every row has all rows' keys."""
+    if depth > _DEEPEST:  # `_check_texts` refuses it
+        return value
     if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+        return {key: _without_nulls(one, depth + 1) for key, one in value.items() if one is not None}
+    return [_without_nulls(one, depth + 1) for one in value] if isinstance(value, list) else value
 
 
 def _unwrapped(value: Any) -> Any:
@@ -140,7 +144,7 @@ def _unwrapped(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -152,14 +156,16 @@ def _content(turn: dict[str, Any]) -> object:
     return turn.get("content") if turn.get("content") is not None else turn.get("value")
 
 
-def _check_texts(value: Any, where: str) -> None:
+def _check_texts(value: Any, where: str, depth: int = 0) -> None:
+    if depth > _DEEPEST:
+        raise RowProblem("wrong_type", f"{where} is nested more than {_DEEPEST} deep")
     if isinstance(value, dict):
         for key, one in value.items():
-            _check_texts(key, where)
-            _check_texts(one, where)
+            _check_texts(key, where, depth + 1)
+            _check_texts(one, where, depth + 1)
     elif isinstance(value, list):
         for one in value:
-            _check_texts(one, where)
+            _check_texts(one, where, depth + 1)
     elif isinstance(value, str):
         try:
             value.encode()

@@ -9,6 +9,7 @@ Its two objects are named by contents that only this stage sees, so the job carr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -28,10 +29,10 @@ from spinreg_core.checkpoints import copy_rest
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_row, prompt_ids_of, spread, write_part, write_records
 from spinreg_core.data.formats import Rejected, Row
-from spinreg_core.data.load import Loaded, by_reason, load_heldout, require_usable
+from spinreg_core.data.load import Loaded, by_reason, exact_duplicates, load_heldout, require_usable
 from spinreg_core.data.select import Selected, load_training
-from spinreg_core.data.split import given_heldout, split_rows
-from spinreg_core.data.spool import pick
+from spinreg_core.data.split import IntArray, given_heldout, split_rows
+from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
 from spinreg_core.model_source import (
@@ -95,9 +96,11 @@ def _counts(rejected: list[Rejected]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items()) or "none"
 
 
-def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
-    """What the `data` object is fingerprinted by. (Format, split and turns show in the rows.)"""
-    return {
+def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
+    """What the `data` object is fingerprinted by. (Format, split and turns show in the rows; filters in what they
+    removed, which the object tells of.)"""
+    loaded = selected.loaded
+    key: dict[str, Any] = {
         "rows": loaded.content_hash(),
         "heldout": None if heldout is None else heldout.content_hash(),
         "limits": config.data.model_dump(
@@ -107,6 +110,12 @@ def data_key(config: RunConfig, loaded: Loaded, heldout: Loaded | None, renderer
         "seed": config.seed,
         "rendering": renderer.fingerprint(),
     }
+    if selected.counts or loaded.guards:
+        told = [selected.counts, [asdict(row) for row in selected.left_out], loaded.guards]
+        key["left_out"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    if config.data.long_prompts == "drop_oldest":
+        key["split_by"] = "messages that stay"  # before, by those that were dropped too
+    return key
 
 
 def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
@@ -116,7 +125,7 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
     """
     config, store, start = job.config, open_store(job.store), time.monotonic()
     loaded = selected.loaded
-    key = data_key(config, loaded, heldout, renderer)
+    key = data_key(config, selected, heldout, renderer)
     job = replace(job, stage="data", key=key, object_id=fingerprint("data", key))
     found = read_manifest(store, job.object_id)
     if found is not None:
@@ -134,13 +143,14 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
         chosen = given_heldout(train.rows, held.rows, config.data.heldout_rows, config.seed)
     for name, part, own in zip(("train", "heldout"), (train, held), chosen, strict=True):
         stems = np.fromiter((row.prompt_hash[:16] for row in pick(part.rows, own)), "S16", len(own))
-        write_part(part.path, own, prompt_ids_of(stems), folder / f"{name}.parquet")
+        write_part(part.path, part.places[own], prompt_ids_of(stems), folder / f"{name}.parquet")
     shutil.rmtree(scratch)
     dropped = 0 if heldout is None else len(train.rows) - len(chosen[0])
     bad = {"train": train.rejected, "heldout": [] if heldout is None else held.rejected}
     summary = _summary(loaded, folder, bad) | {
         "train_rows_dropped_as_heldout": dropped,
         "shortened_prompts": train.shortened + (held.shortened if heldout is not None else 0),
+        "alike_when_shortened": train.alike + (held.alike if heldout is not None else 0),
         "left_out": selected.counts,
         "guarded": loaded.guards,
     }
@@ -165,18 +175,20 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The rows that fit, their records at `path` in the same order, all rows refused until now, and how many prompts
-    lost their oldest turns."""
+    """The rows that fit, with the messages that stayed; the places of their records in the file `path`; all rows
+    refused until now; how many prompts lost their oldest turns, and how many rows were exact duplicates after that."""
 
     rows: Sequence[Row]
+    places: IntArray
     path: Path
     rejected: list[Rejected]
     shortened: int
+    alike: int
 
 
 def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -> _Encoded:
     progress = Progress("prepare", len(loaded.rows), "rows")
-    rejected, usable, shortened = list(loaded.rejected), array("q"), 0
+    rejected, usable, changed, shortened = list(loaded.rejected), array("q"), Spool(), 0
 
     def records() -> Iterator[dict[str, Any]]:
         nonlocal shortened
@@ -185,14 +197,19 @@ def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -
             found = encode_row(row, renderer, config.data, config.evaluation.final_answer)
             if isinstance(found, Rejected):
                 rejected.append(found)
-            else:
-                usable.append(index)
-                shortened += found["messages_dropped"] > 0
-                yield found
+                continue
+            usable.append(index)
+            if config.data.long_prompts == "drop_oldest":
+                changed.append(found["row"])
+                shortened += found["row"] is not row
+            yield found
 
     write_records(path, records())
     require_usable(loaded, rejected, config.data.max_bad_share)
-    return _Encoded(pick(loaded.rows, usable), path, rejected, shortened)
+    if not shortened:
+        return _Encoded(pick(loaded.rows, usable), np.arange(len(usable)), path, rejected, 0, 0)
+    places, duplicates = exact_duplicates(changed)
+    return _Encoded(pick(changed, places), places, path, rejected, shortened, duplicates.exact)
 
 
 def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> dict[str, Any]:

@@ -73,6 +73,16 @@ def test_a_subset_of_a_set_on_the_hub_is_named_behind_a_colon(monkeypatch: pytes
     assert asked == [("openai/gsm8k", "test", "main"), ("owner/name", "test", None)]
 
 
+@pytest.mark.parametrize(("splits", "read"), [
+    (["train", "validation"], "validation"), (["validation"], "validation"), (["train"], "train"),
+    (["train", "validation", "test"], "test"),
+])  # fmt: skip
+def test_the_split_that_is_guarded(tmp_path: Path, splits: list[str], read: str) -> None:
+    for split in splits:
+        written(tmp_path / f"{split}.jsonl", [{"prompt": f"What is in {split}, and why?"}])
+    assert evaluation_prompts(str(tmp_path)) == [f"What is in {read}, and why?"]
+
+
 @pytest.mark.parametrize(
     ("known", "contaminated", "clean"),
     [

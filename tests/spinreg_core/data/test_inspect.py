@@ -54,6 +54,14 @@ def test_the_demo_has_its_own_heldout_rows() -> None:
     assert "heldout: builtin:demo" in text
 
 
+def test_bad_rows_of_a_mixture_are_shown_and_not_refused(dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{broken\n" * 5 + json.dumps({"prompt": "Why?", "answer": "So."}))
+    _, document = inspect(RunConfig.model_validate({
+        "dataset": dataset, "model": "random:tiny", "data": {"mixed_datasets": {str(tmp_path / "bad.jsonl"): 0.1}},
+    }))  # fmt: skip
+    assert document["train"]["bad_rows"]["broken_json"] == 6
+
+
 def test_no_such_data() -> None:
     with pytest.raises(BadInput, match="dataset"):
         inspect(RunConfig(dataset="./nowhere.jsonl", model="random:tiny"))

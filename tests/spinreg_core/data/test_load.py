@@ -95,3 +95,25 @@ def test_reasons_are_counted_most_frequent_first(tmp_path: Path) -> None:
         save(tmp_path / "x.jsonl", ["{", pair("", "x"), pair("a", ""), "{", pair("b", "1")]), DataConfig()
     )
     assert next(iter(by_reason(loaded.rejected).items())) == ("broken_json", 2)
+
+
+def test_hostile_lines_cost_one_row_each(tmp_path: Path) -> None:
+    deep = '{"a":' * 5000 + "1" + "}" * 5000
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": deep}]}
+    lines = [
+        pair("a", "1"), "[" * 200_000, {"\ud800y": 1},
+        {"messages": [{"role": "user", "content": "x"}, call]}, pair("b", "1"),
+    ]  # fmt: skip
+    loaded = load_rows(save(tmp_path / "x.jsonl", lines), DataConfig(format="prompt_response"))
+    assert [row.source_row for row in loaded.rows] == [1, 5]
+    assert [(bad.row, bad.reason) for bad in loaded.rejected] == [
+        (2, "broken_json"), (3, "missing_column"), (4, "missing_column"),
+    ]  # fmt: skip
+    json.dumps([bad.detail for bad in loaded.rejected], ensure_ascii=False).encode()
+    loaded = load_rows(
+        save(tmp_path / "y.jsonl", [lines[3], {"messages": [{"role": "user", "content": "x"}]}]), DataConfig()
+    )
+    assert [bad.reason for bad in loaded.rejected] == ["wrong_type", "no_assistant_turn"]
+    with pytest.raises(BadInput, match=r"found columns \\ud800y") as error:
+        load_rows(save(tmp_path / "z.jsonl", [lines[2]]), DataConfig())
+    str(error.value).encode()

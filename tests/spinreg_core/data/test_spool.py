@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
-from spinreg_core.data.load import without_exact_duplicates
+from spinreg_core.data.load import exact_duplicates
 from spinreg_core.data.spool import Spool, pick
 
 
@@ -61,8 +61,8 @@ def test_duplicates_as_the_obvious_version_finds_them(texts: list[tuple[str, str
         if answer not in answers.setdefault(prompt, {}):
             answers[prompt][answer] = r.source_row
             kept.append(r)
-    found, duplicates = without_exact_duplicates(Spool(rows))
-    assert list(found) == kept
+    found, duplicates = exact_duplicates(Spool(rows))
+    assert [rows[i] for i in found] == kept
     several = {prompt: list(seen.values()) for prompt, seen in answers.items() if len(seen) > 1}
     assert (duplicates.exact, duplicates.prompts) == (len(rows) - len(kept), len(several))
     assert duplicates.examples == tuple(f'"{p}" (rows {", ".join(map(str, n))})' for p, n in several.items())

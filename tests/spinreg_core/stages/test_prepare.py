@@ -165,6 +165,41 @@ def test_prompts_that_lose_turns_are_counted(tmp_path: Path) -> None:
     assert inspect(config)[1]["train"]["shortened_prompts"] == 3
 
 
+def test_what_stays_of_long_prompts_is_on_one_side(tmp_path: Path) -> None:
+    """A question alone and the same at the end of a long conversation are the same prompt once turns are dropped."""
+    lost = [{"role": r, "content": "w" * 60} for _ in range(6) for r in ("user", "assistant")]
+    asked = [
+        [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"It is {i}."}]
+        for i in range(30)
+    ]
+    rows = [{"messages": question} for question in asked] + [{"messages": lost + question} for question in asked]
+    other = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "Three."}]
+    limits = {"max_prompt_tokens": 130, "long_prompts": "drop_oldest", "heldout_rows": 10}
+    made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", [*rows, {"messages": lost + other}]), data=limits))
+    store = FolderStore(tmp_path / "store")
+    train, heldout = (table(store, made["object_id"], part).to_pylist() for part in ("train", "heldout"))
+    assert not {row["messages"] for row in train} & {row["messages"] for row in heldout}
+    assert (len(train) + len(heldout), made["metrics"]["alike_when_shortened"]) == (31, 30)
+    names = [row["prompt_id"] for row in train + heldout if "What is 3?" in row["messages"]]
+    assert sorted(names) == [min(names), f"{min(names)}-2"]
+
+
+def test_what_filters_removed_is_told_of_by_the_object_itself(tmp_path: Path) -> None:
+    """Two configurations that leave the same rows for different reasons."""
+    dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "Long?", "answer": "long " * 50}])
+    bench = save(tmp_path / "bench.jsonl", [{"prompt": "one two three four five six", "answer": "x"}])
+    made = {}
+    for name, data in {
+        "length": {"max_answer_characters": 99}, "pattern": {"drop_patterns": ["^long"]},
+        "guarded": {"max_answer_characters": 99, "evaluation_sets": [bench]},
+    }.items():  # fmt: skip
+        made[name] = prepare.run(job(tmp_path, dataset, name, data=data))
+    assert made["length"]["metrics"]["left_out"] == {"answer_too_long": 1}
+    assert made["pattern"]["metrics"]["left_out"] == {"pattern ^long": 1}
+    assert made["guarded"]["metrics"]["guarded"] == {bench: {"prompts": 1, "too_short": 0}}
+    assert len({m["object_id"] for m in made.values()}) == 3
+
+
 def test_heldout_data_of_its_own(tmp_path: Path) -> None:
     other = save(
         tmp_path / "heldout.jsonl", [*ROWS[:10], *[{"prompt": f"New {i}?", "answer": "Yes."} for i in range(10)]]
