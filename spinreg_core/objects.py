@@ -16,14 +16,13 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinreg_core import documents
-from spinreg_core.cache import cache_folder
+from spinreg_core.cache import arriving, fetching, used
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import Conflict, Damaged
 from spinreg_core.standstill import moving
@@ -185,55 +184,74 @@ def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
         _verified.add(mark)
 
 
-def _entry_path(store: Store, entry: dict[str, Any]) -> Path:
-    """A verified local file holding an entry's bytes: in place for a folder store, else in the cache."""
-    local = store.local_path(entry["key"])
+def _sound(path: Path, entry: dict[str, Any]) -> bool:
+    try:
+        _verify(path, entry, str(path))
+    except Damaged:
+        return False
+    return True
+
+
+def _local(store: Store, entries: Sequence[dict[str, Any]]) -> list[Path]:
+    """Verified local files holding the bytes of entries of one object: in place for a folder store, else in the cache.
+
+    What arrives is hashed; what is there already is hashed when this process uses it first, and by size and time of
+    change whenever it does again. A copy that is not what it was is ours, not the store's: it is fetched anew.
+    """
+    in_place = [path for entry in entries if (path := store.local_path(entry["key"])) is not None]
+    if len(in_place) == len(entries):
+        for path, entry in zip(in_place, entries, strict=True):
+            _verify(path, entry, store.uri(entry["key"]))
+        return in_place
+    folder = used(entries[0]["key"].split("/")[1])
+    wanted = {folder / entry["sha256"]: entry for entry in entries}
+    missing = {path: entry for path, entry in wanted.items() if not _sound(path, entry)}
+    if missing:
+        with fetching(folder):
+            missing = {path: entry for path, entry in missing.items() if not _sound(path, entry)}
+            with arriving([entry["size"] for entry in missing.values()]) as targets:
+                for (path, entry), target in zip(missing.items(), targets, strict=True):
+                    _download(store, entry, target)
+                    os.replace(target, path)
+    return [folder / entry["sha256"] for entry in entries]
+
+
+def _download(store: Store, entry: dict[str, Any], target: Path) -> None:
     where = store.uri(entry["key"])
-    if local is not None:
-        _verify(local, entry, where)
-        return local
-    cached = cache_folder() / "files" / entry["sha256"][:2] / entry["sha256"]
-    if cached.exists():
-        try:
-            _verify(cached, entry, str(cached))
-            return cached
-        except Damaged:
-            cached.unlink(missing_ok=True)  # our own copy, not the store's: fetch it again
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".tmp-") as folder:
-        target = Path(folder) / "file"
-        try:
-            store.download(entry["key"], target)
-        except FileNotFoundError:
-            raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
-        _verify(target, entry, where)
-        os.replace(target, cached)
-    return cached
+    try:
+        store.download(entry["key"], target)
+    except FileNotFoundError:
+        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+    _verify(target, entry, where)
 
 
 def fetch_file(store: Store, object_id: str, name: str) -> Path:
     """A verified local copy of one file of a finished object. Raises Damaged."""
     for entry in require_manifest(store, object_id)["files"]:
         if entry["name"] == name:
-            return _entry_path(store, entry)
+            return _local(store, [entry])[0]
     raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no file {name!r}")
 
 
 def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
     """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
     files = require_manifest(store, object_id)["files"]
-    return {entry["name"]: _entry_path(store, entry) for entry in files if entry["name"].startswith(f"{prefix}/")}
+    return _by_name(store, [entry for entry in files if entry["name"].startswith(f"{prefix}/")])
 
 
 def fetch_part(store: Store, part: dict[str, Any]) -> dict[str, Path]:
     """Verified local copies of a part's files, by name. Raises Damaged."""
-    return {entry["name"]: _entry_path(store, entry) for entry in part["files"]}
+    return _by_name(store, part["files"])
+
+
+def _by_name(store: Store, entries: Sequence[dict[str, Any]]) -> dict[str, Path]:
+    return {entry["name"]: path for entry, path in zip(entries, _local(store, entries), strict=True)}
 
 
 def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
     """A verified local folder with the files below `prefix` under their own names. Raises Damaged.
 
-    In place for a folder store. For a remote one the folder is made of links into the file cache.
+    In place for a folder store. For a remote one the folder is made of links to the copies in the cache.
     """
     return folder_of(store, object_id, require_manifest(store, object_id)["files"], prefix)
 
@@ -243,28 +261,18 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
     entries = [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
     if not entries:
         raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no files below {prefix!r}")
-    paths = {entry["name"].removeprefix(f"{prefix}/"): _entry_path(store, entry) for entry in entries}
-    folder = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
-    if folder is not None:
-        return folder
+    paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
+    in_place = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
+    if in_place is not None:
+        return in_place
     digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
-    target = cache_folder() / "folders" / f"{object_id}-{digest}"
-    if target.exists():
-        for name, path in paths.items():  # links may be gone or point at a file that was fetched anew
-            if not (target / name).exists() or not os.path.samefile(target / name, path):
-                shutil.rmtree(target)
-                break
-        else:
-            return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
-        staged = Path(temporary) / "folder"
-        for name, path in paths.items():
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, staged / name)
-        try:
-            os.rename(staged, target)
-        except OSError:
-            if not target.exists():  # another process made the same folder first
-                raise
-    return target
+    folder = used(object_id) / f"{prefix}-{digest}"
+    for name, path in paths.items():
+        link = folder / name
+        if not link.exists() or not os.path.samefile(link, path):  # none yet, or one to a file that was fetched anew
+            link.parent.mkdir(parents=True, exist_ok=True)
+            temporary = link.with_name(f".tmp-{uuid.uuid4().hex}")
+            os.link(path, temporary)
+            os.replace(temporary, link)  # at no instant missing for another process that uses the folder
+            temporary.unlink(missing_ok=True)  # where another process made the same link meanwhile
+    return folder

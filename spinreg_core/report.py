@@ -13,6 +13,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from spinreg_core.cache import borrowed
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
 from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
@@ -62,7 +63,9 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         known = ", ".join(list_runs(store)) or "none"
         raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
     last = max((entry["round"] for entry in head["rounds"]), default=0)
-    rounds = [_round(store, head, number) for number in range(last + 1)]
+    with borrowed():  # a flow's process shows reports for days
+        rounds = [_round(store, head, number) for number in range(last + 1)]
+        samples = _samples(store, head, last)
     base = rounds[0]["metrics"] or {}
     human = {name: base.pop(source) for name, source in HUMAN.items() if source in base}
     data = {
@@ -78,7 +81,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         "notes": notes(config.model_dump(mode="json"), rounds),
         "rounds": rounds,
         "human": human,
-        "samples": _samples(store, head, last),
+        "samples": samples,
         "lineage": _lineage(store, head, last),
     }
     return _strict(data)
