@@ -17,7 +17,7 @@ from spinreg_core.cache import borrowed
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
 from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
-from spinreg_core.objects import fetch_file, read_manifest, versions
+from spinreg_core.objects import fetch_file, read_record, removed_keys, versions
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
 
@@ -129,9 +129,11 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
     lines: list[dict[str, Any]] = []
     while named:
         made_in, stage, object_id = named.pop(0)
-        manifest = read_manifest(store, object_id) if object_id else None
+        manifest = read_record(store, object_id) if object_id else None
         if manifest is None:
             continue
+        removed = removed_keys(manifest)
+        files = [entry for entry in manifest["files"] if entry["key"] not in removed]
         if stage == "evaluate":
             named.insert(0, (made_in, "generate (held-out)", manifest["inputs"].get("heldout")))
         lines.append(
@@ -141,8 +143,9 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
                 "object_id": object_id,
                 "uri": store.uri(f"objects/{object_id}"),
                 "inputs": manifest["inputs"],
-                "files": len(manifest["files"]),
-                "bytes": sum(entry["size"] for entry in manifest["files"]),
+                "files": len(files),
+                "removed": len(manifest["files"]) - len(files),
+                "bytes": sum(entry["size"] for entry in files),
                 "seconds": manifest["seconds"],
                 "created": manifest["created"],
                 "writer": manifest["writer"],
