@@ -61,7 +61,8 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
         except (Damaged, BadInput) as error:
             needs.notes.append(f"{error}; {object_id} is left as it is (spinreg verify tells more)")
     if not rules_only:
-        old = [entry for entry in store.unfinished() if entry.age > GRACE_SECONDS]
+        ours = ("objects/", "runs/", "probes/")  # a bucket may hold other things, where the store has no prefix
+        old = [entry for entry in store.unfinished() if entry.age > GRACE_SECONDS and entry.key.startswith(ours)]
         items += [Item("upload", "", e.key, f"a write that never ended, {_days(e.age)} old", (e.key,), e.size)
                   for e in old]  # fmt: skip
     return items
@@ -73,7 +74,7 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
     marked = record is not None and record.get("removed", {}).get("marked")
     age = min((e.age for e in entries if e.key in sizes or not marked), default=GRACE_SECONDS)  # since the last write
     entries = [entry for entry in entries if entry.key in sizes]
-    orphan = object_id not in needs.known and (age >= GRACE_SECONDS or marked) and not rules_only
+    orphan = object_id not in needs.known and (age >= GRACE_SECONDS or marked) and needs.complete and not rules_only
     rule = needs.freed.get(object_id) if object_id not in needs.kept else None
     what = object_id if record is None or "stage" not in record else f"{record['stage']} of round {record['round']}"
     if needs.known.get(object_id):
@@ -190,7 +191,7 @@ def remove(
 
 
 def _needed(item: Item, needs: Needs) -> bool:
-    return item.object_id in needs.kept or (item.orphan and item.object_id in needs.known)
+    return item.object_id in needs.kept or (item.orphan and (item.object_id in needs.known or not needs.complete))
 
 
 def _mark(store: Store, item: Item) -> str | None:

@@ -36,12 +36,14 @@ from spinreg_core.store import Store
 class Needs:
     """`kept`: objects that some run needs, with all their files. `known`: objects that are part of runs, and those
     runs, or will be part of one. `freed`: objects that the rules of some run let go, and why; others may need them.
-    `notes`: runs whose rules wait, and for what."""
+    `notes`: runs whose rules wait, and for what. `complete`: whether all runs are known, so that what is of none is
+    of none indeed."""
 
     kept: set[str] = field(default_factory=set)
     known: dict[str, list[str]] = field(default_factory=dict)
     freed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    complete: bool = True
 
 
 def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[str, Any] | None = None) -> Needs:
@@ -50,8 +52,12 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
 
     Raises BadInput and Damaged where a run cannot be read: it may need anything.
     """
-    needs = Needs()
-    for run in list_runs(store):
+    needs, runs_here = Needs(), list_runs(store)
+    for name in sorted({key.split("/")[1] for key in store.list("runs/")} - set(runs_here)):
+        needs.complete = False  # its head may have been lost
+        needs.notes.append(f"runs/{name} has no head.json, and what it needs is not known: what no run knows stays. To "
+                           "be rid of the run, remove the rest of it")  # fmt: skip
+    for run in runs_here:
         head, config = require_head(store, run), read_config(store, run)
         if config is None:
             raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")

@@ -238,6 +238,19 @@ def _aged(root: Path, days: float) -> None:
         os.utime(path, (then, then))
 
 
+def test_a_lost_head_takes_nothing_with_it(store: FolderStore) -> None:
+    advance(store, config("a"), 1)
+    advance(store, config("b", seed=5, keep=LEAN, opponent={"history": 1}), 2)
+    (store.root / "runs" / "a" / "head.json").unlink()
+    _aged(store.root, 8)
+    needs = store_needs(store)
+    assert "runs/a has no head.json" in needs.notes[0]
+    whys = {item.why for item in gc(store)}
+    assert whys == {"checkpoints of a finished stage", "keep.policies: 1", "keep.generations: needed"}
+    shutil.rmtree(store.root / "runs" / "a")
+    assert {item.why for item in gc(store)} == {"no run knows it"}
+
+
 def test_the_same_run_under_another_name_makes_anew_what_was_removed(store: FolderStore) -> None:
     advance(store, config("a", keep=LEAN), 3)
     expected = outcome(store, "a")
@@ -564,7 +577,8 @@ def test_the_same_on_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) ->
     store = open_store(s3_server.url(uuid.uuid4().hex))
     advance(store, config("a", keep=LEAN), 2)
     expected = outcome(store, "a")
-    store._run(lambda: store._call("create_multipart_upload", Key=store._key("objects/x/data/w/f")), "")  # type: ignore
+    for key in ("objects/x/data/w/f", "of-another/program"):
+        store._run(lambda key=key: store._call("create_multipart_upload", Key=store._key(key)), "")  # type: ignore
     before = content(store)
     needs = store_needs(store)
     items = find(store, needs)
@@ -573,7 +587,7 @@ def test_the_same_on_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(removal, "GRACE_SECONDS", -60.0)
     gone = gc(store)
     assert [item.what.partition("?")[0] for item in gone if item.kind == "upload"] == ["objects/x/data/w/f"]
-    assert store.unfinished() == []
+    assert [entry.key.partition("?")[0] for entry in store.unfinished()] == ["of-another/program"]
     assert "keep.policies: 1" in {item.why for item in gone}
     assert sound(store)
     assert gc(store) == []
