@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--repair", action="store_true", help="make what is damaged anew, and nothing else")
     verify.add_argument("--json", action="store_true", help="print JSON")
 
+    gc = commands.add_parser("gc", help="list what no run needs any more (docs/retention.md); --delete removes it")
+    gc.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    gc.add_argument("--run", action="append", metavar="RUN", help="only by the rules of this run (may be repeated)")
+    gc.add_argument("-p", "--param", action="append", default=[], metavar="keep.FIELD=VALUE",
+                    help="a rule in place of the runs' own, e.g. -p keep.policies=2")  # fmt: skip
+    gc.add_argument("--delete", action="store_true", help="remove it; without, nothing is changed")
+    gc.add_argument("--json", action="store_true", help="print JSON")
+
     report = commands.add_parser("report", help="write a run's report anew and print its table")
     _add_existing(report)
     report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
@@ -139,6 +147,32 @@ def _verify(arguments: argparse.Namespace) -> int:
     if others and not left.problems:
         print(f"with another content than before, as what was made from it: {', '.join(others)}")
     return EXIT_DAMAGED if left.problems else 0
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from spinreg_core.head import require_head
+    from spinreg_core.removal import as_json, described, find, remove
+    from spinreg_core.resolve import assignments
+    from spinreg_core.retention import Needs, store_needs
+
+    store, given = _existing_store(arguments.store), assignments(arguments.param)
+    if given.keys() - {"keep"}:
+        raise BadInput("--param", ", ".join(sorted(given.keys() - {"keep"})), "fields of the group keep")
+    for run in arguments.run or ():
+        require_head(store, run)
+
+    def needs_now() -> Needs:
+        return store_needs(store, arguments.run, given.get("keep"))
+
+    needs = needs_now()
+    items = find(store, needs, rules_only=bool(arguments.run))
+    if arguments.delete:
+        items = remove(store, items, needs_now, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if arguments.json:
+        print(json.dumps(as_json(items, needs.notes, removed=arguments.delete), indent=1))
+    else:
+        print(described(items, needs.notes, store.url, removed=arguments.delete))
+    return 0
 
 
 def _advance(parameters: dict[str, Any], config: str | None) -> int:
@@ -230,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
-        "resume": _resume, "verify": _verify,
+        "resume": _resume, "verify": _verify, "gc": _gc,
     }  # fmt: skip
     try:
         return commands[arguments.command](arguments)

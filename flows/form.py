@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # for the type checker a form is its group: the same fields
     from spinreg_core.config import DataConfig as DataForm
     from spinreg_core.config import EvaluationConfig as EvaluationForm
     from spinreg_core.config import GenerationConfig as GenerationForm
+    from spinreg_core.config import KeepConfig as KeepForm
     from spinreg_core.config import ObjectiveConfig as ObjectiveForm
     from spinreg_core.config import OpponentConfig as OpponentForm
     from spinreg_core.config import ResourcesConfig as ResourcesForm
@@ -87,3 +88,4 @@ else:
     TrainingForm = form_of(config.TrainingConfig)
     EvaluationForm = form_of(config.EvaluationConfig)
     ResourcesForm = form_of(config.ResourcesConfig)
+    KeepForm = form_of(config.KeepConfig)

@@ -23,6 +23,7 @@ from flows.form import (
     DataForm,
     EvaluationForm,
     GenerationForm,
+    KeepForm,
     ObjectiveForm,
     OpponentForm,
     ResourcesForm,
@@ -94,6 +95,7 @@ def spin(
     training: TrainingForm = TrainingForm(),
     evaluation: EvaluationForm = EvaluationForm(),
     resources: ResourcesForm = ResourcesForm(),
+    keep: KeepForm = KeepForm(),
 ) -> dict[str, Any] | State[Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
@@ -106,7 +108,7 @@ def spin(
     parameters = {
         "run": run, "rounds": rounds, "until_round": until_round, "model": model, "dataset": dataset, "store": store,
         "seed": seed, "data": data, "opponent": opponent, "objective": objective, "generation": generation,
-        "training": training, "evaluation": evaluation, "resources": resources,
+        "training": training, "evaluation": evaluation, "resources": resources, "keep": keep,
     }  # fmt: skip
     try:
         return _advance(config, parameters)

@@ -59,7 +59,7 @@ or two fields that contradict each other end the run before anything is loaded, 
 ## Going on with a run
 
 A run keeps the configuration it was started with. Only these may be given other values later, because they say how
-far and how to run, and change what comes out by no more than the rounding of sums: {{mutable}}. Any other
+far, how to run and what to keep, and change what comes out by no more than the rounding of sums: {{mutable}}. Any other
 difference is refused with the list of what differs; take another run name for another experiment. Runs in one store
 share what they have in common, so a grid over alpha and history prepares the data and does the first round once.
 

@@ -19,6 +19,7 @@ from spinreg_core.config_groups import (
     EvaluationConfig,
     GenerationConfig,
     Group,
+    KeepConfig,
     ObjectiveConfig,
     OpponentConfig,
     ResourcesConfig,
@@ -32,6 +33,7 @@ __all__ = [
     "EvaluationConfig",
     "GenerationConfig",
     "Group",
+    "KeepConfig",
     "ObjectiveConfig",
     "OpponentConfig",
     "ResourcesConfig",
@@ -42,13 +44,14 @@ __all__ = [
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 # The only fields that an existing run may be given with other values: they say how far and how
-# to run, and change a result by no more than the rounding of sums.
+# to run and what to keep, and change a result by no more than the rounding of sums.
 MUTABLE_FIELDS = frozenset(
     {
         "rounds",
         "until_round",
         "store",
         "resources",
+        "keep",
         "generation.tensor_parallel",
         "training.activation_checkpointing",
         "training.checkpoint_every_steps",
@@ -92,6 +95,7 @@ class RunConfig(Group):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
+    keep: KeepConfig = KeepConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

@@ -303,3 +303,18 @@ class ResourcesConfig(Group):
     lease_seconds: float = Field(
         30.0, ge=2, description="Silence after which another process may take over a run (seconds)."
     )
+
+
+class KeepConfig(Group):
+    """What `spinreg gc` leaves of a finished run besides what later rounds read. May change between starts of a run."""
+
+    policies: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
+        "all",
+        description="Newest iterates whose policies, and averages that end with them, are kept. Of older ones the "
+        "weights go; what their training reported stays, and so does the base.",
+    )
+    generations: Literal["all", "needed"] = Field(
+        "all",
+        description="Generated answers: all of them, or only those that later rounds read. Pairs and evaluations hold "
+        "a copy of what was used, and stay.",
+    )

@@ -56,6 +56,10 @@ class Damaged(SpinregError):
     """A committed file is missing, truncated or altered."""
 
 
+class Removed(Damaged):
+    """A committed file was removed by the retention rules that the user set."""
+
+
 class StageFailed(SpinregError):
     """A stage process ended with an error that a retry may cure."""
 

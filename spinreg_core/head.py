@@ -124,6 +124,12 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     return _process_identity(int(holder["pid"])) != identity
 
 
+def is_held(head: dict[str, Any]) -> bool:
+    """Whether somebody may be advancing the run: its lease was not given back, and no dead process of ours holds it."""
+    holder = head["lease"]["holder"]
+    return holder is not None and not _is_dead(holder)
+
+
 class Session:
     """The right to advance one run, renewed in the background until `close`. Made by `open_session`."""
 
@@ -339,7 +345,7 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
 
 
 def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
-    """Check the configuration of a run that has begun; make ours that of one that has not.
+    """Check the configuration of a run that has begun, and keep what it is to keep; make ours that of one that has not.
 
     The write is fenced: every holder of a run that has not begun writes its own document, with its epoch in it, so
     one that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
@@ -347,7 +353,10 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
     while True:
         stored, tag = _stored(store, config.run)
         if _has_begun(session.head):
-            return check_config(stored, config)
+            check_config(stored, config)
+            if stored.keep == config.keep:
+                return
+            config = stored.model_copy(update={"keep": config.keep})  # it holds for `spinreg gc`, which runs by itself
         another = fixed_fields(stored) != fixed_fields(config)
 
         def forget(head: dict[str, Any], another: bool = another) -> None:

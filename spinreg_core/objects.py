@@ -3,7 +3,7 @@
 Decides: the name of an object, what makes it exist (its manifest, written last), and that readers check
 sizes and SHA-256. Leaves out: which run uses an object (`head.py`), and what the files mean (the stages).
 
-    objects/<stage>-<fingerprint>/manifest.json          create-only, last
+    objects/<stage>-<fingerprint>/manifest.json          last, and never replaced by another one
     objects/<stage>-<fingerprint>/parts/<name>.json      create-only; one shard or step checkpoint each
     objects/<stage>-<fingerprint>/data/<writer>/<file>   one folder per attempt, so no writer meets another
 """
@@ -16,16 +16,15 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinreg_core import documents
-from spinreg_core.cache import cache_folder
+from spinreg_core.cache import arriving, fetching, used
 from spinreg_core.documents import SCHEMA
-from spinreg_core.errors import Conflict, Damaged
+from spinreg_core.errors import Conflict, Damaged, Removed, StageFailed
 from spinreg_core.standstill import moving
 from spinreg_core.store import PART_BYTES, Store
 
@@ -62,14 +61,35 @@ def versions() -> dict[str, str]:
     return found
 
 
+def manifest_key(object_id: str) -> str:
+    return f"objects/{object_id}/manifest.json"
+
+
 def read_manifest(store: Store, object_id: str) -> dict[str, Any] | None:
-    """The manifest of an object, or None where the stage has not finished."""
-    return documents.read(store, f"objects/{object_id}/manifest.json")
+    """The manifest of an object, or None where the stage has not finished, or `spinreg gc` removed what it had made:
+    for whoever would make it."""
+    record = read_record(store, object_id)
+    return None if record is None or "removed" in record else record
+
+
+def read_record(store: Store, object_id: str) -> dict[str, Any] | None:
+    """The manifest of an object, also of one that files were removed from (`removed_keys`)."""
+    return documents.read(store, manifest_key(object_id))
+
+
+def removed_keys(record: dict[str, Any]) -> frozenset[str]:
+    """Keys of the files that an object has lost to `spinreg gc` (`removal.py`)."""
+    removed = record.get("removed", {"marked": True})
+    return frozenset() if removed["marked"] else frozenset(removed["keys"])
+
+
+def why_removed(record: dict[str, Any]) -> str:
+    return f"removed by retention ({record['removed']['why']}, {record['removed']['at']})"
 
 
 def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
-    """The manifest of an object that must exist; Damaged where it does not."""
-    manifest = read_manifest(store, object_id)
+    """The manifest of an object that must exist, or have existed; Damaged where it does not."""
+    manifest = read_record(store, object_id)
     if manifest is None:
         raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no manifest.json; a later stage needs this object")
     return manifest
@@ -106,12 +126,8 @@ def publish(
     Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If
     another attempt finished first, its manifest is the one that counts and is returned; nothing of it is touched.
     """
-    files = [*upload(store, job, folder), *uploaded]
-    for name in parts:  # by their names: a listing may be behind
-        part = read_part(store, job.object_id, name)
-        if part is None:
-            raise Damaged(f"{store.uri(f'objects/{job.object_id}')}: found no part {name}; it was committed before")
-        files += part["files"]
+    names = list(parts)
+    files = [*upload(store, job, folder), *uploaded, *_files_of_parts(store, job, names)]
     manifest = {
         "schema": SCHEMA,
         "object_id": job.object_id,
@@ -126,11 +142,35 @@ def publish(
         "seconds": round(seconds, 3),
         "created": _now(),
     }
-    try:
-        store.create(f"objects/{job.object_id}/manifest.json", documents.dump(manifest))
-    except Conflict:
-        return require_manifest(store, job.object_id)
-    return manifest
+    key = manifest_key(job.object_id)
+    while True:
+        found = store.read_tagged(key)
+        try:
+            if found is None:
+                store.create(key, documents.dump(manifest))
+                return manifest
+            existing = documents.parse(store, key, found[0])
+            if "removed" not in existing:
+                return existing
+            _files_of_parts(store, job, names)  # they may have been removed too, after they were read above
+            store.replace(key, documents.dump(manifest), found[1])
+            return manifest
+        except Conflict:
+            continue
+
+
+def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[str, Any]]:
+    files: list[dict[str, Any]] = []
+    for name in names:  # by their names: a listing may be behind
+        part = read_part(store, job.object_id, name)
+        if part is None:
+            where = f"{store.uri(f'objects/{job.object_id}')}: found no part {name}"
+            record = read_record(store, job.object_id)
+            if record is not None and "removed" in record:
+                raise StageFailed(f"{where}: spinreg gc removed it, as nothing had needed it until now")
+            raise Damaged(f"{where}; it was committed before")
+        files += part["files"]
+    return files
 
 
 def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
@@ -185,57 +225,90 @@ def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
         _verified.add(mark)
 
 
-def _entry_path(store: Store, entry: dict[str, Any]) -> Path:
-    """A verified local file holding an entry's bytes: in place for a folder store, else in the cache."""
-    local = store.local_path(entry["key"])
+def _sound(path: Path, entry: dict[str, Any]) -> bool:
+    try:
+        _verify(path, entry, str(path))
+    except Damaged:
+        return False
+    return True
+
+
+def _local(store: Store, entries: Sequence[dict[str, Any]]) -> list[Path]:
+    """Verified local files holding the bytes of entries of one object: in place for a folder store, else in the cache.
+
+    What arrives is hashed; what is there already is hashed when this process uses it first, and by size and time of
+    change whenever it does again. A copy that is not what it was is ours, not the store's: it is fetched anew.
+    """
+    in_place = [path for entry in entries if (path := store.local_path(entry["key"])) is not None]
+    if len(in_place) == len(entries):
+        for path, entry in zip(in_place, entries, strict=True):
+            _verify(path, entry, store.uri(entry["key"]))
+        return in_place
+    folder = used(entries[0]["key"].split("/")[1])
+    wanted = {folder / entry["sha256"]: entry for entry in entries}
+    missing = {path: entry for path, entry in wanted.items() if not _sound(path, entry)}
+    if missing:
+        with fetching(folder):
+            missing = {path: entry for path, entry in missing.items() if not _sound(path, entry)}
+            with arriving([entry["size"] for entry in missing.values()]) as targets:
+                for (path, entry), target in zip(missing.items(), targets, strict=True):
+                    _download(store, entry, target)
+                    os.replace(target, path)
+    return [folder / entry["sha256"] for entry in entries]
+
+
+def _download(store: Store, entry: dict[str, Any], target: Path) -> None:
     where = store.uri(entry["key"])
-    if local is not None:
-        _verify(local, entry, where)
-        return local
-    cached = cache_folder() / "files" / entry["sha256"][:2] / entry["sha256"]
-    if cached.exists():
-        try:
-            _verify(cached, entry, str(cached))
-            return cached
-        except Damaged:
-            cached.unlink(missing_ok=True)  # our own copy, not the store's: fetch it again
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent, prefix=".tmp-") as folder:
-        target = Path(folder) / "file"
-        try:
-            store.download(entry["key"], target)
-        except FileNotFoundError:
-            raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
-        _verify(target, entry, where)
-        os.replace(target, cached)
-    return cached
+    try:
+        store.download(entry["key"], target)
+    except FileNotFoundError:
+        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+    _verify(target, entry, where)
 
 
 def fetch_file(store: Store, object_id: str, name: str) -> Path:
     """A verified local copy of one file of a finished object. Raises Damaged."""
-    for entry in require_manifest(store, object_id)["files"]:
+    record = require_manifest(store, object_id)
+    for entry in record["files"]:
         if entry["name"] == name:
-            return _entry_path(store, entry)
+            return _local(store, _present(store, record, [entry]))[0]
     raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no file {name!r}")
 
 
 def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
     """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
-    files = require_manifest(store, object_id)["files"]
-    return {entry["name"]: _entry_path(store, entry) for entry in files if entry["name"].startswith(f"{prefix}/")}
+    record = require_manifest(store, object_id)
+    wanted = [entry for entry in record["files"] if entry["name"].startswith(f"{prefix}/")]
+    return _by_name(store, _present(store, record, wanted))
+
+
+def _present(store: Store, record: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries, none of which may have been removed. Raises Removed."""
+    removed = removed_keys(record)
+    for entry in entries:
+        if entry["key"] in removed:
+            raise Removed(f"{store.uri(entry['key'])}: {why_removed(record)}; a run of the same configuration under "
+                          "another name makes it anew")  # fmt: skip
+    return entries
 
 
 def fetch_part(store: Store, part: dict[str, Any]) -> dict[str, Path]:
     """Verified local copies of a part's files, by name. Raises Damaged."""
-    return {entry["name"]: _entry_path(store, entry) for entry in part["files"]}
+    return _by_name(store, part["files"])
+
+
+def _by_name(store: Store, entries: Sequence[dict[str, Any]]) -> dict[str, Path]:
+    return {entry["name"]: path for entry, path in zip(entries, _local(store, entries), strict=True)}
 
 
 def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
     """A verified local folder with the files below `prefix` under their own names. Raises Damaged.
 
-    In place for a folder store. For a remote one the folder is made of links into the file cache.
+    In place for a folder store. For a remote one the folder is made of links to the copies in the cache.
     """
-    return folder_of(store, object_id, require_manifest(store, object_id)["files"], prefix)
+    record = require_manifest(store, object_id)
+    wanted = [entry for entry in record["files"] if entry["name"].startswith(f"{prefix}/")]
+    return folder_of(store, object_id, _present(store, record, wanted), prefix)
 
 
 def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], prefix: str) -> Path:
@@ -243,28 +316,18 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
     entries = [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
     if not entries:
         raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no files below {prefix!r}")
-    paths = {entry["name"].removeprefix(f"{prefix}/"): _entry_path(store, entry) for entry in entries}
-    folder = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
-    if folder is not None:
-        return folder
+    paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
+    in_place = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
+    if in_place is not None:
+        return in_place
     digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
-    target = cache_folder() / "folders" / f"{object_id}-{digest}"
-    if target.exists():
-        for name, path in paths.items():  # links may be gone or point at a file that was fetched anew
-            if not (target / name).exists() or not os.path.samefile(target / name, path):
-                shutil.rmtree(target)
-                break
-        else:
-            return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as temporary:
-        staged = Path(temporary) / "folder"
-        for name, path in paths.items():
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(path, staged / name)
-        try:
-            os.rename(staged, target)
-        except OSError:
-            if not target.exists():  # another process made the same folder first
-                raise
-    return target
+    folder = used(object_id) / f"{prefix}-{digest}"
+    for name, path in paths.items():
+        link = folder / name
+        if not link.exists() or not os.path.samefile(link, path):  # none yet, or one to a file that was fetched anew
+            link.parent.mkdir(parents=True, exist_ok=True)
+            temporary = link.with_name(f".tmp-{uuid.uuid4().hex}")
+            os.link(path, temporary)
+            os.replace(temporary, link)  # at no instant missing for another process that uses the folder
+            temporary.unlink(missing_ok=True)  # where another process made the same link meanwhile
+    return folder

@@ -353,7 +353,7 @@ def describe(document: dict[str, Any]) -> str:
         "Time assumes these shares of the machine's rate, and no waiting: "
         + ", ".join(f"{kind} {share:.0%}" for kind, share in used.items()) + ".",
         f"While a round is trained, its checkpoints take up to {_bytes(document['checkpoints_bytes'])} of the store "
-        "more; they are deleted after it. Nothing else in the store is deleted by spinreg.",
+        "more; they are deleted after it. Only `spinreg gc --delete` deletes more.",
     ]  # fmt: skip
     lines += [f"WARNING: {text}" for text in document["warnings"]]
     return "\n".join(lines)

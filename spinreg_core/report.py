@@ -13,10 +13,11 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from spinreg_core.cache import borrowed
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
 from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
-from spinreg_core.objects import fetch_file, read_manifest, versions
+from spinreg_core.objects import fetch_file, read_record, removed_keys, versions
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
 
@@ -62,7 +63,9 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         known = ", ".join(list_runs(store)) or "none"
         raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
     last = max((entry["round"] for entry in head["rounds"]), default=0)
-    rounds = [_round(store, head, number) for number in range(last + 1)]
+    with borrowed():  # a flow's process shows reports for days
+        rounds = [_round(store, head, number) for number in range(last + 1)]
+        samples = _samples(store, head, last)
     base = rounds[0]["metrics"] or {}
     human = {name: base.pop(source) for name, source in HUMAN.items() if source in base}
     data = {
@@ -78,7 +81,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         "notes": notes(config.model_dump(mode="json"), rounds),
         "rounds": rounds,
         "human": human,
-        "samples": _samples(store, head, last),
+        "samples": samples,
         "lineage": _lineage(store, head, last),
     }
     return _strict(data)
@@ -128,9 +131,11 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
     lines: list[dict[str, Any]] = []
     while named:
         made_in, stage, object_id = named.pop(0)
-        manifest = read_manifest(store, object_id) if object_id else None
+        manifest = read_record(store, object_id) if object_id else None
         if manifest is None:
             continue
+        removed = removed_keys(manifest)
+        files = [entry for entry in manifest["files"] if entry["key"] not in removed]
         if stage == "evaluate":
             named.insert(0, (made_in, "generate (held-out)", manifest["inputs"].get("heldout")))
         lines.append(
@@ -140,8 +145,9 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
                 "object_id": object_id,
                 "uri": store.uri(f"objects/{object_id}"),
                 "inputs": manifest["inputs"],
-                "files": len(manifest["files"]),
-                "bytes": sum(entry["size"] for entry in manifest["files"]),
+                "files": len(files),
+                "removed": len(manifest["files"]) - len(files),
+                "bytes": sum(entry["size"] for entry in files),
                 "seconds": manifest["seconds"],
                 "created": manifest["created"],
                 "writer": manifest["writer"],

@@ -9,6 +9,7 @@ round 1, where both references are the base, so a grid over them does round 1 on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -221,6 +222,31 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     }  # fmt: skip
     generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
     return Plan("evaluate", n, key, inputs, {"generate": generate})
+
+
+def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """Every object a run is made of, in the order of their making, and the (round, stage) that makes it; base and data
+    are of (0, "prepare")."""
+    found: dict[str, tuple[int, str]] = {head[name]: (0, "prepare") for name in ("base", "data") if head.get(name)}
+    for entry in sorted(head["rounds"], key=lambda entry: entry["round"]):
+        for stage, object_id in entry["stages"].items():
+            if stage == "train" and config.training.average is not None:
+                found.setdefault(average_object(config, head, entry["round"]), (entry["round"], stage))
+            if stage == "evaluate":
+                found.setdefault(plan_heldout(config, head, entry["round"]).object_id, (entry["round"], stage))
+            found.setdefault(object_id, (entry["round"], stage))
+    return found
+
+
+def ids_in(inputs: Any) -> Iterator[str]:
+    """Object ids in a job's or a manifest's inputs."""
+    if isinstance(inputs, dict):
+        inputs = list(inputs.values())
+    if isinstance(inputs, list):
+        for value in inputs:
+            yield from ids_in(value)
+    elif isinstance(inputs, str):
+        yield inputs
 
 
 PLANS = {"generate": plan_generate, "mix-opponent": plan_mix, "train": plan_train, "evaluate": plan_evaluate}

@@ -11,16 +11,19 @@ PATIENCE_SECONDS; the retries of botocore and s3fs are off, so that nothing mult
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from spinreg_core.errors import BadInput, Conflict, StoreFailed
 from spinreg_core.standstill import moving
-from spinreg_core.store import PART_BYTES, checked, redacted
+from spinreg_core.store import PART_BYTES, Listed, checked, redacted
 
 T = TypeVar("T")
 PATIENCE_SECONDS = 300.0
@@ -133,16 +136,46 @@ class S3Store:
         return int(reply["ContentLength"])
 
     def list(self, prefix: str) -> list[str]:
-        full, cut, token = self._key(prefix.rstrip("/")) + "/", len(self._key("x")) - 1, None
-        found: list[str] = []
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> Sequence[Listed]:
+        full, following = self._key(prefix.rstrip("/")) + "/", {"ContinuationToken": "NextContinuationToken"}
+        pages = self._pages("list_objects_v2", f"listing {self.uri(prefix)}", following, Prefix=full)
+        return sorted(
+            Listed(self._relative(entry["Key"]), entry["Size"], (now - entry["LastModified"]).total_seconds())
+            for page, now in pages for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")
+        )  # fmt: skip
+
+    def unfinished(self) -> Sequence[Listed]:
+        pages = self._pages("list_multipart_uploads", f"listing the unfinished uploads of {self.url}",
+                            {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
+                            Prefix=f"{self.prefix}/" if self.prefix else "")  # fmt: skip
+        return sorted(
+            Listed(f"{self._relative(entry['Key'])}?{entry['UploadId']}", 0, (now - entry["Initiated"]).total_seconds())
+            for page, now in pages for entry in page.get("Uploads", ())
+        )  # fmt: skip
+
+    def drop(self, name: str) -> None:
+        key, _, upload = name.rpartition("?")
+        with contextlib.suppress(FileNotFoundError):
+            self._run(lambda: self._call("abort_multipart_upload", Key=self._key(key), UploadId=upload),
+                      f"ending the upload of {self.uri(key)}")  # fmt: skip
+
+    def _pages(
+        self, method: str, what: str, following: dict[str, str], **arguments: Any
+    ) -> Iterator[tuple[Any, datetime]]:
+        """Pages of a listing, each with the server's time; `following`: arguments that come out of the page before."""
+        more: dict[str, Any] = {}
         while True:
-            more: dict[str, Any] = {} if token is None else {"ContinuationToken": token}
-            page = self._run(lambda more=more: self._call("list_objects_v2", Prefix=full, **more),  # type: ignore[misc]
-                             f"listing {self.uri(prefix)}")  # fmt: skip
-            found += [entry["Key"][cut:] for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")]
-            token = page.get("NextContinuationToken")
-            if not page.get("IsTruncated") or token is None:
-                return sorted(found)
+            page = self._run(lambda more=more: self._call(method, **arguments, **more), what)  # type: ignore[misc]
+            said = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+            yield page, parsedate_to_datetime(said) if said else datetime.now(UTC)
+            more = {ours: page[theirs] for ours, theirs in following.items() if page.get(theirs)}
+            if not page.get("IsTruncated") or not more:
+                return
+
+    def _relative(self, full: str) -> str:
+        return full[len(self.prefix) + 1 :] if self.prefix else full
 
     def local_path(self, key: str) -> Path | None:
         return None

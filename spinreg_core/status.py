@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spinreg_core.head import ROUND_STAGES, complete_round, list_runs, pending_advance, require_head, stage_object
-from spinreg_core.objects import read_manifest
+from spinreg_core.objects import read_record
 from spinreg_core.store import Store
 
 
@@ -17,8 +17,10 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
         stages = {}
         for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
             object_id = stage_object(head, number, stage)
-            manifest = None if object_id is None else read_manifest(store, object_id)
-            state = "open" if object_id is None else "done" if manifest is not None else "missing from the store"
+            manifest = None if object_id is None else read_record(store, object_id)
+            state = "open" if object_id is None else "missing from the store"
+            if manifest is not None:
+                state = "done, removed by retention" if "removed" in manifest else "done"
             stages[stage] = {"state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None}
         rounds.append({"round": number, "stages": stages})
     return {

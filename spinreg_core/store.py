@@ -14,10 +14,11 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from spinreg_core.errors import BadInput, Conflict
 from spinreg_core.standstill import moving
@@ -26,8 +27,16 @@ PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _SYNC_BYTES = 256 * 2**20
 
 
+class Listed(NamedTuple):
+    """`age`: seconds since it was written, by the store's own clock."""
+
+    key: str
+    size: int
+    age: float
+
+
 class Store(Protocol):
-    """Keys are relative, '/'-separated. Nothing is deleted but by `delete`."""
+    """Keys are relative, '/'-separated. Nothing is deleted but by `delete`, and `drop`, which no key knows of."""
 
     url: str
 
@@ -63,6 +72,15 @@ class Store(Protocol):
 
     def list(self, prefix: str) -> list[str]:
         """All keys below a prefix ending in '/', sorted."""
+
+    def entries(self, prefix: str) -> Sequence[Listed]:
+        """The same with sizes and ages."""
+
+    def unfinished(self) -> Sequence[Listed]:
+        """Writes that were begun and not ended, by names of their own: under way, or their process was killed."""
+
+    def drop(self, name: str) -> None:
+        """Remove what is there of an unfinished write. Does nothing where it has ended."""
 
     def local_path(self, key: str) -> Path | None:
         """Where the bytes lie on this machine, or None for a remote store."""
@@ -187,9 +205,25 @@ class FolderStore:
             return None
 
     def list(self, prefix: str) -> list[str]:
-        base = self._path(prefix.rstrip("/"))
-        files = (p for p in base.rglob("*") if p.is_file() and not p.name.startswith((".tmp-", ".lock-")))
-        return sorted(p.relative_to(self.root).as_posix() for p in files)
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str) -> Sequence[Listed]:
+        return self._listed(self._path(prefix.rstrip("/")), lambda name: not name.startswith((".tmp-", ".lock-")))
+
+    def unfinished(self) -> Sequence[Listed]:
+        return self._listed(self.root, lambda name: name.startswith(".tmp-"))
+
+    def drop(self, name: str) -> None:
+        self.delete(name)
+
+    def _listed(self, folder: Path, wanted: Callable[[str], bool]) -> Sequence[Listed]:
+        found, now = [], time.time()
+        for place, _, names in os.walk(folder):
+            for path in (Path(place) / name for name in names if wanted(name)):
+                with contextlib.suppress(FileNotFoundError):  # removed since
+                    stat = path.stat()
+                    found.append(Listed(path.relative_to(self.root).as_posix(), stat.st_size, now - stat.st_mtime))
+        return sorted(found)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)

@@ -20,8 +20,16 @@ from typing import Any
 
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.head import Session, config_key, read_config, require_head
-from spinreg_core.objects import part_names, read_manifest, read_part, sha256_file
-from spinreg_core.rounds import average_object, plan_heldout
+from spinreg_core.objects import (
+    part_names,
+    read_manifest,
+    read_part,
+    read_record,
+    removed_keys,
+    sha256_file,
+    why_removed,
+)
+from spinreg_core.rounds import ids_in, objects_of
 from spinreg_core.store import Store
 
 Stage = tuple[int, str]  # (round, stage)
@@ -41,13 +49,15 @@ class Problem:
 class Verdict:
     """`objects`: every object of the run and the stage that makes it ((0, "prepare") for base and data).
     `dependents`: of each damaged object, the committed stages that were made from it. `files`: SHA-256 by object and
-    name of what later stages read, as the manifests say; of shards that of the answers alone."""
+    name of what later stages read, as the manifests say; of shards that of the answers alone. `removed`: objects that
+    `spinreg gc` has taken files from, and why; these files are not looked for."""
 
     run: str
     objects: dict[str, Stage] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     dependents: dict[str, list[Stage]] = field(default_factory=dict)
     files: dict[str, dict[str, str]] = field(default_factory=dict)
+    removed: dict[str, str] = field(default_factory=dict)
     checked: int = 0
     bytes: int = 0
 
@@ -60,26 +70,36 @@ def verify(store: Store, run: str, *, say: Callable[[str], None] = lambda line: 
     """Read every file of a run and compare it with its manifest. Raises BadInput where there is no such run, Damaged
     where the run's own head or configuration cannot be read."""
     head = require_head(store, run)
-    verdict = Verdict(run, _objects(store, run, head))
+    config = read_config(store, run)
+    if config is None:
+        raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
+    verdict = Verdict(run, objects_of(config, head))
     inputs: dict[str, set[str]] = {}
     for object_id in verdict.objects:
-        before, start = len(verdict.problems), time.monotonic()
+        before, checked, start = len(verdict.problems), verdict.checked, time.monotonic()
         try:
-            manifest = read_manifest(store, object_id)
+            manifest = read_record(store, object_id)
         except (Damaged, BadInput) as error:
             verdict.problems.append(Problem(object_id, f"objects/{object_id}/manifest.json", str(error), "a manifest"))
             continue
         if manifest is None:
             verdict.problems.append(Problem(object_id, f"objects/{object_id}/manifest.json", "nothing", "a manifest"))
             continue
-        inputs[object_id] = set(_ids(manifest["inputs"]))
+        inputs[object_id] = set(ids_in(manifest["inputs"]))
         verdict.files[object_id] = _content(store, manifest)
+        removed = removed_keys(manifest)
+        if removed:
+            verdict.removed[object_id] = why_removed(manifest)
         for entry in manifest["files"]:
+            if entry["key"] in removed:
+                continue
             verdict.problems += _check(store, object_id, entry)
             verdict.checked += 1
             verdict.bytes += entry["size"]
         state = "ok" if len(verdict.problems) == before else "DAMAGED"
-        say(f"{object_id}: {len(manifest['files'])} files, {state} ({time.monotonic() - start:.1f} s)")
+        if removed:
+            state += f", {why_removed(manifest)}"
+        say(f"{object_id}: {verdict.checked - checked} files, {state} ({time.monotonic() - start:.1f} s)")
     for damaged in verdict.damaged:
         verdict.dependents[damaged] = [
             stage for object_id, stage in verdict.objects.items()
@@ -138,9 +158,10 @@ def changed(store: Store, verdict: Verdict, objects: Sequence[str]) -> list[str]
 
 def described(verdict: Verdict) -> str:
     """A text for people."""
+    removed = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
     if not verdict.problems:
-        return (f"{verdict.run}: {verdict.checked} files of {len(verdict.objects)} objects, "
-                f"{verdict.bytes / 1e6:.1f} MB: all as committed")  # fmt: skip
+        return "\n".join([f"{verdict.run}: {verdict.checked} files of {len(verdict.objects)} objects, "
+                          f"{verdict.bytes / 1e6:.1f} MB: all as committed", *removed])  # fmt: skip
     lines = [f"{verdict.run}: {len(verdict.problems)} problems in {len(verdict.damaged)} of "
              f"{len(verdict.objects)} objects"]  # fmt: skip
     for problem in verdict.problems:
@@ -149,23 +170,7 @@ def described(verdict: Verdict) -> str:
         number, stage = verdict.objects[object_id]
         after = ", ".join(f"{name} of round {n}" for n, name in verdict.dependents.get(object_id, ())) or "nothing"
         lines.append(f"  {object_id} is {stage} of round {number}; made from it: {after}")
-    return "\n".join(lines)
-
-
-def _objects(store: Store, run: str, head: dict[str, Any]) -> dict[str, Stage]:
-    """Every object a run is made of, in the order of their making, and the stage that makes it."""
-    found: dict[str, Stage] = {head[name]: (0, "prepare") for name in ("base", "data") if head.get(name)}
-    config = read_config(store, run)
-    if config is None:
-        raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
-    for entry in sorted(head["rounds"], key=lambda entry: entry["round"]):
-        for stage, object_id in entry["stages"].items():
-            if stage == "train" and config.training.average is not None:
-                found.setdefault(average_object(config, head, entry["round"]), (entry["round"], stage))
-            if stage == "evaluate":
-                found.setdefault(plan_heldout(config, head, entry["round"]).object_id, (entry["round"], stage))
-            found.setdefault(object_id, (entry["round"], stage))
-    return found
+    return "\n".join(lines + removed)
 
 
 def _content(store: Store, manifest: dict[str, Any]) -> dict[str, str]:
@@ -198,17 +203,6 @@ def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Prob
             sha256 = sha256_file(path)
     if sha256 != entry["sha256"]:
         yield Problem(object_id, key, f"SHA-256 {sha256}", entry["sha256"])
-
-
-def _ids(inputs: Any) -> Iterator[str]:
-    """Object ids in a manifest's inputs."""
-    if isinstance(inputs, dict):
-        inputs = list(inputs.values())
-    if isinstance(inputs, list):
-        for value in inputs:
-            yield from _ids(value)
-    elif isinstance(inputs, str):
-        yield inputs
 
 
 def _closure(object_id: str, inputs: dict[str, set[str]]) -> set[str]:

@@ -15,7 +15,8 @@ from prefect.tasks import Task, exponential_backoff
 from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput, Damaged, LeaseLost, StagePreempted
 from spinreg_core.head import stage_object
-from spinreg_core.objects import read_manifest, require_manifest
+from spinreg_core.objects import read_manifest, read_record, require_manifest
+from spinreg_core.retention import read_later
 from spinreg_core.rounds import PLANS
 from spinreg_core.stages.job import Job
 from tasks.cancel import RunCancelled
@@ -77,9 +78,9 @@ def watched_stage(job: Job, *name: object) -> dict[str, Any]:
 def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
     """Make sure that a round's stage is committed. Returns a small JSON, as the task's result.
 
-    A stage that the head names is done. So is an object that exists under the stage's fingerprint (another
-    run made it, or this one was killed between publishing and committing): it is taken over.
-    Otherwise the stage's process runs; it continues from its own committed parts.
+    A stage that the head names is done, also where `spinreg gc` has removed what nothing reads any more. So is an
+    object that exists under the stage's fingerprint (another run made it, or this one was killed between publishing
+    and committing): it is taken over. Otherwise the stage's process runs; it continues from its own committed parts.
     """
     context = current()
     store, session, config = context.store, context.session, context.config
@@ -89,7 +90,12 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
     object_id = committed or plan.object_id
     manifest = read_manifest(store, object_id)
     if committed and manifest is None:
-        raise Damaged(f"{store.uri(f'objects/{object_id}')}: committed as round {round_number} {stage}, but not there")
+        record = read_record(store, object_id)
+        if record is None:
+            where = store.uri(f"objects/{object_id}")
+            raise Damaged(f"{where}: committed as round {round_number} {stage}, but not there")
+        if object_id not in read_later(config, session.head):
+            manifest = record
     reused = manifest is not None
     if manifest is None:
         writer = session.writer()

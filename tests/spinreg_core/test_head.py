@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from spinreg_core import head as heads
-from spinreg_core.config import MUTABLE_FIELDS, ResourcesConfig, RunConfig
+from spinreg_core.config import MUTABLE_FIELDS, KeepConfig, ResourcesConfig, RunConfig
 from spinreg_core.errors import BadInput, ConfigChanged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.head import ROUND_STAGES, open_session, read_head
 from spinreg_core.store import Store, open_store
@@ -322,7 +322,7 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
         "training.activation_checkpointing": "full", "training.checkpoint_every_steps": 3,
         "training.checkpoint_every_minutes": 2.0, "training.checkpoints_kept": 5,
-        "training.max_nonfinite_steps": 9, "generation.tensor_parallel": 2,
+        "keep": KeepConfig(policies=3), "training.max_nonfinite_steps": 9, "generation.tensor_parallel": 2,
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
@@ -330,6 +330,15 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
     value = getattr(QUICK, group).model_copy(update={inner: values[field]}) if inner else values[field]
     with open_session(store, QUICK.model_copy(update={group: value}), "b"):
         pass
+
+
+def test_what_to_keep_is_what_was_said_last(store: Store) -> None:
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
+    hurried = {"resources": ResourcesConfig(lease_seconds=3), "keep": KeepConfig(policies=3)}
+    with open_session(store, QUICK.model_copy(update=hurried), "b"):
+        pass
+    assert heads.read_config(store, "demo") == QUICK.model_copy(update={"keep": KeepConfig(policies=3)})
 
 
 def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

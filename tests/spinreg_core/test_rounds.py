@@ -51,6 +51,7 @@ CASES = [
     ("generate", {"training__learning_rate": 1e-7}, False, False),
     ("generate", {"resources__retries": 9}, False, False),
     ("generate", {"run": "other", "until_round": 7}, False, False),
+    ("generate", {"keep__policies": 1, "keep__generations": "needed"}, False, False),
     ("generate", {"generation__temperature": 0.7}, True, True),
     ("generate", {"generation__max_new_tokens": 12}, True, True),
     ("generate", {"generation__shard_size": 5}, True, True),

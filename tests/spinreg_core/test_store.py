@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from s3fs import S3FileSystem
 from servers import S3Server
 
 from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.s3_store import S3Store
 from spinreg_core.store import FolderStore, Store, open_store, require_conditional_writes
 
 
@@ -101,6 +103,42 @@ def test_list_is_recursive_sorted_and_exact(store: Store) -> None:
     for key in ("runs/b/head.json", "runs/a/head.json", "runs-other/x", "runs/a/deep/er/y"):
         store.create(key, key.encode())
     assert store.list("runs/") == ["runs/a/deep/er/y", "runs/a/head.json", "runs/b/head.json"]
+
+
+def test_entries_have_sizes_and_ages(store: Store) -> None:
+    store.create("a/first", b"12345")
+    time.sleep(1.1)  # S3 tells seconds
+    store.create("a/b/second", b"")
+    entries = store.entries("a/")
+    assert [(entry.key, entry.size) for entry in entries] == [("a/b/second", 0), ("a/first", 5)]
+    assert 1 <= entries[1].age - entries[0].age < 10
+    assert -2 < entries[0].age < 10
+    assert store.entries("none/") == []
+
+
+def test_a_write_that_was_not_ended_is_listed_and_dropped(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a killed process leaves one: nobody ended it."""
+    key, content = "objects/x/data/w/f", b"123"
+    (tmp_path / "file").write_bytes(content)
+    if isinstance(store, S3Store):
+        store._run(lambda: store._call("create_multipart_upload", Key=store._key(key)), "beginning an upload")
+    else:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "replace", lambda *_: sys.exit("killed"))
+            patched.setattr(Path, "unlink", lambda *_, **__: None)
+            with pytest.raises(SystemExit):
+                store.upload(tmp_path / "file", key)
+    (left,) = store.unfinished()
+    assert "objects/x/data/w/" in left.key
+    assert -2 < left.age < 60
+    assert store.list("objects/") == []
+    store.drop(left.key)
+    store.drop(left.key)
+    assert store.unfinished() == []
+    store.upload(tmp_path / "file", key)
+    assert store.size(key) == len(content)
 
 
 def test_the_probe_accepts_a_store_with_conditional_writes(store: Store) -> None:
