@@ -17,7 +17,7 @@ from spinreg_core.cache import borrowed
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
 from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
-from spinreg_core.objects import fetch_file, read_record, removed_keys, versions
+from spinreg_core.objects import fetch_file, read_manifest, read_record, removed_keys, versions
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
 
