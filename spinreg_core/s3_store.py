@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import random
 import time
@@ -26,6 +27,7 @@ from spinreg_core.standstill import moving
 from spinreg_core.store import PART_BYTES, Listed, checked, redacted
 
 T = TypeVar("T")
+COMMITS_MARKER = "commits.json"  # in a bucket that holds files only (`split_store.py`)
 PATIENCE_SECONDS = 300.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 15.0  # seconds, of which a random share is waited
 _ATTEMPT_SECONDS = 180.0  # one request; a part of 16 MiB needs 100 kB/s
@@ -66,6 +68,14 @@ class S3Store:
         self._fs.retries = 1
 
     def check(self) -> None:
+        self.check_bucket()
+        marker = self.read(COMMITS_MARKER)
+        if marker is not None:
+            folder = json.loads(marker)["commits"]
+            raise BadInput("store", f"{self.url}, whose commits lie in {folder}",
+                           "SPINREG_COMMITS to say so (docs/reliability.md)")  # fmt: skip
+
+    def check_bucket(self) -> None:
         try:
             self._run(lambda: self._call("head_bucket"), f"asking for bucket {self.bucket!r}", _CHECK_SECONDS)
         except Exception as error:  # botocore has an error family of its own

@@ -92,9 +92,14 @@ class Store(Protocol):
 def open_store(url: str) -> Store:
     """Open `s3://bucket/prefix`, `file:///path` or a local folder (created on first write).
 
+    With SPINREG_COMMITS in the environment commits of a bucket lie in the folder it names (`split_store.py`).
     Raises BadInput for other schemes, and for an S3 URL without a bucket.
     """
     if url.startswith("s3://"):
+        if commits := os.environ.get("SPINREG_COMMITS"):
+            from spinreg_core.split_store import SplitStore
+
+            return SplitStore(url, commits)
         from spinreg_core.s3_store import S3Store
 
         return S3Store(url)
@@ -237,7 +242,10 @@ def require_conditional_writes(store: Store) -> None:
 
     Writes a probe key of a few bytes. Raises BadInput.
     """
-    key, expected = f"probes/{uuid.uuid4().hex}", "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO)"
+    key = f"probes/{uuid.uuid4().hex}"
+    expected = (
+        "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO), or SPINREG_COMMITS (docs/reliability.md)"
+    )
 
     def overwrites(write: Callable[[], object]) -> bool:
         try:

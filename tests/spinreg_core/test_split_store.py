@@ -1,0 +1,86 @@
+"""Commits in a folder, files in a bucket whose server knows no conditional writes."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+
+import pytest
+from servers import S3Server
+
+from spinreg_core import objects, s3_store
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.head import open_session, read_head
+from spinreg_core.stages.job import Job
+from spinreg_core.store import open_store, require_conditional_writes
+
+
+@pytest.fixture
+def url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A prefix on a server that overwrites whatever the condition."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    plain = s3_store.S3Store._put
+
+    async def careless(self: s3_store.S3Store, key: str, data: bytes, **condition: str) -> str:
+        return await plain(self, key, data)
+
+    monkeypatch.setattr(s3_store.S3Store, "_put", careless)
+    return s3_server.url(uuid.uuid4().hex)
+
+
+def test_a_run_on_such_a_server(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="SPINREG_COMMITS"):
+        require_conditional_writes(open_store(url))
+    for key in open_store(url).list("probes"):
+        open_store(url).delete(key)
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
+    store = open_store(url)
+    store.check()
+    require_conditional_writes(store)
+    (tmp_path / "out" / "policy").mkdir(parents=True)
+    (tmp_path / "out" / "policy" / "weights").write_bytes(b"w" * 1000)
+    config = RunConfig(run="r", store=url)
+    with open_session(store, config, "one") as session:
+        job = Job("train", "train-x", {}, url, session.writer(), 1, {}, config, tmp_path)
+        objects.publish(store, job, tmp_path / "out", metrics={})
+        session.commit(1, "train", "train-x")
+    head = read_head(open_store(url), "r")
+    assert head is not None
+    assert head["rounds"] == [{"round": 1, "stages": {"train": "train-x"}}]
+    assert (objects.fetch_folder(store, "train-x", "policy") / "weights").read_bytes() == b"w" * 1000
+    with pytest.raises(Conflict):
+        store.create("objects/train-x/manifest.json", b"{}")
+
+    in_bucket = s3_store.S3Store(url).list("objects")
+    assert [key.rpartition("/")[2] for key in in_bucket] == ["weights"], "files alone"
+    assert all(store.local_path(key) is None for key in in_bucket)
+    everything = store.list("objects")
+    assert sorted([*in_bucket, "objects/train-x/manifest.json"]) == everything
+    assert [entry.key for entry in store.entries("objects")] == everything
+    store.delete(in_bucket[0])
+    assert store.size(in_bucket[0]) is None
+
+
+def test_whoever_does_not_know_of_the_folder_is_told(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    open_store(url).check()
+    open_store(url).check()
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "another"))
+    with pytest.raises(BadInput, match=r"SPINREG_COMMITS: found commits of .*another.*; expected .*shared"):
+        open_store(url).check()
+    monkeypatch.delenv("SPINREG_COMMITS")
+    with pytest.raises(BadInput, match=r"whose commits lie in .*shared.*; expected SPINREG_COMMITS"):
+        open_store(url).check()
+
+
+def test_a_bucket_with_runs_of_its_own_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_store(url).create("runs/old/head.json", b"{}")
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    with pytest.raises(BadInput, match=r"runs/old/head\.json, a run whose commits lie in the bucket"):
+        open_store(url).check()
+    monkeypatch.setenv("SPINREG_COMMITS", "relative")
+    with pytest.raises(BadInput, match="an absolute path"):
+        open_store(url)
