@@ -18,6 +18,7 @@ import os
 import platform
 import uuid
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,12 +99,13 @@ def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
 def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = None) -> list[dict[str, Any]]:
     """Put files below `folder` (default: all) into the store; returns their entries in a manifest or part."""
     entries = []
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()) if paths is None else paths:
-        name = path.relative_to(folder).as_posix()
-        key = f"objects/{job.object_id}/data/{job.writer}/{name}"
-        entry = {"name": name, "key": key, "size": path.stat().st_size, "sha256": sha256_file(path)}
-        store.upload(path, key)
-        entries.append(entry)
+    with ThreadPoolExecutor(1) as pool:  # a file is hashed while it is sent
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()) if paths is None else paths:
+            digest = pool.submit(sha256_file, path)
+            name = path.relative_to(folder).as_posix()
+            key = f"objects/{job.object_id}/data/{job.writer}/{name}"
+            store.upload(path, key)
+            entries.append({"name": name, "key": key, "size": path.stat().st_size, "sha256": digest.result()})
     return entries
 
 
