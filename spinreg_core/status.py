@@ -1,32 +1,61 @@
-"""What is done of a run: rounds, stages, the pending advance, and who holds the lease. Reads only the store."""
+"""What is done of a run, what is missing and what it cost, the pending advance, and whose lease it is.
+
+Reads only the store.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from spinreg_core.head import ROUND_STAGES, complete_round, list_runs, pending_advance, require_head, stage_object
-from spinreg_core.objects import read_record
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import SpinregError
+from spinreg_core.head import (
+    ROUND_STAGES,
+    complete_round,
+    list_runs,
+    pending_advance,
+    read_config,
+    require_head,
+    stage_object,
+)
+from spinreg_core.objects import part_names, read_record
+from spinreg_core.report import format_bytes
+from spinreg_core.rounds import PLANS
 from spinreg_core.store import Store
 
 
 def run_status(store: Store, run: str) -> dict[str, Any]:
     """Everything `spinreg status` shows, as plain values. Raises BadInput where there is no such run."""
     head = require_head(store, run)
-    rounds = []
-    for number in range(max((entry["round"] for entry in head["rounds"]), default=0) + 1):
-        stages = {}
+    config, rounds = read_config(store, run), []
+    pending = pending_advance(head)
+    last = max([entry["round"] for entry in head["rounds"]] + ([pending["to"]] if pending else [0]))
+    for number in range(last + 1):
+        stages: dict[str, dict[str, Any]] = {}
         for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
             object_id = stage_object(head, number, stage)
             manifest = None if object_id is None else read_record(store, object_id)
             state = "open" if object_id is None else "missing from the store"
             if manifest is not None:
                 state = "done, removed by retention" if "removed" in manifest else "done"
-            stages[stage] = {"state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None}
+            stages[stage] = {
+                "state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None,
+                "bytes": sum(file["size"] for file in manifest["files"]) if manifest else None,
+                "parts": 0 if object_id or config is None or "data" not in head else _parts(store, config, head, number, stage),
+            }  # fmt: skip
         rounds.append({"round": number, "stages": stages})
     return {
-        "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending_advance(head),
+        "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending,
         "lease": head["lease"], "rounds": rounds,
     }  # fmt: skip
+
+
+def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, stage: str) -> int:
+    """Shards or checkpoints that an open stage has committed; 0 where what it needs is open too."""
+    try:
+        return len(part_names(store, PLANS[stage](config, head, number).object_id))
+    except SpinregError:
+        return 0
 
 
 def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
@@ -45,7 +74,9 @@ def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
             )
         for entry in one["rounds"]:
             cells = [
-                f"{stage} {s['state']}" + (f" ({s['seconds']:.0f} s)" if s["seconds"] is not None else "")
+                f"{stage} {s['state']}"
+                + (f" ({s['seconds']:.0f} s, {format_bytes(s['bytes'])})" if s["seconds"] is not None else "")
+                + (f" ({s['parts']} parts committed)" if s["parts"] else "")
                 for stage, s in entry["stages"].items()
             ]
             lines.append(f"  round {entry['round']}: " + ", ".join(cells))
