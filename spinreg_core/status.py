@@ -41,7 +41,7 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
             stages[stage] = {
                 "state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None,
                 "bytes": sum(file["size"] for file in manifest["files"]) if manifest else None,
-                "parts": 0 if object_id or config is None or "data" not in head else _parts(store, config, head, number, stage),
+                "parts": 0 if object_id or config is None else _parts(store, config, head, number, stage),
             }  # fmt: skip
         rounds.append({"round": number, "stages": stages})
     return {
@@ -52,6 +52,8 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
 
 def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, stage: str) -> int:
     """Shards or checkpoints that an open stage has committed; 0 where what it needs is open too."""
+    if "data" not in head:
+        return 0
     try:
         return len(part_names(store, PLANS[stage](config, head, number).object_id))
     except SpinregError:
