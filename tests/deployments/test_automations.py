@@ -62,16 +62,14 @@ def test_silent_runs_are_called_crashed_and_no_others(server: PrefectServer) -> 
         beat(server, run)
     body = {"state": {"type": "COMPLETED"}}
     server.api("POST", f"flow_runs/{runs['done']['id']}/set_state", body)
-    end = time.monotonic() + 90
+    begin = time.monotonic()
     while True:
         beat(server, runs["beating"])
         states = {name: server.flow_run(run["id"])["state_type"] for name, run in runs.items()}
-        if states["silent"] == states["silent round"] == "CRASHED" or time.monotonic() > end:
-            break
+        if states["silent"] == states["silent round"] == "CRASHED" and time.monotonic() - begin > 15:
+            break  # the one that goes on had more time than the silence that counts
+        assert time.monotonic() - begin < 90, states
         time.sleep(2)
-    for _ in range(6):  # longer than the silence that counts
-        time.sleep(2)
-        beat(server, runs["beating"])
     states = {name: server.flow_run(run["id"])["state_type"] for name, run in runs.items()}
     assert states == {
         "silent": "CRASHED", "silent round": "CRASHED", "beating": "RUNNING", "another's": "RUNNING",
