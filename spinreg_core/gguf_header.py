@@ -46,15 +46,21 @@ class _Walk:
         if kind == _TEXT:
             return self.text()
         if kind != _ARRAY:
-            self.skip(_BYTES[kind])
+            self.skip(_size(kind))
             return None
         inner, count = self.number("<I"), self.number("<Q")
         if inner != _TEXT:
-            self.skip(count * _BYTES[inner])  # arrays of arrays are in no file, and no reader takes them
+            self.skip(count * _size(inner))  # arrays of arrays are in no file, and no reader takes them
             return None
         for _ in range(count):  # each takes eight bytes at least
             self.skip(self.number("<Q"))
         return None
+
+
+def _size(kind: int) -> int:
+    if kind not in _BYTES:
+        raise ValueError(f"a value of type {kind}")
+    return _BYTES[kind]
 
 
 def read_header(path: Path) -> dict[str, str]:
@@ -62,7 +68,7 @@ def read_header(path: Path) -> dict[str, str]:
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _read(_Walk(data))
-    except (ValueError, KeyError, struct.error) as error:
+    except ValueError as error:
         raise BadInput("model", f"{path}, whose header cannot be true ({error})", "a whole GGUF file") from None
 
 
