@@ -26,6 +26,8 @@ def load_config_file(location: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file at a path or URI (s3://, file://). Raises BadInput."""
     import fsspec
 
+    if redacted(location) != location:
+        raise BadInput("config", redacted(location), "an address without credentials; they come from the environment")
     if ("://" in location and not re.match("(s3|file)://", location)) or "::" in location:
         raise BadInput(
             f"config {location!r}", "no readable file: neither a path nor file:// or s3://", "a YAML or JSON file"
