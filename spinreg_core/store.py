@@ -121,8 +121,9 @@ def require_inside(folder: Path, paths: Iterable[Path], field: str) -> None:
     root = folder.resolve()
     own = (root, root.parents[1] / "blobs") if len(root.parts) > 3 and root.parent.name == "snapshots" else (root,)
     for path in paths:
-        if not any(path.resolve().is_relative_to(place) for place in own):
-            raise BadInput(field, f"{path}, a link to {path.resolve()}",
+        real = path.resolve()
+        if not any(real.is_relative_to(place) for place in own):
+            raise BadInput(field, str(path) if path == real else f"{path}, a link to {real}",
                            f"files inside {folder}; name the other place itself, or copy the file")  # fmt: skip
 
 

@@ -372,9 +372,13 @@ def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) ->
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
 
     try:
-        kind = load_dataset_builder(dataset, subset).info.builder_name
+        builder = load_dataset_builder(dataset, subset)
+        kind = builder.info.builder_name
         if kind not in _HUB_KINDS:
             raise BadInput("dataset", f"{dataset!r}, of kind {kind}", f"one of {', '.join(_HUB_KINDS)}")
+        named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+        here = [Path(file) for file in named if not re.match("(hf|https?|s3)://", file)]  # its card may name any file
+        require_inside(Path(dataset), here, "dataset")
         yield from _dataset_records(load_dataset(dataset, subset, split=split, streaming=most is not None), most)
     except (DatasetNotFoundError, DefunctDatasetError, FileNotFoundError) as error:
         raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub data set") from None

@@ -219,6 +219,29 @@ def test_hub_layouts_that_may_hold_pickled_members_are_refused(tmp_path: Path, m
         list(read_records(str(tmp_path / "clone"), "train", "default"))
 
 
+@pytest.mark.parametrize("how", ["card", "link"])
+def test_a_clone_of_the_hub_shows_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The card of a data set names its files, any file of this machine too."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "own.csv").write_text("prompt,response\nq,a\n")
+    card = "---\nconfigs:\n- config_name: {}\n  data_files: {}\n---\n"
+    (clone / "README.md").write_text(card.format("one", "own.csv"))
+    assert len(list(read_records(str(clone), "train", "one"))) == 1
+    (tmp_path / "secret.csv").write_text("prompt,response\nplanted,planted\n")
+    if how == "link":
+        (clone / "linked.csv").symlink_to(tmp_path / "secret.csv")
+    named = tmp_path / "secret.csv" if how == "card" else "linked.csv"
+    (clone / "README.md").write_text(card.format("two", named))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(BadInput, match=r"secret\.csv.*; expected files inside") as caught:
+        list(read_records(str(clone), "train", "two"))
+    assert "planted" not in str(caught.value)
+
+
 def test_the_limits_are_looked_at_in_one_place() -> None:
     """What these tests lower is what is used: no limit was copied elsewhere by `from ... import`."""
     source = (Path(limits.__file__).parent / "data/sources.py").read_text()
