@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo install test lint format docs
+.PHONY: demo install test lint format docs audit
 
 demo: install  ## two rounds of regularised self-play on a real 135M chat model
 	$(BIN)/python -m flows.spin --config deployments/configs/demo.yaml
@@ -26,3 +26,6 @@ format: install
 
 docs: install  ## write the configuration reference anew
 	$(BIN)/python scripts/config_reference.py
+
+audit: install  ## known vulnerabilities of what is installed; needs PyPI's advisories (or AUDIT_SERVICE=osv)
+	sh scripts/audit.sh $(VENV)

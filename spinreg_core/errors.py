@@ -5,13 +5,27 @@ Decides: which failures are worth a retry. Leaves out: catching them; whoever ca
 
 from __future__ import annotations
 
+import re
+
 EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so nobody retries it
 EXIT_DAMAGED = 74  # EX_IOERR: the same file is damaged for the next attempt too
 EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
 
 
+_CREDENTIALS = re.compile(r"://(?:[^\s/@:]*:[^\s@]*|[^\s/@]+)@")
+
+
+def without_credentials(text: str) -> str:
+    """A text without the user and password of any address in it: those that people put into AWS_ENDPOINT_URL or a
+    proxy's address come back in the messages of libraries."""
+    return _CREDENTIALS.sub("://***@", text)
+
+
 class SpinregError(Exception):
-    """Base of every error spinreg raises on purpose; its text is one message for a person."""
+    """Base of every error spinreg raises on purpose; its text is one message for a person, without credentials."""
+
+    def __init__(self, *texts: object) -> None:
+        super().__init__(*(without_credentials(text) if isinstance(text, str) else text for text in texts))
 
 
 class BadInput(SpinregError):
@@ -28,7 +42,7 @@ class BadInput(SpinregError):
     def from_message(cls, message: str) -> BadInput:
         """The error a stage process ended with, from the message it printed."""
         error = cls.__new__(cls)
-        error.args = (message,)
+        SpinregError.__init__(error, message)
         return error
 
 

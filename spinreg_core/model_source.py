@@ -1,7 +1,8 @@
 """Base models: from a hub, a folder, S3, an installed package or nothing at all to an ordinary Hugging Face folder.
 
-Decides: what `model` may say, that weights are safetensors only and no code comes with a model, and what a model's
-fingerprint covers. Leaves out: the store (`stages/prepare.py`), loading for a purpose (`logprobs.py`, `engines/`).
+Decides: what `model` may say, that weights are safetensors only and no code comes with a model, that a folder's files
+are its own and of a real size, and what a model's fingerprint covers.
+Leaves out: the store (`stages/prepare.py`), loading for a purpose (`logprobs.py`, `engines/`).
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import fnmatch
 import hashlib
 import importlib.util
 import json
-import mmap
 import os
 import shutil
-import struct
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from spinreg_core.errors import BadInput
+from spinreg_core.gguf_header import read_header
+from spinreg_core.limits import LARGEST_MODEL_FILE, require_size
 from spinreg_core.objects import sha256_file
 from spinreg_core.render import load_tokenizer
 from spinreg_core.s3_files import fetch_s3, list_s3
+from spinreg_core.store import require_inside
 
 # What a policy folder is made of; a README beside it is no part of it.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -38,12 +41,12 @@ def resolve_model(source: str, cache: Path) -> Path:
     kept below `cache`. Raises BadInput for what cannot be found, is no such folder, carries pickled weights
     only, comes with code of its own, or is no plain causal language model.
     """
-    return _checked(_resolve(source, cache, weights=True), source)
+    return _checked(_bounded(_resolve(source, cache, weights=True)), source)
 
 
 def tokenizer_folder(source: str, cache: Path) -> Path:
     """A folder whose tokenizer is the model's; no weights are fetched or converted for it. Raises BadInput."""
-    return _resolve(source, cache, weights=False)
+    return _bounded(_resolve(source, cache, weights=False))
 
 
 def _resolve(source: str, cache: Path, *, weights: bool) -> Path:
@@ -108,6 +111,31 @@ def _belongs(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, p) for p in patterns) and not any(fnmatch.fnmatch(name, p) for p in LEFT_OUT)
 
 
+def _bounded(folder: Path) -> Path:
+    """The folder, whose files are its own and, but for weights, small. Raises BadInput."""
+    files = model_files(folder)
+    require_inside(folder, files, "model")
+    for path in files:
+        _require_small(str(path), path.name, path.stat().st_size)
+    return folder
+
+
+def _require_small(shown: str, name: str, size: int) -> None:
+    if not fnmatch.fnmatch(name, "*.safetensors"):
+        require_size("model", shown, size, LARGEST_MODEL_FILE, "a file beside the weights")
+
+
+def _json(path: Path, source: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        if isinstance(found, dict):
+            return found
+        error: object = f"a {type(found).__name__}"
+    except (ValueError, RecursionError) as broken:
+        error = broken
+    raise BadInput("model", f"{path.name} in {source}, which cannot be read ({error})", "a JSON object") from None
+
+
 def _checked(folder: Path, source: str) -> Path:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -115,15 +143,21 @@ def _checked(folder: Path, source: str) -> Path:
     if not (folder / "config.json").is_file():
         raise BadInput("model", f"no config.json in {source}", "a Hugging Face model folder (adapters must be merged)")
     index = folder / "model.safetensors.index.json"
-    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    shards = _json(index, source).get("weight_map") if index.is_file() else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not all(isinstance(n, str) and "/" not in n for n in shards.values()):
+        raise BadInput("model", f"an index in {source} that names no files beside it", "weight_map: tensor to file")
+    wanted = set(shards.values())
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else f"no {', '.join(missing)}"
         raise BadInput("model", f"{found} in {source}", "safetensors (unpickling runs code, so spinreg never does it)")
-    written = json.loads((folder / "config.json").read_text())
-    if "auto_map" in written:
+    written = _json(folder / "config.json", source)
+    words = folder / "tokenizer_config.json"
+    if "auto_map" in written or (words.is_file() and "auto_map" in _json(words, source)):
         raise BadInput("model", f"code that comes with the model (auto_map) in {source}", "a model without code")
+    if (folder / "adapter_config.json").exists():  # transformers would apply it, unasked, to what is loaded
+        raise BadInput("model", f"an adapter beside the model in {source}", "a model that it was merged into")
     if "quantization_config" in written:
         raise BadInput("model", f"quantised weights in {source}", "weights in bfloat16, float16 or float32")
     try:
@@ -164,6 +198,7 @@ def _gguf_of(package: str) -> Path:
     found = sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.gguf"))
     if len(found) != 1:
         raise BadInput("model", f"{len(found)} *.gguf files in package {package!r}", "exactly one")
+    read_header(found[0])  # before libraries believe it
     return found[0]
 
 
@@ -176,8 +211,9 @@ def _convert_gguf(gguf: Path, folder: Path, tokenizer: Path) -> None:
     logging.disable_progress_bar()
     # Without dequantize the weights would stay packed in GGUF's blocks, which can be neither trained nor saved.
     model = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True)
-    )
+        str(gguf.parent), gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+    )  # fmt: skip
     model.save_pretrained(folder)
     if bars:
         logging.enable_progress_bar()
@@ -189,26 +225,14 @@ def _convert_tokenizer(gguf: Path, folder: Path) -> None:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    if _gguf_text(gguf, b"tokenizer.ggml.pre") == b"smollm":
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    if read_header(gguf).get("tokenizer.ggml.pre") == "smollm":
         # transformers knows no such pre-tokenizer and takes GPT-2's. SmolLM cuts at every digit first (as
         # llama.cpp does), without which "\n\n1." comes out in other tokens than those the model was trained on.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     tokenizer.save_pretrained(folder)
-
-
-def _gguf_text(gguf: Path, key: bytes) -> bytes | None:
-    """A text of the file's header. (gguf's reader takes seconds, because it builds every token and merge.)"""
-    with open(gguf, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        named = struct.pack("<Q", len(key)) + key + struct.pack("<I", 8)  # 8: a text follows
-        at = data.find(named)
-        if at < 0:
-            return None
-        (length,) = struct.unpack_from("<Q", data, at + len(named))
-        start = at + len(named) + 8
-        return data[start : start + length]
 
 
 def _make_tiny(folder: Path) -> None:
@@ -244,6 +268,8 @@ def _make_tiny(folder: Path) -> None:
 
 def _from_s3(url: str, cache: Path, patterns: tuple[str, ...]) -> Path:
     found = {name: info for name, info in list_s3(url, "model").items() if _belongs(name, patterns)}
+    for name, info in found.items():
+        _require_small(f"{url}/{name}", name, info["size"])
     state = json.dumps([url, sorted((name, info["size"], info["tag"]) for name, info in found.items())])
     name = f"s3-{hashlib.sha256(state.encode()).hexdigest()[:32]}"
     return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder))

@@ -321,6 +321,13 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
     paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
     in_place = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
     if in_place is not None:
+        # Whoever loads a model looks for files by their names: one that nobody listed would be read unverified.
+        there = {path.relative_to(in_place).as_posix() for path in in_place.rglob("*") if path.is_file()}
+        strange = sorted(name for name in there - paths.keys() if not name.rpartition("/")[2].startswith(".tmp-"))
+        if strange:
+            raise Damaged(
+                f"{in_place}: found {strange[0]!r}, which no manifest lists; expected what was committed alone"
+            )
         return in_place
     digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
     folder = used(object_id) / f"{prefix}-{digest}"

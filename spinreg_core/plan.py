@@ -95,7 +95,8 @@ def read_shape(model: str) -> tuple[Path, Shape]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         stored = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):  # shapes without memory
-            parameters = AutoModelForCausalLM.from_config(config, dtype=stored).num_parameters()
+            shapes: Any = AutoModelForCausalLM.from_config(config, dtype=stored, trust_remote_code=False)
+            parameters = shapes.num_parameters()
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(

@@ -208,14 +208,12 @@ class Renderer:
         return before, tail
 
     def _template(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool) -> str:
-        import jinja2
-
         own = {"tools": list(tools)} if tools else {}
         try:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._arguments | own
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except Exception as error:  # a template is code, if in a sandbox: it may fail in any way
             roles = ", ".join(message["role"] for message in messages)
             raise BadInput("chat template", f"roles {roles}: {error}", "a conversation it accepts") from None
         return text + self._header if generation_prompt else text

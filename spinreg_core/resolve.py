@@ -7,6 +7,7 @@ text of every configuration error. Leaves out: the fields themselves (`config.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,12 @@ def load_config_file(location: str) -> dict[str, Any]:
     """The mapping in a YAML or JSON file at a path or URI (s3://, file://). Raises BadInput."""
     import fsspec
 
+    if redacted(location) != location:
+        raise BadInput("config", redacted(location), "an address without credentials; they come from the environment")
+    if ("://" in location and not re.match("(s3|file)://", location)) or "::" in location:
+        raise BadInput(
+            f"config {location!r}", "no readable file: neither a path nor file:// or s3://", "a YAML or JSON file"
+        )
     try:
         with fsspec.open(location, "rb") as file:
             raw = file.read(LARGEST_FILE + 1)
@@ -36,13 +43,33 @@ def load_config_file(location: str) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
         content = json.loads(text) if location.endswith(".json") else yaml.safe_load(text)
-    except (UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
-        raise BadInput(f"config {location!r}", f"text that does not parse: {error}", "YAML or JSON") from None
+        _require_plain(content)
+    except (UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError) as error:
+        why = _place(error) if isinstance(error, yaml.MarkedYAMLError) else error
+        raise BadInput(f"config {location!r}", f"text that does not parse: {why}", "YAML or JSON") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise BadInput(f"config {location!r}", f"a {type(content).__name__}", "a mapping of field names to values")
     return content
+
+
+def _require_plain(content: object) -> None:
+    """Raise ValueError where aliases of YAML, which may repeat each other, stand for more than a file could hold."""
+    left, todo = LARGEST_FILE, [content]
+    while todo:
+        one = todo.pop()
+        left -= len(one) if isinstance(one, str) else 1
+        if left < 0:
+            raise ValueError("its aliases stand for more than a file may hold")
+        todo += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
+
+
+def _place(error: yaml.MarkedYAMLError) -> str:
+    """What YAML says, without the line it quotes: a file that is no configuration may hold anything, and this is shown
+    in logs."""
+    mark = error.problem_mark
+    return f"{error.problem}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
 def assignments(items: Iterable[str]) -> dict[str, Any]:
@@ -79,7 +106,10 @@ def validate(values: dict[str, Any]) -> RunConfig:
     """A RunConfig, or one BadInput that lists every wrong field with what was found and expected."""
     data = values.get("data")
     addresses = {name: values.get(name) for name in ("store", "model", "dataset")}
-    addresses["data.heldout_dataset"] = data.get("heldout_dataset") if isinstance(data, dict) else None
+    if isinstance(data, dict):
+        addresses["data.heldout_dataset"] = data.get("heldout_dataset")
+        for field in ("mixed_datasets", "evaluation_sets"):
+            addresses |= {f"data.{field}[{i}]": name for i, name in enumerate(data.get(field) or ())}
     for field, url in addresses.items():
         if isinstance(url, str) and redacted(url) != url:
             raise BadInput(field, redacted(url), "an address without credentials; they come from the environment")

@@ -16,7 +16,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -114,9 +114,27 @@ def redacted(url: str) -> str:
     return re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
 
 
+def stays_inside(name: str) -> bool:
+    """Whether a relative '/'-separated name is one of something inside the place it is relative to."""
+    return all(part not in ("", ".", "..") for part in name.split("/")) and min(name) >= " "
+
+
+def require_inside(folder: Path, paths: Iterable[Path], field: str) -> None:
+    """Raise BadInput, naming the configuration field, for a link that leads out of a folder somebody handed over: what
+    it shows of this machine would be stored with the run. The hub's cache of a repository is one folder with its blobs.
+    """
+    root = folder.resolve()
+    own = (root, root.parents[1] / "blobs") if len(root.parts) > 3 and root.parent.name == "snapshots" else (root,)
+    for path in paths:
+        real = path.resolve()
+        if not any(real.is_relative_to(place) for place in own):
+            raise BadInput(field, str(path) if path == real else f"{path}, a link to {real}",
+                           f"files inside {folder}; name the other place itself, or copy the file")  # fmt: skip
+
+
 def checked(key: str) -> str:
-    if not key or key.startswith("/") or any(part in ("", ".", "..") for part in key.rstrip("/").split("/")):
-        raise BadInput("store key", repr(key), "a relative path without '.', '..' or empty parts")
+    if not stays_inside(key.removesuffix("/")):
+        raise BadInput("store key", repr(key), "a relative path without '.', '..', control characters or empty parts")
     return key
 
 

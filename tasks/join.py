@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from spinreg_core.errors import SpinregError
+from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.head import ROUND_STAGES
 from spinreg_core.stages.job import Job
 from spinreg_core.stages.orders import ATTEMPT_VARIABLE, read_order
 from spinreg_core.store import Store, open_store
@@ -44,14 +45,24 @@ def join_run(store_url: str, run: str, *, say: Callable[[str], None]) -> NoRetur
             continue
         done = order["attempt"]
         with tempfile.TemporaryDirectory(prefix=f"spinreg-{run}-") as folder:
-            job = replace(Job.from_fields(order["job"]), workdir=Path(folder) / "work")
-            say(f"taking part in {job.stage} of round {job.round}")
             try:
+                job = _ordered(order["job"], store, run, Path(folder) / "work")
+                say(f"taking part in {job.stage} of round {job.round}")
                 _take_part(store, run, job, order["attempt"], say)
             except _Over:
-                say(f"{job.stage} of round {job.round} is over")
+                say(f"{order['job']['stage']} of round {order['job']['round']} is over")
             except SpinregError as error:
                 say(str(error))
+
+
+def _ordered(fields: dict[str, Any], store: Store, run: str, workdir: Path) -> Job:
+    """The job of an order, kept to the run and the store that this machine was told to work for, and to stages that
+    read nothing else: `prepare` would publish the files of this machine that the order names. Raises BadInput."""
+    job = Job.from_fields(fields)
+    if job.stage not in ROUND_STAGES or job.config.run != run:
+        raise BadInput(f"order of run {run}", f"{job.stage} of run {job.config.run}",
+                       f"one of {', '.join(ROUND_STAGES)} of run {run}")  # fmt: skip
+    return replace(job, store=store.url, workdir=workdir)
 
 
 def _take_part(store: Store, run: str, job: Job, attempt: str, say: Callable[[str], None]) -> None:

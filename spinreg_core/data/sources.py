@@ -10,7 +10,6 @@ import csv
 import json
 import lzma
 import re
-import sys
 import tempfile
 import zipfile
 import zlib
@@ -20,12 +19,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from spinreg_core import limits
 from spinreg_core.data.turns import RowProblem
 from spinreg_core.errors import BadInput
 from spinreg_core.s3_files import fetch_s3, list_s3
+from spinreg_core.store import require_inside, stays_inside
 
 DEMO = Path(__file__).parent / "demo"
 _COMPRESSED = (".gz", ".bz2", ".xz")
+# Layouts of the hub that hold rows and nothing else; tar archives (webdataset) may hold tensors that are unpickled.
+_HUB_KINDS = ("json", "csv", "parquet", "arrow", "text", "cache")
 # Split names as `datasets` finds them, as whole words of a file's or folder's name; heldout is the demo's.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -135,6 +138,7 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
         and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
         and path.name not in ("dataset_info.json", "dataset_infos.json", "config.json")
     )
+    require_inside(folder, files, "dataset")
     if not files:
         raise BadInput("dataset", f"{shown} without data files", f"files ending in {', '.join(_READERS)}")
     splits: dict[str, list[Path]] = {}
@@ -175,25 +179,39 @@ def _open_text(path: Path) -> Any:
     ).open()
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends. Raises BadInput for one that is too long, and where a packed file gives too much."""
+    unpacked = number = 0
     with _open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield Record(number, json.loads(line))
-                except (ValueError, RecursionError) as error:
-                    yield Record(number, None, RowProblem("broken_json", f"{path.name}, line {number}: {error}"))
+        while line := file.readline(limits.LONGEST_LINE + 1):
+            number, unpacked = number + 1, unpacked + len(line)
+            limits.require_expansion(path, unpacked)
+            if len(line) > limits.LONGEST_LINE:
+                raise BadInput("dataset", f"{path}, line {number}, of more than {limits.LONGEST_LINE} characters",
+                               "a line per record")  # fmt: skip
+            yield line
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                yield Record(number, json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield Record(number, None, RowProblem("broken_json", f"{path.name}, line {number}: {error}"))
 
 
 def _json(path: Path) -> Iterator[Record]:
     """One array of records; a file with one object per line is read as JSONL."""
     with _open_text(path) as file:
-        first = file.read(1)
+        first, unpacked = file.read(1), 0
         while first.isspace():
-            first = file.read(1)
+            first, unpacked = file.read(1), unpacked + 1
+            limits.require_expansion(path, unpacked)
         if first == "[":
+            text = _array_text(path, file)
             try:
-                records = json.loads(first + file.read())
+                records = json.loads(first + text)
             except (ValueError, RecursionError) as error:
                 raise BadInput("dataset", f"{path} is broken: {error}", "a JSON array of records") from None
             yield from (Record(number, content) for number, content in enumerate(records, start=1))
@@ -207,25 +225,52 @@ def _json(path: Path) -> Iterator[Record]:
     yield from records
 
 
+def _array_text(path: Path, file: Any) -> str:
+    """What follows the bracket of a JSON array, read in pieces: a packed file does not say how much it is."""
+    pieces, size = [], 0
+    while piece := file.read(2**20):
+        size += len(piece)
+        limits.require_expansion(path, size)
+        limits.require_size("dataset", path, size, limits.LARGEST_ARRAY, "an array (or JSONL of any size)")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
 def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # answers are longer than the default 128 KiB at times
-    with _open_text(path) as file:
-        reader = csv.DictReader(file, restkey="")
-        number = 0
-        while True:
-            number += 1
-            try:
-                content = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield Record(number, None, RowProblem("wrong_type", f"{path.name}, record {number}: {error}"))
-                continue
-            if "" in content and isinstance(content[""], list):
-                problem = f"{path.name}, record {number}: more fields than the header names"
-                yield Record(number, None, RowProblem("wrong_type", problem))
-            else:
-                yield Record(number, content)
+    csv.field_size_limit(limits.LONGEST_LINE)  # answers are longer than the default 128 KiB at times
+    reader = csv.DictReader(_lines(path), restkey="")
+    number = 0
+    while True:
+        number += 1
+        try:
+            content = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(number, None, RowProblem("wrong_type", f"{path.name}, record {number}: {error}"))
+            continue
+        if "" in content and isinstance(content[""], list):
+            problem = f"{path.name}, record {number}: more fields than the header names"
+            yield Record(number, None, RowProblem("wrong_type", problem))
+        else:
+            yield Record(number, content)
+
+
+def _pieces(batches: Iterable[Any], path: Path) -> Iterator[Any]:
+    """Batches of at most 1000 rows. Raises BadInput where too much comes out of a file: columns are packed, and a
+    value that repeats, or a row without any, takes next to nothing."""
+    import pyarrow as pa
+
+    unpacked = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, 1000):
+            piece = batch.slice(start, 1000)
+            for i, column in enumerate(piece.schema):
+                if pa.types.is_dictionary(column.type):  # each piece would count the whole dictionary
+                    piece = piece.set_column(i, column.name, piece.column(i).dictionary_decode())
+            unpacked += piece.nbytes + 8 * piece.num_rows
+            limits.require_expansion(path, unpacked)
+            yield piece
 
 
 def _table_records(batches: Iterable[Any]) -> Iterator[Record]:
@@ -250,10 +295,18 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with open(path, "rb") as raw:  # its last eight bytes: how long the footer is, and the mark
+        raw.seek(max(path.stat().st_size - 8, 0))
+        footer, mark = (end := raw.read(8))[:4], end[4:]
+    if mark == b"PAR1":
+        size = int.from_bytes(footer, "little")
+        limits.require_size("dataset", f"{path} with a footer", size, limits.LARGEST_FOOTER, "one")
     try:
         with pq.ParquetFile(path) as file:
-            yield from _table_records(file.iter_batches(1000))
-    except (pa.ArrowInvalid, OSError) as error:
+            about = file.metadata
+            limits.require_expansion(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
+            yield from _table_records(_pieces(file.iter_batches(1000), path))
+    except (pa.ArrowException, OSError) as error:
         raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
 
 
@@ -270,8 +323,8 @@ def _arrow(path: Path) -> Iterator[Record]:
                 source.seek(0)
                 reader = pa.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            yield from _table_records(batches)
-    except (pa.ArrowInvalid, OSError) as error:
+            yield from _table_records(_pieces(batches, path))
+    except (pa.ArrowException, OSError) as error:
         raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
 
 
@@ -293,18 +346,39 @@ def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterato
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     from datasets import Dataset, load_from_disk
 
+    for state in path.rglob("state.json"):  # it names the files that are read
+        _require_own_files(state)
+    require_inside(path, path.rglob("*"), "dataset")
     found = load_from_disk(str(path))
     splits = {"train": found} if isinstance(found, Dataset) else dict(found)
     name = _split_name(split, splits, shown)
     return _part(split, name, lambda: _dataset_records(splits[name], None), most)
 
 
+def _require_own_files(state: Path) -> None:
+    limits.require_size("dataset", state, state.stat().st_size, limits.LARGEST_MODEL_FILE, "one")
+    try:
+        names = [str(file["filename"]) for file in json.loads(state.read_text())["_data_files"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise BadInput("dataset", f"{state}, which cannot be read ({error})", "what save_to_disk writes") from None
+    for name in names:
+        if not stays_inside(name):
+            raise BadInput("dataset", f"{state}, which names {name!r}", "names that stay inside the folder")
+
+
 def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) -> Iterator[Record]:
     """A hub data set, or what the local cache of the hub has of it where the hub cannot be reached."""
-    from datasets import load_dataset
+    from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
 
     try:
+        builder = load_dataset_builder(dataset, subset)
+        kind = builder.info.builder_name
+        if kind not in _HUB_KINDS:
+            raise BadInput("dataset", f"{dataset!r}, of kind {kind}", f"one of {', '.join(_HUB_KINDS)}")
+        named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+        here = [Path(file) for file in named if not re.match("(hf|https?|s3)://", file)]  # its card may name any file
+        require_inside(Path(dataset), here, "dataset")
         yield from _dataset_records(load_dataset(dataset, subset, split=split, streaming=most is not None), most)
     except (DatasetNotFoundError, DefunctDatasetError, FileNotFoundError) as error:
         raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub data set") from None

@@ -52,6 +52,8 @@ class VllmEngine:
         self._llm: Any = LLM(
             model=str(policy),
             skip_tokenizer_init=True,
+            load_format="safetensors",  # its auto would unpickle what is there besides
+            trust_remote_code=False,
             generation_config="vllm",  # vLLM's neutral defaults, not the checkpoint's
             dtype="float32" if generation.dtype == "auto" else generation.dtype,  # vLLM's own auto would round
             max_model_len=longest,

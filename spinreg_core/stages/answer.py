@@ -153,7 +153,7 @@ def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], load
         name, [folders[policy] for policy in policies], generation, job.config.resources, pad_id=renderer.pad_id,
         weights=weights, longest=job.config.data.max_prompt_tokens + sampling.max_new_tokens, loaded=loaded,
     )  # fmt: skip
-    config = AutoConfig.from_pretrained(own, local_files_only=True)
+    config = AutoConfig.from_pretrained(own, trust_remote_code=False, local_files_only=True)
     return _Turn(source, policies, mixture, engine, renderer, sampling, config, [])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged, SpinregError
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged, SpinregError, without_credentials
 
 # What a rank says when another one went away or kept it waiting; the texts are those of gloo and NCCL.
 _GONE = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|remote process exited")
@@ -39,7 +39,7 @@ def described(error: BaseException, stage: str, config: RunConfig) -> tuple[int,
         return 1, f"something {stage} called left the process with status {error.code!r}:\n{where}"
     if _out_of_memory(error):
         return 1, f"error: {_memory_message(error, stage, config)}"
-    return 1, "".join(traceback.format_exception(error)).rstrip()
+    return 1, without_credentials("".join(traceback.format_exception(error)).rstrip())
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -23,9 +23,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import EXIT_PREEMPTED
+from spinreg_core.errors import EXIT_PREEMPTED, BadInput
 from spinreg_core.stages.failures import described, record
 from spinreg_core.stages.watch import POLL_SECONDS, RankWatch
+from spinreg_core.store import stays_inside
 
 STARTER_VARIABLE = "SPINREG_STARTER"  # process id of the task's process, an ancestor of every stage process
 
@@ -51,7 +52,10 @@ class Job:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Job:
-        """The inverse of `fields`."""
+        """The inverse of `fields`. Raises BadInput for names that lead out of a folder: it may come from a store."""
+        for name in ("stage", "object_id", "writer"):
+            if fields[name] and ("/" in fields[name] or not stays_inside(fields[name])):
+                raise BadInput(f"job, {name}", repr(fields[name]), "a plain name")
         config, workdir = RunConfig.model_validate(fields["config"]), Path(fields["workdir"])
         return cls(**fields | {"config": config, "workdir": workdir})
 

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import SMOKE, environment, generations, kill, outcome, run, stage_processes, start, wait_until
+from runs import (
+    PLANTED,
+    SMOKE,
+    environment,
+    generations,
+    kill,
+    outcome,
+    run,
+    secrets_found,
+    stage_processes,
+    start,
+    wait_until,
+)
 from servers import PrefectServer, S3Server
 
 from spinreg_core.store import open_store
@@ -39,11 +51,12 @@ def test_a_run_on_s3_is_the_same_run(
     prefect_server: PrefectServer, s3_server: S3Server, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     url = s3_server.url(uuid.uuid4().hex)
-    env = environment(tmp_path, prefect_server, **s3_server.env)
+    env = environment(tmp_path, prefect_server, **s3_server.env | PLANTED)
     text = run([*ONE_ROUND, "--store", url], env, tmp_path / "log")
     assert outcome(open_store(url), "smoke") == expected
     assert f"{url}/runs/smoke/report.html" in text
-    assert s3_server.env["AWS_SECRET_ACCESS_KEY"] not in text
+    assert len(open_store(url).list("objects/")) > 20
+    assert secrets_found([tmp_path, prefect_server.home], open_store(url), env) == []
 
 
 def test_killed_in_every_stage(prefect_server: PrefectServer, expected: dict[str, Any], tmp_path: Path) -> None:

@@ -280,3 +280,35 @@ def test_no_message_shows_pydantics_own_words_for_itself() -> None:
         text = "\n".join(refusal(values))
         for word in ("pydantic", "constrained", "literal[", "list[", "Value error", "type="):
             assert word not in text
+
+
+@pytest.mark.parametrize("location", ["http://127.0.0.1:1/a.yaml", "simplecache::s3://b/a.yaml", "zip://a::/x.zip"])
+def test_configurations_come_from_files_and_s3_only(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fsspec.open", lambda *_: pytest.fail("opened"))
+    with pytest.raises(BadInput, match="found no readable file: neither a path nor file:// or s3://"):
+        load_config_file(location)
+
+
+def test_a_file_that_is_no_configuration_is_not_quoted(tmp_path: Path) -> None:
+    """The message is shown in logs, and the path may be any file of the machine."""
+    (tmp_path / "credentials").write_text("[default]\naws_secret_access_key = planted: x: y\n")
+    with pytest.raises(BadInput, match=r"text that does not parse: .*\(line 2, column 1\)") as caught:
+        load_config_file(str(tmp_path / "credentials"))
+    assert "planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_a_configuration_that_nests_too_deeply(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(BadInput, match="text that does not parse"):
+        load_config_file(str(tmp_path / name))
+
+
+def test_aliases_that_stand_for_more_than_a_file_may_hold(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    with pytest.raises(BadInput, match="its aliases stand for more than a file may hold"):
+        load_config_file(str(tmp_path / "a.yaml"))
+    (tmp_path / "b.yaml").write_text("opponent: &x {history: all}\nobjective: *x\n")
+    assert load_config_file(str(tmp_path / "b.yaml"))["objective"] == {"history": "all"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -22,7 +23,7 @@ from house import LOADS, House, by_answer, drawn
 from spinreg_core import objects
 from spinreg_core.errors import LeaseLost, StageFailed
 from spinreg_core.stages import answer as answer_stage
-from spinreg_core.stages import engine_process, generate, orders
+from spinreg_core.stages import engine_guests, engine_process, generate, orders
 from spinreg_core.stages.engine_guests import lend_engines
 from spinreg_core.stages.generate import run
 from spinreg_core.stages.job import Job
@@ -307,3 +308,17 @@ def test_a_holder_that_lost_its_lease_takes_nobodys_machines_away(house: House) 
     assert order["attempt"] is None
     with pytest.raises(LeaseLost):
         orders.announce(house.store, old)
+
+
+@pytest.mark.parametrize("shown", ["", "other", "the-attempt2", "the-attempt"])
+def test_only_who_knows_the_attempt_is_let_in(shown: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname())
+        ours = server.accept()[0]
+    waiting: engine_guests.Guests = queue.SimpleQueue()
+    theirs.sendall(f"{shown} somebody".encode().ljust(engine_guests._HELLO_BYTES))
+    engine_guests._welcome(ours, "peer", "the-attempt", waiting)
+    assert waiting.empty() == (shown != "the-attempt")
+    assert (ours.fileno() == -1) == (shown != "the-attempt")  # closed
+    theirs.close()
+    ours.close()

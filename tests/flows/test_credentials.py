@@ -1,0 +1,77 @@
+"""Credentials that people put into addresses: refused before Prefect keeps them, and repeated by no message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+import flows.spin
+from flows.cli import main
+from spinreg_core import s3_store
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, Damaged, StoreFailed
+from spinreg_core.resolve import validate
+from spinreg_core.stages.failures import described
+
+PLANTED = "planted-address-7Xq"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--store", f"s3://somebody:{PLANTED}@bucket/x"],
+        ["--store", f"s3://{PLANTED}@bucket/x"],
+        ["--model", f"s3://somebody:{PLANTED}@bucket/x"],
+        ["--dataset", f"https://somebody:{PLANTED}@127.0.0.1/x.jsonl"],
+        ["-p", f"data.heldout_dataset=s3://somebody:{PLANTED}@bucket/x"],
+        ["-p", f'data.mixed_datasets={{"s3://somebody:{PLANTED}@bucket/x": 1}}'],
+        ["-p", f'data.evaluation_sets=["s3://somebody:{PLANTED}@bucket/x"]'],
+        ["-p", f"generation.engine=http://somebody:{PLANTED}@host:1"],
+        ["--config", f"s3://somebody:{PLANTED}@bucket/x.yaml"],
+        ["--config", f"https://somebody:{PLANTED}@127.0.0.1/x.yaml"],
+    ],
+)
+def test_credentials_in_parameters_end_before_a_flow_run_exists(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
+) -> None:
+    """Prefect keeps the parameters of a flow run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(flows.spin, "spin", lambda **_: pytest.fail("a flow run began"))
+    assert main(["run", *arguments]) == EXIT_BAD_INPUT
+    said = "".join(capsys.readouterr())
+    assert "***@" in said
+    assert PLANTED not in said
+
+
+def test_credentials_in_the_servers_address_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries may quote the address they could not reach."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:{PLANTED}@127.0.0.1:1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-key-7Xq")
+    monkeypatch.setattr(s3_store, "_CHECK_SECONDS", 0.5)
+    S3FileSystem.clear_instance_cache()
+    try:
+        with pytest.raises(BadInput, match="which cannot be used") as caught:
+            s3_store.S3Store("s3://bucket/x").check()
+    finally:
+        S3FileSystem.clear_instance_cache()
+    assert "7Xq" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [BadInput.from_message, Damaged, StoreFailed, RuntimeError])
+def test_what_a_stage_says_of_an_error_has_no_credentials(kind: type[Exception]) -> None:
+    text = f"http://somebody:{PLANTED}@host:9000/bucket, and postgresql://{PLANTED}@host"
+    assert described(kind(text), "train", RunConfig())[1].endswith(
+        "http://***@host:9000/bucket, and postgresql://***@host"
+    )
+
+
+@pytest.mark.parametrize("text", ["s3://bucket/a: found x@y; expected z", "see https://host/a/b, or mail a@b"])
+def test_messages_without_credentials_stay_as_they_are(text: str) -> None:
+    assert str(Damaged(text)) == text
+
+
+def test_fields_that_are_no_addresses_may_look_like_one() -> None:
+    assert validate({"data": {"drop_patterns": ["https?://[^ ]+:x@"]}}).data.drop_patterns == ["https?://[^ ]+:x@"]

@@ -1,0 +1,255 @@
+"""Data files that were made to fill memory or disk, and folders that show more than themselves."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spinreg_core import limits
+from spinreg_core.data.sources import read_records
+from spinreg_core.errors import BadInput
+
+ROW = {"prompt": "q", "response": "a" * 200}
+PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Limits that tests reach."""
+    monkeypatch.setattr(limits, "EXPANSION_FREE_BYTES", 100_000)
+    monkeypatch.setattr(limits, "LONGEST_LINE", 50_000)
+    monkeypatch.setattr(limits, "LARGEST_ARRAY", 150_000)
+
+
+def count(path: Path) -> int:
+    return sum(1 for _ in read_records(str(path), "train"))
+
+
+def refused(path: Path, message: str, *, after: int = 0) -> None:
+    """Reading ends with one BadInput, and before `after` records were read (0: it does not matter)."""
+    records, read = read_records(str(path), "train"), []
+    with pytest.raises(BadInput, match=message) as caught:
+        read.extend(record.row for record in records)
+    assert str(path) in str(caught.value)
+    assert not after or len(read) < after
+
+
+@pytest.mark.parametrize("suffix", PACKED)
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".json"])
+def test_a_packed_file_that_unpacks_to_too_much(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, kind: str
+) -> None:
+    monkeypatch.setattr(limits, "LARGEST_EXPANSION", 20)
+    monkeypatch.setattr(limits, "LARGEST_ARRAY", 100_000_000)
+    rows = 20_000
+    if kind == ".json":
+        text = "[" + ",".join([json.dumps(ROW)] * rows) + "]"
+    elif kind == ".csv":
+        text = "prompt,response\n" + f"q,{ROW['response']}\n" * rows
+    else:
+        text = (json.dumps(ROW) + "\n") * rows
+    path = tmp_path / f"x{kind}{suffix}"
+    path.write_bytes(PACKED[suffix](text.encode()))
+    refused(path, "unpacks to more than 20 times its size", after=rows)
+
+
+def test_blanks_before_an_array_count_too(tmp_path: Path) -> None:
+    path = tmp_path / "x.json.xz"
+    path.write_bytes(lzma.compress(b" " * 1_000_000 + b"[]"))
+    refused(path, "unpacks to more than")
+
+
+def test_real_text_is_far_from_the_limit(tmp_path: Path) -> None:
+    """Ten copies of the demo's rows in one file, packed as well as xz can."""
+    demo = (Path(limits.__file__).parent / "data/demo").glob("*.jsonl")
+    text = b"".join(path.read_bytes() for path in sorted(demo)) * 10
+    path = tmp_path / "x.jsonl.xz"
+    path.write_bytes(lzma.compress(text))
+    assert len(text) > limits.EXPANSION_FREE_BYTES
+    assert count(path) == text.count(b"\n")
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.jsonl.gz"])
+def test_a_line_without_end(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = b'{"prompt": "' + b"x" * 60_000
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    refused(path, "line 1, of more than 50000 characters")
+
+
+def test_a_csv_field_of_many_lines_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('prompt,response\nq,"' + "x\n" * 40_000)
+    problems = [record.problem for record in read_records(str(path), "train")]
+    assert "field larger than field limit (50000)" in str(problems[0])
+
+
+def test_an_array_that_is_too_large_for_memory(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([ROW] * 1000))
+    refused(path, "expected an array .or JSONL of any size. of at most 150000")
+    path.write_text(json.dumps([ROW] * 100))
+    assert count(path) == 100
+
+
+def test_a_parquet_file_that_claims_more_than_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its footer says so: no column is opened."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": ["q" * 500_000], "response": ["a"]}), path, compression="zstd")
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda *_: pytest.fail("opened"))
+    refused(path, "unpacks to more than")
+
+
+def test_a_parquet_footer_is_looked_at_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"prompt": ["q"], "response": ["a"]}), path)
+    monkeypatch.setattr(limits, "LARGEST_FOOTER", 100)
+    monkeypatch.setattr(pq, "ParquetFile", lambda *_: pytest.fail("opened"))
+    refused(path, "with a footer of .* bytes; expected one of at most 100")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("rows", ["of one value", "of nothing"])
+def test_rows_that_repeat_without_taking_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, rows: str
+) -> None:
+    """A dictionary or run lengths hold any number of rows in a few bytes."""
+    monkeypatch.setattr(limits, "LARGEST_EXPANSION", 30)
+    values = pa.array(["x" * 100 if rows == "of one value" else None] * 50_000, pa.string())
+    table = pa.table({"prompt": values, "response": values})
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, compression="zstd")
+    else:
+        with pa.ipc.new_file(str(path), table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as out:
+            out.write_table(table)
+    refused(path, "unpacks to more than 30 times", after=50_000)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_dictionary_of_real_values_is_counted_once(tmp_path: Path, kind: str) -> None:
+    words = pa.array([f"{i:0500}" for i in range(1000)])
+    table = pa.table({"prompt": words.dictionary_encode(), "response": words}).take(pa.array(list(range(1000)) * 10))
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, compression="none")
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as out:
+            out.write_table(table)
+    records = list(read_records(str(path), "train"))
+    assert len(records) == 10_000
+    assert records[-1].content == {"prompt": f"{999:0500}", "response": f"{999:0500}"}
+
+
+def test_archives_are_not_opened(tmp_path: Path) -> None:
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "x.jsonl.zip", "w") as archive:
+        archive.writestr("x.jsonl", json.dumps(ROW))
+    with pytest.raises(BadInput, match=r"with suffix '\.zip'"):
+        count(tmp_path / "x.jsonl.zip")
+
+
+def test_a_folder_shows_its_own_files_only(tmp_path: Path) -> None:
+    """A link in a folder from elsewhere would put a file of this machine into the run."""
+    secret = tmp_path / "credentials"
+    secret.write_text("[default]\naws_secret_access_key,planted\n")
+    data = tmp_path / "data"
+    (data / "more").mkdir(parents=True)
+    (data / "train.csv").write_text("prompt,response\nq,a\n")
+    (data / "more" / "train-2.csv").symlink_to("../train.csv")
+    assert count(data) == 2  # a link within
+    (data / "train-3.csv").symlink_to(secret)
+    with pytest.raises(BadInput, match=rf"train-3\.csv, a link to {secret}; expected files inside") as caught:
+        count(data)
+    assert "planted" not in str(caught.value)
+    os.unlink(data / "train-3.csv")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "train.csv").write_text("prompt,response\nq,a\n")
+    (data / "train-4").symlink_to(tmp_path / "elsewhere")
+    assert count(data) == 2  # folders behind links are not looked into
+
+
+def test_the_hubs_cache_is_one_folder_with_its_blobs(tmp_path: Path) -> None:
+    snapshot = tmp_path / "datasets--a--b" / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    blob = tmp_path / "datasets--a--b" / "blobs" / "1"
+    blob.parent.mkdir()
+    blob.write_text(json.dumps(ROW) + "\n")
+    (snapshot / "train.jsonl").symlink_to(blob)
+    assert count(snapshot) == 1
+
+
+@pytest.mark.parametrize("name", ["../x.arrow", "/x.arrow"])
+def test_a_saved_data_set_names_its_own_files_only(tmp_path: Path, name: str) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([ROW]).save_to_disk(str(tmp_path / "x"))
+    assert count(tmp_path / "x") == 1
+    state = json.loads((tmp_path / "x" / "state.json").read_text())
+    state["_data_files"] = [{"filename": name}]
+    (tmp_path / "x" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(BadInput, match=f"which names '{name}'"):
+        count(tmp_path / "x")
+
+
+def test_hub_layouts_that_may_hold_pickled_members_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone goes through `load_dataset` as the hub itself does."""
+    import tarfile
+
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "a.pth").write_bytes(b"\x80\x04.")
+    with tarfile.open(tmp_path / "clone" / "train.tar", "w") as archive:
+        archive.add(tmp_path / "a.pth", "a.pth")
+    with pytest.raises(BadInput, match="of kind webdataset; expected one of json, csv, parquet"):
+        list(read_records(str(tmp_path / "clone"), "train", "default"))
+
+
+@pytest.mark.parametrize("how", ["card", "link"])
+def test_a_clone_of_the_hub_shows_its_own_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The card of a data set names its files, any file of this machine too."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    (clone / "own.csv").write_text("prompt,response\nq,a\n")
+    card = "---\nconfigs:\n- config_name: {}\n  data_files: {}\n---\n"
+    (clone / "README.md").write_text(card.format("one", "own.csv"))
+    assert len(list(read_records(str(clone), "train", "one"))) == 1
+    (tmp_path / "secret.csv").write_text("prompt,response\nplanted,planted\n")
+    if how == "link":
+        (clone / "linked.csv").symlink_to(tmp_path / "secret.csv")
+    named = tmp_path / "secret.csv" if how == "card" else "linked.csv"
+    (clone / "README.md").write_text(card.format("two", named))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(BadInput, match=r"secret\.csv.*; expected files inside") as caught:
+        list(read_records(str(clone), "train", "two"))
+    assert "planted" not in str(caught.value)
+
+
+def test_the_limits_are_looked_at_in_one_place() -> None:
+    """What these tests lower is what is used: no limit was copied elsewhere by `from ... import`."""
+    source = (Path(limits.__file__).parent / "data/sources.py").read_text()
+    assert "from spinreg_core.limits import" not in source
+
+
+def test_any_size_of_rows_is_fine_when_it_is_not_packed(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text((json.dumps(ROW) + "\n") * 5000)  # 1.1 MB, ten times what is free
+    found: list[Any] = list(read_records(str(path), "train"))
+    assert len(found) == 5000
