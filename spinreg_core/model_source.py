@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spinreg_core.errors import BadInput
+from spinreg_core.model_json import first_line, read_json
 from spinreg_core.objects import sha256_file
 from spinreg_core.render import load_tokenizer
 from spinreg_core.s3_files import fetch_s3, list_s3
@@ -58,15 +59,15 @@ def _resolve(source: str, cache: Path, *, weights: bool) -> Path:
         return _made_once(cache / "models" / name, lambda folder: _convert_gguf(gguf, folder, words))
     if source.startswith("s3://"):
         return _from_s3(source, cache, SMALL + (WEIGHTS if weights else ()))
-    local = Path(source).expanduser()
-    if local.is_dir():
-        return local.absolute()
+    expected = "a folder with model and tokenizer, a hub id, s3://, package: or random:tiny"
+    try:
+        local = Path(source).expanduser()
+        if local.is_dir():
+            return local.absolute()
+    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
+        raise BadInput("model", f"{source!r} ({error})", expected) from None
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or ":" in source or local.exists():
-        raise BadInput(
-            "model",
-            f"no folder {source!r}",
-            "a folder with model and tokenizer, a hub id, s3://, package: or random:tiny",
-        )
+        raise BadInput("model", f"no folder {source!r}", expected)
     return _from_hub(source, SMALL + (WEIGHTS if weights else ()))
 
 
@@ -88,14 +89,14 @@ def link_policy(folder: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in model_files(folder):
         (target / path.name).symlink_to(path.resolve())
-    config = json.loads((target / "tokenizer_config.json").read_text())
+    config = read_json(target / "tokenizer_config.json")
     if not (target / "chat_template.jinja").exists() and not config.get("chat_template"):
         (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
 
 
 def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
     """Raise BadInput if rows of `max_length` tokens, or rows with these token ids, are beyond the model."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     window, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if window is not None and max_length > window:
         raise BadInput("data.max_length", f"{max_length} tokens", f"at most {window}, the model's context window")
@@ -115,21 +116,26 @@ def _checked(folder: Path, source: str) -> Path:
     if not (folder / "config.json").is_file():
         raise BadInput("model", f"no config.json in {source}", "a Hugging Face model folder (adapters must be merged)")
     index = folder / "model.safetensors.index.json"
-    wanted = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    wanted = {"model.safetensors"}
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(n, str) and n == Path(n).name for n in named.values()):
+            raise BadInput("model", f"{index} without a weight_map of files beside it", "the index of a sharded model")
+        wanted = set(named.values())
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else f"no {', '.join(missing)}"
         raise BadInput("model", f"{found} in {source}", "safetensors (unpickling runs code, so spinreg never does it)")
-    written = json.loads((folder / "config.json").read_text())
+    written = read_json(folder / "config.json")
     if "auto_map" in written:
         raise BadInput("model", f"code that comes with the model (auto_map) in {source}", "a model without code")
     if "quantization_config" in written:
         raise BadInput("model", f"quantised weights in {source}", "weights in bfloat16, float16 or float32")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise BadInput("model", f"a config.json in {source} that transformers refuses ({error})",
+    except Exception as error:  # of many kinds, and whatever it is, it is about this file
+        raise BadInput("model", f"a config.json in {source} that transformers refuses ({first_line(error)})",
                        "an architecture of the installed transformers") from None  # fmt: skip
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BadInput("model", f"a {config.model_type} model in {source}", "a causal language model")
@@ -246,7 +252,7 @@ def _from_s3(url: str, cache: Path, patterns: tuple[str, ...]) -> Path:
     found = {name: info for name, info in list_s3(url, "model").items() if _belongs(name, patterns)}
     state = json.dumps([url, sorted((name, info["size"], info["tag"]) for name, info in found.items())])
     name = f"s3-{hashlib.sha256(state.encode()).hexdigest()[:32]}"
-    return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder))
+    return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder, "model"))
 
 
 def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
@@ -256,8 +262,7 @@ def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(LEFT_OUT)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            "model", f"{name!r}, which is no local folder and which the hub does not give ({reason})",
+            "model", f"{name!r}, which is no local folder and which the hub does not give ({first_line(error)})",
             "a hub id, a folder, s3://..., package:NAME or random:tiny",
         ) from None  # fmt: skip

@@ -50,6 +50,8 @@ def read_records(dataset: str, split: str, subset: str | None = None, most: int 
     most: only so many from its beginning, read as a stream: of a hub data set no more is fetched, of a local one (lines
     of text, Parquet, Arrow) no more read.
     """
+    if subset is not None and (dataset.startswith(("builtin:", "s3://")) or _path(dataset).is_file()):
+        raise BadInput("data.subset", f"{subset!r} of {dataset}", "no subset: only data sets of the hub have some")
     if dataset.startswith("builtin:"):
         if dataset != "builtin:demo":
             raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
@@ -58,11 +60,11 @@ def read_records(dataset: str, split: str, subset: str | None = None, most: int 
     if dataset.startswith("s3://"):
         with tempfile.TemporaryDirectory(prefix="spinreg-data-") as scratch:
             names = list(list_s3(dataset, "dataset"))
-            fetch_s3(dataset, names, Path(scratch))
+            fetch_s3(dataset, names, Path(scratch), "dataset")
             single = names == [""]
             yield from _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset, most)
         return
-    path = Path(dataset).expanduser()
+    path = _path(dataset)
     if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
         yield from _read_hub(str(path), split, subset, most)
     elif path.exists():
@@ -71,6 +73,16 @@ def read_records(dataset: str, split: str, subset: str | None = None, most: int 
         raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
     else:
         yield from _read_hub(dataset, split, subset, most)
+
+
+def _path(dataset: str) -> Path:
+    """Of something that may also be a name on the hub. Raises BadInput for what cannot be looked up."""
+    try:
+        path = Path(dataset).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
+        raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub id") from None
+    return path
 
 
 def _kind(path: Path) -> str:
@@ -160,6 +172,8 @@ def _read_file(path: Path, shown: str) -> Iterable[Record]:
         yield from reader(path)
     except EOFError:
         raise BadInput("dataset", f"{path}, which ends in the middle of its compressed data", "a whole file") from None
+    except PermissionError as error:
+        raise BadInput("dataset", f"{path}, which cannot be read ({error})", "a file this user may read") from None
     except (OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
         raise BadInput(
             "dataset", f"{path}, which cannot be read ({error})", "a file of the kind its name says"
@@ -199,7 +213,7 @@ def _json(path: Path) -> Iterator[Record]:
             yield from (Record(number, content) for number, content in enumerate(records, start=1))
             return
     if first not in ("{", ""):
-        raise BadInput("dataset", f"{path} beginning with {first!r}", "a JSON array, or one object per line")
+        raise BadInput("dataset", f"{path} beginning with {first!r}", "a JSON array, or one object per line, in UTF-8")
     records = list(_jsonl(path))
     if records and all(record.problem is not None for record in records):
         raise BadInput("dataset", f"{path}, one JSON object over several lines or broken lines throughout",
@@ -257,6 +271,19 @@ def _parquet(path: Path) -> Iterator[Record]:
         raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
 
 
+def _validated(batch: Any) -> Any:
+    """A batch whose offsets stay inside its buffers, which nothing has looked at yet. Raises ArrowInvalid."""
+    import pyarrow as pa
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # costs a row, and shows on reading it
+                raise
+    return batch
+
+
 def _arrow(path: Path) -> Iterator[Record]:
     """Arrow IPC, as a file or (what `datasets` writes) a stream."""
     import pyarrow as pa
@@ -270,7 +297,7 @@ def _arrow(path: Path) -> Iterator[Record]:
                 source.seek(0)
                 reader = pa.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            yield from _table_records(batches)
+            yield from _table_records(_validated(batch) for batch in batches)
     except (pa.ArrowInvalid, OSError) as error:
         raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
 
@@ -293,7 +320,12 @@ def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterato
     """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     from datasets import Dataset, load_from_disk
 
-    found = load_from_disk(str(path))
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput("dataset", f"{shown}, which cannot be read ({error})",
+                       "a folder written by `save_to_disk`, or one without state.json and dataset_dict.json"
+                       ) from None  # fmt: skip
     splits = {"train": found} if isinstance(found, Dataset) else dict(found)
     name = _split_name(split, splits, shown)
     return _part(split, name, lambda: _dataset_records(splits[name], None), most)
