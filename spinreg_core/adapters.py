@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader
@@ -95,13 +95,17 @@ def start_adapter(model: PreTrainedModel, seed: int) -> None:
 
 def read_adapter(model: PreTrainedModel, folder: Path, *, alone: bool) -> None:
     """Put a written adapter in place. `alone`: there are no other ranks. Raises Damaged where it does not fit."""
-    with safe_open(folder / FILE, "pt") as file:
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(folder / FILE, "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"adapter {folder}: found {FILE} that cannot be read ({error}); expected an adapter") from None
     tensors = {_peft_name(name): parameter.detach() for name, parameter in _numbers(model).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if differing := sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)):
         name = differing[0]
-        raise Damaged(f"adapter {folder}: {name} has shape {stored.get(name)}; expected {wanted.get(name)}")
+        found, fits = stored.get(name, "nothing"), wanted.get(name, "nothing: the base has no such matrix")
+        raise Damaged(f"adapter {folder}: found {found} as the shape of {name}; expected {fits}")
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 

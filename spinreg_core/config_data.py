@@ -110,7 +110,9 @@ class DataConfig(Group):
     @classmethod
     def _arguments_free(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted(set(value) & TEMPLATE_OWN):
-            raise ValueError(f"{', '.join(taken)}: spinreg itself says these to the template")
+            raise ValueError(
+                f"found {', '.join(taken)}; expected other names: spinreg itself says these to the template"
+            )
         return value
 
     @field_validator("drop_patterns")

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Of something that is waited for: what is longer than the operating system's clocks can count is an error in a thread.
+Time = Annotated[float, Field(le=10_000_000, allow_inf_nan=False)]
 
 # What is read of LoRA, and of averages, where they are on.
 LORA_FIELDS = ("lora_alpha", "lora_targets", "lora_quantize")
@@ -263,7 +265,7 @@ class ResourcesConfig(Group):
         description="Ranks that one copy of the weights is spread over (FSDP); beyond it copies are repeated (HSDP). "
         "auto: the ranks of a node.",
     )
-    collective_timeout_seconds: float = Field(
+    collective_timeout_seconds: Time = Field(
         600.0,
         gt=0,
         description="Silence of a rank after which the job ends and names it: in a collective, or where it stores or "
@@ -288,19 +290,19 @@ class ResourcesConfig(Group):
         "does not suffice it is halved (tokens).",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU that vLLM may take (0..1).")
-    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="vLLM's KV cache on CPU (GiB).")
+    cpu_kv_cache_gib: PositiveFloat = Field(1.0, description="vLLM's KV cache on CPU (GiB).")
     retries: int = Field(2, ge=0, le=20, description="Retries of a failed stage, with growing delays.")
-    retry_delay_seconds: float = Field(10.0, ge=0, description="Delay before the first retry, doubled each time (s).")
-    deadline_minutes: float | None = Field(
+    retry_delay_seconds: Time = Field(10.0, ge=0, description="Delay before the first retry, doubled each time (s).")
+    deadline_minutes: Time | None = Field(
         None, gt=0, description="A stage still running after this long is ended and counts as failed (minutes)."
     )
-    stop_seconds: float = Field(
+    stop_seconds: Time = Field(
         20.0,
         gt=0,
         description="Time a stage has to finish its step and commit a checkpoint when it is stopped (cancelled, or "
         "preempted by SIGTERM), before it is killed. Prefect itself kills a cancelled run after 30 s (seconds).",
     )
-    lease_seconds: float = Field(
+    lease_seconds: Time = Field(
         30.0, ge=2, description="Silence after which another process may take over a run (seconds)."
     )
 

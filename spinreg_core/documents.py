@@ -1,20 +1,117 @@
 """The small JSON documents of the store (heads, configurations, manifests, parts): written and read in one way.
 
-Decides: the schema number they carry, the errors of a document that cannot be used, and that the files a manifest or
-part lists lie in its own object under names that lead nowhere else: stores are shared. Leaves out: what they say.
+Decides: the schema number they carry, the fields that whoever reads them counts on, the errors of a document that
+cannot be used, and that the files a manifest or part lists lie in its own object under names that lead nowhere else:
+stores are shared. Leaves out: what they say. A field that nobody counts on may be anything.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from typing import Any
+from functools import cache
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic wants this one before Python 3.12
+)
+
+import pydantic
+from pydantic import AfterValidator, Field, StringConstraints
+from typing_extensions import TypedDict
 
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.store import Store, stays_inside
+from spinreg_core.store import Store, checked
 
 SCHEMA = 1
-_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _inside(name: str) -> str:
+    try:
+        return checked(name)
+    except BadInput:
+        raise ValueError("a relative path without '.', '..' or empty parts") from None
+
+
+Name = Annotated[str, AfterValidator(_inside)]
+Key = Annotated[str, StringConstraints(pattern=r"^objects/[^/]+/[^/]"), AfterValidator(_inside)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Round = Annotated[int, Field(ge=0, lt=100_000)]
+
+
+class File(TypedDict):
+    name: Name
+    key: Key
+    size: Count
+    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+
+
+class Removed(TypedDict):
+    marked: bool
+    why: str
+    at: str
+    keys: list[Key]
+
+
+class Manifest(TypedDict):
+    object_id: Name
+    files: list[File]
+    inputs: dict[str, Any]
+    removed: NotRequired[Removed]
+    # All have these but one that only marks an object without any (`removal.py`).
+    stage: NotRequired[str]
+    round: NotRequired[Round]
+    metrics: NotRequired[dict[str, Any]]
+    seconds: NotRequired[Number]
+
+
+class Part(TypedDict):
+    name: Name
+    files: list[File]
+    meta: dict[str, Any]
+
+
+class Holder(TypedDict):
+    label: str
+    host: str
+    pid: Count
+    identity: NotRequired[str | None]
+
+
+class Lease(TypedDict):
+    epoch: Count
+    holder: Holder | None
+    beat: Count
+    seconds: NotRequired[Number]
+
+
+Advance = TypedDict("Advance", {"by": str, "from": Round, "to": Round, "done": bool})
+
+
+class Entry(TypedDict):
+    round: Round
+    stages: dict[str, Name]
+
+
+class Head(TypedDict):
+    run: str
+    lease: Lease
+    advances: list[Advance]
+    rounds: list[Entry]
+    base: NotRequired[Name | None]
+    data: NotRequired[Name | None]
+
+
+class Configuration(TypedDict):
+    config: dict[str, Any]
+
+
+_KINDS: dict[str, Any] = {"head.json": Head, "run.json": Configuration, "manifest.json": Manifest}
+
+
+@cache
+def _adapter(name: str) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(_KINDS.get(name, Part))
 
 
 def dump(document: dict[str, Any]) -> bytes:
@@ -23,39 +120,38 @@ def dump(document: dict[str, Any]) -> bytes:
 
 def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
     """The document in `raw`. Raises Damaged for anything that is none, BadInput for one of another schema."""
+    where = store.uri(key)
     try:
         document = json.loads(raw)
         schema = document["schema"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise Damaged(
-            f"{store.uri(key)}: found {len(raw)} bytes that spinreg did not write ({error}); expected JSON"
-        ) from None
-    if schema != SCHEMA:
-        raise BadInput(
-            store.uri(key), f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version"
-        )
-    if key.startswith("objects/"):
-        _require_own_files(store, key, document)
-    return document
-
-
-def _require_own_files(store: Store, key: str, document: dict[str, Any]) -> None:
-    own = "/".join(key.split("/")[:2]) + "/"
+        raise Damaged(f"{where}: found {len(raw)} bytes that spinreg did not write ({error}); expected JSON") from None
+    if schema != SCHEMA or not isinstance(schema, int):
+        raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
-        for entry in document["files"]:
-            for place in (entry["name"], entry["key"].removeprefix(own)):
-                if not stays_inside(place):
-                    raise ValueError(f"a file named {place!r}")
-            if not entry["key"].startswith(own):
-                raise ValueError(f"a file at {entry['key']!r}")
-            if not _SHA256.fullmatch(entry["sha256"]) or type(entry["size"]) is not int or entry["size"] < 0:
-                raise ValueError(f"SHA-256 {entry['sha256']!r} and size {entry['size']!r} of {entry['name']!r}")
-        for gone in document.get("removed", {}).get("keys", ()):
-            if not gone.startswith(own) or not stays_inside(gone):
-                raise ValueError(f"a file at {gone!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        found = f"no {error}" if isinstance(error, KeyError) else error
-        raise Damaged(f"{store.uri(key)}: found {found}; expected files of {own} as spinreg lists them") from None
+        _adapter(key.rpartition("/")[2]).validate_python(document, strict=True)
+        if key.endswith("/manifest.json") and "removed" not in document:
+            for field in ("stage", "round", "metrics", "seconds"):
+                if field not in document:
+                    raise Damaged(f"{where}: found no {field}; expected a manifest as spinreg wrote it")
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        found = "nothing" if first["type"] == "missing" else repr(first["input"])[:200]
+        text = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        text = "what spinreg wrote there" if first["type"] == "missing" else text
+        raise Damaged(f"{where}: found {found} as {place}; expected {text[:1].lower()}{text[1:]}") from None
+    if key.startswith("objects/"):
+        _require_own_files(where, key, document)
+    return document  # type: ignore[no-any-return]
+
+
+def _require_own_files(where: str, key: str, document: dict[str, Any]) -> None:
+    own = "/".join(key.split("/")[:2]) + "/"
+    keys = [entry["key"] for entry in document["files"]] + document.get("removed", {}).get("keys", [])
+    for found in keys:
+        if not found.startswith(own):
+            raise Damaged(f"{where}: found a file at {found!r}; expected files of {own} as spinreg lists them")
 
 
 def read(store: Store, key: str) -> dict[str, Any] | None:

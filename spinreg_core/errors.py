@@ -86,5 +86,9 @@ class StoreFailed(SpinregError):
     """The store did not do for minutes what it was asked to; a later attempt may find it well again."""
 
 
+class StoreRefused(StoreFailed):
+    """The store, or its disk, does not let us: no permission, credentials that expired, a wrong clock, no space."""
+
+
 class Conflict(SpinregError):
     """A create-only key exists with other content, or a compare-and-swap lost."""

@@ -26,7 +26,7 @@ from spinreg_core import documents
 from spinreg_core.config import RunConfig, fixed_fields
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
-from spinreg_core.resolve import differences
+from spinreg_core.resolve import differences, stored_config
 from spinreg_core.store import Store, require_conditional_writes
 
 ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")
@@ -56,7 +56,7 @@ def require_head(store: Store, run: str) -> dict[str, Any]:
 def read_config(store: Store, run: str) -> RunConfig | None:
     """The configuration a run was started with, or None where there is no such run."""
     document = documents.read(store, config_key(run))
-    return None if document is None else RunConfig.model_validate(document["config"])
+    return None if document is None else stored_config(document["config"], store.uri(config_key(run)))
 
 
 def list_runs(store: Store) -> list[str]:
@@ -384,4 +384,5 @@ def _stored(store: Store, run: str) -> tuple[RunConfig, str]:
     found = store.read_tagged(config_key(run))
     if found is None:
         raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
-    return RunConfig.model_validate(documents.parse(store, config_key(run), found[0])["config"]), found[1]
+    document = documents.parse(store, config_key(run), found[0])
+    return stored_config(document["config"], store.uri(config_key(run))), found[1]

@@ -1,7 +1,7 @@
 """How large what users hand over may be: looked at before it is opened, or while it is unpacked.
 
 Decides: the limits, each far above what is real and below what ends a machine, and the one message of each. Leaves out:
-who asks (`data/sources.py`, `model_source.py`, `gguf_header.py`), and how many rows or weights there may be: those are
+who asks (`data/files.py`, `model_source.py`, `gguf_header.py`), and how many rows or weights there may be: those are
 read as a stream or mapped, and cost a disk that the user has filled himself.
 """
 

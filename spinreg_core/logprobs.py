@@ -23,11 +23,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spinreg_core.errors import BadInput
+from spinreg_core.model_json import first_line
 from spinreg_core.packed_attention import NAME
 from spinreg_core.packing import Group, Layout, group, layout
 from spinreg_core.projection import Head, head_of, token_logprobs
@@ -37,6 +40,7 @@ T = TypeVar("T")
 
 # Rows shorter than this share of a group's longest one start a group of their own (CPU only).
 _UNLIKE = 0.85
+_PLAIN = ("F64", "F32", "F16", "BF16")  # number formats of weights, as safetensors calls them
 
 
 def master_dtype(precision: Precision) -> torch.dtype:
@@ -80,15 +84,36 @@ def load_policy(
     return without_dropout(model)
 
 
+def require_loadable(folder: Path) -> None:
+    """Raise BadInput for a folder that `load_policy` would refuse, or whose weights are not plain floating-point
+    numbers, without reading them: from the heads of its files."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"policy folder {folder}", f"{path.name}, which cannot be read ({first_line(error)})",
+                           "whole safetensors (was a download cut, or left as a pointer of Git LFS?)"
+                           ) from None  # fmt: skip
+        strange = sorted(name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _PLAIN)
+        if strange:
+            raise BadInput(f"policy folder {folder}", f"{strange[0]} in {kinds[strange[0]]}",
+                           "weights in bfloat16, float16 or float32")  # fmt: skip
+    load_policy(folder, "fp32", "meta", more={"device_map": "meta"})
+
+
 @contextmanager
 def refused(folder: str | Path) -> Iterator[None]:
     """What transformers raises for a folder it cannot load, as BadInput."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise BadInput(
-            f"policy folder {folder}", reason, "a Hugging Face causal language model with safetensors weights"
+            f"policy folder {folder}",
+            first_line(error),
+            "a Hugging Face causal language model with safetensors weights",
         ) from error
 
 

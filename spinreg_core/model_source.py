@@ -16,11 +16,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.gguf_header import read_header
 from spinreg_core.limits import LARGEST_MODEL_FILE, require_size
+from spinreg_core.model_json import first_line, read_json
 from spinreg_core.objects import sha256_file
 from spinreg_core.render import load_tokenizer
 from spinreg_core.s3_files import fetch_s3, list_s3
@@ -61,15 +61,15 @@ def _resolve(source: str, cache: Path, *, weights: bool) -> Path:
         return _made_once(cache / "models" / name, lambda folder: _convert_gguf(gguf, folder, words))
     if source.startswith("s3://"):
         return _from_s3(source, cache, SMALL + (WEIGHTS if weights else ()))
-    local = Path(source).expanduser()
-    if local.is_dir():
-        return local.absolute()
+    expected = "a folder with model and tokenizer, a hub id, s3://, package: or random:tiny"
+    try:
+        local = Path(source).expanduser()
+        if local.is_dir():
+            return local.absolute()
+    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
+        raise BadInput("model", f"{source!r} ({error})", expected) from None
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or ":" in source or local.exists():
-        raise BadInput(
-            "model",
-            f"no folder {source!r}",
-            "a folder with model and tokenizer, a hub id, s3://, package: or random:tiny",
-        )
+        raise BadInput("model", f"no folder {source!r}", expected)
     return _from_hub(source, SMALL + (WEIGHTS if weights else ()))
 
 
@@ -91,14 +91,14 @@ def link_policy(folder: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for path in model_files(folder):
         (target / path.name).symlink_to(path.resolve())
-    config = json.loads((target / "tokenizer_config.json").read_text())
+    config = read_json(target / "tokenizer_config.json")
     if not (target / "chat_template.jinja").exists() and not config.get("chat_template"):
         (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
 
 
 def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
     """Raise BadInput if rows of `max_length` tokens, or rows with these token ids, are beyond the model."""
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     window, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if window is not None and max_length > window:
         raise BadInput("data.max_length", f"{max_length} tokens", f"at most {window}, the model's context window")
@@ -125,17 +125,6 @@ def _require_small(shown: str, name: str, size: int) -> None:
         require_size("model", shown, size, LARGEST_MODEL_FILE, "a file beside the weights")
 
 
-def _json(path: Path, source: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
-        error: object = f"a {type(found).__name__}"
-    except (ValueError, RecursionError) as broken:
-        error = broken
-    raise BadInput("model", f"{path.name} in {source}, which cannot be read ({error})", "a JSON object") from None
-
-
 def _checked(folder: Path, source: str) -> Path:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -143,18 +132,19 @@ def _checked(folder: Path, source: str) -> Path:
     if not (folder / "config.json").is_file():
         raise BadInput("model", f"no config.json in {source}", "a Hugging Face model folder (adapters must be merged)")
     index = folder / "model.safetensors.index.json"
-    shards = _json(index, source).get("weight_map") if index.is_file() else {"": "model.safetensors"}
-    if not isinstance(shards, dict) or not all(isinstance(n, str) and "/" not in n for n in shards.values()):
-        raise BadInput("model", f"an index in {source} that names no files beside it", "weight_map: tensor to file")
-    wanted = set(shards.values())
+    wanted = {"model.safetensors"}
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(n, str) and n == Path(n).name for n in named.values()):
+            raise BadInput("model", f"{index} without a weight_map of files beside it", "the index of a sharded model")
+        wanted = set(named.values())
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"only pickled weights ({', '.join(pickled)})" if pickled else f"no {', '.join(missing)}"
         raise BadInput("model", f"{found} in {source}", "safetensors (unpickling runs code, so spinreg never does it)")
-    written = _json(folder / "config.json", source)
-    words = folder / "tokenizer_config.json"
-    if "auto_map" in written or (words.is_file() and "auto_map" in _json(words, source)):
+    written = read_json(folder / "config.json")
+    if "auto_map" in written or "auto_map" in read_json(folder / "tokenizer_config.json"):
         raise BadInput("model", f"code that comes with the model (auto_map) in {source}", "a model without code")
     if (folder / "adapter_config.json").exists():  # transformers would apply it, unasked, to what is loaded
         raise BadInput("model", f"an adapter beside the model in {source}", "a model that it was merged into")
@@ -162,8 +152,8 @@ def _checked(folder: Path, source: str) -> Path:
         raise BadInput("model", f"quantised weights in {source}", "weights in bfloat16, float16 or float32")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise BadInput("model", f"a config.json in {source} that transformers refuses ({error})",
+    except Exception as error:  # of many kinds, and whatever it is, it is about this file
+        raise BadInput("model", f"a config.json in {source} that transformers refuses ({first_line(error)})",
                        "an architecture of the installed transformers") from None  # fmt: skip
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BadInput("model", f"a {config.model_type} model in {source}", "a causal language model")
@@ -272,7 +262,7 @@ def _from_s3(url: str, cache: Path, patterns: tuple[str, ...]) -> Path:
         _require_small(f"{url}/{name}", name, info["size"])
     state = json.dumps([url, sorted((name, info["size"], info["tag"]) for name, info in found.items())])
     name = f"s3-{hashlib.sha256(state.encode()).hexdigest()[:32]}"
-    return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder))
+    return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder, "model"))
 
 
 def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
@@ -282,8 +272,7 @@ def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(LEFT_OUT)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadInput(
-            "model", f"{name!r}, which is no local folder and which the hub does not give ({reason})",
+            "model", f"{name!r}, which is no local folder and which the hub does not give ({first_line(error)})",
             "a hub id, a folder, s3://..., package:NAME or random:tiny",
         ) from None  # fmt: skip

@@ -92,7 +92,9 @@ def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
     """The manifest of an object that must exist, or have existed; Damaged where it does not."""
     manifest = read_record(store, object_id)
     if manifest is None:
-        raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no manifest.json; a later stage needs this object")
+        raise Damaged(
+            f"{store.uri(f'objects/{object_id}')}: found no manifest.json; expected it, a later stage needs the object"
+        )
     return manifest
 
 
@@ -274,7 +276,7 @@ def fetch_file(store: Store, object_id: str, name: str) -> Path:
     for entry in record["files"]:
         if entry["name"] == name:
             return _local(store, _present(store, record, [entry]))[0]
-    raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no file {name!r}")
+    raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no file {name!r} in its manifest; expected one")
 
 
 def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
@@ -317,7 +319,9 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
     """The same, of an object whose manifest, which will list `files`, is still to be written. They must be uploaded."""
     entries = [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
     if not entries:
-        raise Damaged(f"{store.uri(f'objects/{object_id}')}: its manifest lists no files below {prefix!r}")
+        raise Damaged(
+            f"{store.uri(f'objects/{object_id}')}: found no files below {prefix!r} in its manifest; expected some"
+        )
     paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
     in_place = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
     if in_place is not None:

@@ -20,6 +20,7 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import BadInput
+from spinreg_core.model_json import first_line
 from spinreg_core.needs import (
     Shape,
     Sizes,
@@ -97,10 +98,9 @@ def read_shape(model: str) -> tuple[Path, Shape]:
         with torch.device("meta"):  # shapes without memory
             shapes: Any = AutoModelForCausalLM.from_config(config, dtype=stored, trust_remote_code=False)
             parameters = shapes.num_parameters()
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # of many kinds, and whatever it is, it is about this model
         raise BadInput(
-            "model", f"{model!r}, whose shape cannot be read ({reason})", "a causal language model"
+            "model", f"{model!r}, whose shape cannot be read ({first_line(error)})", "a causal language model"
         ) from None
     text = config.get_text_config()
     heads = int(text.num_attention_heads)

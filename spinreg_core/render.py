@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from spinreg_core.data.turns import THOUGHTS
 from spinreg_core.errors import BadInput
+from spinreg_core.model_json import first_line, read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -54,12 +55,15 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    for name in ("config.json", "tokenizer_config.json"):
+        read_json(folder / name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises nothing more special
         raise BadInput(
-            "model", f"no usable tokenizer in {folder} ({error})", "tokenizer.json beside the model"
-        ) from None
+            "model", f"no usable tokenizer in {folder} ({first_line(error)})",
+            "tokenizer.json beside the model, and a config.json that transformers takes",
+        ) from None  # fmt: skip
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise BadInput("model", f"{type(tokenizer).__name__} in {folder}", "a fast tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
@@ -125,8 +129,7 @@ class Renderer:
     @classmethod
     def from_folder(cls, path: Path, arguments: Mapping[str, Any] | None = None) -> Renderer:
         """The renderer of a Hugging Face folder (tokenizer files suffice). Raises BadInput."""
-        file = Path(path) / "generation_config.json"
-        eos = json.loads(file.read_text()).get("eos_token_id") if file.exists() else None
+        eos = read_json(Path(path) / "generation_config.json").get("eos_token_id")
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         return cls(load_tokenizer(Path(path)), ends, arguments)
 
@@ -213,7 +216,7 @@ class Renderer:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._arguments | own
             )
-        except Exception as error:  # a template is code, if in a sandbox: it may fail in any way
+        except Exception as error:  # a template is a program, and fails like one
             roles = ", ".join(message["role"] for message in messages)
             raise BadInput("chat template", f"roles {roles}: {error}", "a conversation it accepts") from None
         return text + self._header if generation_prompt else text

@@ -16,10 +16,31 @@ import pydantic
 import yaml
 
 from spinreg_core.config import Group, RunConfig
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.store import redacted
 
 LARGEST_FILE = 2**20  # bytes; a run configuration has a few kilobytes
+_MOST_VALUES, _DEEPEST = 100_000, 50  # of a configuration: YAML's aliases make billions out of a few lines
+_SHOWN = 200  # characters of a wrong value that a message quotes
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose mappings name each key once: the first of two would be overruled without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        named = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        _require_once(named)
+        return super().construct_mapping(node, deep)
+
+
+def _require_once(names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+
+
+def _json_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    _require_once([name for name, _ in pairs])
+    return dict(pairs)
 
 
 def load_config_file(location: str) -> dict[str, Any]:
@@ -42,15 +63,20 @@ def load_config_file(location: str) -> dict[str, Any]:
         raise BadInput(f"config {location!r}", f"more than {LARGEST_FILE} bytes", "a run configuration")
     try:
         text = raw.decode("utf-8")
-        content = json.loads(text) if location.endswith(".json") else yaml.safe_load(text)
-        _require_plain(content)
-    except (UnicodeDecodeError, ValueError, yaml.YAMLError, RecursionError) as error:
-        why = _place(error) if isinstance(error, yaml.MarkedYAMLError) else error
-        raise BadInput(f"config {location!r}", f"text that does not parse: {why}", "YAML or JSON") from None
+        if location.endswith(".json"):
+            content = json.loads(text, object_pairs_hook=_json_object)
+        else:
+            content = yaml.load(text, _Loader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        what = "brackets within brackets without end" if isinstance(error, RecursionError) else what
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise BadInput(f"config {location!r}", f"text that does not parse: {what}{place}", "YAML or JSON") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise BadInput(f"config {location!r}", f"a {type(content).__name__}", "a mapping of field names to values")
+        what = "text" if isinstance(content, str) else f"a {type(content).__name__}"
+        raise BadInput(f"config {location!r}", what, "a mapping of field names to values")
     return content
 
 
@@ -77,8 +103,10 @@ def assignments(items: Iterable[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for item in items:
         path, equals, text = item.partition("=")
-        if not equals:
-            raise BadInput(f"--param {item!r}", "no '='", "GROUP.FIELD=VALUE")
+        if not equals or not all(path.split(".")):
+            raise BadInput(
+                f"--param {item!r}", "a name with an empty part" if equals else "no '='", "GROUP.FIELD=VALUE"
+            )
         try:
             value = json.loads(text)
         except ValueError:
@@ -104,6 +132,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def validate(values: dict[str, Any]) -> RunConfig:
     """A RunConfig, or one BadInput that lists every wrong field with what was found and expected."""
+    _require_bounded(values)
     data = values.get("data")
     addresses = {name: values.get(name) for name in ("store", "model", "dataset")}
     if isinstance(data, dict):
@@ -120,6 +149,36 @@ def validate(values: dict[str, Any]) -> RunConfig:
         raise BadInput.from_message(f"the run configuration is not valid:\n{lines}") from None
 
 
+def stored_config(values: dict[str, Any], where: str) -> RunConfig:
+    """The configuration in a run's run.json. Raises Damaged."""
+    try:
+        return validate(values)
+    except BadInput as error:
+        raise Damaged(
+            f"{where}: found what is no configuration (edited, or of a newer spinreg?); expected one as spinreg wrote "
+            f"it. {error}"
+        ) from None
+
+
+def _require_bounded(values: dict[str, Any]) -> None:
+    """Raise BadInput for what would take for ever to check, or to write down."""
+    todo: list[tuple[Any, int]] = [(values, 0)]
+    count = 0
+    while todo:
+        value, depth = todo.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            found = f"more than {_MOST_VALUES} values" if count > _MOST_VALUES else f"values nested {depth} deep"
+            raise BadInput("configuration", found, f"at most {_MOST_VALUES} values, nested at most {_DEEPEST} deep")
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        todo += [(one, depth + 1) for one in inner]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}… ({len(text)} characters)"
+
+
 def _explain(error: pydantic.ValidationError) -> list[str]:
     """One line per wrong field. pydantic reports a field of several types once per type; those are joined."""
     groups = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)}
@@ -130,7 +189,7 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
         place = ".".join(str(part) for part in item["loc"][:depth]) or "configuration"
         # A check across fields names them itself; its input is the whole group.
         whole_group = item["type"] == "value_error" and isinstance(item["input"], dict)
-        found.setdefault(place, "" if whole_group else f"found {item['input']!r}; expected ")
+        found.setdefault(place, "" if whole_group else f"found {_shown(item['input'])}; expected ")
         text = "a field that exists; there is none of this name" if item["type"] == "extra_forbidden" else item["msg"]
         expected.setdefault(place, []).append(text.removeprefix("Value error, ").removeprefix("Input should be "))
     return [f"{place}: {found[place]}{'; or '.join(texts)}" for place, texts in expected.items()]

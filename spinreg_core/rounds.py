@@ -70,6 +70,14 @@ def policy_object(head: dict[str, Any], iterate: int) -> str:
     return found
 
 
+def _data(head: dict[str, Any]) -> str:
+    """The object with the run's rows."""
+    found: str | None = head.get("data")
+    if found is None:
+        raise SpinregError(f"run {head['run']!r}: found no data in its head; expected the rows of its rounds")
+    return found
+
+
 def average_key(training: TrainingConfig, policy: str, before: str, base: str) -> dict[str, Any]:
     """What an average of policies is made of: object ids of the new policy, the average before it, and the base."""
     return {"method": training.average, "weight": training.average_weight, "policy": policy, "before": before,
@@ -78,11 +86,10 @@ def average_key(training: TrainingConfig, policy: str, before: str, base: str) -
 
 def average_object(config: RunConfig, head: dict[str, Any], iterate: int) -> str:
     """The average that ends with iterate n; of the base alone it is the base. Made when round n is trained."""
-    if iterate == 0:
-        return policy_object(head, 0)
-    before = average_object(config, head, iterate - 1)
-    key = average_key(config.training, policy_object(head, iterate), before, policy_object(head, 0))
-    return fingerprint("average", key)
+    found = base = policy_object(head, 0)
+    for number in range(1, iterate + 1):
+        found = fingerprint("average", average_key(config.training, policy_object(head, number), found, base))
+    return found
 
 
 def played(
@@ -132,20 +139,20 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
         extra["replay_share"] = config.opponent.replay_share
     prompts = config.data.model_dump(mode="json", include={"prompts_per_round", "round_prompts"})
     key = extra | {
-        "data": head["data"], "prompts": prompts, "answers": config.generation.answers_per_prompt,
+        "data": _data(head), "prompts": prompts, "answers": config.generation.answers_per_prompt,
         "round": round_number, "seed": config.seed, "policies": policies, "sampler": _sampler(config),
     }  # fmt: skip
-    return Plan("generate", round_number, key, {"data": head["data"], "policies": policies}, extra)
+    return Plan("generate", round_number, key, {"data": _data(head), "policies": policies}, extra)
 
 
 def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
     """One answer of iterate n to every held-out prompt; part of its evaluation."""
     policies = {str(iterate): policy_object(head, iterate)}
     key = {
-        "rows": "heldout", "data": head["data"], "seed": config.seed, "policies": policies,
+        "rows": "heldout", "data": _data(head), "seed": config.seed, "policies": policies,
         "sampler": _sampler(config),
     }  # fmt: skip
-    return Plan("generate", iterate, key, {"data": head["data"], "policies": policies}, {"rows": "heldout"})
+    return Plan("generate", iterate, key, {"data": _data(head), "policies": policies}, {"rows": "heldout"})
 
 
 def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
@@ -163,7 +170,7 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
             for k in range(1, len(weights))
         ]
     inputs = {
-        "data": head["data"], "generations": generations, "earlier": earlier,
+        "data": _data(head), "generations": generations, "earlier": earlier,
         "previous": played(config, head, round_number - 1, "reference"), "base": policy_object(head, 0),
     }  # fmt: skip
     key = inputs | {
@@ -208,7 +215,7 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     """Held-out metrics of iterate n (0: the base), samples included."""
     n = round_number
     inputs = {
-        "data": head["data"], "policy": policy_object(head, n), "base": policy_object(head, 0),
+        "data": _data(head), "policy": policy_object(head, n), "base": policy_object(head, 0),
         "previous": policy_object(head, n - 1) if n else None,
         "evaluate_base": _required(head, 0, "evaluate") if n else None,
         "evaluate_previous": _required(head, n - 1, "evaluate") if n else None,

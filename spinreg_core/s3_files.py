@@ -23,12 +23,8 @@ def list_s3(url: str, field: str) -> dict[str, dict[str, Any]]:
         found = _filesystem().find(remote, detail=True)
     except FileNotFoundError:
         found = {}
-    except Exception as error:  # botocore and aiohttp have error families of their own
-        if not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp")):
-            raise
-        raise BadInput(
-            field, f"{url} cannot be read: {error}", "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)"
-        ) from None
+    except Exception as error:
+        raise _refused(url, field, error) from None
     names = {key: key.removeprefix(remote).lstrip("/") for key in found}
     for name in names.values():
         if ".." in name.split("/"):
@@ -43,13 +39,25 @@ def list_s3(url: str, field: str) -> dict[str, dict[str, Any]]:
     return listed
 
 
-def fetch_s3(url: str, names: list[str], folder: Path) -> None:
-    """Copy listed objects to `folder`/name (the address itself: to `folder`/its last part)."""
+def _refused(url: str, field: str, error: Exception) -> Exception:
+    """What a reader is told, or an error of ours as it is."""
+    ours = not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp"))
+    if ours and not str(error).startswith("Invalid endpoint"):  # botocore and aiohttp have error families of their own
+        return error
+    return BadInput(field, f"{url} cannot be read: {error}",
+                    "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)")  # fmt: skip
+
+
+def fetch_s3(url: str, names: list[str], folder: Path, field: str) -> None:
+    """Copy listed objects to `folder`/name (the address itself: to `folder`/its last part). Raises BadInput."""
     filesystem, remote = _filesystem(), url.removeprefix("s3://").rstrip("/")
     for name in names:
         target = folder / (name or remote.rsplit("/", 1)[-1])
         target.parent.mkdir(parents=True, exist_ok=True)
-        filesystem.get_file(f"{remote}/{name}" if name else remote, str(target))
+        try:
+            filesystem.get_file(f"{remote}/{name}" if name else remote, str(target))
+        except Exception as error:
+            raise _refused(f"s3://{remote}/{name}".rstrip("/"), field, error) from None
 
 
 def _filesystem() -> Any:

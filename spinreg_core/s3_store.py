@@ -22,9 +22,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from spinreg_core.errors import BadInput, Conflict, StoreFailed
+from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.standstill import moving
-from spinreg_core.store import PART_BYTES, Listed, checked, redacted
+from spinreg_core.store import PART_BYTES, Listed, checked, redacted, refusals
 
 T = TypeVar("T")
 COMMITS_MARKER = "commits.json"  # in a bucket that holds files only (`split_store.py`)
@@ -40,6 +40,14 @@ _PASSING = {
     "RequestLimitExceeded", "PriorRequestNotComplete", "OperationAborted", "ConditionalRequestConflict",
     "InternalError", "BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "IncompleteBody",
     "MalformedXML", "InvalidPart", "InvalidPartOrder",
+}  # fmt: skip
+# Errors of botocore before any request, which another try meets as well.
+_NEVER = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "ProfileNotFound", "NoRegionError"}
+# What is amiss where the store refuses us, besides permissions.
+_CLOCK, _CREDENTIALS = "this machine's clock within minutes of the server's", "credentials that are still valid"
+_AMISS = {
+    "RequestTimeTooSkewed": _CLOCK, "RequestExpired": _CLOCK, "ExpiredToken": _CREDENTIALS,
+    "ExpiredTokenException": _CREDENTIALS, "TokenRefreshRequired": _CREDENTIALS, "InvalidToken": _CREDENTIALS,
 }  # fmt: skip
 
 
@@ -76,14 +84,19 @@ class S3Store:
                            "SPINREG_COMMITS to say so (docs/reliability.md)")  # fmt: skip
 
     def check_bucket(self) -> None:
+        first = {"Prefix": f"{self.prefix}/" if self.prefix else "", "MaxKeys": 1}
         try:
-            self._run(lambda: self._call("head_bucket"), f"asking for bucket {self.bucket!r}", _CHECK_SECONDS)
-        except Exception as error:  # botocore has an error family of its own
-            if not isinstance(error, StoreFailed | OSError) and _family(error) != "botocore":
+            # A listing, because the answer to a HEAD says in no word what is wrong.
+            self._run(
+                lambda: self._call("list_objects_v2", **first), f"asking for bucket {self.bucket!r}", _CHECK_SECONDS
+            )
+        except Exception as error:  # botocore has an error family of its own, and a ValueError for wrong addresses
+            if not isinstance(error, StoreFailed | OSError | ValueError) and _family(error) != "botocore":
                 raise
+            within = f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)"
             raise BadInput(
-                "store", f"{self.url}, which cannot be used: {error.__cause__ or error}",
-                f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)",
+                "store", f"{self.url}, which cannot be used: {_said(error)}",
+                _AMISS.get(_refusal(error)[1] or "", within),
             ) from None  # fmt: skip
 
     def read(self, key: str) -> bytes | None:
@@ -127,7 +140,7 @@ class S3Store:
             self._sync(lambda: self._upload(path, self._key(key), size, part, moved))
 
     def download(self, key: str, path: Path) -> None:
-        with moving(f"fetching {self.uri(key)}") as moved:
+        with moving(f"fetching {self.uri(key)}") as moved, refusals(f"fetching {self.uri(key)} to {path}"):
             size = self.size(key)
             if size is None:
                 raise FileNotFoundError(self.uri(key))
@@ -300,6 +313,9 @@ async def insisted(attempt: Callable[[], Awaitable[T]], what: str, patience: flo
         try:
             return await asyncio.wait_for(attempt(), min(_ATTEMPT_SECONDS, patience))
         except Exception as error:
+            if _refused(error):
+                expected = _AMISS.get(_refusal(error)[1] or "", "credentials that may do it")
+                raise StoreRefused(f"{what}: found {_said(error)}; expected {expected}") from error
             if not passes(error):
                 raise
             wait = random.uniform(0, pause)
@@ -310,6 +326,21 @@ async def insisted(attempt: Callable[[], Awaitable[T]], what: str, patience: flo
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 
+def _refused(error: BaseException) -> bool:
+    return (
+        isinstance(error, PermissionError)
+        or _refusal(error)[1] in _AMISS
+        or type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError")
+    )
+
+
+def _said(error: BaseException) -> str:
+    """What the server said, or else the library."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return str(error) or type(error).__name__
+
+
 def passes(error: BaseException) -> bool:
     """Whether a request that failed so may succeed by itself: the server is overloaded, restarting, or out of reach."""
     status, code = _refusal(error)
@@ -318,7 +349,7 @@ def passes(error: BaseException) -> bool:
     if isinstance(error, FileNotFoundError | PermissionError):
         return False
     if _family(error) == "botocore":
-        return type(error).__name__ not in ("NoCredentialsError", "PartialCredentialsError", "ParamValidationError")
+        return type(error).__name__ not in _NEVER
     return _family(error) == "aiohttp" or isinstance(error, OSError | TimeoutError | EOFError)
 
 

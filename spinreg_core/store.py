@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.errors import BadInput, Conflict, StoreRefused
 from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
@@ -105,7 +105,10 @@ def open_store(url: str) -> Store:
         return S3Store(url)
     if "://" in url and not url.startswith("file://"):
         raise BadInput("store", repr(redacted(url)), "a local folder, file:///path or s3://bucket/prefix")
-    return FolderStore(Path(url.removeprefix("file://")).expanduser().absolute())
+    try:
+        return FolderStore(Path(url.removeprefix("file://")).expanduser().absolute())
+    except RuntimeError as error:  # ~NAME of nobody
+        raise BadInput("store", f"{url!r} ({error})", "a folder that can be found") from None
 
 
 def redacted(url: str) -> str:
@@ -132,6 +135,17 @@ def require_inside(folder: Path, paths: Iterable[Path], field: str) -> None:
                            f"files inside {folder}; name the other place itself, or copy the file")  # fmt: skip
 
 
+@contextlib.contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """An error of the operating system, but for a file that is not there, as StoreRefused."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreRefused(f"{what}: found {error}; expected room, and the right to do it") from error
+
+
 def checked(key: str) -> str:
     if not stays_inside(key.removesuffix("/")):
         raise BadInput("store key", repr(key), "a relative path without '.', '..', control characters or empty parts")
@@ -146,6 +160,11 @@ class FolderStore:
         self.url = str(root)
 
     def check(self) -> None:
+        try:
+            os.lstat(self.root)
+        except (ValueError, OSError) as error:  # a name with a NUL, or longer than names can be
+            if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
+                raise BadInput("store", f"{self.url!r} ({error})", "a folder that can be written to") from None
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             found = "not a folder" if not there.is_dir() else "not writable for this user"
@@ -156,20 +175,21 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _temporary(self, path: Path) -> Iterator[Path]:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
-        try:
-            with moving(f"writing {path}"):
-                yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+        with refusals(f"writing {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with moving(f"writing {path}"):
+                    yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def read(self, key: str) -> bytes | None:
-        try:
-            with moving(f"reading {self.uri(key)}"):
+        with moving(f"reading {self.uri(key)}"), refusals(f"reading {self.uri(key)}"):
+            try:
                 return self._path(key).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def read_tagged(self, key: str) -> tuple[bytes, str] | None:
         data = self.read(key)
@@ -189,8 +209,10 @@ class FolderStore:
 
     def replace(self, key: str, data: bytes, tag: str) -> str:
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / f".lock-{path.name}", "w") as lock:
+        with refusals(f"writing {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = open(path.parent / f".lock-{path.name}", "w")  # noqa: SIM115
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             current = self.read_tagged(key)
             if current is None or current[1] != tag:
@@ -215,11 +237,12 @@ class FolderStore:
         _sync_folder(target.parent)
 
     def download(self, key: str, path: Path) -> None:
-        with moving(f"fetching {self.uri(key)}") as moved:
+        with moving(f"fetching {self.uri(key)}") as moved, refusals(f"fetching {self.uri(key)} to {path}"):
             _copy(self._path(key), path, moved)
 
     def delete(self, key: str) -> None:
-        self._path(key).unlink(missing_ok=True)
+        with refusals(f"deleting {self.uri(key)}"):
+            self._path(key).unlink(missing_ok=True)
 
     def size(self, key: str) -> int | None:
         try:
@@ -270,6 +293,9 @@ def require_conditional_writes(store: Store) -> None:
             write()
         except Conflict:
             return False
+        except StoreRefused as error:
+            found = f"{store.url}, which cannot be written to: {error.__cause__}"
+            raise BadInput("store", found, "room, and the right to write") from None
         except OSError as error:
             raise BadInput("store", f"{store.url}, which refuses conditional writes: {error}", expected) from None
         return True
@@ -277,10 +303,10 @@ def require_conditional_writes(store: Store) -> None:
     overwrites(lambda: store.create(key, b"first"))
     if overwrites(lambda: store.create(key, b"second")):
         raise BadInput("store", f"{store.url}, whose server overwrote a key in spite of If-None-Match: *", expected)
-    found = store.read_tagged(key)
-    assert found is not None
-    if overwrites(lambda: store.replace(key, b"third", found[1])) and not overwrites(
-        lambda: store.replace(key, b"fourth", found[1])
+    tagged = store.read_tagged(key)
+    assert tagged is not None
+    if overwrites(lambda: store.replace(key, b"third", tagged[1])) and not overwrites(
+        lambda: store.replace(key, b"fourth", tagged[1])
     ):
         return
     raise BadInput("store", f"{store.url}, whose server does not go by If-Match", expected)

@@ -83,7 +83,9 @@ def load_rows(
         if columns and len(first) >= _LOOKED_AT:
             break
     if not first:
-        raise BadInput(where, "no rows", "at least one row for training and one to hold out")
+        raise BadInput(
+            where, f"no rows in split {split or config.split!r}", "at least one row for training and one to hold out"
+        )
     if not columns:
         bad = first[0].problem or RowProblem("wrong_type", type(first[0].content).__name__)
         raise BadInput(where, f"{len(first)} rows and no record among them (row {first[0].row}: {bad})",
@@ -107,7 +109,10 @@ def load_rows(
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
     """The held-out data set if the configuration names one or the demo brings its own, else None."""
     if config.heldout_dataset is not None:
-        return load_rows(config.heldout_dataset, config, split=config.heldout_split)
+        try:
+            return load_rows(config.heldout_dataset, config, split=config.heldout_split)
+        except BadInput as error:
+            raise BadInput.from_message(f"data.heldout_dataset, {error}") from None
     if dataset == "builtin:demo":
         return load_rows(dataset, config, split="heldout")
     return None

@@ -1,32 +1,26 @@
 """Where records come from: the hub, a local or s3:// file or folder, the bundled demo.
 
-Decides: how each kind of file is read so that one broken line costs one row, which files of a folder make up a
-split, and how rows are numbered (from 1; lines of a JSONL file). Leaves out: what a record means (`formats.py`).
+Decides: which files of a folder make up a split, and how rows are numbered (from 1; lines of a JSONL file).
+Leaves out: how a file is read (`files.py`), what a record means (`formats.py`).
 """
 
 from __future__ import annotations
 
-import csv
 import json
-import lzma
 import re
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from spinreg_core import limits
-from spinreg_core.data.turns import RowProblem
+from spinreg_core.data.files import READERS, Record, kind_of, read_file, table_records
 from spinreg_core.errors import BadInput
 from spinreg_core.s3_files import fetch_s3, list_s3
 from spinreg_core.store import require_inside, stays_inside
 
 DEMO = Path(__file__).parent / "demo"
-_COMPRESSED = (".gz", ".bz2", ".xz")
 # Layouts of the hub that hold rows and nothing else; tar archives (webdataset) may hold tensors that are unpickled.
 _HUB_KINDS = ("json", "csv", "parquet", "arrow", "text", "cache")
 # Split names as `datasets` finds them, as whole words of a file's or folder's name; heldout is the demo's.
@@ -38,21 +32,14 @@ _SPLIT_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Record:
-    """One record as it was read: its number (from 1) and its content, or the problem that reading met."""
-
-    row: int
-    content: object
-    problem: RowProblem | None = None
-
-
 def read_records(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> Iterator[Record]:
     """The records of a split of a data set, in the order of the source, as they are read. Raises BadInput, at any time.
 
     most: only so many from its beginning, read as a stream: of a hub data set no more is fetched, of a local one (lines
     of text, Parquet, Arrow) no more read.
     """
+    if subset is not None and (dataset.startswith(("builtin:", "s3://")) or _path(dataset).is_file()):
+        raise BadInput("data.subset", f"{subset!r} of {dataset}", "no subset: only data sets of the hub have some")
     if dataset.startswith("builtin:"):
         if dataset != "builtin:demo":
             raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
@@ -61,27 +48,29 @@ def read_records(dataset: str, split: str, subset: str | None = None, most: int 
     if dataset.startswith("s3://"):
         with tempfile.TemporaryDirectory(prefix="spinreg-data-") as scratch:
             names = list(list_s3(dataset, "dataset"))
-            fetch_s3(dataset, names, Path(scratch))
+            fetch_s3(dataset, names, Path(scratch), "dataset")
             single = names == [""]
             yield from _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset, most)
         return
-    path = Path(dataset).expanduser()
+    path = _path(dataset)
     if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
         yield from _read_hub(str(path), split, subset, most)
     elif path.exists():
         yield from _read_local(path, split, dataset, most)
-    elif not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or _kind(path) in _READERS:
+    elif not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or kind_of(path) in READERS:
         raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
     else:
         yield from _read_hub(dataset, split, subset, most)
 
 
-def _kind(path: Path) -> str:
-    """Suffix that says how to read a file, compression aside: `.jsonl` for rows.jsonl.gz."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+def _path(dataset: str) -> Path:
+    """Of something that may also be a name on the hub. Raises BadInput for what cannot be looked up."""
+    try:
+        path = Path(dataset).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
+        raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub id") from None
+    return path
 
 
 def _read_local(path: Path, split: str, shown: str, most: int | None) -> Iterator[Record]:
@@ -112,7 +101,7 @@ def _read_files(files: Sequence[Path], shown: str) -> Iterator[Record]:
     last = 0
     for file in files:
         first = last
-        for record in _read_file(file, shown):
+        for record in read_file(file, shown):
             last = first + record.row
             yield Record(last, record.content, record.problem)
 
@@ -134,13 +123,13 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and _kind(path) in _READERS
+        and kind_of(path) in READERS
         and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
         and path.name not in ("dataset_info.json", "dataset_infos.json", "config.json")
     )
     require_inside(folder, files, "dataset")
     if not files:
-        raise BadInput("dataset", f"{shown} without data files", f"files ending in {', '.join(_READERS)}")
+        raise BadInput("dataset", f"{shown} without data files", f"files ending in {', '.join(READERS)}")
     splits: dict[str, list[Path]] = {}
     for split, words in _SPLIT_WORDS.items():
         pattern = re.compile(rf"(^|[-._ 0-9/])({'|'.join(words)})([-._ 0-9/]|$)")
@@ -149,197 +138,15 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
             splits[split] = found
     splits = splits or {"train": files}
     for split, members in splits.items():
-        kinds = {_kind(path) for path in members}
+        kinds = {kind_of(path) for path in members}
         if len(kinds) > 1:  # most likely the same rows twice
             raise BadInput("dataset", f"{shown}, split {split}, with files of kinds {', '.join(sorted(kinds))}",
                            "one kind of file per split; name one file instead")  # fmt: skip
     return splits
 
 
-def _read_file(path: Path, shown: str) -> Iterable[Record]:
-    reader = _READERS.get(_kind(path))
-    if reader is None:
-        raise BadInput("dataset", f"{shown} with suffix {_kind(path)!r}", f"a file ending in {', '.join(_READERS)}")
-    try:
-        yield from reader(path)
-    except EOFError:
-        raise BadInput("dataset", f"{path}, which ends in the middle of its compressed data", "a whole file") from None
-    except (OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadInput(
-            "dataset", f"{path}, which cannot be read ({error})", "a file of the kind its name says"
-        ) from None
-
-
-def _open_text(path: Path) -> Any:
-    """Text of a possibly compressed file; bytes that are no UTF-8 stay visible as lone surrogates."""
-    import fsspec
-
-    return fsspec.open(
-        str(path), "rt", compression="infer", encoding="utf-8-sig", errors="surrogateescape", newline=""
-    ).open()
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends. Raises BadInput for one that is too long, and where a packed file gives too much."""
-    unpacked = number = 0
-    with _open_text(path) as file:
-        while line := file.readline(limits.LONGEST_LINE + 1):
-            number, unpacked = number + 1, unpacked + len(line)
-            limits.require_expansion(path, unpacked)
-            if len(line) > limits.LONGEST_LINE:
-                raise BadInput("dataset", f"{path}, line {number}, of more than {limits.LONGEST_LINE} characters",
-                               "a line per record")  # fmt: skip
-            yield line
-
-
-def _jsonl(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            try:
-                yield Record(number, json.loads(line))
-            except (ValueError, RecursionError) as error:
-                yield Record(number, None, RowProblem("broken_json", f"{path.name}, line {number}: {error}"))
-
-
-def _json(path: Path) -> Iterator[Record]:
-    """One array of records; a file with one object per line is read as JSONL."""
-    with _open_text(path) as file:
-        first, unpacked = file.read(1), 0
-        while first.isspace():
-            first, unpacked = file.read(1), unpacked + 1
-            limits.require_expansion(path, unpacked)
-        if first == "[":
-            text = _array_text(path, file)
-            try:
-                records = json.loads(first + text)
-            except (ValueError, RecursionError) as error:
-                raise BadInput("dataset", f"{path} is broken: {error}", "a JSON array of records") from None
-            yield from (Record(number, content) for number, content in enumerate(records, start=1))
-            return
-    if first not in ("{", ""):
-        raise BadInput("dataset", f"{path} beginning with {first!r}", "a JSON array, or one object per line")
-    records = list(_jsonl(path))
-    if records and all(record.problem is not None for record in records):
-        raise BadInput("dataset", f"{path}, one JSON object over several lines or broken lines throughout",
-                       "a JSON array of records, or one object per line")  # fmt: skip
-    yield from records
-
-
-def _array_text(path: Path, file: Any) -> str:
-    """What follows the bracket of a JSON array, read in pieces: a packed file does not say how much it is."""
-    pieces, size = [], 0
-    while piece := file.read(2**20):
-        size += len(piece)
-        limits.require_expansion(path, size)
-        limits.require_size("dataset", path, size, limits.LARGEST_ARRAY, "an array (or JSONL of any size)")
-        pieces.append(piece)
-    return "".join(pieces)
-
-
-def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(limits.LONGEST_LINE)  # answers are longer than the default 128 KiB at times
-    reader = csv.DictReader(_lines(path), restkey="")
-    number = 0
-    while True:
-        number += 1
-        try:
-            content = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield Record(number, None, RowProblem("wrong_type", f"{path.name}, record {number}: {error}"))
-            continue
-        if "" in content and isinstance(content[""], list):
-            problem = f"{path.name}, record {number}: more fields than the header names"
-            yield Record(number, None, RowProblem("wrong_type", problem))
-        else:
-            yield Record(number, content)
-
-
-def _pieces(batches: Iterable[Any], path: Path) -> Iterator[Any]:
-    """Batches of at most 1000 rows. Raises BadInput where too much comes out of a file: columns are packed, and a
-    value that repeats, or a row without any, takes next to nothing."""
-    import pyarrow as pa
-
-    unpacked = 0
-    for batch in batches:
-        for start in range(0, batch.num_rows, 1000):
-            piece = batch.slice(start, 1000)
-            for i, column in enumerate(piece.schema):
-                if pa.types.is_dictionary(column.type):  # each piece would count the whole dictionary
-                    piece = piece.set_column(i, column.name, piece.column(i).dictionary_decode())
-            unpacked += piece.nbytes + 8 * piece.num_rows
-            limits.require_expansion(path, unpacked)
-            yield piece
-
-
-def _table_records(batches: Iterable[Any]) -> Iterator[Record]:
-    """Records of pyarrow tables or batches. Arrow does not check text, so a broken one shows on reading."""
-    number = 0
-    for batch in batches:
-        try:
-            contents = batch.to_pylist()
-        except UnicodeDecodeError:
-            contents = [None] * batch.num_rows
-            for i in range(batch.num_rows):
-                try:
-                    yield Record(number + i + 1, batch.slice(i, 1).to_pylist()[0])
-                except UnicodeDecodeError as error:
-                    yield Record(number + i + 1, None, RowProblem("broken_utf8", str(error)))
-        else:
-            yield from (Record(number + i, content) for i, content in enumerate(contents, start=1))
-        number += len(contents)
-
-
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with open(path, "rb") as raw:  # its last eight bytes: how long the footer is, and the mark
-        raw.seek(max(path.stat().st_size - 8, 0))
-        footer, mark = (end := raw.read(8))[:4], end[4:]
-    if mark == b"PAR1":
-        size = int.from_bytes(footer, "little")
-        limits.require_size("dataset", f"{path} with a footer", size, limits.LARGEST_FOOTER, "one")
-    try:
-        with pq.ParquetFile(path) as file:
-            about = file.metadata
-            limits.require_expansion(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
-            yield from _table_records(_pieces(file.iter_batches(1000), path))
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
-
-
-def _arrow(path: Path) -> Iterator[Record]:
-    """Arrow IPC, as a file or (what `datasets` writes) a stream."""
-    import pyarrow as pa
-
-    try:
-        with pa.memory_map(str(path)) as source:
-            try:
-                reader: Any = pa.ipc.open_stream(source)
-                batches: Iterable[Any] = reader
-            except pa.ArrowInvalid:
-                source.seek(0)
-                reader = pa.ipc.open_file(source)
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            yield from _table_records(_pieces(batches, path))
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
-
-
-_READERS = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-    ".json": _json,
-    ".csv": _csv,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-}
-
-
 def _dataset_records(dataset: Any, most: int | None) -> Iterator[Record]:
-    return islice(_table_records(dataset.with_format("arrow").iter(min(most or 1000, 1000))), most)
+    return islice(table_records(dataset.with_format("arrow").iter(min(most or 1000, 1000))), most)
 
 
 def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterator[Record]:
@@ -349,7 +156,12 @@ def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterato
     for state in path.rglob("state.json"):  # it names the files that are read
         _require_own_files(state)
     require_inside(path, path.rglob("*"), "dataset")
-    found = load_from_disk(str(path))
+    try:
+        found = load_from_disk(str(path))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput("dataset", f"{shown}, which cannot be read ({error})",
+                       "a folder written by `save_to_disk`, or one without state.json and dataset_dict.json"
+                       ) from None  # fmt: skip
     splits = {"train": found} if isinstance(found, Dataset) else dict(found)
     name = _split_name(split, splits, shown)
     return _part(split, name, lambda: _dataset_records(splits[name], None), most)

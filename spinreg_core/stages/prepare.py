@@ -35,6 +35,7 @@ from spinreg_core.data.split import IntArray, given_heldout, split_rows
 from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
+from spinreg_core.logprobs import require_loadable
 from spinreg_core.model_source import (
     link_policy,
     model_fingerprint,
@@ -42,7 +43,7 @@ from spinreg_core.model_source import (
     resolve_model,
     tokenizer_folder,
 )
-from spinreg_core.objects import fingerprint, publish, read_manifest
+from spinreg_core.objects import fetch_file, fingerprint, publish, read_manifest
 from spinreg_core.progress import Progress
 from spinreg_core.render import Renderer
 from spinreg_core.stages.job import Job, main
@@ -70,13 +71,25 @@ def run(job: Job) -> dict[str, Any]:
         print(f"warning: {renderer.written_before_warning}", flush=True)
     data = prepare_data(job, selected, heldout, renderer)
     folder = resolve_model(config.model, cache_folder())
-    require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id])
+    largest = _largest_id(job, data["object_id"])
+    require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id, largest])
+    require_loadable(folder)
     if config.training.lora_rank is not None:
         require_adaptable(folder, config)
     base = prepare_base(job, folder)
     result = {"base": base["object_id"], "data": data["object_id"], "summary": data["metrics"]}
     (job.workdir / "result.json").write_text(json.dumps(result, indent=1))
     return data | {"base": base["object_id"]}
+
+
+def _largest_id(job: Job, data: str) -> int:
+    """The largest token id in the rows of an object."""
+    store, largest = open_store(job.store), 0
+    for name in ("train", "heldout"):
+        with pq.ParquetFile(fetch_file(store, data, f"{name}.parquet")) as file:
+            for batch in file.iter_batches(1000, columns=["prompt_ids", "answer_ids"]):
+                largest = max([largest, *(pc.max(column.flatten()).as_py() or 0 for column in batch.columns)])
+    return largest
 
 
 def _tell(loaded: Loaded) -> None:

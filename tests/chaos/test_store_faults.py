@@ -16,7 +16,7 @@ from s3fs import S3FileSystem
 from servers import S3Server
 
 from spinreg_core import s3_store
-from spinreg_core.errors import BadInput, Conflict, StoreFailed
+from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.s3_store import S3Store
 from spinreg_core.store import PART_BYTES
 
@@ -115,6 +115,6 @@ def test_what_does_not_pass_is_not_tried_again(behind: Behind, monkeypatch: pyte
     S3FileSystem.clear_instance_cache()
     store = S3Store("s3://spinreg/wrong-key")
     before = proxy.requests
-    with pytest.raises(PermissionError):
+    with pytest.raises(StoreRefused, match="SignatureDoesNotMatch"):
         store.read("a")
     assert proxy.requests - before <= 2

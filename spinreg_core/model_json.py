@@ -1,0 +1,32 @@
+"""The JSON files of a model folder, read in one way.
+
+Decides: that a file which is no JSON object is bad input. Leaves out: what the files say (`model_source.py`,
+`render.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.errors import BadInput
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no file. Raises BadInput."""
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError, OSError) as error:
+        raise BadInput("model", f"{path}, which cannot be read ({error})", "a JSON object") from None
+    if not isinstance(found, dict):
+        raise BadInput("model", f"{path} with a {type(found).__name__} in it", "a JSON object")
+    return found
+
+
+def first_line(error: Exception) -> str:
+    """What a library says, less its advice."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"{first} {more[0]}" if more and first.endswith(":") else first

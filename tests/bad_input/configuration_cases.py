@@ -1,0 +1,127 @@
+"""Configurations that cannot be meant, files that hold none, and parameters that say nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from feeding import Case, Place, table
+
+from spinreg_core.resolve import LARGEST_FILE, assignments, load_config_file, resolve
+from spinreg_core.store import open_store
+
+CASES: list[Case] = []
+case = table(CASES, "start")
+
+FILES: dict[str, tuple[str, str | bytes]] = {
+    "a file of more than a megabyte": ("run.yaml", b"#" * (LARGEST_FILE + 1)),
+    "a file that is not UTF-8": ("run.yaml", "run: dömö".encode("latin-1")),
+    "YAML that does not parse": ("run.yaml", "objective: {alpha: 0.5"),
+    "JSON that does not parse": ("run.json", '{"objective": {"alpha": 0.5'),
+    "YAML that names a Python object": ("run.yaml", "run: !!python/object/apply:os.getcwd []"),
+    "a list": ("run.yaml", "- alpha\n- beta\n"),
+    "a sentence": ("run.yaml", "please align my model"),
+    "a field given twice in YAML": ("run.yaml", "objective:\n  beta: 0.1\n  alpha: 0.5\n  beta: 5.0\n"),
+    "a field given twice in JSON": ("run.json", '{"rounds": 1, "rounds": 3}'),
+    "YAML nested a thousand deep": ("run.yaml", "[" * 1000),
+    "JSON nested a hundred thousand deep": ("run.json", "[" * 100_000),
+    "a field whose name is a number": ("run.yaml", "1: 2\n"),
+    "YAML that repeats itself to billions of words": (
+        "run.yaml",
+        "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)),
+    ),
+}
+
+VALUES: dict[str, dict[str, Any]] = {
+    "a field that does not exist": {"objective": {"lambda": 0.1}},
+    "a group that does not exist": {"optimizer": {"learning_rate": 1e-6}},
+    "a value where a group is": {"objective": 0.5},
+    "a number out of its range": {"objective": {"alpha": 1.5}},
+    "no number": {"objective": {"beta": "a lot"}},
+    "a number that is none": {"objective": {"alpha": float("nan")}},
+    "a time without an end": {"resources": {"lease_seconds": float("inf")}},
+    "a value that is none of the choices": {"objective": {"link": "sigmoid"}},
+    "an empty schedule": {"training": {"learning_rate": []}},
+    "several wrong fields at once": {"seed": -1, "training": {"epochs": 0, "optimizer": "sgd"}},
+    "a run name that leaves its folder": {"run": "../other"},
+    "rounds and until_round": {"rounds": 2, "until_round": 3},
+    "several machines and no place to meet": {"resources": {"nodes": 2}},
+    "a port that does not exist": {"resources": {"nodes": 2, "rendezvous": "trainer:70000"}},
+    "answers longer than the rows": {"generation": {"max_new_tokens": 600}},
+    "prompts that leave no room for an answer": {"data": {"max_length": 512}},
+    "more weights than history": {"opponent": {"history": 2, "weighting": [0.5, 0.3, 0.2]}},
+    "weights without the newest iterate": {"opponent": {"weighting": [0.0, 1.0]}},
+    "a share of replay where all is replay": {"opponent": {"replay_share": 0.5}},
+    "one named column of two": {"data": {"prompt_column": "question"}},
+    "named columns in a format that has its own": {
+        "data": {"prompt_column": "q", "response_column": "a", "format": "messages"}
+    },
+    "a count of records, and a part of a split": {"data": {"max_records": 10, "split": "train[:5%]"}},
+    "an argument of the template that is ours": {"data": {"template_arguments": {"tokenize": True}}},
+    "a broken regular expression": {"data": {"drop_patterns": ["(unclosed"]}},
+    "LoRA's scale without LoRA": {"training": {"lora_alpha": 32}},
+    "LoRA, published in bfloat16": {"training": {"lora_rank": 8, "save_dtype": "bfloat16"}},
+    "LoRA, and averages of policies": {"training": {"lora_rank": 8, "average": "ema"}},
+    "settings of averages without averages": {"training": {"average_weight": 0.9}},
+    "a password in the store's address": {"store": "s3://user:secret@bucket/runs"},
+    "a data set's address with a password": {"dataset": "https://user:secret@example.org/rows.jsonl"},
+}
+
+
+for what, (name, content) in FILES.items():
+    case(f"configuration file: {what}")(
+        lambda place, name=name, content=content: resolve({}, place.write(name, content))
+    )
+for what, values in VALUES.items():
+    case(what)(lambda place, values=values: resolve(values))
+
+
+@case("configuration file: none there")
+def _(place: Place) -> object:
+    place.patch.chdir(place.folder)
+    return load_config_file("nowhere.yaml")
+
+
+@case("configuration file: a folder")
+def _(place: Place) -> object:
+    return load_config_file(str(place.folder))
+
+
+@case("configuration file: at an address of no known kind")
+def _(place: Place) -> object:
+    return load_config_file("nfs://server/run.yaml")
+
+
+@case("a parameter without a value")
+def _(place: Place) -> object:
+    return assignments(["objective.alpha"])
+
+
+@case("a parameter without a name")
+def _(place: Place) -> object:
+    return resolve(assignments(["=1"]))
+
+
+@case("a field of something that was given as a value")
+def _(place: Place) -> object:
+    return assignments(["objective=1", "objective.alpha=1"])
+
+
+@case("a store of a kind there is none of")
+def _(place: Place) -> object:
+    return open_store("gs://bucket/runs")
+
+
+@case("a store in the folder of a user who does not exist")
+def _(place: Place) -> object:
+    return open_store("~no-such-user/runs")
+
+
+@case("a store whose name has a NUL in it")
+def _(place: Place) -> object:
+    return open_store("runs\0").check()
+
+
+@case("a store whose name is longer than names can be")
+def _(place: Place) -> object:
+    return open_store(str(place.folder / ("x" * 300))).check()

@@ -1,0 +1,111 @@
+"""docs/bad-input.md, out of what the cases come to. `python tests/bad_input/page.py` writes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs/bad-input.md"
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "tests"), str(ROOT)]
+
+import configuration_cases  # noqa: E402
+import data_cases  # noqa: E402
+import feeding  # noqa: E402
+import model_cases  # noqa: E402
+import pytest  # noqa: E402
+import run_cases  # noqa: E402
+import store_cases  # noqa: E402
+from feeding import NOTICED, Case, Place, message  # noqa: E402
+from servers import S3Server, s3_server  # noqa: E402
+
+from spinreg_core.errors import SpinregError  # noqa: E402
+
+AREAS: dict[str, ModuleType] = {
+    "Configuration": configuration_cases,
+    "Data": data_cases,
+    "Models": model_cases,
+    "Store": store_cases,
+    "Runs": run_cases,
+}
+CASES: list[Case] = [case for module in AREAS.values() for case in module.CASES]
+
+HEAD = f"""\
+<!-- Made by tests/bad_input/page.py out of what its cases came to. Change the code or the cases, not this page. -->
+# What is refused, and how
+
+Every row was fed to spinreg by a test, and the message is what came out: to the letter, but for FOLDER (where the test
+worked), HOST, PORT, PID, TIME, SIZE, SHA256 and FINGERPRINT. A message names where something is wrong, what was found
+there, and what was expected.
+
+When something is noticed:
+
+- **start**: by {NOTICED["start"]};
+- **prepare**: by {NOTICED["prepare"]}, which reads data and model on the CPU. Nothing has been sampled, scored or
+  trained;
+- **use**: by {NOTICED["use"]}, because it came to be wrong after the run had begun.
+
+What ends a command or a stage is one of these errors and no traceback: `BadInput` and `ConfigChanged` (exit status 65;
+nobody retries them), `Damaged` and `Removed` (74; `spinreg verify` tells more), `LeaseHeld` (75), `LeaseLost`, and
+`StoreRefused` and `StoreFailed` (1; retried, because credentials are renewed and disks are emptied).
+"""
+
+
+def cell(text: str) -> str:
+    """Verbatim, in a cell of a Markdown table."""
+    lines = []
+    for line in text.splitlines():
+        ticks = "``" if "`" in line else "`"
+        pad = " " if line.startswith(("`", " ")) or line.endswith("`") else ""
+        lines.append(ticks + pad + line.replace("|", "\\|") + pad + ticks)
+    return "<br>".join(lines)
+
+
+def row(case: Case, text: str) -> str:
+    return f"| {case.what} | {case.noticed} | {case.error.__name__} | {cell(text)} |"
+
+
+def page(told: Callable[[Case], str]) -> str:
+    """`told`: the message of a case."""
+    parts = [HEAD]
+    for area, module in AREAS.items():
+        parts += [f"\n## {area}\n\n| Given | Noticed | Error | Message |\n|---|---|---|---|\n"]
+        parts += [row(case, told(case)) + "\n" for case in module.CASES]
+    return "".join(parts)
+
+
+def outcome(case: Case, server: Callable[[], S3Server]) -> tuple[SpinregError, str]:
+    """The error a case ends with, and its message. Any other error, or none, is raised."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        place = Place(Path(folder), patch, server)
+        try:
+            found = case.feed(place)
+        except SpinregError as error:
+            return error, message(error, place)
+    raise AssertionError(f"{case.what}: nothing was noticed; {found!r}"[:300])
+
+
+@contextlib.contextmanager
+def lazily() -> Iterator[Callable[[], S3Server]]:
+    """A real S3 server that starts when it is asked for."""
+    with contextlib.ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(s3_server(Path(stack.enter_context(tempfile.TemporaryDirectory())))))
+
+
+def main() -> None:
+    with lazily() as server:
+        told: dict[Any, str] = {case: outcome(case, server)[1] for case in CASES}
+    PAGE.write_text(page(told.__getitem__))
+    print(f"{len(CASES)} cases are in {os.path.relpath(PAGE)}")
+
+
+if __name__ == "__main__":
+    assert feeding.Case is Case
+    main()

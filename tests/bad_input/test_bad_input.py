@@ -1,0 +1,56 @@
+"""What is wrong ends in one clear error of ours, before anything is sampled or trained where that can be known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from feeding import NOTICED, Case
+from page import AREAS, CASES, PAGE, outcome, page
+from servers import S3Server
+
+from spinreg_core.errors import BadInput, LeaseHeld, LeaseLost, SpinregError, StoreFailed
+
+# Noticed late although nothing changed after the start: what only meets when two rounds are mixed.
+LATE = {"a policy and a base with different vocabularies", "an adapter for another base"}
+Fed = Callable[[Case], tuple[SpinregError, str]]
+
+
+@pytest.fixture(scope="module")
+def fed(request: pytest.FixtureRequest) -> Fed:
+    """The outcome of a case, which is fed once."""
+
+    def server() -> S3Server:
+        found: S3Server = request.getfixturevalue("s3_server")
+        return found
+
+    return cache(lambda case: outcome(case, server))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
+def test_one_clear_error(case: Case, fed: Fed) -> None:
+    error, text = fed(case)
+    assert type(error) is case.error
+    assert case.noticed in NOTICED
+    if isinstance(error, BadInput) and text.startswith("the run configuration is not valid"):
+        for line in text.splitlines()[1:]:
+            assert re.match(r"  - [\w.]+: \S", line), "where"
+            assert "found" in line or re.match(r"  - (configuration|data|opponent|training): .*\w[._]\w", line)
+    elif not isinstance(error, LeaseHeld | LeaseLost) and case.error.__name__ not in ("ConfigChanged", "Removed"):
+        found = "did not do it" if case.error is StoreFailed else r"found .*\S; expected \S"
+        assert re.match(rf"\S.*: .*{found}", text, re.DOTALL), "where, what was found, what was expected"
+
+
+def test_there_are_many_and_the_page_shows_what_they_come_to(fed: Fed) -> None:
+    assert len(CASES) >= 60
+    assert len({case.what for case in CASES}) == len(CASES)
+    assert all(len(module.CASES) >= 25 for module in AREAS.values())
+    assert page(lambda case: fed(case)[1]) == PAGE.read_text(), "python tests/bad_input/page.py writes it anew"
+
+
+def test_what_can_be_known_before_is_known_before() -> None:
+    for area in ("Configuration", "Data", "Models"):
+        late = {case.what for case in AREAS[area].CASES if case.noticed == "use"}
+        assert all(what in LATE or what.startswith("an adapter ") for what in late)

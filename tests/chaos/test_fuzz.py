@@ -1,0 +1,268 @@
+"""Whatever stands in a document of the store, a configuration or a data set: what comes out is an error of ours, or
+none. Few examples by default; many with SPINREG_CHAOS=long."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spinreg_core import documents
+from spinreg_core.config import DataConfig, RunConfig
+from spinreg_core.data import load_rows, require_usable
+from spinreg_core.errors import SpinregError
+from spinreg_core.head import ROUND_STAGES, open_session, read_config, read_head
+from spinreg_core.objects import commit_part, fetch_folder, fetch_part, list_parts, publish, read_record
+from spinreg_core.removal import find
+from spinreg_core.resolve import assignments, resolve, show
+from spinreg_core.retention import store_needs
+from spinreg_core.stages.job import Job
+from spinreg_core.status import status
+from spinreg_core.store import FolderStore
+from spinreg_core.verify import verify
+
+MANY = 30 if os.environ.get("SPINREG_CHAOS") == "long" else 1
+QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def examples(count: int) -> Callable[[Any], Any]:
+    return settings(max_examples=count * MANY, deadline=None, suppress_health_check=QUIET, derandomize=MANY == 1)
+
+
+ODD_TEXTS = st.sampled_from(["", "..", "a/../b", "/etc/passwd", "\0", "x" * 300, "\ud800", "nan", "all", "auto"])
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([10**12, -(10**30), 10**400]) | st.floats()
+    | st.text(max_size=6) | ODD_TEXTS
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Paths to everything in a document."""
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        found += places(inner, (*path, key))
+    return found
+
+
+def edited(document: Any, path: tuple[Any, ...], value: Any, *, gone: bool) -> Any:
+    """The document with another value at a path, or none."""
+    document = json.loads(json.dumps(document))
+    place = document
+    for key in path[:-1]:
+        place = place[key]
+    if gone:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return document
+
+
+def broken(raw: bytes, draw: st.DataObject) -> bytes:
+    """Bytes cut, with some of them changed, or with others in their middle."""
+    seed = random.Random(draw.draw(st.integers(0, 2**32)))
+    for _ in range(seed.randint(1, 3)):
+        at = seed.randrange(len(raw) + 1)
+        kind = seed.randrange(4)
+        if kind == 0:
+            raw = raw[:at]
+        elif kind == 1:
+            raw = raw[:at] + bytes([seed.randrange(256)]) + raw[at + 1 :]
+        elif kind == 2:
+            raw = (
+                raw[:at] + seed.choice([b"\0", b'"', b"[" * 2000, b"\xff\xfe", b"\n", b"1e999", b"{}", b","]) + raw[at:]
+            )
+        else:
+            other = seed.randrange(len(raw) + 1)
+            raw = raw[: min(at, other)] + raw[max(at, other) :]
+    return raw
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
+    """A run of one round: small files, made by the real writers."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    found = FolderStore(folder / "store")
+    config = RunConfig(store=str(found.root))
+    (folder / "made/policy").mkdir(parents=True)
+    (folder / "made/policy/weights").write_bytes(b"w")
+
+    def make(stage: str, number: int) -> str:
+        job = Job(stage, f"{stage}-{number}", {}, found.url, "e1-test", number, {"data": "data-0"}, config, folder)
+        publish(found, job, folder / "made", metrics={}, seconds=1.0)
+        if stage == "generate":
+            record = read_record(found, job.object_id)
+            assert record is not None
+            commit_part(found, job, "shard-00000", record["files"], {"drawn": "x"})
+        return job.object_id
+
+    with open_session(found, config, "test") as session:
+        session.begin_advance("test", 1, None)
+        session.commit_inputs(make("base", 0), make("data", 0))
+        session.commit(0, "evaluate", make("evaluate", 0))
+        for stage in ROUND_STAGES:
+            session.commit(1, stage, make(stage, 1))
+        session.finish_advance()
+    return found
+
+
+def read_all(store: FolderStore) -> None:
+    """Everything that reads the documents of a run, each by itself."""
+    readers: list[Callable[[], object]] = [
+        lambda: read_head(store, "demo"),
+        lambda: read_config(store, "demo"),
+        lambda: status(store, "demo"),
+        lambda: verify(store, "demo"),
+        lambda: find(store, store_needs(store)),
+        lambda: fetch_folder(store, "base-0", "policy"),
+        lambda: [fetch_part(store, part) for part in list_parts(store, "generate-1").values()],
+    ]
+    for reader in readers:
+        with contextlib.suppress(SpinregError):
+            reader()
+
+
+DOCUMENTS = (
+    "runs/demo/head.json", "runs/demo/run.json", "objects/base-0/manifest.json",
+    "objects/generate-1/parts/shard-00000.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", DOCUMENTS)
+@examples(20)
+@given(draw=st.data())
+def test_documents(store: FolderStore, key: str, draw: st.DataObject) -> None:
+    path = store.root / key
+    sound = path.read_bytes()
+    try:
+        if draw.draw(st.integers(0, 3)) == 0:
+            path.write_bytes(broken(sound, draw))
+        else:
+            document = json.loads(sound)
+            where = draw.draw(st.sampled_from(places(document)))
+            changed = edited(document, where, draw.draw(VALUES), gone=draw.draw(st.integers(0, 4)) == 0)
+            path.write_bytes(json.dumps(changed).encode())
+        read_all(store)
+    finally:
+        path.write_bytes(sound)
+
+
+@examples(40)
+@given(value=VALUES)
+def test_anything_in_place_of_a_document(store: FolderStore, value: Any) -> None:
+    for key in DOCUMENTS:
+        for found in (value, {"schema": value}, {"schema": documents.SCHEMA, "files": value, "lease": value}):
+            with contextlib.suppress(SpinregError):
+                documents.parse(store, key, json.dumps(found).encode())
+
+
+@examples(50)
+@given(draw=st.data())
+def test_configurations(draw: st.DataObject) -> None:
+    sound = RunConfig().model_dump(mode="json")
+    values: Any = sound
+    for _ in range(draw.draw(st.integers(1, 2))):
+        where = draw.draw(st.sampled_from(places(values)))
+        values = edited(values, where, draw.draw(VALUES), gone=False)
+    with contextlib.suppress(SpinregError):
+        config = resolve(values)
+        show(config)
+        assert resolve(config.model_dump(mode="json")) == config, "what is written down is read back"
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+@examples(8)
+@given(draw=st.data())
+def test_configuration_files(tmp_path: Path, suffix: str, draw: st.DataObject) -> None:
+    sound = RunConfig().model_dump(mode="json")
+    text = json.dumps(sound) if suffix == "json" else yaml.safe_dump(sound)
+    (tmp_path / f"run.{suffix}").write_bytes(broken(text.encode(), draw))
+    with contextlib.suppress(SpinregError):
+        show(resolve({}, str(tmp_path / f"run.{suffix}")))
+
+
+@examples(50)
+@given(items=st.lists(st.text('abc.=1[]{}"', max_size=12) | ODD_TEXTS, max_size=4))
+def test_parameters(items: list[str]) -> None:
+    with contextlib.suppress(SpinregError):
+        resolve(assignments(items))
+
+
+ROWS: list[Any] = [{"prompt": f"What is {i}?", "answer": f"It is {i}."} for i in range(8)]
+TURNS: list[Any] = [
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {i}?"},
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": i}}}]},
+            {"role": "tool", "content": "1"},
+            {"role": "assistant", "content": f"It is {i}.", "reasoning_content": "One."},
+        ],
+        "tools": [{"name": "f", "parameters": {}}],
+    }
+    for i in range(8)
+]
+
+
+def parquet() -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(ROWS), sink)
+    return sink.getvalue()
+
+
+def arrow() -> bytes:
+    sink = io.BytesIO()
+    whole = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(sink, whole.schema) as writer:
+        writer.write_table(whole)
+    return sink.getvalue()
+
+
+FILES: dict[str, bytes] = {
+    "rows.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS + TURNS).encode(),
+    "rows.json": json.dumps(TURNS).encode(),
+    "rows.csv": b"prompt,answer\n" + b"".join(b'"What, is %d?",It is.\n' % i for i in range(8)),
+    "rows.parquet": parquet(),
+    "rows.arrow": arrow(),
+}
+
+
+def load(path: Path) -> None:
+    with contextlib.suppress(SpinregError):
+        config = DataConfig(turns="all", max_bad_share=0.5)
+        loaded = load_rows(str(path), config)
+        require_usable(loaded, loaded.rejected, config.max_bad_share)
+
+
+@pytest.mark.parametrize("name", FILES)
+@examples(25)
+@given(draw=st.data())
+def test_data_files(tmp_path: Path, name: str, draw: st.DataObject) -> None:
+    (tmp_path / name).write_bytes(broken(FILES[name], draw))
+    load(tmp_path / name)
+
+
+@examples(50)
+@given(draw=st.data())
+def test_records(tmp_path: Path, draw: st.DataObject) -> None:
+    records = []
+    for record in (ROWS[0], TURNS[0], TURNS[1]):
+        where = draw.draw(st.sampled_from(places(record)))
+        records.append(edited(record, where, draw.draw(VALUES), gone=draw.draw(st.booleans())))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    load(tmp_path / "rows.jsonl")
