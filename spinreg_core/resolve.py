@@ -80,24 +80,6 @@ def load_config_file(location: str) -> dict[str, Any]:
     return content
 
 
-def _require_plain(content: object) -> None:
-    """Raise ValueError where aliases of YAML, which may repeat each other, stand for more than a file could hold."""
-    left, todo = LARGEST_FILE, [content]
-    while todo:
-        one = todo.pop()
-        left -= len(one) if isinstance(one, str) else 1
-        if left < 0:
-            raise ValueError("its aliases stand for more than a file may hold")
-        todo += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
-
-
-def _place(error: yaml.MarkedYAMLError) -> str:
-    """What YAML says, without the line it quotes: a file that is no configuration may hold anything, and this is shown
-    in logs."""
-    mark = error.problem_mark
-    return f"{error.problem}" + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
-
-
 def assignments(items: Iterable[str]) -> dict[str, Any]:
     """`GROUP.FIELD=VALUE` of command lines as nested mappings; VALUE is JSON, or else text. Raises BadInput."""
     values: dict[str, Any] = {}

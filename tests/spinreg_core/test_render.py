@@ -292,5 +292,5 @@ def test_tools_reach_the_template() -> None:
 
 
 def test_arguments_that_are_ours_are_refused() -> None:
-    with pytest.raises(ValueError, match="tokenize: spinreg itself says these to the template"):
+    with pytest.raises(ValueError, match="found tokenize; expected other names: spinreg itself says these"):
         DataConfig(template_arguments={"tokenize": True})
