@@ -194,7 +194,7 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("a.yaml", b"- run: x\n", "found a list; expected a mapping of field names to values"),
-        ("a.yaml", b"just text\n", "found a str; expected a mapping"),
+        ("a.yaml", b"just text\n", "found text; expected a mapping"),
         ("a.json", b"[1, 2]", "found a list; expected a mapping"),
         ("a.yaml", b"run: [unclosed\n", "found text that does not parse"),
         ("a.yaml", b"run: x\n\tseed: 1\n", "found text that does not parse"),
