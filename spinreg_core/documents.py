@@ -28,8 +28,8 @@ SCHEMA = 1
 def _inside(name: str) -> str:
     try:
         return checked(name)
-    except BadInput:
-        raise ValueError("a relative path without '.', '..' or empty parts") from None
+    except BadInput as error:
+        raise ValueError(str(error).partition("; expected ")[2]) from None
 
 
 Name = Annotated[str, AfterValidator(_inside)]

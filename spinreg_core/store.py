@@ -25,6 +25,7 @@ from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _SYNC_BYTES = 256 * 2**20
+_LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 class Listed(NamedTuple):
@@ -149,6 +150,9 @@ def refusals(what: str) -> Iterator[None]:
 def checked(key: str) -> str:
     if not stays_inside(key.removesuffix("/")):
         raise BadInput("store key", repr(key), "a relative path without '.', '..', control characters or empty parts")
+    raw = key.encode(errors="replace")
+    if "\0" in key or raw.decode() != key or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
+        raise BadInput("store key", repr(key), f"names of UTF-8 without NUL, of at most {_LONGEST_NAME} bytes")
     return key
 
 
