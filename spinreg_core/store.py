@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.errors import BadInput, Conflict, StoreFailed
 from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
@@ -133,13 +133,27 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _temporary(self, path: Path) -> Iterator[Path]:
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+        with self._room():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with moving(f"writing {path}"):
+                    yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Say where there is none left. Raises StoreFailed: it is the user who can make some."""
         try:
-            with moving(f"writing {path}"):
-                yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StoreFailed(
+                f"{self.url}: {os.strerror(error.errno)}; what was committed stays. Free some (`spinreg gc` lists what "
+                "no run needs any more), and the same command goes on from there"
+            ) from error
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -167,7 +181,7 @@ class FolderStore:
     def replace(self, key: str, data: bytes, tag: str) -> str:
         path = self._path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path.parent / f".lock-{path.name}", "w") as lock:
+        with self._room(), open(path.parent / f".lock-{path.name}", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             current = self.read_tagged(key)
             if current is None or current[1] != tag:

@@ -35,6 +35,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.extend([str(TESTS.parent), str(TESTS), str(TESTS / "e2e")])
 
+from deployed import FlowRun, deploy  # noqa: E402
 from scenes import frozen, full_disk, may_mount, server_killed, two_at_once, under_faults, unmount  # noqa: E402
 from servers import PrefectServer, S3Server, prefect_server, s3_server  # noqa: E402
 from trial import Killer, Lost, Run, kill_through, result  # noqa: E402
@@ -125,6 +126,15 @@ class Harness:
             say(f"{len(plan)} kills, {processes} processes, on {on}")
             self.see(run, lambda run=run, plan=plan: kill_through(run, self.killer, plan, say))
             number += 1
+
+    def by_worker(self) -> None:
+        if self.in_time("runs by a worker"):
+            deploy(self.server)
+            run = self.run("worker")
+            run.starter = FlowRun
+            say("4 kills of a run by a Prefect worker, which may be one of the victims")
+            plan = self.killer.plan(run.places()[2:], 4)
+            self.see(run, lambda: kill_through(run, self.killer, plan, say))
 
     def faulty(self, highest: float, kills: int) -> None:
         if self.in_time(f"faults at {highest:.0%}"):
@@ -218,7 +228,7 @@ def faults(harness: Harness) -> None:
 
 SCENES: dict[str, Callable[[Harness], None]] = {
     "flows": Harness.flows, "disk": Harness.disk, "server": Harness.store_server, "faults": faults,
-    "kills": Harness.killed,
+    "worker": Harness.by_worker, "kills": Harness.killed,
 }  # fmt: skip
 
 

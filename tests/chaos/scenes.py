@@ -23,6 +23,7 @@ from victims import end_all, living
 from spinreg_core.head import complete_round, read_head
 
 Say = Callable[[str], None]
+FULL = "No space left on device; what was committed stays."
 HELD = 75  # exit status of a flow that found another one at work
 MIDDLE = ("round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
 
@@ -87,9 +88,9 @@ def full_disk(run: Run, mounted: Path, size: int, say: Say) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)], check=True)
     try:
         status = run.wait(run.start())
-        last = run.said().strip().splitlines()[-1]
-        say(f"  {run.name}: full at {size / 1e6:.1f} MB; status {status}: {last[:300]}")
-        if status != 1 or "No space left on device" not in run.said() or not last.startswith("spinreg: "):
+        error = run.log.read_text().rpartition("\nspinreg: ")[2].strip()
+        say(f"  {run.name}: full at {size / 1e6:.1f} MB; status {status}: {error.splitlines()[-1].strip()}")
+        if status != 1 or FULL not in error or "Traceback" in error:
             raise Lost(f"{run.name}: expected status 1 and one error that names the full disk; found {run.said()}")
         run.check_committed()
         subprocess.run(["mount", "-o", f"remount,size={100 * size}", str(mounted)], check=True)
@@ -118,6 +119,7 @@ def frozen(run: Run, killer: Killer, with_stages: bool, say: Say) -> None:
     """A flow is frozen in the middle of a stage, alone or with all its processes; another takes its lease; it wakes."""
     place = killer.draw.choice(MIDDLE)
     first, begin = run.start(), time.monotonic()
+    assert isinstance(first, subprocess.Popen)
     try:
         wait_until(lambda: run.attempts.begun([place], begin), first, run.log)
         time.sleep(killer.delay(place) / 2)

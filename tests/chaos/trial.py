@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from attempts import Attempts
 from runs import SMOKE, environment, generations, outcome, start
@@ -29,6 +29,16 @@ from spinreg_core.verify import verify
 WORK = {"data.prompts_per_round": 24, "generation.max_new_tokens": 48, "training.epochs": 10,
         "evaluation.bootstrap": 100, "resources.retry_delay_seconds": 0.5}  # fmt: skip
 PATIENCE = 900.0  # seconds until one start of a run is given up
+
+
+class Started(Protocol):
+    """One start of a run: a process, or what is asked like one."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
 
 
 class Lost(Exception):
@@ -54,6 +64,7 @@ class Run:
     rounds: int
     processes: int = 1
     env: dict[str, str] = field(default_factory=dict)
+    starter: Callable[[Run], Started] | None = None  # where it is not the command `python -m flows.spin`
     starts: int = 0
 
     def __post_init__(self) -> None:
@@ -65,14 +76,16 @@ class Run:
         self.losses: list[str] = []
         self._known: dict[str, Any] = {}
 
-    def command(self) -> list[str]:
-        more = WORK | {"resources.processes": self.processes}
-        given = [part for name, value in more.items() for part in ("-p", f"{name}={value}")]
-        return ["--config", SMOKE, "--run", self.name, "--until-round", str(self.rounds), "--store", self.url, *given]
+    def parameters(self) -> dict[str, Any]:
+        return WORK | {"resources.processes": self.processes}
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> Started:
         self.starts += 1
-        return start(self.command(), environment(self.folder, self.server, **self.env), self.log)
+        if self.starter is not None:
+            return self.starter(self)
+        given = [part for name, value in self.parameters().items() for part in ("-p", f"{name}={value}")]
+        arguments = ["--config", SMOKE, "--run", self.name, "--until-round", str(self.rounds), "--store", self.url]
+        return start([*arguments, *given], environment(self.folder, self.server, **self.env), self.log)
 
     def places(self) -> list[str]:
         rounds = [f"round-{n}-{stage}" for n in range(1, self.rounds + 1) for stage in ROUND_STAGES]
@@ -81,14 +94,14 @@ class Run:
     def said(self, count: int = 3000) -> str:
         return self.log.read_text(errors="replace")[-count:]
 
-    def wait(self, process: subprocess.Popen[bytes]) -> int:
+    def wait(self, process: Started) -> int:
         try:
             return process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
             end_all(self.cache)
             raise Lost(f"{self.name}: nothing after {PATIENCE:.0f} s: {self.said()}") from None
 
-    def to_the_end(self, process: subprocess.Popen[bytes], disturbed: bool = False) -> None:
+    def to_the_end(self, process: Started, disturbed: bool = False) -> None:
         """Wait, and start again what ended early. Without a disturbance a start must not fail."""
         while (status := self.wait(process)) != 0:
             if not disturbed:
@@ -167,7 +180,9 @@ class Killer:
         kind = self.draw.choice([kind for kind in sorted(kinds) if self.struck.get(kind, 0) == least])
         self.struck[kind] = self.struck.get(kind, 0) + 1
         # Everything at once is what a machine does that goes down: nobody asks first.
-        return kind, signal.SIGKILL if kind in ("all", "prefect") else self.draw.choice(SIGNALS)
+        # A worker that is asked waits for its flow runs.
+        at_once = kind in ("all", "prefect", "worker")
+        return kind, signal.SIGKILL if at_once else self.draw.choice(SIGNALS)
 
 
 def kill_through(run: Run, killer: Killer, places: Sequence[str], say: Callable[[str], None]) -> None:
@@ -199,7 +214,7 @@ def kill_through(run: Run, killer: Killer, places: Sequence[str], say: Callable[
         end_all(run.cache)
 
 
-def strike_one(run: Run, killer: Killer, process: subprocess.Popen[bytes], place: str) -> Kill | None:
+def strike_one(run: Run, killer: Killer, process: Started, place: str) -> Kill | None:
     """Kill something of the run that lives, or its Prefect server. None where nothing of the run does any more."""
     alive = living(run.cache)
     alive.pop("other", None)

@@ -38,7 +38,8 @@ def _kind(pid: int, command: str, environ: list[str]) -> str:
         return "spare" if "stages.spare" in command and _is_waiting(pid) else "stage"
     if "prefect worker start" in command:
         return "worker"
-    return "flow" if "flows.spin" in command or "prefect.flow_engine" in command else "other"
+    is_flow = "-m flows.spin" in command or "prefect.engine" in command or "prefect.flow_engine" in command
+    return "flow" if is_flow else "other"
 
 
 def _is_waiting(pid: int) -> bool:
