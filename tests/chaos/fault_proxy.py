@@ -52,6 +52,14 @@ class FaultProxy:
         return True
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await self._answer(request)
+        except aiohttp.ClientError:  # there is no server behind us just now
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=502)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
         assert request.transport is not None
         if self._strikes("refused"):

@@ -23,12 +23,14 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +147,10 @@ class Harness:
 
     def store_server(self) -> None:
         if self.in_time("the store's server killed"):
-            with s3_server(self.folder / "s3-killed") as own, in_environment(own.env):
+            with s3_server(self.folder / "s3-killed") as own, in_environment(own.env), ExitStack() as servers:
                 run = self.run("store", s3=own)
                 say("the store's server killed while it is written to")
-                self.see(run, lambda: server_killed(run, self.killer, own, say))
+                self.see(run, lambda: server_killed(run, self.killer, own, servers, say))
 
     def disk(self) -> None:
         small, calm = self.folder / "small", Path(self.runs[0].url)
@@ -242,6 +244,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="what CI runs")
     arguments = parser.parse_args()
     begin = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers, mounts and folders go with it
     with (
         tempfile.TemporaryDirectory(prefix="spinreg-chaos-") as name,
         s3_server(Path(name) / "s3") as s3,

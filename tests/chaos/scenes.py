@@ -51,20 +51,21 @@ def under_faults(run: Run, killer: Killer, server: S3Server, highest: float, kil
     return proxy
 
 
-def server_killed(run: Run, killer: Killer, server: S3Server, say: Say) -> None:
+def server_killed(run: Run, killer: Killer, server: S3Server, servers: contextlib.ExitStack, say: Say) -> None:
     """SIGKILL to the store's server while files are on their way to it, in several stages; back seconds later.
 
-    The server is this scene's own.
+    The server is this scene's own; the one that runs last ends with `servers`.
     """
     environment = os.environ | {name: server.env[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-    with bad_network(run, server, {}) as proxy, contextlib.ExitStack() as servers:
+    with bad_network(run, server, {}) as proxy:
         serving, started, begin = server.running, run.start(), time.monotonic()
         try:
             for place in ("prepare", "round-1-generate", "round-1-train", "round-1-evaluate"):
                 wait_until(lambda place=place: run.attempts.begun([place], begin) and proxy.writing, started, run.log)
+                under_way = proxy.writing
                 stop(serving, signal.SIGKILL)
                 run.kills.append(Kill(place, "store", "SIGKILL", serving.poll() is not None))
-                say(f"  {run.name}: SIGKILL to the store's server in {place}, {proxy.writing} writes under way")
+                say(f"  {run.name}: SIGKILL to the store's server in {place}, {under_way} writes under way")
                 time.sleep(killer.draw.uniform(0.5, 4))
                 log = server.folder / "weed.log"
                 serving = servers.enter_context(process(server.command, log, environment))
