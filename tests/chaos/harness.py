@@ -249,7 +249,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="what CI runs")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # servers, mounts and folders go with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers, mounts and folders go with it
     with (
         tempfile.TemporaryDirectory(prefix="spinreg-chaos-") as name,
         s3_server(Path(name) / "s3") as s3,
@@ -257,13 +257,18 @@ def main() -> int:
         prefect_server(Path(name) / "prefect") as server,
     ):
         harness = Harness(arguments, Path(name), server, s3, begin)
-        if arguments.short:
-            harness.undisturbed(1)  # meanwhile: there are two cores
-            harness.faulty(0.1, 3)
-        else:
-            harness.undisturbed(1).result()
-            for scene in arguments.only or SCENES:
-                SCENES[scene](harness)
+        try:
+            if arguments.short:
+                harness.undisturbed(1)  # meanwhile: there are two cores
+                harness.faulty(0.1, 3)
+            else:
+                harness.undisturbed(1).result()
+                for scene in arguments.only or SCENES:
+                    SCENES[scene](harness)
+        except KeyboardInterrupt:
+            harness.skipped.append(
+                f"interrupted in {harness.runs.pop().name}, which does not count, and what was to follow"
+            )
         figures = harness.summary()
     print(json.dumps(figures), flush=True)
     return 1 if figures["losses"] else 0
