@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo install test lint format docs audit
+.PHONY: demo install test chaos lint format docs audit
 
 demo: install  ## two rounds of regularised self-play on a real 135M chat model
 	$(BIN)/python -m flows.spin --config deployments/configs/demo.yaml
@@ -14,6 +14,10 @@ install:  ## make or complete the virtual environment; does nothing when nothing
 # Two at a time: much of the time goes into starting processes. A file's tests stay together and share its servers.
 test: install  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Its short form is one of the tests. CHAOS="--kills 10 --minutes 20" makes it shorter.
+chaos: install  ## whole runs under at least 50 kills, faults, a full disk and second flows; half an hour or more
+	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/harness.py $(CHAOS)
 
 lint: install  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

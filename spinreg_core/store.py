@@ -144,7 +144,13 @@ def refusals(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise StoreRefused(f"{what}: found {error}; expected room, and the right to do it") from error
+        expected = "the right to do it"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            expected = (
+                "room; what was committed stays. Free some (`spinreg gc` lists what no run needs any more), and the same "
+                "command goes on from there"
+            )
+        raise StoreRefused(f"{what}: found {error}; expected {expected}") from error
 
 
 def checked(key: str) -> str:

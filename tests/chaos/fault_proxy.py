@@ -33,13 +33,14 @@ _REFUSALS = ((500, "InternalError"), (503, "SlowDown"), (503, "ServiceUnavailabl
 
 
 class FaultProxy:
-    """`rates`: fault -> probability. `happened` counts them, `requests` all."""
+    """`rates`: fault -> probability. `happened` counts them, `requests` all, `writing` the uploads that the server has
+    not answered yet."""
 
     def __init__(self, target: str, rates: dict[str, float], seed: int = 0, slow_seconds: float = 1.0) -> None:
         assert rates.keys() <= set(FAULTS), rates
         self.target, self.rates, self.slow_seconds = target, rates, slow_seconds
         self.happened: Counter[str] = Counter()
-        self.requests = 0
+        self.requests = self.writing = 0
         self.endpoint = ""
         self._draw = random.Random(seed)
         self._listings: dict[str, deque[tuple[int, dict[str, str], bytes]]] = {}
@@ -51,6 +52,14 @@ class FaultProxy:
         return True
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
+        try:
+            return await self._answer(request)
+        except aiohttp.ClientError:  # there is no server behind us just now
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=502)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
         assert request.transport is not None
         if self._strikes("refused"):
@@ -92,6 +101,13 @@ class FaultProxy:
         return web.Response(status=status, headers=headers, body=found)
 
     async def _forward(self, request: web.Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        self.writing += bool(body)
+        try:
+            return await self._ask(request, body)
+        finally:
+            self.writing -= bool(body)
+
+    async def _ask(self, request: web.Request, body: bytes) -> tuple[int, dict[str, str], bytes]:
         url = URL(self.target + request.raw_path, encoded=True)
         headers = {name: value for name, value in request.headers.items() if name.lower() not in _HOP}
         async with self._session.request(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from s3fs import S3FileSystem
 from servers import S3Server
 
-from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.errors import BadInput, Conflict, StoreFailed
 from spinreg_core.s3_store import S3Store
 from spinreg_core.store import FolderStore, Store, open_store, require_conditional_writes
 
@@ -266,3 +267,27 @@ def test_gigabytes_pass_through_s3_in_parts(s3_server: object, tmp_path: Path) -
     assert grown < 2 * 2**30 / 5, f"memory grew by {grown / 2**20:.0f} MiB"
     with open(str(big) + ".back", "rb") as file:
         assert hashlib.file_digest(file, "sha256").hexdigest() == digest.hexdigest()
+
+
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(tmp_path / "store")
+    tag = store.create("head.json", b"one")
+
+    def full(_handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    monkeypatch.setattr(os, "fsync", full)
+    for write in (
+        lambda: store.create("other.json", b"x"),
+        lambda: store.replace("head.json", b"two", tag),
+        lambda: store.write("head.json", b"two"),
+        lambda: store.upload(tmp_path / "file", "objects/file"),
+    ):
+        with pytest.raises(StoreFailed, match=r"/store: No space left on device; what was committed stays. Free some"):
+            write()
+    monkeypatch.undo()
+    assert store.read_tagged("head.json") == (b"one", tag)
+    assert store.list("runs/") == store.list("objects/") == []
+    assert store.unfinished() == []
+    store.replace("head.json", b"two", tag)

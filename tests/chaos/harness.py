@@ -1,0 +1,278 @@
+"""Whole runs under kills, faults, a full disk and second flows; each must end as the undisturbed run did.
+
+    python tests/chaos/harness.py [--kills 50] [--minutes N] [--store folder|s3] [--seed 0] [--only SCENE] [--short]
+
+`make chaos` is the long form. `--short` (CI; at most 90 s on an idle machine): one round, killed three times, behind a
+bad network. A run is the smoke configuration with more to do in every stage. The harness needs no network and leaves
+nothing; what it does is drawn from the seed, when it falls on what is up to the machine.
+
+The last line is one JSON object:
+
+    kills                  processes that lived, were sent SIGKILL or SIGTERM, and did not live afterwards
+    faults                 faulty requests between runs and their store
+    losses                 results, commits and ends that were not as promised; `lost` says which
+    work_repeated_percent  of the seconds of all attempts at stages in killed runs, those in vain: after the last shard
+                           or checkpoint of an attempt that was not committed, or all of it where it left none
+    seconds, runs, ...     of the harness
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path.extend([str(TESTS.parent), str(TESTS), str(TESTS / "e2e")])
+
+from deployed import FlowRun, deploy  # noqa: E402
+from scenes import frozen, full_disk, may_mount, server_killed, two_at_once, under_faults, unmount  # noqa: E402
+from servers import PrefectServer, S3Server, prefect_server, s3_server  # noqa: E402
+from trial import Killer, Lost, Run, kill_through, result  # noqa: E402
+
+from spinreg_core.errors import SpinregError  # noqa: E402
+
+KILLS_PER_RUN = 7
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Harness:
+    def __init__(
+        self, arguments: argparse.Namespace, folder: Path, server: PrefectServer, s3: S3Server, begin: float
+    ) -> None:
+        self.arguments, self.folder, self.server, self.s3, self.begin = arguments, folder, server, s3, begin
+        self.killer = Killer(random.Random(arguments.seed))
+        self.rounds = 1 if arguments.short else 2
+        self.runs: list[Run] = []
+        self.faults: Counter[str] = Counter()
+        self.skipped: list[str] = []
+        self.pool = ThreadPoolExecutor(1)
+        self.expected: dict[int, Future[dict[str, Any]]] = {}  # by number of processes
+        self.seconds: Counter[str] = Counter()
+
+    @property
+    def kills(self) -> int:
+        return sum(kill.hit for run in self.runs for kill in run.kills)
+
+    def in_time(self, what: str) -> bool:
+        minutes = self.arguments.minutes
+        if minutes is None or time.monotonic() - self.begin < 60 * minutes:
+            return True
+        self.skipped.append(f"{what}: the time was over")
+        return False
+
+    def run(self, what: str, *, url: str | None = None, s3: S3Server | None = None, processes: int = 1) -> Run:
+        """A run that was not started yet: in a folder of its own, at `url`, or in a store on S3."""
+        name = f"{what}-{len(self.runs)}"
+        folder = self.folder / name
+        url = s3.url(name) if s3 is not None else url or str(folder / "store")
+        run = Run(name, folder, url, self.server, self.rounds, processes, {} if s3 is None else dict(s3.env))
+        self.runs.append(run)
+        return run
+
+    def see(self, run: Run, scene: Callable[[], Any]) -> Any:
+        """Go through a scene and compare; what is lost is told and counted, and the next scene begins."""
+        before, found = len(run.losses), None
+        with run.attempts:
+            try:
+                found = scene()
+                run.compare(self.undisturbed(run.processes).result())
+            except (Lost, AssertionError, OSError, SpinregError, subprocess.SubprocessError) as error:
+                run.losses.append(f"{type(error).__name__}: {error}")
+        for line in run.losses[before:]:
+            say(f"LOST {line}")
+        if any(kill.victim != "store" for kill in run.kills):
+            with contextlib.suppress(OSError, SpinregError):  # it is told already
+                self.seconds.update(run.attempts.seconds(run.store))
+        return found
+
+    def undisturbed(self, processes: int) -> Future[dict[str, Any]]:
+        """What the run leaves that nothing is done to, once for every number of processes."""
+        if processes not in self.expected:
+            run = self.run("calm", processes=processes)
+            self.expected[processes] = self.pool.submit(self._undisturbed, run)
+        return self.expected[processes]
+
+    def _undisturbed(self, run: Run) -> dict[str, Any]:
+        begin = time.monotonic()
+        with run.attempts:
+            run.to_the_end(run.start())
+        attempts = run.attempts.all.values()
+        seconds = {attempt.place: attempt.end - attempt.begin for attempt in attempts}
+        self.killer.stage_seconds |= seconds | {"start": min(attempt.begin for attempt in attempts) - begin}
+        told = ", ".join(f"{place} {taken:.1f}" for place, taken in self.killer.stage_seconds.items())
+        say(f"the undisturbed run with {run.processes} processes took {time.monotonic() - begin:.0f} s: {told}")
+        return result(run)
+
+    def killed(self) -> None:
+        number = 0
+        while self.kills < self.arguments.kills and self.in_time(f"kills after {self.kills}"):
+            processes = 2 if number % 3 == 1 else 1
+            self.undisturbed(processes).result()
+            on = self.arguments.store or ("folder", "s3")[number % 2]
+            run = self.run("killed", s3=self.s3 if on == "s3" else None, processes=processes)
+            plan = self.killer.plan(run.places(), min(KILLS_PER_RUN, self.arguments.kills - self.kills))
+            say(f"{len(plan)} kills, {processes} processes, on {on}")
+            self.see(run, lambda run=run, plan=plan: kill_through(run, self.killer, plan, say))
+            if not run.kills:  # none ever will be
+                break
+            number += 1
+
+    def by_worker(self) -> None:
+        if self.in_time("runs by a worker"):
+            deploy(self.server)
+            run = self.run("worker")
+            run.starter = FlowRun
+            say("4 kills of a run by a Prefect worker, which may be one of the victims")
+            plan = self.killer.plan(run.places()[2:], 4)
+            self.see(run, lambda: kill_through(run, self.killer, plan, say))
+
+    def faulty(self, highest: float, kills: int) -> None:
+        if self.in_time(f"faults at {highest:.0%}"):
+            run = self.run("faulty", s3=self.s3)
+            say(f"faults in up to {highest:.0%} of the requests, and {kills} kills")
+            proxy = self.see(run, lambda: under_faults(run, self.killer, self.s3, highest, kills, say))
+            self.faults.update({} if proxy is None else proxy.happened)
+
+    def store_server(self) -> None:
+        if self.in_time("the store's server killed"):
+            with s3_server(self.folder / "s3-killed") as own, in_environment(own.env), ExitStack() as servers:
+                run = self.run("store", s3=own)
+                say("the store's server killed while it is written to")
+                self.see(run, lambda: server_killed(run, self.killer, own, servers, say))
+
+    def disk(self) -> None:
+        small, calm = self.folder / "small", Path(self.runs[0].url)
+        size = sum(path.stat().st_blocks * 512 for path in calm.rglob("*"))
+        if not may_mount(small):
+            self.skipped.append("full disk: this user cannot mount a small file system")
+            return
+        for share in (0.2, 0.5, 0.8):
+            if self.in_time(f"full disk at {share:.0%}"):
+                say(f"a disk with room for {share:.0%} of the run")
+                run, room = self.run("full", url=str(small / "store")), int(share * size)
+                try:
+                    self.see(run, lambda run=run, room=room: full_disk(run, small, room, say))
+                finally:
+                    unmount(small)
+
+    def flows(self) -> None:
+        for what in ("two flows at once", "a frozen flow", "a frozen flow with its stages"):
+            if self.in_time(what):
+                say(what)
+                run = self.run("flows")
+                if what == "two flows at once":
+                    self.see(run, lambda run=run: two_at_once(run, say))
+                else:
+                    stages = what.endswith("stages")
+                    self.see(run, lambda run=run, stages=stages: frozen(run, self.killer, stages, say))
+
+    def summary(self) -> dict[str, Any]:
+        kills = [kill for run in self.runs for kill in run.kills if kill.hit]
+        losses = [line for run in self.runs for line in run.losses]
+        share = {
+            k: round(100 * self.seconds[k] / max(self.seconds["all"], 1e-9), 1) for k in ("repeated", "uncommitted")
+        }
+        return {
+            "kills": len(kills),
+            "faults": sum(self.faults.values()),
+            "bad_inputs": None,
+            "work_repeated_percent": share["repeated"],
+            "losses": len(losses),
+            "seconds": round(time.monotonic() - self.begin),
+            "runs": len(self.runs),
+            "starts": sum(run.starts for run in self.runs),
+            "seconds_repeated_per_kill": round(self.seconds["repeated"] / max(len(kills), 1), 2),
+            "attempts_in_vain_percent": share["uncommitted"],
+            "victims": dict(Counter(kill.victim for kill in kills)),
+            "signals": dict(Counter(kill.signal for kill in kills)),
+            "places": dict(Counter(kill.place for kill in kills)),
+            "missed": sum(not kill.hit for run in self.runs for kill in run.kills),
+            "kinds_of_faults": dict(self.faults),
+            "scenes": dict(Counter(run.name.rpartition("-")[0] for run in self.runs)),
+            "skipped": self.skipped,
+            "lost": losses,
+            "seed": self.arguments.seed,
+            "load": os.getloadavg()[0],
+        }
+
+
+@contextlib.contextmanager
+def in_environment(env: dict[str, str]) -> Iterator[None]:
+    """The harness looks at stores as the runs do; s3fs keeps one connection whatever the address is."""
+    from s3fs import S3FileSystem
+
+    before = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    S3FileSystem.clear_instance_cache()
+    try:
+        yield
+    finally:
+        os.environ.update({name: value for name, value in before.items() if value is not None})
+        S3FileSystem.clear_instance_cache()
+
+
+def faults(harness: Harness) -> None:
+    for highest in (0.2, 0.1, 0.05):
+        harness.faulty(highest, 2)
+
+
+SCENES: dict[str, Callable[[Harness], None]] = {
+    "flows": Harness.flows, "disk": Harness.disk, "server": Harness.store_server, "faults": faults,
+    "worker": Harness.by_worker, "kills": Harness.killed,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="so many at least in all (default 50)")
+    parser.add_argument("--minutes", type=float, help="begin nothing more after this long")
+    parser.add_argument("--store", choices=("folder", "s3"), help="of the killed runs (default: in turn)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", action="append", choices=SCENES, help="of the long form (may be repeated)")
+    parser.add_argument("--short", action="store_true", help="what CI runs")
+    arguments = parser.parse_args()
+    begin = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers, mounts and folders go with it
+    with (
+        tempfile.TemporaryDirectory(prefix="spinreg-chaos-") as name,
+        s3_server(Path(name) / "s3") as s3,
+        in_environment(s3.env | {"SPINREG_CACHE": f"{name}/cache"}),
+        prefect_server(Path(name) / "prefect") as server,
+    ):
+        harness = Harness(arguments, Path(name), server, s3, begin)
+        try:
+            if arguments.short:
+                harness.undisturbed(1)  # meanwhile: there are two cores
+                harness.faulty(0.1, 3)
+            else:
+                harness.undisturbed(1).result()
+                for scene in arguments.only or SCENES:
+                    SCENES[scene](harness)
+        except KeyboardInterrupt:
+            harness.skipped.append(
+                f"interrupted in {harness.runs.pop().name}, which does not count, and what was to follow"
+            )
+        figures = harness.summary()
+    print(json.dumps(figures), flush=True)
+    return 1 if figures["losses"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
