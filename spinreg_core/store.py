@@ -147,8 +147,8 @@ def refusals(what: str) -> Iterator[None]:
         expected = "the right to do it"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             expected = (
-                "room; what was committed stays. Free some (`spinreg gc` lists what no run needs any more), and the same "
-                "command goes on from there"
+                "room; what was committed stays. Free some (`spinreg gc` lists what no run needs any more), and the "
+                "same command goes on from there"
             )
         raise StoreRefused(f"{what}: found {error}; expected {expected}") from error
 

@@ -23,7 +23,7 @@ from victims import end_all, living
 from spinreg_core.head import complete_round, read_head
 
 Say = Callable[[str], None]
-FULL = "No space left on device; what was committed stays."
+FULL = "what was committed stays. Free some"
 HELD = 75  # exit status of a flow that found another one at work
 MIDDLE = ("round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
 
