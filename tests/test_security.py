@@ -21,8 +21,9 @@ RUNNERS = {
     "torch.load", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle", "yaml.load", "yaml.unsafe_load",
     "yaml.full_load", "eval", "exec", "compile", "os.system", "os.popen", "torch.jit.load", "torch.hub.load",
 }  # fmt: skip
-# The rows of a data set on their way through a file without a name, which nobody else can write to.
-ALLOWED = {("spinreg_core/data/spool.py", "pickle")}
+# The rows of a data set on their way through a file without a name, which nobody else can write to; and YAML's safe
+# loader, made to notice a key that is given twice (asserted below).
+ALLOWED = {("spinreg_core/data/spool.py", "pickle"), ("spinreg_core/resolve.py", "yaml.load")}
 LOADERS = {"from_pretrained", "from_config"}
 
 
@@ -54,6 +55,15 @@ def dangers(text: str) -> Iterator[str]:
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_nothing_that_is_read_can_run(path: Path) -> None:
     assert {(name(path), danger) for danger in dangers(path.read_text())} <= ALLOWED
+
+
+def test_the_loader_of_configurations_is_yamls_safe_one() -> None:
+    from spinreg_core import resolve
+
+    assert issubclass(resolve._Loader, yaml.SafeLoader)
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse((ROOT / "spinreg_core/resolve.py").read_text()))
+             if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load"]  # fmt: skip
+    assert calls == ["yaml.load(text, _Loader)"]
 
 
 @pytest.mark.parametrize(
