@@ -27,7 +27,7 @@ SCHEMA = 1
 
 def _inside(name: str) -> str:
     try:
-        return checked(name)
+        return checked(name + "/x").removesuffix("/x")  # a key may end in a slash, a file's name may not
     except BadInput as error:
         raise ValueError(str(error).partition("; expected ")[2]) from None
 

@@ -88,7 +88,7 @@ def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
 def test_an_index_names_files_beside_it(folder: Path) -> None:
     for shards in ({"a": "../model.safetensors"}, {"a": "/etc/passwd"}, {"a": 7}, ["a"]):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-        with pytest.raises(BadInput, match="names no files beside it"):
+        with pytest.raises(BadInput, match="without a weight_map of files beside it"):
             resolve_model(str(folder), cache_folder())
 
 
@@ -120,7 +120,7 @@ def test_files_beside_the_weights_are_small(folder: Path, monkeypatch: pytest.Mo
     assert (folder / "model.safetensors").stat().st_size > size  # weights may be of any size
     assert resolve_model(str(folder), cache_folder()) == folder
     monkeypatch.setattr(model_source, "LARGEST_MODEL_FILE", size - 1)
-    monkeypatch.setattr(model_source, "_json", lambda *_: pytest.fail("opened"))
+    monkeypatch.setattr(model_source, "read_json", lambda *_: pytest.fail("opened"))
     for use in (resolve_model, tokenizer_folder):
         with pytest.raises(BadInput, match=rf"tokenizer\.json of {size} bytes; .* of at most {size - 1}"):
             use(str(folder), cache_folder())
@@ -137,7 +137,7 @@ def test_sizes_on_s3_are_known_before_anything_is_fetched(tmp_path: Path, monkey
 @pytest.mark.parametrize("text", ["[" * 200_000, "{", "[]", "7"])
 def test_a_configuration_that_is_none(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
-    with pytest.raises(BadInput, match=r"config\.json in .*, which cannot be read"):
+    with pytest.raises(BadInput, match=r"config\.json(, which cannot be read| with a \w+ in it)"):
         resolve_model(str(folder), cache_folder())
 
 
