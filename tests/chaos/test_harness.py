@@ -23,6 +23,13 @@ from spinreg_core.head import head_key
 from spinreg_core.objects import manifest_key
 from spinreg_core.store import FolderStore
 
+HEAD = {
+    "schema": 1, "run": "r", "lease": {"epoch": 1, "holder": None, "beat": 0}, "advances": [], "rounds": [],
+}  # fmt: skip
+MANIFEST = {
+    "schema": 1, "object_id": "train-a", "files": [], "inputs": {}, "stage": "train", "round": 1, "metrics": {},
+    "seconds": 1,
+}  # fmt: skip
 SLEEP = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)", "-m flows.spin"]
 
 
@@ -39,16 +46,16 @@ def test_a_kill_counts_only_where_its_victim_lived(tmp_path: Path) -> None:
 
 def test_what_was_committed_and_changes_is_a_loss(tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", str(tmp_path / "store"), PrefectServer(0, tmp_path, {}), rounds=1)
-    head = {"schema": 1, "rounds": [{"round": 1, "stages": {"train": "train-a"}}]}
-    run.store.create(manifest_key("train-a"), documents.dump({"schema": 1, "files": ["x"]}))
+    head = HEAD | {"rounds": [{"round": 1, "stages": {"train": "train-a"}}]}
+    run.store.create(manifest_key("train-a"), documents.dump(MANIFEST))
     run.store.write(head_key("r"), documents.dump(head))
     run.check_committed()
-    head["rounds"].append({"round": 2, "stages": {}})
+    head = HEAD | {"rounds": [{"round": 1, "stages": {"train": "train-a"}}, {"round": 2, "stages": {}}]}
     run.store.write(head_key("r"), documents.dump(head))
     run.check_committed()
     assert run.losses == []
-    run.store.write(manifest_key("train-a"), documents.dump({"schema": 1, "files": ["y"]}))
-    run.store.write(head_key("r"), documents.dump({"schema": 1, "rounds": []}))
+    run.store.write(manifest_key("train-a"), documents.dump(MANIFEST | {"seconds": 2}))
+    run.store.write(head_key("r"), documents.dump(HEAD))
     run.check_committed()
     assert len(run.losses) == 2
     run.store.delete(head_key("r"))
@@ -58,7 +65,7 @@ def test_what_was_committed_and_changes_is_a_loss(tmp_path: Path) -> None:
 
 def test_seconds_in_vain_are_those_after_the_last_part(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    store.create(manifest_key("train-a"), documents.dump({"schema": 1, "stage": "train", "writer": "second"}))
+    store.create(manifest_key("train-a"), documents.dump(MANIFEST | {"writer": "second"}))
     attempts = Attempts(tmp_path / "cache")
     attempts.all = {
         Path("1"): Attempt("round-1-train", "first", begin=0, end=10, kept=7),
