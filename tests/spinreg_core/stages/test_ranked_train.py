@@ -346,22 +346,26 @@ def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: dict[st
     assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
 
 
+LONG = os.environ.get("SPINREG_CHAOS") == "long"
+KILLS, EPOCHS = (20, 60) if LONG else (8, 26)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_chaos_changes_no_bit(setting: Setting) -> None:
-    """A training process on two ranks is killed at twenty random instants, every other time without its ranks.
+    """A training process on two ranks is killed at random instants, every other time without its ranks.
 
     Instants are drawn in steps, and a quarter of them lies before the first, so that machines of any speed are killed
     all over the round.
     """
-    shape = {"resources": on(2), "epochs": 60, "learning_rate": 1e-4, "checkpoint_every_steps": 3}
+    shape = {"resources": on(2), "epochs": EPOCHS, "learning_rate": 1e-4, "checkpoint_every_steps": 3}
     draw, kills, resumed = random.Random(int(os.environ.get("CHAOS_SEED", "11"))), 0, []
     while True:
         job = setting.job("chaos", writer=f"e{kills + 1:04d}-aa", **shape)
         shown = []
         with start(setting, job) as process:
             assert process.stdout is not None
-            if kills < 20:
+            if kills < KILLS:
                 early = draw.random() < 0.25
                 seconds, steps = draw.uniform(0, 8 if early else 0.1), 0 if early else draw.randint(1, 25)
                 while steps and (line := process.stdout.readline()):
@@ -380,9 +384,9 @@ def test_chaos_changes_no_bit(setting: Setting) -> None:
         if process.returncode != -signal.SIGKILL:
             break
     assert process.returncode == 0, output
-    assert kills >= 20, f"the round was over after {kills} kills"
+    assert kills >= KILLS, f"the round was over after {kills} kills"
     assert resumed == sorted(resumed), "nothing that was committed was lost"
-    assert len(set(resumed)) > 5
+    assert len(set(resumed)) > KILLS // 4
     calm = setting.job("calm", **(shape | {"checkpoint_every_steps": None, "checkpoint_every_minutes": None}))
     status, output = run(setting, calm)
     assert status == 0, output
