@@ -347,7 +347,7 @@ def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: dict[st
 
 
 LONG = os.environ.get("SPINREG_CHAOS") == "long"
-KILLS, EPOCHS = (20, 60) if LONG else (8, 26)
+KILLS, EPOCHS = (20, 60) if LONG else (5, 18)
 
 
 @pytest.mark.slow
