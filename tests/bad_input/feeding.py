@@ -90,6 +90,7 @@ def table(cases: list[Case], noticed: str) -> Callable[..., Callable[[Feed], Fee
 def message(error: SpinregError, place: Place) -> str:
     """Its text with placeholders for what another machine or another time has otherwise."""
     text = str(error).replace(str(place.folder), "FOLDER").replace(socket.gethostname(), "HOST")
+    text = text.replace(str(Path.cwd()), "HERE")
     text = re.sub(r"(127\.0\.0\.1|localhost):\d+", "HOST:PORT", text)
     text = re.sub(r"\bpid \d+", "pid PID", text)
     text = re.sub(r"\b(base|data|generate|train|mix-opponent|evaluate)-[0-9a-f]{32}\b", r"\1-FINGERPRINT", text)
