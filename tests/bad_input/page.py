@@ -41,8 +41,8 @@ HEAD = f"""\
 <!-- Made by tests/bad_input/page.py out of what its cases came to. Change the code or the cases, not this page. -->
 # What is refused, and how
 
-Every row was fed to spinreg by a test, and the message is what came out: to the letter, but for HERE (where it was started), FOLDER (where the test
-worked), HOST, PORT, PID, TIME, SIZE, SHA256 and FINGERPRINT. A message names where something is wrong, what was found
+Every row was fed to spinreg by a test, and the message is what came out: to the letter, but for HERE (where it was
+started), FOLDER (where the test worked), HOST, PORT, PID, TIME, SIZE, SHA256 and FINGERPRINT. A message names where something is wrong, what was found
 there, and what was expected.
 
 When something is noticed:
