@@ -42,8 +42,8 @@ HEAD = f"""\
 # What is refused, and how
 
 Every row was fed to spinreg by a test, and the message is what came out: to the letter, but for HERE (where it was
-started), FOLDER (where the test worked), HOST, PORT, PID, TIME, SIZE, SHA256 and FINGERPRINT. A message names where something is wrong, what was found
-there, and what was expected.
+started), FOLDER (where the test worked), HOST, PORT, PID, TIME, SIZE, SHA256 and FINGERPRINT. A message names where
+something is wrong, what was found there, and what was expected.
 
 When something is noticed:
 
