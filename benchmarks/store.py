@@ -33,8 +33,9 @@ from typing import Any
 import psutil
 from work import processor
 
-PART_BYTES = 16 * 2**20
-AT_ONCE = 8
+from spinreg_core.s3_store import _PARTS_AT_ONCE as AT_ONCE
+from spinreg_core.store import PART_BYTES
+
 SHARDS = 4
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from flows.spin import spin
-from spinreg_core.errors import Damaged
-from spinreg_core.head import complete_round, open_session, read_config, read_head
+from spinreg_core.head import complete_round, open_session, require_config, require_head
 from spinreg_core.store import Store
 from spinreg_core.verify import Verdict, changed, set_aside
 
@@ -20,10 +19,7 @@ def repair(store: Store, verdict: Verdict, *, say: Callable[[str], None]) -> lis
     Rounds that were not complete are left open: what is damaged there is made when the run goes on. Raises LeaseHeld
     while somebody advances the run, and what the flow raises.
     """
-    head, config = read_head(store, verdict.run), read_config(store, verdict.run)
-    if head is None or config is None:
-        raise Damaged(f"{store.uri(f'runs/{verdict.run}')}: found no head or no configuration")
-    target = complete_round(head)
+    target, config = complete_round(require_head(store, verdict.run)), require_config(store, verdict.run)
 
     def again(objects: Sequence[str], *, with_parts: bool) -> None:
         with open_session(store, config, "spinreg verify --repair") as session:

@@ -59,6 +59,11 @@ def read_config(store: Store, run: str) -> RunConfig | None:
     return None if document is None else stored_config(document["config"], store.uri(config_key(run)))
 
 
+def require_config(store: Store, run: str) -> RunConfig:
+    """The configuration of a run that there is. Raises Damaged where it is gone."""
+    return _stored(store, run)[0]
+
+
 def list_runs(store: Store) -> list[str]:
     """Names of the runs in a store."""
     return sorted({key.split("/")[1] for key in store.list("runs/") if key.endswith("/head.json")})
@@ -70,6 +75,15 @@ def stage_object(head: dict[str, Any], round_number: int, stage: str) -> str | N
         if entry["round"] == round_number:
             return entry["stages"].get(stage)
     return None
+
+
+def enter_stage(head: dict[str, Any], round_number: int, stage: str, object_id: str) -> None:
+    """Say in a head which object a round's stage is."""
+    for entry in head["rounds"]:
+        if entry["round"] == round_number:
+            entry["stages"][stage] = object_id
+            return
+    head["rounds"].append({"round": round_number, "stages": {stage: object_id}})
 
 
 def complete_round(head: dict[str, Any]) -> int:
@@ -184,11 +198,7 @@ class Session:
             existing = stage_object(head, round_number, stage)
             if existing not in (None, object_id):
                 raise SpinregError(f"round {round_number} {stage} is committed as {existing}; refusing {object_id}")
-            for entry in head["rounds"]:
-                if entry["round"] == round_number:
-                    entry["stages"][stage] = object_id
-                    return
-            head["rounds"].append({"round": round_number, "stages": {stage: object_id}})
+            enter_stage(head, round_number, stage, object_id)
 
         self.update(change)
 

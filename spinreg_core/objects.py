@@ -111,7 +111,8 @@ def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = 
     return entries
 
 
-def _now() -> str:
+def now() -> str:
+    """For people: UTC, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -144,7 +145,7 @@ def publish(
         "versions": versions(),
         "writer": job.writer,
         "seconds": round(seconds, 3),
-        "created": _now(),
+        "created": now(),
     }
     key = manifest_key(job.object_id)
     while True:
@@ -179,7 +180,7 @@ def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[s
 
 def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
     """Commit uploaded files as one part. If the part exists already, it stays and is returned."""
-    part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": _now()}
+    part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": now()}
     key = f"objects/{job.object_id}/parts/{name}.json"
     try:
         store.create(key, documents.dump(part))
@@ -282,8 +283,11 @@ def fetch_file(store: Store, object_id: str, name: str) -> Path:
 def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
     """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
     record = require_manifest(store, object_id)
-    wanted = [entry for entry in record["files"] if entry["name"].startswith(f"{prefix}/")]
-    return _by_name(store, _present(store, record, wanted))
+    return _by_name(store, _present(store, record, _below(prefix, record["files"])))
+
+
+def _below(prefix: str, files: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
 
 
 def _present(store: Store, record: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -311,13 +315,12 @@ def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
     In place for a folder store. For a remote one the folder is made of links to the copies in the cache.
     """
     record = require_manifest(store, object_id)
-    wanted = [entry for entry in record["files"] if entry["name"].startswith(f"{prefix}/")]
-    return folder_of(store, object_id, _present(store, record, wanted), prefix)
+    return folder_of(store, object_id, _present(store, record, _below(prefix, record["files"])), prefix)
 
 
 def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], prefix: str) -> Path:
     """The same, of an object whose manifest, which will list `files`, is still to be written. They must be uploaded."""
-    entries = [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
+    entries = _below(prefix, files)
     if not entries:
         raise Damaged(
             f"{store.uri(f'objects/{object_id}')}: found no files below {prefix!r} in its manifest; expected some"

@@ -17,7 +17,6 @@ A kill leaves a whole object, a marked one, or one that says which files it lost
 
 from __future__ import annotations
 
-import datetime
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.errors import BadInput, Conflict, Damaged
-from spinreg_core.objects import manifest_key, read_record, removed_keys
+from spinreg_core.objects import manifest_key, now, read_record, removed_keys
 from spinreg_core.retention import Needs
 from spinreg_core.store import Listed, Store
 
@@ -203,8 +202,7 @@ def _mark(store: Store, item: Item) -> str | None:
         return None
     # Without a manifest, a mark where it would be: what publishes later sees that parts may have gone.
     record = record or {"schema": documents.SCHEMA, "object_id": item.object_id, "files": [], "inputs": {}}
-    at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    record["removed"] = {"marked": True, "why": item.why, "at": at, "keys": list(item.keys)}
+    record["removed"] = {"marked": True, "why": item.why, "at": now(), "keys": list(item.keys)}
     try:
         if found is None:
             return store.create(key, documents.dump(record))

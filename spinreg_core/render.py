@@ -27,7 +27,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.model_json import first_line, read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from spinreg_core.data.turns import Message
 
@@ -236,15 +236,7 @@ class Renderer:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _spells_control(self, said: Any) -> bool:
-        found = False
-
-        def look(text: str) -> str:
-            nonlocal found
-            found = found or self._pattern.search(text) is not None
-            return text
-
-        _mapped(said, look)
-        return found
+        return any(self._pattern.search(text) for text in _texts(said))
 
     def _masked(self, said: Any) -> Any:
         def mask(text: str) -> str:
@@ -284,6 +276,19 @@ class Renderer:
             if copy.token_to_id(names[name]) != i:
                 raise BadInput("model", f"token {name!r} with an id of its own making", "an ordinary tokenizer.json")
         return copy
+
+
+def _texts(said: Any) -> Iterator[str]:
+    """Every text in messages or descriptions of tools, at any depth."""
+    if isinstance(said, str):
+        yield said
+    elif isinstance(said, dict):
+        for key, value in said.items():
+            yield key
+            yield from _texts(value)
+    elif isinstance(said, list | tuple):
+        for one in said:
+            yield from _texts(one)
 
 
 def _mapped(said: Any, change: Callable[[str], str]) -> Any:

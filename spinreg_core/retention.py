@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spinreg_core.config import KeepConfig, RunConfig
-from spinreg_core.errors import Damaged
 from spinreg_core.head import (
     ROUND_STAGES,
     complete_round,
-    config_key,
+    enter_stage,
     is_held,
     list_runs,
     pending_advance,
-    read_config,
+    require_config,
     require_head,
     stage_object,
 )
@@ -58,9 +57,7 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
         needs.notes.append(f"runs/{name} has no head.json, and what it needs is not known: what no run knows stays. To "
                            "be rid of the run, remove the rest of it")  # fmt: skip
     for run in runs_here:
-        head, config = require_head(store, run), read_config(store, run)
-        if config is None:
-            raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
+        head, config = require_head(store, run), require_config(store, run)
         if keep:
             config = validate(merge(config.model_dump(mode="json"), {"keep": keep}))
         own, ahead = set(objects_of(config, head)), planned_ahead(config, head)
@@ -143,13 +140,5 @@ def _plans(config: RunConfig, head: dict[str, Any]) -> tuple[dict[str, Any], lis
         for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
             if stage_object(head, number, stage) is None:
                 plans.append(PLANS[stage](config, head, number))
-                _enter(head, number, stage, plans[-1].object_id)
+                enter_stage(head, number, stage, plans[-1].object_id)
     return head, plans
-
-
-def _enter(head: dict[str, Any], number: int, stage: str, object_id: str) -> None:
-    for entry in head["rounds"]:
-        if entry["round"] == number:
-            entry["stages"][stage] = object_id
-            return
-    head["rounds"].append({"round": number, "stages": {stage: object_id}})

@@ -52,8 +52,6 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
 
 def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, stage: str) -> int:
     """Shards or checkpoints that an open stage has committed; 0 where what it needs is open too."""
-    if "data" not in head:
-        return 0
     try:
         return len(part_names(store, PLANS[stage](config, head, number).object_id))
     except SpinregError:

@@ -157,7 +157,7 @@ def checked(key: str) -> str:
     if not stays_inside(key.removesuffix("/")):
         raise BadInput("store key", repr(key), "a relative path without '.', '..', control characters or empty parts")
     raw = key.encode(errors="replace")
-    if "\0" in key or raw.decode() != key or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
+    if raw.decode() != key or any(len(part) > _LONGEST_NAME for part in raw.split(b"/")):
         raise BadInput("store key", repr(key), f"names of UTF-8 without NUL, of at most {_LONGEST_NAME} bytes")
     return key
 

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.head import Session, config_key, read_config, require_head
+from spinreg_core.head import Session, require_config, require_head
 from spinreg_core.objects import (
+    manifest_key,
     part_names,
     read_manifest,
     read_part,
@@ -70,20 +71,17 @@ def verify(store: Store, run: str, *, say: Callable[[str], None] = lambda line: 
     """Read every file of a run and compare it with its manifest. Raises BadInput where there is no such run, Damaged
     where the run's own head or configuration cannot be read."""
     head = require_head(store, run)
-    config = read_config(store, run)
-    if config is None:
-        raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
-    verdict = Verdict(run, objects_of(config, head))
+    verdict = Verdict(run, objects_of(require_config(store, run), head))
     inputs: dict[str, set[str]] = {}
     for object_id in verdict.objects:
         before, checked, start = len(verdict.problems), verdict.checked, time.monotonic()
         try:
             manifest = read_record(store, object_id)
         except (Damaged, BadInput) as error:
-            verdict.problems.append(Problem(object_id, f"objects/{object_id}/manifest.json", str(error), "a manifest"))
+            verdict.problems.append(Problem(object_id, manifest_key(object_id), str(error), "a manifest"))
             continue
         if manifest is None:
-            verdict.problems.append(Problem(object_id, f"objects/{object_id}/manifest.json", "nothing", "a manifest"))
+            verdict.problems.append(Problem(object_id, manifest_key(object_id), "nothing", "a manifest"))
             continue
         inputs[object_id] = set(ids_in(manifest["inputs"]))
         verdict.files[object_id] = _content(store, manifest)
@@ -121,7 +119,7 @@ def set_aside(
     # By the stage's own object too: it is what is looked for first.
     ids = set(objects) | {o for o, stage in verdict.objects.items() if stage in stages and stage != (0, "prepare")}
     for object_id in sorted(ids):
-        key = f"objects/{object_id}/manifest.json"
+        key = manifest_key(object_id)
         found = store.read(key)
         if found is not None:
             store.create(f"objects/{object_id}/aside/{time.time_ns()}-manifest.json", found)

@@ -54,7 +54,7 @@ def user_turns(turns: object) -> list[object]:
 def read_tools(value: object) -> list[dict[str, Any]] | None:
     """Descriptions of the tools that a conversation may use, each with the name of a function (bare, or as "function"):
     a list of records, or a JSON text of it; None without any. Raises RowProblem."""
-    found = _unwrapped(value) if isinstance(value, str) else _without_nulls(value)
+    found = _as_said(value)
     if found is None or found in ("", []):
         return None
     if not isinstance(found, list):
@@ -110,8 +110,7 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     found = []
     for call in calls:
         function = _function(call, where)
-        arguments = function.get("arguments")
-        arguments = _unwrapped(arguments) if isinstance(arguments, str) else _without_nulls(arguments)
+        arguments = _as_said(function.get("arguments"))
         arguments = {} if arguments is None or arguments == "" else arguments
         if not isinstance(arguments, dict):
             raise RowProblem("wrong_type", f"{where}: arguments of {function['name']} are no JSON object")
@@ -127,6 +126,11 @@ def _function(record: Any, where: str) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("name"), str) or not found["name"]:
         raise RowProblem("wrong_type", f"{where}: a record without the name of a function")
     return found
+
+
+def _as_said(value: Any) -> Any:
+    """What a JSON text says, its nulls included; of records what is said in them."""
+    return _unwrapped(value) if isinstance(value, str) else _without_nulls(value)
 
 
 def _without_nulls(value: Any, depth: int = 0) -> Any:

@@ -99,10 +99,8 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
     after = [treat_truncated(pairs, opponent.truncated) for pairs in before]
     if opponent.source == "regenerate":
         used = [1.0, 1.0]
-        chosen = [*replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round)] if after[0] else []
-        chosen += after[1]
-        if not chosen:
-            replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round)  # says what is missing
+        own = replay(after[:1], [1.0], seed=job.config.seed, round_number=job.round) if after[0] or not after[1] else []
+        chosen = own + after[1]  # a round may be made of replayed pairs alone, but not of none
     else:
         used = weights
         chosen = replay(after, weights, seed=job.config.seed, round_number=job.round)
