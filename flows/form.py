@@ -72,14 +72,17 @@ def described(function: F) -> F:
 
 
 if TYPE_CHECKING:  # for the type checker a form is its group: the same fields
+    from spinreg_core.config import BenchmarksConfig as BenchmarksForm
     from spinreg_core.config import DataConfig as DataForm
     from spinreg_core.config import EvaluationConfig as EvaluationForm
     from spinreg_core.config import GenerationConfig as GenerationForm
+    from spinreg_core.config import JudgeConfig as JudgeForm
     from spinreg_core.config import KeepConfig as KeepForm
     from spinreg_core.config import ObjectiveConfig as ObjectiveForm
     from spinreg_core.config import OpponentConfig as OpponentForm
     from spinreg_core.config import ResourcesConfig as ResourcesForm
     from spinreg_core.config import TrainingConfig as TrainingForm
+    from spinreg_core.config import UntilConfig as UntilForm
 else:
     DataForm = form_of(config.DataConfig)
     OpponentForm = form_of(config.OpponentConfig)
@@ -89,3 +92,6 @@ else:
     EvaluationForm = form_of(config.EvaluationConfig)
     ResourcesForm = form_of(config.ResourcesConfig)
     KeepForm = form_of(config.KeepConfig)
+    BenchmarksForm = form_of(config.BenchmarksConfig)
+    JudgeForm = form_of(config.JudgeConfig)
+    UntilForm = form_of(config.UntilConfig)

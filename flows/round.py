@@ -12,9 +12,11 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.show import show_round
-from spinreg_core.errors import StagePreempted
+from spinreg_core.benchmarks import plan_benchmark
+from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
+from tasks.benchmark import benchmark
 from tasks.context import current
-from tasks.display import flush, wait_for_server
+from tasks.display import flush, run_log, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.mix_opponent import mix_opponent
@@ -38,7 +40,28 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
         except StagePreempted as error:
             return preempted(error)
         results[result["stage"]] = result
+    try:
+        measure(round_number)
+    except StagePreempted as error:
+        return preempted(error)
     show_round(round_number)
     flush()
     wait_for_server()  # a restart is soon over, and the end of this flow run can be told
     return results
+
+
+def measure(round_number: int) -> None:
+    """Measure what the configuration asks for of an iterate. No later round reads it, so that a failure (a judge that
+    is away, a task that lm-eval cannot run) is told, and ends the flow run when its rounds are done.
+
+    Raises what stops the flow run itself: a lost lease, cancellation, preemption.
+    """
+    context = current()
+    config = context.config
+    if plan_benchmark(config, context.session.head, round_number) is None:
+        return
+    try:
+        run_task(benchmark, config.resources, config.run, round_number)
+    except (BadInput, Damaged, StageFailed, StoreFailed) as error:
+        run_log()(f"round {round_number} is not measured in full: {error}")
+        context.failures.append(error)

@@ -20,17 +20,20 @@ from prefect.states import Cancelled
 from pydantic import BaseModel, Field
 
 from flows.form import (
+    BenchmarksForm,
     DataForm,
     EvaluationForm,
     GenerationForm,
+    JudgeForm,
     KeepForm,
     ObjectiveForm,
     OpponentForm,
     ResourcesForm,
     TrainingForm,
+    UntilForm,
     described,
 )
-from flows.round import round_
+from flows.round import measure, round_
 from flows.show import show_end
 from spinreg_core.config import RUN_NAME, RunConfig
 from spinreg_core.errors import SpinregError, StagePreempted
@@ -96,6 +99,9 @@ def spin(
     evaluation: EvaluationForm = EvaluationForm(),
     resources: ResourcesForm = ResourcesForm(),
     keep: KeepForm = KeepForm(),
+    benchmarks: BenchmarksForm = BenchmarksForm(),
+    judge: JudgeForm = JudgeForm(),
+    until: UntilForm = UntilForm(),
 ) -> dict[str, Any] | State[Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
@@ -109,6 +115,7 @@ def spin(
         "run": run, "rounds": rounds, "until_round": until_round, "model": model, "dataset": dataset, "store": store,
         "seed": seed, "data": data, "opponent": opponent, "objective": objective, "generation": generation,
         "training": training, "evaluation": evaluation, "resources": resources, "keep": keep,
+        "benchmarks": benchmarks, "judge": judge, "until": until,
     }  # fmt: skip
     try:
         return _advance(config, parameters)
@@ -137,10 +144,15 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        with cancellation(str(flow_run.id)) as check, entered(Context(resolved, opened, session, target, check)):
+        with (
+            cancellation(str(flow_run.id)) as check,
+            entered(Context(resolved, opened, session, target, check)) as context,
+        ):
             run_task(prepare, resolved.resources, resolved.run)
             if stage_object(session.head, 0, "evaluate") is None:
                 run_task(evaluate, resolved.resources, resolved.run, 0)
+            for earlier in range(start + 1):  # what is measured may have been changed since
+                measure(earlier)
             # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
             # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
             for round_number in range(start + 1, target + 1):
@@ -149,6 +161,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         report = write_report(opened, resolved.run)
         session.finish_advance()
+        if context.failures:  # of benchmarks, which no round waits for
+            raise context.failures[0]
         summary = {
             "run": resolved.run,
             "store": opened.url,

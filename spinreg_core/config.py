@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen pydantic tree, every default in one place.
 
-Decides: what the groups (`config_groups.py`, `config_data.py`) must agree on, and which fields of an existing run may
-change.
+Decides: what the groups (`config_groups.py`, `config_data.py`, `config_benchmarks.py`) must agree
+on, and which fields of an existing run may change.
 Leaves out: how values from a file and from parameters are combined (`spinreg_core.resolve`).
 The defaults are the demo's: `RunConfig()` is what `prefect deployment run spin/iterate` runs.
 """
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from spinreg_core.config_benchmarks import BenchmarksConfig, JudgeConfig, UntilConfig
 from spinreg_core.config_data import DataConfig
 from spinreg_core.config_groups import (
     AVERAGE_FIELDS,
@@ -29,22 +30,25 @@ from spinreg_core.config_groups import (
 __all__ = [
     "AVERAGE_FIELDS",
     "LORA_FIELDS",
+    "BenchmarksConfig",
     "DataConfig",
     "EvaluationConfig",
     "GenerationConfig",
     "Group",
+    "JudgeConfig",
     "KeepConfig",
     "ObjectiveConfig",
     "OpponentConfig",
     "ResourcesConfig",
     "RunConfig",
     "TrainingConfig",
+    "UntilConfig",
 ]
 
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 # The only fields that an existing run may be given with other values: they say how far and how
-# to run and what to keep, and change a result by no more than the rounding of sums.
+# to run, what to measure and what to keep, and change a policy by no more than the rounding of sums.
 MUTABLE_FIELDS = frozenset(
     {
         "rounds",
@@ -52,6 +56,9 @@ MUTABLE_FIELDS = frozenset(
         "store",
         "resources",
         "keep",
+        "benchmarks",
+        "judge",
+        "until",
         "generation.tensor_parallel",
         "training.activation_checkpointing",
         "training.checkpoint_every_steps",
@@ -96,6 +103,9 @@ class RunConfig(Group):
     evaluation: EvaluationConfig = EvaluationConfig()
     resources: ResourcesConfig = ResourcesConfig()
     keep: KeepConfig = KeepConfig()
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
+    judge: JudgeConfig = JudgeConfig()
+    until: UntilConfig = UntilConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:
@@ -114,6 +124,10 @@ class RunConfig(Group):
             )
         if self.resources.rendezvous is not None and int(self.resources.rendezvous.rpartition(":")[2]) > 65535:
             raise ValueError(f"resources.rendezvous is {self.resources.rendezvous}; give a port of at most 65535")
+        judged = self.benchmarks.win_rate or self.benchmarks.mt_bench
+        if judged and (self.judge.base_url is None or self.judge.model is None):
+            missing = "base_url" if self.judge.base_url is None else "model"
+            raise ValueError(f"benchmarks asks for judged answers but judge.{missing} is not set")
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:
             raise ValueError(

@@ -364,9 +364,10 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
         stored, tag = _stored(store, config.run)
         if _has_begun(session.head):
             check_config(stored, config)
-            if stored.keep == config.keep:
+            said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge")}  # read outside of runs too
+            if all(getattr(stored, name) == value for name, value in said.items()):
                 return
-            config = stored.model_copy(update={"keep": config.keep})  # it holds for `spinreg gc`, which runs by itself
+            config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 
         def forget(head: dict[str, Any], another: bool = another) -> None:

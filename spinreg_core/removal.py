@@ -30,6 +30,7 @@ from spinreg_core.store import Listed, Store
 
 # What nothing names may be on its way into a manifest, and an object no run names may just have been made for one.
 GRACE_SECONDS = 7 * 86400.0
+_MEASURED = ("benchmark-", "lm-eval-", "mt-bench-", "win-rate-")  # objects that weigh little and cost much: they stay
 _WEIGHTY = ("policy/", "adapter/", "shards/")  # what rules remove of an object; the rest is small and tells of it
 
 
@@ -55,6 +56,8 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
         objects[entry.key.split("/")[1]].append(entry)
     items: list[Item] = []
     for object_id, entries in objects.items():
+        if object_id.startswith(_MEASURED):
+            continue
         try:
             items += _of_object(store, needs, object_id, entries, rules_only)
         except (Damaged, BadInput) as error:

@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
+from spinreg_core.errors import SpinregError
 from spinreg_core.head import Session
 from spinreg_core.store import Store
 from tasks.spare import discard_spare
@@ -28,6 +29,7 @@ class Context:
     session: Session
     target: int = 0  # the round this flow run goes to
     cancelled: Callable[[], None] = lambda: None  # raises once the flow run is cancelled
+    failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
 
     def check(self) -> None:
         """Raises LeaseLost or RunCancelled where this flow run must not go on."""

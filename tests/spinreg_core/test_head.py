@@ -17,7 +17,15 @@ from typing import Any
 import pytest
 
 from spinreg_core import head as heads
-from spinreg_core.config import MUTABLE_FIELDS, KeepConfig, ResourcesConfig, RunConfig
+from spinreg_core.config import (
+    MUTABLE_FIELDS,
+    BenchmarksConfig,
+    JudgeConfig,
+    KeepConfig,
+    ResourcesConfig,
+    RunConfig,
+    UntilConfig,
+)
 from spinreg_core.errors import BadInput, ConfigChanged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.head import ROUND_STAGES, open_session, read_head
 from spinreg_core.store import Store, open_store
@@ -323,6 +331,8 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         "training.activation_checkpointing": "full", "training.checkpoint_every_steps": 3,
         "training.checkpoint_every_minutes": 2.0, "training.checkpoints_kept": 5,
         "keep": KeepConfig(policies=3), "training.max_nonfinite_steps": 9, "generation.tensor_parallel": 2,
+        "benchmarks": BenchmarksConfig(tasks=["gsm8k"]), "judge": JudgeConfig(model="m"),
+        "until": UntilConfig(kl_base_above=5),
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")

@@ -1,0 +1,147 @@
+"""The groups of the configuration that say how iterates are measured besides held-out rows, and when a run ends early.
+
+Decides: what one group can say by itself. Leaves out: the other groups (`config_groups.py`), the measuring
+(`benchmarks/`). All of them may change between starts of a run: they change no policy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from spinreg_core.config_groups import Group, NonNegativeFloat, PositiveFloat, Time
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class BenchmarksConfig(Group):
+    """Benchmark tasks, MT-Bench and win rates of the base and of iterates. May change between starts of a run."""
+
+    rounds: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
+        "all", description="Iterates that are measured: all, or a list of rounds (0 is the base)."
+    )
+    tasks: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="Tasks of EleutherAI's lm-eval (extra `eval`), by name. `leaderboard` stands for the six of the "
+        "Open LLM Leaderboard with its numbers of examples: arc_challenge 25, hellaswag 10, mmlu 5, truthfulqa_mc2 0, "
+        "winogrande 5, gsm8k 5.",
+    )
+    fewshot: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {}, description="Solved examples in front of each question, by task, in place of the task's own number."
+    )
+    limit: Count | dict[str, Count] | None = Field(
+        None, description="Questions per task, the first ones; or by task (questions). Unset: all."
+    )
+    include_path: str | None = Field(
+        None,
+        min_length=1,
+        description="Folder with task files of lm-eval (YAML): tasks of your own, or data on this machine.",
+    )
+    backend: Literal["auto", "hf", "vllm"] = Field(
+        "auto", description="What runs lm-eval's tasks; auto is vllm on GPUs where it is installed, else hf."
+    )
+    batch_size: int = Field(8, ge=1, description="Sequences that the hf backend scores together (sequences).")
+    questions_as: Literal["plain", "chat"] = Field(
+        "plain",
+        description="lm-eval's questions as plain text, as the Leaderboard has them, or in the model's chat template.",
+    )
+    mt_bench: str | None = Field(
+        None,
+        min_length=1,
+        description="Questions of MT-Bench: `hub`, or a file as FastChat's question.jsonl. A judge grades the answers.",
+    )
+    mt_bench_references: str | None = Field(
+        None,
+        min_length=1,
+        description="Reference answers to them, a file as FastChat's reference_answer/gpt-4.jsonl, for maths, "
+        "reasoning and coding. With `hub` they come along.",
+    )
+    mt_bench_max_tokens: int = Field(1024, ge=1, description="Longest answer in each of the two turns (tokens).")
+    win_rate: list[Literal["base", "previous", "human"]] = Field(
+        [], description="What a judge compares the iterate's held-out samples with, in both orders."
+    )
+    win_rate_prompts: Count | None = Field(
+        None, description="Held-out prompts that are judged, the first ones (prompts). Unset: all."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> BenchmarksConfig:
+        for name, values in (("tasks", self.tasks), ("win_rate", self.win_rate)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} lists something twice: {', '.join(values)}")
+        if self.mt_bench_references is not None and self.mt_bench is None:
+            raise ValueError("mt_bench_references without mt_bench, the questions they answer")
+        return self
+
+
+class JudgeConfig(Group):
+    """The model behind an OpenAI-compatible endpoint that grades and compares answers."""
+
+    base_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s@]+$",
+        description="Address of the endpoint, e.g. https://api.openai.com/v1 or http://127.0.0.1:8000/v1, without "
+        "credentials.",
+    )
+    model: str | None = Field(None, min_length=1, description="The judge's name at that endpoint.")
+    key_variable: str = Field(
+        "OPENAI_API_KEY",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable that holds the key; the key itself is never stored.",
+    )
+    prompts: str | None = Field(
+        None,
+        min_length=1,
+        description="File with the judge's prompts (YAML), in place of MT-Bench's own; its hash is part of the result.",
+    )
+    temperature: NonNegativeFloat = Field(0.0, description="Sampling temperature of the judge; 0 is greedy.")
+    max_tokens: int = Field(2048, ge=1, description="Longest verdict, its explanation included (tokens).")
+    at_once: int = Field(8, ge=1, description="Requests under way together (requests).")
+    timeout_seconds: Time = Field(120.0, gt=0, description="Silence after which a request is sent again (seconds).")
+    patience_seconds: Time = Field(
+        600.0,
+        gt=0,
+        description="Time for which rate limits and errors of the endpoint are waited out; the stage fails after "
+        "that, and goes on from the verdicts it has (seconds).",
+    )
+    tries: int = Field(
+        3, ge=1, description="Answers of the judge in which a verdict is looked for; after that it counts as malformed."
+    )
+    max_requests: Count | None = Field(None, description="Requests of one benchmark at most. Unset: no limit.")
+    max_cost: PositiveFloat | None = Field(
+        None, description="Cost of one benchmark at most, in the currency of the prices. Unset: no limit."
+    )
+    price_prompt: NonNegativeFloat = Field(0.0, description="Price of a million prompt tokens.")
+    price_answer: NonNegativeFloat = Field(0.0, description="Price of a million tokens of the judge's answers.")
+
+    @model_validator(mode="after")
+    def _costs_something(self) -> JudgeConfig:
+        if self.max_cost is not None and not self.price_prompt and not self.price_answer:
+            raise ValueError(
+                f"max_cost is {self.max_cost:g} but price_prompt and price_answer are 0: say what tokens cost"
+            )
+        return self
+
+
+class UntilConfig(Group):
+    """What ends a run before the round it was to reach. May change between starts of a run."""
+
+    metric: str | None = Field(
+        None,
+        min_length=1,
+        description="Held-out metric that must get better (heldout_nll, reward_accuracy, exact_match), or a "
+        "benchmark's, as NAME/METRIC (gsm8k/exact_match).",
+    )
+    rounds_without_gain: Count | None = Field(
+        None, description="Rounds in a row without a new best value of that metric after which the run ends (rounds)."
+    )
+    kl_base_above: PositiveFloat | None = Field(
+        None, description="KL to the base above which the run ends (nats/answer)."
+    )
+
+    @model_validator(mode="after")
+    def _both(self) -> UntilConfig:
+        if (self.metric is None) != (self.rounds_without_gain is None):
+            raise ValueError("metric and rounds_without_gain belong together: give both or neither")
+        return self
