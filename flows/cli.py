@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from spinreg_core import __version__
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, LeaseHeld, SpinregError
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, LeaseHeld, SpinregError
 
 if TYPE_CHECKING:
     from spinreg_core.store import Store
@@ -274,6 +274,9 @@ def main(argv: list[str] | None = None) -> int:
     except LeaseHeld as error:
         print(f"spinreg: {error}", file=sys.stderr)
         return EXIT_HELD
+    except Damaged as error:
+        print(f"spinreg: {error}", file=sys.stderr)
+        return EXIT_DAMAGED
     except SpinregError as error:
         print(f"spinreg: {error}", file=sys.stderr)
         return 1

@@ -1,4 +1,4 @@
-"""The small JSON documents of the store (heads, configurations, manifests, parts): written and read in one way.
+"""The small JSON documents of the store (heads, configurations, manifests, parts, orders): written and read in one way.
 
 Decides: the schema number they carry, the fields that whoever reads them counts on, the errors of a document that
 cannot be used, and that the files a manifest or part lists lie in its own object under names that lead nowhere else:
@@ -106,12 +106,35 @@ class Configuration(TypedDict):
     config: dict[str, Any]
 
 
-_KINDS: dict[str, Any] = {"head.json": Head, "run.json": Configuration, "manifest.json": Manifest}
+class Order(TypedDict):
+    attempt: str | None
+    epoch: Count
+    job: NotRequired[dict[str, Any]]
+
+
+class Failure(TypedDict):
+    status: int
+    message: str
+
+
+class Marker(TypedDict):
+    commits: str
+
+
+_KINDS: dict[str, Any] = {
+    "head.json": Head, "run.json": Configuration, "manifest.json": Manifest, "order.json": Order,
+    "commits.json": Marker,
+}  # fmt: skip
 
 
 @cache
-def _adapter(name: str) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(_KINDS.get(name, Part))
+def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
+def _kind(key: str) -> Any:
+    folder, _, name = key.rpartition("/")
+    return Failure if folder.endswith("/failures") else _KINDS.get(name, Part)
 
 
 def dump(document: dict[str, Any]) -> bytes:
@@ -129,7 +152,7 @@ def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
     if schema != SCHEMA or not isinstance(schema, int):
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
-        _adapter(key.rpartition("/")[2]).validate_python(document, strict=True)
+        _adapter(_kind(key)).validate_python(document, strict=True)
         if key.endswith("/manifest.json") and "removed" not in document:
             for field in ("stage", "round", "metrics", "seconds"):
                 if field not in document:

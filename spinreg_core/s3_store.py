@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import time
@@ -22,6 +21,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+from spinreg_core import documents
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.standstill import moving
 from spinreg_core.store import PART_BYTES, Listed, checked, redacted, refusals
@@ -71,8 +71,9 @@ class S3Store:
                 "connect_timeout": 20,
                 "read_timeout": 60,
                 "max_pool_connections": 2 * _PARTS_AT_ONCE,
-                # The checksum that is sent along says whether a body arrived whole, on http as on https, where no
-                # client hashes it for the signature besides.
+                # The checksum that is sent along, whatever the environment says of checksums, tells whether a body
+                # arrived whole: on http as on https, where no client hashes it for the signature besides.
+                "request_checksum_calculation": "when_supported",
                 "s3": {"payload_signing_enabled": False},
             },
         )
@@ -82,7 +83,7 @@ class S3Store:
         self.check_bucket()
         marker = self.read(COMMITS_MARKER)
         if marker is not None:
-            folder = json.loads(marker)["commits"]
+            folder = documents.parse(self, COMMITS_MARKER, marker)["commits"]
             raise BadInput("store", f"{self.url}, whose commits lie in {folder}",
                            "SPINREG_COMMITS to say so (docs/reliability.md)")  # fmt: skip
 
@@ -259,11 +260,14 @@ class S3Store:
         async def complete() -> None:
             try:
                 await self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+                return
             except (
                 FileNotFoundError
-            ):  # the acknowledgement of an earlier try was lost: there is no such upload any more
-                if (await self._call("head_object", Key=key))["ContentLength"] != size:
-                    raise
+            ) as error:  # no such upload any more: was the acknowledgement of an earlier try lost?
+                missing = error
+            # Outside of the handler, so that an error of this request is not read as that answer.
+            if (await self._call("head_object", Key=key))["ContentLength"] != size:
+                raise missing
 
         try:
             await _together(send)
@@ -291,7 +295,7 @@ class S3Store:
                     return data
 
                 data = await insisted(get, f"fetching {where}")
-                await asyncio.to_thread(os.pwrite, file, data, start)
+                await asyncio.to_thread(_write_at, file, data, start)
                 moved(len(data))
 
         await _together(fetch)
@@ -371,6 +375,14 @@ def _refusal(error: BaseException) -> tuple[int | None, str | None]:
             return (status or 0), str(response.get("Error", {}).get("Code"))
         seen = seen.__cause__ or seen.__context__
     return None, None
+
+
+def _write_at(file: int, data: bytes, start: int) -> None:
+    """All of it: a disk that is nearly full takes a part, and says why when it is given the rest."""
+    rest = memoryview(data)
+    while rest:
+        written = os.pwrite(file, rest, start)
+        rest, start = rest[written:], start + written
 
 
 def _read_at(path: Path, start: int, count: int) -> bytes:

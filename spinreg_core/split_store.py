@@ -11,11 +11,12 @@ bucket.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from spinreg_core import documents
+from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput
 from spinreg_core.s3_store import COMMITS_MARKER, S3Store
 from spinreg_core.store import FolderStore, Listed, Store
@@ -44,8 +45,8 @@ class SplitStore:
             if inside is not None:
                 raise BadInput("store", f"{self.url} with {inside}, a run whose commits lie in the bucket",
                                f"a prefix without runs, or no {VARIABLE}")  # fmt: skip
-            self._files.write(COMMITS_MARKER, json.dumps({"commits": self._commits.url}).encode())
-        elif (folder := json.loads(found)["commits"]) != self._commits.url:
+            self._files.write(COMMITS_MARKER, documents.dump({"schema": SCHEMA, "commits": self._commits.url}))
+        elif (folder := documents.parse(self._files, COMMITS_MARKER, found)["commits"]) != self._commits.url:
             raise BadInput(VARIABLE, f"commits of {self.url} in {self._commits.url}", f"{folder}, where its runs are")
 
     def _of(self, key: str) -> Store:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed
 from spinreg_core.head import ROUND_STAGES
 from spinreg_core.stages.job import Job
 from spinreg_core.stages.orders import ATTEMPT_VARIABLE, read_order
@@ -39,7 +39,12 @@ def join_run(store_url: str, run: str, *, say: Callable[[str], None]) -> NoRetur
     say(f"waiting for the stages of run {run} in {store.url}")
     done: str | None = None
     while True:
-        order = read_order(store, run)
+        try:
+            order = read_order(store, run)
+        except (StoreFailed, Damaged) as error:  # it may come back, and be written anew
+            say(str(error))
+            time.sleep(_POLL_SECONDS)
+            continue
         if order is None or order["attempt"] in (None, done):
             time.sleep(_POLL_SECONDS)
             continue
@@ -75,7 +80,7 @@ def _take_part(store: Store, run: str, job: Job, attempt: str, say: Callable[[st
         nonlocal asked
         if time.monotonic() - asked > _POLL_SECONDS:
             asked = time.monotonic()
-            with contextlib.suppress(OSError):  # a store that is away for a moment ends nothing
+            with contextlib.suppress(StoreFailed):  # a store that is away for a moment ends nothing
                 order = read_order(store, run)
                 if order is None or order["attempt"] != attempt:
                     raise _Over

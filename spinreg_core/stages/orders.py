@@ -7,13 +7,14 @@ They hold no result, and what they say is of the moment. Leaves out: who acts on
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import socket
 import time
 import uuid
 from typing import Any
 
+from spinreg_core import documents
+from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import Conflict, LeaseLost
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store
@@ -28,14 +29,14 @@ def announce(store: Store, job: Job) -> str:
     Raises LeaseLost where a later holder of the run's lease has asked for something.
     """
     attempt, epoch = uuid.uuid4().hex, _epoch(job)
-    order = json.dumps({"attempt": attempt, "epoch": epoch, "job": job.fields()}).encode()
+    order = documents.dump({"schema": SCHEMA, "attempt": attempt, "epoch": epoch, "job": job.fields()})
     key = _order(job.config.run)
     while True:
         found = store.read_tagged(key)
         try:
             if found is None:
                 store.create(key, order)
-            elif json.loads(found[0]).get("epoch", 0) > epoch:
+            elif documents.parse(store, key, found[0])["epoch"] > epoch:
                 raise LeaseLost(f"run {job.config.run!r} was taken over; its other machines work for its new holder")
             else:
                 store.replace(key, order, found[1])
@@ -48,22 +49,21 @@ def retract(store: Store, job: Job, attempt: str) -> None:
     """The stage is over, for everybody. Does nothing where something else has been asked for since."""
     key = _order(job.config.run)
     found = store.read_tagged(key)
-    if found is not None and json.loads(found[0])["attempt"] == attempt:
+    if found is not None and documents.parse(store, key, found[0])["attempt"] == attempt:
         with contextlib.suppress(Conflict):
-            store.replace(key, json.dumps({"attempt": None, "epoch": _epoch(job)}).encode(), found[1])
+            store.replace(key, documents.dump({"schema": SCHEMA, "attempt": None, "epoch": _epoch(job)}), found[1])
 
 
 def read_order(store: Store, run: str) -> dict[str, Any] | None:
-    """What was announced last; its `attempt` is None between stages."""
-    found = store.read(_order(run))
-    return None if found is None else json.loads(found)
+    """What was announced last; its `attempt` is None between stages. Raises Damaged."""
+    return documents.read(store, _order(run))
 
 
 def tell_failure(store: Store, job: Job, attempt: str, status: int, message: str) -> None:
     """Of ranks on another machine, for the log of the flow."""
     host = socket.gethostname()
-    entry = {"status": status, "message": f"on {host}: {message}"}
-    store.write(f"{_failures(job.config.run)}{attempt}-{host}-{uuid.uuid4().hex[:8]}.json", json.dumps(entry).encode())
+    entry = {"schema": SCHEMA, "status": status, "message": f"on {host}: {message}"}
+    store.write(f"{_failures(job.config.run)}{attempt}-{host}-{uuid.uuid4().hex[:8]}.json", documents.dump(entry))
 
 
 def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, str]]:
@@ -72,7 +72,7 @@ def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, 
     while True:
         keys = [k for k in store.list(_failures(job.config.run)) if k.rsplit("/", 1)[-1].startswith(attempt)]
         if keys or time.monotonic() > end:
-            entries = [json.loads(found) for key in keys if (found := store.read(key)) is not None]
+            entries = [found for key in keys if (found := documents.read(store, key)) is not None]
             return [(entry["status"], entry["message"]) for entry in entries]
         time.sleep(0.5)
 

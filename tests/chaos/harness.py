@@ -10,6 +10,7 @@ The last line is one JSON object:
 
     kills                  processes that lived, were sent SIGKILL or SIGTERM, and did not live afterwards
     faults                 faulty requests between runs and their store
+    bad_inputs             wrong inputs fed to what reads them (tests/bad_input); null where that was left out
     losses                 results, commits and ends that were not as promised; `lost` says which
     work_repeated_percent  of the seconds of all attempts at stages in killed runs, those in vain: after the last shard
                            or checkpoint of an attempt that was not committed, or all of it where it left none
@@ -23,6 +24,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +64,8 @@ class Harness:
         self.runs: list[Run] = []
         self.faults: Counter[str] = Counter()
         self.skipped: list[str] = []
+        self.bad_inputs: int | None = None  # tried
+        self.lost: list[str] = []  # besides what runs lost
         self.pool = ThreadPoolExecutor(1)
         self.expected: dict[int, Future[dict[str, Any]]] = {}  # by number of processes
         self.seconds: Counter[str] = Counter()
@@ -172,6 +176,16 @@ class Harness:
                 finally:
                     unmount(small)
 
+    def bad_input(self) -> None:
+        if self.in_time("bad input"):
+            say("everything in tests/bad_input, each of which must end in its one error")
+            cases = TESTS / "bad_input" / "test_bad_input.py"
+            command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "test_one_clear_error"]
+            told = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False).stdout
+            counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error)", told)}
+            self.bad_inputs = sum(counts.values())
+            self.lost += [line for line in told.splitlines() if line.startswith(("FAILED", "ERROR"))]
+
     def flows(self) -> None:
         for what in ("two flows at once", "a frozen flow", "a frozen flow with its stages"):
             if self.in_time(what):
@@ -185,14 +199,14 @@ class Harness:
 
     def summary(self) -> dict[str, Any]:
         kills = [kill for run in self.runs for kill in run.kills if kill.hit]
-        losses = [line for run in self.runs for line in run.losses]
+        losses = self.lost + [line for run in self.runs for line in run.losses]
         share = {
             k: round(100 * self.seconds[k] / max(self.seconds["all"], 1e-9), 1) for k in ("repeated", "uncommitted")
         }
         return {
             "kills": len(kills),
             "faults": sum(self.faults.values()),
-            "bad_inputs": None,
+            "bad_inputs": self.bad_inputs,
             "work_repeated_percent": share["repeated"],
             "losses": len(losses),
             "seconds": round(time.monotonic() - self.begin),
@@ -235,7 +249,7 @@ def faults(harness: Harness) -> None:
 
 SCENES: dict[str, Callable[[Harness], None]] = {
     "flows": Harness.flows, "disk": Harness.disk, "server": Harness.store_server, "faults": faults,
-    "worker": Harness.by_worker, "kills": Harness.killed,
+    "worker": Harness.by_worker, "bad-input": Harness.bad_input, "kills": Harness.killed,
 }  # fmt: skip
 
 

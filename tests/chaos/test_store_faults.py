@@ -73,16 +73,27 @@ def test_files_under_all_faults(behind: Behind, tmp_path: Path) -> None:
 
 
 def test_a_listing_is_complete_once_it_is_no_longer_stale(behind: Behind) -> None:
-    proxy, store = behind({"refused": 0.2, "lost": 0.1, "torn": 0.1}, seed=5)
-    keys = sorted(f"runs/{i:03d}/head.json" for i in range(30))
-    for key in keys:
-        store.create(key, b"x")
-    assert store.list("runs/") == keys
+    proxy, store = behind({"refused": 0.2, "lost": 0.1, "torn": 0.1, "stale": 0.5}, seed=5)
+    keys: list[str] = []
+    seen = []
+    for i in range(12):
+        keys.append(f"runs/{i:03d}/head.json")
+        store.create(keys[-1], b"x")
+        seen.append(store.list("runs/"))
+        assert seen[-1] == keys[: len(seen[-1])], "behind, but nothing that never was"
+    assert any(len(found) < i + 1 for i, found in enumerate(seen))
+    end = time.monotonic() + 60
+    while store.list("runs/") != keys:
+        assert time.monotonic() < end
     assert proxy.happened["refused"]
+    assert proxy.happened["stale"]
 
 
 @pytest.mark.slow
-def test_bytes_that_change_on_their_way_up_are_refused_and_sent_again(behind: Behind, tmp_path: Path) -> None:
+def test_bytes_that_change_on_their_way_up_are_refused_and_sent_again(
+    behind: Behind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # as people set it for other servers
     proxy, store = behind({"flipped": 0.4}, seed=6)
     for i in range(20):
         store.create(f"{i}.json", b"%d" % i * 100)
@@ -93,6 +104,45 @@ def test_bytes_that_change_on_their_way_up_are_refused_and_sent_again(behind: Be
     store.download("file", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == content
     assert proxy.happened["flipped"] > 5
+
+
+def test_a_lost_acknowledgement_of_an_upload_and_a_fault_of_the_question_after_it(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload was completed, the reply lost; then whether it was cannot be asked at first."""
+    from botocore.exceptions import EndpointConnectionError
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    monkeypatch.setattr(s3_store, "_FIRST_PAUSE", 0.02)
+    S3FileSystem.clear_instance_cache()
+    store = S3Store(s3_server.url(uuid.uuid4().hex))
+    real, asked = store._call, []
+
+    async def call(method: str, **arguments: object) -> object:
+        asked.append(method)
+        if method == "head_object" and asked.count(method) == 1:
+            raise EndpointConnectionError(endpoint_url="http://s")
+        answer = await real(method, **arguments)
+        if method == "complete_multipart_upload" and asked.count(method) == 1:
+            raise ConnectionResetError("the answer did not arrive")
+        return answer
+
+    monkeypatch.setattr(store, "_call", call)
+    content = os.urandom(PART_BYTES + 1)
+    (tmp_path / "file").write_bytes(content)
+    store.upload(tmp_path / "file", "file")
+    store.download("file", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == content
+    assert asked.count("head_object") >= 2
+    assert "abort_multipart_upload" not in asked
+
+
+def test_a_disk_that_takes_a_part_of_what_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, start: real(file, data[:3], start))
+    with open(tmp_path / "file", "wb") as file:
+        s3_store._write_at(file.fileno(), b"0123456789", 2)
+    assert (tmp_path / "file").read_bytes() == b"\0\0" + b"0123456789"
 
 
 def test_a_store_that_stays_away_ends_in_one_error_after_its_time(

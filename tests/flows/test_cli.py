@@ -12,7 +12,7 @@ import pytest
 
 from flows.cli import _parameters, _parser, main
 from spinreg_core.config import ResourcesConfig, RunConfig
-from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput
 from spinreg_core.head import open_session
 from spinreg_core.store import open_store
 
@@ -44,6 +44,13 @@ def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixtur
     assert main(["run", "--config", str(tmp_path / "none.yaml")]) == EXIT_BAD_INPUT
     assert "none.yaml" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damage_ends_with_74(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    open_store(str(tmp_path)).write("runs/demo/head.json", b"{")
+    for command in ("status", "report", "verify"):
+        assert main([command, "demo", "--store", str(tmp_path)]) == EXIT_DAMAGED
+        assert "head.json: found 1 bytes" in capsys.readouterr().err
 
 
 def test_status_of_nothing_of_a_run_and_of_an_unknown_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

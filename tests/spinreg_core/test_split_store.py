@@ -10,7 +10,7 @@ from servers import S3Server
 
 from spinreg_core import objects, s3_store
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Conflict
+from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.head import open_session, read_head
 from spinreg_core.stages.job import Job
 from spinreg_core.store import open_store, require_conditional_writes
@@ -73,6 +73,18 @@ def test_whoever_does_not_know_of_the_folder_is_told(url: str, tmp_path: Path, m
         open_store(url).check()
     monkeypatch.delenv("SPINREG_COMMITS")
     with pytest.raises(BadInput, match=r"whose commits lie in .*shared.*; expected SPINREG_COMMITS"):
+        open_store(url).check()
+
+
+@pytest.mark.parametrize("commits", [None, "shared"])
+@pytest.mark.parametrize("found", [b'{"commi', b'{"mine": 1}', b'{"schema": 1, "mine": 1}'])
+def test_a_marker_that_spinreg_did_not_write(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: str | None, found: bytes
+) -> None:
+    open_store(url).write("commits.json", found)
+    if commits is not None:
+        monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / commits))
+    with pytest.raises(Damaged, match=r"commits\.json: found"):
         open_store(url).check()
 
 
