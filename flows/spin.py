@@ -35,12 +35,13 @@ from flows.form import (
 )
 from flows.round import measure, round_
 from flows.show import show_end
-from spinreg_core.config import RUN_NAME, RunConfig
+from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.errors import SpinregError, StagePreempted
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
-from spinreg_core.report import metrics_markdown, metrics_table, write_report
+from spinreg_core.report import metrics_markdown, metrics_table, report_data, write_report
 from spinreg_core.resolve import resolve, show
-from spinreg_core.store import open_store
+from spinreg_core.store import Store, open_store
+from spinreg_core.until import require_metric, why_ended
 from tasks.cancel import RunCancelled, cancellation
 from tasks.context import Context, entered
 from tasks.display import artifact_key, flush, nested, run_log, show_markdown, wait_for_server
@@ -125,6 +126,11 @@ def spin(
         return preempted(error)
 
 
+def _why_ended(store: Store, config: RunConfig) -> str | None:
+    """Why the run's conditions (`until`) let no further round be made, or None."""
+    return None if config.until == UntilConfig() else why_ended(config.until, report_data(store, config.run)["rounds"])
+
+
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
@@ -134,6 +140,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
         f"```yaml\n{show(resolved)}```",
         f"Resolved configuration of run {resolved.run}",
     )
+    require_metric(resolved.until, resolved.benchmarks.tasks if resolved.benchmarks.rounds == "all" else ())
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
     with open_session(opened, resolved, label) as session:
@@ -155,19 +162,26 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                 measure(earlier)
             # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
             # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
+            ended: str | None = None
             for round_number in range(start + 1, target + 1):
+                if complete_round(session.head) < round_number:
+                    ended = _why_ended(opened, resolved)
+                if ended is not None:
+                    log(f"run {resolved.run!r} ends before round {round_number}: {ended}")
+                    break
                 nested(round_, resolved.run, round_number)
                 if complete_round(session.head) < round_number:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         report = write_report(opened, resolved.run)
-        session.finish_advance()
+        session.finish_advance(ended=ended is not None)
         if context.failures:  # of benchmarks, which no round waits for
             raise context.failures[0]
         summary = {
             "run": resolved.run,
             "store": opened.url,
             "complete_round": complete_round(session.head),
-            "new_rounds": max(0, target - done),
+            "new_rounds": complete_round(session.head) - done,
+            "ended": ended,
             "report": opened.uri(report["html"]),
             "report_json": opened.uri(report["json"]),
         }

@@ -60,6 +60,7 @@ MUTABLE_FIELDS = frozenset(
         "judge",
         "until",
         "generation.tensor_parallel",
+        "evaluation.alarm_real_drop",
         "training.activation_checkpointing",
         "training.checkpoint_every_steps",
         "training.checkpoint_every_minutes",

@@ -243,6 +243,11 @@ class EvaluationConfig(Group):
         description="Exact match of final answers: gsm8k compares the numbers after `####`; auto where rows have it.",
     )
     shown_samples: int = Field(8, ge=0, description="Side-by-side sample answers in the report (prompts).")
+    alarm_real_drop: NonNegativeFloat = Field(
+        0.0,
+        description="Drop of the log-probability of held-out human answers in one round beyond which the report raises "
+        "an alarm, where the rows support it (nats/token).",
+    )
 
 
 class ResourcesConfig(Group):

@@ -17,6 +17,8 @@ such policy or number):
     sample_finish                   stop | length
     sample_distinct_2               distinct-2 of y'
     sample_logp                     log p(y'); likewise sample_base_logp, sample_previous_logp
+    sample_engine_logp              log p(y') as the engine that sampled it told it
+    previous_sample_tokens          tokens of y''
     previous_sample_logp            log p(y''); likewise previous_sample_base_logp, previous_sample_previous_logp
 """
 
@@ -28,9 +30,11 @@ import pyarrow.compute as pc
 
 from spinreg_core.errors import BadInput
 from spinreg_core.metrics import (
+    SEPARATED,
     Estimate,
     Floats,
     answered_number,
+    bootstrap_correlation,
     bootstrap_mean,
     bootstrap_ratio,
     reference_number,
@@ -53,7 +57,9 @@ ROWS_SCHEMA = pa.schema(
         ("sample_distinct_2", pa.float64()),
         ("sample_logp", pa.float64()),
         ("sample_base_logp", pa.float64()),
+        ("sample_engine_logp", pa.float64()),
         ("sample_previous_logp", pa.float64()),
+        ("previous_sample_tokens", pa.int32()),
         ("previous_sample_logp", pa.float64()),
         ("previous_sample_base_logp", pa.float64()),
         ("previous_sample_previous_logp", pa.float64()),
@@ -73,8 +79,21 @@ def implicit_reward(policy: Floats, previous: Floats, base: Floats, alpha: float
     return policy - alpha * previous - (1 - alpha) * base
 
 
-def heldout_metrics(rows: pa.Table, *, alpha: float, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Every metric that is defined for this iterate, with its 95 % interval.
+def margins(rows: pa.Table, alpha: float) -> Floats:
+    """r(y) - r(y'') of every row, nats: the human answer against the previous policy's sample."""
+
+    def reward(own: str, previous: str, base: str) -> Floats:
+        columns = (rows[name].to_numpy().astype(np.float64) for name in (own, previous, base))
+        policy, reference, first = columns
+        return implicit_reward(policy, reference, first, alpha)
+
+    return reward("real_logp", "real_previous_logp", "real_base_logp") - reward(
+        "previous_sample_logp", "previous_sample_previous_logp", "previous_sample_base_logp"
+    )
+
+
+def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Every metric and diagnostic of the game that is defined for this iterate, with its 95 % interval.
 
     rows: a table with `ROWS_SCHEMA`, at least one row. A metric whose columns hold nulls is not defined and
     left out: what needs a previous policy for the base, exact match where no row has a final number.
@@ -99,14 +118,8 @@ def heldout_metrics(rows: pa.Table, *, alpha: float, resamples: int, seed: int) 
         real_base, real_previous = column("real_base_logp"), column("real_previous_logp")
         found["nll_vs_base"] = ratio(real_base - real, "nats/token")
         found["nll_vs_previous"] = ratio(real_previous - real, "nats/token")
-        reward_real = implicit_reward(real, real_previous, real_base, alpha)
-        reward_sample = implicit_reward(
-            column("previous_sample_logp"),
-            column("previous_sample_previous_logp"),
-            column("previous_sample_base_logp"),
-            alpha,
-        )
-        found["reward_accuracy"] = wilson(wins(reward_real, reward_sample, within=_TIE_NATS), len(real))
+        margin = margins(rows, alpha)
+        found["reward_accuracy"] = wilson(wins(margin, np.zeros_like(margin), within=_TIE_NATS), len(real))
         found["kl_previous"] = mean(sample - column("sample_previous_logp"), "nats/answer")
     found["kl_base"] = mean(sample - base, "nats/answer")
 
@@ -125,6 +138,18 @@ def heldout_metrics(rows: pa.Table, *, alpha: float, resamples: int, seed: int) 
         human = rows["answer_distinct_2"].drop_null().to_numpy()
         if len(human):
             found["human_distinct_2"] = mean(human, "share")
+    found["entropy"] = bootstrap_ratio(-sample, lengths, "nats/token", resamples=resamples, seed=seed)
+    if rows["sample_engine_logp"].null_count == 0:
+        found["sampler_gap"] = mean(column("sample_engine_logp") - sample, "nats/answer")
+    if not is_base:
+        found["margin"] = mean(margin, "nats")
+        found["separated"] = wilson(int((beta * margin >= SEPARATED).sum()), len(real))
+        found["real_change"] = mean(real - real_previous, "nats/answer")
+        generated, previous = column("previous_sample_logp"), column("previous_sample_previous_logp")
+        found["generated_change"] = mean(generated - previous, "nats/answer")
+        bias = bootstrap_correlation(margin, tokens - column("previous_sample_tokens"), resamples=resamples, seed=seed)
+        if bias is not None:
+            found["length_bias"] = bias
     return found
 
 

@@ -245,12 +245,12 @@ class Session:
         self.update(change)
         return done, target, why
 
-    def finish_advance(self) -> None:
-        """Record which advances have reached their round."""
+    def finish_advance(self, *, ended: bool = False) -> None:
+        """Record which advances have reached their round; with `ended` that none is to be gone on with."""
 
         def change(head: dict[str, Any]) -> None:
             for advance in head["advances"]:
-                advance["done"] = advance["done"] or advance["to"] <= complete_round(head)
+                advance["done"] = advance["done"] or ended or advance["to"] <= complete_round(head)
 
         if pending_advance(self.head) is not None:
             self.update(change)

@@ -305,6 +305,22 @@ def _group_logprobs(
     owners = [i for i, answer in enumerate(answers) for _ in answer]
     if not owners and not isinstance(model, FSDPModule):
         return sums
+    by_token = _by_token(model, head, prompts, answers)
+    return sums.index_add(0, torch.tensor(owners, dtype=torch.int64, device=device), by_token)
+
+
+def answer_token_logprobs(
+    model: PreTrainedModel, prompt: list[int], answer: list[int], *, precision: Precision
+) -> Tensor:
+    """log π(token | prompt, tokens before it) in nats of each token of one answer, float32 [tokens]; their sum is what
+    `answer_logprobs` gives. For looking at single answers: one forward pass each, the same on every rank."""
+    with compute_format(precision, model.device):
+        return _as_forward(model, lambda m: _by_token(m, head_of(m), [prompt], [answer]))
+
+
+def _by_token(model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Log-probabilities of all answer tokens in one right-padded forward pass, float32 [tokens of all answers]."""
+    device = model.device
     # The last answer token is predicted but never conditioned on, so it is no input.
     rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
     length = max(map(len, rows))
@@ -319,8 +335,6 @@ def _group_logprobs(
     targets = torch.tensor([token for answer in answers for token in answer], dtype=torch.int64, device=device)
     if head is None:
         logits = model.forward(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
-        by_token = -F.cross_entropy(logits.float(), targets, reduction="none")
-    else:
-        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [batch, length, width]
-        by_token = token_logprobs(head, hidden.flatten(0, 1)[positions], targets)
-    return sums.index_add(0, torch.tensor(owners, dtype=torch.int64, device=device), by_token)
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [batch, length, width]
+    return token_logprobs(head, hidden.flatten(0, 1)[positions], targets)

@@ -122,6 +122,57 @@ METRICS: dict[str, Metric] = {
     ),
 }
 
+# What the game of a round was like: shown beside the metrics, and better or worse by themselves in no direction.
+GAME: dict[str, Metric] = {
+    "margin": Metric(
+        "margin",
+        "nats",
+        None,
+        "Mean over held-out prompts of r(human answer) - r(the previous policy's sample), r as for reward accuracy.",
+    ),
+    "separated": Metric(
+        "separated",
+        "share",
+        None,
+        "Share of held-out prompts with beta times the margin at 2 or more: in the logistic loss such pairs have less "
+        "than a quarter of the weight of a pair at 0.",
+    ),
+    "real_change": Metric(
+        "log p of human answers",
+        "nats/answer",
+        None,
+        "Mean change of log p of the held-out human answers against the previous policy. That it falls is the known "
+        "disease of such losses.",
+    ),
+    "generated_change": Metric(
+        "log p of generated answers",
+        "nats/answer",
+        None,
+        "Mean change of log p of the previous policy's samples against that policy.",
+    ),
+    "length_bias": Metric(
+        "length bias",
+        "correlation",
+        None,
+        "Pearson correlation over held-out prompts between the margin and by how many tokens the human answer is "
+        "longer than the previous policy's sample. Near 1 or -1 it is length that is told apart.",
+    ),
+    "entropy": Metric(
+        "entropy",
+        "nats/token",
+        None,
+        "-log p of the policy's own samples per token: with a neutral sampler an unbiased estimate of its entropy.",
+    ),
+    "sampler_gap": Metric(
+        "sampler - scorer",
+        "nats/answer",
+        None,
+        "Mean of log p of the policy's samples as the sampling engine told it, minus the scorer's. Not near 0: the "
+        "sampled policy is not the scored one.",
+    ),
+}
+SEPARATED = 2.0  # beta times margin
+
 
 def _interval(draws: Floats) -> tuple[float, float]:
     low, high = np.quantile(draws, (0.025, 0.975))
@@ -168,6 +219,36 @@ def bootstrap_mean(values: Sequence[float] | Floats, unit: str, *, resamples: in
     """Mean over rows with its percentile bootstrap interval. Raises ValueError for no rows."""
     values = np.asarray(values, dtype=np.float64)
     return bootstrap_ratio(values, np.ones_like(values), unit, resamples=resamples, seed=seed)
+
+
+def bootstrap_correlation(
+    left: Sequence[float] | Floats, right: Sequence[float] | Floats, *, resamples: int, seed: int
+) -> Estimate | None:
+    """Pearson's correlation over rows with its percentile bootstrap interval; None where one side does not vary.
+
+    Resamples in which a side does not vary are left out of the interval. Raises ValueError for shapes that differ.
+    """
+    x, y = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1:
+        raise ValueError(f"need two vectors of one length, found shapes {x.shape} and {y.shape}")
+    value = _correlations(x[None], y[None])
+    if not value.size:
+        return None
+    rng, draws = np.random.default_rng(seed), []
+    step = max(1, _CELLS // x.size)
+    for start in range(0, resamples, step):
+        rows = rng.integers(0, x.size, size=(min(step, resamples - start), x.size))
+        draws.append(_correlations(x[rows], y[rows]))
+    low, high = _interval(np.concatenate(draws))
+    return {"value": float(value[0]), "low": low, "high": high, "n": x.size, "unit": "correlation"}
+
+
+def _correlations(x: Floats, y: Floats) -> Floats:
+    """Of each row of two tables, those left out where a side does not vary."""
+    varied = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
+    x, y = (table[varied] - table[varied].mean(axis=1, keepdims=True) for table in (x, y))
+    found: Floats = (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    return found
 
 
 def wilson(successes: float, n: int) -> Estimate:

@@ -16,7 +16,7 @@ from typing import Any
 from spinreg_core.cache import borrowed
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
-from spinreg_core.metrics import METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
+from spinreg_core.metrics import GAME, METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
 from spinreg_core.objects import fetch_file, read_manifest, read_record, removed_keys, versions
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
@@ -76,8 +76,9 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         "config": config.model_dump(mode="json"),
         "primary": {"metric": PRIMARY, "reason": PRIMARY_REASON},
         "definitions": {name: asdict(metric) for name, metric in METRICS.items()},
+        "game": {name: asdict(metric) for name, metric in GAME.items()},
         "verdict": verdict(rounds),
-        "alarms": alarms(rounds),
+        "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
         "notes": notes(config.model_dump(mode="json"), rounds),
         "rounds": rounds,
         "human": human,
@@ -90,16 +91,18 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
 def _round(store: Store, head: dict[str, Any], number: int) -> dict[str, Any]:
     """What one round left: its objects, held-out metrics, pairs and training curve; None for what is not there yet."""
     stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
-    metrics = training = pairs = None
+    metrics = training = pairs = margins = None
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
         pairs = manifest["metrics"]
     if "evaluate" in stages:
         metrics = json.loads(fetch_file(store, stages["evaluate"], "metrics.json").read_bytes())
+        margins = json.loads(fetch_file(store, stages["evaluate"], "samples.json").read_bytes()).get("margins")
     if "train" in stages:
         lines = fetch_file(store, stages["train"], "metrics.jsonl").read_text().splitlines()
         summary = json.loads(fetch_file(store, stages["train"], "summary.json").read_bytes())
         training = {"steps": [json.loads(line) for line in lines], "summary": summary}
-    return {"round": number, "stages": stages, "metrics": metrics, "pairs": pairs, "training": training}
+    return {"round": number, "stages": stages, "metrics": metrics, "pairs": pairs, "training": training,
+            "margins": margins}  # fmt: skip
 
 
 def _samples(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:
@@ -119,7 +122,9 @@ def _samples(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
                     "rounds": [],
                 },
             )
-            row["rounds"].append({"round": number, "text": sample["sample"], "finish": sample["finish"]})
+            row["rounds"].append(
+                {"round": number, "text": sample["sample"], "finish": sample["finish"], "credit": sample.get("credit")}
+            )
     return list(found.values())
 
 
@@ -220,15 +225,18 @@ def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"outcome": outcome, "round": number, "headline": headline, "sentences": sentences}
 
 
-def alarms(rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a user must see: human answers that became less likely, held out or while training."""
+def alarms(rounds: list[dict[str, Any]], level: float = 0.0) -> list[dict[str, Any]]:
+    """What a user must see: human answers that became less likely, held out or while training.
+
+    level: rise of the held-out NLL in one round that is put up with (nats/token).
+    """
     found = []
     for entry in rounds:
         number, metrics, training = entry["round"], entry["metrics"] or {}, entry["training"] or {}
         for text in training.get("summary", {}).get("alarms", []):
             found.append({"round": number, "where": "training", "text": text})
         step = metrics.get("nll_vs_previous")
-        if step is not None and _supported(step) > 0:
+        if step is not None and step["low"] is not None and step["low"] > level:
             against = "the base model" if number == 1 else f"round {number - 1}"
             text = (
                 f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "

@@ -225,7 +225,8 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     key = inputs | {
         "precision": config.training.precision, "seed": config.seed,
         "alpha": effective_alpha(config.objective.alpha, n) if n else None,
-        "evaluation": config.evaluation.model_dump(mode="json"),
+        "beta": of_round(config.objective.beta, n) if n else None,
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"alarm_real_drop"}),
     }  # fmt: skip
     generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
     return Plan("evaluate", n, key, inputs, {"generate": generate})

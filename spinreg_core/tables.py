@@ -10,7 +10,7 @@ import math
 import textwrap
 from typing import Any
 
-from spinreg_core.metrics import METRICS, PRIMARY, Estimate
+from spinreg_core.metrics import GAME, METRICS, PRIMARY, Estimate
 
 ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 _COLUMNS = 110  # of a terminal
@@ -57,7 +57,7 @@ def _shown(data: dict[str, Any]) -> list[str]:
 
 def label(name: str, *, with_unit: bool = True) -> str:
     """`held-out NLL * ↓ (nats/token)`; the star marks the primary metric."""
-    metric = METRICS.get(name)
+    metric = METRICS.get(name) or GAME.get(name)
     if metric is None:
         return name.replace("_", " ")
     star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()

@@ -1,4 +1,4 @@
-"""The stage `evaluate`: held-out metrics and sample answers of one iterate (round 0: the base).
+"""The stage `evaluate`: held-out metrics, what the game was like, and sample answers of an iterate (round 0: the base).
 
 Decides: which sequences are scored under which policy, and that nothing an earlier evaluation holds is scored
 again. Leaves out: the metrics (`evaluation.py`), sampling (`generate.py`), scoring (`scoring.py`).
@@ -10,12 +10,14 @@ samples one answer of this policy to every held-out prompt.
 With y the human answer, y' this policy's sample and y'' the previous one's, iterate n scores y, y', y'' under
 p_n, and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory
 at a time. Leaves `rows.parquet` (columns: `evaluation.py`), `metrics.json`, and `samples.json`: the first
-`shown_samples` held-out prompts, {"samples": [{"prompt_id", "messages", "answer", "sample", "finish"}]}.
+`shown_samples` held-out prompts, {"samples": [{"prompt_id", "messages", "answer", "sample", "finish"}]}; of a round,
+each with its `credit` (`game.py`), and "margins": the histogram of the held-out margins.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -28,14 +30,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from spinreg_core.config import of_round
 from spinreg_core.errors import BadInput, Damaged, StageFailed
-from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics, require_final_answers
+from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics, margins, require_final_answers
+from spinreg_core.game import Tokens, credit, histogram
 from spinreg_core.metrics import Estimate, distinct_bigrams
 from spinreg_core.objects import fetch_file, fetch_folder, publish, read_manifest
 from spinreg_core.progress import Progress
 from spinreg_core.ranks import Ranks, join
+from spinreg_core.render import Renderer
 from spinreg_core.rounds import effective_alpha
 from spinreg_core.scoring import score
+from spinreg_core.sharding import load_for
 from spinreg_core.stages.generate import ensure_generations
 from spinreg_core.stages.job import Job, main
 from spinreg_core.stages.orders import ATTEMPT_VARIABLE
@@ -68,13 +74,19 @@ def run(job: Job) -> dict[str, Any]:
     }
     rows |= _samples(store, job, data["prompt_id"])
     ranks = join(config.resources)  # not before the samples: nobody waits in a collective for them
-    rows |= _scores(store, job, data, rows["sample_ids"], base, previous, ranks)
+    shown = range(min(config.evaluation.shown_samples, len(data["prompt_id"])))
+    tokens = Tokens([data["prompt_ids"][i] for i in shown] * 2,
+                    [ids[i] for ids in (data["answer_ids"], rows["sample_ids"]) for i in shown])  # fmt: skip
+    rows |= _scores(store, job, data, rows["sample_ids"], base, previous, ranks, tokens)
     if not ranks.first:
         return {}
     table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
+    alpha = effective_alpha(config.objective.alpha, job.round)
+    beta = of_round(config.objective.beta, max(job.round, 1))
     metrics = heldout_metrics(
         table,
-        alpha=effective_alpha(config.objective.alpha, job.round),
+        alpha=alpha,
+        beta=beta,
         resamples=config.evaluation.bootstrap,
         seed=config.seed,
     )
@@ -85,7 +97,14 @@ def run(job: Job) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, folder / "rows.parquet")
     _write_json(folder / "metrics.json", metrics)
-    _write_json(folder / "samples.json", {"samples": _shown(data, rows, config.evaluation.shown_samples)})
+    document: dict[str, Any] = {"samples": _shown(data, rows, len(shown))}
+    if job.round:
+        policy = fetch_folder(store, job.inputs["policy"], "policy")
+        credits = credit(tokens, Renderer.from_folder(policy).text, job.inputs, alpha=alpha, beta=beta)
+        for i, sample in enumerate(document["samples"]):
+            sample["credit"] = {"answer": credits[i], "sample": credits[len(shown) + i]}
+        document["margins"] = histogram(margins(table, alpha))
+    _write_json(folder / "samples.json", document)
     return publish(store, job, folder, metrics=_flat(metrics), seconds=time.monotonic() - start)
 
 
@@ -117,7 +136,8 @@ def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
     found: dict[str, dict[str, Any]] = {}
     for entry in manifest["files"]:
         path = fetch_file(store, generate.object_id, entry["name"])
-        for answer in pq.read_table(path, columns=["prompt_id", "answer_ids", "text", "finish"]).to_pylist():
+        columns = ["prompt_id", "answer_ids", "text", "finish", "logprobs"]
+        for answer in pq.read_table(path, columns=columns).to_pylist():
             found[answer["prompt_id"]] = answer
     if found.keys() != set(prompt_ids):
         raise Damaged(f"{generate.object_id}: found answers to {len(found)} prompts; expected {len(prompt_ids)}")
@@ -126,6 +146,7 @@ def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
         "sample_ids": [a["answer_ids"] for a in answers],
         "sample_text": [a["text"] for a in answers],
         "sample_finish": [a["finish"] for a in answers],
+        "sample_engine_logp": [math.fsum(a["logprobs"]) for a in answers],
         "sample_distinct_2": [
             distinct_bigrams(_spoken(a["answer_ids"], finished=a["finish"] == "stop")) for a in answers
         ],
@@ -162,39 +183,50 @@ def _scores(
     base: Columns,
     previous: Columns,
     ranks: Ranks,
+    tokens: Tokens,
 ) -> Columns:
     """Every log-probability column: the earlier evaluations' where they have it, else scored now, model by model."""
     prompts, real = data["prompt_ids"], data["answer_ids"]
     nothing: list[Any] = [None] * len(prompts)
     own = {"real_logp": real, "sample_logp": sample_ids}
     if job.round == 0:
-        found = _score(store, job, [(job.inputs["policy"], own)], prompts, ranks)
+        found = _score(store, job, [(job.inputs["policy"], own)], prompts, ranks, None)
         found |= {"real_base_logp": found["real_logp"], "sample_base_logp": found["sample_logp"]}
-        return {name: found.get(name, nothing) for name in ROWS_SCHEMA.names if name.endswith("_logp")}
+        absent = [name for name in ROWS_SCHEMA.names if "previous" in name]
+        return found | dict.fromkeys(absent, nothing)
     own["previous_sample_logp"] = previous["sample_ids"]
     work = [(job.inputs["policy"], own), (job.inputs["base"], {"sample_base_logp": sample_ids})]
     if job.inputs["previous"] != job.inputs["base"]:
         work.append((job.inputs["previous"], {"sample_previous_logp": sample_ids}))
-    found = _score(store, job, work, prompts, ranks)
+    found = _score(store, job, work, prompts, ranks, tokens)
     found.setdefault("sample_previous_logp", found["sample_base_logp"])
     return found | {
         "real_base_logp": base["real_logp"],
         "real_previous_logp": previous["real_logp"],
+        "previous_sample_tokens": [len(ids) for ids in previous["sample_ids"]],
         "previous_sample_base_logp": previous["sample_base_logp"],
         "previous_sample_previous_logp": previous["sample_logp"],
     }
 
 
 def _score(
-    store: Store, job: Job, work: list[tuple[str, dict[str, list[list[int]]]]], prompts: list[list[int]], ranks: Ranks
+    store: Store,
+    job: Job,
+    work: list[tuple[str, dict[str, list[list[int]]]]],
+    prompts: list[list[int]],
+    ranks: Ranks,
+    tokens: Tokens | None,
 ) -> Columns:
-    """Log-probabilities of answers to `prompts`; work: (policy object, {column: answers}), each policy loaded once."""
+    """Log-probabilities of answers to `prompts`; work: (policy object, {column: answers}), each policy loaded once.
+    `tokens` are looked at one by one under each."""
     config = job.config
     progress = Progress("evaluate", sum(len(columns) for _, columns in work) * len(prompts), "sequences")
     found: Columns = {}
     for policy, columns in work:
+        folder = ranks.one_first(lambda policy=policy: fetch_folder(store, policy, "policy"))  # type: ignore[misc]
+        model = load_for(ranks, folder, config.training.precision)
         values = score(
-            ranks.one_first(lambda policy=policy: fetch_folder(store, policy, "policy")),  # type: ignore[misc]
+            model,
             prompts * len(columns),
             [answer for answers in columns.values() for answer in answers],
             precision=config.training.precision,
@@ -209,6 +241,9 @@ def _score(
             )
         for i, name in enumerate(columns):
             found[name] = values[i * len(prompts) : (i + 1) * len(prompts)]
+        if tokens is not None:
+            tokens.score(policy, model, config.training.precision)
+        del model  # one at a time
     return found
 
 
@@ -222,7 +257,7 @@ def _shown(data: Columns, rows: Columns, count: int) -> list[dict[str, Any]]:
             "sample": rows["sample_text"][i],
             "finish": rows["sample_finish"][i],
         }
-        for i in range(min(count, len(data["prompt_id"])))
+        for i in range(count)
     ]
 
 

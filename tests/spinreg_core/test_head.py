@@ -331,6 +331,7 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         "training.activation_checkpointing": "full", "training.checkpoint_every_steps": 3,
         "training.checkpoint_every_minutes": 2.0, "training.checkpoints_kept": 5,
         "keep": KeepConfig(policies=3), "training.max_nonfinite_steps": 9, "generation.tensor_parallel": 2,
+        "evaluation.alarm_real_drop": 0.1,
         "benchmarks": BenchmarksConfig(tasks=["gsm8k"]), "judge": JudgeConfig(model="m"),
         "until": UntilConfig(kl_base_above=5),
     }  # fmt: skip

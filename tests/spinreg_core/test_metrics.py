@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from decimal import Decimal
 
 import numpy as np
@@ -188,3 +189,26 @@ def test_every_metric_says_which_way_is_better_or_that_neither_is() -> None:
     assert metrics.METRICS[metrics.PRIMARY].better == "lower"
     assert {m.better for m in metrics.METRICS.values()} <= {"lower", "higher", None}
     assert all(m.definition.endswith(".") and m.unit for m in metrics.METRICS.values())
+
+
+def test_correlation_against_the_textbook() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=60)
+    y = 0.7 * x + rng.normal(size=60)
+    found = metrics.bootstrap_correlation(x, y, resamples=500, seed=0)
+    assert found is not None
+    assert found["value"] == pytest.approx(statistics.correlation(x.tolist(), y.tolist()))
+    assert found["low"] is not None
+    assert found["high"] is not None
+    assert -1 <= found["low"] < found["value"] < found["high"] <= 1
+    exact = metrics.bootstrap_correlation(x, 3 - 2 * x, resamples=100, seed=0)
+    assert exact is not None
+    assert (exact["value"], exact["low"], exact["high"]) == pytest.approx((-1, -1, -1))
+
+
+def test_correlation_of_what_does_not_vary_is_none() -> None:
+    assert metrics.bootstrap_correlation([1.0, 1.0, 1.0], [1.0, 2.0, 3.0], resamples=100, seed=0) is None
+    rare = metrics.bootstrap_correlation([0.0, 0.0, 1.0], [0.0, 1.0, 5.0], resamples=200, seed=0)
+    assert rare is not None, "resamples without the third row are left out"
+    with pytest.raises(ValueError, match="one length"):
+        metrics.bootstrap_correlation([1.0], [1.0, 2.0], resamples=100, seed=0)

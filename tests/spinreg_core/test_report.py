@@ -15,7 +15,7 @@ from browser import needs_chromium, new_page
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.head import open_session
-from spinreg_core.metrics import METRICS, PRIMARY
+from spinreg_core.metrics import GAME, METRICS, PRIMARY
 from spinreg_core.objects import fingerprint, publish
 from spinreg_core.report import (
     alarms,
@@ -59,6 +59,9 @@ def metrics(number: int, nll: list[float], half: float = 0.02) -> dict[str, Any]
         found["nll_vs_previous"] = estimate(nll[number] - nll[number - 1], half, "nats/token")
         found["reward_accuracy"] = estimate(0.8, 0.08, "share")
         found["kl_previous"] = estimate(3.0, 0.4, "nats/answer")
+        found["margin"] = estimate(6.0 * number, 0.5, "nats")
+        found["separated"] = estimate(0.25, 0.1, "share")
+        found["length_bias"] = estimate(0.31, 0.2, "correlation")
     return found
 
 
@@ -135,7 +138,13 @@ def make_run(store: Store, tmp_path: Path, nll: list[float], text: str = "fine",
                 }
                 for i in range(3)
             ]
-            files = {"metrics.json": json.dumps(metrics(number, nll)), "samples.json": json.dumps({"samples": samples})}
+            shown: dict[str, Any] = {"samples": samples}
+            if number:
+                for sample in samples:
+                    tokens = [[f"{text} ", 0.25], ["token", -0.5 * number], ["", 0.0]]
+                    sample["credit"] = {"answer": tokens, "sample": tokens[:1]}
+                shown["margins"] = {"edges": [-1.0, 0.0, 1.0], "counts": [20, 44], "quantiles": {"0.5": 0.3}}
+            files = {"metrics.json": json.dumps(metrics(number, nll)), "samples.json": json.dumps(shown)}
             session.commit(number, "evaluate", put("evaluate", number, files))
     return store
 
@@ -225,6 +234,8 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
     assert {line["object_id"] for line in data["lineage"]} >= set(objects)
     assert len(data["lineage"]) == 2 + 1 + 2 * 4
     assert all(line["object_id"] in text and line["uri"] in text for line in data["lineage"])
+    assert "-1.000" in text, "the credit of round 2's tokens"
+    assert "+0.250" in text
     for sample in data["samples"]:
         assert [one["round"] for one in sample["rounds"]] == [0, 1, 2]
         assert all(one["text"] in text for one in sample["rounds"])
@@ -442,8 +453,9 @@ def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path:
         page.goto(f"file://{path}")
         page.wait_for_selector("body[data-drawn]")
         drawn = int(page.locator("body").get_attribute("data-drawn") or 0)
-        metrics_drawn = len([n for n in METRICS if n in keys["data"]["rounds"][1]["metrics"]])
-        assert drawn == metrics_drawn + 10  # all training curves but the two against the base
+        defined = keys["data"]["rounds"][1]["metrics"]
+        metrics_drawn = len([n for n in (*METRICS, *GAME) if n in defined])
+        assert drawn == metrics_drawn + 10 + 1  # all training curves but the two against the base; margins of rounds
         assert page.locator(".plot .main-svg").count() >= drawn
         # Every curve has a point per round in which its metric is defined.
         points = page.locator("#metric-charts figure:first-child .scatterlayer path.point").count()

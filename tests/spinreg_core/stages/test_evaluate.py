@@ -17,12 +17,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from spinreg_core import scoring as scoring_module
 from spinreg_core import sharding
 from spinreg_core.config import EvaluationConfig, GenerationConfig, RunConfig, TrainingConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import heldout_metrics
-from spinreg_core.metrics import METRICS
+from spinreg_core.metrics import GAME, METRICS
 from spinreg_core.objects import fetch_file, fingerprint, publish, read_manifest
 from spinreg_core.render import Renderer
 from spinreg_core.stages import evaluate, generate
@@ -31,6 +30,7 @@ from spinreg_core.store import Store, open_store
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .#0123456789"
 ALPHA = 0.25
+BETA = 0.1  # the default
 CONFIG = RunConfig(
     generation=GenerationConfig(engine="hf", dtype="float32", max_new_tokens=8, shard_size=5),
     training=TrainingConfig(precision="fp32"),
@@ -172,11 +172,42 @@ def test_every_score_equals_brute_force(world: World, evaluated: list[str], iter
             assert rows[f"{kind}{suffix}_logp"] == pytest.approx(expected, abs=2e-4), (kind, suffix)
     if not iterate:
         absent = [name for name in rows if "previous" in name]
-        assert len(absent) == 5
+        assert len(absent) == 6
         assert all(value is None for name in absent for value in rows[name])
     assert rows["prompt_id"] == data["prompt_id"]
     assert rows["answer_tokens"] == [len(ids) for ids in data["answer_ids"]]
     assert rows["final_answer"] == data["final_answer"]
+    assert rows["sample_engine_logp"] == pytest.approx(rows["sample_logp"], abs=2e-4), "the engine samples in fp32 too"
+    if iterate:
+        opponents = world.rows(evaluated[iterate - 1])["sample_ids"]
+        assert rows["previous_sample_tokens"] == [len(ids) for ids in opponents]
+
+
+@pytest.mark.parametrize("iterate", [1, 2])
+def test_the_credit_of_tokens_sums_to_the_reward_of_their_answer(
+    world: World, evaluated: list[str], iterate: int
+) -> None:
+    """beta (log p - alpha log p_previous - (1 - alpha) log p_base), token by token, for both answers."""
+    data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
+    rows = world.rows(evaluated[iterate])
+    document = json.loads(fetch_file(world.store, evaluated[iterate], "samples.json").read_bytes())
+    alpha = ALPHA if iterate > 1 else 1.0
+    renderer = Renderer.from_folder(world.root / "policy-0" / "policy")
+    assert len(document["samples"]) == 3
+    for i, shown in enumerate(document["samples"]):
+        for kind, ids in (("answer", data["answer_ids"][i]), ("sample", rows["sample_ids"][i])):
+            credit, prompt = shown["credit"][kind], data["prompt_ids"][i]
+            assert len(credit) == len(ids)
+            assert "".join(piece for piece, _ in credit) == renderer.text(ids)
+            prefixes = [ids[: k + 1] for k in range(len(ids))]
+            own, previous, base = (
+                np.diff([0, *brute_force(world, n, [prompt] * len(ids), prefixes)]) for n in (iterate, iterate - 1, 0)
+            )
+            expected = BETA * (own - alpha * previous - (1 - alpha) * base)
+            assert [value for _, value in credit] == pytest.approx(expected, abs=2e-4)
+    margins = document["margins"]
+    assert sum(margins["counts"]) == len(rows["prompt_id"])
+    assert margins["edges"][0] < margins["quantiles"]["0.5"] < margins["edges"][-1]
 
 
 def test_samples_are_this_policys_own_answers(world: World, evaluated: list[str]) -> None:
@@ -209,11 +240,13 @@ def test_samples_are_this_policys_own_answers(world: World, evaluated: list[str]
 def test_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterate: int) -> None:
     """metrics.json and the manifest are what anybody gets from rows.parquet alone."""
     table = pq.read_table(fetch_file(world.store, evaluated[iterate], "rows.parquet"))
-    expected = heldout_metrics(table, alpha=ALPHA, resamples=100, seed=CONFIG.seed)
+    alpha = ALPHA if iterate > 1 else 1.0  # in round 1 both references are the base
+    expected = heldout_metrics(table, alpha=alpha, beta=BETA, resamples=100, seed=CONFIG.seed)
     stored = json.loads(fetch_file(world.store, evaluated[iterate], "metrics.json").read_bytes())
     assert stored == expected
-    assert set(METRICS) <= set(stored) | ({"nll_vs_base", "nll_vs_previous", "reward_accuracy", "kl_previous"}
-                                          if iterate == 0 else set())  # fmt: skip
+    later = {"nll_vs_base", "nll_vs_previous", "reward_accuracy", "kl_previous", "margin", "separated", "real_change",
+             "generated_change", "length_bias"}  # fmt: skip
+    assert {*METRICS, *GAME} <= set(stored) | (later if iterate == 0 else set())
     manifest = read_manifest(world.store, evaluated[iterate])
     assert manifest is not None
     intervals = manifest["metrics"].pop("intervals")
@@ -266,10 +299,11 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
 ) -> None:
     calls: list[tuple[str, int]] = []
     alive: list[int] = []
+    loaded: list[str] = []
     real_score, real_load = evaluate.score, sharding.load_for
 
     def score(policy: Any, prompts: list[list[int]], answers: list[list[int]], **options: Any) -> list[float]:
-        calls.append((str(policy), len(answers)))
+        calls.append((loaded[-1], len(answers)))
         return real_score(policy, prompts, answers, **options)
 
     def count() -> int:
@@ -278,11 +312,12 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
 
     def load(*arguments: Any) -> PreTrainedModel:
         alive.append(count())
+        loaded.append(str(arguments[1]))
         return real_load(*arguments)
 
     before = count()
     monkeypatch.setattr(evaluate, "score", score)
-    monkeypatch.setattr(scoring_module, "load_for", load)
+    monkeypatch.setattr(evaluate, "load_for", load)
     job = world.job(iterate, evaluated)
     part = job.extra["generate"]
     sampled_anew = {"generate": part | {"object_id": part["object_id"] + "-again"}}
