@@ -176,9 +176,11 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _advance(parameters: dict[str, Any], config: str | None) -> int:
+    import httpx
     from prefect.exceptions import CancelledRun, TerminationSignal
 
-    from flows.spin import resolve_parameters, spin
+    from flows.spin import STOPPED, resolve_parameters, spin
+    from tasks.display import stopped_by
 
     resolve_parameters(config, parameters)  # a wrong field ends here, before a flow run exists
 
@@ -192,10 +194,10 @@ def _advance(parameters: dict[str, Any], config: str | None) -> int:
         spin(config=config, **parameters)
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
-    except TerminationSignal:
-        print(
-            "spinreg: stopped by SIGTERM; what was committed stays, the same command goes on from it", file=sys.stderr
-        )
+    except (TerminationSignal, httpx.HTTPError) as error:
+        if not isinstance(stopped_by(error), TerminationSignal):
+            raise
+        print(STOPPED, file=sys.stderr)
         return EXIT_PREEMPTED
     return 0
 

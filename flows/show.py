@@ -43,6 +43,8 @@ def _show_round(round_number: int) -> None:
 def show_end(summary: dict[str, Any], markdown: str) -> None:
     """The whole run's table and the addresses of its report."""
     text = f"# {summary['run']}\n\n{markdown}\n\n"
+    if summary["ended"]:
+        text += f"Ended before the round it was to reach: {summary['ended']}.\n\n"
     text += f"Report: {_link(summary['report'])}\n\nData: {_link(summary['report_json'])}\n"
     show_markdown(artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")
 

@@ -11,10 +11,13 @@ Importing this module loads none of torch, transformers, vllm and datasets: a wo
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated, Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 from pydantic import BaseModel, Field
@@ -36,7 +39,7 @@ from flows.form import (
 from flows.round import measure, round_
 from flows.show import show_end
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
-from spinreg_core.errors import SpinregError, StagePreempted
+from spinreg_core.errors import EXIT_PREEMPTED, SpinregError, StagePreempted
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import metrics_markdown, metrics_table, report_data, write_report
 from spinreg_core.resolve import resolve, show
@@ -44,13 +47,14 @@ from spinreg_core.store import Store, open_store
 from spinreg_core.until import require_metric, why_ended
 from tasks.cancel import RunCancelled, cancellation
 from tasks.context import Context, entered
-from tasks.display import artifact_key, flush, nested, run_log, show_markdown, wait_for_server
+from tasks.display import artifact_key, flush, nested, run_log, server_answers, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
 from tasks.stage import preempted, run_task
 
 # Everything is committed when the flow ends; a long outage must not make it a failed run.
 END_PATIENCE_SECONDS = 3600.0
+STOPPED = "spinreg: stopped by SIGTERM; what was committed stays, the same command goes on from it"
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -122,6 +126,11 @@ def spin(
         return _advance(config, parameters)
     except RunCancelled as error:
         return Cancelled(message=str(error))
+    except TerminationSignal:
+        if not server_answers():  # there is nobody to tell, which Prefect would try for minutes
+            print(STOPPED, file=sys.stderr, flush=True)
+            os._exit(EXIT_PREEMPTED)
+        raise
     except StagePreempted as error:
         return preempted(error)
 
@@ -193,8 +202,6 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    import sys
-
     from flows.cli import main
 
     sys.exit(main(["run", *sys.argv[1:]]))

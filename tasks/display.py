@@ -106,8 +106,12 @@ def wait_for_server(patience_seconds: float = PATIENCE_SECONDS) -> bool:
     """Wait until the Prefect server answers. Returns whether it does.
 
     Gives up when the server has been away for `patience_seconds` since the first call that found it so:
-    one absence is waited for once, not again at every call.
+    one absence is waited for once, not again at every call. Nobody starts an embedded server again.
     """
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        patience_seconds = min(patience_seconds, PATIENCE_SECONDS)
     server_answers()
     while (since := _away_since) is not None:
         if time.monotonic() - since >= patience_seconds:
@@ -150,6 +154,8 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
             with _impatient():
                 return cast(R, flow(*args, **kwargs))
         except (httpx.TransportError, PrefectHTTPStatusError) as error:
+            if (stop := stopped_by(error)) is not None:
+                raise stop from None
             run_log()(f"the Prefect server could not be told about {flow.name}: {error!r}")
             if isinstance(error, httpx.TransportError):
                 _found_away()
@@ -160,6 +166,17 @@ def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         given = dict(signature(flow.fn).bind(*args, **kwargs).arguments)
         _post(object(), partial(_close_nested, UUID(str(flow_run.id)), given))
     return result
+
+
+def stopped_by(error: BaseException) -> BaseException | None:
+    """The signal that ended a run, where what came out is that Prefect could not tell its server about it: a SIGTERM or
+    Ctrl-C to the whole process group reaches the embedded server too."""
+    from prefect.exceptions import TerminationSignal
+
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, TerminationSignal | KeyboardInterrupt):
+        seen = seen.__cause__ or seen.__context__
+    return seen
 
 
 def _close_nested(parent: UUID, parameters: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from runs import SMOKE, environment, generations, outcome, run, stage_processes
 
-from spinreg_core.head import ROUND_STAGES, complete_round, read_head, stage_object
+from spinreg_core.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
 from spinreg_core.objects import fetch_file, fetch_folder
 from spinreg_core.store import Store, open_store
 
@@ -50,6 +50,20 @@ def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> 
     assert outcome(store, "smoke") == before
     assert store.list("objects/") == objects
     assert "round 2 is complete" in text
+
+
+def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, Path]) -> None:
+    store, _, tmp = finished
+    before, objects = outcome(store, "smoke"), store.list("objects/")
+    more = ["--until-round", "4", "-p", "until.kl_base_above=1e-6"]
+    text = run(["--config", SMOKE, "--store", str(tmp / "store"), *more], environment(tmp), tmp / "ended")
+    assert "run 'smoke' ends before round 3: the KL to the base is" in text
+    assert "above until.kl_base_above (1e-06)" in text
+    assert outcome(store, "smoke") == before
+    assert store.list("objects/") == objects
+    head = read_head(store, "smoke")
+    assert head is not None
+    assert pending_advance(head) is None
 
 
 def test_no_stage_process_is_left(finished: tuple[Store, str, Path]) -> None:

@@ -234,7 +234,7 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
     assert {line["object_id"] for line in data["lineage"]} >= set(objects)
     assert len(data["lineage"]) == 2 + 1 + 2 * 4
     assert all(line["object_id"] in text and line["uri"] in text for line in data["lineage"])
-    assert "-1.000" in text, "the credit of round 2's tokens"
+    assert "-0.750" in text, "the credit of round 2's tokens"
     assert "+0.250" in text
     for sample in data["samples"]:
         assert [one["round"] for one in sample["rounds"]] == [0, 1, 2]
