@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_existing(report)
     report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
 
+    export = commands.add_parser("export", help="write an iterate as an ordinary model folder with a model card")
+    _add_existing(export)
+    export.add_argument("--round", type=int, help="which iterate; 0 is the base (default: the last that was trained)")
+    export.add_argument("--to", type=Path, required=True, help="folder to write, which is empty or not there yet")
+    export.add_argument("--shard-size", metavar="SIZE", help="largest weights file, e.g. 5GB (default: as committed)")
+    export.add_argument("--push", metavar="TARGET", help="then put it to the hub (name/model; private) or a folder")
+
     join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
     join.add_argument("run", help="name of the run")
     join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
@@ -243,6 +250,17 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _export(arguments: argparse.Namespace) -> int:
+    from spinreg_core.export import export, push
+
+    store = _existing_store(arguments.store)
+    folder = export(store, arguments.run, arguments.to, round_number=arguments.round, shard_size=arguments.shard_size)
+    print(f"exported to {folder}")
+    if arguments.push:
+        print(f"pushed to {push(folder, arguments.push)}")
+    return 0
+
+
 def _join(arguments: argparse.Namespace) -> int:
     from tasks.join import join_run
 
@@ -266,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
-        "resume": _resume, "verify": _verify, "gc": _gc,
+        "resume": _resume, "verify": _verify, "gc": _gc, "export": _export,
     }  # fmt: skip
     try:
         return commands[arguments.command](arguments)

@@ -1,0 +1,176 @@
+"""A policy of a run as an ordinary model folder, with a card that says where it comes from.
+
+Decides: what is in the folder, how weights are cut into files, what the card says (`model_card.md.jinja`), and that the
+folder is there whole or not at all. Leaves out: the policy itself, which is what was committed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from spinreg_core.errors import BadInput
+from spinreg_core.head import require_head, stage_object
+from spinreg_core.objects import fetch_folder, require_manifest
+from spinreg_core.report import report_data
+from spinreg_core.rounds import policy_object
+from spinreg_core.store import Store
+from spinreg_core.tables import format_estimate, label
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+
+
+def export(
+    store: Store, run: str, target: Path, *, round_number: int | None = None, shard_size: str | None = None
+) -> Path:
+    """Write iterate `round_number` (default: the last trained; 0 is the base) of a run to the folder `target`.
+
+    The files are the committed policy's, verified: weights in safetensors, config and generation config, tokenizer,
+    chat template; and README.md, the model card. shard_size: largest size of a weights file, `5GB` or `500MB`; unset:
+    the files as they were committed. Returns `target`.
+
+    Raises BadInput for a run or round there is not, a target that holds something, a size that is none; Damaged.
+    """
+    head = require_head(store, run)
+    trained = [entry["round"] for entry in head["rounds"] if "train" in entry["stages"]]
+    number = max(trained, default=0) if round_number is None else round_number
+    if head.get("base") is None or (number and number not in trained):
+        known = ", ".join(map(str, sorted(trained))) or "none"
+        raise BadInput("--round", number, f"0 or a round that was trained ({known}) of run {run!r}")
+    most = None if shard_size is None else parse_size(shard_size)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput("--to", f"{target}, which holds something", "a folder that is empty, or not there yet")
+    source = fetch_folder(store, policy_object(head, number), "policy")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        for path in sorted(source.iterdir()):
+            if most is None or not _WEIGHTS.fullmatch(path.name):
+                shutil.copyfile(path, folder / path.name)
+        if most is not None:
+            reshard(source, folder, most)
+        (folder / "README.md").write_text(model_card(store, run, number), encoding="utf-8")
+        if target.exists():
+            target.rmdir()
+        folder.rename(target)
+    return target
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500 MB`, `2GiB`. Raises BadInput."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]i?B)\s*", text, re.IGNORECASE)
+    size = int(float(found[1]) * _UNITS.get(found[2].upper(), 0)) if found else 0
+    if size < 10**6:
+        raise BadInput("--shard-size", repr(text), "a size of at least 1MB, such as 5GB or 500MB")
+    return size
+
+
+def reshard(source: Path, folder: Path, most: int) -> None:
+    """Copy the weights of a model folder into files of at most `most` bytes (one tensor at least), a file at a time."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    where: dict[str, Path] = {}
+    sizes: dict[str, int] = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)  # of a mapped file: not read yet
+                where[name], sizes[name] = path, tensor.nbytes
+    split = split_state_dict_into_shards_factory(
+        sizes,  # type: ignore[arg-type]
+        get_storage_size=lambda size: int(size),  # type: ignore[call-overload]
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most,
+    )
+    for file_name, names in split.filename_to_tensors.items():
+        tensors = {}
+        for name in names:
+            with safe_open(where[name], "pt") as file:
+                tensors[name] = file.get_tensor(name)
+        save_file(tensors, folder / file_name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def model_card(store: Store, run: str, number: int) -> str:
+    """README.md of an exported iterate: a Hugging Face model card, its metrics with 95 % intervals."""
+    import jinja2
+    from huggingface_hub import ModelCardData
+
+    head, data = require_head(store, run), report_data(store, run)
+    config = data["config"]
+    about = ModelCardData(
+        base_model=config["model"] if _HUB_ID.fullmatch(config["model"]) else None,
+        datasets=[config["dataset"]] if _HUB_ID.fullmatch(config["dataset"]) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["spinreg", "self-play", "spin", "alignment"],
+    )
+    weights = [
+        entry for entry in require_manifest(store, policy_object(head, number))["files"]
+        if entry["name"].endswith(".safetensors")
+    ]  # fmt: skip
+    measured = {entry["round"]: entry for entry in data["rounds"] if entry["metrics"]}
+    shown = [measured[n] for n in dict.fromkeys((0, number)) if n in measured]
+    names = [name for name in data["definitions"] if any(name in entry["metrics"] for entry in shown)]
+    lineage = [("base", head["base"]), ("data", head["data"])]
+    for n in range(1, number + 1):
+        lineage += [(f"round {n}, {stage}", str(stage_object(head, n, stage)))
+                    for stage in ("generate", "mix-opponent", "train")]  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spinreg_core", package_path=""), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("model_card.md.jinja").render(
+        about=about.to_yaml(), run=run, number=number, config=config, data=data, weights=weights, shown=shown,
+        rows=[(label(name).replace("*", r"\\*"), [format_estimate(e["metrics"].get(name)) for e in shown], name)
+              for name in names],
+        lineage=lineage, estimate=format_estimate, text=_plain,
+    )  # fmt: skip
+
+
+def _plain(text: object) -> str:
+    """A value of the configuration as text that Markdown leaves alone."""
+    return f"`{str(text).replace('`', chr(39))}`"
+
+
+def push(folder: Path, target: str) -> str:
+    """Put an exported folder where others find it: a folder (`/srv/models/x`, `file:///srv/models/x`) that is empty or
+    not there, or a repository of the Hugging Face hub (`name/model`; made if it is not there, private; the token comes
+    from HF_TOKEN or `hf auth login`). Returns its address. Raises BadInput."""
+    if not _HUB_ID.fullmatch(target):
+        place = Path(target.removeprefix("file://"))
+        if "://" in str(place) or not place.is_absolute():
+            raise BadInput("--push", repr(target), "the hub's name/model, or an absolute path of a folder")
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            raise BadInput("--push", f"{place}, which holds something", "a folder that is empty, or not there yet")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
+            copy = Path(scratch) / place.name
+            shutil.copytree(folder, copy)
+            if place.exists():
+                place.rmdir()
+            copy.rename(place)
+        return str(place)
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        hub = HfApi()
+        hub.create_repo(target, private=True, exist_ok=True)
+        found = hub.upload_folder(repo_id=target, folder_path=folder, commit_message="Exported by spinreg")
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise BadInput("--push", f"{target}, which the hub does not take: {said}",
+                       "a repository you may write to (HF_TOKEN)") from None  # fmt: skip
+    return str(found)
