@@ -36,10 +36,13 @@ _said: set[str] = set()
 
 def cache_folder() -> Path:
     """`$SPINREG_CACHE`, else ~/.cache/spinreg; created if missing. Safe to delete between runs. Raises BadInput for a
-    limit that is none, before there is anything to limit."""
+    limit that is none, before there is anything to limit, and for a place where no folder can be."""
     cache_limit()
     folder = Path(os.environ.get("SPINREG_CACHE") or "~/.cache/spinreg").expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput("SPINREG_CACHE", f"{folder} ({error.strerror})", "a folder, or a place for one") from None
     return folder
 
 

@@ -20,6 +20,12 @@ LARGEST_FOOTER = 64 * 2**20  # bytes of what a Parquet file says of itself; thou
 LARGEST_MODEL_FILE = 256 * 2**20  # bytes of a configuration, tokenizer or index beside the weights; real: 35 MB
 
 
+def require_plain(field: str, path: Path) -> None:
+    """Raise BadInput for what is there and neither a file nor a folder: a pipe would be waited for without end."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise BadInput(field, f"{path}, which is a pipe, a socket or a device", "a file or a folder")
+
+
 def require_size(field: str, file: object, size: int, most: int, expected: str) -> None:
     """Raise BadInput for a file, or a part of one, of more bytes than `most`."""
     if size > most:

@@ -17,6 +17,7 @@ import yaml
 
 from spinreg_core.config import Group, RunConfig
 from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.limits import require_plain
 from spinreg_core.store import redacted
 
 LARGEST_FILE = 2**20  # bytes; a run configuration has a few kilobytes
@@ -53,6 +54,8 @@ def load_config_file(location: str) -> dict[str, Any]:
         raise BadInput(
             f"config {location!r}", "no readable file: neither a path nor file:// or s3://", "a YAML or JSON file"
         )
+    if "://" not in location:
+        require_plain("config", Path(location))
     try:
         with fsspec.open(location, "rb") as file:
             raw = file.read(LARGEST_FILE + 1)

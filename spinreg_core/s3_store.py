@@ -318,7 +318,8 @@ async def insisted(attempt: Callable[[], Awaitable[T]], what: str, patience: flo
     end, pause = time.monotonic() + patience, _FIRST_PAUSE
     while True:
         try:
-            return await asyncio.wait_for(attempt(), min(_ATTEMPT_SECONDS, patience))
+            left = max(end - time.monotonic(), _FIRST_PAUSE)
+            return await asyncio.wait_for(attempt(), min(_ATTEMPT_SECONDS, left))
         except Exception as error:
             if _refused(error):
                 expected = _AMISS.get(_refusal(error)[1] or "", "credentials that may do it")

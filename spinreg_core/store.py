@@ -18,13 +18,14 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import IO, NamedTuple, Protocol
 
-from spinreg_core.errors import BadInput, Conflict, StoreRefused
+from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.standstill import moving
 
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _SYNC_BYTES = 256 * 2**20
+_LOCK_SECONDS = 60.0
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
@@ -162,6 +163,22 @@ def checked(key: str) -> str:
     return key
 
 
+def _lock(file: IO[str], path: Path) -> None:
+    """Hold the file alone. Whoever has it needs milliseconds; for one that is frozen nobody waits on and on."""
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise StoreFailed(
+                    f"writing {path}: found {file.name} held by another process for {_LOCK_SECONDS:g} s; expected it "
+                    "to be let go (a frozen process? `fuser` names it)"
+                ) from None
+        time.sleep(0.01)
+
+
 class FolderStore:
     """A local folder. Atomic by link and rename, durable by fsync, compare-and-swap under flock."""
 
@@ -223,7 +240,7 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(path.parent / f".lock-{path.name}", "w")  # noqa: SIM115
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            _lock(lock, path)
             current = self.read_tagged(key)
             if current is None or current[1] != tag:
                 raise Conflict(f"{self.uri(key)} was changed by another writer")

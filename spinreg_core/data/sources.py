@@ -67,7 +67,7 @@ def _path(dataset: str) -> Path:
     """Of something that may also be a name on the hub. Raises BadInput for what cannot be looked up."""
     try:
         path = Path(dataset).expanduser()
-        path.exists()
+        limits.require_plain("dataset", path)
     except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
         raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub id") from None
     return path

@@ -104,7 +104,7 @@ def test_every_place_and_kind_comes_up() -> None:
 @pytest.mark.slow
 def test_the_short_form_loses_nothing() -> None:
     script = Path(__file__).with_name("harness.py")
-    done = subprocess.run([sys.executable, str(script), "--short"], capture_output=True, text=True, timeout=540)
+    done = subprocess.run([sys.executable, str(script), "--short"], capture_output=True, text=True, timeout=360)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert figures["losses"] == 0, figures["lost"]

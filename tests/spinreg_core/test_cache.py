@@ -316,3 +316,11 @@ def test_many_processes_killed_at_random(store: Remote, monkeypatch: pytest.Monk
     fetch(store, "b")
     assert left() == []
     assert cache._bytes(cache_folder()) <= 2 * SIZE
+
+
+def test_a_cache_where_no_folder_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/spinreg")):
+        monkeypatch.setenv("SPINREG_CACHE", str(place))
+        with pytest.raises(BadInput, match=r"SPINREG_CACHE: found /\S+ \(.*\); expected a folder"):
+            cache_folder()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from s3fs import S3FileSystem
 
-from spinreg_core.config import RunConfig
+from spinreg_core.config import DataConfig, RunConfig
+from spinreg_core.data.select import load_training
 from spinreg_core.errors import BadInput
 from spinreg_core.resolve import LARGEST_FILE, load_config_file, merge, resolve, show, validate
 
@@ -312,3 +314,12 @@ def test_aliases_that_stand_for_more_than_a_file_may_hold(tmp_path: Path) -> Non
         resolve({}, str(tmp_path / "a.yaml"))
     (tmp_path / "b.yaml").write_text("opponent: &x {history: all}\nobjective: *x\n")
     assert load_config_file(str(tmp_path / "b.yaml"))["objective"] == {"history": "all"}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(BadInput, match="which is a pipe, a socket or a device"):
+        resolve({}, str(tmp_path / "run.yaml"))
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(BadInput, match=r"dataset: found .*rows\.jsonl, which is a pipe"):
+        load_training(str(tmp_path / "rows.jsonl"), DataConfig())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -17,7 +18,8 @@ import pytest
 from s3fs import S3FileSystem
 from servers import S3Server
 
-from spinreg_core.errors import BadInput, Conflict, StoreRefused
+from spinreg_core import store as stores
+from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.s3_store import S3Store
 from spinreg_core.store import FolderStore, Store, open_store, require_conditional_writes
 
@@ -291,3 +293,15 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path: Path, monk
     assert store.list("runs/") == store.list("objects/") == []
     assert store.unfinished() == []
     store.replace("head.json", b"two", tag)
+
+
+def test_a_lock_that_a_frozen_process_holds_ends_in_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "_LOCK_SECONDS", 0.2)
+    store = open_store(str(tmp_path))
+    tag = store.create("head.json", b"1")
+    with open(tmp_path / ".lock-head.json", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(StoreFailed, match=r"\.lock-head\.json held by another process for 0\.2 s"):
+            store.replace("head.json", b"2", tag)
+    store.replace("head.json", b"2", tag)
+    assert store.read("head.json") == b"2"
