@@ -35,12 +35,14 @@ from flows.form import (
 )
 from flows.round import measure, round_
 from flows.show import show_end
+from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig
 from spinreg_core.errors import SpinregError, StagePreempted
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import metrics_markdown, metrics_table, write_report
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import open_store
+from tasks.benchmark import check_benchmarks
 from tasks.cancel import RunCancelled, cancellation
 from tasks.context import Context, entered
 from tasks.display import artifact_key, flush, nested, run_log, show_markdown, wait_for_server
@@ -148,6 +150,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             cancellation(str(flow_run.id)) as check,
             entered(Context(resolved, opened, session, target, check)) as context,
         ):
+            if plan_check(resolved) is not None:
+                run_task(check_benchmarks, resolved.resources, resolved.run)
             run_task(prepare, resolved.resources, resolved.run)
             if stage_object(session.head, 0, "evaluate") is None:
                 run_task(evaluate, resolved.resources, resolved.run, 0)

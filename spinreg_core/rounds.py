@@ -25,7 +25,7 @@ from spinreg_core.config import (
 )
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import SpinregError
-from spinreg_core.head import stage_object
+from spinreg_core.head import measured_objects, stage_object
 from spinreg_core.objects import fingerprint
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.stages.job import Job
@@ -233,7 +233,7 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
 
 def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """Every object a run is made of, in the order of their making, and the (round, stage) that makes it; base and data
-    are of (0, "prepare")."""
+    are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark")."""
     found: dict[str, tuple[int, str]] = {head[name]: (0, "prepare") for name in ("base", "data") if head.get(name)}
     for entry in sorted(head["rounds"], key=lambda entry: entry["round"]):
         for stage, object_id in entry["stages"].items():
@@ -242,6 +242,8 @@ def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, 
             if stage == "evaluate":
                 found.setdefault(plan_heldout(config, head, entry["round"]).object_id, (entry["round"], stage))
             found.setdefault(object_id, (entry["round"], stage))
+        for object_id in measured_objects(head, entry["round"]).values():
+            found.setdefault(object_id, (entry["round"], "benchmark"))
     return found
 
 
