@@ -33,6 +33,7 @@ from spinreg_core.store import open_store
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 _SMALL = 2**20  # bytes; larger files of an include path are told apart by their sizes
 _TAIL_LINES = 60
+_SAID = ("bad input: ", "damaged: ")  # what begins the message of a process that ends with such an error
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
@@ -158,25 +159,36 @@ def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
     )
     folder.mkdir(parents=True)
     job.save(folder / "job.json")
-    environment = os.environ | {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "spinreg_core.stages.lm_eval", str(folder / "job.json")]
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+
+    def say(line: str) -> None:
+        tail.append(line)
+        print(line, flush=True)
+
+    errors = folder / "stderr.txt"  # progress bars of libraries would run into our lines
+    with (
+        open(errors, "wb") as said,
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said) as process,
+    ):
         assert process.stdout is not None
         try:
             for raw in process.stdout:
-                line = raw.decode("utf-8", "replace").rstrip()
-                tail.append(line)
-                print(line, flush=True)
+                say(raw.decode("utf-8", "replace").rstrip())
         except BaseException:  # we are being stopped: it has nothing to save
             process.kill()
             raise
-    return process.returncode, list(tail)
+    own = list(tail)
+    for line in errors.read_text(errors="replace").split("\n"):
+        if line.strip() and "\r" not in line:
+            say(line)
+    return process.returncode, own if any(line.startswith(_SAID) for line in own) else list(tail)
 
 
 def _failure(job: Job, status: int, output: list[str]) -> Exception:
     """What ended the process, as the error it was there."""
-    for code, prefix in ((EXIT_BAD_INPUT, "bad input: "), (EXIT_DAMAGED, "damaged: ")):
+    for code, prefix in zip((EXIT_BAD_INPUT, EXIT_DAMAGED), _SAID, strict=True):
         if status == code:
             start = max((i for i, line in enumerate(output) if line.startswith(prefix)), default=0)
             message = "\n".join(output[start:]).removeprefix(prefix)
