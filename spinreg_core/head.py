@@ -86,12 +86,6 @@ def enter_stage(head: dict[str, Any], round_number: int, stage: str, object_id: 
     head["rounds"].append({"round": round_number, "stages": {stage: object_id}})
 
 
-def measured_objects(head: dict[str, Any], round_number: int) -> dict[str, str]:
-    """Objects with benchmarks of an iterate, by kind and name (`lm-eval gsm8k`): of each what was asked for last."""
-    entry: dict[str, Any] = next((entry for entry in head["rounds"] if entry["round"] == round_number), {})
-    return dict(entry.get("measured", {}))
-
-
 def complete_round(head: dict[str, Any]) -> int:
     """The last round all of whose stages are committed (0: the base is evaluated, or nothing is yet)."""
     done = 0
@@ -205,17 +199,6 @@ class Session:
             if existing not in (None, object_id):
                 raise SpinregError(f"round {round_number} {stage} is committed as {existing}; refusing {object_id}")
             enter_stage(head, round_number, stage, object_id)
-
-        self.update(change)
-
-    def measured(self, round_number: int, objects: dict[str, str]) -> None:
-        """Record benchmarks of an iterate, by kind and name. Unlike a stage, one may be measured otherwise later."""
-        if objects.items() <= measured_objects(self.head, round_number).items():
-            return
-
-        def change(head: dict[str, Any]) -> None:
-            entry = next(entry for entry in head["rounds"] if entry["round"] == round_number)
-            entry["measured"] = entry.get("measured", {}) | objects
 
         self.update(change)
 

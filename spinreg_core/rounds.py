@@ -25,7 +25,7 @@ from spinreg_core.config import (
 )
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import SpinregError
-from spinreg_core.head import measured_objects, stage_object
+from spinreg_core.head import stage_object
 from spinreg_core.objects import fingerprint
 from spinreg_core.opponent import mixture_weights
 from spinreg_core.stages.job import Job
@@ -229,6 +229,12 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     }  # fmt: skip
     generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
     return Plan("evaluate", n, key, inputs, {"generate": generate})
+
+
+def measured_objects(head: dict[str, Any], iterate: int) -> dict[str, str]:
+    """Objects with benchmarks of iterate n, by kind and name (`lm-eval gsm8k`): of each what was asked for last."""
+    entry: dict[str, Any] = next((entry for entry in head["rounds"] if entry["round"] == iterate), {})
+    return dict(entry.get("measured", {}))
 
 
 def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:

@@ -13,7 +13,6 @@ from spinreg_core.head import (
     ROUND_STAGES,
     complete_round,
     list_runs,
-    measured_objects,
     pending_advance,
     read_config,
     require_head,
@@ -21,7 +20,7 @@ from spinreg_core.head import (
 )
 from spinreg_core.objects import part_names, read_record
 from spinreg_core.report import format_bytes
-from spinreg_core.rounds import PLANS
+from spinreg_core.rounds import PLANS, measured_objects
 from spinreg_core.store import Store
 
 

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from spinreg_core.benchmarks import measured_of, plan_benchmark
+from spinreg_core.benchmarks import measured_of, plan_benchmark, record_measured
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.errors import StagePreempted
 from spinreg_core.objects import read_manifest, require_manifest
@@ -41,9 +41,9 @@ def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, A
                 except StagePreempted as error:
                     return preempted(error)
         finally:  # of several parts some are measured also where another failed
-            session.measured(round_number, measured_of(store, plan))
+            record_measured(session, round_number, measured_of(store, plan))
     measured = measured_of(store, plan)
-    session.measured(round_number, measured)
+    record_measured(session, round_number, measured)
     manifests = {name: require_manifest(store, object_id) for name, object_id in measured.items()}
     result = {
         "stage": "benchmark",

@@ -16,9 +16,9 @@ from typing import Any
 
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
 from spinreg_core.config import RunConfig
-from spinreg_core.head import measured_objects
+from spinreg_core.head import Session
 from spinreg_core.objects import fetch_file, read_manifest
-from spinreg_core.rounds import Plan
+from spinreg_core.rounds import Plan, measured_objects
 from spinreg_core.store import Store
 
 KINDS = {"lm-eval": lm_eval, "mt-bench": mt_bench, "win-rate": win_rate}
@@ -60,6 +60,19 @@ def measured_of(store: Store, plan: Plan) -> dict[str, str]:
     return {name: object_id for name, object_id in found.items() if read_manifest(store, object_id) is not None}
 
 
+def record_measured(session: Session, iterate: int, objects: dict[str, str]) -> None:
+    """Say in a run's head what an iterate is measured with, by `part_name`. Unlike a stage, a benchmark may be another
+    object later: with other settings. Raises LeaseLost."""
+    if objects.items() <= measured_objects(session.head, iterate).items():
+        return
+
+    def change(head: dict[str, Any]) -> None:
+        entry = next(entry for entry in head["rounds"] if entry["round"] == iterate)
+        entry["measured"] = entry.get("measured", {}) | objects
+
+    session.update(change)
+
+
 def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> list[dict[str, Any]]:
     """`results.json` of every part that has been measured, with its `object_id`: first those that the configuration
     asks for, in its order, then what it asked for earlier."""
@@ -79,4 +92,4 @@ def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: i
     return results
 
 
-__all__ = ["KINDS", "measured_of", "part_name", "parts_of", "plan_benchmark", "results_of"]
+__all__ = ["KINDS", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured", "results_of"]
