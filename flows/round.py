@@ -58,10 +58,9 @@ def measure(round_number: int) -> None:
     """
     context = current()
     config = context.config
-    if plan_benchmark(config, context.session.head, round_number) is None:
-        return
     try:
-        run_task(benchmark, config.resources, config.run, round_number)
+        if plan_benchmark(config, context.session.head, round_number) is not None:
+            run_task(benchmark, config.resources, config.run, round_number)
     except (BadInput, Damaged, StageFailed, StoreFailed) as error:
         run_log()(f"round {round_number} is not measured in full: {error}")
         context.failures.append(error)

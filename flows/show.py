@@ -35,7 +35,7 @@ def _show_round(round_number: int) -> None:
         if entry["round"] == round_number:
             lines += [
                 f"- {stage}: {_link(context.store.uri(f'objects/{object_id}'))}"
-                for stage, object_id in entry["stages"].items()
+                for stage, object_id in (entry["stages"] | entry.get("measured", {})).items()
             ]
     show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
 

@@ -38,6 +38,7 @@ from flows.form import (
 )
 from flows.round import measure, round_
 from flows.show import show_end
+from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.errors import EXIT_PREEMPTED, SpinregError, StagePreempted
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
@@ -45,6 +46,7 @@ from spinreg_core.report import metrics_markdown, metrics_table, report_data, wr
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import Store, open_store
 from spinreg_core.until import require_metric, why_ended
+from tasks.benchmark import check_benchmarks
 from tasks.cancel import RunCancelled, cancellation
 from tasks.context import Context, entered
 from tasks.display import artifact_key, flush, nested, run_log, server_answers, show_markdown, wait_for_server
@@ -164,6 +166,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             cancellation(str(flow_run.id)) as check,
             entered(Context(resolved, opened, session, target, check)) as context,
         ):
+            if plan_check(resolved) is not None:
+                run_task(check_benchmarks, resolved.resources, resolved.run)
             run_task(prepare, resolved.resources, resolved.run)
             if stage_object(session.head, 0, "evaluate") is None:
                 run_task(evaluate, resolved.resources, resolved.run, 0)

@@ -14,6 +14,11 @@ from spinreg_core.config_groups import Group, NonNegativeFloat, PositiveFloat, T
 
 Count = Annotated[int, Field(ge=1)]
 
+# The six tasks of the Open LLM Leaderboard (its first version) and their numbers of solved examples.
+LEADERBOARD = {
+    "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5,
+}  # fmt: skip
+
 
 class BenchmarksConfig(Group):
     """Benchmark tasks, MT-Bench and win rates of the base and of iterates. May change between starts of a run."""
@@ -28,10 +33,14 @@ class BenchmarksConfig(Group):
         "winogrande 5, gsm8k 5.",
     )
     fewshot: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        {}, description="Solved examples in front of each question, by task, in place of the task's own number."
+        {},
+        description="Solved examples in front of each question, by task, in place of the task's own number or the "
+        "Leaderboard's.",
     )
     limit: Count | dict[str, Count] | None = Field(
-        None, description="Questions per task, the first ones; or by task (questions). Unset: all."
+        None,
+        description="Questions per task, the first ones (of a group: of each of its subtasks); or by task "
+        "(questions). Unset: all.",
     )
     include_path: str | None = Field(
         None,
@@ -65,11 +74,20 @@ class BenchmarksConfig(Group):
         None, description="Held-out prompts that are judged, the first ones (prompts). Unset: all."
     )
 
+    def lm_eval_tasks(self) -> list[str]:
+        """The names of `tasks`, those of `leaderboard` in its place."""
+        return [name for task in self.tasks for name in (LEADERBOARD if task == "leaderboard" else [task])]
+
     @model_validator(mode="after")
     def _usable(self) -> BenchmarksConfig:
-        for name, values in (("tasks", self.tasks), ("win_rate", self.win_rate)):
+        tasks = self.lm_eval_tasks()
+        for name, values in (("tasks", tasks), ("win_rate", self.win_rate)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} lists something twice: {', '.join(values)}")
+        for name, by_task in (("fewshot", self.fewshot), ("limit", self.limit)):
+            strange = sorted(set(by_task) - set(tasks)) if isinstance(by_task, dict) else []
+            if strange:
+                raise ValueError(f"{name} names {', '.join(strange)}, but tasks has {', '.join(tasks) or 'nothing'}")
         if self.mt_bench_references is not None and self.mt_bench is None:
             raise ValueError("mt_bench_references without mt_bench, the questions they answer")
         return self

@@ -91,6 +91,7 @@ Advance = TypedDict("Advance", {"by": str, "from": Round, "to": Round, "done": b
 class Entry(TypedDict):
     round: Round
     stages: dict[str, Name]
+    measured: NotRequired[dict[str, Name]]  # benchmarks of the iterate, by kind and name
 
 
 class Head(TypedDict):

@@ -13,13 +13,23 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from spinreg_core.benchmarks import results_of
 from spinreg_core.cache import borrowed
+from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
 from spinreg_core.metrics import GAME, METRICS, PRIMARY, PRIMARY_REASON, REMEDIES, Estimate
 from spinreg_core.objects import fetch_file, read_manifest, read_record, removed_keys, versions
 from spinreg_core.store import Store
-from spinreg_core.tables import format_estimate, format_number, metrics_markdown, metrics_rows, metrics_table
+from spinreg_core.tables import (
+    benchmark_of,
+    benchmarks,
+    format_estimate,
+    format_number,
+    metrics_markdown,
+    metrics_rows,
+    metrics_table,
+)
 
 __all__ = ["build_report", "metrics_markdown", "metrics_rows", "metrics_table", "report_data", "write_report"]
 
@@ -53,7 +63,9 @@ def render(data: dict[str, Any]) -> str:
     environment.filters |= {"estimate": format_estimate, "bytes": format_bytes, "duration": format_duration}
     plotly = get_plotlyjs()
     assert "</script" not in plotly
-    return environment.get_template("report.html.jinja").render(data=data, plotly=plotly, leaves=leaves(data["config"]))
+    return environment.get_template("report.html.jinja").render(
+        data=data, plotly=plotly, leaves=leaves(data["config"]), benchmarks=benchmarks(data), benchmark_of=benchmark_of
+    )
 
 
 def report_data(store: Store, run: str) -> dict[str, Any]:
@@ -64,7 +76,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
     last = max((entry["round"] for entry in head["rounds"]), default=0)
     with borrowed():  # a flow's process shows reports for days
-        rounds = [_round(store, head, number) for number in range(last + 1)]
+        rounds = [_round(store, config, head, number) for number in range(last + 1)]
         samples = _samples(store, head, last)
     base = rounds[0]["metrics"] or {}
     human = {name: base.pop(source) for name, source in HUMAN.items() if source in base}
@@ -88,8 +100,9 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
     return _strict(data)
 
 
-def _round(store: Store, head: dict[str, Any], number: int) -> dict[str, Any]:
-    """What one round left: its objects, held-out metrics, pairs and training curve; None for what is not there yet."""
+def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> dict[str, Any]:
+    """What one round left: its objects, held-out metrics, benchmarks, pairs and training curve; None for what is not
+    there yet."""
     stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
     metrics = training = pairs = margins = None
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
@@ -101,8 +114,13 @@ def _round(store: Store, head: dict[str, Any], number: int) -> dict[str, Any]:
         lines = fetch_file(store, stages["train"], "metrics.jsonl").read_text().splitlines()
         summary = json.loads(fetch_file(store, stages["train"], "summary.json").read_bytes())
         training = {"steps": [json.loads(line) for line in lines], "summary": summary}
-    return {"round": number, "stages": stages, "metrics": metrics, "pairs": pairs, "training": training,
-            "margins": margins}  # fmt: skip
+    measured = [
+        found | {"uri": store.uri(f"objects/{found['object_id']}")} for found in results_of(store, config, head, number)
+    ]
+    return {
+        "round": number, "stages": stages, "metrics": metrics, "benchmarks": measured, "pairs": pairs,
+        "training": training, "margins": margins,
+    }  # fmt: skip
 
 
 def _samples(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:

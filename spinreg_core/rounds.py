@@ -232,9 +232,15 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     return Plan("evaluate", n, key, inputs, {"generate": generate})
 
 
+def measured_objects(head: dict[str, Any], iterate: int) -> dict[str, str]:
+    """Objects with benchmarks of iterate n, by kind and name (`lm-eval gsm8k`): of each what was asked for last."""
+    entry: dict[str, Any] = next((entry for entry in head["rounds"] if entry["round"] == iterate), {})
+    return dict(entry.get("measured", {}))
+
+
 def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """Every object a run is made of, in the order of their making, and the (round, stage) that makes it; base and data
-    are of (0, "prepare")."""
+    are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark")."""
     found: dict[str, tuple[int, str]] = {head[name]: (0, "prepare") for name in ("base", "data") if head.get(name)}
     for entry in sorted(head["rounds"], key=lambda entry: entry["round"]):
         for stage, object_id in entry["stages"].items():
@@ -243,6 +249,8 @@ def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, 
             if stage == "evaluate":
                 found.setdefault(plan_heldout(config, head, entry["round"]).object_id, (entry["round"], stage))
             found.setdefault(object_id, (entry["round"], stage))
+        for object_id in measured_objects(head, entry["round"]).values():
+            found.setdefault(object_id, (entry["round"], "benchmark"))
     return found
 
 

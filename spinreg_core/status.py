@@ -20,7 +20,7 @@ from spinreg_core.head import (
 )
 from spinreg_core.objects import part_names, read_record
 from spinreg_core.report import format_bytes
-from spinreg_core.rounds import PLANS
+from spinreg_core.rounds import PLANS, measured_objects
 from spinreg_core.store import Store
 
 
@@ -43,7 +43,14 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
                 "bytes": sum(file["size"] for file in manifest["files"]) if manifest else None,
                 "parts": 0 if object_id or config is None else _parts(store, config, head, number, stage),
             }  # fmt: skip
-        rounds.append({"round": number, "stages": stages})
+        measured = {}
+        for name, object_id in measured_objects(head, number).items():
+            manifest = read_record(store, object_id)
+            measured[name] = {
+                "object": object_id, "state": "missing from the store" if manifest is None else "done",
+                "seconds": manifest["seconds"] if manifest else None,
+            }  # fmt: skip
+        rounds.append({"round": number, "stages": stages, "measured": measured})
     return {
         "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending,
         "lease": head["lease"], "rounds": rounds,
@@ -80,4 +87,10 @@ def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
                 for stage, s in entry["stages"].items()
             ]
             lines.append(f"  round {entry['round']}: " + ", ".join(cells))
+            cells = [
+                f"{name} {m['state']}" + (f" ({m['seconds']:.0f} s)" if m["seconds"] is not None else "")
+                for name, m in entry["measured"].items()
+            ]
+            if cells:
+                lines.append("    measured: " + ", ".join(cells))
     return "\n".join(lines), {"runs": found}

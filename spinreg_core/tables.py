@@ -77,13 +77,15 @@ def _cells(data: dict[str, Any], name: str) -> list[str]:
 
 
 def metrics_table(data: dict[str, Any]) -> str:
-    """Plain text: one line per metric, one column per round, in blocks of three rounds; then verdict and alarms."""
+    """Plain text: one line per metric and benchmark, one column per round, in blocks of three rounds; then verdict and
+    alarms."""
     evaluated = _evaluated(data)
     lines = []
     for start in range(0, len(evaluated), _PER_BLOCK):
         block = slice(start, start + _PER_BLOCK)
         rows = [["", *(round_name(entry["round"]) for entry in evaluated[block])]]
         rows += [[label(name), *_cells(data, name)[block]] for name in _shown(data)]
+        rows += [[benchmark_label(data, *one), *_benchmark_cells(data, *one)[block]] for one in benchmarks(data)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -95,7 +97,7 @@ def metrics_table(data: dict[str, Any]) -> str:
 
 
 def metrics_markdown(data: dict[str, Any]) -> str:
-    """Markdown: verdict, alarms, then a table with one line per metric and one column per round."""
+    """Markdown: verdict, alarms, then a table with one line per metric and benchmark and one column per round."""
     evaluated = _evaluated(data)
     lines = [f"**{data['verdict']['headline']}**", "", " ".join(data["verdict"]["sentences"]), ""]
     for alarm in data["alarms"]:
@@ -106,14 +108,17 @@ def metrics_markdown(data: dict[str, Any]) -> str:
         for name in _shown(data):
             title = label(name).replace("*", "\\*")
             lines.append(f"| {f'**{title}**' if name == PRIMARY else title} | " + " | ".join(_cells(data, name)) + " |")
+        for one in benchmarks(data):
+            title = benchmark_label(data, *one).replace("|", "\\|")
+            lines.append(f"| {title} | " + " | ".join(_benchmark_cells(data, *one)) + " |")
         lines += ["", *(line.replace("*", "\\*") + "  " for line in legend(data))]
     return "\n".join(lines).strip() + "\n"
 
 
 def metrics_rows(data: dict[str, Any]) -> list[dict[str, str]]:
-    """For a table artifact: one mapping per metric, with its direction and one column per round."""
+    """For a table artifact: one mapping per metric and benchmark, with its direction and one column per round."""
     names = [round_name(entry["round"]) for entry in _evaluated(data)]
-    return [
+    rows = [
         {
             "metric": label(name),
             "better": METRICS[name].better or "",
@@ -121,6 +126,36 @@ def metrics_rows(data: dict[str, Any]) -> list[dict[str, str]]:
         }
         for name in _shown(data)
     ]
+    for one in benchmarks(data):
+        found = next(part for entry in data["rounds"] if (part := benchmark_of(entry, *one)))
+        cells = dict(zip(names, _benchmark_cells(data, *one), strict=True))
+        rows.append({"metric": benchmark_label(data, *one), "better": found["better"], **cells})
+    return rows
+
+
+def benchmarks(data: dict[str, Any]) -> list[tuple[str, str]]:
+    """(kind, name) of every benchmark that any round was measured with, in the order of the rounds' lists."""
+    found = ((part["kind"], part["name"]) for entry in data["rounds"] for part in entry.get("benchmarks", ()))
+    return list(dict.fromkeys(found))
+
+
+def benchmark_of(entry: dict[str, Any], kind: str, name: str) -> dict[str, Any] | None:
+    """A round's results of a benchmark, or None where it was not measured."""
+    parts = entry.get("benchmarks", ())
+    return next((part for part in parts if (part["kind"], part["name"]) == (kind, name)), None)
+
+
+def benchmark_label(data: dict[str, Any], kind: str, name: str) -> str:
+    """`gsm8k exact_match ↑ (lm-eval, n 1319)`: its primary metric, and the questions it was measured on."""
+    parts = [part for entry in data["rounds"] if (part := benchmark_of(entry, kind, name))]
+    numbers = sorted({part["metrics"][part["primary"]]["n"] for part in parts})
+    primary, better = parts[-1]["primary"], parts[-1]["better"]
+    return f"{name} {primary} {ARROWS[better]} ({kind}, n {' or '.join(map(str, numbers))})"
+
+
+def _benchmark_cells(data: dict[str, Any], kind: str, name: str) -> list[str]:
+    parts = [benchmark_of(entry, kind, name) for entry in _evaluated(data)]
+    return [format_estimate(part["metrics"][part["primary"]]) if part else "-" for part in parts]
 
 
 def _one_line(text: str) -> str:

@@ -116,8 +116,9 @@ def set_aside(
     """
     stages = {verdict.objects[object_id] for object_id in objects}
     bad = {problem.file for problem in verdict.problems}
-    # By the stage's own object too: it is what is looked for first.
-    ids = set(objects) | {o for o, stage in verdict.objects.items() if stage in stages and stage != (0, "prepare")}
+    # By the stage's own object too: it is what is looked for first. Base, data and benchmarks are each by itself.
+    single = ("prepare", "benchmark")
+    ids = set(objects) | {o for o, stage in verdict.objects.items() if stage in stages and stage[1] not in single}
     for object_id in sorted(ids):
         key = manifest_key(object_id)
         found = store.read(key)
@@ -138,6 +139,9 @@ def set_aside(
             for stage in list(entry["stages"]):
                 if (entry["round"], stage) in stages:
                     del entry["stages"][stage]
+            for name, object_id in list(entry.get("measured", {}).items()):
+                if object_id in ids:
+                    del entry["measured"][name]
 
     session.update(forget)
     return sorted(stages)

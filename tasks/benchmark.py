@@ -1,4 +1,5 @@
-"""The task `benchmark`: what an iterate is measured with besides held-out rows; round 0 is the base."""
+"""The tasks `benchmark`, what an iterate is measured with besides held-out rows (round 0 is the base), and
+`check-benchmarks`, which finds out at the start what could not be measured."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from spinreg_core.benchmarks import plan_benchmark
+from spinreg_core.benchmarks import measured_of, plan_benchmark, record_measured
+from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.errors import StagePreempted
 from spinreg_core.objects import read_manifest, require_manifest
 from tasks.context import current
@@ -23,28 +25,59 @@ from tasks.stage import preempted, watched_stage
     cache_policy=NO_CACHE,  # the store decides what is done
 )
 def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uri", "metrics", "seconds", "reused"}."""
+    """Returns {"stage", "round", "uris", "metrics", "seconds", "reused"}."""
     context = current()
     store, session, config = context.store, context.session, context.config
     context.check()
     plan = plan_benchmark(config, session.head, round_number)
     assert plan is not None, "no benchmark is wanted of this round"
+    reused = len(measured_of(store, plan)) == len(plan.extra["parts"])
+    if not reused:
+        writer = session.writer()
+        try:
+            with context.scratch(f"round-{round_number}-benchmark", writer) as folder:
+                try:
+                    watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, "benchmark")
+                except StagePreempted as error:
+                    return preempted(error)
+        finally:  # of several parts some are measured also where another failed
+            record_measured(session, round_number, measured_of(store, plan))
+    measured = measured_of(store, plan)
+    record_measured(session, round_number, measured)
+    manifests = {name: require_manifest(store, object_id) for name, object_id in measured.items()}
+    result = {
+        "stage": "benchmark",
+        "round": round_number,
+        "uris": {name: store.uri(f"objects/{object_id}") for name, object_id in measured.items()},
+        "metrics": {name: manifest["metrics"] for name, manifest in manifests.items()},
+        "seconds": sum(manifest["seconds"] for manifest in manifests.values()),
+        "reused": reused,
+    }
+    return Completed(name="Reused", message="measured before", data=result) if reused else result
+
+
+@task(
+    name="check-benchmarks",
+    task_run_name="{run}/check-benchmarks",
+    tags=["spinreg", "benchmark"],
+    cache_policy=NO_CACHE,  # the store decides what is done
+)
+def check_benchmarks(run: str) -> dict[str, Any] | State[dict[str, Any]]:
+    """See that lm-eval knows the tasks and can load their data, before anything is sampled or trained.
+
+    Returns {"tasks": {name: {"documents", "fewshot"}}, "reused"}. Raises BadInput.
+    """
+    context = current()
+    store, session, config = context.store, context.session, context.config
+    context.check()
+    plan = plan_check(config)
+    assert plan is not None, "no task of lm-eval is wanted"
     manifest = read_manifest(store, plan.object_id)
     reused = manifest is not None
     if manifest is None:
         writer = session.writer()
-        with context.scratch(f"round-{round_number}-benchmark", writer) as folder:
-            try:
-                watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, "benchmark")
-            except StagePreempted as error:
-                return preempted(error)
+        with context.scratch("check-benchmarks", writer) as folder:
+            watched_stage(plan.job(config, store.url, writer, folder), "check-benchmarks")
         manifest = require_manifest(store, plan.object_id)
-    result = {
-        "stage": "benchmark",
-        "round": round_number,
-        "uri": store.uri(f"objects/{plan.object_id}"),
-        "metrics": manifest["metrics"],
-        "seconds": manifest["seconds"],
-        "reused": reused,
-    }
-    return Completed(name="Reused", message=f"measured before: {plan.object_id}", data=result) if reused else result
+    result = {"tasks": manifest["metrics"], "reused": reused}
+    return Completed(name="Reused", message="checked before", data=result) if reused else result

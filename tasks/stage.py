@@ -64,7 +64,7 @@ def watched_stage(job: Job, *name: object) -> dict[str, Any]:
     context = current()
     deadline = context.config.resources.deadline_minutes
 
-    last = job.stage == "evaluate" and job.round >= context.target
+    last = job.stage in ("evaluate", "benchmark") and job.round >= context.target
     return run_stage(
         job,
         take=take_spare,

@@ -1,11 +1,12 @@
 """Benchmarks of an iterate besides held-out rows: which there are, and what each leaves in the store.
 
 Decides: the parts of an iterate's benchmark (one object each, so that adding a task measures that task alone) and
-how they are found. Leaves
-out: how a part is measured (`lm_eval.py`, `mt_bench.py`, `win_rate.py`) and what it leaves (`part.py`).
+how they are found again. Leaves out: how a part is measured (`lm_eval.py`, `mt_bench.py`, `win_rate.py`) and what it
+leaves (`part.py`).
 
-Benchmarks are no part of a run's head: they follow from its configuration, which may ask for others tomorrow, and
-`spinreg gc` leaves them.
+What is wanted follows from the configuration, which may ask for something else tomorrow. What was measured is in the
+run's head, by kind and name: a report made elsewhere (another version of lm-eval, no GPU) still finds it. `spinreg gc`
+leaves these objects.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
 from spinreg_core.config import RunConfig
+from spinreg_core.head import Session
 from spinreg_core.objects import fetch_file, read_manifest
-from spinreg_core.rounds import Plan
+from spinreg_core.rounds import Plan, measured_objects
 from spinreg_core.store import Store
 
 KINDS = {"lm-eval": lm_eval, "mt-bench": mt_bench, "win-rate": win_rate}
 
 
 def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
-    """What iterate n is measured with, as the configuration says now. Needs its committed evaluation."""
+    """What iterate n is measured with, as the configuration says now. Needs its committed evaluation. Raises BadInput
+    for what cannot be measured here (`lm_eval.plans`)."""
     wanted = config.benchmarks.rounds
     if wanted != "all" and iterate not in wanted:
         return []
@@ -45,14 +48,48 @@ def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> Pla
     return Plan("benchmark", iterate, {"parts": sorted(inputs)}, inputs, extra)
 
 
+def part_name(key: dict[str, Any], stage: str) -> str:
+    """What a part is called in a run's head, e.g. `lm-eval gsm8k`."""
+    return f"{stage} {key.get('name', stage)}"
+
+
+def measured_of(store: Store, plan: Plan) -> dict[str, str]:
+    """Of the parts of `plan_benchmark`, the objects of those that are measured, by their names."""
+    parts = plan.extra["parts"]
+    found = {part_name(part["key"], part["stage"]): part["object_id"] for part in parts}
+    return {name: object_id for name, object_id in found.items() if read_manifest(store, object_id) is not None}
+
+
+def record_measured(session: Session, iterate: int, objects: dict[str, str]) -> None:
+    """Say in a run's head what an iterate is measured with, by `part_name`. Unlike a stage, a benchmark may be another
+    object later: with other settings. Raises LeaseLost."""
+    if objects.items() <= measured_objects(session.head, iterate).items():
+        return
+
+    def change(head: dict[str, Any]) -> None:
+        entry = next(entry for entry in head["rounds"] if entry["round"] == iterate)
+        entry["measured"] = entry.get("measured", {}) | objects
+
+    session.update(change)
+
+
 def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> list[dict[str, Any]]:
-    """`results.json` of every part that has been measured, with its `object_id`, in the order of the configuration."""
-    found = []
-    for plan in parts_of(config, head, iterate):
-        if read_manifest(store, plan.object_id) is not None:
-            document = json.loads(fetch_file(store, plan.object_id, "results.json").read_bytes())
-            found.append(document | {"object_id": plan.object_id})
-    return found
+    """`results.json` of every part that has been measured, with its `object_id`: first those that the configuration
+    asks for, in its order, then what it asked for earlier."""
+    found = measured_objects(head, iterate)
+    kinds = list(KINDS)
+    tasks = config.benchmarks.lm_eval_tasks()
+
+    def place(name: str) -> tuple[int, int]:
+        kind, _, task = name.partition(" ")
+        return kinds.index(kind), tasks.index(task) if task in tasks else len(tasks)
+
+    results = []
+    for name in sorted(found, key=place):
+        if read_manifest(store, found[name]) is not None:
+            document = json.loads(fetch_file(store, found[name], "results.json").read_bytes())
+            results.append(document | {"object_id": found[name]})
+    return results
 
 
-__all__ = ["KINDS", "parts_of", "plan_benchmark", "results_of"]
+__all__ = ["KINDS", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured", "results_of"]

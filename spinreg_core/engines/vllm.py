@@ -21,7 +21,7 @@ from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.engines import Answer, Sampling, check_prompts, cut
 from spinreg_core.errors import BadInput
 
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process that a kill of this one would leave behind
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
@@ -35,7 +35,7 @@ class VllmEngine:
     def __init__(
         self, policy: Path, generation: GenerationConfig, resources: ResourcesConfig, *, longest: int | None = None
     ) -> None:
-        os.environ.update(_ENVIRONMENT)
+        os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its own import calls what torch will drop

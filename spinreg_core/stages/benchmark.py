@@ -10,10 +10,11 @@ own: the manifest names the parts as its inputs, and holds their metrics.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from spinreg_core.benchmarks import KINDS
+from spinreg_core.benchmarks import KINDS, lm_eval, part_name
 from spinreg_core.objects import publish, read_manifest
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import open_store
@@ -25,25 +26,39 @@ def run(job: Job) -> dict[str, Any]:
     Raises what the first part raised that failed, after the others were measured.
     """
     start, store = time.monotonic(), open_store(job.store)
-    failed: Exception | None = None
     metrics: dict[str, Any] = {}
+    missing: list[Job] = []
     for part in job.extra["parts"]:
-        name = part["key"].get("name", part["stage"])
         manifest = read_manifest(store, part["object_id"])
         if manifest is None:
-            print(f"[benchmark] {part['stage']} {name}", flush=True)
-            try:
-                manifest = KINDS[part["stage"]].run(replace(job, workdir=job.workdir / part["object_id"], **part))
-            except Exception as error:
-                print(f"[benchmark] {part['stage']} {name} failed: {error}", flush=True)
-                failed = failed or error
-                continue
-        metrics[f"{part['stage']} {name}"] = manifest["metrics"]
+            missing.append(replace(job, workdir=job.workdir / part["object_id"], **part))
+        else:
+            metrics[part_name(part["key"], part["stage"])] = manifest["metrics"]
+    failed: Exception | None = None
+    for one, found in _measured(missing):
+        name = part_name(one.key, one.stage)
+        if isinstance(found, Exception):
+            print(f"[benchmark] {name} failed: {found}", flush=True)
+            failed = failed or found
+        else:
+            metrics[name] = found["metrics"]
     if failed is not None:
         raise failed
     folder = job.workdir / "out"
     folder.mkdir(parents=True, exist_ok=True)
     return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)
+
+
+def _measured(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+    """Each part with its manifest, or with what it raised."""
+    yield from lm_eval.run_all([job for job in jobs if job.stage == "lm-eval"])  # which load the policy once
+    for job in jobs:
+        if job.stage != "lm-eval":
+            print(f"[benchmark] {part_name(job.key, job.stage)}", flush=True)
+            try:
+                yield job, KINDS[job.stage].run(job)
+            except Exception as error:
+                yield job, error
 
 
 if __name__ == "__main__":

