@@ -1,4 +1,4 @@
-"""The small JSON documents of the store (heads, configurations, manifests, parts): written and read in one way.
+"""The small JSON documents of the store (heads, configurations, manifests, parts, verdicts): written and read one way.
 
 Decides: the schema number they carry, the fields that whoever reads them counts on, the errors of a document that
 cannot be used, and that the files a manifest or part lists lie in its own object under names that lead nowhere else:
@@ -106,7 +106,21 @@ class Configuration(TypedDict):
     config: dict[str, Any]
 
 
-_KINDS: dict[str, Any] = {"head.json": Head, "run.json": Configuration, "manifest.json": Manifest}
+class Usage(TypedDict):
+    prompt_tokens: Count
+    answer_tokens: Count
+    counted: bool
+
+
+class Verdict(TypedDict):
+    request: dict[str, Any]
+    content: str
+    finish: str
+    usage: Usage
+    payer: str
+
+
+_KINDS: dict[str, Any] = {"head.json": Head, "run.json": Configuration, "manifest.json": Manifest, "verdict": Verdict}
 
 
 @cache
@@ -129,7 +143,8 @@ def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
     if schema != SCHEMA or not isinstance(schema, int):
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
-        _adapter(key.rpartition("/")[2]).validate_python(document, strict=True)
+        kind = "verdict" if key.startswith("verdicts/") else key.rpartition("/")[2]
+        _adapter(kind).validate_python(document, strict=True)
         if key.endswith("/manifest.json") and "removed" not in document:
             for field in ("stage", "round", "metrics", "seconds"):
                 if field not in document:
