@@ -35,6 +35,7 @@ from flows.form import (
 )
 from flows.round import measure, round_
 from flows.show import show_end
+from spinreg_core.benchmarks import check as check_benchmarks
 from spinreg_core.config import RUN_NAME, RunConfig
 from spinreg_core.errors import SpinregError, StagePreempted
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
@@ -128,6 +129,7 @@ def spin(
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
+    check_benchmarks(resolved)
     log(f"resolved configuration:\n{show(resolved)}")
     show_markdown(
         artifact_key(resolved.run, "configuration"),
