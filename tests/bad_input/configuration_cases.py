@@ -107,7 +107,8 @@ JUDGED: dict[str, tuple[str, str]] = {  # the file, by the field it is given to
 def judged(place: Place, field: str, content: str) -> object:
     """As a flow does before it takes the run."""
     files = {"mt_bench": place.write("question.jsonl", QUESTION)}
-    files[field] = place.write(f"{field}.yaml", content) if content else str(place.folder / "nowhere.jsonl")
+    name = "prompts.yaml" if field == "prompts" else f"{field}.jsonl"
+    files[field] = place.write(name, content) if content else str(place.folder / "nowhere.jsonl")
     judge = {"base_url": "http://127.0.0.1:8000/v1", "model": "judge"}
     if field == "prompts":
         judge["prompts"] = files.pop("prompts")
