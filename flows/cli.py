@@ -7,6 +7,7 @@ process). Leaves out: doing anything itself; whatever it prints comes from a fun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -84,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
     join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
     join.add_argument("run", help="name of the run")
     join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
+
+    agreement = commands.add_parser(
+        "judge-agreement", help="how often the configured judge agrees with published human preferences"
+    )
+    agreement.add_argument(
+        "votes", help="human or gpt4_pair (of lmsys/mt_bench_human_judgments), or a file of that form"
+    )
+    _add_configuration(agreement)
+    agreement.add_argument("--limit", type=int, help="only the first so many votes")
+    agreement.add_argument("--json", action="store_true", help="print JSON")
 
     data = commands.add_parser("data", help="look at a data set").add_subparsers(dest="action", required=True)
     inspect = data.add_parser("inspect", help="counts, lengths, rendered examples and rejected rows")
@@ -270,6 +281,20 @@ def _join(arguments: argparse.Namespace) -> int:
         return 130
 
 
+def _judge_agreement(arguments: argparse.Namespace) -> int:
+    from spinreg_core.benchmarks.agreement import agreement
+    from spinreg_core.resolve import resolve
+    from spinreg_core.store import open_store
+
+    config = resolve(_parameters(arguments), arguments.config)
+    store = open_store(config.store)
+    store.check()
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        text, document = agreement(store, config, arguments.votes, arguments.limit)
+    print(json.dumps(document, indent=1) if arguments.json else text)
+    return 0
+
+
 def _data(arguments: argparse.Namespace) -> int:
     from spinreg_core.data.inspect import inspect
     from spinreg_core.resolve import resolve
@@ -285,6 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
         "resume": _resume, "verify": _verify, "gc": _gc, "export": _export,
+        "judge-agreement": _judge_agreement,
     }  # fmt: skip
     try:
         return commands[arguments.command](arguments)

@@ -38,6 +38,7 @@ from flows.form import (
 )
 from flows.round import measure, round_
 from flows.show import show_end
+from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.errors import EXIT_PREEMPTED, SpinregError, StagePreempted
@@ -145,6 +146,7 @@ def _why_ended(store: Store, config: RunConfig) -> str | None:
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
+    check_files(resolved)
     log(f"resolved configuration:\n{show(resolved)}")
     show_markdown(
         artifact_key(resolved.run, "configuration"),

@@ -111,7 +111,8 @@ class JudgeConfig(Group):
     prompts: str | None = Field(
         None,
         min_length=1,
-        description="File with the judge's prompts (YAML), in place of MT-Bench's own; its hash is part of the result.",
+        description="File with the judge's prompts (YAML, or FastChat's judge_prompts.jsonl) in place of spinreg's. "
+        "Its hash is part of the result.",
     )
     temperature: NonNegativeFloat = Field(0.0, description="Sampling temperature of the judge; 0 is greedy.")
     max_tokens: int = Field(2048, ge=1, description="Longest verdict, its explanation included (tokens).")
@@ -126,7 +127,11 @@ class JudgeConfig(Group):
     tries: int = Field(
         3, ge=1, description="Answers of the judge in which a verdict is looked for; after that it counts as malformed."
     )
-    max_requests: Count | None = Field(None, description="Requests of one benchmark at most. Unset: no limit.")
+    max_requests: Count | None = Field(
+        None,
+        description="Requests of one benchmark at most (one iterate's MT-Bench, say), all its attempts together; those "
+        "that the endpoint refuses do not count. Unset: no limit.",
+    )
     max_cost: PositiveFloat | None = Field(
         None, description="Cost of one benchmark at most, in the currency of the prices. Unset: no limit."
     )

@@ -1,4 +1,4 @@
-"""The small JSON documents of the store (heads, configurations, manifests, parts, orders): written and read in one way.
+"""The small JSON documents of the store (heads, manifests, parts, orders, verdicts, ...): written and read in one way.
 
 Decides: the schema number they carry, the fields that whoever reads them counts on, the errors of a document that
 cannot be used, and that the files a manifest or part lists lie in its own object under names that lead nowhere else:
@@ -122,6 +122,20 @@ class Marker(TypedDict):
     commits: str
 
 
+class Usage(TypedDict):
+    prompt_tokens: Count
+    answer_tokens: Count
+    counted: bool
+
+
+class Verdict(TypedDict):
+    request: dict[str, Any]
+    content: str
+    finish: str
+    usage: Usage
+    payer: str
+
+
 _KINDS: dict[str, Any] = {
     "head.json": Head, "run.json": Configuration, "manifest.json": Manifest, "order.json": Order,
     "commits.json": Marker,
@@ -135,6 +149,8 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 def _kind(key: str) -> Any:
     folder, _, name = key.rpartition("/")
+    if key.startswith("verdicts/"):
+        return Verdict
     return Failure if folder.endswith("/failures") else _KINDS.get(name, Part)
 
 

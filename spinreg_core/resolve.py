@@ -124,6 +124,8 @@ def validate(values: dict[str, Any]) -> RunConfig:
         addresses["data.heldout_dataset"] = data.get("heldout_dataset")
         for field in ("mixed_datasets", "evaluation_sets"):
             addresses |= {f"data.{field}[{i}]": name for i, name in enumerate(data.get(field) or ())}
+    if isinstance(judge := values.get("judge"), dict):
+        addresses["judge.base_url"] = judge.get("base_url")
     for field, url in addresses.items():
         if isinstance(url, str) and redacted(url) != url:
             raise BadInput(field, redacted(url), "an address without credentials; they come from the environment")

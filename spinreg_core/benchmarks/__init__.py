@@ -24,6 +24,13 @@ from spinreg_core.store import Store
 KINDS = {"lm-eval": lm_eval, "mt-bench": mt_bench, "win-rate": win_rate}
 
 
+def check(config: RunConfig) -> None:
+    """Raise BadInput for what a benchmark would be refused for later: files that cannot be used. Takes no GPU, asks no
+    judge."""
+    mt_bench.check(config)
+    win_rate.check(config)
+
+
 def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
     """What iterate n is measured with, as the configuration says now. Needs its committed evaluation. Raises BadInput
     for what cannot be measured here (`lm_eval.plans`)."""
@@ -92,4 +99,4 @@ def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: i
     return results
 
 
-__all__ = ["KINDS", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured", "results_of"]
+__all__ = ["KINDS", "check", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured", "results_of"]

@@ -1,17 +1,183 @@
-"""MT-Bench (arXiv 2306.05685): two turns, graded 1 to 10 by a judge."""
+"""MT-Bench (arXiv 2306.05685): two turns, each graded 1 to 10 by a judge.
+
+Decides: the fingerprints of the answers and of the grades, which prompt a grade is asked with, and the metrics.
+Leaves out: the answers (`mt_bench_answers.py`), asking the judge (`judge.py`), reading a grade (`prompts.py`).
+
+Each turn is graded by itself: the first on its own, the second with the whole conversation. Questions of mathematics,
+reasoning and coding that have a reference answer are graded against it. The metrics are `score`, the mean over
+questions of the mean of their turns; `score/turn_1` and `score/turn_2`; `score/CATEGORY`; `malformed`, the share of
+grades that no answer of the judge held; `truncated`, the share of the policy's answers that were cut off. A question
+without any grade is left out of the means. Intervals are over questions.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from spinreg_core.config import RunConfig
-from spinreg_core.rounds import Plan
+import pyarrow.parquet as pq
+
+from spinreg_core.benchmarks.endpoint import Messages
+from spinreg_core.benchmarks.judge import Question as Asked
+from spinreg_core.benchmarks.judge import judged, require_judge, settings_of
+from spinreg_core.benchmarks.mt_bench_questions import (
+    TEMPERATURES,
+    Question,
+    content_hash,
+    load_questions,
+    references_hash,
+)
+from spinreg_core.benchmarks.part import write_part
+from spinreg_core.benchmarks.prompts import SINGLE, Prompts, load_prompts, parse_rating
+from spinreg_core.config import RunConfig, sampling_dtype
+from spinreg_core.engines import resolve_engine
+from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.metrics import Estimate, bootstrap_mean, wilson
+from spinreg_core.objects import fetch_files, publish, read_manifest, require_manifest, versions
+from spinreg_core.rounds import Plan, policy_object
+from spinreg_core.stages.generate import run_in_process
 from spinreg_core.stages.job import Job
+from spinreg_core.store import Store, open_store
+
+
+def check(config: RunConfig) -> None:
+    """Raise BadInput for questions, references or prompts that cannot be used; questions of the hub are looked at when
+    they are loaded."""
+    if config.benchmarks.mt_bench is None:
+        return
+    require_judge(config.judge)
+    load_prompts(config.judge, SINGLE)
+    if config.benchmarks.mt_bench != "hub":
+        load_questions(config.benchmarks)
 
 
 def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
-    return []
+    """The grades of iterate n's answers, and in `extra` the job that answers. Raises BadInput as `check`."""
+    benchmarks = config.benchmarks
+    if benchmarks.mt_bench is None:
+        return []
+    of_hub = benchmarks.mt_bench == "hub"
+    questions = [] if of_hub else load_questions(benchmarks)
+    policy = policy_object(head, iterate)
+    answers_key = {
+        "questions": "hub" if of_hub else content_hash(questions),
+        "policy": policy, "seed": config.seed, "max_tokens": benchmarks.mt_bench_max_tokens,
+        "temperatures": TEMPERATURES, "template_arguments": config.data.template_arguments,
+        # As configured: what auto means differs between machines, and all of them should find the answers.
+        "engine": config.generation.engine, "dtype": sampling_dtype(config),
+    }  # fmt: skip
+    answers = Plan("mt-bench-answers", iterate, answers_key, {"policy": policy}, {})
+    key = {
+        "answers": answers.object_id, "judge": settings_of(config.judge),
+        "prompts": load_prompts(config.judge, SINGLE).sha256,
+        "references": "hub" if of_hub else references_hash(questions),
+        "seed": config.seed, "bootstrap": config.evaluation.bootstrap,
+    }  # fmt: skip
+    part = {"object_id": answers.object_id, "key": answers.key, "inputs": answers.inputs}
+    inputs = {"policy": policy, "answers": answers.object_id}
+    return [Plan("mt-bench", iterate, key, inputs, {"answers": part})]
 
 
 def run(job: Job) -> dict[str, Any]:
-    raise NotImplementedError
+    """Have the questions answered and the answers graded. Returns the manifest.
+
+    Raises as `judged`; BadInput where the judge gave no grade at all, or a file changed since the job was planned.
+    """
+    store, config = open_store(job.store), job.config
+    prompts, questions = load_prompts(config.judge, SINGLE), load_questions(config.benchmarks)
+    if job.key["prompts"] != prompts.sha256 or job.key["references"] not in (references_hash(questions), "hub"):
+        raise BadInput("judge.prompts, benchmarks.mt_bench_references", "files that changed since this was planned",
+                       "the same; start again to have the new ones used")  # fmt: skip
+    answers = _answers(store, job)
+    table = [row for path in fetch_files(store, answers["object_id"], "answers").values()
+             for row in pq.read_table(path, columns=["question_id", "turn", "text", "finish"]).to_pylist()]  # fmt: skip
+    texts = {(row["question_id"], row["turn"]): row["text"] for row in table}
+    wanted = [(q, turn) for q in questions for turn in (1, 2)]
+    if texts.keys() != {(q.question_id, turn) for q, turn in wanted}:
+        raise Damaged(f"{answers['object_id']}: found answers to other questions; expected those of this benchmark")
+    asked = [
+        Asked(f"question {q.question_id}, turn {turn}", graded_with(prompts, q, turn, texts)) for q, turn in wanted
+    ]
+    found = judged(store, config.judge, asked, parse_rating, payer=job.object_id)
+    grades = {(q.question_id, turn): value for (q, turn), value in zip(wanted, found.values, strict=True)}
+    if not any(value is not None for value in grades.values()):
+        raise BadInput("judge.model", f"{config.judge.model!r}, none of whose {len(asked)} answers holds a rating",
+                       "a judge that writes one as its prompt asks, such as [[7]]")  # fmt: skip
+    resamples = config.evaluation.bootstrap
+    metrics, items = scores(questions, grades, resamples=resamples, seed=config.seed)
+    metrics["malformed"] = wilson(found.malformed, len(asked))
+    metrics["truncated"] = wilson(sum(row["finish"] == "length" for row in table), len(table))
+    document = {
+        "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher", "metrics": metrics,
+        "settings": {
+            "judge": settings_of(config.judge), "questions": len(questions),
+            "with_reference": sum(q.reference is not None for q in questions),
+            "max_tokens": config.benchmarks.mt_bench_max_tokens, "temperatures": TEMPERATURES,
+            "engine": answers["metrics"]["engine"], "bootstrap": resamples, "seed": config.seed,
+        },
+        "fingerprints": {
+            "policy": job.inputs["policy"], "data": content_hash(questions), "prompts": prompts.sha256,
+            "references": references_hash(questions), "answers": answers["object_id"],
+        },
+        "versions": versions(),
+        "cost": found.cost | {
+            "seconds": round(found.cost["seconds"] + answers["seconds"], 3), "tokens": answers["metrics"]["tokens"],
+        },
+    }  # fmt: skip
+    folder = job.workdir / "out"
+    flat = write_part(folder, document, items)
+    return publish(store, job, folder, metrics=flat, seconds=document["cost"]["seconds"])  # type: ignore[index]
+
+
+def _answers(store: Store, job: Job) -> dict[str, Any]:
+    """The manifest of the answers, made now if they are not there: with engine vllm in a process of its own, because
+    only its end surely gives the GPU's memory back."""
+    own = replace(job, stage="mt-bench-answers", extra={}, workdir=job.workdir / "answers", **job.extra["answers"])
+    found = read_manifest(store, own.object_id)
+    if found is None:
+        own.workdir.mkdir(parents=True, exist_ok=True)
+        if resolve_engine(job.config.generation.engine) == "hf":
+            from spinreg_core.benchmarks.mt_bench_answers import run as answer
+
+            return answer(own)
+        run_in_process(own, "spinreg_core.benchmarks.mt_bench_answers")
+        found = require_manifest(store, own.object_id)
+    return found
+
+
+def graded_with(prompts: Prompts, question: Question, turn: int, texts: dict[tuple[str, int], str]) -> Messages:
+    """Messages to the judge about one turn. texts: the policy's answers by (question_id, turn)."""
+    against, values = question.reference is not None, {}
+    if question.reference is not None:
+        values = {"ref_answer_1": question.reference[0]} | (
+            {"ref_answer_2": question.reference[1]} if turn == 2 else {}
+        )
+    first = texts[question.question_id, 1]
+    if turn == 1:
+        name = "single-math-v1" if against else "single-v1"
+        return prompts.messages(name, question=question.turns[0], answer=first, **values)
+    name = "single-math-v1-multi-turn" if against else "single-v1-multi-turn"
+    return prompts.messages(
+        name, question_1=question.turns[0], answer_1=first, question_2=question.turns[1],
+        answer_2=texts[question.question_id, 2], **values,
+    )  # fmt: skip
+
+
+def scores(
+    questions: list[Question], grades: dict[tuple[str, int], float | None], *, resamples: int, seed: int
+) -> tuple[dict[str, Estimate], list[tuple[str, str, float]]]:
+    """Metrics and items out of grades by (question_id, turn), None being malformed. At least one is not."""
+    values: dict[str, dict[str, float]] = {"score": {}, "score/turn_1": {}, "score/turn_2": {}}
+    for question in questions:
+        own = {turn: grade for turn in (1, 2) if (grade := grades[question.question_id, turn]) is not None}
+        for turn, grade in own.items():
+            values[f"score/turn_{turn}"][question.question_id] = grade
+        if own:
+            mean = sum(own.values()) / len(own)
+            values["score"][question.question_id] = mean
+            values.setdefault(f"score/{question.category}", {})[question.question_id] = mean
+    metrics = {
+        name: bootstrap_mean(list(of.values()), "of 10", resamples=resamples, seed=seed)
+        for name, of in values.items() if of
+    }  # fmt: skip
+    return metrics, [(item, name, value) for name, of in values.items() for item, value in of.items()]

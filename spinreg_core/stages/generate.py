@@ -57,7 +57,7 @@ def ensure_generations(job: Job) -> dict[str, Any]:
     job.workdir.mkdir(parents=True, exist_ok=True)
     if _engine(job) == "hf":
         return run(job)
-    _in_process(job)
+    run_in_process(job, "spinreg_core.stages.generate")
     found = read_manifest(store, job.object_id)
     if found is None:
         raise StageFailed(f"the generate process ended well but left no {job.object_id}")
@@ -193,12 +193,12 @@ def _metrics(metas: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _in_process(job: Job) -> None:
-    """Run a generate job in a child process that shows its output here. Raises as its exit status says."""
-    folder = job.workdir / "generate"
+def run_in_process(job: Job, module: str) -> None:
+    """Run a job that answers in a child process that shows its output here. Raises as its exit status says."""
+    folder = job.workdir / job.stage
     folder.mkdir(parents=True, exist_ok=True)
     replace(job, workdir=folder).save(folder / "job.json")
-    command = [sys.executable, "-m", "spinreg_core.stages.generate", str(folder / "job.json")]
+    command = [sys.executable, "-m", module, str(folder / "job.json")]
     last = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as child:
         assert child.stdout is not None
@@ -211,9 +211,9 @@ def _in_process(job: Job) -> None:
             raise
     raise_verdict(child.returncode, last)
     if child.returncode in (EXIT_PREEMPTED, -15):
-        raise StagePreempted("the generate process was stopped from outside")
+        raise StagePreempted(f"the {job.stage} process was stopped from outside")
     if child.returncode:
-        raise StageFailed(f"the generate process ended with status {child.returncode}: {last}")
+        raise StageFailed(f"the {job.stage} process ended with status {child.returncode}: {last}")
 
 
 if __name__ == "__main__":

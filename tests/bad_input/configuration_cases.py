@@ -6,6 +6,7 @@ from typing import Any
 
 from feeding import Case, Place, table
 
+from spinreg_core.benchmarks import check
 from spinreg_core.resolve import LARGEST_FILE, assignments, load_config_file, resolve
 from spinreg_core.store import open_store
 
@@ -63,6 +64,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "LoRA, published in bfloat16": {"training": {"lora_rank": 8, "save_dtype": "bfloat16"}},
     "LoRA, and averages of policies": {"training": {"lora_rank": 8, "average": "ema"}},
     "settings of averages without averages": {"training": {"average_weight": 0.9}},
+    "MT-Bench without a judge": {"benchmarks": {"mt_bench": "hub"}},
+    "a win rate without the judge's name": {"benchmarks": {"win_rate": ["base"]}, "judge": {"base_url": "http://h/v1"}},
+    "a budget of money without prices": {"judge": {"max_cost": 5.0}},
+    "reference answers without questions": {"benchmarks": {"mt_bench_references": "gpt-4.jsonl"}},
+    "a password in the judge's address": {"judge": {"base_url": "https://user:secret@example.org/v1"}},
     "a password in the store's address": {"store": "s3://user:secret@bucket/runs"},
     "a data set's address with a password": {"dataset": "https://user:secret@example.org/rows.jsonl"},
 }
@@ -74,6 +80,43 @@ for what, (name, content) in FILES.items():
     )
 for what, values in VALUES.items():
     case(what)(lambda place, values=values: resolve(values))
+
+
+QUESTION = '{"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."]}\n'
+JUDGED: dict[str, tuple[str, str]] = {  # the file, by the field it is given to
+    "questions that are not there": ("mt_bench", ""),
+    "a question of MT-Bench without turns": ("mt_bench", QUESTION.replace("turns", "turn")),
+    "a question of MT-Bench with one turn": ("mt_bench", QUESTION.replace(', "Shorter."', "")),
+    "a question of a category that MT-Bench lacks": ("mt_bench", QUESTION.replace("writing", "cooking")),
+    "a question of MT-Bench twice": ("mt_bench", QUESTION * 2),
+    "questions of MT-Bench that are no JSON": ("mt_bench", "Write a poem.\n"),
+    "a reference answer to no question": (
+        "mt_bench_references",
+        '{"question_id": 7, "choices": [{"turns": ["a", "b"]}]}\n',
+    ),
+    "a reference answer without its second turn": (
+        "mt_bench_references",
+        '{"question_id": 81, "choices": [{"turns": ["a"]}]}\n',
+    ),
+    "judge's prompts without a placeholder": ("prompts", "single-v1: {prompt_template: 'Rate {answer}'}"),
+    "judge's prompts with one of them missing": ("prompts", "pair-v2: {prompt_template: x}"),
+    "judge's prompts that are a list": ("prompts", "- single-v1"),
+}
+
+
+def judged(place: Place, field: str, content: str) -> object:
+    """As a flow does before it takes the run."""
+    files = {"mt_bench": place.write("question.jsonl", QUESTION)}
+    name = "prompts.yaml" if field == "prompts" else f"{field}.jsonl"
+    files[field] = place.write(name, content) if content else str(place.folder / "nowhere.jsonl")
+    judge = {"base_url": "http://127.0.0.1:8000/v1", "model": "judge"}
+    if field == "prompts":
+        judge["prompts"] = files.pop("prompts")
+    return check(resolve({"benchmarks": files, "judge": judge}))
+
+
+for what, (name, content) in JUDGED.items():
+    case(what)(lambda place, name=name, content=content: judged(place, name, content))
 
 
 @case("configuration file: none there")

@@ -201,12 +201,13 @@ def test_an_iterate_without_a_policy_is_refused(house: House) -> None:
 
 def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> None:
     whole = house.answers(run(house.job("whole", iterates=[2, 1])))
-    generate._in_process(house.job("child", iterates=[2, 1]))
+    generate.run_in_process(house.job("child", iterates=[2, 1]), "spinreg_core.stages.generate")
     found = objects.require_manifest(house.store, "generate-child")
     assert_equal(house.answers(found), whole)
     job = house.job("bad", iterates=[2, 1])
+    bad = replace(job, inputs=job.inputs | {"policies": {"1": "policy-1"}})
     with pytest.raises(BadInput, match=r"^generate job of round 3: found no policy for iterates \[2\]"):
-        generate._in_process(replace(job, inputs=job.inputs | {"policies": {"1": "policy-1"}}))
+        generate.run_in_process(bad, "spinreg_core.stages.generate")
 
 
 def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: House) -> None:

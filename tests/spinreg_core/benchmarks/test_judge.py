@@ -1,0 +1,330 @@
+"""A judge that is slow, away, refuses or talks nonsense: what is asked again, what is not, and what it may cost."""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_server import Does, JudgeServer, judge_server
+
+from spinreg_core.benchmarks import endpoint
+from spinreg_core.benchmarks.judge import Judged, Question, judged, request_of, verdict_key
+from spinreg_core.benchmarks.prompts import parse_rating
+from spinreg_core.config import JudgeConfig
+from spinreg_core.errors import BadInput, Damaged, StageFailed
+from spinreg_core.store import Store, open_store
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.02)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(str(tmp_path / "store"))
+
+
+def ask(server: JudgeServer, store: Store, count: int = 6, payer: str = "mt-bench-a", **fields: Any) -> Judged[float]:
+    judge = JudgeConfig(base_url=server.url, model="judge", **{"at_once": 3, "patience_seconds": 20.0} | fields)
+    questions = [Question(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
+    return judged(store, judge, questions, parse_rating, payer=payer)
+
+
+def rated(body: dict[str, Any], _number: int) -> Does:
+    return Does(f"Rating: [[{int(body['messages'][-1]['content'].split()[1]) + 1}]]")
+
+
+def test_verdicts_come_in_order_and_are_never_asked_for_again(store: Store) -> None:
+    with judge_server(rated) as server:
+        first = ask(server, store, price_prompt=1.0, price_answer=2.0)
+        assert first.values == [1, 2, 3, 4, 5, 6]
+        assert sorted(server.asked()) == [f"rate {i}" for i in range(6)]
+        assert server.bodies[0].keys() == {"model", "messages", "temperature", "max_tokens"}
+        assert (first.cost["requests"], first.cost["prompt_tokens"], first.cost["answer_tokens"]) == (6, 600, 60)
+        assert first.cost["paid"] == pytest.approx((600 * 1.0 + 60 * 2.0) / 1e6)
+        assert (first.cost["requests_before"], first.cost["paid_before"], first.cost["unanswered"]) == (0, 0, 0)
+        again = ask(server, store, price_prompt=1.0, price_answer=2.0)
+        assert (again.values, again.cost["requests"]) == (first.values, 6)  # its own, of an attempt before
+        other = ask(server, store, count=8, payer="mt-bench-b", price_prompt=1.0, price_answer=2.0)
+        assert (other.cost["requests"], other.cost["requests_before"]) == (2, 6)
+        assert other.cost["paid_before"] == pytest.approx(first.cost["paid"])
+        assert len(server.bodies) == 8
+    with judge_server(rated) as server:  # on another port: the same judge
+        assert ask(server, store, count=8).values == other.values
+        assert server.bodies == []
+        ask(server, store, count=1, temperature=0.5)
+        ask(server, store, count=1, max_tokens=77)
+        assert [(b["temperature"], b["max_tokens"]) for b in server.bodies] == [(0.5, 2048), (0.0, 77)]
+
+
+def test_equal_questions_are_asked_once(store: Store) -> None:
+    with judge_server(rated) as server:
+        judge = JudgeConfig(base_url=server.url, model="judge")
+        same = [Question(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
+        assert judged(store, judge, same, parse_rating, payer="p").values == [4, 4, 4]
+        assert len(server.bodies) == 1
+
+
+def test_requests_are_under_way_together_and_no_more_than_configured(store: Store) -> None:
+    with judge_server(lambda _b, _n: Does(seconds=0.1)) as server:
+        ask(server, store, count=9, at_once=3)
+        assert server.most_at_once == 3
+
+
+def test_malformed_verdicts_are_asked_for_again_then_counted_and_remembered(store: Store) -> None:
+    tries: Counter[str] = Counter()
+
+    def script(body: dict[str, Any], _number: int) -> Does:
+        text = body["messages"][-1]["content"]
+        tries[text] += 1
+        if text == "rate 0":
+            return Does("no idea")
+        if text == "rate 1" and tries[text] < 3:
+            return Does("Rating: [[11]]" if tries[text] == 1 else None)
+        return Does("Rating: [[8]]")
+
+    with judge_server(script) as server:
+        found = ask(server, store, count=3, tries=3)
+        assert found.values == [None, 8, 8]
+        assert found.malformed == 1
+        assert tries == {"rate 0": 3, "rate 1": 3, "rate 2": 1}
+        assert found.cost["requests"] == 7
+        assert ask(server, store, count=3, tries=3).values == found.values
+        assert len(server.bodies) == 7
+        ask(server, store, count=3, tries=4)  # one more try, for the one that has none
+        assert len(server.bodies) == 8
+
+
+def test_rate_limits_errors_and_broken_connections_are_waited_out(store: Store) -> None:
+    away = {
+        0: Does(status=429, headers={"Retry-After": "1"}, body=b'{"error": {"message": "slow down"}}'),
+        1: Does(status=503),
+        2: Does(cut=True),
+        3: Does(body=b"<html>a proxy</html>"),
+        4: Does(status=429, headers={"Retry-After": email.utils.formatdate(time.time() + 1, usegmt=True)}),
+    }
+    with judge_server(lambda b, n: away.get(n, rated(b, n))) as server:
+        start = time.monotonic()
+        found = ask(server, store, at_once=1)
+        assert found.values == [1, 2, 3, 4, 5, 6]
+        assert time.monotonic() - start > 1.0  # Retry-After
+        assert Counter(server.asked()) == {"rate 0": 6, **{f"rate {i}": 1 for i in range(1, 6)}}
+        assert found.cost["unanswered"] == 2  # the cut one and the one that was no completion may have been billed
+
+
+def test_a_rate_limit_told_to_one_request_holds_for_all(store: Store) -> None:
+    times: list[float] = []
+
+    def script(body: dict[str, Any], number: int) -> Does:
+        times.append(time.monotonic())
+        return Does(status=429, headers={"Retry-After": "1"}) if number == 0 else Does(seconds=0.05)
+
+    with judge_server(script) as server:
+        ask(server, store, count=12, at_once=2)
+    assert len(times) == 13
+    assert [t for t in times if 0.2 < t - times[0] < 0.95] == []  # but for what was under way already
+
+
+def test_silence_is_asked_again(store: Store) -> None:
+    with judge_server(lambda b, n: Does(seconds=1.0) if n == 0 else rated(b, n)) as server:
+        assert ask(server, store, count=1, timeout_seconds=0.2).values == [1]
+        assert len(server.bodies) == 2
+
+
+def test_patience_ends_and_what_is_there_stays(store: Store) -> None:
+    def script(body: dict[str, Any], number: int) -> Does:
+        return Does(status=500, body=b'{"error": {"message": "broken"}}') if "5" in str(body) else rated(body, number)
+
+    with judge_server(script) as server:
+        with pytest.raises(StageFailed, match=r"127.0.0.1/v1: HTTP 500 \(broken\).*patience_seconds \(0.3\)"):
+            ask(server, store, patience_seconds=0.3)
+        server.script = rated
+        server.bodies.clear()
+        assert ask(server, store).values == [1, 2, 3, 4, 5, 6]
+        assert server.asked() == ["rate 5"]
+
+
+def test_a_wait_beyond_patience_is_not_begun(store: Store) -> None:
+    with judge_server(lambda _b, _n: Does(status=429, headers={"Retry-After": "3600"})) as server:
+        start = time.monotonic()
+        with pytest.raises(StageFailed, match="HTTP 429"):
+            ask(server, store, count=1, patience_seconds=5.0)
+        assert time.monotonic() - start < 2
+        assert len(server.bodies) == 1
+
+
+def test_an_endpoint_that_is_not_there(store: Store) -> None:
+    with judge_server(rated) as server:
+        pass
+    with pytest.raises(StageFailed, match="no connection"):
+        ask(server, store, count=1, patience_seconds=0.2)
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (401, r"judge.key_variable, OPENAI_API_KEY: found no key, and 127.0.0.1/v1 answers HTTP 401 \(who\?\)"),
+        (403, "judge.key_variable"),
+        (404, r"judge.model: found 'judge', and .*HTTP 404 \(who\?\); expected a model of that endpoint"),
+        (400, r"judge, question 0: found HTTP 400 \(who\?\)"),
+        (302, "judge.model.*base_url"),
+    ],
+)
+def test_what_waiting_does_not_cure_is_bad_input(store: Store, status: int, message: str) -> None:
+    with judge_server(lambda _b, _n: Does(status=status, body=b'{"error": {"message": "who?"}}')) as server:
+        with pytest.raises(BadInput, match=message):
+            ask(server, store, count=40, at_once=1)
+        assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("most", [1, 7, 19])
+def test_max_requests_is_exact_with_requests_under_way(store: Store, most: int) -> None:
+    """Also over attempts: what an earlier one spent counts."""
+    with judge_server(lambda b, n: Does(seconds=0.01)) as server:
+        for _attempt in range(2):
+            with pytest.raises(BadInput, match=rf"judge.max_requests: found {most} requests made .*more than {most}; "):
+                ask(server, store, count=20, at_once=8, max_requests=most)
+            assert len(server.bodies) == most
+        found = ask(server, store, count=20, at_once=8, max_requests=20)  # a higher budget goes on from there
+        assert (len(server.bodies), found.cost["requests"]) == (20, 20)
+        assert max(Counter(server.asked()).values()) == 1
+        # What others paid for is no part of it.
+        assert ask(server, store, count=21, payer="mt-bench-b", max_requests=1).cost["requests"] == 1
+
+
+def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store) -> None:
+    with judge_server(lambda b, n: Does(status=503) if n % 2 == 0 else rated(b, n)) as server:
+        assert ask(server, store, count=6, max_requests=6, at_once=4).cost["requests"] == 6
+    with judge_server(lambda b, n: Does(cut=True) if n == 0 else rated(b, n)) as server:
+        with pytest.raises(BadInput, match="found 2 requests made"):
+            ask(server, store, count=2, payer="mt-bench-c", temperature=1.0, max_requests=2, at_once=1)
+        assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize("at_once", [1, 8])
+def test_max_cost_is_never_exceeded_and_used_as_far_as_it_goes(store: Store, at_once: int) -> None:
+    """A request is sent only where its highest possible cost still fits: 100 answer tokens each, of which 10 are used;
+    prompts are free here."""
+    with judge_server(lambda b, n: Does(seconds=0.01)) as server:
+        fields: dict[str, Any] = {"at_once": at_once, "max_tokens": 100, "price_answer": 1e4}  # 0.01 a token
+        with pytest.raises(BadInput, match=r"judge.max_cost: found 2.1 spent .*up to 1; expected more than 3"):
+            ask(server, store, count=60, max_cost=3.0, **fields)
+        assert len(server.bodies) == 21  # after 2.1 another one might have cost 3.1
+        assert ask(server, store, count=60, max_cost=7.0, **fields).cost["paid"] == pytest.approx(6.0)
+        assert len(server.bodies) == 60
+
+
+def test_an_endpoint_that_does_not_count_is_counted_at_most(store: Store) -> None:
+    with judge_server(lambda _b, _n: Does(usage=None)) as server:
+        found = ask(server, store, count=1, max_tokens=50, price_answer=1.0)
+        assert (found.cost["answer_tokens"], found.cost["prompt_tokens"]) == (50, 256 + len("rate 0"))
+
+
+SCRIPT = """
+import sys
+from spinreg_core.benchmarks.judge import Question, judged
+from spinreg_core.benchmarks.prompts import parse_rating
+from spinreg_core.config import JudgeConfig
+from spinreg_core.stages import job
+from spinreg_core.store import open_store
+import signal
+signal.signal(signal.SIGTERM, job._on_sigterm)
+questions = [Question(str(i), [{"role": "user", "content": f"rate {i}"}]) for i in range(30)]
+judge = JudgeConfig(base_url=sys.argv[1], model="judge", at_once=3)
+print(judged(open_store(sys.argv[2]), judge, questions, parse_rating, payer="p").cost["requests"])
+"""
+
+
+def test_nothing_that_was_stored_is_paid_for_again_after_a_kill(store: Store) -> None:
+    with judge_server(lambda b, n: Does("[[5]]", seconds=0.1)) as server:
+        command = [sys.executable, "-c", SCRIPT, server.url, store.url]
+        for how, replies in ((signal.SIGTERM, 6), (signal.SIGKILL, 15)):
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            while len(server.done) < replies:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.send_signal(how)
+            assert process.wait(20) == {signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[how]
+            asked, stored = Counter(server.asked()), len(store.list("verdicts/"))
+            assert replies - 3 <= stored <= len(asked) < 30
+            if how == signal.SIGTERM:  # what was under way was waited for and kept
+                assert stored == len(asked) == sum(asked.values())
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout.split()[-1] == "30"
+        times = Counter(server.asked())
+        assert set(times) == {f"rate {i}" for i in range(30)}
+        assert sum(times.values()) - sum(asked.values()) == 30 - stored  # no more than what was missing
+        assert sum(times.values()) - 30 <= 3  # those under way at the kill
+
+
+def test_the_key_is_sent_and_nowhere_else(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "sk-the-secret-of-this-test"
+    monkeypatch.setenv("MY_JUDGE", key)
+
+    def echoes(_body: dict[str, Any], number: int) -> Does:
+        return Does(f"{key} Rating: [[5]]") if number else Does(status=429, body=f"{key}?".encode())
+
+    with judge_server(echoes) as server:
+        ask(server, store, key_variable="MY_JUDGE")
+        assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {key}"}
+        server.script = lambda _b, _n: Does(status=401, body=json.dumps({"error": {"message": f"bad {key}"}}).encode())
+        with pytest.raises(BadInput) as refused:
+            ask(server, store, key_variable="MY_JUDGE", temperature=1.0)
+        assert "bad ***" in str(refused.value)
+        monkeypatch.delenv("MY_JUDGE")
+        server.script, server.headers = rated, []
+        ask(server, store, key_variable="MY_JUDGE", temperature=2.0)
+        assert not any("Authorization" in headers for headers in server.headers)
+        monkeypatch.setenv("MY_JUDGE", "sk-\u00e9")
+        with pytest.raises(BadInput, match="MY_JUDGE: found characters that no key has") as odd:
+            ask(server, store, key_variable="MY_JUDGE", temperature=3.0)
+    said = capsys.readouterr()
+    everything = [str(refused.value), str(odd.value), said.out, said.err]
+    everything += [p.read_text() for p in Path(store.url).rglob("*") if p.is_file()]
+    assert len(everything) == 4 + 6 + 6  # said, and verdicts
+    assert not any(key in text or "sk-\u00e9" in text for text in everything)
+
+
+def test_a_stored_verdict_is_checked_when_it_is_read(store: Store) -> None:
+    with judge_server(rated) as server:
+        judge = JudgeConfig(base_url=server.url, model="judge")
+        ask(server, store, count=2)
+        keys = [verdict_key(request_of(judge, [{"role": "user", "content": f"rate {i}"}], 0)) for i in (0, 1)]
+        assert store.list("verdicts/") == sorted(keys)
+        paths = [Path(store.url, key) for key in keys]
+        paths[0].write_bytes(paths[1].read_bytes())
+        with pytest.raises(Damaged, match="found the verdict on another request"):
+            ask(server, store, count=2)
+        paths[0].write_bytes(paths[1].read_bytes()[:-20])
+        with pytest.raises(Damaged, match="expected JSON"):
+            ask(server, store, count=2)
+        document = json.loads(paths[1].read_bytes())
+        paths[0].write_text(json.dumps(document | {"content": 7}))
+        with pytest.raises(Damaged, match="found 7 as content"):
+            ask(server, store, count=2)
+
+
+def test_two_at_the_same_time_keep_one_verdict(store: Store) -> None:
+    """Both ask; what is stored first counts for both."""
+    with judge_server(lambda _b, n: Does(f"[[{n + 1}]]", seconds=0.3)) as server:
+        first = subprocess.Popen([sys.executable, "-c", SCRIPT.replace("range(30)", "range(1)").replace(
+            '.cost["requests"]', ".values[0]"), server.url, store.url], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        while not server.bodies:
+            time.sleep(0.01)
+        second = ask(server, store, count=1, payer="q")
+        other = first.communicate(timeout=30)[0].split()[-1]
+        assert len(server.bodies) == 2
+        assert second.values == [float(other)]
+        assert len(store.list("verdicts/")) == 1

@@ -1,0 +1,186 @@
+"""Win rates out of verdicts in both orders, against values computed by hand; and the part on a store."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from judge_server import Does, judge_server
+
+from spinreg_core import objects
+from spinreg_core.benchmarks import win_rate
+from spinreg_core.benchmarks.win_rate import Pair, length_controlled, shown, win_metrics
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.stages.job import Job
+from spinreg_core.store import Store, open_store
+
+
+def pair(name: str, own: int, other: int) -> Pair:
+    return Pair(name, "q", "x" * own, "y" * other)
+
+
+def test_metrics_by_hand() -> None:
+    pairs = [pair("a", 9, 4), pair("b", 2, 8), pair("c", 5, 5), pair("d", 7, 3), pair("e", 1, 1), pair("f", 6, 6)]
+    # As A and as B: wins both (1), first place twice (1/2), win and tie (3/4), loses both (0); malformed; equal texts.
+    verdicts: list[Any] = [("A", "B"), ("A", "A"), ("A", "tie"), ("B", "A"), (None, "A"), None]
+    metrics, items = win_metrics(pairs, verdicts, resamples=500, seed=1)
+    values = {name: estimate["value"] for name, estimate in metrics.items()}
+    n = {name: estimate["n"] for name, estimate in metrics.items()}
+    assert items == [(name, "win_rate", score) for name, score in zip("abcdf", [1, 0.5, 0.75, 0, 0.5], strict=True)]
+    assert values["win_rate"] == pytest.approx(2.75 / 5)
+    assert (values["wins"], values["ties"], values["losses"], n["wins"]) == (0.4, 0.4, 0.2, 5)
+    # Named winners: A, B | A, A | A | B, A: the first place in A, A, A, A, A of 7.
+    assert (values["first_place"], n["first_place"]) == (pytest.approx(5 / 7), 7)
+    assert (values["consistent"], n["consistent"]) == (0.5, 4)  # a and d
+    assert (values["malformed"], n["malformed"]) == (0.1, 10)
+    lengths, scores = [5, -6, 0, 4, 0], [1, 0.5, 0.75, 0, 0.5]
+    assert values["length_difference"] == pytest.approx(np.mean(lengths))
+    assert values["length_correlation"] == pytest.approx(np.corrcoef(lengths, scores)[0, 1])
+    for estimate in metrics.values():
+        assert estimate["low"] <= estimate["value"] <= estimate["high"]  # type: ignore[operator]
+
+
+def test_swapping_sides_turns_everything_round() -> None:
+    rng = np.random.default_rng(0)
+    pairs = [pair(str(i), *rng.integers(1, 50, 2)) for i in range(40)]
+    verdicts: list[Any] = [tuple(rng.choice(["A", "B", "tie"], 2)) for _ in pairs]
+    turned = [Pair(p.prompt_id, p.question, p.other, p.own) for p in pairs]
+    one, _ = win_metrics(pairs, verdicts, resamples=200, seed=2)
+    # What was shown first is the same text: the other order comes first now.
+    two, _ = win_metrics(turned, [(b, a) for a, b in verdicts], resamples=200, seed=2)
+    for name in ("win_rate", "length_controlled_win_rate"):
+        assert one[name]["value"] + two[name]["value"] == pytest.approx(1)
+    assert one["wins"]["value"] == two["losses"]["value"]
+    for name in ("first_place", "consistent", "length_correlation"):
+        assert one[name]["value"] == pytest.approx(two[name]["value"])
+
+
+def test_the_length_controlled_win_rate_takes_length_out() -> None:
+    rng = np.random.default_rng(3)
+    lengths = rng.normal(300, 200, 20_000)  # longer by 300 characters, on average
+    x = np.tanh(lengths / lengths.std())
+    by_length = (rng.random(lengths.size) < 1 / (1 + np.exp(-1.5 * x))).astype(float)  # equal but for their lengths
+    assert by_length.mean() > 0.65
+    assert length_controlled(by_length[None], lengths[None])[0] == pytest.approx(0.5, abs=0.02)
+    better = (rng.random(lengths.size) < 1 / (1 + np.exp(-(0.8 + 1.5 * x)))).astype(float)
+    assert length_controlled(better[None], lengths[None])[0] == pytest.approx(1 / (1 + np.exp(-0.8)), abs=0.02)
+    both = length_controlled(np.stack([by_length, better])[:, :500], np.stack([lengths, lengths])[:, :500])
+    assert both[0] == pytest.approx(length_controlled(by_length[None, :500], lengths[None, :500])[0])
+
+
+def test_the_length_controlled_win_rate_agrees_with_another_fit_and_stays_finite() -> None:
+    from scipy.optimize import minimize
+
+    rng = np.random.default_rng(4)
+    lengths, scores = rng.normal(0, 100, 30), rng.choice([0, 0.25, 0.5, 0.75, 1], 30)
+    x = np.tanh(lengths / lengths.std())
+
+    def loss(c: Any) -> float:
+        z = c[0] + c[1] * x
+        return float(np.sum(np.logaddexp(0, z) - scores * z) + 0.01 / 2 * (c[0] ** 2 + c[1] ** 2))
+
+    a = minimize(loss, [0, 0], method="BFGS", options={"gtol": 1e-9}).x[0]
+    assert length_controlled(scores[None], lengths[None])[0] == pytest.approx(1 / (1 + np.exp(-a)), abs=1e-6)
+    for ends in (np.ones(30), np.zeros(30), (lengths > 0).astype(float)):
+        found = length_controlled(ends[None], lengths[None])[0]
+        assert 0 < found < 1
+        assert found == pytest.approx(ends.mean(), abs=0.01) or 0 < ends.mean() < 1
+
+
+def test_a_conversation_as_it_is_shown() -> None:
+    assert shown([{"role": "user", "content": "Why?"}]) == "Why?"
+    several = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
+    assert (
+        shown([*several, {"role": "assistant", "content": "So."}])
+        == "System: Be short.\n\nUser: Why?\n\nAssistant: So."
+    )
+
+
+NAMES = [f"p{i}" for i in range(5)]
+SAMPLES = {"evaluate-0": ["base 0", "base 1", "same", "base 3", "base 4"],
+           "evaluate-1": ["own 0!", "own 1", "same", "own 3", "own 4"]}  # fmt: skip
+HEAD = {"run": "r", "base": "policy-0", "data": "data", "rounds": [
+    {"round": 0, "stages": {"evaluate": "evaluate-0"}},
+    {"round": 1, "stages": {"train": "policy-1", "evaluate": "evaluate-1"}},
+]}  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
+    store = open_store(str(tmp_path / "store"))
+    messages = [json.dumps([{"role": "user", "content": f"question {i}"}]) for i in range(5)]
+    tables = {"data": ("heldout.parquet", {"prompt_id": NAMES, "messages": messages,
+                                           "answer": [f"human {i}" for i in range(5)]})}  # fmt: skip
+    tables |= {name: ("rows.parquet", {"prompt_id": NAMES, "sample_text": texts}) for name, texts in SAMPLES.items()}
+    for name, (file, columns) in tables.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        pq.write_table(pa.table(columns), folder / file)
+        objects.publish(store, Job("base", name, {}, store.url, "w", 0, {}, RunConfig(), tmp_path), folder, metrics={})
+    return store
+
+
+def run(store: Store, url: str, iterate: int, tmp_path: Path, **benchmarks: Any) -> dict[str, dict[str, Any]]:
+    """results.json by name."""
+    config = RunConfig.model_validate(
+        {
+            "store": store.url,
+            "benchmarks": benchmarks,
+            "judge": {"base_url": url, "model": "judge", "tries": 1, "patience_seconds": 5.0},
+        }
+    )
+    found = {}
+    for plan in win_rate.plans(config, HEAD, iterate):
+        win_rate.run(plan.job(config, store.url, "e1-a", tmp_path / plan.object_id))
+        document = json.loads(objects.fetch_file(store, plan.object_id, "results.json").read_bytes())
+        found[document["name"]] = document
+    return found
+
+
+def prefers_own(body: dict[str, Any], _number: int) -> Does:
+    """The iterate's answers but for question 3, where the first one wins, and 4, where the second order fails."""
+    said = body["messages"][-1]["content"]
+    if "question 3" in said:
+        return Does("[[A]]")
+    if "question 4" in said and said.index("own 4") > said.index("base 4" if "base 4" in said else "human 4"):
+        return Does("neither")
+    first = min((said.index(word), word) for word in ("own", "base", "human") if word in said)[1]
+    return Does("[[A]]" if first == "own" else "[[B]]")
+
+
+def test_the_part_against_base_previous_and_human(store: Store, tmp_path: Path) -> None:
+    with judge_server(prefers_own) as server:
+        found = run(store, server.url, 1, tmp_path, win_rate=["base", "previous", "human"])
+        # In round 1 the base is the previous iterate: nothing is asked twice. Equal answers are not asked about.
+        assert len(server.bodies) == 8 + 10
+        base, previous, human = (found[name] for name in ("base", "previous", "human"))
+        assert base["metrics"]["win_rate"]["value"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
+        assert base["metrics"]["malformed"]["value"] == pytest.approx(1 / 8)
+        assert base["settings"]["identical"] == 1
+        assert base["fingerprints"] | {"prompts": None} == {
+            "policy": "policy-1", "data": "data", "evaluate": "evaluate-1", "against": "evaluate-0", "prompts": None
+        }  # fmt: skip
+        assert (base["kind"], base["primary"], base["better"]) == ("win-rate", "win_rate", "higher")
+        assert previous["metrics"] == base["metrics"]
+        assert (base["cost"]["requests"], previous["cost"]["requests"]) == (8, 0)
+        assert previous["cost"]["requests_before"] == 8
+        assert human["metrics"]["wins"]["n"] == 4
+        server.script = lambda _b, _n: Does("[[A]]")
+        assert run(store, server.url, 0, tmp_path, win_rate=["base", "previous", "human"]).keys() == {"human"}
+        first = run(store, server.url, 1, tmp_path, win_rate=["base"], win_rate_prompts=2)["base"]
+        assert first["metrics"]["win_rate"]["n"] == 2
+
+
+def test_a_judge_without_a_verdict_is_bad_input(store: Store, tmp_path: Path) -> None:
+    with (
+        judge_server(lambda _b, _n: Does("both are fine")) as server,
+        pytest.raises(BadInput, match="without a verdict in both orders on any prompt"),
+    ):
+        run(store, server.url, 0, tmp_path, win_rate=["human"])
