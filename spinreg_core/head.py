@@ -357,7 +357,7 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
 def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
     """Check the configuration of a run that has begun, and keep what it is to keep; make ours that of one that has not.
 
-    The write is fenced: every holder of a run that has not begun writes its own document, with its epoch in it, so
+    The write is fenced: every holder writes its own document, with its epoch in it, also where it says nothing new, so
     one that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
     """
     while True:
@@ -365,8 +365,6 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
         if _has_begun(session.head):
             check_config(stored, config)
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge")}  # read outside of runs too
-            if all(getattr(stored, name) == value for name, value in said.items()):
-                return
             config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 
