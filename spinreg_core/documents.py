@@ -51,6 +51,8 @@ class Removed(TypedDict):
     why: str
     at: str
     keys: list[Key]
+    before: NotRequired[Removed]  # of a marked one: what it said before it was marked
+    repair: NotRequired[str]  # the run whose repair set the manifest aside
 
 
 class Manifest(TypedDict):
@@ -69,6 +71,7 @@ class Part(TypedDict):
     name: Name
     files: list[File]
     meta: dict[str, Any]
+    void: NotRequired[bool]  # set aside by a repair: as if it were not there
 
 
 class Holder(TypedDict):
@@ -93,6 +96,21 @@ class Entry(TypedDict):
     stages: dict[str, Name]
 
 
+class Made(TypedDict):
+    round: Round
+    stage: str
+
+
+class Repair(TypedDict):
+    """See `repair.py`. `to`: the round that was complete. `was`: SHA-256 of objects' content, None where unknown."""
+
+    to: Round
+    stages: list[Made]
+    replace: dict[Key, str]
+    was: dict[Name, str | None]
+    dependents: dict[Name, list[Made]]
+
+
 class Head(TypedDict):
     run: str
     lease: Lease
@@ -100,6 +118,7 @@ class Head(TypedDict):
     rounds: list[Entry]
     base: NotRequired[Name | None]
     data: NotRequired[Name | None]
+    repair: NotRequired[Repair]
 
 
 class Configuration(TypedDict):
@@ -111,6 +130,8 @@ _KINDS: dict[str, Any] = {"head.json": Head, "run.json": Configuration, "manifes
 
 @cache
 def _adapter(name: str) -> pydantic.TypeAdapter[Any]:
+    if name.endswith("-manifest.json"):  # one that was set aside
+        name = "manifest.json"
     return pydantic.TypeAdapter(_KINDS.get(name, Part))
 
 
@@ -130,7 +151,7 @@ def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
         _adapter(key.rpartition("/")[2]).validate_python(document, strict=True)
-        if key.endswith("/manifest.json") and "removed" not in document:
+        if key.endswith("manifest.json") and "removed" not in document:
             for field in ("stage", "round", "metrics", "seconds"):
                 if field not in document:
                     raise Damaged(f"{where}: found no {field}; expected a manifest as spinreg wrote it")
