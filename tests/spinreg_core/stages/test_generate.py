@@ -164,7 +164,7 @@ def test_a_killed_stage_goes_on_from_its_shards(
 
 def test_a_shard_whose_document_is_damaged_is_answered_again(house: House) -> None:
     """Alone; before, every start of the stage ended in Damaged."""
-    job = house.job("cut", iterates=[1])
+    job = house.job("cut", iterates=[2])
     expected = house.answers(run(job))
     before = parts_bytes(house.store, job.object_id)
     house.store.delete(objects.manifest_key(job.object_id))  # killed before it was published
