@@ -1,7 +1,7 @@
 """Is what a run is made of still what was committed? Every byte is read, and nothing is changed.
 
 Decides: which objects a run is made of, what counts as damage, and which stages were made from a damaged object.
-Leaves out: making it anew (`repair.py`), single reads, which are checked anyway (`objects.py`).
+Leaves out: making it anew, and why no kill and no lost lease does harm there (`repair.py`), single reads, which are checked anyway (`objects.py`).
 
 Parts (shards, checkpoints) of stages that are still open are read too: a stage goes on from them.
 """
