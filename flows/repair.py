@@ -22,7 +22,7 @@ def repair(store: Store, run: str, damaged: Collection[str], *, say: Callable[[s
     repair stays recorded then.
     """
     with open_session(store, require_config(store, run), "spinreg verify --repair") as session:
-        stages = begin(store, session, damaged)
+        stages = begin(store, session, damaged, say)
     if stages:
         say(f"making anew: {', '.join(f'{stage} of round {number}' for number, stage in stages)}")
     spin(run=run, store=store.url, until_round=0)

@@ -7,7 +7,8 @@ A repair is recorded in the head of its run, and whoever starts the run next fin
 recorded advances are not touched. Nothing is removed. In this order, all of it under the lease of the run:
 
 1. What was found damaged is read once more, and the tags of its manifests and parts are kept. It may be sound by now:
-   somebody else has repaired it since, and then there is nothing to do.
+   somebody else has repaired it since, and then there is nothing to do. What cannot be made anew, because rules of the
+   user have removed what it is made from, stays as it is.
 2. Where a run that is being advanced has one of the objects, or one that was made from them, the repair is refused.
 3. One compare-and-swap of the head: the stages are open again, and the head says which documents are to be set aside
    (with their tags), what the content of the objects was, and what was made from them.
@@ -56,15 +57,18 @@ from spinreg_core.store import Store
 from spinreg_core.verify import Stage, Verdict, verify
 
 
-def begin(store: Store, session: Session, damaged: Collection[str]) -> list[Stage]:
+def begin(
+    store: Store, session: Session, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
+) -> list[Stage]:
     """Steps 1 to 3 for those of these objects of the session's run that are damaged still; returns the stages that are
     open now. Raises LeaseHeld (another run is being advanced and has one of the objects) and LeaseLost."""
     verdict = verify(store, session.run, only=damaged)
-    if not verdict.damaged:
+    stages = _possible(verdict, {verdict.objects[object_id] for object_id in verdict.damaged}, say)
+    if not stages:
         return []
     # With all that a stage makes on its way (answers of an evaluation, an average): it is looked for first.
-    stages = {verdict.objects[object_id] for object_id in verdict.damaged}
-    taken = {o for o, stage in verdict.objects.items() if stage in stages - {(0, "prepare")}} | set(verdict.damaged)
+    taken = {o for o in verdict.damaged if verdict.objects[o] in stages}
+    taken |= {o for o, stage in verdict.objects.items() if stage in stages - {(0, "prepare")}}
     bad = {problem.file for problem in verdict.problems}
     dependents = {o: verdict.dependents[o] for o in taken if o not in verdict.opened}
     after = {stage for found in dependents.values() for stage in found}
@@ -116,7 +120,7 @@ def _go_on(store: Store, session: Session, say: Callable[[str], object]) -> None
     """Step 6."""
     repair, verdict = session.head["repair"], verify(store, session.run, only=())
     others = [o for o, was in repair["was"].items() if was is None or verdict.content.get(o) != was]
-    stages = {stage for o in others for stage in _stages(repair["dependents"][o])}
+    stages = _possible(verdict, {stage for o in others for stage in _stages(repair["dependents"][o])}, say)
     # Parts of stages that are open are made from the last rounds, and may be made from these.
     taken = {o for o, stage in verdict.objects.items() if stage in stages or (others and o in verdict.opened)}
     after = None
@@ -134,6 +138,25 @@ def _go_on(store: Store, session: Session, say: Callable[[str], object]) -> None
             head["repair"] = after
 
     session.update(change)
+
+
+def _possible(verdict: Verdict, stages: set[Stage], say: Callable[[str], object]) -> set[Stage]:
+    """Those of these stages that can be made anew: what rules removed of their inputs can be made once more, as it was
+    made from what is there. The others stay as they are, so that the run can go on."""
+    while True:
+        taken = {o for o, stage in verdict.objects.items() if stage in stages}
+        gone = verdict.removed.keys() - taken
+        lost = {one for one in gone if not gone.isdisjoint(verdict.made_from.get(one, ()))}
+        impossible: dict[Stage, set[str]] = {}
+        for object_id in taken:
+            if found := lost.intersection(verdict.made_from.get(object_id, ())):
+                impossible.setdefault(verdict.objects[object_id], set()).update(found)
+        if not impossible:
+            return stages
+        for (number, stage), found in sorted(impossible.items()):
+            why = f"made from {min(found)}, {verdict.removed[min(found)]}, as was what that is made from"
+            say(f"{stage} of round {number} cannot be made anew and stays as it is: {why}")
+        stages = stages - impossible.keys()
 
 
 def _open(head: dict[str, Any], stages: Collection[Stage]) -> None:

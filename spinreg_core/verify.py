@@ -1,7 +1,8 @@
 """Is what a run is made of still what was committed? Every byte is read, and nothing is changed.
 
 Decides: which objects a run is made of, what counts as damage, and which stages were made from a damaged object.
-Leaves out: making it anew, and why no kill and no lost lease does harm there (`repair.py`), single reads, which are checked anyway (`objects.py`).
+Leaves out: making it anew, and why no kill and no lost lease does harm there (`repair.py`), single reads, which are
+checked anyway (`objects.py`).
 
 Parts (shards, checkpoints) of stages that are still open are read too: a stage goes on from them.
 """
@@ -51,16 +52,17 @@ class Problem:
 class Verdict:
     """`objects`: every object of the run and the stage that makes it ((0, "prepare") for base and data), and those of
     open stages of which there is something (`opened`). `dependents`: of each, the committed stages made from it.
-    `content`: one SHA-256 over what later stages read of an object. `removed`: objects that `spinreg gc` has taken
-    files from, and why; these files are not looked for. `unfinished`: stages that a repair which was begun has opened.
-    `documents`: of every manifest and part its tag when it was judged, and the files that it lists (None: it cannot be
-    read)."""
+    `made_from`: the other way, as manifests say. `content`: one SHA-256 over what later stages read of an object.
+    `removed`: objects that `spinreg gc` has taken files from, and why; these files are not looked for. `unfinished`:
+    stages that a repair which was begun has opened. `documents`: of every manifest and part its tag when it was judged,
+    and the files that it lists (None: it cannot be read)."""
 
     run: str
     objects: dict[str, Stage] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     dependents: dict[str, list[Stage]] = field(default_factory=dict)
+    made_from: dict[str, list[str]] = field(default_factory=dict)
     content: dict[str, str] = field(default_factory=dict)
     removed: dict[str, str] = field(default_factory=dict)
     unfinished: list[Stage] = field(default_factory=list)
@@ -87,7 +89,6 @@ def verify(
     opened = {o: stage for o, stage in ahead.items() if store.list(f"objects/{o}/")}
     verdict = Verdict(run, committed | opened, list(opened))
     verdict.unfinished = [(made["round"], made["stage"]) for made in head.get("repair", {}).get("stages", ())]
-    inputs: dict[str, set[str]] = {}
     for object_id in verdict.objects:
         start, hashing = time.monotonic(), only is None or object_id in only
         found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
@@ -102,7 +103,7 @@ def verify(
         verdict.bytes += found.bytes
         state = "DAMAGED" if found.problems else "ok"
         if found.record is not None:
-            inputs[object_id] = set(ids_in(found.record["inputs"]))
+            verdict.made_from[object_id] = sorted(set(ids_in(found.record["inputs"])))
             if "repair" not in found.record.get("removed", {}):  # else it is still to be made anew
                 verdict.content[object_id] = _content(found.record, found.parts)
             if removed_keys(found.record):
@@ -110,7 +111,7 @@ def verify(
                 state += f", {verdict.removed[object_id]}"
         if hashing:
             say(f"{object_id}: {found.checked} files, {state} ({time.monotonic() - start:.1f} s)")
-    closures = {object_id: _closure(object_id, inputs) for object_id in committed}
+    closures = {object_id: _closure(object_id, verdict.made_from) for object_id in committed}
     for made in verdict.objects:
         after = (stage for other, stage in committed.items() if other != made and made in closures[other])
         verdict.dependents[made] = list(dict.fromkeys(after))
@@ -231,7 +232,7 @@ def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Prob
         yield Problem(object_id, key, f"SHA-256 {sha256}", entry["sha256"])
 
 
-def _closure(object_id: str, inputs: dict[str, set[str]]) -> set[str]:
+def _closure(object_id: str, inputs: dict[str, list[str]]) -> set[str]:
     found: set[str] = set()
     todo = [object_id]
     while todo:

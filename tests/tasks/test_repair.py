@@ -431,6 +431,25 @@ def test_the_commands_tell_of_an_unfinished_repair(
     assert main(["verify", *place]) == 0
 
 
+def test_what_rules_have_taken_the_inputs_of_is_left_and_the_run_goes_on(store: FolderStore) -> None:
+    """Before, its stage stayed open, and every start of the run failed."""
+    lean = config("a", keep={"policies": 1}, opponent={"history": 1})
+    advance(store, lean, 4)
+    gc(store)
+    head, before = head_of(store, "a"), outcome(store, "a")
+    lost, once_more = stage_object(head, 3, "evaluate"), stage_object(head, 1, "evaluate")
+    for object_id in (lost, once_more):
+        damage(store, object_id)
+    assert set(verify(store, "a").damaged) == {lost, once_more}
+    said: list[str] = []
+    with open_session(store, lean, "repair") as session:
+        assert begin(store, session, verify(store, "a").damaged, said.append) == [(1, "evaluate")]
+    assert f"made from {policy_object(head, 3)}, removed by retention" in said[0]
+    advance(store, lean, 5)
+    assert verify(store, "a").damaged == [lost]
+    assert outcome(store, "a").items() >= before.items()
+
+
 # --- engines, parts, gc --------------------------------------------------------------------------------
 
 
