@@ -140,11 +140,14 @@ def _resume(arguments: argparse.Namespace) -> int:
     from spinreg_core.status import run_status
 
     found = run_status(_existing_store(arguments.store), arguments.run)
-    if found["pending"] is None:
-        print(f"{arguments.run}: round {found['complete_round']} is complete and nothing is pending; "
-              f"`spinreg run --run {arguments.run} --rounds 1` goes on")  # fmt: skip
-        return 0
-    return _advance({"run": arguments.run, "store": arguments.store}, None)
+    parameters = {"run": arguments.run, "store": arguments.store}
+    if found["pending"] is not None:
+        return _advance(parameters, None)
+    if found["repair"] is not None:
+        return _advance(parameters | {"until_round": 0}, None)  # which adds nothing
+    print(f"{arguments.run}: round {found['complete_round']} is complete and nothing is pending; "
+          f"`spinreg run --run {arguments.run} --rounds 1` goes on")  # fmt: skip
+    return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -152,19 +155,24 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     store = _existing_store(arguments.store)
     found = verify(store, arguments.run, say=lambda line: print(line, file=sys.stderr, flush=True))
-    print(json.dumps(asdict(found) | {"damaged": found.damaged}, indent=1) if arguments.json else described(found))
-    if not found.problems:
+    if arguments.json:
+        document = {name: value for name, value in asdict(found).items() if name != "documents"}
+        print(json.dumps(document | {"damaged": found.damaged}, indent=1))
+    else:
+        print(described(found))
+    if not found.problems and not found.unfinished:
         return 0
     if not arguments.repair:
         return EXIT_DAMAGED
     from flows.repair import repair
 
-    others = repair(store, found, say=lambda line: print(line, flush=True))
+    repair(store, arguments.run, found.damaged, say=lambda line: print(line, flush=True))
     left = verify(store, arguments.run)
     print(described(left))
+    others = [one for one in found.damaged if left.content.get(one) != found.content.get(one)]
     if others and not left.problems:
         print(f"with another content than before, as what was made from it: {', '.join(others)}")
-    return EXIT_DAMAGED if left.problems else 0
+    return EXIT_DAMAGED if left.problems or left.unfinished else 0
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -231,10 +239,10 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _existing_store(url: str) -> Store:
     """A store that can be read. Raises BadInput."""
-    from spinreg_core.store import open_store
+    from spinreg_core.store import FolderStore, open_store
 
     store = open_store(url)
-    if store.local_path("runs") is None:
+    if not isinstance(store, FolderStore):  # for reading, a folder need not be there
         store.check()
     elif Path(store.url).exists() and not Path(store.url).is_dir():
         raise BadInput("store", f"{url}, which is not a folder", "a folder or s3://bucket/prefix")

@@ -1,7 +1,8 @@
-"""The flow `round`: one round of self-play, generate -> mix-opponent -> train -> evaluate.
+"""The flow `round`: one round of self-play, generate -> mix-opponent -> train -> evaluate; and stages made anew.
 
 Decides: the order of the stages of a round and what is shown when it ends. Leaves out: which round it is and
-who may run it (`flows.spin`), and the stages themselves (`tasks`). Runs inside `spin` only, which holds the lease.
+who may run it (`flows.spin`), the stages themselves (`tasks`), and which of them a repair makes anew
+(`spinreg_core/repair.py`). Runs inside `spin` only, which holds the lease.
 """
 
 from __future__ import annotations
@@ -10,18 +11,25 @@ from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
+from prefect.tasks import Task
 
 from flows.show import show_round
 from spinreg_core.benchmarks import plan_benchmark
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
+from spinreg_core.repair import stages_to_make
 from tasks.benchmark import benchmark
 from tasks.context import current
 from tasks.display import flush, run_log, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.mix_opponent import mix_opponent
+from tasks.prepare import prepare
 from tasks.stage import preempted, run_task
 from tasks.train import train
+
+TASKS: dict[str, Task[..., Any]] = {
+    "generate": generate, "mix-opponent": mix_opponent, "train": train, "evaluate": evaluate,
+}  # fmt: skip
 
 
 @flow(name="round", flow_run_name="{run}/round-{round_number}", persist_result=False)
@@ -34,7 +42,7 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
     """
     resources = current().config.resources
     results = {}
-    for stage in (generate, mix_opponent, train, evaluate):
+    for stage in TASKS.values():
         try:
             result = run_task(stage, resources, run, round_number)
         except StagePreempted as error:
@@ -48,6 +56,18 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
     flush()
     wait_for_server()  # a restart is soon over, and the end of this flow run can be told
     return results
+
+
+def finish_repair() -> None:
+    """What a repair of the run has left to do. Its rounds are no flow runs of their own: on a retry, Prefect would take
+    them for those of the advance."""
+    context = current()
+    run, resources = context.config.run, context.config.resources
+    for number, stage in stages_to_make(context.store, context.session, context.config, run_log()):
+        if stage == "prepare":
+            run_task(prepare, resources, run)
+        else:
+            run_task(TASKS[stage], resources, run, number)
 
 
 def measure(round_number: int) -> None:

@@ -36,7 +36,7 @@ from flows.form import (
     UntilForm,
     described,
 )
-from flows.round import measure, round_
+from flows.round import finish_repair, measure, round_
 from flows.show import show_end
 from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
@@ -156,7 +156,10 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     require_metric(resolved.until, resolved.benchmarks.tasks if resolved.benchmarks.rounds == "all" else ())
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
-    with open_session(opened, resolved, label) as session:
+    with open_session(opened, resolved, label) as session, cancellation(str(flow_run.id)) as check:
+        if (unfinished := session.head.get("repair")) is not None:  # before anybody counts complete rounds
+            with entered(Context(resolved, opened, session, unfinished["to"], check)):
+                finish_repair()
         start, target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
         done = complete_round(session.head)
         log(
@@ -164,10 +167,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        with (
-            cancellation(str(flow_run.id)) as check,
-            entered(Context(resolved, opened, session, target, check)) as context,
-        ):
+        with entered(Context(resolved, opened, session, target, check)) as context:
             if plan_check(resolved) is not None:
                 run_task(check_benchmarks, resolved.resources, resolved.run)
             run_task(prepare, resolved.resources, resolved.run)

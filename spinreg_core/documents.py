@@ -51,6 +51,8 @@ class Removed(TypedDict):
     why: str
     at: str
     keys: list[Key]
+    before: NotRequired[Removed]  # of a marked one: what it said before it was marked
+    repair: NotRequired[str]  # the run whose repair set the manifest aside
 
 
 class Manifest(TypedDict):
@@ -69,6 +71,7 @@ class Part(TypedDict):
     name: Name
     files: list[File]
     meta: dict[str, Any]
+    void: NotRequired[bool]  # set aside by a repair: as if it were not there
 
 
 class Holder(TypedDict):
@@ -94,6 +97,21 @@ class Entry(TypedDict):
     measured: NotRequired[dict[str, Name]]  # benchmarks of the iterate, by kind and name
 
 
+class Made(TypedDict):
+    round: Round
+    stage: str
+
+
+class Repair(TypedDict):
+    """See `repair.py`. `to`: the round that was complete. `was`: SHA-256 of objects' content, None where unknown."""
+
+    to: Round
+    stages: list[Made]
+    replace: dict[Key, str]
+    was: dict[Name, str | None]
+    dependents: dict[Name, list[Made]]
+
+
 class Head(TypedDict):
     run: str
     lease: Lease
@@ -101,6 +119,7 @@ class Head(TypedDict):
     rounds: list[Entry]
     base: NotRequired[Name | None]
     data: NotRequired[Name | None]
+    repair: NotRequired[Repair]
 
 
 class Configuration(TypedDict):
@@ -151,6 +170,8 @@ def _kind(key: str) -> Any:
     folder, _, name = key.rpartition("/")
     if key.startswith("verdicts/"):
         return Verdict
+    if name.endswith("-manifest.json"):  # one that was set aside
+        return Manifest
     return Failure if folder.endswith("/failures") else _KINDS.get(name, Part)
 
 
@@ -170,7 +191,7 @@ def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
         _adapter(_kind(key)).validate_python(document, strict=True)
-        if key.endswith("/manifest.json") and "removed" not in document:
+        if key.endswith("manifest.json") and "removed" not in document:
             for field in ("stage", "round", "metrics", "seconds"):
                 if field not in document:
                     raise Damaged(f"{where}: found no {field}; expected a manifest as spinreg wrote it")

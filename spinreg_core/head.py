@@ -185,7 +185,7 @@ class Session:
                     assert found is not None
                     current = documents.parse(self.store, head_key(self.run), found[0])
                     if current["lease"]["epoch"] != self.epoch or current["lease"]["holder"] is None:
-                        holder = _describe(current["lease"])
+                        holder = describe_lease(current["lease"])
                         self.lost = f"run {self.run!r} was taken over by {holder}; nothing more is committed"
                         self.check()
                     self.head, self._tag = current, found[1]
@@ -283,7 +283,8 @@ class Session:
             print(f"lease of run {self.run!r} not given back: {error}", file=sys.stderr, flush=True)
 
 
-def _describe(lease: dict[str, Any]) -> str:
+def describe_lease(lease: dict[str, Any]) -> str:
+    """Whose it is, for messages."""
     holder = lease["holder"]
     return "nobody" if holder is None else f"{holder['label']} (pid {holder['pid']} on {holder['host']})"
 
@@ -314,7 +315,7 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
                 continue
         if last_tag is not None and tag != last_tag:
             raise LeaseHeld(
-                f"run {run!r} is being advanced by {_describe(head['lease'])}, which renewed its lease just now. "
+                f"run {run!r} is being advanced by {describe_lease(head['lease'])}, which renewed its lease just now. "
                 "Wait for it, or cancel it; only one process advances a run at a time."
             )
         last_tag = tag
@@ -357,7 +358,7 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
 def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
     """Check the configuration of a run that has begun, and keep what it is to keep; make ours that of one that has not.
 
-    The write is fenced: every holder of a run that has not begun writes its own document, with its epoch in it, so
+    The write is fenced: every holder writes its own document, with its epoch in it, also where it says nothing new, so
     one that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
     """
     while True:
@@ -365,8 +366,6 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
         if _has_begun(session.head):
             check_config(stored, config)
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge")}  # read outside of runs too
-            if all(getattr(stored, name) == value for name, value in said.items()):
-                return
             config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 

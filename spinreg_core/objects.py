@@ -3,13 +3,14 @@
 Decides: the name of an object, what makes it exist (its manifest, written last), and that readers check
 sizes and SHA-256. Leaves out: which run uses an object (`head.py`), and what the files mean (the stages).
 
-    objects/<stage>-<fingerprint>/manifest.json          last, and never replaced by another one
-    objects/<stage>-<fingerprint>/parts/<name>.json      create-only; one shard or step checkpoint each
+    objects/<stage>-<fingerprint>/manifest.json          last, and replaced only where it is marked `removed`
+    objects/<stage>-<fingerprint>/parts/<name>.json      create-only, likewise; one shard or step checkpoint each
     objects/<stage>-<fingerprint>/data/<writer>/<file>   one folder per attempt, so no writer meets another
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import importlib.metadata
@@ -66,9 +67,13 @@ def manifest_key(object_id: str) -> str:
     return f"objects/{object_id}/manifest.json"
 
 
+def part_key(object_id: str, name: str) -> str:
+    return f"objects/{object_id}/parts/{name}.json"
+
+
 def read_manifest(store: Store, object_id: str) -> dict[str, Any] | None:
-    """The manifest of an object, or None where the stage has not finished, or `spinreg gc` removed what it had made:
-    for whoever would make it."""
+    """The manifest of an object, or None where the stage has not finished, `spinreg gc` removed what it had made, or a
+    repair set it aside: for whoever would make it."""
     record = read_record(store, object_id)
     return None if record is None or "removed" in record else record
 
@@ -81,7 +86,8 @@ def read_record(store: Store, object_id: str) -> dict[str, Any] | None:
 def removed_keys(record: dict[str, Any]) -> frozenset[str]:
     """Keys of the files that an object has lost to `spinreg gc` (`removal.py`)."""
     removed = record.get("removed", {"marked": True})
-    return frozenset() if removed["marked"] else frozenset(removed["keys"])
+    removed = removed.get("before", {"keys": ()}) if removed["marked"] else removed
+    return frozenset(removed["keys"])
 
 
 def why_removed(record: dict[str, Any]) -> str:
@@ -171,6 +177,8 @@ def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[s
         if part is None:
             where = f"{store.uri(f'objects/{job.object_id}')}: found no part {name}"
             record = read_record(store, job.object_id)
+            if store.size(part_key(job.object_id, name)) is not None:
+                raise StageFailed(f"{where}: a repair has set it aside")
             if record is not None and "removed" in record:
                 raise StageFailed(f"{where}: spinreg gc removed it, as nothing had needed it until now")
             raise Damaged(f"{where}; it was committed before")
@@ -179,21 +187,30 @@ def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[s
 
 
 def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
-    """Commit uploaded files as one part. If the part exists already, it stays and is returned."""
+    """Commit uploaded files as one part. If the part exists already, it stays and is returned, unless it is void or
+    cannot be read: nothing has been made from it then."""
     part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": now()}
-    key = f"objects/{job.object_id}/parts/{name}.json"
-    try:
-        store.create(key, documents.dump(part))
-    except Conflict:
-        existing = documents.read(store, key)
-        assert existing is not None
-        return existing
-    return part
+    key, data = part_key(job.object_id, name), documents.dump(part)
+    while True:
+        try:
+            store.create(key, data)
+            return part
+        except Conflict:
+            found = store.read_tagged(key)
+        if found is None:  # deleted since
+            continue
+        with contextlib.suppress(Damaged):
+            existing = documents.parse(store, key, found[0])
+            if not existing.get("void"):
+                return existing
+        with contextlib.suppress(Conflict):
+            store.replace(key, data, found[1])
+            return part
 
 
 def delete_part(store: Store, object_id: str, part: dict[str, Any]) -> None:
     """Remove a part that is no longer needed: first what makes it exist, then its files."""
-    store.delete(f"objects/{object_id}/parts/{part['name']}.json")
+    store.delete(part_key(object_id, part["name"]))
     for entry in part["files"]:
         store.delete(entry["key"])
 
@@ -204,6 +221,20 @@ def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
     return {name: part for name, part in read if part is not None}  # None: deleted since
 
 
+def usable_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
+    """The same without those that cannot be read, for a stage that makes them anew (`commit_part` replaces them)."""
+    found = {}
+    for name in part_names(store, object_id):
+        try:
+            part = read_part(store, object_id, name)
+        except Damaged as error:
+            print(f"part {name} cannot be read and is made anew: {error}", flush=True)
+            continue
+        if part is not None:
+            found[name] = part
+    return found
+
+
 def part_names(store: Store, object_id: str) -> list[str]:
     """Names of committed parts, sorted, whether or not they can be read."""
     keys = store.list(f"objects/{object_id}/parts/")
@@ -211,8 +242,9 @@ def part_names(store: Store, object_id: str) -> list[str]:
 
 
 def read_part(store: Store, object_id: str, name: str) -> dict[str, Any] | None:
-    """One part, or None where it was deleted. Raises Damaged."""
-    return documents.read(store, f"objects/{object_id}/parts/{name}.json")
+    """One part, or None where it was deleted or set aside. Raises Damaged."""
+    part = documents.read(store, part_key(object_id, name))
+    return None if part is not None and part.get("void") else part
 
 
 def _verify(path: Path, entry: dict[str, Any], where: str) -> None:

@@ -12,11 +12,14 @@ An object is removed in steps, each a compare-and-swap of its manifest or withou
 3. Its parts go, the manifest says which files go, and they go. The manifest stays, for lineage, and for `status` and
    `verify` to tell what was removed from what was lost. Publishing the object anew replaces it, by compare-and-swap.
 
+What had been removed before and came to be again in part goes in the same steps.
+
 A kill leaves a whole object, a marked one, or one that says which files it lost; the next removal finishes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -95,8 +98,7 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
         if marked:
             assert record is not None
             why = record["removed"]["why"]
-        whole = record is None or "removed" not in record or marked
-        return item("object" if whole else "files", why, sizes, orphan=True)
+        return item("object", why, sizes, orphan=True)
     if rule and (marked or (record is not None and "removed" not in record)):
         assert record is not None
         stay = {entry["key"] for entry in record["files"] if not entry["name"].startswith(_WEIGHTY)}
@@ -128,7 +130,7 @@ def _leftovers(
     if record is not None and "removed" not in record and strange:
         for key, part in _read(store, _parts(object_id, keys)).items():
             own = [entry["key"] for entry in part["files"]]
-            if not files.issuperset(own):
+            if part.get("void") or not files.issuperset(own):
                 superseded += [key, *(k for k in own if k in keys - files)]
     found += item("files", "checkpoints of a finished stage", dict.fromkeys(superseded))
     old = [e.key for e in strange if e.age >= GRACE_SECONDS and e.key not in superseded]
@@ -140,9 +142,13 @@ def _leftovers(
 
 def _named(store: Store, object_id: str, record: dict[str, Any] | None, keys: Iterable[str]) -> set[str]:
     """Keys that the manifest, a part, or a manifest that was set aside speaks of, and theirs."""
-    others = [key for key in keys if key.startswith((f"objects/{object_id}/parts/", f"objects/{object_id}/aside/"))]
-    documents_ = [*_read(store, others).values(), *([record] if record else [])]
-    return {*others, *(entry["key"] for document in documents_ for entry in document["files"])}
+    aside = [key for key in keys if key.startswith(f"objects/{object_id}/aside/")]
+    parts = _parts(object_id, keys)
+    found = [*_read(store, parts).values(), *([record] if record else [])]
+    for key in aside:
+        with contextlib.suppress(Damaged, BadInput):  # what was set aside may say nothing: that was its damage
+            found += _read(store, [key]).values()
+    return {*parts, *aside, *(entry["key"] for document in found for entry in document["files"])}
 
 
 def _parts(object_id: str, keys: Iterable[str]) -> list[str]:
@@ -182,7 +188,7 @@ def remove(
             found = store.read_tagged(manifest_key(item.object_id))
             if found is not None:
                 _unmark(store, item.object_id, found[1])
-        elif item.kind == "files" and not (item.orphan and _needed(item, needs)):
+        elif item.kind == "files":
             for key in item.keys:
                 store.delete(key)
             done.append(item)
@@ -205,7 +211,13 @@ def _mark(store: Store, item: Item) -> str | None:
         return None
     # Without a manifest, a mark where it would be: what publishes later sees that parts may have gone.
     record = record or {"schema": documents.SCHEMA, "object_id": item.object_id, "files": [], "inputs": {}}
-    record["removed"] = {"marked": True, "why": item.why, "at": now(), "keys": list(item.keys)}
+    old = record.get("removed")
+    if old is not None and old["marked"]:
+        old = old.get("before")
+    keys = dict.fromkeys([*removed_keys(record), *item.keys])  # what had gone before stays told
+    record["removed"] = {"marked": True, "why": item.why, "at": now(), "keys": list(keys)}
+    if old is not None:
+        record["removed"]["before"] = old
     try:
         if found is None:
             return store.create(key, documents.dump(record))
@@ -219,7 +231,9 @@ def _unmark(store: Store, object_id: str, tag: str) -> None:
     record = documents.read(store, key)
     if record is None or not record.get("removed", {}).get("marked") or "stage" not in record:
         return  # published meanwhile, or a mark on an object that had not been finished
-    del record["removed"]
+    before = record.pop("removed").get("before")
+    if before is not None:
+        record["removed"] = before
     try:
         store.replace(key, documents.dump(record), tag)
     except Conflict:
@@ -237,6 +251,7 @@ def _remove_marked(store: Store, item: Item, tag: str) -> bool:
     for part in parts:
         store.delete(part)
     record["removed"]["marked"] = False
+    record["removed"].pop("before", None)
     try:
         store.replace(key, documents.dump(record), tag)
     except Conflict:

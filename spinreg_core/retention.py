@@ -27,7 +27,7 @@ from spinreg_core.head import (
     stage_object,
 )
 from spinreg_core.resolve import merge, validate
-from spinreg_core.rounds import PLANS, Plan, average_object, ids_in, objects_of, plan_heldout
+from spinreg_core.rounds import PLANS, Plan, average_object, heldout_objects, ids_in, objects_of, settled
 from spinreg_core.store import Store
 
 
@@ -56,11 +56,14 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
         needs.complete = False  # its head may have been lost
         needs.notes.append(f"runs/{name} has no head.json, and what it needs is not known: what no run knows stays. To "
                            "be rid of the run, remove the rest of it")  # fmt: skip
+    if not runs_here and needs.complete and store.list("objects/"):
+        needs.complete = False
+        needs.notes.append("there is no run here: what no run knows stays. To be rid of it, remove objects/")
     for run in runs_here:
         head, config = require_head(store, run), require_config(store, run)
         if keep:
             config = validate(merge(config.model_dump(mode="json"), {"keep": keep}))
-        own, ahead = set(objects_of(config, head)), planned_ahead(config, head)
+        own, ahead = set(objects_of(config, head)), set(planned_ahead(config, head))
         for object_id in own | ahead:
             needs.known.setdefault(object_id, []).extend([run] if object_id in own else [])
         waits = waits_for(head)
@@ -82,6 +85,8 @@ def waits_for(head: dict[str, Any]) -> str | None:
     advance = pending_advance(head)
     if advance is not None:
         return f"has an unfinished advance {advance['from']} -> {advance['to']}"
+    if "repair" in head:
+        return "has an unfinished repair"
     last = max((entry["round"] for entry in head["rounds"]), default=0)
     if complete_round(head) < last or stage_object(head, 0, "evaluate") is None:
         return f"has stages to do up to round {last}"
@@ -100,7 +105,7 @@ def freed_by_rules(config: RunConfig, head: dict[str, Any]) -> dict[str, str]:
     if keep.generations != "all":
         rule = f"keep.generations: {keep.generations}"
         for number in range(last + 1):
-            found[plan_heldout(config, head, number).object_id] = rule
+            found |= dict.fromkeys(heldout_objects(config, head, number), rule)
             if number:
                 found[str(stage_object(head, number, "generate"))] = rule
     later = read_later(config, head)
@@ -116,14 +121,11 @@ def read_later(config: RunConfig, head: dict[str, Any]) -> set[str]:
     return found
 
 
-def planned_ahead(config: RunConfig, head: dict[str, Any]) -> set[str]:
-    """Objects a run will make or take over next: they may be in the making now."""
-    found: set[str] = set()
-    # `auto` is settled by the machine that runs the stage, which need not be this one.
-    for engine in ("hf", "vllm") if config.generation.engine == "auto" else (config.generation.engine,):
-        generation = config.generation.model_copy(update={"engine": engine})
-        planned = config.model_copy(update={"generation": generation})
-        found |= set(objects_of(planned, _plans(planned, head)[0]))
+def planned_ahead(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
+    """Objects a run has, and will make or take over next (they may be in the making now), as `objects_of` has them."""
+    found: dict[str, tuple[int, str]] = {}
+    for planned in settled(config):
+        found |= objects_of(planned, _plans(planned, head)[0])
     return found
 
 

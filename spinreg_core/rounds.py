@@ -9,7 +9,7 @@ round 1, where both references are the base, so a grid over them does round 1 on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -155,6 +155,21 @@ def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
     return Plan("generate", iterate, key, {"data": _data(head), "policies": policies}, {"rows": "heldout"})
 
 
+def settled(config: RunConfig) -> list[RunConfig]:
+    """The configuration with every engine that `auto` may stand for: it is settled by the machine that runs a stage,
+    which need not be the one that asks."""
+    engines: tuple[Literal["hf", "vllm"], ...] = ("hf", "vllm")
+    if config.generation.engine != "auto":
+        return [config]
+    generations = [config.generation.model_copy(update={"engine": engine}) for engine in engines]
+    return [config.model_copy(update={"generation": generation}) for generation in generations]
+
+
+def heldout_objects(config: RunConfig, head: dict[str, Any], iterate: int) -> list[str]:
+    """What the held-out answers of iterate n may be named, as far as head and configuration tell."""
+    return [plan_heldout(one, head, iterate).object_id for one in settled(config)]
+
+
 def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
     """The round's pairs with their cached reference scores."""
     alpha, weights = config.objective.alpha, _history(config, round_number)
@@ -238,16 +253,23 @@ def measured_objects(head: dict[str, Any], iterate: int) -> dict[str, str]:
     return dict(entry.get("measured", {}))
 
 
-def objects_of(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
+def objects_of(
+    config: RunConfig, head: dict[str, Any], heldout: Callable[[int, str], Iterable[str]] | None = None
+) -> dict[str, tuple[int, str]]:
     """Every object a run is made of, in the order of their making, and the (round, stage) that makes it; base and data
-    are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark")."""
+    are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark").
+
+    heldout: the objects with the held-out answers, of a round and its evaluation; by default all that it may be.
+    """
     found: dict[str, tuple[int, str]] = {head[name]: (0, "prepare") for name in ("base", "data") if head.get(name)}
     for entry in sorted(head["rounds"], key=lambda entry: entry["round"]):
         for stage, object_id in entry["stages"].items():
             if stage == "train" and config.training.average is not None:
                 found.setdefault(average_object(config, head, entry["round"]), (entry["round"], stage))
             if stage == "evaluate":
-                found.setdefault(plan_heldout(config, head, entry["round"]).object_id, (entry["round"], stage))
+                number = entry["round"]
+                answers = heldout(number, object_id) if heldout else heldout_objects(config, head, number)
+                found |= {one: (number, stage) for one in answers if one not in found}
             found.setdefault(object_id, (entry["round"], stage))
         for object_id in measured_objects(head, entry["round"]).values():
             found.setdefault(object_id, (entry["round"], "benchmark"))

@@ -34,9 +34,11 @@ class SplitStore:
         self._files = S3Store(url)
         self._commits = FolderStore(Path(commits) / self._files.bucket / self._files.prefix)
         self.url = self._files.url
+        self._marked = False  # as far as we know
 
     def check(self) -> None:
-        """As every store's; also refuses a bucket whose commits lie in it, or in another folder. Marks it as ours."""
+        """As every store's; also refuses a bucket whose commits lie in it, or in another folder. Changes nothing: the
+        bucket is marked as ours by the first commit."""
         self._commits.check()
         self._files.check_bucket()
         found = self._files.read(COMMITS_MARKER)
@@ -45,7 +47,6 @@ class SplitStore:
             if inside is not None:
                 raise BadInput("store", f"{self.url} with {inside}, a run whose commits lie in the bucket",
                                f"a prefix without runs, or no {VARIABLE}")  # fmt: skip
-            self._files.write(COMMITS_MARKER, documents.dump({"schema": SCHEMA, "commits": self._commits.url}))
         elif (folder := documents.parse(self._files, COMMITS_MARKER, found)["commits"]) != self._commits.url:
             raise BadInput(VARIABLE, f"commits of {self.url} in {self._commits.url}", f"{folder}, where its runs are")
 
@@ -59,6 +60,10 @@ class SplitStore:
         return self._of(key).read_tagged(key)
 
     def create(self, key: str, data: bytes) -> str:
+        if not self._marked:
+            if self._files.read(COMMITS_MARKER) is None:
+                self._files.write(COMMITS_MARKER, documents.dump({"schema": SCHEMA, "commits": self._commits.url}))
+            self._marked = True
         return self._commits.create(key, data)
 
     def replace(self, key: str, data: bytes, tag: str) -> str:

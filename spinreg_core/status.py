@@ -18,7 +18,7 @@ from spinreg_core.head import (
     require_head,
     stage_object,
 )
-from spinreg_core.objects import part_names, read_record
+from spinreg_core.objects import part_names, read_record, removed_keys
 from spinreg_core.report import format_bytes
 from spinreg_core.rounds import PLANS, measured_objects
 from spinreg_core.store import Store
@@ -37,7 +37,7 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
             manifest = None if object_id is None else read_record(store, object_id)
             state = "open" if object_id is None else "missing from the store"
             if manifest is not None:
-                state = "done, removed by retention" if "removed" in manifest else "done"
+                state = "done, removed by retention" if removed_keys(manifest) else "done"
             stages[stage] = {
                 "state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None,
                 "bytes": sum(file["size"] for file in manifest["files"]) if manifest else None,
@@ -53,7 +53,7 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
         rounds.append({"round": number, "stages": stages, "measured": measured})
     return {
         "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending,
-        "lease": head["lease"], "rounds": rounds,
+        "repair": head.get("repair"), "lease": head["lease"], "rounds": rounds,
     }  # fmt: skip
 
 
@@ -79,6 +79,9 @@ def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
             lines.append(
                 f"  unfinished advance: {one['pending']['from']} -> {one['pending']['to']}, by {one['pending']['by']}"
             )
+        if one["repair"]:
+            stages = ", ".join(f"{made['stage']} of round {made['round']}" for made in one["repair"]["stages"])
+            lines.append(f"  unfinished repair: {stages}, up to round {one['repair']['to']}")
         for entry in one["rounds"]:
             cells = [
                 f"{stage} {s['state']}"

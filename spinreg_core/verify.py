@@ -1,36 +1,38 @@
-"""Is what a run is made of still what was committed? Every byte is read, and what is damaged can be made again.
+"""Is what a run is made of still what was committed? Every byte is read, and nothing is changed.
 
-Decides: which objects a run is made of, what counts as damage, which stages were made from a damaged object, and what
-is set aside so that running the run again makes exactly that anew.
-Leaves out: making it (the flow `spin`, as any missing stage), single reads, which are checked anyway (`objects.py`).
+Decides: which objects a run is made of, what counts as damage, and which stages were made from a damaged object.
+Leaves out: making it anew, and why no kill and no lost lease does harm there (`repair.py`), single reads, which are
+checked anyway (`objects.py`).
 
-No file is changed or removed: a damaged object's manifest goes to `aside/`, and the stage that finds no manifest works
-again, with files of its own. Shards that are sound stay. What comes out may differ where an engine does not repeat
-itself; then what was made from the old one is made anew as well (`flows/repair.py`).
+Parts (shards, checkpoints) of stages that are still open are read too: a stage goes on from them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from spinreg_core import documents
+from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.head import Session, require_config, require_head
+from spinreg_core.head import require_config, require_head
 from spinreg_core.objects import (
     manifest_key,
+    part_key,
     part_names,
-    read_manifest,
-    read_part,
     read_record,
     removed_keys,
     sha256_file,
     why_removed,
 )
-from spinreg_core.rounds import ids_in, objects_of
+from spinreg_core.retention import planned_ahead
+from spinreg_core.rounds import heldout_objects, ids_in, objects_of
 from spinreg_core.store import Store
 
 Stage = tuple[int, str]  # (round, stage)
@@ -48,17 +50,23 @@ class Problem:
 
 @dataclass
 class Verdict:
-    """`objects`: every object of the run and the stage that makes it ((0, "prepare") for base and data).
-    `dependents`: of each damaged object, the committed stages that were made from it. `files`: SHA-256 by object and
-    name of what later stages read, as the manifests say; of shards that of the answers alone. `removed`: objects that
-    `spinreg gc` has taken files from, and why; these files are not looked for."""
+    """`objects`: every object of the run and the stage that makes it ((0, "prepare") for base and data), and those of
+    open stages of which there is something (`opened`). `dependents`: of each, the committed stages made from it.
+    `made_from`: the other way, as manifests say. `content`: one SHA-256 over what later stages read of an object.
+    `removed`: objects that `spinreg gc` has taken files from, and why; these files are not looked for. `unfinished`:
+    stages that a repair which was begun has opened. `documents`: of every manifest and part its tag when it was judged,
+    and the files that it lists (None: it cannot be read)."""
 
     run: str
     objects: dict[str, Stage] = field(default_factory=dict)
+    opened: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     dependents: dict[str, list[Stage]] = field(default_factory=dict)
-    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    made_from: dict[str, list[str]] = field(default_factory=dict)
+    content: dict[str, str] = field(default_factory=dict)
     removed: dict[str, str] = field(default_factory=dict)
+    unfinished: list[Stage] = field(default_factory=list)
+    documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
     checked: int = 0
     bytes: int = 0
 
@@ -67,126 +75,143 @@ class Verdict:
         return sorted({problem.object_id for problem in self.problems})
 
 
-def verify(store: Store, run: str, *, say: Callable[[str], None] = lambda line: None) -> Verdict:
-    """Read every file of a run and compare it with its manifest. Raises BadInput where there is no such run, Damaged
-    where the run's own head or configuration cannot be read."""
-    head = require_head(store, run)
-    verdict = Verdict(run, objects_of(require_config(store, run), head))
-    inputs: dict[str, set[str]] = {}
-    for object_id in verdict.objects:
-        before, checked, start = len(verdict.problems), verdict.checked, time.monotonic()
-        try:
-            manifest = read_record(store, object_id)
-        except (Damaged, BadInput) as error:
-            verdict.problems.append(Problem(object_id, manifest_key(object_id), str(error), "a manifest"))
-            continue
-        if manifest is None:
-            verdict.problems.append(Problem(object_id, manifest_key(object_id), "nothing", "a manifest"))
-            continue
-        inputs[object_id] = set(ids_in(manifest["inputs"]))
-        verdict.files[object_id] = _content(store, manifest)
-        removed = removed_keys(manifest)
-        if removed:
-            verdict.removed[object_id] = why_removed(manifest)
-        for entry in manifest["files"]:
-            if entry["key"] in removed:
-                continue
-            verdict.problems += _check(store, object_id, entry)
-            verdict.checked += 1
-            verdict.bytes += entry["size"]
-        state = "ok" if len(verdict.problems) == before else "DAMAGED"
-        if removed:
-            state += f", {why_removed(manifest)}"
-        say(f"{object_id}: {verdict.checked - checked} files, {state} ({time.monotonic() - start:.1f} s)")
-    for damaged in verdict.damaged:
-        verdict.dependents[damaged] = [
-            stage for object_id, stage in verdict.objects.items()
-            if object_id != damaged and damaged in _closure(object_id, inputs)
-        ]  # fmt: skip
-    return verdict
+def verify(
+    store: Store, run: str, *, only: Collection[str] | None = None, say: Callable[[str], None] = lambda line: None
+) -> Verdict:
+    """Read every file of a run and compare it with its manifest; with `only`, the files of these objects alone.
 
-
-def set_aside(
-    store: Store, session: Session, verdict: Verdict, objects: Sequence[str], *, with_parts: bool = False
-) -> list[Stage]:
-    """Make these objects of a run missing, so that it makes them anew; returns the stages that will work.
-
-    Shards of theirs that are sound stay committed, unless `with_parts` says that they were made from something else. An
-    object that another stage makes on its way (samples of an evaluation, an average) takes that stage with it.
+    Raises BadInput where there is no such run, Damaged where the run's own head or configuration cannot be read.
     """
-    stages = {verdict.objects[object_id] for object_id in objects}
-    bad = {problem.file for problem in verdict.problems}
-    # By the stage's own object too: it is what is looked for first. Base, data and benchmarks are each by itself.
-    single = ("prepare", "benchmark")
-    ids = set(objects) | {o for o, stage in verdict.objects.items() if stage in stages and stage[1] not in single}
-    for object_id in sorted(ids):
-        key = manifest_key(object_id)
-        found = store.read(key)
-        if found is not None:
-            store.create(f"objects/{object_id}/aside/{time.time_ns()}-manifest.json", found)
-            store.delete(key)
-        for name in part_names(store, object_id):
-            try:
-                part = read_part(store, object_id, name)
-                sound = part is None or not bad & {entry["key"] for entry in part["files"]}
-            except (Damaged, BadInput):
-                sound = False
-            if with_parts or not sound:
-                store.delete(f"objects/{object_id}/parts/{name}.json")
-
-    def forget(head: dict[str, Any]) -> None:
-        for entry in head["rounds"]:
-            for stage in list(entry["stages"]):
-                if (entry["round"], stage) in stages:
-                    del entry["stages"][stage]
-            for name, object_id in list(entry.get("measured", {}).items()):
-                if object_id in ids:
-                    del entry["measured"][name]
-
-    session.update(forget)
-    return sorted(stages)
-
-
-def changed(store: Store, verdict: Verdict, objects: Sequence[str]) -> list[str]:
-    """Of objects that were made anew, those whose files are not what they had been, or had been nobody knows."""
-    found = []
-    for object_id in objects:
-        manifest = read_manifest(store, object_id)
-        now = _content(store, manifest) if manifest else None
-        if now != verdict.files.get(object_id):
-            found.append(object_id)
-    return found
+    head, config = require_head(store, run), require_config(store, run)
+    committed = objects_of(config, head, lambda number, evaluation: _heldout(store, config, head, number, evaluation))
+    done = set(committed.values())
+    ahead = {o: stage for o, stage in planned_ahead(config, head).items() if stage not in done}
+    opened = {o: stage for o, stage in ahead.items() if store.list(f"objects/{o}/")}
+    verdict = Verdict(run, committed | opened, list(opened))
+    verdict.unfinished = [(made["round"], made["stage"]) for made in head.get("repair", {}).get("stages", ())]
+    for object_id in verdict.objects:
+        start, hashing = time.monotonic(), only is None or object_id in only
+        found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
+        while found.problems:
+            again = _examined(store, object_id, open_=object_id in opened, hashing=False)
+            if again.documents == found.documents:
+                break
+            found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)  # it was being changed
+        verdict.problems += found.problems
+        verdict.documents |= found.documents
+        verdict.checked += found.checked
+        verdict.bytes += found.bytes
+        state = "DAMAGED" if found.problems else "ok"
+        if found.record is not None:
+            verdict.made_from[object_id] = sorted(set(ids_in(found.record["inputs"])))
+            if "repair" not in found.record.get("removed", {}):  # else it is still to be made anew
+                verdict.content[object_id] = _content(found.record, found.parts)
+            if removed_keys(found.record):
+                verdict.removed[object_id] = why_removed(found.record)
+                state += f", {verdict.removed[object_id]}"
+        if hashing:
+            say(f"{object_id}: {found.checked} files, {state} ({time.monotonic() - start:.1f} s)")
+    closures = {object_id: _closure(object_id, verdict.made_from) for object_id in committed}
+    for made in verdict.objects:
+        after = (stage for other, stage in committed.items() if other != made and made in closures[other])
+        verdict.dependents[made] = list(dict.fromkeys(after))
+    return verdict
 
 
 def described(verdict: Verdict) -> str:
     """A text for people."""
-    removed = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
+    after = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
+    if verdict.unfinished:
+        stages = ", ".join(f"{stage} of round {number}" for number, stage in verdict.unfinished)
+        after.append(f"  a repair was not finished (of {stages}): the next start of the run finishes it")
     if not verdict.problems:
         return "\n".join([f"{verdict.run}: {verdict.checked} files of {len(verdict.objects)} objects, "
-                          f"{verdict.bytes / 1e6:.1f} MB: all as committed", *removed])  # fmt: skip
+                          f"{verdict.bytes / 1e6:.1f} MB: all as committed", *after])  # fmt: skip
     lines = [f"{verdict.run}: {len(verdict.problems)} problems in {len(verdict.damaged)} of "
              f"{len(verdict.objects)} objects"]  # fmt: skip
     for problem in verdict.problems:
         lines.append(f"  {problem.file}: found {problem.found}; expected {problem.expected}")
     for object_id in verdict.damaged:
         number, stage = verdict.objects[object_id]
-        after = ", ".join(f"{name} of round {n}" for n, name in verdict.dependents.get(object_id, ())) or "nothing"
-        lines.append(f"  {object_id} is {stage} of round {number}; made from it: {after}")
-    return "\n".join(lines + removed)
+        made = ", ".join(f"{name} of round {n}" for n, name in verdict.dependents[object_id]) or "nothing"
+        lines.append(f"  {object_id} is {stage} of round {number}; made from it: {made}")
+    return "\n".join(lines + after)
 
 
-def _content(store: Store, manifest: dict[str, Any]) -> dict[str, str]:
-    """What later stages read of an object; the rest (step metrics, say) holds times."""
-    read = ("policy/", "adapter/", "shards/", "pairs.parquet", "rows.parquet", "train.parquet", "heldout.parquet")
-    found = {entry["name"]: entry["sha256"] for entry in manifest["files"] if entry["name"].startswith(read)}
-    for name in part_names(store, manifest["object_id"]):
+def _heldout(store: Store, config: RunConfig, head: dict[str, Any], number: int, evaluation: str) -> list[str]:
+    """The held-out answers that an evaluation was made from, as it says itself: another machine's `engine: auto` may
+    stand for another engine. Where it cannot be read, those that are there."""
+    try:
+        record = read_record(store, evaluation)
+    except (Damaged, BadInput):
+        record = None
+    told = record["inputs"].get("heldout") if record else None
+    if isinstance(told, str):
+        return [told]
+    return [one for one in heldout_objects(config, head, number) if store.size(manifest_key(one)) is not None]
+
+
+@dataclass
+class _Examined:
+    """An object: its manifest (None: there is none that can be read), its parts that can be read and are not void, and
+    `documents` as of a Verdict."""
+
+    record: dict[str, Any] | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    checked: int = 0
+    bytes: int = 0
+
+
+def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _Examined:
+    """`open_`: no manifest is asked for, and a stage goes on from the parts. Without `hashing` no problem is found."""
+    found, problems, key = _Examined(), list[Problem](), manifest_key(object_id)
+
+    def read(key: str) -> dict[str, Any] | None:
+        tagged = store.read_tagged(key)
+        if tagged is None:
+            return None
         try:
-            part = read_part(store, manifest["object_id"], name)
-        except (Damaged, BadInput):
-            continue
-        if part is not None and "drawn" in part["meta"]:
-            found |= {entry["name"]: part["meta"]["drawn"] for entry in part["files"]}
+            document = documents.parse(store, key, tagged[0])
+        except (Damaged, BadInput) as error:
+            found.documents[key] = tagged[1], None
+            if open_ or key == manifest_key(object_id):  # of a finished stage nobody reads parts
+                problems.append(Problem(object_id, key, str(error), "what spinreg wrote there"))
+            return None
+        found.documents[key] = tagged[1], [entry["key"] for entry in document["files"]]
+        return document
+
+    found.record = read(key)
+    if key not in found.documents and not open_:
+        problems.append(Problem(object_id, key, "nothing", "a manifest"))
+    parts = [read(part_key(object_id, name)) for name in part_names(store, object_id)]
+    found.parts = [part for part in parts if part is not None and not part.get("void")]
+    if not hashing:
+        return found
+    read_by = [*([found.record] if found.record else []), *(found.parts if open_ else [])]
+    if open_ and found.record and "removed" in found.record:  # whoever makes it replaces that
+        read_by.remove(found.record)
+    gone = removed_keys(found.record) if found.record else frozenset()
+    for file, entry in {entry["key"]: entry for document in read_by for entry in document["files"]}.items():
+        if file not in gone:
+            problems += _check(store, object_id, entry)
+            found.checked += 1
+            found.bytes += entry["size"]
+    found.problems = problems
     return found
+
+
+def _content(record: dict[str, Any], parts: list[dict[str, Any]]) -> str:
+    """Of what later stages read of an object, as manifest and parts say; of shards the answers alone. The rest (step
+    metrics, say) holds times."""
+    read = ("policy/", "adapter/", "shards/", "pairs.parquet", "rows.parquet", "train.parquet", "heldout.parquet")
+    found = {entry["name"]: entry["sha256"] for entry in record["files"] if entry["name"].startswith(read)}
+    keys = {entry["key"] for entry in record["files"]}
+    for part in parts:
+        if "drawn" in part["meta"]:
+            found |= {entry["name"]: part["meta"]["drawn"] for entry in part["files"] if entry["key"] in keys}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
 def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
@@ -207,7 +232,7 @@ def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Prob
         yield Problem(object_id, key, f"SHA-256 {sha256}", entry["sha256"])
 
 
-def _closure(object_id: str, inputs: dict[str, set[str]]) -> set[str]:
+def _closure(object_id: str, inputs: dict[str, list[str]]) -> set[str]:
     found: set[str] = set()
     todo = [object_id]
     while todo:

@@ -31,7 +31,7 @@ from spinreg_core.errors import (
     StageFailed,
     StagePreempted,
 )
-from spinreg_core.objects import fetch_file, list_parts, publish, read_manifest
+from spinreg_core.objects import fetch_file, publish, read_manifest, usable_parts
 from spinreg_core.progress import Progress
 from spinreg_core.shards import Rows, Shard, Source
 from spinreg_core.stages.answer import answer_shards, engine_of, planned
@@ -82,7 +82,7 @@ def run(job: Job) -> dict[str, Any]:
     if unknown or not (shards or not_given):
         raise BadInput(f"generate job of round {job.round}", f"no policy for iterates {sorted(unknown)}" if unknown
                        else f"no rows in {kind}.parquet", "a policy for every iterate, and rows")  # fmt: skip
-    metas = {name: part["meta"] for name, part in list_parts(store, job.object_id).items()}
+    metas = {name: part["meta"] for name, part in usable_parts(store, job.object_id).items()}
     missing = [s for s in shards if s.name not in metas]
     progress = Progress("generate", sum(len(s.rows) for s in shards), "answers",
                         done=sum(len(s.rows) for s in shards if s.name in metas))  # fmt: skip

@@ -222,6 +222,33 @@ def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
     assert heads.read_config(store, "demo") == QUICK
 
 
+def test_a_frozen_start_cannot_replace_what_its_successor_said_to_keep(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the successor says what was said before, and so has nothing new to write."""
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
+    real: Callable[..., str] = store.replace
+    frozen: list[int] = []
+
+    def late(key: str, data: bytes, tag: str) -> str:
+        if key == heads.config_key("demo") and not frozen:
+            frozen.append(1)
+            raw, found = store.read_tagged("runs/demo/head.json") or (b"", "")
+            gone = json.loads(raw)
+            gone["lease"]["holder"] = None  # stands for a lease that ran out
+            real("runs/demo/head.json", json.dumps(gone).encode(), found)
+            with open_session(store, QUICK, "successor"):
+                pass
+        return real(key, data, tag)
+
+    monkeypatch.setattr(store, "replace", late)
+    greedy = QUICK.model_copy(update={"keep": KeepConfig(policies=1)})
+    with pytest.raises(LeaseLost), open_session(store, greedy, "late"):
+        pass
+    assert heads.require_config(store, "demo").keep == KeepConfig(), "which lets nothing go"
+
+
 def test_a_store_that_is_away_does_not_hide_what_ended_the_session(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from servers import S3Server
 
-from spinreg_core import objects, s3_store
+from flows.cli import main
+from spinreg_core import objects, removal, s3_store
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.head import open_session, read_head
@@ -67,6 +68,8 @@ def test_a_run_on_such_a_server(url: str, tmp_path: Path, monkeypatch: pytest.Mo
 def test_whoever_does_not_know_of_the_folder_is_told(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
     open_store(url).check()
+    assert s3_store.S3Store(url).read("commits.json") is None, "looking changes nothing"
+    open_store(url).create("runs/r/head.json", b"{}")
     open_store(url).check()
     monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "another"))
     with pytest.raises(BadInput, match=r"SPINREG_COMMITS: found commits of .*another.*; expected .*shared"):
@@ -86,6 +89,28 @@ def test_a_marker_that_spinreg_did_not_write(
         monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / commits))
     with pytest.raises(Damaged, match=r"commits\.json: found"):
         open_store(url).check()
+
+
+@pytest.mark.parametrize("command", [["gc", "--delete"], ["status"], ["verify", "r"], ["report", "r"]])
+def test_no_command_takes_another_folder_for_an_empty_store(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """Before, `spinreg gc --delete` saw files of no run, and removed them all."""
+    monkeypatch.setattr(removal, "GRACE_SECONDS", 0.0)  # the store is old
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    store, config = open_store(url), RunConfig(run="r", store=url)
+    (tmp_path / "out" / "policy").mkdir(parents=True)
+    (tmp_path / "out" / "policy" / "weights").write_bytes(b"w" * 1000)
+    with open_session(store, config, "one") as session:
+        job = Job("train", "train-x", {}, url, session.writer(), 1, {}, config, tmp_path)
+        objects.publish(store, job, tmp_path / "out", metrics={})
+        session.commit(1, "train", "train-x")
+    before = store.list("objects")
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "another"))
+    assert main([*command, "--store", url]) == 65
+    assert "SPINREG_COMMITS: found commits of" in capsys.readouterr().err
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    assert open_store(url).list("objects") == before
 
 
 def test_a_bucket_with_runs_of_its_own_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

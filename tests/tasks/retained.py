@@ -17,6 +17,7 @@ import pytest
 from spinreg_core import objects
 from spinreg_core.config import RunConfig
 from spinreg_core.head import ROUND_STAGES, complete_round, open_session, read_head, stage_object
+from spinreg_core.repair import stages_to_make
 from spinreg_core.resolve import validate
 from spinreg_core.rounds import average_key
 from spinreg_core.stages.job import Job
@@ -43,6 +44,9 @@ def advance(store: Store, config: RunConfig, until: int, *, killed_at: tuple[int
 
     _killed.clear()
     with open_session(store, config, "test") as session:
+        with entered(Context(config, store, session, until, check)):
+            for number, stage in stages_to_make(store, session, config):
+                prepare.fn(config.run) if stage == "prepare" else do_stage(stage, number)
         session.begin_advance(f"to {until}", None, until)
         with entered(Context(config, store, session, until, check)):
             prepare.fn(config.run)
@@ -76,11 +80,12 @@ def _generate(store: Store, job: Job) -> None:
     read = [objects.fetch_file(store, job.inputs["data"], "train.parquet").read_bytes()]
     read += [_policy(store, policy) for policy in job.inputs["policies"].values()]
     names = ["shard-00000", "shard-00001"]
-    committed = objects.part_names(store, job.object_id)
+    committed = objects.usable_parts(store, job.object_id)
     for number, name in enumerate(names):
         if name not in committed:
-            folder = _folder(job, {f"shards/{number:05d}.parquet": _made(job.key | {"shard": number}, read)})
-            objects.commit_part(store, job, name, objects.upload(store, job, folder), {"drawn": "x"})
+            answers = _made(job.key | {"shard": number}, read)
+            folder = _folder(job, {f"shards/{number:05d}.parquet": answers})
+            objects.commit_part(store, job, name, objects.upload(store, job, folder), {"drawn": answers.decode()})
         _perhaps_killed(store, job)
     objects.publish(store, job, _folder(job, {}), metrics={}, parts=names)
 
@@ -108,7 +113,7 @@ def _train(store: Store, job: Job) -> None:
         key = average_key(job.config.training, job.object_id, before, base)
         mean = _made(key, [policy, _policy(store, before), _policy(store, base)])
         if objects.read_manifest(store, objects.fingerprint("average", key)) is None:
-            _publish(store, job, "average", key, {"policy/weights": mean})
+            _publish(store, job, "average", key, {"policy/weights": mean}, inputs=key)
     files = {"policy/weights": policy, "metrics.jsonl": b"{}\n", "summary.json": b"{}"}
     objects.publish(store, job, _folder(job, files), metrics={})  # and is killed before it removes its checkpoint
 
@@ -150,8 +155,15 @@ def _folder(job: Job, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def _publish(store: Store, job: Job, stage: str, key: dict[str, Any], files: dict[str, bytes]) -> str:
-    made = Job(stage, objects.fingerprint(stage, key), key, job.store, job.writer, job.round, {}, job.config,
+def _publish(
+    store: Store,
+    job: Job,
+    stage: str,
+    key: dict[str, Any],
+    files: dict[str, bytes],
+    inputs: dict[str, Any] | None = None,
+) -> str:
+    made = Job(stage, objects.fingerprint(stage, key), key, job.store, job.writer, job.round, inputs or {}, job.config,
                job.workdir)  # fmt: skip
     if objects.read_manifest(store, made.object_id) is None:
         objects.publish(store, made, _folder(made, files), metrics={})
@@ -185,10 +197,11 @@ def content(store: Store) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Stages are toys, and nothing waits for a disk."""
+    """Stages are toys, and nothing waits for a disk, or for lists of installed packages."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tasks.stage.watched_stage", toy)
     monkeypatch.setattr("tasks.prepare.watched_stage", toy)
     monkeypatch.setattr("os.fsync", lambda _: None)
+    monkeypatch.setattr("spinreg_core.objects.versions", dict)
     _killed.clear()
     return toy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -23,12 +24,13 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import Removed, StageFailed
 from spinreg_core.head import open_session, read_head, stage_object
 from spinreg_core.removal import Item, find, remove
+from spinreg_core.repair import begin
 from spinreg_core.retention import Needs, freed_by_rules, store_needs
 from spinreg_core.rounds import average_object, objects_of, plan_heldout, policy_object
 from spinreg_core.stages.job import Job
 from spinreg_core.status import run_status
 from spinreg_core.store import FolderStore, Store, open_store
-from spinreg_core.verify import set_aside, verify
+from spinreg_core.verify import verify
 
 __all__ = ["toys"]
 pytestmark = pytest.mark.usefixtures("toys")
@@ -251,6 +253,17 @@ def test_a_lost_head_takes_nothing_with_it(store: FolderStore) -> None:
     assert {item.why for item in gc(store)} == {"no run knows it"}
 
 
+def test_a_store_without_runs_is_left_alone(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its runs may lie elsewhere (SPINREG_COMMITS), or have been lost."""
+    advance(store, config("a"), 1)
+    shutil.rmtree(store.root / "runs")
+    _aged(store.root, 8)
+    before = content(store)
+    assert main(["gc", "--delete", "--store", str(store.root)]) == 0
+    assert "there is no run here" in capsys.readouterr().out
+    assert content(store).keys() >= {key for key in before if "/parts/step" not in key and "step-" not in key}
+
+
 def test_the_same_run_under_another_name_makes_anew_what_was_removed(store: FolderStore) -> None:
     advance(store, config("a", keep=LEAN), 3)
     expected = outcome(store, "a")
@@ -264,6 +277,7 @@ def test_the_same_run_under_another_name_makes_anew_what_was_removed(store: Fold
 
 
 def test_parts_that_were_removed_under_a_stage_make_it_start_again(store: FolderStore, tmp_path: Path) -> None:
+    advance(store, config("other", seed=9), 0)
     job = Job("generate", "generate-x", {}, "", "w1", 1, {}, RunConfig(), tmp_path)
     folder = tmp_path / "made"
     (folder / "shards").mkdir(parents=True)
@@ -452,12 +466,83 @@ def test_what_a_repair_needs_is_made_anew(store: FolderStore) -> None:
     before, head = outcome(store, "a"), head_of(store, "a")
     gc(store)
     verdict = verify(store, "a")
+    record = objects.require_manifest(store, str(stage_object(head, 2, "mix-opponent")))
+    (pairs,) = (e["key"] for e in record["files"] if e["name"] == "pairs.parquet")
+    store.delete(pairs)
     with open_session(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), "repair") as session:
-        set_aside(store, session, verdict, [str(stage_object(head, 2, "mix-opponent"))])
+        assert begin(store, session, verify(store, "a").damaged) == [(2, "mix-opponent")]
     advance(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), 3)
     assert outcome(store, "a") == before
     assert sound(store)
     assert set(verify(store, "a").removed) == set(verdict.removed) - {stage_object(head, 2, "generate")}
+
+
+def came_back(store: FolderStore) -> None:
+    """An object that was removed, that another run has begun to make anew, and that run is gone too."""
+    advance(store, config("other", seed=9), 0)
+    advance(store, config("a"), 1)
+    shutil.rmtree(store.root / "runs" / "a")
+    _aged(store.root, 8)
+    gc(store)
+    with pytest.raises(Interrupted):
+        advance(store, config("b"), 1, killed_at=(1, "generate"))
+    shutil.rmtree(store.root / "runs" / "b")
+    _aged(store.root, 8)
+
+
+def test_what_came_back_in_part_is_not_taken_from_under_a_run(
+    store: FolderStore, tmp_path: Path, undisturbed: dict[str, dict[str, str]]
+) -> None:
+    """Before, a run that started when the heads had just been read committed shards that went a moment later."""
+    came_back(store)
+    items, asked = find(store, store_needs(store)), 0
+
+    def needs_now() -> Needs:
+        nonlocal asked
+        needs, asked = store_needs(store), asked + 1
+        if asked == 2:
+            with contextlib.suppress(StageFailed):  # a stage whose shards went is tried again
+                advance(store, config("c"), 1)
+        return needs
+
+    remove(store, items, needs_now)
+    assert sound(store)
+    advance(store, config("c"), 1)
+    assert sound(store)
+    assert outcome(store, "c").items() <= expected(undisturbed, tmp_path, {}).items()
+
+
+def test_what_came_back_in_part_goes_and_is_told_or_stays_as_it_was(store: FolderStore) -> None:
+    came_back(store)
+    items = [item for item in find(store, store_needs(store)) if item.record and "removed" in item.record]
+    (item,) = (item for item in items if item.object_id.startswith("generate"))
+    key = objects.manifest_key(item.object_id)
+    before = store.read(key)
+    needed = Needs(known={item.object_id: ["c"]}, kept={item.object_id})
+    now = iter([store_needs(store), needed])
+    remove(store, [item], lambda: next(now))
+    assert store.read(key) == before, "what it had lost is told as before"
+
+    once = iter([store_needs(store)])
+
+    def killed() -> Needs:
+        found = next(once, None)
+        if found is None:
+            raise Killed
+        return found
+
+    with pytest.raises(Killed):
+        remove(store, [item], killed)
+    assert store.read(key) != before
+    remove(store, find(store, needed), lambda: needed)
+    assert store.read(key) == before
+    _aged(store.root, 8)
+    gc(store)
+    record = objects.read_record(store, item.object_id)
+    assert record is not None
+    assert item.record is not None
+    assert objects.removed_keys(record) >= {*item.keys, *item.record["removed"]["keys"]}
+    assert [key for key in item.keys if store.size(key) is not None] == []
 
 
 class Turns:
@@ -509,6 +594,7 @@ def test_a_run_that_takes_over_what_is_being_removed(
 ) -> None:
     """Every call of both in a drawn order: the run comes to the same, and nothing of it is missing."""
     advance(store, config("a", keep=LEAN), 2)
+    advance(store, config("other", seed=9), 0)  # a store without any run is left alone
     shutil.rmtree(store.root / "runs" / "a") if seed % 2 else None
     _aged(store.root, 8)
     turns = Turns(seed)

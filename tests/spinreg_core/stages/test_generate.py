@@ -162,6 +162,19 @@ def test_a_killed_stage_goes_on_from_its_shards(
     assert lines[-1].note == f"shards: {len(after)} of {len(after)} committed"
 
 
+def test_a_shard_whose_document_is_damaged_is_answered_again(house: House) -> None:
+    """Alone; before, every start of the stage ended in Damaged."""
+    job = house.job("cut", iterates=[2])
+    expected = house.answers(run(job))
+    before = parts_bytes(house.store, job.object_id)
+    house.store.delete(objects.manifest_key(job.object_id))  # killed before it was published
+    name = sorted(before)[0]
+    house.store.write(objects.part_key(job.object_id, name), (before[name][0] or b"")[:50])
+    assert_equal(house.answers(run(replace(job, writer="e2-b"))), expected)
+    after = parts_bytes(house.store, job.object_id)
+    assert {other for other in before if after[other][0] != before[other][0]} == {name}
+
+
 def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(generate, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
