@@ -46,8 +46,9 @@ if [ "$kind" = cpu ]; then
         *) indexes="--extra-index-url https://download.pytorch.org/whl/cpu" ;;
     esac
 fi
+# Without --no-compile a minute goes into compiling what is never imported.
 # shellcheck disable=SC2086  # $indexes is no or two words
-$pip install $indexes -e ".[$extras]"
+$pip install --no-compile $indexes -e ".[$extras]"
 if [ "$kind" = cpu ]; then
     # vllm asks for them and imports them where it finds them, which fails on the CPU build of torch.
     $pip uninstall -y torchvision torchaudio torchcodec

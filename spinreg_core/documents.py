@@ -7,6 +7,7 @@ stores are shared. Leaves out: what they say. A field that nobody counts on may 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import cache
 from typing import (
@@ -177,6 +178,12 @@ def _kind(key: str) -> Any:
 
 def dump(document: dict[str, Any]) -> bytes:
     return json.dumps(document, indent=1, sort_keys=True).encode()
+
+
+def digest(document: dict[str, Any]) -> str:
+    """SHA-256 over what a manifest says of what was made, whatever was removed of it since: its field `sum`."""
+    said = {name: value for name, value in document.items() if name not in ("sum", "removed")}
+    return hashlib.sha256(json.dumps(json.loads(dump(said)), sort_keys=True).encode()).hexdigest()
 
 
 def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:

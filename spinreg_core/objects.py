@@ -153,6 +153,7 @@ def publish(
         "seconds": round(seconds, 3),
         "created": now(),
     }
+    manifest["sum"] = documents.digest(manifest)
     key = manifest_key(job.object_id)
     while True:
         found = store.read_tagged(key)

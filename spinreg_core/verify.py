@@ -151,6 +151,17 @@ def _heldout(store: Store, config: RunConfig, head: dict[str, Any], number: int,
     return [one for one in heldout_objects(config, head, number) if store.size(manifest_key(one)) is not None]
 
 
+def _strange(store: Store, object_id: str, record: dict[str, Any]) -> list[Problem]:
+    """Files that lie in a folder of a policy and that no manifest lists: whoever loads the folder would read them."""
+    listed = {entry["key"] for entry in record["files"]}
+    folders = {key.rpartition("/")[0] for key in listed if key.rpartition("/")[0].endswith(("/policy", "/adapter"))}
+    return [
+        Problem(object_id, key, "a file that no manifest lists", "what was committed alone")
+        for folder in sorted(folders) for key in store.list(folder)
+        if key not in listed and not key.rpartition("/")[2].startswith(".tmp-")
+    ]  # fmt: skip
+
+
 @dataclass
 class _Examined:
     """An object: its manifest (None: there is none that can be read), its parts that can be read and are not void, and
@@ -185,6 +196,8 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
     found.record = read(key)
     if key not in found.documents and not open_:
         problems.append(Problem(object_id, key, "nothing", "a manifest"))
+    if found.record and found.record.get("sum", digest := documents.digest(found.record)) != digest:
+        problems.append(Problem(object_id, key, "other content than its sum is of", "what spinreg wrote there"))
     parts = [read(part_key(object_id, name)) for name in part_names(store, object_id)]
     found.parts = [part for part in parts if part is not None and not part.get("void")]
     if not hashing:
@@ -198,6 +211,8 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
             problems += _check(store, object_id, entry)
             found.checked += 1
             found.bytes += entry["size"]
+    if found.record and not open_:
+        problems += _strange(store, object_id, found.record)
     found.problems = problems
     return found
 

@@ -553,3 +553,24 @@ def test_pending_is_still_pending(store: FolderStore) -> None:
     pending = pending_advance(head_of(store, "a"))
     assert pending is not None
     assert pending["to"] == 3
+
+
+def test_a_manifest_edited_by_hand_and_a_file_that_nobody_committed_are_found_and_repaired(store: FolderStore) -> None:
+    """Both would be read: an input that is gone hides what depends on it, a strange file is loaded with a policy."""
+    advance(store, config("a"), 2)
+    before = outcome(store, "a")
+    train = policy_object(head_of(store, "a"), 1)
+    key = objects.manifest_key(train)
+    record = json.loads(store.read(key) or b"")
+    record["inputs"] = {}
+    store.write(key, json.dumps(record).encode())
+    policy = next(e["key"] for e in record["files"] if "/policy/" in e["key"]).rpartition("/")[0]
+    store.write(f"{policy}/.DS_Store", b"strange")
+    found = verify(store, "a")
+    assert found.damaged == [train]
+    assert {(problem.file, problem.found) for problem in found.problems} == {
+        (key, "other content than its sum is of"), (f"{policy}/.DS_Store", "a file that no manifest lists"),
+    }  # fmt: skip
+    repair(store, "a")
+    assert verify(store, "a").problems == []
+    assert outcome(store, "a") == before
