@@ -190,8 +190,6 @@ def open_model(folder: Path, config: RunConfig, backend: str, share: Share, mete
 
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        if device == "cuda" and share.size > 1:
-            _restrict_gpus(share.rank, config.generation.tensor_parallel)
         with _vllm_by_any_name():
             from lm_eval.models.vllm_causallms import VLLM as Model
     model = Model(**model_arguments(folder, config, backend, device))
@@ -220,11 +218,13 @@ def _vllm_by_any_name() -> Iterator[None]:
         importlib.metadata.version = version
 
 
-def _restrict_gpus(rank: int, number: int) -> None:
+def restrict_gpus(rank: int, number: int) -> None:
+    """Leave this process so many GPUs of those that all processes see. Before anything asks CUDA, which looks once."""
     import torch
 
-    all_of_them = ",".join(map(str, range(torch.cuda.device_count())))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_of_them).split(",")
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else counting them would be the asking
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[rank * number : (rank + 1) * number])
 
 

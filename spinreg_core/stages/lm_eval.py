@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from spinreg_core.benchmarks.harness import Meter, Share, evaluate, load_task, open_model, open_tasks
+from spinreg_core.benchmarks.harness import Meter, Share, evaluate, load_task, open_model, open_tasks, restrict_gpus
 from spinreg_core.benchmarks.harness_results import fingerprints, measured, primary_of, write_own
 from spinreg_core.benchmarks.lm_eval import SEEDS
 from spinreg_core.benchmarks.part import write_part
@@ -39,6 +39,8 @@ def run(job: Job) -> dict[str, Any]:
         os.environ.pop(name, None)
     store, wanted, parts = open_store(job.store), job.config.benchmarks, job.extra["parts"]
     backend = parts[0]["key"]["backend"]
+    if backend == "vllm" and share.size > 1 and job.config.resources.device != "cpu":
+        restrict_gpus(share.rank, job.config.generation.tensor_parallel)
     policy = fetch_folder(store, job.inputs["policy"], "policy")
     names = [part["key"]["name"] for part in parts]
     manager = open_tasks(wanted.include_path, names, {"pretrained": str(policy)})
