@@ -74,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_existing(report)
     report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
 
+    compare = commands.add_parser("compare", help="compare finished runs: write one page and print its table")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="runs of one store; those that differ in seed are one")
+    compare.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    compare.add_argument("--against", metavar="RUN", help="what the others are compared with (default: the first)")
+    compare.add_argument("--name", help="name of the comparison (default: the runs' names joined)")
+    compare.add_argument("--json", action="store_true", help="print the comparison's data instead of the table")
+
     join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
     join.add_argument("run", help="name of the run")
     join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
@@ -243,6 +250,19 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from spinreg_core.comparison_page import write_comparison
+    from spinreg_core.comparison_words import comparison_table
+
+    store = _existing_store(arguments.store)
+    written = write_comparison(store, arguments.runs, arguments.name, arguments.against)
+    if arguments.json:
+        print(json.dumps(written["data"], indent=1))
+    else:
+        print(f"{comparison_table(written['data'])}\ncomparison: {store.uri(written['html'])}")
+    return 0
+
+
 def _join(arguments: argparse.Namespace) -> int:
     from tasks.join import join_run
 
@@ -266,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
-        "resume": _resume, "verify": _verify, "gc": _gc,
+        "resume": _resume, "verify": _verify, "gc": _gc, "compare": _compare,
     }  # fmt: skip
     try:
         return commands[arguments.command](arguments)

@@ -19,14 +19,6 @@ _PER_BLOCK = 3  # variants side by side
 MARKS = {1: "better", -1: "worse", 0: ""}
 
 
-def _one(data: dict[str, Any], metric: str, variant: str, number: int, *, to_base: bool) -> dict[str, Any] | None:
-    for one in data["comparisons"]:
-        place = (one["metric"], one["variant"], one["round"], one["to_base"])
-        if place == (metric, variant, number, to_base):
-            return dict(one)
-    return None
-
-
 def verdict(data: dict[str, Any]) -> dict[str, Any]:
     """Sentences about the primary metric at the last common round, from the corrected paired intervals of the family
     `verdict`. claims: the supported differences, as [variant, against, lower | higher]."""
@@ -111,7 +103,7 @@ def grid_of(objectives: list[tuple[str, ObjectiveConfig]]) -> dict[str, str]:
         return {"family": "none", "text": f"All variants have alpha {alphas[0]:g}."}
     several = ", ".join(f"{alpha:g}" for alpha in alphas)
     if len(betas) == 1:
-        text = f"alpha ({several}) at fixed total beta {betas.pop()}: what the previous iterate loses in weight the base gains."
+        text = f"alpha ({several}) at fixed total beta {betas.pop()}: the previous iterate's weight goes to the base."
         return {"family": "fixed total beta", "text": text}
     kept = [_times(objective.alpha, objective.beta) for _, objective in objectives]
     if all(_close(one, kept[0]) for one in kept):
@@ -154,16 +146,19 @@ def notes(data: dict[str, Any]) -> list[str]:
 # --- the table ---------------------------------------------------------------------------------------
 
 
-def cell(data: dict[str, Any], metric: str, variant: str, number: int) -> dict[str, Any]:
-    """One cell of the table: value with interval, the supported difference from reference and base (1 better, -1
-    worse; where neither direction is better, 0 and `up` or `down`)."""
-    value = next((one for one in data["values"]
-                  if (one["metric"], one["variant"], one["round"]) == (metric, variant, number)), None)  # fmt: skip
-    found: dict[str, Any] = {"value": value, "text": format_estimate(value) or "-"}  # type: ignore[arg-type]
-    for name, to_base in (("reference", False), ("base", True)):
-        one = _one(data, metric, variant, number, to_base=to_base)
-        found[name] = one
-        found[f"{name}_mark"] = mark(one)
+def cells(data: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(metric, variant, round) -> `value`, its `text` with interval and the spread over seeds, and the differences
+    from the reference and the base (`reference`, `base`; None where there is none)."""
+    found = {}
+    for value in data["values"]:
+        text = format_estimate(value)
+        if value["spread"] is not None:
+            text += f", ± {format_number(value['spread'], value)} over {len(value['values'])} seeds"
+        place = (value["metric"], value["variant"], value["round"])
+        found[place] = {"value": value, "text": text, "reference": None, "base": None}
+    for one in data["comparisons"]:
+        place = (one["metric"], one["variant"], one["round"])
+        found[place]["base" if one["to_base"] else "reference"] = one
     return found
 
 
@@ -176,14 +171,17 @@ def mark(one: dict[str, Any] | None) -> str:
 
 def comparison_table(data: dict[str, Any]) -> str:
     """Plain text: one line per metric, one column per variant at the last common round; then the verdict."""
-    variants, number, lines = [v["label"] for v in data["variants"]], data["round"], []
+    variants, number, known = [v["label"] for v in data["variants"]], data["round"], cells(data)
+    lines = []
     for start in range(0, len(variants), _PER_BLOCK):
         block = variants[start : start + _PER_BLOCK]
         rows = [[f"round {number}", *(f"{name} (reference)" if name == data["reference"] else name for name in block)]]
         for metric, shown in data["metrics"].items():
             star = " *" if metric == data["primary"] else ""
             title = f"{shown['label']}{star} {ARROWS[shown['better']]}".rstrip()
-            rows.append([f"{title} ({shown['unit']})", *(_cell_text(data, metric, name, number) for name in block)])
+            rows.append(
+                [f"{title} ({shown['unit']})", *(_cell_text(known.get((metric, name, number))) for name in block)]
+            )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append("")
@@ -195,6 +193,5 @@ def comparison_table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, *(textwrap.fill(text, _COLUMNS) for text in texts)])
 
 
-def _cell_text(data: dict[str, Any], metric: str, variant: str, number: int) -> str:
-    found = cell(data, metric, variant, number)
-    return f"{found['text']} {found['reference_mark'][:1]}".rstrip()
+def _cell_text(cell: dict[str, Any] | None) -> str:
+    return "-" if cell is None else f"{cell['text']} {mark(cell['reference'])[:1]}".rstrip()
