@@ -79,7 +79,7 @@ def read_member(store: Store, run: str) -> Member:
         rows = pq.read_table(fetch_file(store, object_id, "rows.parquet"))
         scores = heldout_scores(rows, str(head["data"]), effective_alpha(config.objective.alpha, number))
         for document in results_of(store, config, head, number):
-            scores |= _of_benchmark(store, document, member.definitions)
+            scores |= read_benchmark(store, document, member.definitions)
         member.scores[number] = scores
     return member
 
@@ -124,7 +124,7 @@ def _matches(rows: pa.Table) -> Floats:
     return np.array([float(one[0]) if one else np.nan for one in found])
 
 
-def _of_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
+def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
     """The primary metric of a benchmark's part, item by item."""
     name, primary = document["name"], document["primary"]
     items = pq.read_table(fetch_file(store, document["object_id"], "items.parquet")).to_pylist()

@@ -57,9 +57,12 @@ def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
     if low is None:
         return f"{one['variant']} against {against}: one row has no interval, and supports nothing."
     corrected: Estimate = {"value": one["value"], "low": low, "high": high, "n": one["n"], "unit": one["unit"]}
-    by = f"{format_number(one['value'], corrected)} {one['unit']}"
+
+    def written(value: float) -> str:
+        return format_number(value, corrected)
+
     tail = (
-        f"(corrected interval [{format_number(low, corrected)}, {format_number(high, corrected)}], "
+        f"(corrected interval of the difference [{written(low)}, {written(high)}], "
         f"p {_p(one['p_holm'])} after correction, {one['n']} rows"
         + (f", {_agreeing(one)} of {len(one['values'])} seeds of one sign" if len(one["values"]) > 1 else "")
         + ")"
@@ -67,7 +70,9 @@ def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
     if one["supported"]:
         word = "higher" if one["supported"] > 0 else "lower"
         judged = {1: ", which is better", -1: ", which is worse", 0: ""}[one["better"]]
+        by = f"{written(abs(one['value']))} {one['unit']}"
         return f"{one['variant']} is {word} than {against}{judged}: by {by} {tail}."
+    by = f"{written(one['value'])} {one['unit']}"
     return f"{one['variant']} against {against}: {by}, which these rows cannot tell from no difference {tail}."
 
 
