@@ -86,6 +86,7 @@ def render(data: dict[str, Any], files: dict[str, bytes]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("spinreg_core", package_path=""), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # metrics and variants have an order
     environment.filters |= {"estimate": format_estimate, "duration": format_duration, "mark": mark}
     links = {kind: base64.b64encode(raw).decode() for kind, raw in files.items() if len(raw) <= _LARGEST_LINK}
     return environment.get_template("comparison.html.jinja").render(

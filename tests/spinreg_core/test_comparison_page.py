@@ -77,7 +77,9 @@ def test_the_page_loads_nothing_and_says_what_the_data_says(store: Store, tmp_pa
     assert f"within the {data['families']['verdict']} comparisons of the verdict" in text
     assert "objective.alpha: 1.0 -> 0.5" in text
     assert all(line["object_id"] in text for line in data["lineage"])
-    assert json.loads(next(s for s in reader.scripts if s.startswith("{"))) == data
+    embedded = json.loads(next(s for s in reader.scripts if s.startswith("{")))
+    assert embedded == data
+    assert next(iter(embedded["metrics"])) == data["primary"], "in the order of the table"
 
 
 def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
@@ -106,6 +108,10 @@ def test_the_command_prints_table_verdict_and_address(
     assert printed.rstrip().endswith(f"comparison: {store.uri('comparisons/mine/report.html')}")
     assert main(["compare", "spin", "kl", "--store", store.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] == "alpha 1.0"
+    kept = store.list("comparisons/")
+    assert main(["gc", "--delete", "--store", store.url]) == 0
+    assert store.list("comparisons/") == kept, "gc leaves comparisons alone"
+    capsys.readouterr()
     assert main(["compare", "spin", "gone", "--store", store.url]) == 65
     assert "no such run" in capsys.readouterr().err
 
