@@ -82,6 +82,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--shard-size", metavar="SIZE", help="largest weights file, e.g. 5GB (default: as committed)")
     export.add_argument("--push", metavar="TARGET", help="then put it to the hub (name/model; private) or a folder")
 
+    compare = commands.add_parser("compare", help="compare finished runs: write one page and print its table")
+    compare.add_argument("runs", nargs="+", metavar="RUN", help="runs of one store; those that differ in seed are one")
+    compare.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    compare.add_argument("--against", metavar="RUN", help="what the others are compared with (default: the first)")
+    compare.add_argument("--name", help="name of the comparison (default: the runs' names joined)")
+    compare.add_argument("--json", action="store_true", help="print the comparison's data instead of the table")
+
     join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
     join.add_argument("run", help="name of the run")
     join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
@@ -280,6 +287,19 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from spinreg_core.comparison_page import write_comparison
+    from spinreg_core.comparison_words import comparison_table
+
+    store = _existing_store(arguments.store)
+    written = write_comparison(store, arguments.runs, arguments.name, arguments.against)
+    if arguments.json:
+        print(json.dumps(written["data"], indent=1))
+    else:
+        print(f"{comparison_table(written['data'])}\ncomparison: {store.uri(written['html'])}")
+    return 0
+
+
 def _join(arguments: argparse.Namespace) -> int:
     from tasks.join import join_run
 
@@ -317,7 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
-        "resume": _resume, "verify": _verify, "gc": _gc, "export": _export,
+        "resume": _resume, "verify": _verify, "gc": _gc, "export": _export, "compare": _compare,
         "judge-agreement": _judge_agreement,
     }  # fmt: skip
     try:

@@ -68,7 +68,7 @@ ROWS_SCHEMA = pa.schema(
 
 
 # Rewards closer than float32 sums are exact are equal: a sequence scored in other company differs in its last bits.
-_TIE_NATS = 1e-3
+TIE_NATS = 1e-3
 
 
 def implicit_reward(policy: Floats, previous: Floats, base: Floats, alpha: float) -> Floats:
@@ -119,7 +119,7 @@ def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int
         found["nll_vs_base"] = ratio(real_base - real, "nats/token")
         found["nll_vs_previous"] = ratio(real_previous - real, "nats/token")
         margin = margins(rows, alpha)
-        found["reward_accuracy"] = wilson(wins(margin, np.zeros_like(margin), within=_TIE_NATS), len(real))
+        found["reward_accuracy"] = wilson(wins(margin, np.zeros_like(margin), within=TIE_NATS), len(real))
         found["kl_previous"] = mean(sample - column("sample_previous_logp"), "nats/answer")
     found["kl_base"] = mean(sample - base, "nats/answer")
 

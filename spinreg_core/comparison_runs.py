@@ -1,0 +1,293 @@
+"""What a comparison reads of its runs: scores question by question, sample answers, costs.
+
+Decides: which metrics are compared question by question, what makes two sets of questions the same (`block`), which
+runs are one variant. Leaves out: the statistics (`paired.py`) and what is said (`comparison.py`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from spinreg_core.benchmarks import results_of
+from spinreg_core.config import RunConfig, fixed_fields
+from spinreg_core.errors import BadInput
+from spinreg_core.evaluation import TIE_NATS, exact_matches, margins
+from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
+from spinreg_core.metrics import GAME, METRICS, Floats, wins
+from spinreg_core.objects import fetch_file, read_record
+from spinreg_core.paired import Scores
+from spinreg_core.resolve import differences
+from spinreg_core.rounds import effective_alpha
+from spinreg_core.store import Store
+
+HELDOUT = (
+    "heldout_nll", "reward_accuracy", "exact_match", "kl_base", "kl_previous", "answer_length", "end_of_turn_rate",
+    "distinct_2", "margin", "entropy",
+)  # fmt: skip
+
+
+@dataclass
+class Member:
+    """One run. scores: {round: {metric: Scores}}, evaluated rounds only; definitions: of its benchmarks' metrics."""
+
+    run: str
+    config: RunConfig
+    head: dict[str, Any]
+    scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
+    definitions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def rounds(self) -> list[int]:
+        return sorted(self.scores)
+
+
+@dataclass
+class Variant:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    members: list[Member]
+
+    @property
+    def rounds(self) -> list[int]:
+        """Those that every seed has evaluated."""
+        return sorted(set.intersection(*(set(member.scores) for member in self.members)))
+
+    def scores(self, metric: str, number: int) -> list[Scores]:
+        found = [member.scores.get(number, {}).get(metric) for member in self.members]
+        return [one for one in found if one is not None]
+
+
+def read_member(store: Store, run: str) -> Member:
+    """A run with its scores. Raises BadInput where there is no such run, Removed or Damaged where a file is gone."""
+    head, config = read_head(store, run), read_config(store, run)
+    if head is None or config is None:
+        known = ", ".join(list_runs(store)) or "none"
+        raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
+    member = Member(run, config, head)
+    for number in sorted(entry["round"] for entry in head["rounds"]):
+        object_id = stage_object(head, number, "evaluate")
+        if object_id is None:
+            continue
+        rows = pq.read_table(fetch_file(store, object_id, "rows.parquet"))
+        scores = heldout_scores(rows, str(head["data"]), effective_alpha(config.objective.alpha, number))
+        for document in results_of(store, config, head, number):
+            scores |= read_benchmark(store, document, member.definitions)
+        member.scores[number] = scores
+    return member
+
+
+def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores]:
+    """The metrics of an evaluate object's rows (`evaluation.ROWS_SCHEMA`) that are ratios of sums over prompts.
+
+    The definitions are those of `evaluation.heldout_metrics`, whose values these have.
+    """
+    ids = tuple(rows["prompt_id"].to_pylist())
+    found: dict[str, Scores] = {}
+
+    def column(name: str) -> Floats:
+        return rows[name].to_numpy().astype(np.float64)
+
+    def put(name: str, num: Floats, den: Floats | None = None) -> None:
+        defined = np.isfinite(num)
+        den = defined.astype(np.float64) if den is None else den
+        if den.sum():
+            found[name] = Scores(block, ids, np.where(defined, num, 0.0), den)
+
+    sample, lengths = column("sample_logp"), pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
+    put("heldout_nll", -column("real_logp"), column("answer_tokens"))
+    put("kl_base", sample - column("sample_base_logp"))
+    put("answer_length", lengths)
+    put("end_of_turn_rate", np.array([finish == "stop" for finish in rows["sample_finish"].to_pylist()], np.float64))
+    put("distinct_2", column("sample_distinct_2"))
+    put("entropy", -sample, lengths)
+    put("exact_match", _matches(rows))
+    if rows["real_previous_logp"].null_count == 0:
+        margin = margins(rows, alpha)
+        put("margin", margin)
+        put("reward_accuracy", np.array([wins([m], [0.0], within=TIE_NATS) for m in margin]))
+        put("kl_previous", sample - column("sample_previous_logp"))
+    return {name: found[name] for name in HELDOUT if name in found}
+
+
+def _matches(rows: pa.Table) -> Floats:
+    """1 or 0 for each row whose reference has a number, NaN for the others."""
+    pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
+    found = [exact_matches([reference], [text]) for reference, text in pairs]
+    return np.array([float(one[0]) if one else np.nan for one in found])
+
+
+def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
+    """The primary metric of a benchmark's part, item by item."""
+    name, primary = document["name"], document["primary"]
+    items = pq.read_table(fetch_file(store, document["object_id"], "items.parquet")).to_pylist()
+    values = {item["item"]: item["value"] for item in items if item["metric"] == primary}
+    if not values:
+        return {}
+    key = f"{name}/{primary}"
+    prints = document.get("fingerprints", {})
+    block = json.dumps([key, prints.get("data"), prints.get("prompts")], sort_keys=True)
+    definitions[key] = {
+        "label": key, "unit": document["metrics"][primary]["unit"], "better": document["better"],
+        "definition": f"Benchmark of kind {document['kind']}: its primary metric, item by item.",
+    }  # fmt: skip
+    return {key: Scores(block, tuple(values), np.array([*values.values()], np.float64), np.ones(len(values)))}
+
+
+def definitions_of(members: list[Member]) -> dict[str, dict[str, Any]]:
+    """How each metric that any run has is shown, in the order of the page."""
+    there = {name for member in members for scores in member.scores.values() for name in scores}
+    found: dict[str, dict[str, Any]] = {}
+    for name in HELDOUT:
+        metric = METRICS.get(name) or GAME[name]
+        if name in there:
+            found[name] = {"label": metric.label, "unit": metric.unit, "better": metric.better,
+                           "definition": metric.definition}  # fmt: skip
+    for member in members:
+        found |= member.definitions
+    return found
+
+
+# --- variants ----------------------------------------------------------------------------------------
+
+
+def compared_fields(config: RunConfig) -> dict[str, Any]:
+    """What makes a variant: every field that an existing run must keep, but its name and its seed."""
+    return {name: value for name, value in fixed_fields(config).items() if name not in ("run", "seed")}
+
+
+def variants_of(members: list[Member]) -> list[Variant]:
+    """Runs whose compared fields are equal are one variant; in the order in which they were named.
+
+    A variant's label is what tells it from the others where that is one to three fields, else its first run's name.
+    """
+    groups: list[list[Member]] = []
+    for member in members:
+        for group in groups:
+            if compared_fields(group[0].config) == compared_fields(member.config):
+                group.append(member)
+                break
+        else:
+            groups.append([member])
+    fields = [_leaves(compared_fields(group[0].config)) for group in groups]
+    telling = [name for name in dict.fromkeys(n for one in fields for n in one)
+               if len({one.get(name) for one in fields}) > 1]  # fmt: skip
+    labels = [", ".join(f"{name.rpartition('.')[2]} {one.get(name, '-')}" for name in telling) for one in fields]
+    if not 1 <= len(telling) <= 3 or len(set(labels)) < len(labels) or max(map(len, labels)) > 60:
+        labels = [group[0].run for group in groups]
+    return [Variant(label, group) for label, group in zip(labels, groups, strict=True)]
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value if isinstance(value, str) else json.dumps(value)
+    return found
+
+
+def why_unpaired(ours: Variant, theirs: Variant) -> str:
+    """Why no held-out rows are common to two variants."""
+    seeds = [sorted({member.config.seed for member in variant.members}) for variant in (ours, theirs)]
+    fields: list[dict[str, Any]] = [
+        {name: compared_fields(variant.members[0].config)[name] for name in ("model", "dataset", "data")}
+        for variant in (ours, theirs)
+    ]
+    told = differences(fields[1], fields[0])
+    if told:
+        return "their held-out rows are of other data objects: " + "; ".join(told)
+    if not set(seeds[0]) & set(seeds[1]):
+        return (
+            f"the held-out rows depend on the seed, and they have none in common ({seeds[0]} against {seeds[1]}): "
+            "name runs of equal seeds"
+        )
+    return "their held-out rows are of other data objects with the same configuration: the data or the model changed"
+
+
+# --- samples, cost, lineage --------------------------------------------------------------------------
+
+
+def samples_of(store: Store, variants: list[Variant]) -> list[dict[str, Any]]:
+    """The first held-out prompts of every run, each with the human answer and what every variant and round answered."""
+    found: dict[str, dict[str, Any]] = {}
+    for variant in variants:
+        for member in variant.members:
+            for number in member.rounds:
+                object_id = stage_object(member.head, number, "evaluate")
+                assert object_id is not None
+                shown = json.loads(fetch_file(store, object_id, "samples.json").read_bytes())["samples"]
+                for sample in shown:
+                    key = f"{member.head['data']} {sample['prompt_id']}"
+                    row = found.setdefault(
+                        key, {"messages": sample["messages"], "answer": sample["answer"], "answers": []}
+                    )
+                    row["answers"].append({"variant": variant.label, "run": member.run, "round": number,
+                                           "text": sample["sample"], "finish": sample["finish"]})  # fmt: skip
+    return list(found.values())
+
+
+def lineage_of(store: Store, members: list[Member]) -> list[dict[str, Any]]:
+    """Every object of the runs once, with the runs that it is part of and what it took (seconds, tokens)."""
+    found: dict[str, dict[str, Any]] = {}
+    for member in members:
+        named: list[tuple[int, str, str | None]] = [(0, name, member.head.get(name)) for name in ("base", "data")]
+        for entry in sorted(member.head["rounds"], key=lambda entry: int(entry["round"])):
+            named += [(entry["round"], stage, entry["stages"].get(stage)) for stage in ROUND_STAGES]
+        for number, stage, object_id in named:
+            if object_id is None:
+                continue
+            if object_id in found:
+                found[object_id]["runs"].append(member.run)
+                continue
+            record = read_record(store, object_id) or {}
+            found[object_id] = {
+                "round": number, "stage": stage, "object_id": object_id, "uri": store.uri(f"objects/{object_id}"),
+                "seconds": record.get("seconds"), "created": record.get("created"), "runs": [member.run],
+                "tokens": tokens_of(stage, record.get("metrics", {})),
+            }  # fmt: skip
+    return list(found.values())
+
+
+def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
+    """Tokens sampled by a generate object, or passed through by a train object; None where nobody counted."""
+    if stage == "generate":
+        return metrics.get("tokens")
+    if stage == "train" and {"tokens_per_second", "seconds"} <= metrics.keys():
+        return float(round(metrics["tokens_per_second"] * metrics["seconds"]))
+    return None
+
+
+def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per variant, the mean over its runs: seconds in each stage, tokens sampled for training and trained on, and how
+    much of it is in objects that other runs of this comparison use too (`shared_seconds`; it was spent once)."""
+    found = []
+    for variant in variants:
+        runs = {member.run for member in variant.members}
+
+        def per_run(lines: list[dict[str, Any]], key: str, runs: set[str] = runs) -> float:
+            return sum((line[key] or 0.0) * len(runs & set(line["runs"])) for line in lines) / len(runs)
+
+        stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in ROUND_STAGES}
+        seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
+        shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
+        found.append(
+            {
+                "variant": variant.label,
+                "runs": len(runs),
+                "rounds": max(max(member.rounds, default=0) for member in variant.members),
+                "seconds": seconds,
+                "total_seconds": sum(seconds.values()),
+                "shared_seconds": per_run(shared, "seconds"),
+                "tokens": {stage: per_run(stages[stage], "tokens") for stage in ("generate", "train")},
+            }
+        )
+    return found
