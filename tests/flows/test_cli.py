@@ -85,7 +85,7 @@ def test_plan_of_the_smoke_configuration(capsys: pytest.CaptureFixture[str]) -> 
         assert stage in shown
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["report"], ["plan"], ["data", "inspect"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["status"], ["report"], ["compare"], ["plan"], ["data", "inspect"]])
 def test_every_command_has_a_help_text(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *command, "--help"], capture_output=True, text=True, timeout=60
