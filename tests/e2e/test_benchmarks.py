@@ -4,6 +4,7 @@ cannot be measured."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from spinreg_core.rounds import measured_objects
 from spinreg_core.store import open_store
 from spinreg_core.verify import verify
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long"),
+]
 
 
 def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from questions import write_tasks
 from runs import SMOKE, environment, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -16,7 +17,9 @@ from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
 from spinreg_core.export import export, parse_size, push, reshard
 from spinreg_core.head import read_head, stage_object
 from spinreg_core.objects import fetch_folder
+from spinreg_core.rounds import measured_objects
 from spinreg_core.store import Store, open_store
+from spinreg_core.tables import format_estimate
 
 pytestmark = pytest.mark.slow
 
@@ -24,7 +27,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     tmp = tmp_path_factory.mktemp("export")
-    run(["--config", SMOKE, "--store", str(tmp / "store"), "--until-round", "1"], environment(tmp), tmp / "log")
+    measured = ["-p", f"benchmarks.include_path={write_tasks(tmp / 'tasks')}", "-p", 'benchmarks.tasks=["colours"]',
+                "-p", "benchmarks.limit=4", "-p", "benchmarks.rounds=[1]"]  # fmt: skip
+    run(
+        ["--config", SMOKE, "--store", str(tmp / "store"), "--until-round", "1", *measured],
+        environment(tmp),
+        tmp / "log",
+    )
     return open_store(str(tmp / "store"))
 
 
@@ -58,6 +67,11 @@ def test_it_is_the_committed_policy_with_a_card(
     assert "| alpha (weight of the previous policy in the reference" in text
     for name in ("held-out NLL", "KL to base", "reward accuracy"):
         assert f"| {name}" in text
+    assert [part["name"] for part in report["rounds"][1]["benchmarks"]] == ["colours"]
+    assert report["rounds"][0]["benchmarks"] == []
+    accuracy = report["rounds"][1]["benchmarks"][0]["metrics"]["acc"]
+    assert f"| colours | acc | {format_estimate(accuracy)} | 4 |" in text
+    assert list(measured_objects(read_head(store, "smoke") or {}, 1)) == ["lm-eval colours"]
     low = report["rounds"][1]["metrics"]["heldout_nll"]["low"]
     assert f"[{low:.2f}"[:4] in text
     for line in report["lineage"]:
@@ -65,7 +79,7 @@ def test_it_is_the_committed_policy_with_a_card(
             assert f"`{line['object_id']}`" in text
     for line in text.splitlines():
         if line.startswith("|") and "metric" not in line and "---" not in line:
-            assert line.count("|") in (3, 4), line
+            assert line.count("|") in (3, 4, 5), line
 
 
 def test_in_small_files_it_computes_the_same(store: Store, tmp_path: Path) -> None:
