@@ -14,9 +14,9 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import itertools
+import json
 import logging
 import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,18 +43,19 @@ class Share:
     folder: Path
     calls: int = 0
 
-    def exchange(self, value: Any) -> list[Any]:
-        """Every process's value, in the order of ranks."""
+    def exchange(self, answers: list[Any]) -> list[list[Any]]:
+        """Every process's answers to requests (numbers, texts, tuples of such), in the order of ranks."""
         if self.size == 1:
-            return [value]
+            return [answers]
         self.calls += 1
-        paths = [self.folder / f"{self.calls}-{rank}.pickle" for rank in range(self.size)]
+        paths = [self.folder / f"{self.calls}-{rank}.json" for rank in range(self.size)]
         temporary = paths[self.rank].with_suffix(".tmp")
-        temporary.write_bytes(pickle.dumps(value))
+        temporary.write_text(json.dumps(answers, default=lambda number: number.item()))  # numpy's
         temporary.replace(paths[self.rank])
         while not all(path.exists() for path in paths):  # one that failed ends all of them (`stages/launch.py`)
             time.sleep(0.05)
-        return [pickle.loads(path.read_bytes()) for path in paths]
+        told = [json.loads(path.read_text()) for path in paths]
+        return [[tuple(one) if isinstance(one, list) else one for one in answers] for answers in told]
 
 
 @dataclass
