@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -13,7 +14,11 @@ from test_worker import start_run
 from spinreg_core.head import read_head, stage_object
 from spinreg_core.store import open_store
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is missing")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is missing"),
+    pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long"),
+]
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 

@@ -59,7 +59,10 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
     assert complete_round(head) == 1
 
 
-@pytest.mark.parametrize("where", ["embedded", "killed before"])
+LONG = pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="a minute; with SPINREG_CHAOS=long")
+
+
+@pytest.mark.parametrize("where", ["embedded", pytest.param("killed before", marks=LONG)])
 def test_sigterm_where_no_server_can_be_told(tmp_path: Path, where: str) -> None:
     """To the whole process group, as `timeout` and systemd send it, it reaches the embedded server too; or the server
     was away already. The run ends all the same, within the time people give it, and its lease is free."""
