@@ -26,7 +26,10 @@ def states(server: PrefectServer, name: str) -> dict[str, str]:
     return {f["name"]: f["state_name"] for f in found if f["name"].startswith(f"{name}/")}
 
 
-@pytest.mark.parametrize("whom", ["run", "stage"])
+LONG = pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="a minute; with SPINREG_CHAOS=long")
+
+
+@pytest.mark.parametrize("whom", [pytest.param("run", marks=LONG), "stage"])
 def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer, tmp_path: Path, whom: str) -> None:
     name, log = f"stopped-{whom}", tmp_path / "log"
     store = open_store(str(tmp_path / "store"))
@@ -57,9 +60,6 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
     head = read_head(store, name)
     assert head is not None
     assert complete_round(head) == 1
-
-
-LONG = pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="a minute; with SPINREG_CHAOS=long")
 
 
 @pytest.mark.parametrize("where", ["embedded", pytest.param("killed before", marks=LONG)])
