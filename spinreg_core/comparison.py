@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -228,12 +227,3 @@ def _stability(variants: list[Variant], metrics: dict[str, Any], resampled: _Res
             if one is not None and after == before + 1:
                 found.append({"variant": variant.label, "metric": metric, "round": after} | one)
     return found
-
-
-def strict(value: Any) -> Any:
-    """The same with NaN and infinities as None, which JSON can hold."""
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

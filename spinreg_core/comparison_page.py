@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinreg_core.comparison import comparison_data, strict
+from spinreg_core.comparison import comparison_data
 from spinreg_core.comparison_words import cells, mark
-from spinreg_core.report import format_duration
+from spinreg_core.report import format_duration, strict
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate
 

@@ -17,12 +17,12 @@ import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks import results_of
 from spinreg_core.config import RunConfig, fixed_fields
-from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import TIE_NATS, exact_matches, margins
-from spinreg_core.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
+from spinreg_core.head import ROUND_STAGES, stage_object
 from spinreg_core.metrics import GAME, METRICS, Floats, wins
 from spinreg_core.objects import fetch_file, read_record
 from spinreg_core.paired import Scores
+from spinreg_core.report import leaves, read_run
 from spinreg_core.resolve import differences
 from spinreg_core.rounds import effective_alpha
 from spinreg_core.store import Store
@@ -67,10 +67,7 @@ class Variant:
 
 def read_member(store: Store, run: str) -> Member:
     """A run with its scores. Raises BadInput where there is no such run, Removed or Damaged where a file is gone."""
-    head, config = read_head(store, run), read_config(store, run)
-    if head is None or config is None:
-        known = ", ".join(list_runs(store)) or "none"
-        raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
+    head, config = read_run(store, run)
     member = Member(run, config, head)
     for number in sorted(entry["round"] for entry in head["rounds"]):
         object_id = stage_object(head, number, "evaluate")
@@ -176,23 +173,13 @@ def variants_of(members: list[Member]) -> list[Variant]:
                 break
         else:
             groups.append([member])
-    fields = [_leaves(compared_fields(group[0].config)) for group in groups]
+    fields = [dict(leaves(compared_fields(group[0].config))) for group in groups]
     telling = [name for name in dict.fromkeys(n for one in fields for n in one)
                if len({one.get(name) for one in fields}) > 1]  # fmt: skip
     labels = [", ".join(f"{name.rpartition('.')[2]} {one.get(name, '-')}" for name in telling) for one in fields]
     if not 1 <= len(telling) <= 3 or len(set(labels)) < len(labels) or max(map(len, labels)) > 60:
         labels = [group[0].run for group in groups]
     return [Variant(label, group) for label, group in zip(labels, groups, strict=True)]
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    found: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _leaves(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value if isinstance(value, str) else json.dumps(value)
-    return found
 
 
 def why_unpaired(ours: Variant, theirs: Variant) -> str:

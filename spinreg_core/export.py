@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from spinreg_core.errors import BadInput
@@ -43,23 +45,34 @@ def export(
         known = ", ".join(map(str, sorted(trained))) or "none"
         raise BadInput("--round", number, f"0 or a round that was trained ({known}) of run {run!r}")
     most = None if shard_size is None else parse_size(shard_size)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput("--to", f"{target}, which holds something", "a folder that is empty, or not there yet")
+    _require_free("--to", target)
     source = fetch_folder(store, policy_object(head, number), "policy")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
-        folder = Path(scratch) / target.name
-        folder.mkdir()
+    with _appearing(target) as folder:
         for path in sorted(source.iterdir()):
             if most is None or not _WEIGHTS.fullmatch(path.name):
                 shutil.copyfile(path, folder / path.name)
         if most is not None:
             reshard(source, folder, most)
         (folder / "README.md").write_text(model_card(store, run, number), encoding="utf-8")
+    return target
+
+
+def _require_free(field: str, target: Path) -> None:
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise BadInput(field, f"{target}, which holds something", "a folder that is empty, or not there yet")
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write to, which becomes `target` where nothing is raised, and is gone otherwise."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        yield folder
         if target.exists():
             target.rmdir()
         folder.rename(target)
-    return target
 
 
 def parse_size(text: str) -> int:
@@ -151,15 +164,9 @@ def push(folder: Path, target: str) -> str:
         place = Path(target.removeprefix("file://"))
         if "://" in str(place) or not place.is_absolute():
             raise BadInput("--push", repr(target), "the hub's name/model, or an absolute path of a folder")
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise BadInput("--push", f"{place}, which holds something", "a folder that is empty, or not there yet")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
-            copy = Path(scratch) / place.name
-            shutil.copytree(folder, copy)
-            if place.exists():
-                place.rmdir()
-            copy.rename(place)
+        _require_free("--push", place)
+        with _appearing(place) as copy:
+            shutil.copytree(folder, copy, dirs_exist_ok=True)
         return str(place)
     import httpx
     from huggingface_hub import HfApi

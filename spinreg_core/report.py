@@ -68,12 +68,18 @@ def render(data: dict[str, Any]) -> str:
     )
 
 
-def report_data(store: Store, run: str) -> dict[str, Any]:
-    """Everything the report says, as plain JSON values (no NaN). Raises BadInput where there is no such run."""
+def read_run(store: Store, run: str) -> tuple[dict[str, Any], RunConfig]:
+    """Head and configuration of a run. Raises BadInput where there is no such run."""
     head, config = read_head(store, run), read_config(store, run)
     if head is None or config is None:
         known = ", ".join(list_runs(store)) or "none"
         raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
+    return head, config
+
+
+def report_data(store: Store, run: str) -> dict[str, Any]:
+    """Everything the report says, as plain JSON values (no NaN). Raises BadInput where there is no such run."""
+    head, config = read_run(store, run)
     last = max((entry["round"] for entry in head["rounds"]), default=0)
     with borrowed():  # a flow's process shows reports for days
         rounds = [_round(store, config, head, number) for number in range(last + 1)]
@@ -97,7 +103,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         "samples": samples,
         "lineage": _lineage(store, head, last),
     }
-    return _strict(data)
+    return strict(data)
 
 
 def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> dict[str, Any]:
@@ -295,12 +301,12 @@ def notes(config: dict[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
 # --- small helpers -----------------------------------------------------------------------------------
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
     """The same with NaN and infinities as None, which JSON can hold."""
     if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
+        return {key: strict(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(item) for item in value]
+        return [strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

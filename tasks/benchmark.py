@@ -31,19 +31,19 @@ def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, A
     context.check()
     plan = plan_benchmark(config, session.head, round_number)
     assert plan is not None, "no benchmark is wanted of this round"
-    reused = len(measured_of(store, plan)) == len(plan.extra["parts"])
-    if not reused:
-        writer = session.writer()
-        try:
+    measured = measured_of(store, plan)
+    reused = len(measured) == len(plan.extra["parts"])
+    try:
+        if not reused:
+            writer = session.writer()
             with context.scratch(f"round-{round_number}-benchmark", writer) as folder:
                 try:
                     watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, "benchmark")
                 except StagePreempted as error:
                     return preempted(error)
-        finally:  # of several parts some are measured also where another failed
-            record_measured(session, round_number, measured_of(store, plan))
-    measured = measured_of(store, plan)
-    record_measured(session, round_number, measured)
+    finally:  # of several parts some are measured also where another failed
+        measured = measured if reused else measured_of(store, plan)
+        record_measured(session, round_number, measured)
     manifests = {name: require_manifest(store, object_id) for name, object_id in measured.items()}
     result = {
         "stage": "benchmark",
