@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# What a first process compiles, the many after it find compiled.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo install test chaos lint format docs audit
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -49,10 +48,8 @@ def test_a_run_without_a_worker_can_be_cancelled(prefect_server: PrefectServer, 
     process = start(["--config", SMOKE, "--store", store.url, "--run", "cancelled"], env, log)
     wait_until(lambda: list(tmp_path.glob("cache/work/*/round-1-generate/*/log.txt")), process, log)
     (run,) = [r for r in server.api("POST", "flow_runs/filter", {}) if r["name"] == "cancelled/spin"]
-    begin = time.monotonic()
     cancel(server, run["id"])
-    assert process.wait(timeout=60) == 1
-    assert time.monotonic() - begin < 40
+    assert process.wait(timeout=120) == 1
     assert "spinreg: the run was cancelled" in log.read_text()
     assert server.flow_run(run["id"])["state_type"] == "CANCELLED"
     mine = [command for _, command in stage_processes() if str(tmp_path) in command]
