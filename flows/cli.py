@@ -261,7 +261,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     text, document = status(_existing_store(arguments.store), arguments.run)
     print(json.dumps(document, indent=1) if arguments.json else text)
-    return 0
+    return EXIT_DAMAGED if any("damaged" in one for one in document["runs"]) else 0
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Reading other people's files on S3: data sets and base models named by an s3:// address.
 
-Decides: how an address is listed and copied, and the one error a user meets. Leaves out: the store (`store.py`),
-which has promises to keep that these reads have not.
+Decides: how an address is listed and copied, and the one error a user meets. Leaves out: requests and which of them
+are tried again (`s3_store.py`, whose patience these reads share: a store that is away for a while is no bad input).
 """
 
 from __future__ import annotations
@@ -9,58 +9,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
+from spinreg_core.s3_store import S3Store
 
 
 def list_s3(url: str, field: str) -> dict[str, dict[str, Any]]:
     """Objects at or below an address: name relative to it ("" for the address itself) -> size and ETag.
 
     Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) or the AWS
-    chain. Raises BadInput, naming the configuration field, for an address that is empty or cannot be read.
+    chain. Raises BadInput, naming the configuration field, for an address that is empty or may not be read, and
+    StoreFailed for a server that does not answer for minutes.
     """
-    remote = url.removeprefix("s3://").rstrip("/")
+    bucket, remote = _split(url, field)
     try:
-        found = _filesystem().find(remote, detail=True)
-    except FileNotFoundError:
-        found = {}
-    except Exception as error:
-        raise _refused(url, field, error) from None
-    names = {key: key.removeprefix(remote).lstrip("/") for key in found}
-    for name in names.values():
+        found = bucket.described(remote)
+    except (StoreRefused, OSError, ValueError) as error:  # ValueError: an address that is none
+        raise BadInput(field, f"{url} cannot be read: {error}",
+                       "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)") from None  # fmt: skip
+    listed = {}
+    for key, (size, tag) in found.items():
+        name = key[len(remote) :].lstrip("/")
+        if not (key == remote or not remote or key.startswith(f"{remote}/")) or (key.endswith("/") and not size):
+            continue  # a neighbour whose name begins alike; a folder's placeholder
         if ".." in name.split("/"):
             raise BadInput(field, f"an object named {name!r} below {url}", "names that stay inside the folder")
-    listed = {
-        name: {"size": found[key]["size"], "tag": str(found[key].get("ETag"))}
-        for key, name in names.items()
-        if found[key]["size"] or not key.endswith("/")  # a folder's placeholder is no file
-    }
+        listed[name] = {"size": size, "tag": tag}
     if not listed:
         raise BadInput(field, f"nothing at {url}", "an object, or a prefix with objects below it")
     return listed
 
 
-def _refused(url: str, field: str, error: Exception) -> Exception:
-    """What a reader is told, or an error of ours as it is."""
-    ours = not isinstance(error, OSError) and not type(error).__module__.startswith(("botocore", "aiohttp"))
-    if ours and not str(error).startswith("Invalid endpoint"):  # botocore and aiohttp have error families of their own
-        return error
-    return BadInput(field, f"{url} cannot be read: {error}",
-                    "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)")  # fmt: skip
-
-
 def fetch_s3(url: str, names: list[str], folder: Path, field: str) -> None:
-    """Copy listed objects to `folder`/name (the address itself: to `folder`/its last part). Raises BadInput."""
-    filesystem, remote = _filesystem(), url.removeprefix("s3://").rstrip("/")
+    """Copy listed objects to `folder`/name (the address itself: to `folder`/its last part). Raises as `list_s3`."""
+    bucket, remote = _split(url, field)
     for name in names:
         target = folder / (name or remote.rsplit("/", 1)[-1])
         target.parent.mkdir(parents=True, exist_ok=True)
+        key = "/".join(part for part in (remote, name) if part)
         try:
-            filesystem.get_file(f"{remote}/{name}" if name else remote, str(target))
-        except Exception as error:
-            raise _refused(f"s3://{remote}/{name}".rstrip("/"), field, error) from None
+            bucket.download(key, target)
+        except FileNotFoundError:
+            raise BadInput(field, f"{bucket.uri(key)}, which is gone", "files that stay while they are read") from None
+        except StoreFailed as error:
+            raise type(error)(f"{field}: {error}") from None
 
 
-def _filesystem() -> Any:
-    import s3fs
-
-    return s3fs.S3FileSystem(use_listings_cache=False)
+def _split(url: str, field: str) -> tuple[S3Store, str]:
+    name, _, remote = url.removeprefix("s3://").partition("/")
+    try:
+        return S3Store(f"s3://{name}"), remote.strip("/")
+    except BadInput as error:
+        raise BadInput.from_message(f"{field}{str(error).removeprefix('store')}") from None

@@ -166,12 +166,21 @@ class S3Store:
         return [entry.key for entry in self.entries(prefix)]
 
     def entries(self, prefix: str) -> Sequence[Listed]:
-        full, following = self._key(prefix.rstrip("/")) + "/", {"ContinuationToken": "NextContinuationToken"}
-        pages = self._pages("list_objects_v2", f"listing {self.uri(prefix)}", following, Prefix=full)
         return sorted(
             Listed(self._relative(entry["Key"]), entry["Size"], (now - entry["LastModified"]).total_seconds())
-            for page, now in pages for entry in page.get("Contents", ()) if not entry["Key"].endswith("/")
+            for entry, now in self._objects(self._key(prefix.rstrip("/")) + "/") if not entry["Key"].endswith("/")
         )  # fmt: skip
+
+    def described(self, start: str) -> dict[str, tuple[int, str]]:
+        """Size and ETag of all whose whole keys start so, whatever they are named."""
+        return {entry["Key"]: (entry["Size"], entry["ETag"]) for entry, _ in self._objects(start)}
+
+    def _objects(self, start: str) -> Iterator[tuple[Any, datetime]]:
+        """Entries of a listing, each with the server's time."""
+        following = {"ContinuationToken": "NextContinuationToken"}
+        for page, now in self._pages("list_objects_v2", f"listing s3://{self.bucket}/{start}", following, Prefix=start):
+            for entry in page.get("Contents", ()):
+                yield entry, now
 
     def unfinished(self) -> Sequence[Listed]:
         pages = self._pages("list_multipart_uploads", f"listing the unfinished uploads of {self.url}",
@@ -261,9 +270,7 @@ class S3Store:
             try:
                 await self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
                 return
-            except (
-                FileNotFoundError
-            ) as error:  # no such upload any more: was the acknowledgement of an earlier try lost?
+            except FileNotFoundError as error:  # no such upload: was the acknowledgement of an earlier try lost?
                 missing = error
             # Outside of the handler, so that an error of this request is not read as that answer.
             if (await self._call("head_object", Key=key))["ContentLength"] != size:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import SpinregError
+from spinreg_core.errors import Damaged, SpinregError
 from spinreg_core.head import (
     ROUND_STAGES,
     complete_round,
     list_runs,
     pending_advance,
-    read_config,
+    require_config,
     require_head,
     stage_object,
 )
@@ -25,9 +25,10 @@ from spinreg_core.store import Store
 
 
 def run_status(store: Store, run: str) -> dict[str, Any]:
-    """Everything `spinreg status` shows, as plain values. Raises BadInput where there is no such run."""
+    """Everything `spinreg status` shows, as plain values. Raises BadInput where there is no such run, Damaged where
+    its head or configuration cannot be read."""
     head = require_head(store, run)
-    config, rounds = read_config(store, run), []
+    config, rounds = require_config(store, run), []
     pending = pending_advance(head)
     last = max([entry["round"] for entry in head["rounds"]] + ([pending["to"]] if pending else [0]))
     for number in range(last + 1):
@@ -41,7 +42,7 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
             stages[stage] = {
                 "state": state, "object": object_id, "seconds": manifest["seconds"] if manifest else None,
                 "bytes": sum(file["size"] for file in manifest["files"]) if manifest else None,
-                "parts": 0 if object_id or config is None else _parts(store, config, head, number, stage),
+                "parts": 0 if object_id else _parts(store, config, head, number, stage),
             }  # fmt: skip
         measured = {}
         for name, object_id in measured_objects(head, number).items():
@@ -57,6 +58,13 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _readable(store: Store, run: str) -> dict[str, Any]:
+    try:
+        return run_status(store, run)
+    except Damaged as error:
+        return {"run": run, "store": store.url, "damaged": str(error)}
+
+
 def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, stage: str) -> int:
     """Shards or checkpoints that an open stage has committed; 0 where what it needs is open too."""
     try:
@@ -66,10 +74,14 @@ def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, s
 
 
 def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
-    """A text for people and the same as plain values; of one run, or of every run in the store."""
-    found = [run_status(store, name) for name in ([run] if run else list_runs(store))]
+    """A text for people and the same as plain values; of one run, or of every run in the store, of which one that
+    cannot be read (`damaged` says why) hides no other."""
+    found = [run_status(store, run)] if run else [_readable(store, name) for name in list_runs(store)]
     lines = [] if found else [f"no runs in {store.url}"]
     for one in found:
+        if "damaged" in one:
+            lines.append(f"{one['run']}: damaged: {one['damaged']}")
+            continue
         holder = one["lease"]["holder"]
         lines.append(f"{one['run']}: {one['complete_round']} complete rounds in {one['store']}")
         lines.append(

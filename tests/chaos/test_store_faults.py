@@ -17,6 +17,7 @@ from servers import S3Server
 
 from spinreg_core import s3_store
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
+from spinreg_core.s3_files import fetch_s3, list_s3
 from spinreg_core.s3_store import S3Store
 from spinreg_core.store import PART_BYTES
 
@@ -157,6 +158,30 @@ def test_a_store_that_stays_away_ends_in_one_error_after_its_time(
     monkeypatch.setattr(s3_store, "_CHECK_SECONDS", 1.0)
     with pytest.raises(BadInput, match="bucket 'spinreg' within reach"):
         store.check()
+
+
+def test_data_and_models_on_s3_are_waited_for(behind: Behind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is away is no bad input: the same patience, and an error that a later attempt may not meet."""
+    _, calm = behind({})
+    contents = {f"{i}.jsonl": os.urandom(100 * i) for i in range(1, 9)}
+    for name, content in contents.items():
+        calm.write(f"rows/{name}", content)
+    calm.write("rows-of-others/9.jsonl", b"x")
+    _, store = behind(ALL, seed=6, prefix=calm.prefix)
+    for _ in range(5):
+        listed = list_s3(f"{store.url}/rows/", "dataset")
+        sizes = {name: found["size"] for name, found in listed.items()}  # a stale listing lacks some
+        assert sizes.items() <= {name: len(content) for name, content in contents.items()}.items()
+    fetch_s3(f"{store.url}/rows", list(contents), tmp_path, "dataset")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
+    fetch_s3(f"{store.url}/rows/3.jsonl", [""], tmp_path / "one", "dataset")
+    assert (tmp_path / "one/3.jsonl").read_bytes() == contents["3.jsonl"]
+    behind({"refused": 1.0})
+    monkeypatch.setattr(s3_store, "PATIENCE_SECONDS", 0.5)
+    with pytest.raises(StoreFailed, match=r"listing s3://spinreg/\S+/rows: the store did not do it for 0.5 s"):
+        list_s3(f"{store.url}/rows", "dataset")
+    with pytest.raises(StoreFailed, match=r"dataset: asking for s3://spinreg/\S+/rows/1.jsonl: the store did not"):
+        fetch_s3(f"{store.url}/rows", ["1.jsonl"], tmp_path, "dataset")
 
 
 def test_what_does_not_pass_is_not_tried_again(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:

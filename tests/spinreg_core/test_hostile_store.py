@@ -17,6 +17,7 @@ from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.head import read_head
+from spinreg_core.s3_store import S3Store
 from spinreg_core.stages.job import Job
 from spinreg_core.store import FolderStore, open_store
 from spinreg_core.verify import verify
@@ -193,11 +194,7 @@ def test_jobs_whose_names_lead_elsewhere(tmp_path: Path, field: str, name: str) 
 def test_objects_of_other_peoples_buckets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Names on S3 are any text."""
 
-    class Files:
-        def find(self, remote: str, detail: bool) -> dict[str, dict[str, Any]]:
-            return {f"{remote}/{name}": {"size": 1, "ETag": "x"}}
-
-    monkeypatch.setattr(s3_files, "_filesystem", Files)
+    monkeypatch.setattr(S3Store, "described", lambda self, start: {f"{start}/{name}": (1, "x")})
     for field in ("model", "dataset"):
         with pytest.raises(BadInput, match=f"{field}: found an object named .* names that stay inside the folder"):
             s3_files.list_s3("s3://bucket/folder", field)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from flows.cli import main
 from spinreg_core import objects
 from spinreg_core.config import RunConfig
 from spinreg_core.head import open_session
@@ -46,3 +49,24 @@ def test_done_missing_parts_and_costs(tmp_path: Path) -> None:
     assert "round 1: generate done (61 s, 2.0 KiB), mix-opponent open (2 parts committed), train open" in text
     assert "unfinished advance: 0 -> 2, by tester" in text
     assert "lease: free" in status(store, "r")[0]
+
+
+@pytest.mark.parametrize("name", ["head.json", "run.json"])
+def test_a_damaged_run_hides_no_other(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    store = open_store(str(tmp_path / "store"))
+    for run in ("a", "b", "c"):
+        with open_session(store, RunConfig(run=run, store=store.url), "tester"):
+            pass
+    assert main(["status", "--store", store.url]) == 0
+    (tmp_path / "store/runs/b" / name).write_bytes(b"{")
+    capsys.readouterr()
+    assert main(["status", "--store", store.url]) == 74
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines if not line.startswith(" ")] == ["a", "b", "c"]
+    assert any(line.startswith(f"b: damaged: {store.url}/runs/b/{name}") for line in lines), lines
+    for command in ("status", "resume", "gc"):  # what needs that run says the same
+        assert main([command, "--store", store.url, *(["b"] if command != "gc" else [])]) == 74
+        assert f"runs/b/{name}" in capsys.readouterr().err
+    (tmp_path / "store/runs/b" / name).unlink()
+    if name == "run.json":
+        assert main(["resume", "--store", store.url, "b"]) == 74, "not: nothing is pending"
