@@ -53,6 +53,7 @@ from tasks.context import Context, entered
 from tasks.display import artifact_key, flush, nested, run_log, server_answers, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.prepare import prepare
+from tasks.process import end_embedded_server_with_us
 from tasks.stage import preempted, run_task
 
 # Everything is committed when the flow ends; a long outage must not make it a failed run.
@@ -125,6 +126,7 @@ def spin(
         "training": training, "evaluation": evaluation, "resources": resources, "keep": keep,
         "benchmarks": benchmarks, "judge": judge, "until": until,
     }  # fmt: skip
+    end_embedded_server_with_us()
     try:
         return _advance(config, parameters)
     except RunCancelled as error:

@@ -246,3 +246,14 @@ def _message(tail: list[str], prefix: str) -> str:
     """What a stage said last under a prefix, all of its lines."""
     start = max((i for i, line in enumerate(tail) if line.startswith(prefix)), default=None)
     return "no message" if start is None else "\n".join(tail[start:]).removeprefix(prefix)
+
+
+def end_embedded_server_with_us() -> None:
+    """Where this process has started Prefect's embedded server: end that too when this process is killed."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    for server in SubprocessASGIServer._instances.values():
+        if server.server_process is not None:
+            # Its input ends when nobody holds the other side any more, which is ours alone.
+            watch = ["sh", "-c", f"cat > /dev/null; kill {server.server_process.pid} 2> /dev/null"]
+            subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)

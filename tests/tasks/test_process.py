@@ -365,3 +365,34 @@ def test_the_group_is_not_ours(script: Callable[[str], list[str]], tmp_path: Pat
     lines = run(script("import os; print(os.getpgrp() == os.getpid(), os.getsid(0))"), tmp_path)
     assert lines[0].startswith("True ")
     assert int(lines[0].split()[1]) != os.getsid(0)
+
+
+def test_the_embedded_server_ends_with_a_killed_flow(tmp_path: Path) -> None:
+    """Of a flow that ends by itself Prefect ends it."""
+    source = """
+import sys, time
+from prefect import flow
+from prefect.server.api.server import SubprocessASGIServer
+from tasks.process import end_embedded_server_with_us
+
+@flow
+def waiting():
+    end_embedded_server_with_us()
+    (server,) = SubprocessASGIServer._instances.values()
+    print(server.server_process.pid, flush=True)
+    time.sleep(300)
+
+waiting()
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    env |= {"PREFECT_HOME": str(tmp_path), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120"}
+    caller = subprocess.Popen([sys.executable, "-c", source], env=env, text=True, stdout=subprocess.PIPE)
+    assert caller.stdout is not None
+    server = next(int(line) for line in caller.stdout if line.strip().isdigit())
+    assert alive(server)
+    caller.kill()
+    caller.wait()
+    end = time.monotonic() + 60
+    while alive(server):
+        assert time.monotonic() < end, "the server outlived its flow"
+        time.sleep(0.1)
