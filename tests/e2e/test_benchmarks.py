@@ -4,7 +4,6 @@ cannot be measured."""
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from spinreg_core.verify import verify
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long"),
+    pytest.mark.long,
 ]
 
 

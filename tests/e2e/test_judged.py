@@ -28,7 +28,7 @@ from spinreg_core.store import open_store
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),  # vLLM's server alone takes minutes on a machine that is busy
-    pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long"),
+    pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
 KEY = "sk-planted-judge-7Xq"

@@ -19,6 +19,7 @@ from spinreg_core.store import open_store
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     settings = {

@@ -59,19 +59,18 @@ def test_a_run_on_s3_is_the_same_run(
     assert secrets_found([tmp_path, prefect_server.home], open_store(url), env) == []
 
 
-def test_killed_in_every_stage(prefect_server: PrefectServer, expected: dict[str, Any], tmp_path: Path) -> None:
+EVERY = ("prepare", "round-0-evaluate", "round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
+
+
+@pytest.mark.parametrize("stages", [("round-1-generate", "round-1-train"), pytest.param(EVERY, marks=pytest.mark.long)])
+def test_killed_in_a_stage(
+    prefect_server: PrefectServer, expected: dict[str, Any], tmp_path: Path, stages: tuple[str, ...]
+) -> None:
     env = environment(tmp_path, prefect_server)
     store, log = open_store(str(tmp_path / "killed")), tmp_path / "killed.log"
     arguments = [*ONE_ROUND, "--store", store.url]
     kept: dict[str, bytes | None] = {}
-    for stage in (
-        "prepare",
-        "round-0-evaluate",
-        "round-1-generate",
-        "round-1-mix-opponent",
-        "round-1-train",
-        "round-1-evaluate",
-    ):
+    for stage in stages:
         process = start(arguments, env, log)
 
         def begun(stage: str = stage) -> bool:
@@ -102,6 +101,7 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, expected: dict[str
     assert "Reused" in text
 
 
+@pytest.mark.long
 def test_a_changed_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
     from runs import ROOT
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from spinreg_core.store import open_store
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long")
+@pytest.mark.long
 def test_a_run_goes_on_through_stages_and_rounds_while_the_server_is_away(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with prefect_server(tmp_path / "prefect") as server:

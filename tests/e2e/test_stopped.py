@@ -26,10 +26,7 @@ def states(server: PrefectServer, name: str) -> dict[str, str]:
     return {f["name"]: f["state_name"] for f in found if f["name"].startswith(f"{name}/")}
 
 
-LONG = pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="a minute; with SPINREG_CHAOS=long")
-
-
-@pytest.mark.parametrize("whom", [pytest.param("run", marks=LONG), "stage"])
+@pytest.mark.parametrize("whom", [pytest.param("run", marks=pytest.mark.long), "stage"])
 def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer, tmp_path: Path, whom: str) -> None:
     name, log = f"stopped-{whom}", tmp_path / "log"
     store = open_store(str(tmp_path / "store"))
@@ -62,7 +59,8 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
     assert complete_round(head) == 1
 
 
-@pytest.mark.parametrize("where", ["embedded", pytest.param("killed before", marks=LONG)])
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["embedded", "killed before"])
 def test_sigterm_where_no_server_can_be_told(tmp_path: Path, where: str) -> None:
     """To the whole process group, as `timeout` and systemd send it, it reaches the embedded server too; or the server
     was away already. The run ends all the same, within the time people give it, and its lease is free."""

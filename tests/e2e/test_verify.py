@@ -40,6 +40,7 @@ def files_of(store: Store, object_id: str | None) -> list[Path]:
     return [path for path in paths if path is not None]
 
 
+@pytest.mark.long
 def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: Path) -> None:
     env = environment(tmp_path, prefect_server)
     where = ["--store", str(tmp_path / "store")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from spinreg_core.sharding import load_for
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long")
+@pytest.mark.long
 def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     torch.manual_seed(0)
@@ -47,6 +46,7 @@ def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
     assert 0 < graphs <= 10, f"{graphs} graphs, not one set for all layers and lengths"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_on_two_ranks(tmp_path: Path) -> None:
     pairs = random_pairs(8, 2)

@@ -243,7 +243,7 @@ def test_a_killed_upload_leaves_no_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long")
+@pytest.mark.long
 def test_gigabytes_pass_through_s3_in_parts(s3_server: object, tmp_path: Path) -> None:
     """2 GiB up and down: equal bytes, and the process never holds a fifth of them."""
     script = textwrap.dedent(

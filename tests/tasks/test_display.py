@@ -150,6 +150,7 @@ def test_a_short_absence_is_waited_for(
     assert shown["stage-1"] == 100.0
 
 
+@pytest.mark.long
 def test_work_is_finished_while_the_server_is_away(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_work_is_finished_while_the_server_is_away(
     shown_afterwards(server)
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_holds_nothing_up_either(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:

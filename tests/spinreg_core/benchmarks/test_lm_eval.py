@@ -104,6 +104,7 @@ def flat(found: Any) -> str:
     return json.dumps([flat(one) for one in found] if isinstance(found, list) else str(found))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_say_what_one_says(
     measured: tuple[Store, dict[str, str], dict[str, Any]], include: Path, tmp_path: Path

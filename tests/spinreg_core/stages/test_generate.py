@@ -223,6 +223,7 @@ def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> N
         generate.run_in_process(bad, "spinreg_core.stages.generate")
 
 
+@pytest.mark.long
 def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: House) -> None:
     """Engine hf on a CPU; two engines are two processes that take shards from one list."""
     wanted = {"iterates": [2, 1], "answers_per_prompt": 2}
@@ -412,6 +413,7 @@ def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
     assert len(data) == len(parts), "no shard was answered twice"
 
 
+@pytest.mark.long
 def test_a_shard_that_kills_every_engine_is_named(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -420,6 +422,7 @@ def test_a_shard_that_kills_every_engine_is_named(
         run(house.job("dies", iterates=[2], resources={"processes": 2}))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_vllm_answers_in_processes_of_their_own(house: House) -> None:

@@ -23,6 +23,7 @@ from test_train import Setting, lines, sha_of_weights, without_time
 from spinreg_core import objects
 from spinreg_core.stages.job import Job
 
+LONG = pytest.mark.long
 # Put into a rank's process by Python itself: the stage is the real one, under the real torchrun.
 FAULTY = """
 import importlib.util, os, sys
@@ -129,7 +130,10 @@ def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -
     assert [m["loss"] for m in metrics[1]] == pytest.approx([m["loss"] for m in metrics[0]], rel=1e-2)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param(2, 1, marks=pytest.mark.long), (1, 2), pytest.param(2, 4, marks=pytest.mark.long)],
+)
 def test_a_round_goes_on_with_another_number_of_ranks_and_every_pair_is_seen_once(
     setting: Setting, whole: dict[str, Any], before: int, after: int
 ) -> None:
@@ -181,12 +185,13 @@ def wait_until_gone(job: Job, seconds: float = 10) -> None:
         ("import signal; os.kill(os.getpid(), signal.SIGKILL)",
          r"error: rank 1 was killed by SIGKILL, often the kernel's out-of-memory killer"),
         ("raise ZeroDivisionError('of rank one')", r"rank 1 failed:\nTraceback.*ZeroDivisionError: of rank one"),
-        ("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file"),
-        ("import torch; torch.empty(10**15)",
+        pytest.param("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file", marks=LONG),
+        pytest.param("import torch; torch.empty(10**15)",
          r"error: out of memory in train: it asked for 3725290\.30 GiB more\. What would help: resources\."
          r"tokens_per_pass below 2048; training\.activation_checkpointing full \(now none\); training\.lora_rank "
-         r"\(gradients and optimiser of an adapter alone\); more resources\.processes"),
-        ("import ctypes; ctypes.string_at(0)", r"error: rank 1 was killed by SIGSEGV; the end of its output:"),
+         r"\(gradients and optimiser of an adapter alone\); more resources\.processes", marks=LONG),
+        pytest.param("import ctypes; ctypes.string_at(0)", r"error: rank 1 was killed by SIGSEGV; the end of its output:",
+                     marks=LONG),
     ],
     ids=["killed", "raises", "damaged", "memory", "crashes"],
 )  # fmt: skip
@@ -214,6 +219,7 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_was(setting: Setting
     wait_until_gone(job)
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, Any]) -> None:
     """One rank reads it first, and the others wait for that."""
     job = setting.job("damaged-2", resources=on(2, collective_timeout_seconds=4))
@@ -244,9 +250,10 @@ HANGS = "import spinreg_core.store as store; store._copy = lambda *_: __import__
         (None, HANGS,
          r"error: rank 0: storing \S+ in \S+ has stood still for \d+ s \(resources\.collective_timeout_seconds: 4\)\. "
          r"It was here:\n.*in run\n.*in upload"),
-        (5, HANGS, r"error: rank 0: storing \S+ in \S+ has stood still .*in _finish"),
-        (None, "import spinreg_core.store as store; store._copy = lambda *_: os.kill(os.getpid(), 19)",
-         r"error: rank 0 has not run for \d+ s \(resources\.collective_timeout_seconds: 4\): it is suspended"),
+        pytest.param(5, HANGS, r"error: rank 0: storing \S+ in \S+ has stood still .*in _finish", marks=LONG),
+        pytest.param(None, "import spinreg_core.store as store; store._copy = lambda *_: os.kill(os.getpid(), 19)",
+         r"error: rank 0 has not run for \d+ s \(resources\.collective_timeout_seconds: 4\): it is suspended",
+         marks=LONG),
     ],
     ids=["hangs", "hangs in a checkpoint", "suspended"],
 )  # fmt: skip
@@ -265,7 +272,7 @@ def test_a_rank_that_hangs_with_its_files_is_named_as_soon(
 @pytest.mark.parametrize(
     ("fault", "said"),
     [("raise SystemExit", r"something train called left the process with status None:\nTraceback.*in faulty"),
-     ("os._exit(0)", r"error: rank 1 left with exit status 0 before its work was done")],
+     pytest.param("os._exit(0)", r"error: rank 1 left with exit status 0 before its work was done", marks=LONG)],
     ids=["SystemExit", "_exit"],
 )  # fmt: skip
 def test_a_rank_that_leaves_as_if_all_were_well_is_named(setting: Setting, fault: str, said: str) -> None:
@@ -276,7 +283,7 @@ def test_a_rank_that_leaves_as_if_all_were_well_is_named(setting: Setting, fault
     wait_until_gone(job)
 
 
-@pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long")
+@pytest.mark.long
 def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
     job = setting.job("suspended", resources=on(2, collective_timeout_seconds=4, stop_seconds=2))
     status, output = run(setting, job, "import signal; os.kill(os.getpid(), signal.SIGSTOP)")
@@ -286,7 +293,7 @@ def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
     wait_until_gone(job)
 
 
-@pytest.mark.parametrize("fault", [None, "raise ZeroDivisionError('of machine two')"])
+@pytest.mark.parametrize("fault", [None, pytest.param("raise ZeroDivisionError('of machine two')", marks=LONG)])
 def test_two_machines_train_together(setting: Setting, whole: dict[str, Any], fault: str | None) -> None:
     """Two sets of processes on this one, with nothing in common but the store and the rendezvous."""
     with socket.socket() as free:
@@ -351,7 +358,7 @@ KILLS, EPOCHS = 20, 60
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("SPINREG_CHAOS") != "long", reason="minutes; with SPINREG_CHAOS=long")
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_chaos_changes_no_bit(setting: Setting) -> None:
     """A training process on two ranks is killed at random instants, every other time without its ranks.
