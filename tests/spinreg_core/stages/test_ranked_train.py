@@ -185,13 +185,14 @@ def wait_until_gone(job: Job, seconds: float = 10) -> None:
         ("import signal; os.kill(os.getpid(), signal.SIGKILL)",
          r"error: rank 1 was killed by SIGKILL, often the kernel's out-of-memory killer"),
         ("raise ZeroDivisionError('of rank one')", r"rank 1 failed:\nTraceback.*ZeroDivisionError: of rank one"),
-        pytest.param("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file", marks=LONG),
+        pytest.param("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file",
+                     marks=LONG),
         pytest.param("import torch; torch.empty(10**15)",
          r"error: out of memory in train: it asked for 3725290\.30 GiB more\. What would help: resources\."
          r"tokens_per_pass below 2048; training\.activation_checkpointing full \(now none\); training\.lora_rank "
          r"\(gradients and optimiser of an adapter alone\); more resources\.processes", marks=LONG),
-        pytest.param("import ctypes; ctypes.string_at(0)", r"error: rank 1 was killed by SIGSEGV; the end of its output:",
-                     marks=LONG),
+        pytest.param("import ctypes; ctypes.string_at(0)",
+                     r"error: rank 1 was killed by SIGSEGV; the end of its output:", marks=LONG),
     ],
     ids=["killed", "raises", "damaged", "memory", "crashes"],
 )  # fmt: skip
