@@ -23,7 +23,7 @@ from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
 NAME = "spinreg: no heartbeat, crashed"
-FLOWS = ["spin", "round"]
+FLOWS = ["spin", "round", "compare"]
 SILENT_SECONDS = 150  # five heartbeats
 
 

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -89,6 +90,26 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--name", help="name of the comparison (default: the runs' names joined)")
     compare.add_argument("--json", action="store_true", help="print the comparison's data instead of the table")
 
+    grid = commands.add_parser("grid", help="run variations over one configuration and compare them", epilog=STATUSES)
+    grid.add_argument("--name", default="grid", help="name of the comparison, with which its runs' names begin")
+    grid.add_argument("--config", help="configuration that all members share (YAML or JSON; path or URI)")
+    grid.add_argument("--until-round", type=int, help="rounds of every member (default: the configuration's)")
+    grid.add_argument("--alpha", type=float, nargs="+", help="at the configured total beta (default: 1 0.5 0)")
+    grid.add_argument("--beta-0", type=float, nargs="+", help="instead: KL to the base, added to the configured beta")
+    grid.add_argument("--history", type=_history, nargs="+", help="numbers of iterates, or all (default: 1 all)")
+    grid.add_argument("--seeds", type=int, nargs="+", help="that every variation is run with")
+    grid.add_argument(
+        "--variations", metavar="FILE", help="instead of alpha and history: fields by name (YAML or JSON)"
+    )
+    grid.add_argument("--against", metavar="RUN", help="what the others are compared with (default: plain SPIN)")
+    grid.add_argument("--model", help="base model of all members")
+    grid.add_argument("--dataset", help="data set of all members")
+    grid.add_argument("--store", help="local folder or s3://bucket/prefix")
+    grid.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE", help="any other field")
+    grid.add_argument(
+        "--deployment", help="run the members by this deployment, e.g. spin/iterate (default: here, one by one)"
+    )
+
     join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
     join.add_argument("run", help="name of the run")
     join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
@@ -109,6 +130,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_configuration(inspect, dataset=False)
     inspect.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _history(text: str) -> int | str:
+    return text if text == "all" else int(text)
 
 
 def _add_existing(parser: argparse.ArgumentParser) -> None:
@@ -209,13 +234,19 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _advance(parameters: dict[str, Any], config: str | None) -> int:
+    from flows.spin import resolve_parameters, spin
+
+    resolve_parameters(config, parameters)  # a wrong field ends here, before a flow run exists
+    return _flow(lambda: spin(config=config, **parameters))
+
+
+def _flow(call: Callable[[], object]) -> int:
+    """Call a flow so that what ends it from outside shows as what it is."""
     import httpx
     from prefect.exceptions import CancelledRun, TerminationSignal
 
-    from flows.spin import STOPPED, resolve_parameters, spin
+    from flows.spin import STOPPED
     from tasks.display import stopped_by
-
-    resolve_parameters(config, parameters)  # a wrong field ends here, before a flow run exists
 
     def stopped(signum: int, _frame: object) -> NoReturn:
         raise TerminationSignal(signum)
@@ -224,7 +255,7 @@ def _advance(parameters: dict[str, Any], config: str | None) -> int:
     # own would end the process there, and the flow run would show as running for good.
     signal.signal(signal.SIGTERM, stopped)
     try:
-        spin(config=config, **parameters)
+        call()
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
     except (TerminationSignal, httpx.HTTPError) as error:
@@ -300,6 +331,30 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _grid(arguments: argparse.Namespace) -> int:
+    from flows.compare import compare
+    from spinreg_core.resolve import assignments, load_config_file
+
+    names = (
+        "name",
+        "config",
+        "until_round",
+        "alpha",
+        "beta_0",
+        "history",
+        "seeds",
+        "against",
+        "model",
+        "dataset",
+        "store",
+    )
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.variations is not None:
+        given["variations"] = load_config_file(arguments.variations)
+    fields = assignments(arguments.param)
+    return _flow(lambda: compare(**given, fields=fields, deployment=arguments.deployment))
+
+
 def _join(arguments: argparse.Namespace) -> int:
     from tasks.join import join_run
 
@@ -338,6 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
         "resume": _resume, "verify": _verify, "gc": _gc, "export": _export, "compare": _compare,
+        "grid": _grid,
         "judge-agreement": _judge_agreement,
     }  # fmt: skip
     try:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from spinreg_core.report import metrics_markdown, metrics_rows, report_data
+from spinreg_core.tables import link
 from tasks.context import current
 from tasks.display import artifact_key, run_log, show_markdown, show_table
 
@@ -34,7 +34,7 @@ def _show_round(round_number: int) -> None:
     for entry in head["rounds"]:
         if entry["round"] == round_number:
             lines += [
-                f"- {stage}: {_link(context.store.uri(f'objects/{object_id}'))}"
+                f"- {stage}: {link(context.store.uri(f'objects/{object_id}'))}"
                 for stage, object_id in (entry["stages"] | entry.get("measured", {})).items()
             ]
     show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
@@ -45,10 +45,5 @@ def show_end(summary: dict[str, Any], markdown: str) -> None:
     text = f"# {summary['run']}\n\n{markdown}\n\n"
     if summary["ended"]:
         text += f"Ended before the round it was to reach: {summary['ended']}.\n\n"
-    text += f"Report: {_link(summary['report'])}\n\nData: {_link(summary['report_json'])}\n"
+    text += f"Report: {link(summary['report'])}\n\nData: {link(summary['report_json'])}\n"
     show_markdown(artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")
-
-
-def _link(uri: str) -> str:
-    """A Markdown link to a place in the store, its address as the text."""
-    return f"[`{uri}`]({uri if '://' in uri else Path(uri).as_uri()})"

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spinreg_core.cache import borrowed
@@ -67,9 +67,14 @@ def comparison_name(runs: Sequence[str], name: str | None = None) -> str:
 
 
 def comparison_data(
-    store: Store, runs: Sequence[str], against: str | None = None, name: str | None = None
+    store: Store,
+    runs: Sequence[str],
+    against: str | None = None,
+    name: str | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Everything the comparison says. against: the run whose variant is the reference (default: the first).
+    """Everything the comparison says. against: the run whose variant is the reference (default: the first); left_out:
+    runs that were to be compared too, and why they are not.
 
     Raises BadInput for fewer than two runs or one named twice, a run that is not in the store, and where nothing can
     be compared: no round beyond the base is evaluated in all, or no two variants share held-out rows.
@@ -127,6 +132,7 @@ def comparison_data(
         "primary": PRIMARY,
         "metrics": metrics,
         "unpaired": unpaired,
+        "left_out": dict(left_out or {}),
         "values": _values(variants, metrics, resampled),
         "comparisons": comparisons,
         "families": {family: sum(one["family"] == family and not one["same"] for one in comparisons)

@@ -10,7 +10,7 @@ import base64
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -35,13 +35,17 @@ TABLE_SCHEMA = pa.schema(
 
 
 def write_comparison(
-    store: Store, runs: Sequence[str], name: str | None = None, against: str | None = None
+    store: Store,
+    runs: Sequence[str],
+    name: str | None = None,
+    against: str | None = None,
+    left_out: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over what was there.
 
     Returns their keys as `html`, `json`, `csv`, `parquet`, and the `data`. Raises as `comparison_data`.
     """
-    data = strict(comparison_data(store, runs, against, name))
+    data = strict(comparison_data(store, runs, against, name, left_out))
     place = f"comparisons/{data['name']}"
     named = {"html": "report.html", "json": "report.json", "csv": "table.csv", "parquet": "table.parquet"}
     keys = {kind: f"{place}/{file}" for kind, file in named.items()}

@@ -12,7 +12,7 @@ from typing import Any
 
 from spinreg_core.config import ObjectiveConfig
 from spinreg_core.metrics import PRIMARY, Estimate
-from spinreg_core.tables import ARROWS, format_estimate, format_number
+from spinreg_core.tables import ARROWS, format_estimate, format_number, link
 
 _COLUMNS = 110  # of a terminal
 _PER_BLOCK = 3  # variants side by side
@@ -143,6 +143,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         found.append(
             f"Compared is round {data['round']}, the last that all have evaluated; {_listed(further)} went on."
         )
+    found += [f"Left out, because it did not come to its end: {run} ({why})." for run, why in data["left_out"].items()]
     if data["config"]["generation"]["temperature"] != 1:
         found.append("Answers were not sampled at temperature 1: KL is about these samples only.")
     return found
@@ -200,3 +201,24 @@ def comparison_table(data: dict[str, Any]) -> str:
 
 def _cell_text(cell: dict[str, Any] | None) -> str:
     return "-" if cell is None else f"{cell['text']} {mark(cell['reference'])[:1]}".rstrip()
+
+
+def comparison_rows(data: dict[str, Any]) -> list[dict[str, str]]:
+    """The same table as rows for an artifact: one per metric, a column per variant."""
+    known, number, found = cells(data), data["round"], []
+    for metric, shown in data["metrics"].items():
+        title = f"{shown['label']}{' *' if metric == data['primary'] else ''} {ARROWS[shown['better']]}".rstrip()
+        found.append(
+            {"metric": f"{title} ({shown['unit']})"}
+            | {v["label"]: _cell_text(known.get((metric, v["label"], number))) for v in data["variants"]}
+        )
+    return found
+
+
+def comparison_markdown(data: dict[str, Any], places: dict[str, str]) -> str:
+    """The verdict, what limits it, and where the page and its files lie. places: addresses by kind."""
+    lines = [f"# {data['name']}", "", f"**{data['verdict']['headline']}**", ""]
+    lines += [f"- {sentence}" for sentence in data["verdict"]["sentences"]]
+    lines += ["", *(f"- {note}" for note in data["notes"]), ""]
+    lines += [f"- {kind}: {link(place)}" for kind, place in places.items()]
+    return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from spinreg_core.metrics import GAME, METRICS, PRIMARY, Estimate
@@ -160,3 +161,8 @@ def _benchmark_cells(data: dict[str, Any], kind: str, name: str) -> list[str]:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def link(uri: str) -> str:
+    """A Markdown link to a place in the store, its address as the text."""
+    return f"[`{uri}`]({uri if '://' in uri else Path(uri).as_uri()})"

@@ -1,0 +1,210 @@
+"""Runs the members of a comparison to their ends: as flow runs of a deployment, or here, one after the other.
+
+Decides: which member is started when (what two members make in common is made once), that a flow run which advances a
+member already is waited for instead of doubled, and that the end of one member, however bad, ends no other. Leaves
+out: who the members are (`spinreg_core/grid.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas import filters
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.runtime import flow_run
+from prefect.types._datetime import now
+
+from flows.spin import spin
+from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.grid import Member, open_reason, waits_for
+from spinreg_core.head import complete_round, read_head
+from spinreg_core.store import Store
+from tasks.display import artifact_key, nested, run_log, show_table
+
+POLL_SECONDS = 5.0
+_UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
+
+
+class Progress:
+    """What is known of every member, shown as a table whenever it changes."""
+
+    def __init__(self, store: Store, name: str, members: Sequence[Member]) -> None:
+        self._store, self._name, self._members = store, name, members
+        self._states: dict[str, str] = {member.run: "waits" for member in members}
+        self._shown: list[dict[str, Any]] = []
+
+    def say(self, member: Member, state: str) -> None:
+        if self._states[member.run] != state:
+            self._states[member.run] = state
+            run_log()(f"{member.run}: {state}")
+
+    def show(self) -> None:
+        rows = []
+        for member in self._members:
+            head = read_head(self._store, member.run)
+            done = "" if head is None else f"{complete_round(head)} of {member.target}"
+            rows.append({"member": member.run, "rounds": done, "state": self._states[member.run]})
+        if rows != self._shown:
+            self._shown = rows
+            show_table(artifact_key(self._name, "members"), rows, f"Members of the comparison {self._name}")
+
+
+def run_here(store: Store, members: Sequence[Member], progress: Progress) -> dict[str, str]:
+    """Advance the members in this process, each as a nested flow run. Returns why members failed, by run."""
+    failures: dict[str, str] = {}
+    for member in members:
+        if open_reason(store, member) is None:
+            progress.say(member, "was complete")
+            continue
+        progress.say(member, "runs")
+        progress.show()
+        try:
+            nested(spin, **member.values)
+        except Exception as error:
+            run_log()(f"{member.run} failed: {error!r}")
+            failures[member.run] = str(error) or repr(error)
+            progress.say(member, f"failed: {failures[member.run]}")
+        else:
+            progress.say(member, "complete")
+    progress.show()
+    return failures
+
+
+def require_other_pool(deployment: str) -> UUID:
+    """The deployment's id. Raises BadInput where there is none, and where its runs need the pool that this run holds a
+    place in: it would wait for them, and they for it."""
+    with get_client(sync_client=True) as client:
+        try:
+            found = client.read_deployment_by_name(deployment)
+        except (ObjectNotFound, ValueError):
+            raise BadInput(
+                "deployment", repr(deployment), "a deployment of the flow spin (`prefect deploy --all`)"
+            ) from None
+        own = client.read_flow_run(UUID(str(flow_run.id))).work_pool_name
+    if own is not None and own == found.work_pool_name:
+        raise BadInput(
+            "deployment", f"{deployment}, of the work pool {own!r} in which this comparison runs too",
+            "another pool for the comparison (`control` in prefect.yaml): it holds a place while it waits",
+        )  # fmt: skip
+    return found.id
+
+
+def run_on_pool(
+    store: Store, members: Sequence[Member], deployment: str, progress: Progress, check: Callable[[], None]
+) -> dict[str, str]:
+    """Advance the members by flow runs of a deployment, as many at a time as its work pool takes. Returns why members
+    failed, by run.
+
+    A member whose next objects another is about to make is started when they are there. check: raises when this is to
+    end; the members' flow runs go on, and the next start waits for them.
+    """
+    deployment_id = require_other_pool(deployment)
+    waiting, running = list(members), dict[str, tuple[Member, UUID]]()
+    attempts: dict[str, int] = {}
+    failures: dict[str, str] = {}
+    while waiting or running:
+        check()
+        with _server_may_be_away():
+            ended = _ended([of for _, of in running.values()])
+            for member, of in list(running.values()):
+                if of not in ended:
+                    continue
+                del running[member.run]
+                left = open_reason(store, member)
+                if left is None:
+                    progress.say(member, "complete")
+                elif ended[of] is None and attempts.get(member.run, 0) == 0:
+                    waiting.insert(0, member)  # somebody else's flow run, which went less far
+                else:
+                    failures[member.run] = f"{ended[of] or 'its flow run ended'}; {left}"
+                    progress.say(member, f"failed: {failures[member.run]}")
+            under_way = _under_way(deployment_id, store)
+            for member in list(waiting):
+                if open_reason(store, member) is None:
+                    progress.say(member, "was complete")
+                    waiting.remove(member)
+                elif member.run in under_way:
+                    progress.say(member, "runs, in a flow run that was there")
+                    running[member.run] = (member, under_way[member.run])
+                    waiting.remove(member)
+                elif (other := waits_for(store, member, [m for m, _ in running.values()])) is not None:
+                    progress.say(member, f"waits for what {other.run} makes")
+                else:
+                    attempts[member.run] = attempts.get(member.run, 0) + 1
+                    started = _start(deployment, member, attempts[member.run])
+                    progress.say(member, f"submitted as flow run {started.name}")
+                    running[member.run] = (member, started.id)
+                    waiting.remove(member)
+            progress.show()
+        time.sleep(POLL_SECONDS if running else 0)
+    return failures
+
+
+def _start(deployment: str, member: Member, attempt: int) -> FlowRun:
+    started: FlowRun = run_deployment(  # type: ignore[assignment]
+        deployment, parameters=member.values, timeout=0, tags=["spinreg"],
+        idempotency_key=f"{flow_run.id}:{member.run}:{attempt}",  # asked again after a lost answer, it is the same one
+    )  # fmt: skip
+    return started
+
+
+def _ended(of: Sequence[UUID]) -> dict[UUID, str | None]:
+    """Of flow runs those that have ended: None, or how badly."""
+    if not of:
+        return {}
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=list(of))))
+    ended: dict[UUID, str | None] = {one: "its flow run was deleted" for one in of if one not in {f.id for f in found}}
+    for one in found:
+        if one.state is not None and one.state.is_final():
+            bad = not one.state.is_completed()
+            ended[one.id] = f"{one.state.name}: {one.state.message or 'no message'}" if bad else None
+    return ended
+
+
+def _under_way(deployment_id: UUID, store: Store) -> dict[str, UUID]:
+    """Flow runs of the deployment that advance a run of the store, or are about to, by the run's name."""
+    found: dict[str, UUID] = {}
+    with get_client(sync_client=True) as client:
+        for page in range(1000):
+            some = client.read_flow_runs(
+                deployment_filter=filters.DeploymentFilter(id=filters.DeploymentFilterId(any_=[deployment_id])),
+                flow_run_filter=filters.FlowRunFilter(
+                    state=filters.FlowRunFilterState(type=filters.FlowRunFilterStateType(any_=_UNFINISHED))
+                ),
+                sort=FlowRunSort.START_TIME_ASC, limit=200, offset=200 * page,
+            )  # fmt: skip
+            for one in some:
+                due = one.expected_start_time is None or one.expected_start_time <= now("UTC")
+                if due and one.parameters.get("store") in (None, store.url):
+                    found.setdefault(str(one.parameters.get("run")), one.id)
+            if len(some) < 200:
+                break
+    return found
+
+
+_told_away = False
+
+
+@contextmanager
+def _server_may_be_away() -> Iterator[None]:
+    """A comparison outlives a server that is away for a while: the members do, too. It is said once."""
+    global _told_away
+    try:
+        yield
+        _told_away = False
+    except (httpx.TransportError, PrefectHTTPStatusError) as error:
+        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < 500:
+            raise SpinregError(f"the Prefect server refuses what the comparison asks for: {error}") from error
+        if not _told_away:
+            run_log()(f"the Prefect server is away ({error!r}); asked again every {POLL_SECONDS:g} s")
+        _told_away = True

@@ -1,0 +1,195 @@
+"""The members of a comparison: variations over one base configuration, each a run of its own.
+
+Decides: the members' names, which family of alpha a grid walks, what two members make in common, and when a member is
+done. Leaves out: running them (`flows.compare`), comparing them (`comparison.py`). Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.head import (
+    ROUND_STAGES,
+    check_config,
+    complete_round,
+    enter_stage,
+    pending_advance,
+    read_config,
+    read_head,
+    stage_object,
+)
+from spinreg_core.objects import fingerprint
+from spinreg_core.resolve import merge, validate
+from spinreg_core.rounds import PLANS
+from spinreg_core.store import Store
+
+PLAIN_SPIN = {"objective": {"alpha": 1.0}, "opponent": {"history": 1}}
+ALPHAS, HISTORIES = (1.0, 0.5, 0.0), (1, "all")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a comparison. values: what is said of it, nested as in a configuration file; config: all of it."""
+
+    values: dict[str, Any]
+    config: RunConfig
+    target: int
+
+    @property
+    def run(self) -> str:
+        return self.config.run
+
+
+def members_of(
+    name: str,
+    base: dict[str, Any],
+    *,
+    alpha: Sequence[float] | None = None,
+    beta_0: Sequence[float] | None = None,
+    history: Sequence[int | str] | None = None,
+    seeds: Sequence[int] | None = None,
+    variations: Mapping[str, dict[str, Any]] | None = None,
+) -> list[Member]:
+    """The runs of a comparison, in the order in which they are started.
+
+    base: what is said of all, nested as in a configuration file, with `until_round`.
+    alpha: weights of the previous policy in the reference, at the base's total beta. Default 1, 0.5, 0.
+    beta_0: instead of alpha: weights of the KL to the base, added to beta_prev, the base's `objective.beta`; the total
+        is beta_prev + beta_0 and alpha = beta_prev / total (docs/concepts.md).
+    history: how many iterates the opponent averages. Default 1 and "all".
+    seeds: default the base's.
+    variations: instead of alpha and history: fields that a variation differs in, by its name.
+
+    Every variation is run with every seed. Raises BadInput for fewer than two variations and seeds together, for a
+    value named twice, and for a member that is no configuration, naming it.
+    """
+    whole = validate(base | {"run": name})
+    if whole.until_round is None or whole.until_round < 1:
+        raise BadInput("until_round", repr(whole.until_round), "a round of at least 1 up to which all members go")
+    if variations is not None and (alpha, beta_0, history) != (None, None, None):
+        raise BadInput("variations", "a grid (alpha, beta_0 or history) besides", "either of the two")
+    if variations is None:
+        variations = _grid(whole, alpha, beta_0, history)
+    seeds = [whole.seed] if seeds is None else seeds
+    if len(set(seeds)) < len(seeds):
+        raise BadInput("seeds", repr(list(seeds)), "every seed once")
+    if len(variations) * len(seeds) < 2:
+        raise BadInput("members", f"{len(variations)} variations of {len(seeds)} seeds", "at least two to compare")
+    found = []
+    for (label, fields), seed in itertools.product(variations.items(), seeds):
+        if fixed := sorted({"run", "store", "seed", "rounds", "until_round", "model", "dataset"} & fields.keys()):
+            raise BadInput(f"variation {label!r}", ", ".join(fixed), "fields in which members of one comparison differ")
+        values = merge(base, merge(fields, {"run": f"{name}-{label}-s{seed}", "seed": seed}))
+        try:
+            config = validate(values)
+        except BadInput as error:
+            raise BadInput.from_message(f"member {values['run']!r}: {error}") from None
+        found.append(Member(values, config, whole.until_round))
+    return found
+
+
+def _grid(
+    base: RunConfig,
+    alpha: Sequence[float] | None,
+    beta_0: Sequence[float] | None,
+    history: Sequence[int | str] | None,
+) -> dict[str, dict[str, Any]]:
+    """Variations by name: alpha or beta_0, times history."""
+    if alpha is not None and beta_0 is not None:
+        raise BadInput("beta_0", "alpha besides", "either of the two: they are different experiments")
+    previous = base.objective.beta
+    if beta_0 is not None and not isinstance(previous, list) and previous > 0:
+        objectives = {f"beta0-{b:g}": {"beta": previous + b, "alpha": previous / (previous + b)} for b in beta_0}
+    elif beta_0 is not None:
+        raise BadInput("beta_0", f"objective.beta {previous}", "one number, which it is added to")
+    else:
+        objectives = {f"alpha-{a:g}": {"alpha": a} for a in (ALPHAS if alpha is None else alpha)}
+    averaged = {f"h-{h}": {"history": h} for h in (HISTORIES if history is None else history)}
+    for field, given, named in (
+        ("beta_0" if beta_0 is not None else "alpha", alpha if beta_0 is None else beta_0, objectives),
+        ("history", history, averaged),
+    ):
+        if given is not None and len(named) < len(given):
+            raise BadInput(field, repr(list(given)), "every value once")
+    return {
+        f"{a}-{h}": {"objective": objective, "opponent": opponent}
+        for (a, objective), (h, opponent) in itertools.product(objectives.items(), averaged.items())
+    }
+
+
+def reference_of(members: Sequence[Member], against: str | None) -> str:
+    """The run that the others are compared with: the one named, else the first that is plain SPIN (alpha 1, history 1),
+    else the first. Raises BadInput for one that is no member."""
+    runs = [member.run for member in members]
+    if against is not None:
+        if against not in runs:
+            raise BadInput("against", repr(against), f"one of {', '.join(runs)}")
+        return against
+    return next((m.run for m in members if m.config.objective.alpha == 1 and m.config.opponent.history == 1), runs[0])
+
+
+def check_stored(store: Store, members: Sequence[Member]) -> None:
+    """Raise ConfigChanged where a member's run exists with another configuration."""
+    for member in members:
+        stored = read_config(store, member.run)
+        if stored is not None:
+            check_config(stored, member.config)
+
+
+def made(member: Member) -> dict[tuple[int, str], str]:
+    """What the run will make, by round and stage; equal for two members where they will make the same object.
+
+    The names are not those in the store, where the base and the rows have ids that are known later.
+    """
+    config = member.config
+    rows = config.model_dump(mode="json", include={"dataset", "data", "model", "seed"})
+    head: dict[str, Any] = {
+        "run": "", "rounds": [], "base": fingerprint("base", {"model": config.model}), "data": fingerprint("data", rows)
+    }  # fmt: skip
+    found = {}
+    for number, stage in _places(member.target):
+        found[number, stage] = PLANS[stage](config, head, number).object_id
+        enter_stage(head, number, stage, found[number, stage])
+    return found
+
+
+def _places(target: int) -> list[tuple[int, str]]:
+    return [(0, "evaluate"), *itertools.product(range(1, target + 1), ROUND_STAGES)]
+
+
+def waits_for(store: Store, member: Member, running: Sequence[Member]) -> Member | None:
+    """A running member that is about to make something `member` needs too, which it had better find there; or None."""
+    own, mine = read_head(store, member.run), made(member)
+    for other in running:
+        theirs, head = made(other), read_head(store, other.run)
+        for place, object_id in mine.items():
+            done = any(h is not None and stage_object(h, *place) for h in (own, head))
+            if theirs.get(place) == object_id and not done:
+                return other
+    return None
+
+
+def open_reason(store: Store, member: Member) -> str | None:
+    """None where a member's run has come to its end: all rounds, or a condition of `until`. Else what is open."""
+    head = read_head(store, member.run)
+    if head is None:
+        return "nothing of it is in the store"
+    done = complete_round(head)
+    if done >= member.target and head.get("repair") is None:
+        return None
+    pending = pending_advance(head)
+    if pending is None and head["advances"] and head["advances"][-1]["to"] >= member.target:
+        return None  # its conditions ended it
+    return f"round {done} of {member.target} is complete"
+
+
+def require_two(found: Sequence[Member], failures: Mapping[str, str]) -> None:
+    """Raise SpinregError where fewer than two members came to their end, saying what became of the others."""
+    if len(found) < 2:
+        what = "".join(f"\n  - {run}: {why}" for run, why in failures.items())
+        raise SpinregError(f"{len(found)} members came to their end, which leaves nothing to compare:{what}")

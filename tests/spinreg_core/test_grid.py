@@ -1,0 +1,148 @@
+"""Who the members of a comparison are, what they make in common, and which of them wait for which."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinreg_core.errors import BadInput, ConfigChanged, SpinregError
+from spinreg_core.grid import (
+    Member,
+    check_stored,
+    made,
+    members_of,
+    open_reason,
+    reference_of,
+    require_two,
+    waits_for,
+)
+from spinreg_core.head import ROUND_STAGES, open_session
+from spinreg_core.store import open_store
+
+BASE: dict[str, Any] = {"until_round": 3, "model": "random:tiny"}
+
+
+def names(members: list[Member]) -> list[str]:
+    return [member.run for member in members]
+
+
+def test_the_default_grid_is_alpha_times_history_with_plain_spin_first() -> None:
+    members = members_of("g", BASE)
+    assert names(members) == [f"g-alpha-{a}-h-{h}-s0" for a in ("1", "0.5", "0") for h in ("1", "all")]
+    assert reference_of(members, None) == members[0].run
+    for member in members:
+        assert (member.config.until_round, member.config.run, member.target) == (3, member.values["run"], 3)
+    assert members[3].config.objective.alpha == 0.5
+    assert members[3].config.opponent.history == "all"
+
+
+def test_every_variation_has_every_seed() -> None:
+    members = members_of("g", BASE, alpha=[0.25], history=[1, 2], seeds=[3, 4])
+    assert [(m.config.opponent.history, m.config.seed) for m in members] == [(1, 3), (1, 4), (2, 3), (2, 4)]
+    assert reference_of(members, None) == members[0].run, "without plain SPIN the first"
+    assert reference_of(members, members[2].run) == members[2].run
+
+
+def test_beta_0_is_added_to_a_beta_prev_that_stays() -> None:
+    members = members_of("g", BASE | {"objective": {"beta": 0.1}}, beta_0=[0, 0.1, 0.3], history=[1])
+    for member, added in zip(members, (0, 0.1, 0.3), strict=True):
+        objective = member.config.objective
+        assert isinstance(objective.beta, float)
+        assert objective.beta * objective.alpha == pytest.approx(0.1), "the previous policy's weight"
+        assert objective.beta * (1 - objective.alpha) == pytest.approx(added), "the base's"
+
+
+def test_variations_may_be_anything_else() -> None:
+    different = {"rms": {"training": {"optimizer": "rmsprop"}}, "adam": {"training": {"optimizer": "adamw"}}}
+    members = members_of("g", BASE | {"training": {"epochs": 2}}, variations=different)
+    assert names(members) == ["g-rms-s0", "g-adam-s0"]
+    assert [(m.config.training.optimizer, m.config.training.epochs) for m in members] == [("rmsprop", 2), ("adamw", 2)]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"alpha": [0.5], "history": [1]}, "members: found 1 variations of 1 seeds; expected at least two"),
+        ({"alpha": [0.5, 0.5]}, r"alpha: found \[0.5, 0.5\]; expected every value once"),
+        ({"seeds": [1, 1]}, "seeds: found .* every seed once"),
+        ({"alpha": [0.5, 1.5]}, r"member 'g-alpha-1.5-h-1-s0': .*\n.*objective.alpha: found 1.5"),
+        ({"alpha": [1], "beta_0": [0.1]}, "beta_0: found alpha besides"),
+        ({"beta_0": [-0.2]}, "objective.alpha|objective.beta"),
+        ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a': found seed; expected fields in which"),
+        ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations: found a grid"),
+        ({"variations": {"A b": {}, "b": {}}}, "member 'g-A b-s0'"),
+    ],
+)
+def test_what_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        members_of("g", BASE, **given)
+    with pytest.raises(BadInput, match="until_round: found None"):
+        members_of("g", {})
+    with pytest.raises(BadInput, match="against: found 'x'; expected one of g-"):
+        reference_of(members_of("g", BASE), "x")
+
+
+def test_what_members_make_in_common() -> None:
+    """By the fingerprints of the stages: round 1 whatever alpha and history, round 2 whatever histories above 1."""
+    members = {(m.config.objective.alpha, m.config.opponent.history, m.config.seed): made(m)
+               for m in members_of("g", BASE, alpha=[1, 0.5, 0], history=[1, 2, "all"], seeds=[0, 1])}  # fmt: skip
+    for (one, a), (other, b) in itertools.combinations(members.items(), 2):
+        common = {place for place, object_id in a.items() if b[place] == object_id}
+        round_1 = {(0, "evaluate"), *((1, stage) for stage in ROUND_STAGES)}
+        if one[2] != other[2]:
+            assert common == set()
+        elif one[0] == other[0] and 1 not in (one[1], other[1]):
+            assert common == round_1 | {(2, stage) for stage in ROUND_STAGES} | {(3, "generate")}
+        else:
+            assert round_1 < common
+            assert common - round_1 <= {(2, "generate"), (2, "mix-opponent")}
+
+
+def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    plain, mixed, other_seed = members_of("g", BASE | {"store": store.url}, alpha=[1, 0.5], history=[1], seeds=[0, 1])[
+        :3
+    ]
+    assert (mixed.config.seed, other_seed.config.seed) == (1, 0)
+    assert waits_for(store, mixed, [plain]) is None, "of another seed nothing is the same"
+    assert waits_for(store, other_seed, []) is None
+    with open_session(store, plain.config, "tester") as session:
+        session.begin_advance("tester", None, 3)
+        session.commit_inputs("base-x", "data-x")
+        for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
+            for stage in stages:
+                assert waits_for(store, other_seed, [mixed, plain]) is plain, (number, stage)
+                session.commit(number, stage, f"{stage}-{number}")
+        assert waits_for(store, other_seed, [mixed, plain]) is None
+
+
+def test_when_a_member_is_done(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    member, other = members_of("g", BASE | {"store": store.url, "until_round": 1}, alpha=[1, 0], history=[1])
+    assert open_reason(store, member) == "nothing of it is in the store"
+    with open_session(store, member.config, "tester") as session:
+        session.begin_advance("tester", None, 1)
+        session.commit_inputs("base-x", "data-x")
+        session.commit(0, "evaluate", "evaluate-0")
+        assert open_reason(store, member) == "round 0 of 1 is complete"
+        for stage in ROUND_STAGES:
+            session.commit(1, stage, f"{stage}-1")
+        assert open_reason(store, member) is None
+    with open_session(store, other.config, "tester") as session:
+        session.begin_advance("tester", None, 1)
+        session.finish_advance(ended=True)
+    assert open_reason(store, other) is None, "its conditions ended it"
+    changed = members_of("g", BASE | {"store": store.url, "training": {"epochs": 9}}, alpha=[1, 0], history=[1])
+    check_stored(store, [member, other])
+    with pytest.raises(ConfigChanged, match=r"run 'g-alpha-1-h-1-s0' exists .*\n.*training.epochs"):
+        check_stored(store, changed)
+
+
+def test_one_member_is_no_comparison() -> None:
+    members = members_of("g", BASE)
+    require_two(members, {})
+    with pytest.raises(SpinregError, match=r"1 members came to their end.*\n  - b: failed so"):
+        require_two(members[:1], {"b": "failed so"})
