@@ -351,8 +351,11 @@ def _grid(arguments: argparse.Namespace) -> int:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.variations is not None:
         given["variations"] = load_config_file(arguments.variations)
-    fields = assignments(arguments.param)
-    return _flow(lambda: compare(**given, fields=fields, deployment=arguments.deployment))
+    fields, found = assignments(arguments.param), dict[str, Any]()
+    status = _flow(lambda: found.update(compare(**given, fields=fields, deployment=arguments.deployment)))
+    for run, why in found.get("left_out", {}).items():
+        print(f"spinreg: {run} is left out: {why}", file=sys.stderr)
+    return status or (1 if found.get("left_out") else 0)
 
 
 def _join(arguments: argparse.Namespace) -> int:

@@ -145,7 +145,8 @@ def run_on_pool(
                     running[member.run] = (member, started.id)
                     waiting.remove(member)
             progress.show()
-        time.sleep(POLL_SECONDS if running else 0)
+        if waiting or running:
+            time.sleep(POLL_SECONDS)
     return failures
 
 

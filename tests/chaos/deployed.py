@@ -23,7 +23,7 @@ _START_SECONDS = 60.0
 
 def deploy(server: PrefectServer) -> None:
     """`spin/iterate`, as prefect.yaml says."""
-    for command in ("work-pool create local --type process", "--no-prompt deploy --all"):
+    for command in ("work-pool create local --type process", "--no-prompt deploy --name spin/iterate"):
         done = server.cli(*command.split(), cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
 

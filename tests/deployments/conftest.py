@@ -31,6 +31,7 @@ def deployed_server(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> It
     with prefect_server(tmp_path_factory.mktemp("prefect")) as started:
         for command in (
             "work-pool create local --type process",
+            "work-pool create control --type process",
             "work-pool create docker --type docker",
             "work-pool create gpu --type kubernetes --base-job-template deployments/kubernetes-base-job-template.json",
             "--no-prompt deploy --all",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
 from servers import PrefectServer
 
+from flows.compare import compare
 from spinreg_core.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
@@ -24,7 +26,9 @@ FILES = {
 
 
 def only_deployment(file: str) -> dict[str, Any]:
-    (deployment,) = yaml.safe_load((ROOT / file).read_text())["deployments"]
+    """Of the flow spin."""
+    declared = yaml.safe_load((ROOT / file).read_text())["deployments"]
+    (deployment,) = [one for one in declared if one["entrypoint"] == "flows.spin:spin"]
     return deployment
 
 
@@ -87,6 +91,21 @@ def test_iterate_arrives_as_described(deployed_server: PrefectServer, clone: Pat
     (schedule,) = iterate["schedules"]
     assert (schedule["slug"], schedule["active"], schedule["parameters"]) == ("nightly", False, {"rounds": 1})
     assert schedule["schedule"]["cron"] == "0 2 * * *"
+
+
+@pytest.mark.slow
+def test_grid_arrives_in_a_pool_of_its_own(deployed_server: PrefectServer) -> None:
+    grid = deployed_server.api("GET", "deployments/name/compare/grid")
+    assert (grid["entrypoint"], grid["work_pool_name"]) == ("flows.compare:compare", "control")
+    assert grid["job_variables"]["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
+    assert grid["job_variables"]["stream_output"] is False
+    fields = grid["parameter_openapi_schema"]["properties"]
+    assert set(fields) == set(inspect.signature(compare.fn).parameters)
+    assert all(len(field["description"]) > 15 for field in fields.values())
+    assert fields["deployment"]["default"] == "spin/iterate"
+    done = deployed_server.cli("deployment", "run", "compare/grid", "-p", "until_round=0")
+    assert done.returncode != 0
+    assert "until_round" in done.stdout + done.stderr
 
 
 @pytest.mark.slow

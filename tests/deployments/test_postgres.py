@@ -24,7 +24,7 @@ ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 def test_two_workers_and_a_database_that_crashes(clone: Path, tmp_path: Path) -> None:
     with postgres() as database, prefect_server(tmp_path / "prefect", database.url) as server:
         server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
-        for command in ("work-pool create local --type process", "--no-prompt deploy --all"):
+        for command in ("work-pool create local --type process", "--no-prompt deploy --name spin/iterate"):
             done = server.cli(*command.split(), cwd=clone)
             assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr}"
         store = open_store(str(tmp_path / "store"))

@@ -227,8 +227,18 @@ def test_the_worker_runs_one_flow_at_a_time_in_the_pool_that_is_deployed_to(serv
     pool = command[command.index("--pool") + 1]
     kind = command[command.index("--type") + 1]
     assert f"prefect work-pool create {pool} --type {kind}" in services["deploy"]["command"][-1]
-    declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())
-    assert {deployment["work_pool"]["name"] for deployment in declared["deployments"]} == {pool}
+    declared = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {deployment["name"]: deployment["work_pool"]["name"] for deployment in declared} == {
+        "iterate": pool, "grid": "control",
+    }  # fmt: skip
+
+
+def test_comparisons_wait_in_a_pool_of_their_own(services: dict[str, Any]) -> None:
+    command = services["control"]["command"]
+    assert command[command.index("--pool") + 1] == "control"
+    assert "--limit" not in command, "they only wait"
+    assert "prefect work-pool create control --type process" in services["deploy"]["command"][-1]
+    assert services["control"]["environment"] == services["worker"]["environment"]
 
 
 # The programs themselves

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from runs import SMOKE, environment, generations, outcome, run, stage_processes
+from runs import ROOT, SMOKE, environment, generations, outcome, run, stage_processes
 
 from spinreg_core.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
 from spinreg_core.objects import fetch_file, fetch_folder
@@ -64,6 +67,27 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
     head = read_head(store, "smoke")
     assert head is not None
     assert pending_advance(head) is None
+
+
+def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tuple[Store, str, Path]) -> None:
+    store, _, tmp = finished
+    before, objects = outcome(store, "smoke"), set(store.list("objects/"))
+    different = {"as-it-was": {}, "longer": {"training": {"epochs": 2}}, "broken": {"benchmarks": {"include": "/no"}}}
+    (tmp / "variations.json").write_text(json.dumps(different))
+    command = [sys.executable, "-m", "flows.cli", "grid", "--name", "small", "--config", SMOKE, "--store", store.url,
+               "--until-round", "1", "--variations", str(tmp / "variations.json")]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert re.search(r"small-broken-s0 is left out: .*benchmarks.include", done.stderr), done.stderr
+    assert outcome(store, "smoke") == before
+    made = {key.split("/")[1].split("-")[0] for key in set(store.list("objects/")) - objects}
+    assert made == {"train", "evaluate", "generate"}, "of round 1, by the member that trains longer"
+    data = json.loads(store.read("comparisons/small/report.json") or b"")
+    assert [one["run"] for one in data["runs"]] == ["small-as-it-was-s0", "small-longer-s0"]
+    assert list(data["left_out"]) == ["small-broken-s0"]
+    assert any("small-broken-s0 (" in note for note in data["notes"])
+    assert data["variants"][1]["differences"] == ["training.epochs: 1 -> 2"]
+    assert data["verdict"]["headline"] in done.stdout + done.stderr
 
 
 def test_no_stage_process_is_left(finished: tuple[Store, str, Path]) -> None:
