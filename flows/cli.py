@@ -332,7 +332,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
-    from flows.compare import compare
+    from flows.compare import compare, resolve_grid
     from spinreg_core.resolve import assignments, load_config_file
 
     names = (
@@ -351,8 +351,10 @@ def _grid(arguments: argparse.Namespace) -> int:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.variations is not None:
         given["variations"] = load_config_file(arguments.variations)
-    fields, found = assignments(arguments.param), dict[str, Any]()
-    status = _flow(lambda: found.update(compare(**given, fields=fields, deployment=arguments.deployment)))
+    given["fields"] = assignments(arguments.param)
+    resolve_grid(**given)  # a wrong field ends here, before a flow run exists
+    found: dict[str, Any] = {}
+    status = _flow(lambda: found.update(compare(**given, deployment=arguments.deployment)))
     for run, why in found.get("left_out", {}).items():
         print(f"spinreg: {run} is left out: {why}", file=sys.stderr)
     return status or (1 if found.get("left_out") else 0)

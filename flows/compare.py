@@ -29,6 +29,37 @@ from tasks.display import artifact_key, flush, run_log, show_markdown, show_tabl
 from tasks.process import end_embedded_server_with_us
 
 
+def resolve_grid(
+    name: str,
+    config: str | None = None,
+    *,
+    until_round: int | None = None,
+    alpha: list[float] | None = None,
+    beta_0: list[float] | None = None,
+    history: Sequence[int | str] | None = None,
+    seeds: list[int] | None = None,
+    variations: dict[str, dict[str, Any]] | None = None,
+    against: str | None = None,
+    model: str | None = None,
+    dataset: str | None = None,
+    store: str | None = None,
+    fields: dict[str, Any] | None = None,
+) -> tuple[Store, list[Member], str]:
+    """The store, the members and the run they are compared with, that a call of `compare` stands for. Raises BadInput,
+    also where a member's run exists with another configuration."""
+    said = {"model": model, "dataset": dataset, "store": store}
+    base = merge({} if config is None else load_config_file(config), fields or {})
+    base |= {field: value for field, value in said.items() if value is not None}
+    rounds = base.pop("rounds", None)
+    base["until_round"] = until_round or base.get("until_round") or rounds
+    opened = open_store(validate(base | {"run": name}).store)
+    base["store"] = opened.url  # a worker elsewhere has other defaults
+    opened.check()
+    members = members_of(name, base, alpha=alpha, beta_0=beta_0, history=history, seeds=seeds, variations=variations)
+    check_stored(opened, members)
+    return opened, members, reference_of(members, against)
+
+
 @flow(name="compare", flow_run_name="{name}/compare", persist_result=False)
 def compare(
     name: Annotated[str, Field(pattern=RUN_NAME)] = "grid",
@@ -68,18 +99,11 @@ def compare(
         deployment: Deployment that runs the members; its work pool must be another than this flow's.
     """
     end_embedded_server_with_us()
-    said = {"model": model, "dataset": dataset, "store": store}
-    base = merge({} if config is None else load_config_file(config), fields or {})
-    base |= {field: value for field, value in said.items() if value is not None}
-    base["until_round"] = until_round or base.get("until_round") or base.pop("rounds", None)
-    base.pop("rounds", None)
-    opened = open_store(validate(base | {"run": name}).store)
-    base["store"] = opened.url  # a worker elsewhere has other defaults
-    opened.check()
+    opened, members, reference = resolve_grid(
+        name, config, until_round=until_round, alpha=alpha, beta_0=beta_0, history=history, seeds=seeds,
+        variations=variations, against=against, model=model, dataset=dataset, store=store, fields=fields,
+    )  # fmt: skip
     require_conditional_writes(opened)
-    members = members_of(name, base, alpha=alpha, beta_0=beta_0, history=history, seeds=seeds, variations=variations)
-    reference = reference_of(members, against)
-    check_stored(opened, members)
     run_log()(f"{len(members)} members, each until round {members[0].target}, in {opened.url}:\n"
               + "\n".join(f"  {member.run}" for member in members))  # fmt: skip
     show_markdown(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from runs import (
@@ -39,24 +39,30 @@ ONE_ROUND = [
 ]
 
 
+class Undisturbed(NamedTuple):
+    url: str
+    outcome: dict[str, Any]
+    text: str
+    env: dict[str, str]
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def expected(prefect_server: PrefectServer, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What an undisturbed run leaves."""
-    tmp = tmp_path_factory.mktemp("calm")
-    run([*ONE_ROUND, "--store", str(tmp / "store")], environment(tmp, prefect_server), tmp / "log")
-    return outcome(open_store(str(tmp / "store")), "smoke")
+def undisturbed(
+    prefect_server: PrefectServer, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
+) -> Undisturbed:
+    """A run on S3, with secrets in its environment; what the others leave in folders is held to it."""
+    tmp, url = tmp_path_factory.mktemp("calm"), s3_server.url(uuid.uuid4().hex)
+    env = environment(tmp, prefect_server, **s3_server.env | PLANTED)
+    text = run([*ONE_ROUND, "--store", url], env, tmp / "log")
+    return Undisturbed(url, outcome(open_store(url), "smoke"), text, env, tmp)
 
 
-def test_a_run_on_s3_is_the_same_run(
-    prefect_server: PrefectServer, s3_server: S3Server, expected: dict[str, Any], tmp_path: Path
-) -> None:
-    url = s3_server.url(uuid.uuid4().hex)
-    env = environment(tmp_path, prefect_server, **s3_server.env | PLANTED)
-    text = run([*ONE_ROUND, "--store", url], env, tmp_path / "log")
-    assert outcome(open_store(url), "smoke") == expected
-    assert f"{url}/runs/smoke/report.html" in text
-    assert len(open_store(url).list("objects/")) > 20
-    assert secrets_found([tmp_path, prefect_server.home], open_store(url), env) == []
+def test_a_run_on_s3(prefect_server: PrefectServer, undisturbed: Undisturbed) -> None:
+    store = open_store(undisturbed.url)
+    assert f"{undisturbed.url}/runs/smoke/report.html" in undisturbed.text
+    assert len(store.list("objects/")) > 20
+    assert secrets_found([undisturbed.folder, prefect_server.home], store, undisturbed.env) == []
 
 
 EVERY = ("prepare", "round-0-evaluate", "round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
@@ -64,7 +70,7 @@ EVERY = ("prepare", "round-0-evaluate", "round-1-generate", "round-1-mix-opponen
 
 @pytest.mark.parametrize("stages", [("round-1-generate", "round-1-train"), pytest.param(EVERY, marks=pytest.mark.long)])
 def test_killed_in_a_stage(
-    prefect_server: PrefectServer, expected: dict[str, Any], tmp_path: Path, stages: tuple[str, ...]
+    prefect_server: PrefectServer, undisturbed: Undisturbed, tmp_path: Path, stages: tuple[str, ...]
 ) -> None:
     env = environment(tmp_path, prefect_server)
     store, log = open_store(str(tmp_path / "killed")), tmp_path / "killed.log"
@@ -94,7 +100,7 @@ def test_killed_in_a_stage(
         kept = {key: store.read(key) for key in store.list("objects/") if key.endswith(".json")}
     # Nothing depends on Prefect's memory: the last start has an empty Prefect home and its own embedded server.
     text = run(arguments, environment(tmp_path), tmp_path / "last.log")
-    assert outcome(store, "smoke") == expected
+    assert outcome(store, "smoke") == undisturbed.outcome
     for key, content in kept.items():
         assert store.read(key) == content, key
     assert len(generations(store, "smoke", 1)) == 12

@@ -1,4 +1,5 @@
-"""A whole run with the smoke configuration on Prefect's embedded server, and what it must leave behind."""
+"""A whole run with the smoke configuration on Prefect's embedded server, what it must leave behind, and what can be
+made of it afterwards."""
 
 from __future__ import annotations
 
@@ -10,11 +11,20 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from huggingface_hub import ModelCard
+from questions import write_tasks
 from runs import ROOT, SMOKE, environment, generations, outcome, run, stage_processes
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from flows.cli import main
+from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
+from spinreg_core.export import export, parse_size, push, reshard
 from spinreg_core.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
 from spinreg_core.objects import fetch_file, fetch_folder
+from spinreg_core.rounds import measured_objects
 from spinreg_core.store import Store, open_store
+from spinreg_core.tables import format_estimate
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +32,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, str, Path]:
     tmp = tmp_path_factory.mktemp("smoke")
-    text = run(["--config", SMOKE, "--store", str(tmp / "store")], environment(tmp), tmp / "log")
+    measured = ["-p", f"benchmarks.include_path={write_tasks(tmp / 'tasks')}", "-p", 'benchmarks.tasks=["colours"]',
+                "-p", "benchmarks.limit=4", "-p", "benchmarks.rounds=[1]"]  # fmt: skip
+    text = run(["--config", SMOKE, "--store", str(tmp / "store"), *measured], environment(tmp), tmp / "log")
     return open_store(str(tmp / "store")), text, tmp
 
 
@@ -72,13 +84,17 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
 def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), set(store.list("objects/"))
-    different = {"as-it-was": {}, "longer": {"training": {"epochs": 2}}, "broken": {"benchmarks": {"include": "/no"}}}
+    different = {
+        "as-it-was": {},
+        "longer": {"training": {"epochs": 2}},
+        "broken": {"benchmarks": {"include_path": "/no", "tasks": ["x"]}},
+    }
     (tmp / "variations.json").write_text(json.dumps(different))
     command = [sys.executable, "-m", "flows.cli", "grid", "--name", "small", "--config", SMOKE, "--store", store.url,
                "--until-round", "1", "--variations", str(tmp / "variations.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=400)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"small-broken-s0 is left out: .*benchmarks.include", done.stderr), done.stderr
+    assert re.search(r"small-broken-s0 is left out: .*benchmarks.include_path", done.stderr), done.stderr
     assert outcome(store, "smoke") == before
     made = {key.split("/")[1].split("-")[0] for key in set(store.list("objects/")) - objects}
     assert made == {"train", "evaluate", "generate"}, "of round 1, by the member that trains longer"
@@ -122,9 +138,6 @@ def test_no_row_is_lost_or_doubled(finished: tuple[Store, str, Path]) -> None:
 
 
 def test_the_policy_loads_as_an_ordinary_folder(finished: tuple[Store, str, Path]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     store, _, _ = finished
     head = read_head(store, "smoke")
     assert head is not None
@@ -148,3 +161,117 @@ def test_the_report_holds_what_the_json_holds(finished: tuple[Store, str, Path])
     assert "<script src" not in html
     assert "heldout_nll" in json.dumps(data)
     assert len(html) > 10_000
+
+
+# Its policies as model folders that others use without spinreg
+
+
+def committed(store: Store) -> Path:
+    head = read_head(store, "smoke")
+    assert head is not None
+    object_id = stage_object(head, 1, "train")
+    assert object_id is not None
+    return fetch_folder(store, object_id, "policy")
+
+
+def test_it_is_the_committed_policy_with_a_card(
+    finished: tuple[Store, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, _, _ = finished
+    target = tmp_path / "model"
+    assert (
+        main(
+            [
+                "export",
+                "smoke",
+                "--round",
+                "1",
+                "--store",
+                store.url,
+                "--to",
+                str(target),
+                "--push",
+                str(tmp_path / "hub"),
+            ]
+        )
+        == 0
+    )
+    assert f"pushed to {tmp_path / 'hub'}" in capsys.readouterr().out
+    for path in committed(store).iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes() == (tmp_path / "hub" / path.name).read_bytes()
+    assert {"config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= {
+        path.name for path in target.iterdir()
+    }
+    GenerationConfig.from_pretrained(target)
+    assert AutoTokenizer.from_pretrained(target).chat_template
+    card = ModelCard.load(target / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model is None, "random:tiny is no model of the hub"
+    report = json.loads((store.read("runs/smoke/report.json") or b"").decode())
+    text = card.text
+    assert "# smoke, round 1" in text
+    assert "| alpha (weight of the previous policy in the reference" in text
+    for name in ("held-out NLL", "KL to base", "reward accuracy"):
+        assert f"| {name}" in text
+    assert [part["name"] for part in report["rounds"][1]["benchmarks"]] == ["colours"]
+    assert report["rounds"][0]["benchmarks"] == []
+    accuracy = report["rounds"][1]["benchmarks"][0]["metrics"]["acc"]
+    assert f"| colours | acc | {format_estimate(accuracy)} | 4 |" in text
+    assert list(measured_objects(read_head(store, "smoke") or {}, 1)) == ["lm-eval colours"]
+    low = report["rounds"][1]["metrics"]["heldout_nll"]["low"]
+    assert f"[{low:.2f}"[:4] in text
+    for line in report["lineage"]:
+        if line["round"] in (None, 1) and line["stage"] in ("base", "data", "generate", "mix-opponent", "train"):
+            assert f"`{line['object_id']}`" in text
+    for line in text.splitlines():
+        if line.startswith("|") and "metric" not in line and "---" not in line:
+            assert line.count("|") in (3, 4, 5), line
+
+
+def test_in_small_files_it_computes_the_same(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
+    store, _, _ = finished
+    folder = tmp_path / "small"
+    folder.mkdir()
+    source = committed(store)
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    reshard(source, folder, 100_000)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    assert all(path.stat().st_size < 300_000 for path in files)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in files}
+    models = [AutoModelForCausalLM.from_pretrained(place) for place in (source, folder)]
+    found, expected = (model.state_dict() for model in models)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_the_base_in_one_file_of_a_chosen_size(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
+    store, _, _ = finished
+    export(store, "smoke", tmp_path / "base", round_number=0, shard_size="1MB")
+    assert [path.name for path in (tmp_path / "base").glob("*.safetensors*")] == ["model.safetensors"]
+    assert "# smoke, base" in (tmp_path / "base" / "README.md").read_text()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+
+
+def test_what_it_refuses(finished: tuple[Store, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, _, _ = finished
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    with pytest.raises(BadInput, match="which holds something; expected a folder that is empty"):
+        export(store, "smoke", tmp_path / "full")
+    with pytest.raises(BadInput, match=r"--round: found 7; expected 0 or a round that was trained \(1, 2\)"):
+        export(store, "smoke", tmp_path / "none", round_number=7)
+    with pytest.raises(BadInput, match="--shard-size: found '5'; expected a size"):
+        export(store, "smoke", tmp_path / "none", shard_size="5")
+    with pytest.raises(BadInput, match="--push: found 'somewhere'"):
+        push(tmp_path / "full", "somewhere")
+    with pytest.raises(BadInput, match="which holds something"):
+        push(tmp_path / "full", str(tmp_path / "full"))
+    assert main(["export", "nobody", "--store", store.url, "--to", str(tmp_path / "none")]) == EXIT_BAD_INPUT
+    assert "one of the runs of" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "nothing half written is left"
+    assert (parse_size("5GB"), parse_size("1.5 mib")) == (5 * 10**9, 3 * 2**19)

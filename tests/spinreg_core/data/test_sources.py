@@ -248,6 +248,9 @@ def test_s3(tmp_path: Path, s3_server: S3Server) -> None:
         fs.put_file(str(write(tmp_path / name)), f"{s3_server.bucket}/data/{name}")
     assert contents(read(f"s3://{s3_server.bucket}/data/set", "test")) == ROWS
     assert contents(read(f"s3://{s3_server.bucket}/data/alone.parquet", "train[:2]")) == ROWS[:2]
-    for url in (f"s3://{s3_server.bucket}/data/none", "s3://no-such-bucket/data"):
-        with pytest.raises(BadInput, match="dataset: found nothing at s3://"):
+    for url, said in (
+        (f"s3://{s3_server.bucket}/data/none", "nothing at s3://"),
+        ("s3://no-such-bucket/data", "s3://no-such-bucket/data cannot be read: The specified bucket does not exist"),
+    ):
+        with pytest.raises(BadInput, match=f"dataset: found {said}"):
             read(url, "train")
