@@ -21,6 +21,7 @@ from pydantic import Field
 from flows.members import Progress, run_here, run_on_pool
 from spinreg_core.comparison_words import comparison_markdown, comparison_rows, comparison_table
 from spinreg_core.config import RUN_NAME
+from spinreg_core.figures import comparison_figures
 from spinreg_core.grid import Member, check_stored, members_of, open_reason, reference_of, require_two
 from spinreg_core.resolve import load_config_file, merge, show, validate
 from spinreg_core.store import Store, open_store, require_conditional_writes
@@ -137,7 +138,11 @@ def _end(
     written = write_comparison(opened, runs, name, reference if reference in runs else None, left_out)
     data, places = written["data"], {kind: opened.uri(written[kind]) for kind in ("html", "json", "csv", "parquet")}
     show_table(artifact_key(name, "metrics"), comparison_rows(data), f"Comparison {name}, round {data['round']}")
-    show_markdown(artifact_key(name, "comparison"), comparison_markdown(data, places), f"Comparison {name}")
+    show_markdown(
+        artifact_key(name, "comparison"),
+        f"{comparison_markdown(data, places)}\n\n{comparison_figures(data)}",
+        f"Comparison {name}",
+    )
     run_log()(f"\n{comparison_table(data)}\ncomparison: {places['html']}")
     flush(30.0)
     summary = {"name": name, "store": opened.url, "runs": runs, "left_out": left_out, "comparison": places}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from spinreg_core.figures import run_figures
 from spinreg_core.report import metrics_markdown, metrics_rows, report_data
 from spinreg_core.tables import link
 from tasks.context import current
@@ -30,7 +31,16 @@ def _show_round(round_number: int) -> None:
         metrics_rows(data),
         f"Held-out metrics of run {run}, base to round {round_number}",
     )
-    lines = [f"# {run}, round {round_number}", "", metrics_markdown(data), "", "## In the store", ""]
+    lines = [
+        f"# {run}, round {round_number}",
+        "",
+        metrics_markdown(data),
+        "",
+        run_figures(data),
+        "",
+        "## In the store",
+        "",
+    ]
     for entry in head["rounds"]:
         if entry["round"] == round_number:
             lines += [

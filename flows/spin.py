@@ -42,6 +42,7 @@ from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.errors import EXIT_PREEMPTED, SpinregError, StagePreempted
+from spinreg_core.figures import run_figures
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import metrics_markdown, metrics_table, report_data, write_report
 from spinreg_core.resolve import resolve, show
@@ -203,7 +204,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             "report_json": opened.uri(report["json"]),
         }
     log(f"\n{metrics_table(report['data'])}\nreport: {summary['report']}")
-    show_end(summary, metrics_markdown(report["data"]))
+    show_end(summary, f"{metrics_markdown(report['data'])}\n{run_figures(report['data'])}")
     wait_for_server(END_PATIENCE_SECONDS)
     flush(30.0)
     return summary

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import _parameters, _parser, main
+from flows.arguments import parser
+from flows.cli import _parameters, main
 from spinreg_core.config import ResourcesConfig, RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput
 from spinreg_core.head import open_session
@@ -20,7 +21,7 @@ QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
 
 
 def test_parameters_become_nested_fields() -> None:
-    arguments = _parser().parse_args(
+    arguments = parser().parse_args(
         ["run", "--run", "x", "--rounds", "2", "-p", "objective.alpha=0.25", "-p", "opponent.history=all",
          "-p", "objective.beta=[0.1, 5]", "-p", "training.max_grad_norm=null"]
     )  # fmt: skip
@@ -35,7 +36,7 @@ def test_parameters_become_nested_fields() -> None:
 
 def test_a_parameter_without_a_value_is_explained() -> None:
     with pytest.raises(BadInput, match=r"GROUP\.FIELD=VALUE"):
-        _parameters(_parser().parse_args(["run", "-p", "objective.alpha"]))
+        _parameters(parser().parse_args(["run", "-p", "objective.alpha"]))
 
 
 def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
