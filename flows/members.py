@@ -108,42 +108,45 @@ def run_on_pool(
     end; the members' flow runs go on, and the next start waits for them.
     """
     deployment_id = require_other_pool(deployment)
-    waiting, running = list(members), dict[str, tuple[Member, UUID]]()
+    waiting, running = list[Member](), dict[str, tuple[Member, UUID]]()
+    for member in members:
+        if open_reason(store, member) is None:
+            progress.say(member, "was complete")
+        else:
+            waiting.append(member)
     attempts: dict[str, int] = {}
     failures: dict[str, str] = {}
     while waiting or running:
         check()
         with _server_may_be_away():
             ended = _ended([of for _, of in running.values()])
-            for member, of in list(running.values()):
-                if of not in ended:
-                    continue
+            under_way = _under_way(deployment_id, store)
+            for member, of in [one for one in running.values() if one[1] in ended]:
                 del running[member.run]
                 left = open_reason(store, member)
                 if left is None:
                     progress.say(member, "complete")
-                elif ended[of] is None and attempts.get(member.run, 0) == 0:
-                    waiting.insert(0, member)  # somebody else's flow run, which went less far
+                elif member.run in under_way or member.run not in attempts:
+                    waiting.insert(0, member)  # it ended for another's sake, or was somebody else's and went less far
                 else:
                     failures[member.run] = f"{ended[of] or 'its flow run ended'}; {left}"
                     progress.say(member, f"failed: {failures[member.run]}")
-            under_way = _under_way(deployment_id, store)
+            heads = {run: read_head(store, run) for run in running}
             for member in list(waiting):
-                if open_reason(store, member) is None:
-                    progress.say(member, "was complete")
-                    waiting.remove(member)
-                elif member.run in under_way:
+                if member.run in under_way:
                     progress.say(member, "runs, in a flow run that was there")
                     running[member.run] = (member, under_way[member.run])
-                    waiting.remove(member)
-                elif (other := waits_for(store, member, [m for m, _ in running.values()])) is not None:
+                elif (
+                    other := waits_for(member, store, [(m, heads.get(m.run)) for m, _ in running.values()])
+                ) is not None:
                     progress.say(member, f"waits for what {other.run} makes")
+                    continue
                 else:
                     attempts[member.run] = attempts.get(member.run, 0) + 1
                     started = _start(deployment, member, attempts[member.run])
                     progress.say(member, f"submitted as flow run {started.name}")
                     running[member.run] = (member, started.id)
-                    waiting.remove(member)
+                waiting.remove(member)
             progress.show()
         if waiting or running:
             time.sleep(POLL_SECONDS)
@@ -151,10 +154,11 @@ def run_on_pool(
 
 
 def _start(deployment: str, member: Member, attempt: int) -> FlowRun:
+    # Asked again after an answer that was lost, it is the same flow run; a retry of the comparison makes another.
+    key = f"{flow_run.id}:{flow_run.run_count}:{member.run}:{attempt}"
     started: FlowRun = run_deployment(  # type: ignore[assignment]
-        deployment, parameters=member.values, timeout=0, tags=["spinreg"],
-        idempotency_key=f"{flow_run.id}:{member.run}:{attempt}",  # asked again after a lost answer, it is the same one
-    )  # fmt: skip
+        deployment, parameters=member.values, timeout=0, tags=["spinreg"], idempotency_key=key
+    )
     return started
 
 

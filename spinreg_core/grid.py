@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from spinreg_core.config import RunConfig
@@ -43,6 +44,21 @@ class Member:
     @property
     def run(self) -> str:
         return self.config.run
+
+    @cached_property
+    def makes(self) -> dict[tuple[int, str], str]:
+        """What the run makes, by round and stage; equal for two members where they make the same object.
+
+        The names are not those in the store, where the base and the rows have ids that are known later.
+        """
+        rows = self.config.model_dump(mode="json", include={"dataset", "data", "model", "seed"})
+        base = fingerprint("base", {"model": self.config.model})
+        head: dict[str, Any] = {"run": "", "rounds": [], "base": base, "data": fingerprint("data", rows)}
+        found = {}
+        for number, stage in _places(self.target):
+            found[number, stage] = PLANS[stage](self.config, head, number).object_id
+            enter_stage(head, number, stage, found[number, stage])
+        return found
 
 
 def members_of(
@@ -141,35 +157,20 @@ def check_stored(store: Store, members: Sequence[Member]) -> None:
             check_config(stored, member.config)
 
 
-def made(member: Member) -> dict[tuple[int, str], str]:
-    """What the run will make, by round and stage; equal for two members where they will make the same object.
-
-    The names are not those in the store, where the base and the rows have ids that are known later.
-    """
-    config = member.config
-    rows = config.model_dump(mode="json", include={"dataset", "data", "model", "seed"})
-    head: dict[str, Any] = {
-        "run": "", "rounds": [], "base": fingerprint("base", {"model": config.model}), "data": fingerprint("data", rows)
-    }  # fmt: skip
-    found = {}
-    for number, stage in _places(member.target):
-        found[number, stage] = PLANS[stage](config, head, number).object_id
-        enter_stage(head, number, stage, found[number, stage])
-    return found
-
-
 def _places(target: int) -> list[tuple[int, str]]:
     return [(0, "evaluate"), *itertools.product(range(1, target + 1), ROUND_STAGES)]
 
 
-def waits_for(store: Store, member: Member, running: Sequence[Member]) -> Member | None:
-    """A running member that is about to make something `member` needs too, which it had better find there; or None."""
-    own, mine = read_head(store, member.run), made(member)
-    for other in running:
-        theirs, head = made(other), read_head(store, other.run)
-        for place, object_id in mine.items():
-            done = any(h is not None and stage_object(h, *place) for h in (own, head))
-            if theirs.get(place) == object_id and not done:
+def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict[str, Any] | None]]) -> Member | None:
+    """A running member that is about to make something `member` needs too, which it had better find there; or None.
+    running: each with its head, None where it has none yet."""
+    own: dict[str, Any] | None = None
+    for other, head in running:
+        common = [place for place, made in member.makes.items() if other.makes.get(place) == made]
+        missing = [place for place in common if head is None or stage_object(head, *place) is None]
+        if missing:
+            own = own or read_head(store, member.run)
+            if own is None or any(stage_object(own, *place) is None for place in missing):
                 return other
     return None
 

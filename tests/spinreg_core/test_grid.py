@@ -12,14 +12,13 @@ from spinreg_core.errors import BadInput, ConfigChanged, SpinregError
 from spinreg_core.grid import (
     Member,
     check_stored,
-    made,
     members_of,
     open_reason,
     reference_of,
     require_two,
     waits_for,
 )
-from spinreg_core.head import ROUND_STAGES, open_session
+from spinreg_core.head import ROUND_STAGES, open_session, read_head
 from spinreg_core.store import open_store
 
 BASE: dict[str, Any] = {"until_round": 3, "model": "random:tiny"}
@@ -87,7 +86,7 @@ def test_what_is_refused(given: dict[str, Any], said: str) -> None:
 
 def test_what_members_make_in_common() -> None:
     """By the fingerprints of the stages: round 1 whatever alpha and history, round 2 whatever histories above 1."""
-    members = {(m.config.objective.alpha, m.config.opponent.history, m.config.seed): made(m)
+    members = {(m.config.objective.alpha, m.config.opponent.history, m.config.seed): m.makes
                for m in members_of("g", BASE, alpha=[1, 0.5, 0], history=[1, 2, "all"], seeds=[0, 1])}  # fmt: skip
     for (one, a), (other, b) in itertools.combinations(members.items(), 2):
         common = {place for place, object_id in a.items() if b[place] == object_id}
@@ -107,16 +106,25 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
         :3
     ]
     assert (mixed.config.seed, other_seed.config.seed) == (1, 0)
-    assert waits_for(store, mixed, [plain]) is None, "of another seed nothing is the same"
-    assert waits_for(store, other_seed, []) is None
+    head: dict[str, Any] | None = None
+    assert waits_for(mixed, store, [(plain, None)]) is None, "of another seed nothing is the same"
+    assert waits_for(other_seed, store, []) is None
     with open_session(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 3)
         session.commit_inputs("base-x", "data-x")
         for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
             for stage in stages:
-                assert waits_for(store, other_seed, [mixed, plain]) is plain, (number, stage)
+                head = read_head(store, plain.run)
+                assert waits_for(other_seed, store, [(mixed, None), (plain, head)]) is plain, (number, stage)
                 session.commit(number, stage, f"{stage}-{number}")
-        assert waits_for(store, other_seed, [mixed, plain]) is None
+        assert waits_for(other_seed, store, [(mixed, None), (plain, read_head(store, plain.run))]) is None
+    with open_session(store, other_seed.config, "tester") as session:  # which has it itself
+        session.commit_inputs("base-x", "data-x")
+        for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
+            for stage in stages:
+                assert waits_for(other_seed, store, [(plain, None)]) is plain
+                session.commit(number, stage, f"{stage}-{number}")
+    assert waits_for(other_seed, store, [(plain, None)]) is None
 
 
 def test_when_a_member_is_done(tmp_path: Path) -> None:
