@@ -131,7 +131,7 @@ def test_docker_compose_accepts_the_files(files: list[Path]) -> None:
 
 
 def test_what_is_there(services: dict[str, Any]) -> None:
-    assert set(services) == {"postgres", "server", "seaweedfs", "deploy", "worker"}
+    assert set(services) == {"postgres", "server", "seaweedfs", "deploy", "worker", "control"}
     assert set(load(CUDA_FILE)["services"]) <= set(services)
 
 
