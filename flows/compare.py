@@ -120,7 +120,9 @@ def compare(
             else:
                 failures = run_on_pool(opened, members, deployment, progress, check)
     except RunCancelled:
-        return Cancelled(message="cancelled; runs of members that had begun go on, and the next start waits for them")
+        return Cancelled(
+            message="cancelled, and with it its members (by the server); the next start goes on with what is missing"
+        )
     return _end(opened, name, members, failures, reference)
 
 

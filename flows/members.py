@@ -105,7 +105,7 @@ def run_on_pool(
     failed, by run.
 
     A member whose next objects another is about to make is started when they are there. check: raises when this is to
-    end; the members' flow runs go on, and the next start waits for them.
+    end. Flow runs of members of a comparison that was killed go on, and its next start waits for them.
     """
     deployment_id = require_other_pool(deployment)
     waiting, running = list[Member](), dict[str, tuple[Member, UUID]]()
