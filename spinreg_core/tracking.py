@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
@@ -127,19 +128,22 @@ def to_tensorboard(data: dict[str, Any]) -> None:
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from tensorboard.plugins.hparams.summary_v2 import hparams_pb
     from tensorboard.plugins.text.summary_v2 import text_pb
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     folder = Path(data["config"]["tracking"]["folder"]).expanduser() / data["run"]
     folder.mkdir(parents=True, exist_ok=True)
-    written = set()
+    written = set[Path]()
     for number, of_round in groupby(rows(data), key=lambda row: row.round):
         made = list(of_round)
         start = made[0].seconds
         events = [Event(wall_time=start, file_version="brain.Event:2")]
         if not written:
             hparams = hparams_pb(dict(leaves(data["config"])), start_time_secs=start)
+            plugin = hparams.value[0].metadata.plugin_data  # a mapping, in another order in every process
+            plugin.content = HParamsPluginData.FromString(plugin.content).SerializeToString(deterministic=True)
             events += [Event(wall_time=start, summary=one) for one in (hparams, text_pb("report", _report(data)))]
         for row in made:
             scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.values.items()]
@@ -159,7 +163,8 @@ def to_tensorboard(data: dict[str, Any]) -> None:
 
 
 def to_mlflow(data: dict[str, Any]) -> None:
-    """A run of the experiment, found again by a tag. Only numbers that it does not have are logged.
+    """A run of the experiment, found again by a tag. Only numbers that it does not have are logged; one that was made
+    anew becomes the newest of its step, as MLflow forgets none.
 
     MLflow's parameters never change, so the fields of the configuration that may change are not among them.
     """
@@ -177,12 +182,15 @@ def to_mlflow(data: dict[str, Any]) -> None:
     params = [Param(_plain(name), value) for name, value in fields]
     for start in range(0, len(params), _PARAMETERS_AT_ONCE):
         client.log_batch(run_id, params=params[start : start + _PARAMETERS_AT_ONCE])
-    known = {(key, one.step, one.value) for key in run.data.metrics for one in client.get_metric_history(run_id, key)}
+    known: dict[tuple[str, int], float] = {}
+    for key in run.data.metrics:
+        for one in sorted(client.get_metric_history(run_id, key), key=lambda one: one.timestamp):
+            known[key, one.step] = one.value
     metrics = [
-        Metric(key, value, int(1000 * row.seconds), row.step)
+        Metric(key, value, int(1000 * (time.time() if (key, row.step) in known else row.seconds)), row.step)
         for row in rows(data)
         for key, value in row.values.items()
-        if (key, row.step, value) not in known
+        if known.get((key, row.step)) != value
     ]
     for start in range(0, len(metrics), _METRICS_AT_ONCE):
         client.log_batch(run_id, metrics=metrics[start : start + _METRICS_AT_ONCE])
