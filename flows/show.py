@@ -55,8 +55,10 @@ def show_end(summary: dict[str, Any], markdown: str) -> None:
 def track(store: Store, config: RunConfig) -> None:
     """Give the trackers of the configuration all there is of the run. Best effort, as `show_round`: what a tracker did
     not get now it gets with the next round."""
+    data: dict[str, Any] | None = None
     for tracker in config.tracking.to:
         try:
-            send(tracker, report_data(store, config.run))
+            data = data or report_data(store, config.run)
+            send(tracker, data)
         except Exception as error:
             run_log()(f"run {config.run!r} is not shown in {tracker}: {error}")
