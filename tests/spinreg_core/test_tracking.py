@@ -59,6 +59,7 @@ def points(data: dict[str, Any]) -> Points:
 
 def test_what_a_tracker_is_given(data: dict[str, Any]) -> None:
     found = points(data)
+    assert "human answer 0" in json.dumps(data), "which no tracker is given"
     assert found["evaluation/heldout_nll"] == list(enumerate(NLL))
     assert found["evaluation/heldout_nll_low"] == [(number, nll - 0.08) for number, nll in enumerate(NLL)]
     assert found["evaluation/heldout_nll_high"] == [(number, nll + 0.08) for number, nll in enumerate(NLL)]
@@ -98,6 +99,7 @@ def test_tensorboard_has_every_number_once(data: dict[str, Any], tmp_path: Path)
     assert text == f"{data['store']}/runs/demo/report.html"
     hparams = read.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"objective.alpha" in hparams
+    assert not any(b"human answer 0" in path.read_bytes() for path in folder.iterdir()), "as the report's data have"
 
 
 def test_tensorboard_shows_a_round_that_was_made_anew_and_no_round_that_is_gone(
@@ -137,6 +139,7 @@ def test_mlflow_has_every_number_once(data: dict[str, Any], tmp_path: Path) -> N
     assert run.data.params["training.average_as"] == '["opponent", "reference", "start"]'
     assert run.data.tags["spinreg.report"] == f"{data['store']}/runs/demo/report.html"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db"]
+    assert b"human answer 0" not in (tmp_path / "mlflow.db").read_bytes(), "as the report's data have"
 
     data["rounds"][0]["metrics"]["heldout_nll"]["value"] = 7.0  # made anew
     to_mlflow(data)
