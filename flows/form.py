@@ -81,6 +81,7 @@ if TYPE_CHECKING:  # for the type checker a form is its group: the same fields
     from spinreg_core.config import ObjectiveConfig as ObjectiveForm
     from spinreg_core.config import OpponentConfig as OpponentForm
     from spinreg_core.config import ResourcesConfig as ResourcesForm
+    from spinreg_core.config import TrackingConfig as TrackingForm
     from spinreg_core.config import TrainingConfig as TrainingForm
     from spinreg_core.config import UntilConfig as UntilForm
 else:
@@ -95,3 +96,4 @@ else:
     BenchmarksForm = form_of(config.BenchmarksConfig)
     JudgeForm = form_of(config.JudgeConfig)
     UntilForm = form_of(config.UntilConfig)
+    TrackingForm = form_of(config.TrackingConfig)

@@ -13,7 +13,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.tasks import Task
 
-from flows.show import show_round
+from flows.show import show_round, track
 from spinreg_core.benchmarks import plan_benchmark
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.repair import stages_to_make
@@ -53,6 +53,7 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
     except StagePreempted as error:
         return preempted(error)
     show_round(round_number)
+    track(current().store, current().config)
     flush()
     wait_for_server()  # a restart is soon over, and the end of this flow run can be told
     return results

@@ -1,12 +1,15 @@
-"""What a run shows in the Prefect UI besides states and logs: tables of metrics, summaries, links into the store."""
+"""What a run shows besides states and logs: tables of metrics, summaries and links in the Prefect UI, and trackers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from spinreg_core.config import RunConfig
 from spinreg_core.figures import run_figures
 from spinreg_core.report import metrics_markdown, metrics_rows, report_data
+from spinreg_core.store import Store
 from spinreg_core.tables import link
+from spinreg_core.tracking import send
 from tasks.context import current
 from tasks.display import artifact_key, run_log, show_markdown, show_table
 
@@ -57,3 +60,15 @@ def show_end(summary: dict[str, Any], markdown: str) -> None:
         text += f"Ended before the round it was to reach: {summary['ended']}.\n\n"
     text += f"Report: {link(summary['report'])}\n\nData: {link(summary['report_json'])}\n"
     show_markdown(artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")
+
+
+def track(store: Store, config: RunConfig) -> None:
+    """Give the trackers of the configuration all there is of the run. Best effort, as `show_round`: what a tracker did
+    not get now it gets with the next round."""
+    data: dict[str, Any] | None = None
+    for tracker in config.tracking.to:
+        try:
+            data = data or report_data(store, config.run)
+            send(tracker, data)
+        except Exception as error:
+            run_log()(f"run {config.run!r} is not shown in {tracker}: {error}")

@@ -32,12 +32,13 @@ from flows.form import (
     ObjectiveForm,
     OpponentForm,
     ResourcesForm,
+    TrackingForm,
     TrainingForm,
     UntilForm,
     described,
 )
 from flows.round import finish_repair, measure, round_
-from flows.show import show_end
+from flows.show import show_end, track
 from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
@@ -47,6 +48,7 @@ from spinreg_core.head import complete_round, open_session, read_config, stage_o
 from spinreg_core.report import metrics_markdown, metrics_table, report_data, write_report
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import Store, open_store
+from spinreg_core.tracking import check as check_trackers
 from spinreg_core.until import require_metric, why_ended
 from tasks.benchmark import check_benchmarks
 from tasks.cancel import RunCancelled, cancellation
@@ -112,6 +114,7 @@ def spin(
     benchmarks: BenchmarksForm = BenchmarksForm(),
     judge: JudgeForm = JudgeForm(),
     until: UntilForm = UntilForm(),
+    tracking: TrackingForm = TrackingForm(),
 ) -> dict[str, Any] | State[Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
@@ -125,7 +128,7 @@ def spin(
         "run": run, "rounds": rounds, "until_round": until_round, "model": model, "dataset": dataset, "store": store,
         "seed": seed, "data": data, "opponent": opponent, "objective": objective, "generation": generation,
         "training": training, "evaluation": evaluation, "resources": resources, "keep": keep,
-        "benchmarks": benchmarks, "judge": judge, "until": until,
+        "benchmarks": benchmarks, "judge": judge, "until": until, "tracking": tracking,
     }  # fmt: skip
     end_embedded_server_with_us()
     try:
@@ -150,6 +153,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
     check_files(resolved)
+    check_trackers(resolved.tracking)
     log(f"resolved configuration:\n{show(resolved)}")
     show_markdown(
         artifact_key(resolved.run, "configuration"),
@@ -178,6 +182,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                 run_task(evaluate, resolved.resources, resolved.run, 0)
             for earlier in range(start + 1):  # what is measured may have been changed since
                 measure(earlier)
+            if complete_round(session.head) < target:  # else the end of the run is next
+                track(opened, resolved)
             # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
             # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
             ended: str | None = None
@@ -192,6 +198,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         report = write_report(opened, resolved.run)
         session.finish_advance(ended=ended is not None)
+        track(opened, resolved)
         if context.failures:  # of benchmarks, which no round waits for
             raise context.failures[0]
         summary = {

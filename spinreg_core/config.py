@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from spinreg_core.config_benchmarks import BenchmarksConfig, JudgeConfig, UntilConfig
+from spinreg_core.config_benchmarks import BenchmarksConfig, JudgeConfig, TrackingConfig, UntilConfig
 from spinreg_core.config_data import DataConfig
 from spinreg_core.config_groups import (
     AVERAGE_FIELDS,
@@ -41,6 +41,7 @@ __all__ = [
     "OpponentConfig",
     "ResourcesConfig",
     "RunConfig",
+    "TrackingConfig",
     "TrainingConfig",
     "UntilConfig",
 ]
@@ -59,6 +60,7 @@ MUTABLE_FIELDS = frozenset(
         "benchmarks",
         "judge",
         "until",
+        "tracking",
         "generation.tensor_parallel",
         "evaluation.alarm_real_drop",
         "training.activation_checkpointing",
@@ -107,6 +109,7 @@ class RunConfig(Group):
     benchmarks: BenchmarksConfig = BenchmarksConfig()
     judge: JudgeConfig = JudgeConfig()
     until: UntilConfig = UntilConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self) -> RunConfig:

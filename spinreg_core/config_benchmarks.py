@@ -1,4 +1,5 @@
-"""The groups of the configuration that say how iterates are measured besides held-out rows, and when a run ends early.
+"""The groups of the configuration that say how iterates are measured besides held-out rows, when a run ends early, and
+which trackers show it.
 
 Decides: what one group can say by itself. Leaves out: the other groups (`config_groups.py`), the measuring
 (`benchmarks/`). All of them may change between starts of a run: they change no policy.
@@ -167,4 +168,30 @@ class UntilConfig(Group):
     def _both(self) -> UntilConfig:
         if (self.metric is None) != (self.rounds_without_gain is None):
             raise ValueError("metric and rounds_without_gain belong together: give both or neither")
+        return self
+
+
+class TrackingConfig(Group):
+    """Trackers that show the run besides Prefect and the report. May change between starts of a run."""
+
+    to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        [],
+        description="Trackers that get all metrics after every round (extras of these names). Servers and keys are "
+        "those of the vendors' environment variables (MLFLOW_TRACKING_URI, WANDB_API_KEY, ...).",
+    )
+    project: str = Field(
+        "spinreg", min_length=1, description="MLflow's experiment and Weights & Biases' project that the run is in."
+    )
+    folder: str = Field(
+        "spinreg-tensorboard",
+        min_length=1,
+        description="Local folder that TensorBoard is to show (its --logdir), with a folder in it for each run.",
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> TrackingConfig:
+        if len(set(self.to)) < len(self.to):
+            raise ValueError(f"to lists something twice: {', '.join(self.to)}")
+        if "://" in self.folder:
+            raise ValueError(f"folder is {self.folder}, an address; give a folder of the machine that runs the flow")
         return self

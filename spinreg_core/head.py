@@ -365,7 +365,8 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
         stored, tag = _stored(store, config.run)
         if _has_begun(session.head):
             check_config(stored, config)
-            said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge")}  # read outside of runs too
+            # Read outside of runs too, and gone on with by `spinreg resume`.
+            said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "tracking")}
             config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 

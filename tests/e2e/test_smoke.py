@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -34,7 +35,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, str, Path
     tmp = tmp_path_factory.mktemp("smoke")
     measured = ["-p", f"benchmarks.include_path={write_tasks(tmp / 'tasks')}", "-p", 'benchmarks.tasks=["colours"]',
                 "-p", "benchmarks.limit=4", "-p", "benchmarks.rounds=[1]"]  # fmt: skip
-    text = run(["--config", SMOKE, "--store", str(tmp / "store"), *measured], environment(tmp), tmp / "log")
+    shown = ["-p", 'tracking.to=["tensorboard"]', "-p", f"tracking.folder={tmp / 'tensorboard'}"]
+    text = run(["--config", SMOKE, "--store", str(tmp / "store"), *measured, *shown], environment(tmp), tmp / "log")
     return open_store(str(tmp / "store")), text, tmp
 
 
@@ -56,6 +58,25 @@ def test_it_shows_progress(finished: tuple[Store, str, Path]) -> None:
     for stage in ("generate", "train"):
         assert f"[{stage}]" in text
     assert "left" in text
+
+
+def test_every_round_was_shown_in_the_tracker_when_it_ended(finished: tuple[Store, str, Path]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    store, text, tmp = finished
+    data = json.loads(store.read("runs/smoke/report.json") or b"")
+    folder = tmp / "tensorboard" / "smoke"
+    read = EventAccumulator(str(folder)).Reload()
+    expected = [(entry["round"], entry["metrics"]["heldout_nll"]["value"]) for entry in data["rounds"]]
+    found = [(one.step, one.value) for one in read.Scalars("evaluation/heldout_nll")]
+    assert found == [(number, pytest.approx(value, rel=1e-6)) for number, value in expected]
+    steps = sum(len(entry["training"]["steps"]) for entry in data["rounds"][1:])
+    assert [one.step for one in read.Scalars("training/loss")] == list(range(1, steps + 1))
+    assert "is not shown in" not in text
+    written = [path.stat().st_mtime for path in sorted(folder.iterdir())]
+    trained = {line["round"]: line["created"] for line in data["lineage"] if line["stage"] == "train"}
+    for number in (1, 2):  # a file whose numbers stay is left alone
+        assert written[number - 1] < datetime.fromisoformat(trained[number]).timestamp() + 1
 
 
 def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> None:

@@ -24,6 +24,7 @@ from spinreg_core.config import (
     KeepConfig,
     ResourcesConfig,
     RunConfig,
+    TrackingConfig,
     UntilConfig,
 )
 from spinreg_core.errors import BadInput, ConfigChanged, LeaseHeld, LeaseLost, SpinregError
@@ -360,7 +361,7 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         "keep": KeepConfig(policies=3), "training.max_nonfinite_steps": 9, "generation.tensor_parallel": 2,
         "evaluation.alarm_real_drop": 0.1,
         "benchmarks": BenchmarksConfig(tasks=["gsm8k"]), "judge": JudgeConfig(model="m"),
-        "until": UntilConfig(kl_base_above=5),
+        "until": UntilConfig(kl_base_above=5), "tracking": TrackingConfig(to=["mlflow"]),
     }  # fmt: skip
     with open_session(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
@@ -377,6 +378,15 @@ def test_what_to_keep_is_what_was_said_last(store: Store) -> None:
     with open_session(store, QUICK.model_copy(update=hurried), "b"):
         pass
     assert heads.read_config(store, "demo") == QUICK.model_copy(update={"keep": KeepConfig(policies=3)})
+
+
+def test_a_run_goes_on_in_the_trackers_that_were_said_last(store: Store) -> None:
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
+    shown = QUICK.model_copy(update={"tracking": TrackingConfig(to=["tensorboard"])})
+    with open_session(store, shown, "b"):
+        pass
+    assert heads.read_config(store, "demo") == shown
 
 
 def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
