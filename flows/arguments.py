@@ -11,8 +11,8 @@ from pathlib import Path
 from spinreg_core import __version__
 
 STATUSES = (
-    "exit status: 0 done, 1 failed, 2 wrong usage, 65 bad input, 75 another process advances the run, 143 stopped by "
-    "SIGTERM"
+    "exit status: 0 done, 1 failed, 2 wrong usage, 65 bad input, 74 damaged, 75 another process advances the run, "
+    "143 stopped by SIGTERM"
 )
 
 

@@ -191,7 +191,7 @@ class TrackingConfig(Group):
     @model_validator(mode="after")
     def _usable(self) -> TrackingConfig:
         if len(set(self.to)) < len(self.to):
-            raise ValueError(f"to lists something twice: {', '.join(self.to)}")
+            raise ValueError(f"tracking.to lists something twice: {', '.join(self.to)}")
         if "://" in self.folder:
-            raise ValueError(f"folder is {self.folder}, an address; give a folder of the machine that runs the flow")
+            raise ValueError(f"tracking.folder is {self.folder}, an address; give a folder of the machine that runs the flow")
         return self

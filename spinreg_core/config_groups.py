@@ -25,6 +25,13 @@ class Group(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: object) -> object:
+        if isinstance(value, bool):  # no field is one, and pydantic would take it for 0 or 1
+            raise ValueError("a value of the field's kind, which a truth value is not")
+        return value
+
 
 class OpponentConfig(Group):
     """Whose answers play against the human ones: q_t = sum_k w_k pi_{t-k}."""

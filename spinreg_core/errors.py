@@ -13,12 +13,15 @@ EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
 
 
 _CREDENTIALS = re.compile(r"://(?:[^\s/@:]*:[^\s@]*|[^\s/@]+)@")
+_SIGNED = re.compile(
+    r"([?&][\w.-]*(?:token|key|secret|signature|credential|password|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+)
 
 
 def without_credentials(text: str) -> str:
-    """A text without the user and password of any address in it: those that people put into AWS_ENDPOINT_URL or a
-    proxy's address come back in the messages of libraries."""
-    return _CREDENTIALS.sub("://***@", text)
+    """A text without the user, password and signature of any address in it: those that people put into
+    AWS_ENDPOINT_URL or a proxy's address come back in the messages of libraries."""
+    return _SIGNED.sub(r"\1***", _CREDENTIALS.sub("://***@", text))
 
 
 class SpinregError(Exception):

@@ -123,12 +123,20 @@ def validate(values: dict[str, Any]) -> RunConfig:
     if isinstance(data, dict):
         addresses["data.heldout_dataset"] = data.get("heldout_dataset")
         for field in ("mixed_datasets", "evaluation_sets"):
-            addresses |= {f"data.{field}[{i}]": name for i, name in enumerate(data.get(field) or ())}
+            names = data.get(field)
+            if isinstance(names, dict | list):
+                addresses |= {f"data.{field}[{i}]": name for i, name in enumerate(names)}
     if isinstance(judge := values.get("judge"), dict):
         addresses["judge.base_url"] = judge.get("base_url")
     for field, url in addresses.items():
         if isinstance(url, str) and redacted(url) != url:
-            raise BadInput(field, redacted(url), "an address without credentials; they come from the environment")
+            raise BadInput(
+                field, redacted(url), "an address without credentials or query; credentials come from the environment"
+            )
+        if isinstance(url, str) and url.startswith(("http://", "https://")) and field != "judge.base_url":
+            raise BadInput(
+                field, repr(url), "a path, s3://... or a hub id; what lies on the web is to be fetched first"
+            )
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:

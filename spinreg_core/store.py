@@ -114,9 +114,10 @@ def open_store(url: str) -> Store:
 
 
 def redacted(url: str) -> str:
-    """An address without the user and password some people put into it."""
+    """An address without the user and password some people put into it, and without a query, which signs some."""
     # A secret key may hold slashes: everything from a user name with its colon up to the "@".
-    return re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
+    url = re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
+    return re.sub(r"(://[^?]*)\?.+", r"\1?***", url, flags=re.DOTALL)
 
 
 def stays_inside(name: str) -> bool:

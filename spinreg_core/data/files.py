@@ -193,7 +193,7 @@ def _parquet(path: Path) -> Iterator[Record]:
             about = file.metadata
             limits.require_expansion(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
             yield from table_records(_pieces(file.iter_batches(1000), path))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
 
 
@@ -224,7 +224,7 @@ def _arrow(path: Path) -> Iterator[Record]:
                 reader = pa.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             yield from table_records(_pieces((_validated(batch) for batch in batches), path))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
         raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
 
 

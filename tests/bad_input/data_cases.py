@@ -36,6 +36,8 @@ def parquet(rows: list[Any]) -> bytes:
 
 
 PARQUET = parquet(ROWS)
+NO_TEXT = PARQUET.replace(b"answer", b"ans\xffer")
+assert NO_TEXT != PARQUET
 HALF_A_PAGE = PARQUET[:100] + bytes(40) + PARQUET[140:]
 
 # What is in a file, under its name.
@@ -53,6 +55,7 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "a CSV file with other columns": ("rows.csv", "input_text,label\na,b\n"),
     "a CSV file with more fields than columns": ("rows.csv", "prompt,answer\n" + "a,b,c\n" * 12),
     "a Parquet file that ends in its middle": ("rows.parquet", PARQUET[: len(PARQUET) // 2]),
+    "a Parquet file with a column whose name is no text": ("rows.parquet", NO_TEXT),
     "a Parquet file that is text": ("rows.parquet", GOOD),
     "a Parquet file with zeroes in its middle": ("rows.parquet", HALF_A_PAGE),
     "an Arrow file that is text": ("rows.arrow", GOOD),

@@ -52,8 +52,9 @@ When something is noticed:
   trained;
 - **use**: by {NOTICED["use"]}, because it came to be wrong after the run had begun.
 
-What ends a command or a stage is one of these errors and no traceback: `BadInput` and `ConfigChanged` (exit status 65;
-nobody retries them), `Damaged` and `Removed` (74; `spinreg verify` tells more), `LeaseHeld` (75), `LeaseLost`, and
+What ends a command or a stage is one of these errors, on a line that begins with `spinreg:` or `error:` (Prefect's log
+before it may show where a flow run was when it met it): `BadInput` and `ConfigChanged` (exit status 65; nobody retries
+them), `Damaged` and `Removed` (74; `spinreg verify` tells more), `LeaseHeld` (75), `LeaseLost`, and
 `StoreRefused` and `StoreFailed` (1; retried, because credentials are renewed and disks are emptied).
 """
 

@@ -38,7 +38,7 @@ def test_one_clear_error(case: Case, fed: Fed) -> None:
         for line in text.splitlines()[1:]:
             assert re.match(r"  - [\w.]+: \S", line), "where"
             assert "found" in line or re.match(
-                r"  - (benchmarks|configuration|data|judge|opponent|training): .*\w[._]\w", line
+                r"  - (benchmarks|configuration|data|judge|opponent|tracking|training): .*\w[._]\w", line
             )
     elif not isinstance(error, LeaseHeld | LeaseLost) and case.error.__name__ not in ("ConfigChanged", "Removed"):
         found = "did not do it" if case.error is StoreFailed else r"found .*\S; expected \S"

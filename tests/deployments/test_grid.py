@@ -75,7 +75,7 @@ def test_members_share_and_are_added_and_one_that_fails_ends_no_other(
         shown = {artifact["key"] for artifact in server.api("POST", "artifacts/filter", {})}
         assert {"grid-members", "grid-metrics", "grid-comparison", "grid-configuration"} <= shown
         # In the pool of its members it would wait for itself.
-        worse = server.cli("deployment", "run", "compare/grid", "-p", "deployment=compare/grid")
+        worse = server.cli("deployment", "run", "compare/grid", "-p", "deployment=compare/grid", "-p", "until_round=1")
         assert worse.returncode == 0
         third = server.wait_for_state(
             worse.stdout.split("UUID: ")[1].split()[0], {"FAILED", "CRASHED", "COMPLETED"}, 120

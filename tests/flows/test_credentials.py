@@ -29,6 +29,10 @@ PLANTED = "planted-address-7Xq"
         ["-p", f'data.mixed_datasets={{"s3://somebody:{PLANTED}@bucket/x": 1}}'],
         ["-p", f'data.evaluation_sets=["s3://somebody:{PLANTED}@bucket/x"]'],
         ["-p", f"generation.engine=http://somebody:{PLANTED}@host:1"],
+        ["--dataset", f"s3://bucket/rows.jsonl?X-Amz-Security-Token={PLANTED}"],
+        ["--dataset", f"https://bucket.s3.amazonaws.com/rows.jsonl?X-Amz-Signature={PLANTED}"],
+        ["-p", f"judge.base_url=https://127.0.0.1/v1?api-key={PLANTED}"],
+        ["--config", f"https://127.0.0.1/x.yaml?X-Amz-Signature={PLANTED}"],
         ["--config", f"s3://somebody:{PLANTED}@bucket/x.yaml"],
         ["--config", f"https://somebody:{PLANTED}@127.0.0.1/x.yaml"],
     ],
@@ -41,7 +45,7 @@ def test_credentials_in_parameters_end_before_a_flow_run_exists(
     monkeypatch.setattr(flows.spin, "spin", lambda **_: pytest.fail("a flow run began"))
     assert main(["run", *arguments]) == EXIT_BAD_INPUT
     said = "".join(capsys.readouterr())
-    assert "***@" in said
+    assert "***" in said
     assert PLANTED not in said
 
 
@@ -75,3 +79,20 @@ def test_messages_without_credentials_stay_as_they_are(text: str) -> None:
 
 def test_fields_that_are_no_addresses_may_look_like_one() -> None:
     assert validate({"data": {"drop_patterns": ["https?://[^ ]+:x@"]}}).data.drop_patterns == ["https?://[^ ]+:x@"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"GET https://h/x?a=1&X-Amz-Signature={PLANTED} failed",
+        f"cannot read s3://h/x?AWSAccessKeyId=a&token={PLANTED}",
+        f"https://h/v1?api-key={PLANTED}: 401",
+        f"found 'https://h/x?sig={PLANTED}'",
+        f"proxy http://somebody:{PLANTED}@h:1 refused",
+    ],
+)
+def test_no_message_repeats_them(text: str) -> None:
+    said = str(StoreFailed(text))
+    assert PLANTED not in said
+    assert "***" in said
+    assert str(StoreFailed("s3://bucket/a?b=c&d=e")) == "s3://bucket/a?b=c&d=e"
