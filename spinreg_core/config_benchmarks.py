@@ -193,5 +193,7 @@ class TrackingConfig(Group):
         if len(set(self.to)) < len(self.to):
             raise ValueError(f"tracking.to lists something twice: {', '.join(self.to)}")
         if "://" in self.folder:
-            raise ValueError(f"tracking.folder is {self.folder}, an address; give a folder of the machine that runs the flow")
+            raise ValueError(
+                f"tracking.folder is {self.folder}, an address; give a folder of the machine that runs the flow"
+            )
         return self

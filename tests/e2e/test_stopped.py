@@ -26,7 +26,8 @@ def states(server: PrefectServer, name: str) -> dict[str, str]:
     return {f["name"]: f["state_name"] for f in found if f["name"].startswith(f"{name}/")}
 
 
-@pytest.mark.parametrize("whom", [pytest.param("run", marks=pytest.mark.long), "stage"])
+@pytest.mark.long
+@pytest.mark.parametrize("whom", ["run", "stage"])
 def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer, tmp_path: Path, whom: str) -> None:
     name, log = f"stopped-{whom}", tmp_path / "log"
     store = open_store(str(tmp_path / "store"))

@@ -367,6 +367,7 @@ def test_the_group_is_not_ours(script: Callable[[str], list[str]], tmp_path: Pat
     assert int(lines[0].split()[1]) != os.getsid(0)
 
 
+@pytest.mark.long
 def test_the_embedded_server_ends_with_a_killed_flow(tmp_path: Path) -> None:
     """Of a flow that ends by itself Prefect ends it."""
     source = """

@@ -74,6 +74,7 @@ def test_compiled_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     check([tiny_model("gemma3", 5).eval()])
 
 
+@pytest.mark.long
 def test_a_mixture_is_compiled_model_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **rest: compile_(function, backend="eager", **rest))
     check([tiny_model("llama", 5).eval(), tiny_model("qwen3", 6).eval()])

@@ -112,6 +112,7 @@ def test_another_machine_takes_shards(
     assert order["attempt"] is None
 
 
+@pytest.mark.long
 def test_an_engine_elsewhere_goes_from_source_to_source(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine of the flow waits over the first source until the other one has answered all the rest."""
     settings: dict[str, Any] = {"iterates": [2, 1], "answers_per_prompt": 2, "shard_size": 1,
@@ -253,6 +254,7 @@ def test_a_machine_that_hangs_holds_nothing_up(
     assert "13/13 answers (100 %)" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_machine_is_let_in_while_others_are_busy(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     job = two_machines(house, monkeypatch, "busy", iterates=[2], shard_size=1, pause=0.3)
     guest = Guest(job, house.store, lambda line, lines, wave: False,

@@ -315,6 +315,7 @@ def test_each_policy_is_loaded_once(
     assert len(begun) == 2 * len(iterates) - (0 in iterates)
 
 
+@pytest.mark.long
 def test_each_policy_is_loaded_once_by_each_of_two_engines(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -395,6 +396,7 @@ answer.main(answer.run)
 """
 
 
+@pytest.mark.long
 def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -245,6 +245,7 @@ def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, A
 HANGS = "import spinreg_core.store as store; store._copy = lambda *_: __import__('time').sleep(600)"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("every", "fault", "said"),
     [
