@@ -227,9 +227,9 @@ def _grid(arguments: argparse.Namespace) -> int:
     resolve_grid(**given)  # a wrong field ends here, before a flow run exists
     found: dict[str, Any] = {}
     status = _flow(lambda: found.update(compare(**given, deployment=arguments.deployment)))
-    for run, why in found.get("left_out", {}).items():
-        print(f"spinreg: {run} is left out: {why}", file=sys.stderr)
-    return status or (1 if found.get("left_out") else 0)
+    for run, why in found.get("failed", {}).items():
+        print(f"spinreg: {run} failed: {why}", file=sys.stderr)
+    return status or (1 if found.get("failed") else 0)
 
 
 def _join(arguments: argparse.Namespace) -> int:

@@ -19,14 +19,27 @@ from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.members import Progress, run_here, run_on_pool
+from flows.spin import END_PATIENCE_SECONDS
+from spinreg_core.benchmarks import check as check_files
 from spinreg_core.comparison_words import comparison_markdown, comparison_rows, comparison_table
 from spinreg_core.config import RUN_NAME
+from spinreg_core.errors import BadInput
 from spinreg_core.figures import comparison_figures
-from spinreg_core.grid import Member, check_stored, members_of, open_reason, reference_of, require_two
+from spinreg_core.grid import (
+    Member,
+    check_stored,
+    members_of,
+    reference_of,
+    replaced_reference,
+    require_two,
+    rounds_open,
+)
 from spinreg_core.resolve import load_config_file, merge, show, validate
 from spinreg_core.store import Store, open_store, require_conditional_writes
+from spinreg_core.tracking import check as check_trackers
+from spinreg_core.until import require_metric
 from tasks.cancel import RunCancelled, cancellation
-from tasks.display import artifact_key, flush, run_log, show_markdown, show_table
+from tasks.display import artifact_key, flush, run_log, show_markdown, show_table, wait_for_server
 from tasks.process import end_embedded_server_with_us
 
 
@@ -48,15 +61,27 @@ def resolve_grid(
 ) -> tuple[Store, list[Member], str]:
     """The store, the members and the run they are compared with, that a call of `compare` stands for. Raises BadInput,
     also where a member's run exists with another configuration."""
-    said = {"model": model, "dataset": dataset, "store": store}
-    base = merge({} if config is None else load_config_file(config), fields or {})
-    base |= {field: value for field, value in said.items() if value is not None}
-    rounds = base.pop("rounds", None)
-    base["until_round"] = until_round or base.get("until_round") or rounds
+    file, said = ({} if config is None else load_config_file(config)), fields or {}
+    base = merge(file, said)
+    base |= {f: value for f, value in (("model", model), ("dataset", dataset), ("store", store)) if value is not None}
+    # How far: the argument, else the fields, else the file; each by one of two names.
+    how_far = next((g for g in (said, file) if g.get("rounds") is not None or g.get("until_round") is not None), {})
+    if how_far.get("rounds") is not None and how_far.get("until_round") is not None:
+        raise BadInput("rounds", "until_round besides", "either of the two")
+    base.pop("rounds", None)
+    base["until_round"] = until_round or how_far.get("until_round") or how_far.get("rounds")
     opened = open_store(validate(base | {"run": name}).store)
     base["store"] = opened.url  # a worker elsewhere has other defaults
     opened.check()
     members = members_of(name, base, alpha=alpha, beta_0=beta_0, history=history, seeds=seeds, variations=variations)
+    for member in members:
+        wanted = member.config
+        try:
+            check_files(wanted)
+            check_trackers(wanted.tracking)
+            require_metric(wanted.until, wanted.benchmarks.tasks if wanted.benchmarks.rounds == "all" else ())
+        except BadInput as error:
+            raise BadInput.from_message(f"member {member.run!r}: {error}") from None
     check_stored(opened, members)
     return opened, members, reference_of(members, against)
 
@@ -116,7 +141,7 @@ def compare(
     try:
         with cancellation(str(flow_run.id)) as check:
             if deployment is None:
-                failures = run_here(opened, members, progress)
+                failures = run_here(opened, members, progress, check)
             else:
                 failures = run_on_pool(opened, members, deployment, progress, check)
     except RunCancelled:
@@ -132,12 +157,15 @@ def _end(
     """Compare the members that came to their end, and show it. The others are named on the page."""
     from spinreg_core.comparison_page import write_comparison
 
-    reasons = {member.run: open_reason(opened, member) for member in members}
-    left_out = {run: failures.get(run, why) for run, why in reasons.items() if why is not None}
+    reasons = {member.run: rounds_open(opened, member) for member in members}
+    told = failures | {run: failures.get(run, why) for run, why in reasons.items() if why is not None}
     complete = [member for member in members if reasons[member.run] is None]
-    require_two(complete, left_out)
+    require_two(complete, told)
     runs = [member.run for member in complete]
-    written = write_comparison(opened, runs, name, reference if reference in runs else None, left_out)
+    if reference not in runs:
+        lost, reference = reference, replaced_reference(members, complete, reference)
+        told[lost] += f"; the others are compared with {reference} instead"
+    written = write_comparison(opened, runs, name, reference, told)
     data, places = written["data"], {kind: opened.uri(written[kind]) for kind in ("html", "json", "csv", "parquet")}
     show_table(artifact_key(name, "metrics"), comparison_rows(data), f"Comparison {name}, round {data['round']}")
     show_markdown(
@@ -146,11 +174,12 @@ def _end(
         f"Comparison {name}",
     )
     run_log()(f"\n{comparison_table(data)}\ncomparison: {places['html']}")
+    wait_for_server(END_PATIENCE_SECONDS)
     flush(30.0)
-    summary = {"name": name, "store": opened.url, "runs": runs, "left_out": left_out, "comparison": places}
-    if left_out:
+    summary = {"name": name, "store": opened.url, "runs": runs, "failed": told, "comparison": places}
+    if told:
         return Completed(
-            name="Incomplete", message=f"{len(runs)} of {len(members)} members compared; without {', '.join(left_out)}",
+            name="Incomplete", message=f"{len(runs)} of {len(members)} members compared; failed: {', '.join(told)}",
             data=summary,
         )  # fmt: skip
     return summary

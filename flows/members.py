@@ -8,8 +8,7 @@ out: who the members are (`spinreg_core/grid.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -19,15 +18,15 @@ from prefect.client.schemas import filters
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.deployments import run_deployment
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.exceptions import CancelledRun, ObjectNotFound, PrefectHTTPStatusError
 from prefect.runtime import flow_run
 from prefect.types._datetime import now
 
 from flows.spin import spin
-from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed
 from spinreg_core.grid import Member, open_reason, waits_for
 from spinreg_core.head import complete_round, read_head
-from spinreg_core.store import Store
+from spinreg_core.store import Store, open_store
 from tasks.display import artifact_key, nested, run_log, show_table
 
 POLL_SECONDS = 5.0
@@ -50,7 +49,7 @@ class Progress:
     def show(self) -> None:
         rows = []
         for member in self._members:
-            head = read_head(self._store, member.run)
+            head = _head(self._store, member.run)
             done = "" if head is None else f"{complete_round(head)} of {member.target}"
             rows.append({"member": member.run, "rounds": done, "state": self._states[member.run]})
         if rows != self._shown:
@@ -58,23 +57,26 @@ class Progress:
             show_table(artifact_key(self._name, "members"), rows, f"Members of the comparison {self._name}")
 
 
-def run_here(store: Store, members: Sequence[Member], progress: Progress) -> dict[str, str]:
-    """Advance the members in this process, each as a nested flow run. Returns why members failed, by run."""
+def run_here(store: Store, members: Sequence[Member], progress: Progress, check: Callable[[], None]) -> dict[str, str]:
+    """Advance the members in this process, each as a nested flow run. Returns why members failed, by run. check: raises
+    when this is to end."""
     failures: dict[str, str] = {}
     for member in members:
+        check()
         if open_reason(store, member) is None:
             progress.say(member, "was complete")
             continue
         progress.say(member, "runs")
         progress.show()
         try:
-            nested(spin, **member.values)
+            nested(spin, **member.parameters)
+        except CancelledRun:  # of this member alone, or with all of this, which is known within seconds
+            time.sleep(2 * POLL_SECONDS)
+            check()
+            failures[member.run] = "it was cancelled"
         except Exception as error:
-            run_log()(f"{member.run} failed: {error!r}")
             failures[member.run] = str(error) or repr(error)
-            progress.say(member, f"failed: {failures[member.run]}")
-        else:
-            progress.say(member, "complete")
+        progress.say(member, f"failed: {failures[member.run]}" if member.run in failures else "complete")
     progress.show()
     return failures
 
@@ -108,56 +110,81 @@ def run_on_pool(
     end. Flow runs of members of a comparison that was killed go on, and its next start waits for them.
     """
     deployment_id = require_other_pool(deployment)
-    waiting, running = list[Member](), dict[str, tuple[Member, UUID]]()
-    for member in members:
-        if open_reason(store, member) is None:
-            progress.say(member, "was complete")
-        else:
-            waiting.append(member)
+    waiting, running = list(members), dict[str, tuple[Member, UUID]]()
     attempts: dict[str, int] = {}
     failures: dict[str, str] = {}
+    told_away = False
     while waiting or running:
         check()
-        with _server_may_be_away():
+        try:
             ended = _ended([of for _, of in running.values()])
             under_way = _under_way(deployment_id, store)
             for member, of in [one for one in running.values() if one[1] in ended]:
                 del running[member.run]
                 left = open_reason(store, member)
-                if left is None:
+                if ended[of] is None and left is None:
                     progress.say(member, "complete")
                 elif member.run in under_way or member.run not in attempts:
                     waiting.insert(0, member)  # it ended for another's sake, or was somebody else's and went less far
                 else:
-                    failures[member.run] = f"{ended[of] or 'its flow run ended'}; {left}"
+                    failures[member.run] = "; ".join(filter(None, [ended[of] or "its flow run ended", left]))
                     progress.say(member, f"failed: {failures[member.run]}")
-            heads = {run: read_head(store, run) for run in running}
+            for member in [one for one in waiting if one.run in under_way]:  # before anybody is started beside them
+                _require_same(under_way[member.run], member)
+                progress.say(member, "runs, in a flow run that was there")
+                running[member.run] = (member, under_way[member.run].id)
+                waiting.remove(member)
+            heads = {run: _head(store, run) for run in running}
             for member in list(waiting):
-                if member.run in under_way:
-                    progress.say(member, "runs, in a flow run that was there")
-                    running[member.run] = (member, under_way[member.run])
-                elif (
-                    other := waits_for(member, store, [(m, heads.get(m.run)) for m, _ in running.values()])
-                ) is not None:
+                others = [(one, heads.get(one.run)) for one, _ in running.values()]
+                if member.run not in attempts and open_reason(store, member) is None:
+                    progress.say(member, "was complete")
+                elif (other := waits_for(member, store, others)) is not None:
                     progress.say(member, f"waits for what {other.run} makes")
                     continue
                 else:
+                    started = _start(deployment, member, attempts.get(member.run, 0) + 1)
                     attempts[member.run] = attempts.get(member.run, 0) + 1
-                    started = _start(deployment, member, attempts[member.run])
                     progress.say(member, f"submitted as flow run {started.name}")
                     running[member.run] = (member, started.id)
                 waiting.remove(member)
             progress.show()
+            told_away = False
+        except (httpx.TransportError, PrefectHTTPStatusError, StoreFailed) as error:
+            # The members outlive a server, or a store, that is away for a while; so does this.
+            if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < 500:
+                raise SpinregError(f"the Prefect server refuses what the comparison asks for: {error}") from error
+            if not told_away:
+                run_log()(f"the Prefect server or the store is away ({error!r}); asked again every {POLL_SECONDS:g} s")
+            told_away = True
         if waiting or running:
             time.sleep(POLL_SECONDS)
     return failures
+
+
+def _head(store: Store, run: str) -> dict[str, Any] | None:
+    try:
+        return read_head(store, run)
+    except Damaged:  # `open_reason` says so when its flow run ends
+        return None
+
+
+def _require_same(one: FlowRun, member: Member) -> None:
+    """Raise BadInput for a flow run that is about to start with something else than the member is, as one that an
+    earlier comparison of this name has left in the queue. One that runs already is judged by what it leaves."""
+    said = {name: one.parameters.get(name) for name in member.parameters}
+    if one.state is not None and one.state.is_scheduled() and said != member.parameters:
+        raise BadInput(
+            "name", f"flow run {one.name} ({one.id}), which is to advance {member.run} with other parameters",
+            "that one cancelled, or another name of the comparison",
+        )  # fmt: skip
 
 
 def _start(deployment: str, member: Member, attempt: int) -> FlowRun:
     # Asked again after an answer that was lost, it is the same flow run; a retry of the comparison makes another.
     key = f"{flow_run.id}:{flow_run.run_count}:{member.run}:{attempt}"
     started: FlowRun = run_deployment(  # type: ignore[assignment]
-        deployment, parameters=member.values, timeout=0, tags=["spinreg"], idempotency_key=key
+        deployment, parameters=member.parameters, timeout=0, tags=["spinreg"], idempotency_key=key
     )
     return started
 
@@ -166,8 +193,11 @@ def _ended(of: Sequence[UUID]) -> dict[UUID, str | None]:
     """Of flow runs those that have ended: None, or how badly."""
     if not of:
         return {}
+    found: list[FlowRun] = []
     with get_client(sync_client=True) as client:
-        found = client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(id=filters.FlowRunFilterId(any_=list(of))))
+        for start in range(0, len(of), 100):  # the server tells of 200 at most
+            some = filters.FlowRunFilterId(any_=list(of[start : start + 100]))
+            found += client.read_flow_runs(flow_run_filter=filters.FlowRunFilter(id=some))
     ended: dict[UUID, str | None] = {one: "its flow run was deleted" for one in of if one not in {f.id for f in found}}
     for one in found:
         if one.state is not None and one.state.is_final():
@@ -176,9 +206,9 @@ def _ended(of: Sequence[UUID]) -> dict[UUID, str | None]:
     return ended
 
 
-def _under_way(deployment_id: UUID, store: Store) -> dict[str, UUID]:
+def _under_way(deployment_id: UUID, store: Store) -> dict[str, FlowRun]:
     """Flow runs of the deployment that advance a run of the store, or are about to, by the run's name."""
-    found: dict[str, UUID] = {}
+    found: dict[str, FlowRun] = {}
     with get_client(sync_client=True) as client:
         for page in range(1000):
             some = client.read_flow_runs(
@@ -189,27 +219,18 @@ def _under_way(deployment_id: UUID, store: Store) -> dict[str, UUID]:
                 sort=FlowRunSort.START_TIME_ASC, limit=200, offset=200 * page,
             )  # fmt: skip
             for one in some:
-                due = one.expected_start_time is None or one.expected_start_time <= now("UTC")
-                if due and one.parameters.get("store") in (None, store.url):
-                    found.setdefault(str(one.parameters.get("run")), one.id)
+                later = one.expected_start_time is not None and one.expected_start_time > now("UTC")
+                if later and one.state is not None and one.state.name == "Scheduled":  # by a schedule; no retry
+                    continue
+                if _is_of(store, one.parameters.get("store")):
+                    found.setdefault(str(one.parameters.get("run")), one)
             if len(some) < 200:
                 break
     return found
 
 
-_told_away = False
-
-
-@contextmanager
-def _server_may_be_away() -> Iterator[None]:
-    """A comparison outlives a server that is away for a while: the members do, too. It is said once."""
-    global _told_away
+def _is_of(store: Store, given: Any) -> bool:
     try:
-        yield
-        _told_away = False
-    except (httpx.TransportError, PrefectHTTPStatusError) as error:
-        if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < 500:
-            raise SpinregError(f"the Prefect server refuses what the comparison asks for: {error}") from error
-        if not _told_away:
-            run_log()(f"the Prefect server is away ({error!r}); asked again every {POLL_SECONDS:g} s")
-        _told_away = True
+        return given is None or open_store(str(given)).url == store.url
+    except BadInput:
+        return False

@@ -71,10 +71,10 @@ def comparison_data(
     runs: Sequence[str],
     against: str | None = None,
     name: str | None = None,
-    left_out: Mapping[str, str] | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Everything the comparison says. against: the run whose variant is the reference (default: the first); left_out:
-    runs that were to be compared too, and why they are not.
+    """Everything the comparison says. against: the run whose variant is the reference (default: the first); failed:
+    runs of the comparison whose flow run failed, compared or not, and why.
 
     Raises BadInput for fewer than two runs or one named twice, a run that is not in the store, and where nothing can
     be compared: no round beyond the base is evaluated in all, or no two variants share held-out rows.
@@ -132,7 +132,7 @@ def comparison_data(
         "primary": PRIMARY,
         "metrics": metrics,
         "unpaired": unpaired,
-        "left_out": dict(left_out or {}),
+        "failed": dict(failed or {}),
         "values": _values(variants, metrics, resampled),
         "comparisons": comparisons,
         "families": {family: sum(one["family"] == family and not one["same"] for one in comparisons)

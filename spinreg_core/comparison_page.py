@@ -39,13 +39,13 @@ def write_comparison(
     runs: Sequence[str],
     name: str | None = None,
     against: str | None = None,
-    left_out: Mapping[str, str] | None = None,
+    failed: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over what was there.
 
     Returns their keys as `html`, `json`, `csv`, `parquet`, and the `data`. Raises as `comparison_data`.
     """
-    data = strict(comparison_data(store, runs, against, name, left_out))
+    data = strict(comparison_data(store, runs, against, name, failed))
     place = f"comparisons/{data['name']}"
     named = {"html": "report.html", "json": "report.json", "csv": "table.csv", "parquet": "table.parquet"}
     keys = {kind: f"{place}/{file}" for kind, file in named.items()}

@@ -143,7 +143,9 @@ def notes(data: dict[str, Any]) -> list[str]:
         found.append(
             f"Compared is round {data['round']}, the last that all have evaluated; {_listed(further)} went on."
         )
-    found += [f"Left out, because it did not come to its end: {run} ({why})." for run, why in data["left_out"].items()]
+    compared = {one["run"] for one in data["runs"]}
+    for run, why in data["failed"].items():
+        found.append(f"{'Failed, and compared as far as it came' if run in compared else 'Left out'}: {run} ({why}).")
     if data["config"]["generation"]["temperature"] != 1:
         found.append("Answers were not sampled at temperature 1: KL is about these samples only.")
     return found

@@ -6,44 +6,53 @@ done. Leaves out: running them (`flows.compare`), comparing them (`comparison.py
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.benchmarks import part_name, parts_of
+from spinreg_core.config import RunConfig, UntilConfig, fixed_fields
+from spinreg_core.errors import BadInput, ConfigChanged, Damaged, SpinregError
 from spinreg_core.head import (
     ROUND_STAGES,
     check_config,
     complete_round,
     enter_stage,
+    has_begun,
     pending_advance,
     read_config,
     read_head,
+    require_head,
     stage_object,
 )
 from spinreg_core.objects import fingerprint
 from spinreg_core.resolve import merge, validate
-from spinreg_core.rounds import PLANS
+from spinreg_core.rounds import PLANS, measured_objects
 from spinreg_core.store import Store
 
-PLAIN_SPIN = {"objective": {"alpha": 1.0}, "opponent": {"history": 1}}
+BASE = (0, "base")
 ALPHAS, HISTORIES = (1.0, 0.5, 0.0), (1, "all")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison. values: what is said of it, nested as in a configuration file; config: all of it."""
+    """One run of a comparison, and the round it goes to."""
 
-    values: dict[str, Any]
     config: RunConfig
     target: int
 
     @property
     def run(self) -> str:
         return self.config.run
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Of the flow `spin`, all of them: neither a stored configuration nor a deployment's own parameters add any."""
+        return self.config.model_dump(mode="json") | {"config": None, "rounds": None, "until_round": self.target}
 
     @cached_property
     def makes(self) -> dict[tuple[int, str], str]:
@@ -52,10 +61,10 @@ class Member:
         The names are not those in the store, where the base and the rows have ids that are known later.
         """
         rows = self.config.model_dump(mode="json", include={"dataset", "data", "model", "seed"})
-        base = fingerprint("base", {"model": self.config.model})
+        base = fingerprint("base", {"model": self.config.model, "quantize": self.config.training.lora_quantize})
         head: dict[str, Any] = {"run": "", "rounds": [], "base": base, "data": fingerprint("data", rows)}
-        found = {}
-        for number, stage in _places(self.target):
+        found = {BASE: base}
+        for number, stage in [(0, "evaluate"), *itertools.product(range(1, self.target + 1), ROUND_STAGES)]:
             found[number, stage] = PLANS[stage](self.config, head, number).object_id
             enter_stage(head, number, stage, found[number, stage])
         return found
@@ -82,7 +91,7 @@ def members_of(
     variations: instead of alpha and history: fields that a variation differs in, by its name.
 
     Every variation is run with every seed. Raises BadInput for fewer than two variations and seeds together, for a
-    value named twice, and for a member that is no configuration, naming it.
+    value named twice, for two variations that are the same, and for a member that is no configuration, naming it.
     """
     whole = validate(base | {"run": name})
     if whole.until_round is None or whole.until_round < 1:
@@ -98,6 +107,8 @@ def members_of(
         raise BadInput("members", f"{len(variations)} variations of {len(seeds)} seeds", "at least two to compare")
     found = []
     for (label, fields), seed in itertools.product(variations.items(), seeds):
+        if not isinstance(fields, dict):
+            raise BadInput(f"variation {label!r}", repr(fields), "fields by name, nested as in a configuration")
         if fixed := sorted({"run", "store", "seed", "rounds", "until_round", "model", "dataset"} & fields.keys()):
             raise BadInput(f"variation {label!r}", ", ".join(fixed), "fields in which members of one comparison differ")
         values = merge(base, merge(fields, {"run": f"{name}-{label}-s{seed}", "seed": seed}))
@@ -105,8 +116,15 @@ def members_of(
             config = validate(values)
         except BadInput as error:
             raise BadInput.from_message(f"member {values['run']!r}: {error}") from None
-        found.append(Member(values, config, whole.until_round))
+        found.append(Member(config, whole.until_round))
+    for one, other in itertools.combinations(found, 2):
+        if _but_name(one.config) == _but_name(other.config):
+            raise BadInput("variations", f"{one.run} and {other.run}, which are the same", "members that differ")
     return found
+
+
+def _but_name(config: RunConfig) -> dict[str, Any]:
+    return fixed_fields(config) | {"run": None}
 
 
 def _grid(
@@ -119,7 +137,9 @@ def _grid(
     if alpha is not None and beta_0 is not None:
         raise BadInput("beta_0", "alpha besides", "either of the two: they are different experiments")
     previous = base.objective.beta
-    if beta_0 is not None and not isinstance(previous, list) and previous > 0:
+    if beta_0 is not None and not all(0 <= b < math.inf for b in beta_0):
+        raise BadInput("beta_0", repr(list(beta_0)), "weights of at least 0")
+    if beta_0 is not None and not isinstance(previous, list):
         objectives = {f"beta0-{b:g}": {"beta": previous + b, "alpha": previous / (previous + b)} for b in beta_0}
     elif beta_0 is not None:
         raise BadInput("beta_0", f"objective.beta {previous}", "one number, which it is added to")
@@ -149,16 +169,25 @@ def reference_of(members: Sequence[Member], against: str | None) -> str:
     return next((m.run for m in members if m.config.objective.alpha == 1 and m.config.opponent.history == 1), runs[0])
 
 
+def replaced_reference(members: Sequence[Member], complete: Sequence[Member], lost: str) -> str:
+    """The reference in place of one that did not come to its end: of the same variation another seed, else as where
+    nobody named any."""
+    (old,) = [member for member in members if member.run == lost]
+    same = [m.run for m in complete if _but_name(m.config) | {"seed": 0} == _but_name(old.config) | {"seed": 0}]
+    return same[0] if same else reference_of(complete, None)
+
+
 def check_stored(store: Store, members: Sequence[Member]) -> None:
-    """Raise ConfigChanged where a member's run exists with another configuration."""
+    """Raise ConfigChanged where a member's run has begun with another configuration."""
     for member in members:
-        stored = read_config(store, member.run)
-        if stored is not None:
-            check_config(stored, member.config)
+        with contextlib.suppress(Damaged):  # which is the end of that member alone
+            _check_config(store, member, read_head(store, member.run))
 
 
-def _places(target: int) -> list[tuple[int, str]]:
-    return [(0, "evaluate"), *itertools.product(range(1, target + 1), ROUND_STAGES)]
+def _check_config(store: Store, member: Member, head: dict[str, Any] | None) -> None:
+    stored = read_config(store, member.run) if head is not None and has_begun(head) else None
+    if stored is not None:
+        check_config(stored, member.config)
 
 
 def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict[str, Any] | None]]) -> Member | None:
@@ -167,26 +196,63 @@ def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict
     own: dict[str, Any] | None = None
     for other, head in running:
         common = [place for place, made in member.makes.items() if other.makes.get(place) == made]
-        missing = [place for place in common if head is None or stage_object(head, *place) is None]
+        missing = [place for place in common if not _is_made(other, head, place)]
         if missing:
             own = own or read_head(store, member.run)
-            if own is None or any(stage_object(own, *place) is None for place in missing):
+            if not all(_is_made(member, own, place) for place in missing):
                 return other
     return None
 
 
-def open_reason(store: Store, member: Member) -> str | None:
-    """None where a member's run has come to its end: all rounds, or a condition of `until`. Else what is open."""
-    head = read_head(store, member.run)
-    if head is None:
-        return "nothing of it is in the store"
-    done = complete_round(head)
-    if done >= member.target and head.get("repair") is None:
+def _is_made(member: Member, head: dict[str, Any] | None, place: tuple[int, str]) -> bool:
+    """An evaluation counts when the iterate's benchmarks are measured too."""
+    if head is None or place == BASE:
+        return head is not None and head.get("base") is not None
+    return stage_object(head, *place) is not None and (place[1] != "evaluate" or _is_measured(member, head, place[0]))
+
+
+def _is_measured(member: Member, head: dict[str, Any], number: int) -> bool:
+    try:
+        wanted = {part_name(plan.key, plan.stage) for plan in parts_of(member.config, head, number)}
+    except BadInput:  # it cannot be told on this machine (lm-eval is not installed, say); the member's own can
+        return True
+    return wanted <= measured_objects(head, number).keys()
+
+
+def rounds_open(store: Store, member: Member) -> str | None:
+    """None where a member can be compared: it has all its rounds, or its conditions (`until`) ended it. Else why not:
+    also where its run is damaged or has another configuration."""
+    try:
+        head = read_head(store, member.run)
+        if head is None:
+            return "nothing of it is in the store"
+        _check_config(store, member, head)
+    except (Damaged, ConfigChanged) as error:
+        return str(error)
+    if head.get("repair") is not None:
+        return "a repair of it is not finished"
+    done, pending = complete_round(head), pending_advance(head)
+    if done >= member.target:
         return None
-    pending = pending_advance(head)
-    if pending is None and head["advances"] and head["advances"][-1]["to"] >= member.target:
-        return None  # its conditions ended it
+    if (
+        pending is None
+        and member.config.until != UntilConfig()
+        and (head["advances"] or [{"to": 0}])[-1]["to"] >= member.target
+    ):
+        return None
     return f"round {done} of {member.target} is complete"
+
+
+def open_reason(store: Store, member: Member) -> str | None:
+    """What is left to do for a member; None where nothing is."""
+    reason = rounds_open(store, member)
+    if reason is not None:
+        return reason
+    head = require_head(store, member.run)
+    if pending_advance(head) is not None:
+        return "its advance is not finished"
+    missing = [n for n in range(complete_round(head) + 1) if not _is_made(member, head, (n, "evaluate"))]
+    return f"round {missing[0]} is not measured in full" if missing else None
 
 
 def require_two(found: Sequence[Member], failures: Mapping[str, str]) -> None:

@@ -344,7 +344,7 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
         }  # fmt: skip
         with contextlib.suppress(Conflict):
             store.create(head_key(run), documents.dump(empty))
-    elif _has_begun(head):
+    elif has_begun(head):
         check_config(_stored(store, run)[0], config)  # before waiting for a lease
     head, tag = _acquire(store, run, make_holder(label), seconds)
     session = Session(store, run, head, tag, seconds)
@@ -363,7 +363,7 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
     """
     while True:
         stored, tag = _stored(store, config.run)
-        if _has_begun(session.head):
+        if has_begun(session.head):
             check_config(stored, config)
             # Read outside of runs too, and gone on with by `spinreg resume`.
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "tracking")}
@@ -382,7 +382,7 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
             continue
 
 
-def _has_begun(head: dict[str, Any]) -> bool:
+def has_begun(head: dict[str, Any]) -> bool:
     return head.get("base") is not None or bool(head["rounds"])
 
 

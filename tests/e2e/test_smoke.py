@@ -115,13 +115,13 @@ def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tup
                "--until-round", "1", "--variations", str(tmp / "variations.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=400)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"small-broken-s0 is left out: .*benchmarks.include_path", done.stderr), done.stderr
+    assert re.search(r"small-broken-s0 failed: .*benchmarks.include_path", done.stderr), done.stderr
     assert outcome(store, "smoke") == before
     made = {key.split("/")[1].split("-")[0] for key in set(store.list("objects/")) - objects}
     assert made == {"train", "evaluate", "generate"}, "of round 1, by the member that trains longer"
     data = json.loads(store.read("comparisons/small/report.json") or b"")
     assert [one["run"] for one in data["runs"]] == ["small-as-it-was-s0", "small-longer-s0"]
-    assert list(data["left_out"]) == ["small-broken-s0"]
+    assert list(data["failed"]) == ["small-broken-s0"]
     assert any("small-broken-s0 (" in note for note in data["notes"])
     assert data["variants"][1]["differences"] == ["training.epochs: 1 -> 2"]
     assert data["verdict"]["headline"] in done.stdout + done.stderr

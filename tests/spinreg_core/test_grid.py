@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from spinreg_core.benchmarks import record_measured
 from spinreg_core.errors import BadInput, ConfigChanged, SpinregError
 from spinreg_core.grid import (
     Member,
@@ -15,7 +16,9 @@ from spinreg_core.grid import (
     members_of,
     open_reason,
     reference_of,
+    replaced_reference,
     require_two,
+    rounds_open,
     waits_for,
 )
 from spinreg_core.head import ROUND_STAGES, open_session, read_head
@@ -33,7 +36,7 @@ def test_the_default_grid_is_alpha_times_history_with_plain_spin_first() -> None
     assert names(members) == [f"g-alpha-{a}-h-{h}-s0" for a in ("1", "0.5", "0") for h in ("1", "all")]
     assert reference_of(members, None) == members[0].run
     for member in members:
-        assert (member.config.until_round, member.config.run, member.target) == (3, member.values["run"], 3)
+        assert (member.config.until_round, member.parameters["run"], member.target) == (3, member.run, 3)
     assert members[3].config.objective.alpha == 0.5
     assert members[3].config.opponent.history == "all"
 
@@ -69,7 +72,16 @@ def test_variations_may_be_anything_else() -> None:
         ({"seeds": [1, 1]}, "seeds: found .* every seed once"),
         ({"alpha": [0.5, 1.5]}, r"member 'g-alpha-1.5-h-1-s0': .*\n.*objective.alpha: found 1.5"),
         ({"alpha": [1], "beta_0": [0.1]}, "beta_0: found alpha besides"),
-        ({"beta_0": [-0.2]}, "objective.alpha|objective.beta"),
+        ({"beta_0": [-0.1, 0]}, r"beta_0: found \[-0.1, 0\]; expected weights of at least 0"),
+        ({"variations": {"a": {}, "b": None}}, "variation 'b': found None; expected fields by name"),
+        (
+            {"variations": {"a": {}, "b": {"training": {"optimizer": "rmsprop"}}}},
+            "variations: found g-a-s0 and g-b-s0, which are the same",
+        ),
+        (
+            {"variations": {"a": {}, "b": {"keep": {"policies": 2}}}},
+            "variations: found g-a-s0 and g-b-s0, which are the same",
+        ),
         ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a': found seed; expected fields in which"),
         ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations: found a grid"),
         ({"variations": {"A b": {}, "b": {}}}, "member 'g-A b-s0'"),
@@ -90,9 +102,9 @@ def test_what_members_make_in_common() -> None:
                for m in members_of("g", BASE, alpha=[1, 0.5, 0], history=[1, 2, "all"], seeds=[0, 1])}  # fmt: skip
     for (one, a), (other, b) in itertools.combinations(members.items(), 2):
         common = {place for place, object_id in a.items() if b[place] == object_id}
-        round_1 = {(0, "evaluate"), *((1, stage) for stage in ROUND_STAGES)}
+        round_1 = {(0, "base"), (0, "evaluate"), *((1, stage) for stage in ROUND_STAGES)}
         if one[2] != other[2]:
-            assert common == set()
+            assert common == {(0, "base")}
         elif one[0] == other[0] and 1 not in (one[1], other[1]):
             assert common == round_1 | {(2, stage) for stage in ROUND_STAGES} | {(3, "generate")}
         else:
@@ -107,7 +119,9 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
     ]
     assert (mixed.config.seed, other_seed.config.seed) == (1, 0)
     head: dict[str, Any] | None = None
-    assert waits_for(mixed, store, [(plain, None)]) is None, "of another seed nothing is the same"
+    assert waits_for(mixed, store, [(plain, None)]) is plain, "of another seed the base is the same"
+    begun: dict[str, Any] = {"base": "base-x", "rounds": []}
+    assert waits_for(mixed, store, [(plain, begun)]) is None, "and nothing else"
     assert waits_for(other_seed, store, []) is None
     with open_session(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 3)
@@ -115,9 +129,9 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
         for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
             for stage in stages:
                 head = read_head(store, plain.run)
-                assert waits_for(other_seed, store, [(mixed, None), (plain, head)]) is plain, (number, stage)
+                assert waits_for(other_seed, store, [(mixed, begun), (plain, head)]) is plain, (number, stage)
                 session.commit(number, stage, f"{stage}-{number}")
-        assert waits_for(other_seed, store, [(mixed, None), (plain, read_head(store, plain.run))]) is None
+        assert waits_for(other_seed, store, [(mixed, begun), (plain, read_head(store, plain.run))]) is None
     with open_session(store, other_seed.config, "tester") as session:  # which has it itself
         session.commit_inputs("base-x", "data-x")
         for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
@@ -129,24 +143,75 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
 
 def test_when_a_member_is_done(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    member, other = members_of("g", BASE | {"store": store.url, "until_round": 1}, alpha=[1, 0], history=[1])
-    assert open_reason(store, member) == "nothing of it is in the store"
+    base = BASE | {"store": store.url, "until_round": 1}
+    member, other = members_of("g", base, alpha=[1, 0], history=[1])
+    assert open_reason(store, member) == rounds_open(store, member) == "nothing of it is in the store"
     with open_session(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
         session.commit(0, "evaluate", "evaluate-0")
-        assert open_reason(store, member) == "round 0 of 1 is complete"
+        assert open_reason(store, member) == rounds_open(store, member) == "round 0 of 1 is complete"
         for stage in ROUND_STAGES:
             session.commit(1, stage, f"{stage}-1")
+        assert rounds_open(store, member) is None
+        assert open_reason(store, member) == "its advance is not finished", "what is measured is not there yet"
+        session.finish_advance()
         assert open_reason(store, member) is None
-    with open_session(store, other.config, "tester") as session:
-        session.begin_advance("tester", None, 1)
-        session.finish_advance(ended=True)
-    assert open_reason(store, other) is None, "its conditions ended it"
-    changed = members_of("g", BASE | {"store": store.url, "training": {"epochs": 9}}, alpha=[1, 0], history=[1])
+        session.update(
+            lambda head: head.update(repair={"to": 1, "stages": [], "replace": {}, "was": {}, "dependents": {}})
+        )
+        assert rounds_open(store, member) == "a repair of it is not finished"
+        session.update(lambda head: head.pop("repair"))
     check_stored(store, [member, other])
+    changed = members_of("g", base | {"training": {"epochs": 9}}, alpha=[1, 0], history=[1])
     with pytest.raises(ConfigChanged, match=r"run 'g-alpha-1-h-1-s0' exists .*\n.*training.epochs"):
         check_stored(store, changed)
+    assert "training.epochs" in str(rounds_open(store, changed[0])), "an old flow run of that name has made it"
+    (tmp_path / "store/runs" / member.run / "head.json").write_bytes(b"{")
+    assert "head.json" in str(open_reason(store, member)), "damage is the end of one member"
+    check_stored(store, changed)
+
+
+def test_a_member_that_its_conditions_ended(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    base = BASE | {"store": store.url, "until": {"kl_base_above": 3.0}}
+    member, _ = members_of("g", base, alpha=[1, 0], history=[1])
+    with open_session(store, member.config, "tester") as session:
+        session.begin_advance("tester", None, 3)
+        session.commit_inputs("base-x", "data-x")
+        assert rounds_open(store, member) == "round 0 of 3 is complete"
+        session.finish_advance(ended=True)
+    assert rounds_open(store, member) is None
+    member, _ = members_of("g", BASE | {"store": store.url}, alpha=[1, 0], history=[1])
+    assert rounds_open(store, member) == "round 0 of 3 is complete", "without the condition it goes on"
+
+
+def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    base = BASE | {"store": store.url, "until_round": 1}
+    plain, other = members_of("g", base | {"benchmarks": {"tasks": ["gsm8k"]}}, alpha=[1, 0], history=[1])
+    with open_session(store, plain.config, "tester") as session:
+        session.begin_advance("tester", None, 1)
+        session.commit_inputs("base-x", "data-x")
+        session.commit(0, "evaluate", "evaluate-0")
+        assert waits_for(other, store, [(plain, read_head(store, plain.run))]) is plain, "the base's benchmark"
+        for stage in ROUND_STAGES:
+            session.commit(1, stage, f"{stage}-1")
+        session.finish_advance()
+        assert rounds_open(store, plain) is None
+        assert open_reason(store, plain) == "round 0 is not measured in full"
+        for number in (0, 1):
+            record_measured(session, number, {"lm-eval gsm8k": f"lm-eval-{number}"})
+    assert open_reason(store, plain) is None
+    assert waits_for(other, store, [(plain, read_head(store, plain.run))]) is None
+
+
+def test_a_reference_that_failed_is_replaced_by_its_like() -> None:
+    members = members_of("g", BASE, alpha=[0.5, 1], history=[1], seeds=[0, 1])
+    half, _, plain, plain_too = members
+    assert reference_of(members, None) == plain.run
+    assert replaced_reference(members, [half, plain_too], plain.run) == plain_too.run
+    assert replaced_reference(members, [plain, plain_too], half.run) == plain.run, "else plain SPIN"
 
 
 def test_one_member_is_no_comparison() -> None:
