@@ -120,6 +120,17 @@ for what, fields in {
     broken(f"a model with {what}")(lambda folder, fields=fields: change(folder / "config.json", **fields))
 
 
+# What the files beside it say.
+for what, name, field, value in (
+    ("an end of generation that is a word", "generation_config.json", "eos_token_id", "x"),
+    ("ends of generation in a list of lists", "generation_config.json", "eos_token_id", [[1]]),
+    ("a longest input that is a word", "tokenizer_config.json", "model_max_length", "x"),
+):
+    broken(f"a model with {what}")(
+        lambda folder, name=name, field=field, value=value: change(folder / name, **{field: value})
+    )
+
+
 @broken("a model that reads and does not write")
 def _(folder: Path) -> None:
     T5Config().save_pretrained(folder)
