@@ -113,6 +113,10 @@ for what, fields in {
     "a number format nobody knows": {"dtype": "float99"},
     "tied weights that are not tied, and not there": {"tie_word_embeddings": False},
     "more layers than there are weights": {"num_hidden_layers": 3},
+    "fewer layers than there are weights": {"num_hidden_layers": 1},
+    "no layers": {"num_hidden_layers": 0},
+    "minus one layer": {"num_hidden_layers": -1},
+    "two hundred thousand layers": {"num_hidden_layers": 200_000},
     "fewer embeddings than the tokenizer has tokens": {"vocab_size": 258},
     "a context window shorter than the rows": {"max_position_embeddings": 512},
     "no width": {"hidden_size": "wide"},
@@ -165,6 +169,14 @@ def _(folder: Path) -> None:
 @broken("a model with a matrix of another shape")
 def _(folder: Path) -> None:
     weights(folder, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 32)})
+
+
+for name, value in {"that are not numbers": torch.nan, "that are infinite": -torch.inf}.items():
+    broken(f"a model with weights {name}")(
+        lambda folder, value=value: weights(
+            folder, **{"model.layers.1.input_layernorm.weight": torch.full((64,), value)}
+        )
+    )
 
 
 @broken("a model with weights in whole numbers")
