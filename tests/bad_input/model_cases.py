@@ -116,6 +116,7 @@ for what, fields in {
     "fewer layers than there are weights": {"num_hidden_layers": 1},
     "no layers": {"num_hidden_layers": 0},
     "minus one layer": {"num_hidden_layers": -1},
+    "a thousand layers": {"num_hidden_layers": 1000},
     "two hundred thousand layers": {"num_hidden_layers": 200_000},
     "fewer embeddings than the tokenizer has tokens": {"vocab_size": 258},
     "a context window shorter than the rows": {"max_position_embeddings": 512},
