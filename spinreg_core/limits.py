@@ -18,6 +18,7 @@ LONGEST_LINE = 64 * 2**20  # characters; a line is in memory as a whole, and is 
 LARGEST_ARRAY = 2 * 2**30  # characters of one JSON array, which takes some eight times that in memory; JSONL does not
 LARGEST_FOOTER = 64 * 2**20  # bytes of what a Parquet file says of itself; thousands of row groups take one of them
 LARGEST_MODEL_FILE = 256 * 2**20  # bytes of a configuration, tokenizer or index beside the weights; real: 35 MB
+MOST_LAYERS = 10_000  # transformers makes lists as long when it reads a configuration; real: 130
 
 
 def require_plain(field: str, path: Path) -> None:

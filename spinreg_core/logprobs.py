@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -40,7 +40,6 @@ T = TypeVar("T")
 
 # Rows shorter than this share of a group's longest one start a group of their own (CPU only).
 _UNLIKE = 0.85
-_PLAIN = ("F64", "F32", "F16", "BF16")  # number formats of weights, as safetensors calls them
 
 
 def master_dtype(precision: Precision) -> torch.dtype:
@@ -58,6 +57,13 @@ def load_policy(
     attention logits (Gemma 2), because SDPA would leave the cap out without saying so. `more`: further arguments of
     `from_pretrained` (`quantize.loading`). Raises BadInput for a folder that cannot be loaded.
     """
+    return load_with_info(folder, precision, device, more=more)[0]
+
+
+def load_with_info(
+    folder: str | Path, precision: Precision, device: str | torch.device, *, more: Mapping[str, Any] | None = None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """`load_policy`, and what transformers tells of the loading (`output_loading_info`)."""
     with refused(folder):
         config, arguments = architecture(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -81,25 +87,7 @@ def load_policy(
         )  # fmt: skip
     if not more:  # else it is where it was asked to be
         model.to(device)  # type: ignore[arg-type]
-    return without_dropout(model)
-
-
-def require_loadable(folder: Path) -> None:
-    """Raise BadInput for a folder that `load_policy` would refuse, or whose weights are not plain floating-point
-    numbers, without reading them: from the heads of its files."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"policy folder {folder}", f"{path.name}, which cannot be read ({first_line(error)})",
-                           "whole safetensors (was a download cut, or left as a pointer of Git LFS?)"
-                           ) from None  # fmt: skip
-        strange = sorted(name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _PLAIN)
-        if strange:
-            raise BadInput(f"policy folder {folder}", f"{strange[0]} in {kinds[strange[0]]}",
-                           "weights in bfloat16, float16 or float32")  # fmt: skip
-    load_policy(folder, "fp32", "meta", more={"device_map": "meta"})
+    return without_dropout(model), loaded[1]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from spinreg_core.errors import BadInput
 from spinreg_core.gguf_header import read_header
-from spinreg_core.limits import LARGEST_MODEL_FILE, require_size
+from spinreg_core.limits import LARGEST_MODEL_FILE, MOST_LAYERS, require_size
 from spinreg_core.model_json import first_line, read_json
 from spinreg_core.objects import sha256_file
 from spinreg_core.render import load_tokenizer
@@ -31,6 +31,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 # The same weights once more, in the layout of a vendor's own code.
 LEFT_OUT = ("consolidated*",)
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what architectures call their number
 CONVERSION = 2  # raise when the conversion of packages or the toy model changes
 
 
@@ -112,11 +113,18 @@ def _belongs(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _bounded(folder: Path) -> Path:
-    """The folder, whose files are its own and, but for weights, small. Raises BadInput."""
+    """The folder, whose files are its own and, but for weights, small, and whose layers can be counted before the
+    libraries read its configuration. Raises BadInput."""
     files = model_files(folder)
     require_inside(folder, files, "model")
     for path in files:
         _require_small(str(path), path.name, path.stat().st_size)
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config")):
+        for name in LAYERS:
+            count = part.get(name) if isinstance(part, dict) else None
+            if isinstance(count, int) and count > MOST_LAYERS:
+                raise BadInput("model", f"{name} {count} in {folder / 'config.json'}", f"at most {MOST_LAYERS}")
     return folder
 
 

@@ -55,8 +55,11 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    for name in ("config.json", "tokenizer_config.json"):
-        read_json(folder / name)
+    read_json(folder / "config.json")
+    longest = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    if longest is not None and type(longest) not in (int, float):  # transformers writes 1e30 for "no limit"
+        raise BadInput("model", f"model_max_length {_short(longest)} in {folder / 'tokenizer_config.json'}",
+                       "a number of tokens")  # fmt: skip
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
@@ -72,6 +75,11 @@ def load_tokenizer(folder: Path) -> Any:
         adds_bos = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
     return tokenizer
+
+
+def _short(found: object) -> str:
+    text = repr(found)
+    return text if len(text) <= 60 else text[:60] + "..."
 
 
 class Renderer:
@@ -129,8 +137,11 @@ class Renderer:
     @classmethod
     def from_folder(cls, path: Path, arguments: Mapping[str, Any] | None = None) -> Renderer:
         """The renderer of a Hugging Face folder (tokenizer files suffice). Raises BadInput."""
-        eos = read_json(Path(path) / "generation_config.json").get("eos_token_id")
+        file = Path(path) / "generation_config.json"
+        eos = read_json(file).get("eos_token_id")
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(i) is int for i in ends):
+            raise BadInput("model", f"eos_token_id {_short(eos)} in {file}", "a token id, or a list of them")
         return cls(load_tokenizer(Path(path)), ends, arguments)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:

@@ -35,7 +35,6 @@ from spinreg_core.data.split import IntArray, given_heldout, split_rows
 from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
-from spinreg_core.logprobs import require_loadable
 from spinreg_core.model_source import (
     link_policy,
     model_fingerprint,
@@ -43,6 +42,7 @@ from spinreg_core.model_source import (
     resolve_model,
     tokenizer_folder,
 )
+from spinreg_core.model_weights import require_finite, require_loadable
 from spinreg_core.objects import fetch_file, fingerprint, publish, read_manifest
 from spinreg_core.progress import Progress
 from spinreg_core.render import Renderer
@@ -270,7 +270,7 @@ def require_adaptable(folder: Path, config: RunConfig) -> None:
 
 
 def prepare_base(job: Job, source: Path) -> dict[str, Any]:
-    """Publish the object `base`, a model folder; returns its manifest."""
+    """Publish the object `base`, a model folder; returns its manifest. Raises BadInput."""
     store, start = open_store(job.store), time.monotonic()
     bits = job.config.training.lora_quantize
     key = {"model": model_fingerprint(source)} | ({} if bits is None else {"rounded_to": bits})
@@ -279,6 +279,7 @@ def prepare_base(job: Job, source: Path) -> dict[str, Any]:
     if found is not None:
         print(f"the base model is in the store already: {job.object_id}", flush=True)
         return found
+    require_finite(source)
     folder = job.workdir / "base"
     if bits is None:
         link_policy(source, folder / "policy")

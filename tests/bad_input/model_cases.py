@@ -113,11 +113,27 @@ for what, fields in {
     "a number format nobody knows": {"dtype": "float99"},
     "tied weights that are not tied, and not there": {"tie_word_embeddings": False},
     "more layers than there are weights": {"num_hidden_layers": 3},
+    "fewer layers than there are weights": {"num_hidden_layers": 1},
+    "no layers": {"num_hidden_layers": 0},
+    "minus one layer": {"num_hidden_layers": -1},
+    "a thousand layers": {"num_hidden_layers": 1000},
+    "two hundred thousand layers": {"num_hidden_layers": 200_000},
     "fewer embeddings than the tokenizer has tokens": {"vocab_size": 258},
     "a context window shorter than the rows": {"max_position_embeddings": 512},
     "no width": {"hidden_size": "wide"},
 }.items():
     broken(f"a model with {what}")(lambda folder, fields=fields: change(folder / "config.json", **fields))
+
+
+# What the files beside it say.
+for what, name, field, value in (
+    ("an end of generation that is a word", "generation_config.json", "eos_token_id", "x"),
+    ("ends of generation in a list of lists", "generation_config.json", "eos_token_id", [[1]]),
+    ("a longest input that is a word", "tokenizer_config.json", "model_max_length", "x"),
+):
+    broken(f"a model with {what}")(
+        lambda folder, name=name, field=field, value=value: change(folder / name, **{field: value})
+    )
 
 
 @broken("a model that reads and does not write")
@@ -154,6 +170,14 @@ def _(folder: Path) -> None:
 @broken("a model with a matrix of another shape")
 def _(folder: Path) -> None:
     weights(folder, **{"model.layers.0.mlp.up_proj.weight": torch.zeros(128, 32)})
+
+
+for name, value in {"that are not numbers": torch.nan, "that are infinite": -torch.inf}.items():
+    broken(f"a model with weights {name}")(
+        lambda folder, value=value: weights(
+            folder, **{"model.layers.1.input_layernorm.weight": torch.full((64,), value)}
+        )
+    )
 
 
 @broken("a model with weights in whole numbers")
