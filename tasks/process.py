@@ -19,7 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,11 @@ def end_embedded_server_with_us() -> None:
 
     for server in SubprocessASGIServer._instances.values():
         if server.server_process is not None:
-            # Its input ends when nobody holds the other side any more, which is ours alone.
-            watch = ["sh", "-c", f"cat > /dev/null; kill {server.server_process.pid} 2> /dev/null"]
-            subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)
+            _end_with_us(server.server_process.pid)
+
+
+@cache
+def _end_with_us(pid: int) -> None:
+    # Its input ends when nobody holds the other side any more, which is ours alone.
+    watch = ["sh", "-c", f"cat > /dev/null; kill {pid} 2> /dev/null"]
+    subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)

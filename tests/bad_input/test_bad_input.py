@@ -50,6 +50,8 @@ def test_there_are_many_and_the_page_shows_what_they_come_to(fed: Fed) -> None:
     assert len({case.what for case in CASES}) == len(CASES)
     assert all(len(module.CASES) >= 25 for module in AREAS.values())
     assert page(lambda case: fed(case)[1]) == PAGE.read_text(), "python tests/bad_input/page.py writes it anew"
+    promise = (PAGE.parent / "reliability.md").read_text()
+    assert f"| `tests/bad_input`, a scene of `make chaos` too | | | {len(CASES)} | | 0 |" in promise
 
 
 def test_what_can_be_known_before_is_known_before() -> None:
