@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +109,40 @@ def test_grid_arrives_in_a_pool_of_its_own(deployed_server: PrefectServer) -> No
     done = deployed_server.cli("deployment", "run", "compare/grid", "-p", "until_round=0")
     assert done.returncode != 0
     assert "until_round" in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_credentials_from_a_block_are_known_to_the_run_alone(deployed_server: PrefectServer) -> None:
+    """As docs/security.md says it: what the worker does before it starts the process of a run."""
+    code = """
+import asyncio, json, sys
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.workers.process import ProcessJobConfiguration
+
+async def main():
+    await Secret(value="planted-block-7Xq").save("s3-key")
+    env = {"AWS_SECRET_ACCESS_KEY": "{{ prefect.blocks.secret.s3-key }}"}
+    async with get_client() as client:
+        found = await client.read_deployment_by_name("spin/iterate")
+        run = await client.create_flow_run_from_deployment(found.id, job_variables={"env": env})
+        pool = await client.read_work_pool("local")
+        template = pool.base_job_template
+        made = await ProcessJobConfiguration.from_template_and_values(template, run.job_variables, client)
+        kept = (await client.read_flow_run(run.id)).model_dump_json()
+        await client.delete_flow_run(run.id)
+    print(json.dumps([made.env["AWS_SECRET_ACCESS_KEY"], kept]))
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | deployed_server.env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    given, kept = json.loads(done.stdout.splitlines()[-1])
+    assert given == "planted-block-7Xq"
+    assert "prefect.blocks.secret.s3-key" in kept
+    assert "planted-block-7Xq" not in kept
 
 
 @pytest.mark.slow

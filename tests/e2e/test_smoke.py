@@ -108,14 +108,14 @@ def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tup
     different = {
         "as-it-was": {},
         "longer": {"training": {"epochs": 2}},
-        "broken": {"benchmarks": {"include_path": "/no", "tasks": ["x"]}},
+        "broken": {"data": {"min_answer_characters": 100_000}},
     }
     (tmp / "variations.json").write_text(json.dumps(different))
     command = [sys.executable, "-m", "flows.cli", "grid", "--name", "small", "--config", SMOKE, "--store", store.url,
                "--until-round", "1", "--variations", str(tmp / "variations.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=400)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"small-broken-s0 failed: .*benchmarks.include_path", done.stderr), done.stderr
+    assert re.search(r"small-broken-s0 failed: .*found no row that is not left out", done.stderr), done.stderr
     assert outcome(store, "smoke") == before
     made = {key.split("/")[1].split("-")[0] for key in set(store.list("objects/")) - objects}
     assert made == {"train", "evaluate", "generate"}, "of round 1, by the member that trains longer"
