@@ -1,4 +1,4 @@
-"""Which member is started when, by what the server says of flow runs: told here, by a real one in tests/deployments/test_compare_grid.py."""
+"""Which member is started when, by what the server says of flow runs. With a real one: test_compare_grid.py."""
 
 from __future__ import annotations
 
