@@ -128,7 +128,7 @@ async def main():
         run = await client.create_flow_run_from_deployment(found.id, job_variables={"env": env})
         pool = await client.read_work_pool("local")
         template = pool.base_job_template
-        made = await ProcessJobConfiguration.from_template_and_values(template, run.job_variables, client)
+        made = await ProcessJobConfiguration.from_template_and_values(template, run.job_variables, client=client)
         kept = (await client.read_flow_run(run.id)).model_dump_json()
         await client.delete_flow_run(run.id)
     print(json.dumps([made.env["AWS_SECRET_ACCESS_KEY"], kept]))
