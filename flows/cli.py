@@ -224,7 +224,7 @@ def _grid(arguments: argparse.Namespace) -> int:
     if arguments.variations is not None:
         given["variations"] = load_config_file(arguments.variations)
     given["fields"] = assignments(arguments.param)
-    resolve_grid(**given)  # a wrong field ends here, before a flow run exists
+    resolve_grid(given)  # a wrong field ends here, before a flow run exists
     found: dict[str, Any] = {}
     status = _flow(lambda: found.update(compare(**given, deployment=arguments.deployment)))
     for run, why in found.get("failed", {}).items():

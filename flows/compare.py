@@ -43,37 +43,25 @@ from tasks.display import artifact_key, flush, run_log, show_markdown, show_tabl
 from tasks.process import end_embedded_server_with_us
 
 
-def resolve_grid(
-    name: str,
-    config: str | None = None,
-    *,
-    until_round: int | None = None,
-    alpha: list[float] | None = None,
-    beta_0: list[float] | None = None,
-    history: Sequence[int | str] | None = None,
-    seeds: list[int] | None = None,
-    variations: dict[str, dict[str, Any]] | None = None,
-    against: str | None = None,
-    model: str | None = None,
-    dataset: str | None = None,
-    store: str | None = None,
-    fields: dict[str, Any] | None = None,
-) -> tuple[Store, list[Member], str]:
-    """The store, the members and the run they are compared with, that a call of `compare` stands for. Raises BadInput,
-    also where a member's run exists with another configuration."""
-    file, said = ({} if config is None else load_config_file(config)), fields or {}
+def resolve_grid(given: dict[str, Any]) -> tuple[Store, list[Member], str]:
+    """The store, the members and the run they are compared with, that a call of `compare` stands for. given: its
+    parameters; those that are absent or None were not given. Raises BadInput, also where a member's run exists with
+    another configuration."""
+    name, config, said = given.get("name") or "grid", given.get("config"), given.get("fields") or {}
+    file = {} if config is None else load_config_file(config)
     base = merge(file, said)
-    base |= {f: value for f, value in (("model", model), ("dataset", dataset), ("store", store)) if value is not None}
+    base |= {field: given[field] for field in ("model", "dataset", "store") if given.get(field) is not None}
     # How far: the argument, else the fields, else the file; each by one of two names.
     how_far = next((g for g in (said, file) if g.get("rounds") is not None or g.get("until_round") is not None), {})
     if how_far.get("rounds") is not None and how_far.get("until_round") is not None:
         raise BadInput("rounds", "until_round besides", "either of the two")
     base.pop("rounds", None)
-    base["until_round"] = until_round or how_far.get("until_round") or how_far.get("rounds")
+    base["until_round"] = given.get("until_round") or how_far.get("until_round") or how_far.get("rounds")
     opened = open_store(validate(base | {"run": name}).store)
     base["store"] = opened.url  # a worker elsewhere has other defaults
     opened.check()
-    members = members_of(name, base, alpha=alpha, beta_0=beta_0, history=history, seeds=seeds, variations=variations)
+    walked = ("alpha", "beta_0", "history", "seeds", "variations")
+    members = members_of(name, base, **{field: given.get(field) for field in walked})
     for member in members:
         wanted = member.config
         try:
@@ -83,7 +71,7 @@ def resolve_grid(
         except BadInput as error:
             raise BadInput.from_message(f"member {member.run!r}: {error}") from None
     check_stored(opened, members)
-    return opened, members, reference_of(members, against)
+    return opened, members, reference_of(members, given.get("against"))
 
 
 @flow(name="compare", flow_run_name="{name}/compare", persist_result=False)
@@ -125,10 +113,12 @@ def compare(
         deployment: Deployment that runs the members; its work pool must be another than this flow's.
     """
     end_embedded_server_with_us()
-    opened, members, reference = resolve_grid(
-        name, config, until_round=until_round, alpha=alpha, beta_0=beta_0, history=history, seeds=seeds,
-        variations=variations, against=against, model=model, dataset=dataset, store=store, fields=fields,
-    )  # fmt: skip
+    given = {
+        "name": name, "config": config, "until_round": until_round, "alpha": alpha, "beta_0": beta_0,
+        "history": history, "seeds": seeds, "variations": variations, "against": against, "model": model,
+        "dataset": dataset, "store": store, "fields": fields,
+    }  # fmt: skip
+    opened, members, reference = resolve_grid(given)
     require_conditional_writes(opened)
     run_log()(f"{len(members)} members, each until round {members[0].target}, in {opened.url}:\n"
               + "\n".join(f"  {member.run}" for member in members))  # fmt: skip
