@@ -19,8 +19,7 @@ from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.members import Progress, run_here, run_on_pool
-from flows.spin import END_PATIENCE_SECONDS
-from spinreg_core.benchmarks import check as check_files
+from flows.spin import END_PATIENCE_SECONDS, require_usable
 from spinreg_core.comparison_words import comparison_markdown, comparison_rows, comparison_table
 from spinreg_core.config import RUN_NAME
 from spinreg_core.errors import BadInput
@@ -36,8 +35,6 @@ from spinreg_core.grid import (
 )
 from spinreg_core.resolve import load_config_file, merge, show, validate
 from spinreg_core.store import Store, open_store, require_conditional_writes
-from spinreg_core.tracking import check as check_trackers
-from spinreg_core.until import require_metric
 from tasks.cancel import RunCancelled, cancellation
 from tasks.display import artifact_key, flush, run_log, show_markdown, show_table, wait_for_server
 from tasks.process import end_embedded_server_with_us
@@ -63,11 +60,8 @@ def resolve_grid(given: dict[str, Any]) -> tuple[Store, list[Member], str]:
     walked = ("alpha", "beta_0", "history", "seeds", "variations")
     members = members_of(name, base, **{field: given.get(field) for field in walked})
     for member in members:
-        wanted = member.config
         try:
-            check_files(wanted)
-            check_trackers(wanted.tracking)
-            require_metric(wanted.until, wanted.benchmarks.tasks if wanted.benchmarks.rounds == "all" else ())
+            require_usable(member.config)
         except BadInput as error:
             raise BadInput.from_message(f"member {member.run!r}: {error}") from None
     check_stored(opened, members)

@@ -82,6 +82,14 @@ def resolve_parameters(config: str | None, parameters: dict[str, Any]) -> RunCon
     return resolve(given, config, stored=read_config(store, wanted.run))
 
 
+def require_usable(config: RunConfig) -> None:
+    """Raise BadInput for what this process can see, and a stage would end with hours later: files of benchmarks,
+    trackers, and the metric of `until`."""
+    check_files(config)
+    check_trackers(config.tracking)
+    require_metric(config.until, config.benchmarks.tasks if config.benchmarks.rounds == "all" else ())
+
+
 def _flow_run_name() -> str:
     """`<run>/spin`; a configuration that does not resolve fails inside the flow, where people see why."""
     parameters = dict(flow_run.parameters)
@@ -152,15 +160,13 @@ def _why_ended(store: Store, config: RunConfig) -> str | None:
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
-    check_files(resolved)
-    check_trackers(resolved.tracking)
+    require_usable(resolved)
     log(f"resolved configuration:\n{show(resolved)}")
     show_markdown(
         artifact_key(resolved.run, "configuration"),
         f"```yaml\n{show(resolved)}```",
         f"Resolved configuration of run {resolved.run}",
     )
-    require_metric(resolved.until, resolved.benchmarks.tasks if resolved.benchmarks.rounds == "all" else ())
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
     with open_session(opened, resolved, label) as session, cancellation(str(flow_run.id)) as check:

@@ -25,7 +25,6 @@ from typing import Any
 from spinreg_core.cache import borrowed
 from spinreg_core.comparison_runs import (
     Variant,
-    compared_fields,
     costs_of,
     definitions_of,
     lineage_of,
@@ -35,7 +34,7 @@ from spinreg_core.comparison_runs import (
     why_unpaired,
 )
 from spinreg_core.comparison_words import grid_of, notes, verdict
-from spinreg_core.config import RUN_NAME
+from spinreg_core.config import RUN_NAME, variant_fields
 from spinreg_core.errors import BadInput
 from spinreg_core.head import stage_object
 from spinreg_core.metrics import PRIMARY
@@ -106,7 +105,7 @@ def comparison_data(
     resampled = _Resampled(variants, config.evaluation.bootstrap, config.seed)
     metrics = definitions_of(members)
     comparisons = _comparisons(variants, reference, metrics, last, resampled)
-    own = compared_fields(reference.members[0].config)
+    own = variant_fields(reference.members[0].config)
     data: dict[str, Any] = {
         "schema": SCHEMA,
         "spinreg": versions().get("spinreg"),
@@ -122,7 +121,7 @@ def comparison_data(
                 "runs": [member.run for member in variant.members],
                 "seeds": [member.config.seed for member in variant.members],
                 "rounds": variant.rounds,
-                "differences": differences(own, compared_fields(variant.members[0].config)),
+                "differences": differences(own, variant_fields(variant.members[0].config)),
             }
             for variant in variants
         ],

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks import results_of
-from spinreg_core.config import RunConfig, fixed_fields
+from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.evaluation import TIE_NATS, exact_matches, margins
 from spinreg_core.head import ROUND_STAGES, stage_object
 from spinreg_core.metrics import GAME, METRICS, Floats, wins
@@ -155,25 +155,20 @@ def definitions_of(members: list[Member]) -> dict[str, dict[str, Any]]:
 # --- variants ----------------------------------------------------------------------------------------
 
 
-def compared_fields(config: RunConfig) -> dict[str, Any]:
-    """What makes a variant: every field that an existing run must keep, but its name and its seed."""
-    return {name: value for name, value in fixed_fields(config).items() if name not in ("run", "seed")}
-
-
 def variants_of(members: list[Member]) -> list[Variant]:
-    """Runs whose compared fields are equal are one variant; in the order in which they were named.
+    """Runs whose variant fields are equal are one variant; in the order in which they were named.
 
     A variant's label is what tells it from the others where that is one to three fields, else its first run's name.
     """
     groups: list[list[Member]] = []
     for member in members:
         for group in groups:
-            if compared_fields(group[0].config) == compared_fields(member.config):
+            if variant_fields(group[0].config) == variant_fields(member.config):
                 group.append(member)
                 break
         else:
             groups.append([member])
-    fields = [dict(leaves(compared_fields(group[0].config))) for group in groups]
+    fields = [dict(leaves(variant_fields(group[0].config))) for group in groups]
     telling = [name for name in dict.fromkeys(n for one in fields for n in one)
                if len({one.get(name) for one in fields}) > 1]  # fmt: skip
     labels = [", ".join(f"{name.rpartition('.')[2]} {one.get(name, '-')}" for name in telling) for one in fields]
@@ -186,7 +181,7 @@ def why_unpaired(ours: Variant, theirs: Variant) -> str:
     """Why no held-out rows are common to two variants."""
     seeds = [sorted({member.config.seed for member in variant.members}) for variant in (ours, theirs)]
     fields: list[dict[str, Any]] = [
-        {name: compared_fields(variant.members[0].config)[name] for name in ("model", "dataset", "data")}
+        {name: variant_fields(variant.members[0].config)[name] for name in ("model", "dataset", "data")}
         for variant in (ours, theirs)
     ]
     told = differences(fields[1], fields[0])

@@ -165,3 +165,8 @@ def fixed_fields(config: RunConfig) -> dict[str, Any]:
         else:
             del values[name]
     return values
+
+
+def variant_fields(config: RunConfig) -> dict[str, Any]:
+    """What makes a variant of a comparison: every field that an existing run must keep, but its name and its seed."""
+    return {name: value for name, value in fixed_fields(config).items() if name not in ("run", "seed")}

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from spinreg_core.benchmarks import part_name, parts_of
-from spinreg_core.config import RunConfig, UntilConfig, fixed_fields
+from spinreg_core.config import RunConfig, UntilConfig, variant_fields
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, SpinregError
 from spinreg_core.head import (
     ROUND_STAGES,
@@ -118,13 +118,9 @@ def members_of(
             raise BadInput.from_message(f"member {values['run']!r}: {error}") from None
         found.append(Member(config, whole.until_round))
     for one, other in itertools.combinations(found, 2):
-        if _but_name(one.config) == _but_name(other.config):
+        if one.config.seed == other.config.seed and variant_fields(one.config) == variant_fields(other.config):
             raise BadInput("variations", f"{one.run} and {other.run}, which are the same", "members that differ")
     return found
-
-
-def _but_name(config: RunConfig) -> dict[str, Any]:
-    return fixed_fields(config) | {"run": None}
 
 
 def _grid(
@@ -173,7 +169,7 @@ def replaced_reference(members: Sequence[Member], complete: Sequence[Member], lo
     """The reference in place of one that did not come to its end: of the same variation another seed, else as where
     nobody named any."""
     (old,) = [member for member in members if member.run == lost]
-    same = [m.run for m in complete if _but_name(m.config) | {"seed": 0} == _but_name(old.config) | {"seed": 0}]
+    same = [m.run for m in complete if variant_fields(m.config) == variant_fields(old.config)]
     return same[0] if same else reference_of(complete, None)
 
 
