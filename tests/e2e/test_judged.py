@@ -76,11 +76,14 @@ def requests_served(url: str) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith("vllm:request_success_total{"))
 
 
-def test_a_run_is_judged_and_nothing_is_paid_for_twice(judge: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_run_is_judged_and_nothing_is_paid_for_twice(engine: str, judge: str, tmp_path: Path) -> None:
     questions, prompts = tmp_path / "question.jsonl", tmp_path / "prompts.yaml"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     prompts.write_text(json.dumps({name: {"prompt_template": text} for name, text in PROMPTS.items()}))
+    served = requests_served(judge)
     settings = {
+        "generation.engine": engine,
         "benchmarks.mt_bench": questions,
         "benchmarks.mt_bench_max_tokens": 8,
         "benchmarks.win_rate": '["base", "human"]',
@@ -108,7 +111,7 @@ def test_a_run_is_judged_and_nothing_is_paid_for_twice(judge: str, tmp_path: Pat
     assert 1 <= found["mt-bench"]["metrics"]["score"]["value"] <= 10
     verdicts = store.list("verdicts/")
     asked = sum(results["cost"]["requests"] for results in found.values())
-    assert len(verdicts) == asked == requests_served(judge)
+    assert len(verdicts) == asked == requests_served(judge) - served
 
     # As if it had been killed before its results were there: all is found again, nobody is asked.
     for plan in parts_of(config, head, 0):
@@ -116,7 +119,7 @@ def test_a_run_is_judged_and_nothing_is_paid_for_twice(judge: str, tmp_path: Pat
         KINDS[plan.stage].run(plan.job(config, store.url, "e9-z", tmp_path / plan.stage))
     again = {results["kind"]: results for results in results_of(store, config, head, 0)}
     assert {kind: results["metrics"] for kind, results in again.items()} == {k: r["metrics"] for k, r in found.items()}
-    assert requests_served(judge) == asked
+    assert requests_served(judge) == asked + served
     assert store.list("verdicts/") == verdicts
     assert KEY not in text
     assert not any(KEY.encode() in path.read_bytes() for path in Path(store.url).rglob("*") if path.is_file())
