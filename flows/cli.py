@@ -180,9 +180,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from spinreg_core.export import export, push
+    from spinreg_core.export import check_push, export, push
 
     store = _existing_store(arguments.store)
+    if arguments.push:
+        check_push(arguments.push)
     folder = export(store, arguments.run, arguments.to, round_number=arguments.round, shard_size=arguments.shard_size)
     print(f"exported to {folder}")
     if arguments.push:

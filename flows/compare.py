@@ -53,7 +53,8 @@ def resolve_grid(given: dict[str, Any]) -> tuple[Store, list[Member], str]:
     if how_far.get("rounds") is not None and how_far.get("until_round") is not None:
         raise BadInput("rounds", "until_round besides", "either of the two")
     base.pop("rounds", None)
-    base["until_round"] = given.get("until_round") or how_far.get("until_round") or how_far.get("rounds")
+    asked = [given.get("until_round"), how_far.get("until_round"), how_far.get("rounds")]
+    base["until_round"] = next((number for number in asked if number is not None), None)
     opened = open_store(validate(base | {"run": name}).store)
     base["store"] = opened.url  # a worker elsewhere has other defaults
     opened.check()

@@ -109,6 +109,7 @@ def reshard(source: Path, folder: Path, most: int) -> None:
             with safe_open(where[name], "pt") as file:
                 tensors[name] = file.get_tensor(name)
         save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        (folder / file_name).chmod(0o644)  # safetensors leaves it to its owner alone
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -156,28 +157,40 @@ def _plain(text: object) -> str:
     return f"`{str(text).replace('`', chr(39))}`"
 
 
+def check_push(target: str) -> None:
+    """Raise BadInput for what `push` cannot take, before anything is written."""
+    if _HUB_ID.fullmatch(target):
+        return
+    place = Path(target.removeprefix("file://"))
+    if "://" in str(place) or not place.is_absolute():
+        raise BadInput("--push", repr(target), "the hub's name/model, or an absolute path of a folder")
+    _require_free("--push", place)
+
+
 def push(folder: Path, target: str) -> str:
     """Put an exported folder where others find it: a folder (`/srv/models/x`, `file:///srv/models/x`) that is empty or
     not there, or a repository of the Hugging Face hub (`name/model`; made if it is not there, private; the token comes
-    from HF_TOKEN or `hf auth login`). Returns its address. Raises BadInput."""
+    from HF_TOKEN or `hf auth login`). Weights that an earlier push left there are removed: a loader would prefer one
+    whole file to new ones in pieces. Returns its address. Raises BadInput."""
+    check_push(target)
     if not _HUB_ID.fullmatch(target):
         place = Path(target.removeprefix("file://"))
-        if "://" in str(place) or not place.is_absolute():
-            raise BadInput("--push", repr(target), "the hub's name/model, or an absolute path of a folder")
-        _require_free("--push", place)
         with _appearing(place) as copy:
             shutil.copytree(folder, copy, dirs_exist_ok=True)
         return str(place)
-    import httpx
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's or httpx2's, by version
 
     try:
         hub = HfApi()
         hub.create_repo(target, private=True, exist_ok=True)
-        found = hub.upload_folder(repo_id=target, folder_path=folder, commit_message="Exported by spinreg")
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        found = hub.upload_folder(
+            repo_id=target, folder_path=folder, commit_message="Exported by spinreg",
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+        )  # fmt: skip
+    except (HTTPError, OSError, ValueError) as error:
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise BadInput("--push", f"{target}, which the hub does not take: {said}",
-                       "a repository you may write to (HF_TOKEN)") from None  # fmt: skip
+                       f"a repository you may write to (HF_TOKEN); `hf upload {target} {folder}` sends what is exported"
+                       ) from None  # fmt: skip
     return str(found)

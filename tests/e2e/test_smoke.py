@@ -272,12 +272,18 @@ def test_in_small_files_it_computes_the_same(finished: tuple[Store, str, Path], 
 def test_the_base_in_one_file_of_a_chosen_size(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
     store, _, _ = finished
     export(store, "smoke", tmp_path / "base", round_number=0, shard_size="1MB")
-    assert [path.name for path in (tmp_path / "base").glob("*.safetensors*")] == ["model.safetensors"]
+    (weights,) = (tmp_path / "base").glob("*.safetensors*")
+    assert (weights.name, weights.stat().st_mode & 0o777) == ("model.safetensors", 0o644)
     assert "# smoke, base" in (tmp_path / "base" / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
 
-def test_what_it_refuses(finished: tuple[Store, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_it_refuses(
+    finished: tuple[Store, str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     store, _, _ = finished
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
@@ -291,6 +297,12 @@ def test_what_it_refuses(finished: tuple[Store, str, Path], tmp_path: Path, caps
         push(tmp_path / "full", "somewhere")
     with pytest.raises(BadInput, match="which holds something"):
         push(tmp_path / "full", str(tmp_path / "full"))
+    asked = ["export", "smoke", "--store", store.url, "--to", str(tmp_path / "none"), "--push"]
+    assert main([*asked, "somewhere"]) == EXIT_BAD_INPUT, "before anything is written"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(BadInput, match=r"--push: found nobody/model, which the hub does not take: .*refused"):
+        push(tmp_path / "full", "nobody/model")
+    capsys.readouterr()
     assert main(["export", "nobody", "--store", store.url, "--to", str(tmp_path / "none")]) == EXIT_BAD_INPUT
     assert "one of the runs of" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()

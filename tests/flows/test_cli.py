@@ -44,6 +44,8 @@ def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixtur
     assert "objective.alpha: found 2" in capsys.readouterr().err
     assert main(["run", "--config", str(tmp_path / "none.yaml")]) == EXIT_BAD_INPUT
     assert "none.yaml" in capsys.readouterr().err
+    assert main(["grid", "--store", str(tmp_path), "--until-round", "0"]) == EXIT_BAD_INPUT
+    assert "until_round: found 0" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
