@@ -84,7 +84,8 @@ METRICS: dict[str, Metric] = {
         "share",
         "higher",
         "Share of held-out prompts with r(human answer) > r(the previous policy's sample), where r = log p - alpha "
-        "log p_previous - (1 - alpha) log p_base is the round's implicit reward; ties (within 0.001 nats, what sums in "
+        "log p_previous - (1 - alpha) log p_base is the round's implicit reward (p_previous: the last iterate, also "
+        "where training.average_as has the loss use an average in its place); ties (within 0.001 nats, what sums in "
         "float32 are off by) count half. 0.5 is chance. "
         "Samples are cut at the length limit and human answers are not, whatever opponent.truncated says.",
     ),
@@ -161,7 +162,7 @@ GAME: dict[str, Metric] = {
         "entropy",
         "nats/token",
         None,
-        "-log p of the policy's own samples per token: with a neutral sampler an unbiased estimate of its entropy.",
+        "-log p of the policy's own samples per token: with a neutral sampler an estimate of its entropy.",
     ),
     "sampler_gap": Metric(
         "sampler - scorer",

@@ -104,7 +104,7 @@ def test_the_command_prints_table_verdict_and_address(
     assert main(["compare", "spin", "kl", "--store", store.url, "--against", "kl", "--name", "mine"]) == 0
     printed = capsys.readouterr().out
     assert "alpha 0.5 (reference)" in printed
-    assert "In held-out NLL at round 2, alpha 1.0 is worse than alpha 0.5." in printed
+    assert "In held-out NLL at round 2, alpha 1.0 is worse than alpha 0.5 (one seed each)." in printed
     assert printed.rstrip().endswith(f"comparison: {store.uri('comparisons/mine/report.html')}")
     assert main(["compare", "spin", "kl", "--store", store.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] == "alpha 1.0"
