@@ -270,6 +270,25 @@ def wilson(successes: float, n: int) -> Estimate:
     return {"value": share, "low": low, "high": high, "n": n, "unit": "share"}
 
 
+def grouped_share(
+    successes: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, resamples: int, seed: int
+) -> Estimate:
+    """sum(successes) / sum(counts), a share of things that come in groups, such as the verdicts on one prompt, which
+    are alike: the bootstrap interval over groups [groups]. Where it is 0 or 1, which no resampling moves, Wilson's as
+    if each group were one observation. n counts the things. Groups without any are left out.
+
+    Raises:
+        ValueError: nothing in any group.
+    """
+    top, bottom = np.asarray(successes, np.float64), np.asarray(counts, np.float64)
+    top, bottom = top[bottom > 0], bottom[bottom > 0]
+    found = bootstrap_ratio(top, bottom, "share", resamples=resamples, seed=seed)
+    if found["value"] in (0.0, 1.0):
+        found = wilson(found["value"] * len(bottom), len(bottom))
+    found["n"] = int(bottom.sum())
+    return found
+
+
 def wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:
     """Number of pairs with left > right; values that differ by no more than `within` count half."""
     difference = np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64)
