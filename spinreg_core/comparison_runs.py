@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks import results_of
 from spinreg_core.config import RunConfig, variant_fields
-from spinreg_core.evaluation import TIE_NATS, exact_matches, margins
+from spinreg_core.evaluation import row_scores
 from spinreg_core.head import ROUND_STAGES, stage_object
-from spinreg_core.metrics import GAME, METRICS, Floats, wins
+from spinreg_core.metrics import GAME, METRICS
 from spinreg_core.objects import fetch_file, read_record
 from spinreg_core.paired import Scores
 from spinreg_core.report import leaves, read_run
@@ -112,43 +111,9 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
 
 
 def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores]:
-    """The metrics of an evaluate object's rows (`evaluation.ROWS_SCHEMA`) that are ratios of sums over prompts.
-
-    The definitions are those of `evaluation.heldout_metrics`, whose values these have.
-    """
-    ids = tuple(rows["prompt_id"].to_pylist())
-    found: dict[str, Scores] = {}
-
-    def column(name: str) -> Floats:
-        return rows[name].to_numpy().astype(np.float64)
-
-    def put(name: str, num: Floats, den: Floats | None = None) -> None:
-        defined = np.isfinite(num)
-        den = defined.astype(np.float64) if den is None else den
-        if den.sum():
-            found[name] = Scores(block, ids, np.where(defined, num, 0.0), den)
-
-    sample, lengths = column("sample_logp"), pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
-    put("heldout_nll", -column("real_logp"), column("answer_tokens"))
-    put("kl_base", sample - column("sample_base_logp"))
-    put("answer_length", lengths)
-    put("end_of_turn_rate", np.array([finish == "stop" for finish in rows["sample_finish"].to_pylist()], np.float64))
-    put("distinct_2", column("sample_distinct_2"))
-    put("entropy", -sample, lengths)
-    put("exact_match", _matches(rows))
-    if rows["real_previous_logp"].null_count == 0:
-        margin = margins(rows, alpha)
-        put("margin", margin)
-        put("reward_accuracy", np.array([wins([m], [0.0], within=TIE_NATS) for m in margin]))
-        put("kl_previous", sample - column("sample_previous_logp"))
-    return {name: found[name] for name in HELDOUT if name in found}
-
-
-def _matches(rows: pa.Table) -> Floats:
-    """1 or 0 for each row whose reference has a number, NaN for the others."""
-    pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
-    found = [exact_matches([reference], [text]) for reference, text in pairs]
-    return np.array([float(one[0]) if one else np.nan for one in found])
+    """Of an evaluate object's rows, the metrics that are compared row by row."""
+    ids, found = tuple(rows["prompt_id"].to_pylist()), row_scores(rows, alpha)
+    return {name: Scores(block, ids, *found[name]) for name in HELDOUT if name in found}
 
 
 def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:

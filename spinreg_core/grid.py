@@ -133,7 +133,7 @@ _NO_ROWS = {"prompts_per_round", "round_prompts", "max_bad_share"}  # of data: w
 
 
 def _rows_of(config: RunConfig) -> dict[str, Any]:
-    """What makes the data object of a seed what it is (`stages.prepare.data_key`), as far as the configuration tells."""
+    """What makes the data object of a seed what it is (`stages.prepare.data_key`), as configured."""
     data = config.data.model_dump(mode="json", exclude=_NO_ROWS)
     return {"data": data, "evaluation": {"final_answer": config.evaluation.final_answer}}
 

@@ -31,6 +31,7 @@ from spinreg_core.tables import (
     metrics_rows,
     metrics_table,
 )
+from spinreg_core.templates import template
 
 __all__ = ["build_report", "metrics_markdown", "metrics_rows", "metrics_table", "report_data", "write_report"]
 
@@ -55,16 +56,12 @@ def build_report(store: Store, run: str) -> tuple[str, dict[str, Any]]:
 
 def render(data: dict[str, Any]) -> str:
     """The page: loads nothing from anywhere, and every text from the run stays text."""
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spinreg_core", package_path=""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"estimate": format_estimate, "bytes": format_bytes, "duration": format_duration}
     plotly = get_plotlyjs()
     assert "</script" not in plotly
-    return environment.get_template("report.html.jinja").render(
+    page = template("report.html.jinja", estimate=format_estimate, bytes=format_bytes, duration=format_duration)
+    return page.render(
         data=data, plotly=plotly, leaves=leaves(data["config"]), benchmarks=benchmarks(data), benchmark_of=benchmark_of
     )
 

@@ -97,7 +97,7 @@ def test_variations_may_train_on_other_prompts_of_the_same_rows() -> None:
         ),
         (
             {"variations": {"a": {}, "b": {"evaluation": {"final_answer": "none"}}}, "seeds": [0, 1]},
-            r"\(evaluation.final_answer: auto -> none\)",
+            r"\(evaluation.final_answer: 'auto' -> 'none'\)",
         ),
         ({"variations": {"A b": {}, "b": {}}}, "member 'g-A b-s0'"),
     ],
