@@ -4,7 +4,8 @@ Decides: which differences are looked at, in which families they are corrected f
 each variant besides (stability, cost, lineage, configuration). Leaves out: the statistics (`paired.py`), the reading
 (`comparison_runs.py`), the sentences (`comparison_words.py`), the page (`comparison_page.py`).
 
-Three families, each corrected by Holm's procedure, so that in each the chance of any false claim is at most 5 %:
+Three families, each corrected by Holm's procedure, so that in each the chance of any false claim is about 5 % at most
+(`paired.py` says how good the p-values are):
 
     verdict   the primary metric at the last round that all variants have: each variant against the reference, and each
               against its base. The sentences of the verdict speak about these alone.
@@ -28,7 +29,7 @@ from spinreg_core.comparison_runs import (
     costs_of,
     definitions_of,
     lineage_of,
-    read_member,
+    read_evaluated,
     samples_of,
     variants_of,
     why_unpaired,
@@ -85,7 +86,7 @@ def comparison_data(
     if against not in runs:
         raise BadInput("--against", repr(against), f"one of the compared runs ({', '.join(runs)})")
     with borrowed():
-        members = [read_member(store, run) for run in runs]
+        members = [read_evaluated(store, run) for run in runs]
         variants = variants_of(members)
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
     reference = next(v for v in variants if against in [member.run for member in v.members])
@@ -112,7 +113,8 @@ def comparison_data(
         "name": name,
         "store": store.url,
         "runs": [
-            {"run": m.run, "variant": v.label, "seed": m.config.seed, "data": m.head["data"], "rounds": m.rounds}
+            {"run": m.run, "variant": v.label, "seed": m.config.seed, "data": m.head["data"], "rounds": m.rounds,
+             "sampler": m.config.generation.model_dump(include={"temperature", "top_p", "top_k"})}
             for v in variants for m in v.members
         ],
         "variants": [
@@ -134,8 +136,11 @@ def comparison_data(
         "failed": dict(failed or {}),
         "values": _values(variants, metrics, resampled),
         "comparisons": comparisons,
-        "families": {family: sum(one["family"] == family and not one["same"] for one in comparisons)
-                     for family in FAMILIES},
+        "no_items": sorted(set().union(*(member.no_items for member in members))),
+        "families": {
+            family: sum(one["family"] == family and not one["same"] and one["repeats"] is None for one in comparisons)
+            for family in FAMILIES
+        },
         "stability": _stability(variants, metrics, resampled),
         "cost": costs_of(variants, lineage),
         "grid": grid_of([(v.label, v.members[0].config.objective) for v in variants]),
@@ -191,8 +196,14 @@ def _values(variants: list[Variant], metrics: dict[str, Any], resampled: _Resamp
 def _comparisons(
     variants: list[Variant], reference: Variant, metrics: dict[str, Any], last: int, resampled: _Resampled
 ) -> list[dict[str, Any]]:
-    """Every paired difference from the reference and from the base, corrected family by family."""
-    found = []
+    """Every paired difference from the reference and from the base, corrected family by family.
+
+    Variants that share a policy share its differences: one of them is a test, and the others (`repeats`: whose) are
+    what it is.
+    """
+    found: list[dict[str, Any]] = []
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+    repeated: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for metric in metrics:
         for variant in variants:
             for number in [n for n in variant.rounds if n]:
@@ -202,18 +213,31 @@ def _comparisons(
                     pairs.insert(0, (reference.label, reference.scores(metric, number),
                                      _objects(variant, number) == _objects(reference, number)))  # fmt: skip
                 for against, theirs, same in pairs:
-                    one = difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
+                    content = (metric, number, _content(ours), _content(theirs))
+                    known = None if same else first.get(content)
+                    one = known or difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
                     if one is None:
                         continue
                     family = "rounds" if number != last else "verdict" if metric == PRIMARY else "table"
-                    found.append({"family": family, "metric": metric, "round": number, "variant": variant.label,
-                                  "against": against, "to_base": against is BASE, "same": same, **one})  # fmt: skip
+                    found.append({**one, "family": family, "metric": metric, "round": number, "variant": variant.label,
+                                  "against": against, "to_base": against is BASE, "same": same,
+                                  "repeats": known and known["variant"]})  # fmt: skip
+                    if known is not None:
+                        repeated.append((found[-1], known))
+                    elif not same:
+                        first[content] = found[-1]
     for family in FAMILIES:
-        correct([one for one in found if one["family"] == family])
+        correct([one for one in found if one["family"] == family and one["repeats"] is None])
+    for one, original in repeated:
+        one |= {name: original[name] for name in ("p_holm", "corrected_low", "corrected_high", "supported")}
     for one in found:
         better = {"lower": -1, "higher": 1, None: 0}[metrics[one["metric"]]["better"]]
         one["better"] = one["supported"] * better  # 1 better, -1 worse, 0: not supported, or neither
     return found
+
+
+def _content(scores: list[Scores]) -> tuple[Any, ...]:
+    return tuple(sorted((one.block, one.ids, one.num.tobytes(), one.den.tobytes()) for one in scores))
 
 
 def _objects(variant: Variant, number: int) -> set[str | None]:

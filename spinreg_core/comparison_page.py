@@ -21,6 +21,7 @@ from spinreg_core.comparison_words import cells, mark
 from spinreg_core.report import format_duration, strict
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate
+from spinreg_core.templates import template
 
 _LARGEST_LINK = 2 * 2**20  # bytes of a table that the page carries
 
@@ -84,15 +85,8 @@ def parquet_of(table: pa.Table) -> bytes:
 
 def render(data: dict[str, Any], files: dict[str, bytes]) -> str:
     """The page: loads nothing from anywhere, and every text from the runs stays text. files: csv, parquet."""
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spinreg_core", package_path=""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # metrics and variants have an order
-    environment.filters |= {"estimate": format_estimate, "duration": format_duration, "mark": mark}
+    page = template("comparison.html.jinja", estimate=format_estimate, duration=format_duration, mark=mark)
     links = {kind: base64.b64encode(raw).decode() for kind, raw in files.items() if len(raw) <= _LARGEST_LINK}
-    return environment.get_template("comparison.html.jinja").render(
-        data=data, cells=cells(data), links=links, plotly=get_plotlyjs()
-    )
+    return page.render(data=data, cells=cells(data), links=links, plotly=get_plotlyjs())

@@ -7,24 +7,25 @@ runs are one variant. Leaves out: the statistics (`paired.py`) and what is said 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks import results_of
 from spinreg_core.config import RunConfig, variant_fields
-from spinreg_core.evaluation import TIE_NATS, exact_matches, margins
+from spinreg_core.evaluation import row_scores
 from spinreg_core.head import ROUND_STAGES, stage_object
-from spinreg_core.metrics import GAME, METRICS, Floats, wins
+from spinreg_core.metrics import GAME, METRICS
 from spinreg_core.objects import fetch_file, read_record
 from spinreg_core.paired import Scores
 from spinreg_core.report import leaves, read_run
 from spinreg_core.resolve import differences
-from spinreg_core.rounds import effective_alpha
+from spinreg_core.rounds import effective_alpha, measured_objects
 from spinreg_core.store import Store
 
 HELDOUT = (
@@ -33,15 +34,39 @@ HELDOUT = (
 )  # fmt: skip
 
 
+HELDOUT_ANSWERS, BENCHMARK = "generate (held-out)", "benchmark"
+COST_STAGES = (*ROUND_STAGES, HELDOUT_ANSWERS, BENCHMARK)
+# Of a benchmark's settings, what says nothing about what was asked and how it was judged: how it was computed, what of
+# it is the policy's own, and what `fingerprints` and `prompts` say better.
+_NOT_ASKED = frozenset(
+    (
+        "backend",
+        "batch_size",
+        "bootstrap",
+        "engine",
+        "identical",
+        "include_path",
+        "limit",
+        "precision",
+        "processes",
+        "seed",
+    )
+)
+_ANSWERS = ("policy", "evaluate", "answers")  # of its fingerprints, those of what was measured
+
+
 @dataclass
-class Member:
-    """One run. scores: {round: {metric: Scores}}, evaluated rounds only; definitions: of its benchmarks' metrics."""
+class Evaluated:
+    """One run. scores: {round: {metric: Scores}}, evaluated rounds only; definitions: of its benchmarks' metrics;
+    no_items: its benchmarks whose primary metric is no mean over questions; paid: to judges, by object."""
 
     run: str
     config: RunConfig
     head: dict[str, Any]
     scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
     definitions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    no_items: set[str] = field(default_factory=set)
+    paid: dict[str, float] = field(default_factory=dict)
 
     @property
     def rounds(self) -> list[int]:
@@ -53,7 +78,7 @@ class Variant:
     """Runs that differ in their seed alone."""
 
     label: str
-    members: list[Member]
+    members: list[Evaluated]
 
     @property
     def rounds(self) -> list[int]:
@@ -65,10 +90,10 @@ class Variant:
         return [one for one in found if one is not None]
 
 
-def read_member(store: Store, run: str) -> Member:
+def read_evaluated(store: Store, run: str) -> Evaluated:
     """A run with its scores. Raises BadInput where there is no such run, Removed or Damaged where a file is gone."""
     head, config = read_run(store, run)
-    member = Member(run, config, head)
+    member = Evaluated(run, config, head)
     for number in sorted(entry["round"] for entry in head["rounds"]):
         object_id = stage_object(head, number, "evaluate")
         if object_id is None:
@@ -76,69 +101,53 @@ def read_member(store: Store, run: str) -> Member:
         rows = pq.read_table(fetch_file(store, object_id, "rows.parquet"))
         scores = heldout_scores(rows, str(head["data"]), effective_alpha(config.objective.alpha, number))
         for document in results_of(store, config, head, number):
-            scores |= read_benchmark(store, document, member.definitions)
+            found = read_benchmark(store, document, member.definitions)
+            scores |= found
+            member.paid[document["object_id"]] = document.get("cost", {}).get("paid", 0.0)
+            if not found:
+                member.no_items.add(f"{document['name']}/{document['primary']}")
         member.scores[number] = scores
     return member
 
 
 def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores]:
-    """The metrics of an evaluate object's rows (`evaluation.ROWS_SCHEMA`) that are ratios of sums over prompts.
-
-    The definitions are those of `evaluation.heldout_metrics`, whose values these have.
-    """
-    ids = tuple(rows["prompt_id"].to_pylist())
-    found: dict[str, Scores] = {}
-
-    def column(name: str) -> Floats:
-        return rows[name].to_numpy().astype(np.float64)
-
-    def put(name: str, num: Floats, den: Floats | None = None) -> None:
-        defined = np.isfinite(num)
-        den = defined.astype(np.float64) if den is None else den
-        if den.sum():
-            found[name] = Scores(block, ids, np.where(defined, num, 0.0), den)
-
-    sample, lengths = column("sample_logp"), pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
-    put("heldout_nll", -column("real_logp"), column("answer_tokens"))
-    put("kl_base", sample - column("sample_base_logp"))
-    put("answer_length", lengths)
-    put("end_of_turn_rate", np.array([finish == "stop" for finish in rows["sample_finish"].to_pylist()], np.float64))
-    put("distinct_2", column("sample_distinct_2"))
-    put("entropy", -sample, lengths)
-    put("exact_match", _matches(rows))
-    if rows["real_previous_logp"].null_count == 0:
-        margin = margins(rows, alpha)
-        put("margin", margin)
-        put("reward_accuracy", np.array([wins([m], [0.0], within=TIE_NATS) for m in margin]))
-        put("kl_previous", sample - column("sample_previous_logp"))
-    return {name: found[name] for name in HELDOUT if name in found}
-
-
-def _matches(rows: pa.Table) -> Floats:
-    """1 or 0 for each row whose reference has a number, NaN for the others."""
-    pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
-    found = [exact_matches([reference], [text]) for reference, text in pairs]
-    return np.array([float(one[0]) if one else np.nan for one in found])
+    """Of an evaluate object's rows, the metrics that are compared row by row."""
+    ids, found = tuple(rows["prompt_id"].to_pylist()), row_scores(rows, alpha)
+    return {name: Scores(block, ids, *found[name]) for name in HELDOUT if name in found}
 
 
 def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
-    """The primary metric of a benchmark's part, item by item."""
+    """The primary metric of a benchmark's part, item by item; nothing where it is not the mean of its items."""
     name, primary = document["name"], document["primary"]
-    items = pq.read_table(fetch_file(store, document["object_id"], "items.parquet")).to_pylist()
-    values = {item["item"]: item["value"] for item in items if item["metric"] == primary}
-    if not values:
+    rows = pq.read_table(fetch_file(store, document["object_id"], "items.parquet")).to_pylist()
+    items = {row["item"]: row["value"] for row in rows if row["metric"] == primary}
+    values, metric = np.array([*items.values()], np.float64), document["metrics"][primary]
+    if not items or not math.isclose(values.mean(), metric["value"], rel_tol=1e-9, abs_tol=1e-9):
         return {}
     key = f"{name}/{primary}"
-    prints = document.get("fingerprints", {})
-    block = json.dumps([key, prints.get("data"), prints.get("prompts")], sort_keys=True)
     definitions[key] = {
-        "label": key, "unit": document["metrics"][primary]["unit"], "better": document["better"],
+        "label": key, "unit": metric["unit"], "better": document["better"],
         "definition": f"Benchmark of kind {document['kind']}: its primary metric, item by item.",
     }  # fmt: skip
-    return {key: Scores(block, tuple(values), np.array([*values.values()], np.float64), np.ones(len(values)))}
+    return {key: Scores(asked_of(document), tuple(items), values, np.ones(len(values)))}
 
 
-def definitions_of(members: list[Member]) -> dict[str, dict[str, Any]]:
+def asked_of(document: dict[str, Any]) -> str:
+    """All of a benchmark's results that two policies must have in common to be compared by it: the questions and their
+    prompts, the judge, and the answers that theirs were held against.
+
+    Win rates against the previous iterate have other such answers in every run, but for round 1: they are not paired.
+    """
+    common = {
+        "kind": document["kind"], "name": document["name"], "primary": document["primary"],
+        "settings": {k: v for k, v in document.get("settings", {}).items() if k not in _NOT_ASKED},
+        "fingerprints": {k: v for k, v in document.get("fingerprints", {}).items() if k not in _ANSWERS},
+        "lm-eval": document.get("versions", {}).get("lm-eval"),
+    }  # fmt: skip
+    return json.dumps(common, sort_keys=True)
+
+
+def definitions_of(members: list[Evaluated]) -> dict[str, dict[str, Any]]:
     """How each metric that any run has is shown, in the order of the page."""
     there = {name for member in members for scores in member.scores.values() for name in scores}
     found: dict[str, dict[str, Any]] = {}
@@ -155,12 +164,12 @@ def definitions_of(members: list[Member]) -> dict[str, dict[str, Any]]:
 # --- variants ----------------------------------------------------------------------------------------
 
 
-def variants_of(members: list[Member]) -> list[Variant]:
+def variants_of(members: list[Evaluated]) -> list[Variant]:
     """Runs whose variant fields are equal are one variant; in the order in which they were named.
 
     A variant's label is what tells it from the others where that is one to three fields, else its first run's name.
     """
-    groups: list[list[Member]] = []
+    groups: list[list[Evaluated]] = []
     for member in members:
         for group in groups:
             if variant_fields(group[0].config) == variant_fields(member.config):
@@ -217,14 +226,17 @@ def samples_of(store: Store, variants: list[Variant]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def lineage_of(store: Store, members: list[Member]) -> list[dict[str, Any]]:
-    """Every object of the runs once, with the runs that it is part of and what it took (seconds, tokens)."""
+def lineage_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
+    """Every object of the runs once, with the runs that it is part of and what it took: seconds (of the attempt that
+    finished it), tokens, and `paid` to a judge."""
     found: dict[str, dict[str, Any]] = {}
     for member in members:
         named: list[tuple[int, str, str | None]] = [(0, name, member.head.get(name)) for name in ("base", "data")]
         for entry in sorted(member.head["rounds"], key=lambda entry: int(entry["round"])):
             named += [(entry["round"], stage, entry["stages"].get(stage)) for stage in ROUND_STAGES]
-        for number, stage, object_id in named:
+            measured = measured_objects(member.head, entry["round"])
+            named += [(entry["round"], BENCHMARK, object_id) for object_id in measured.values()]
+        for number, stage, object_id in _with_heldout(store, named):
             if object_id is None:
                 continue
             if object_id in found:
@@ -234,14 +246,22 @@ def lineage_of(store: Store, members: list[Member]) -> list[dict[str, Any]]:
             found[object_id] = {
                 "round": number, "stage": stage, "object_id": object_id, "uri": store.uri(f"objects/{object_id}"),
                 "seconds": record.get("seconds"), "created": record.get("created"), "runs": [member.run],
-                "tokens": tokens_of(stage, record.get("metrics", {})),
+                "tokens": tokens_of(stage, record.get("metrics", {})), "paid": member.paid.get(object_id, 0.0),
             }  # fmt: skip
     return list(found.values())
 
 
+def _with_heldout(store: Store, named: Sequence[tuple[int, str, str | None]]) -> Iterator[tuple[int, str, str | None]]:
+    """The same, with the object of its held-out answers before each evaluation."""
+    for number, stage, object_id in named:
+        if stage == "evaluate" and object_id is not None:
+            yield number, HELDOUT_ANSWERS, (read_record(store, object_id) or {}).get("inputs", {}).get("heldout")
+        yield number, stage, object_id
+
+
 def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
     """Tokens sampled by a generate object, or passed through by a train object; None where nobody counted."""
-    if stage == "generate":
+    if stage in ("generate", HELDOUT_ANSWERS):
         return metrics.get("tokens")
     if stage == "train" and {"tokens_per_second", "seconds"} <= metrics.keys():
         return float(round(metrics["tokens_per_second"] * metrics["seconds"]))
@@ -249,8 +269,9 @@ def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
 
 
 def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per variant, the mean over its runs: seconds in each stage, tokens sampled for training and trained on, and how
-    much of it is in objects that other runs of this comparison use too (`shared_seconds`; it was spent once)."""
+    """Per variant, the mean over its runs: seconds in each stage, tokens sampled and trained on, what judges were
+    paid, and how much of the seconds is in objects that other runs of this comparison use too (`shared_seconds`; it
+    was spent once). What an attempt took that was stopped is in none of the seconds."""
     found = []
     for variant in variants:
         runs = {member.run for member in variant.members}
@@ -258,7 +279,7 @@ def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dic
         def per_run(lines: list[dict[str, Any]], key: str, runs: set[str] = runs) -> float:
             return sum((line[key] or 0.0) * len(runs & set(line["runs"])) for line in lines) / len(runs)
 
-        stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in ROUND_STAGES}
+        stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in COST_STAGES}
         seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
         shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
         found.append(
@@ -269,7 +290,8 @@ def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dic
                 "seconds": seconds,
                 "total_seconds": sum(seconds.values()),
                 "shared_seconds": per_run(shared, "seconds"),
-                "tokens": {stage: per_run(stages[stage], "tokens") for stage in ("generate", "train")},
+                "tokens": {stage: per_run(stages[stage], "tokens") for stage in ("generate", HELDOUT_ANSWERS, "train")},
+                "paid": per_run(stages[BENCHMARK], "paid"),
             }
         )
     return found

@@ -12,6 +12,7 @@ from typing import Any
 
 from spinreg_core.config import ObjectiveConfig
 from spinreg_core.metrics import PRIMARY, Estimate
+from spinreg_core.report import sample_notes
 from spinreg_core.tables import ARROWS, format_estimate, format_number, link
 
 _COLUMNS = 110  # of a terminal
@@ -32,7 +33,8 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
     parts = [f"{_listed(names)} {'is' if len(names) == 1 else 'are'} {word} than {reference}"
              for names, word in ((better, "better"), (worse, "worse")) if names]  # fmt: skip
     if parts:
-        headline = f"In {what}, {', and '.join(parts)}."
+        alone = all(len(one["values"]) == 1 for one in between if one["supported"])
+        headline = f"In {what}, {', and '.join(parts)}{' (one seed each)' if alone else ''}."
     elif between:
         headline = f"In {what}, no difference between the variants and {reference} is supported."
     else:
@@ -42,8 +44,8 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
     sentences.append(
         f"These are {data['families']['verdict']} comparisons, corrected together (Holm): the chance that any of "
-        "the claims above is a false one is at most 5 %. No difference supported does not mean that there is none. "
-        + _about_seeds(data)
+        "the claims above is a false one is about 5 % at most, and more where a handful of rows carries a difference. "
+        "No difference supported does not mean that there is none. " + _about_seeds(data)
     )
     told = [[one["variant"], one["against"], "higher" if one["supported"] > 0 else "lower"] for one in claims]
     return {"headline": headline, "sentences": sentences, "claims": told, "round": number}
@@ -77,7 +79,8 @@ def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
 
 
 def _agreeing(one: dict[str, Any]) -> int:
-    return sum((value > 0) == (one["value"] > 0) for value in one["values"])
+    """Seeds whose difference has the sign of the mean: one without a difference has neither."""
+    return sum(value * one["value"] > 0 for value in one["values"])
 
 
 def _about_seeds(data: dict[str, Any]) -> str:
@@ -136,8 +139,18 @@ def notes(data: dict[str, Any]) -> list[str]:
     """What limits the numbers of this comparison."""
     found = [data["grid"]["text"][0].upper() + data["grid"]["text"][1:]]
     rows = min((one["n"] for one in data["comparisons"] if one["metric"] == PRIMARY), default=0)
-    if rows < 30:
-        found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; take at least 30.")
+    found += sample_notes([one["sampler"] for one in data["runs"]], rows)
+    found += [f"{name} is no mean over questions, and is not compared: it is in the runs' own reports."
+              for name in data["no_items"]]  # fmt: skip
+    known, number, reference = cells(data), data["round"], data["reference"]
+    for metric in (name for name in data["metrics"] if (name, reference, number) in known):
+        own = {v["label"]: cell for v in data["variants"] if (cell := known.get((metric, v["label"], number)))}
+        apart = [name for name, cell in own.items() if name != reference and cell["reference"] is None]
+        if "/" in metric and apart:
+            found.append(
+                f"{metric} of {_listed(apart)} is not compared with that of {data['reference']}: it has other "
+                "questions, another judge or settings, or is a win rate against other answers."
+            )
     further = [v["label"] for v in data["variants"] if v["rounds"] and v["rounds"][-1] > data["round"]]
     if further:
         found.append(
@@ -146,8 +159,6 @@ def notes(data: dict[str, Any]) -> list[str]:
     compared = {one["run"] for one in data["runs"]}
     for run, why in data["failed"].items():
         found.append(f"{'Failed, and compared as far as it came' if run in compared else 'Left out'}: {run} ({why}).")
-    if data["config"]["generation"]["temperature"] != 1:
-        found.append("Answers were not sampled at temperature 1: KL is about these samples only.")
     return found
 
 

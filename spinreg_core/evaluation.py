@@ -30,6 +30,8 @@ import pyarrow.compute as pc
 
 from spinreg_core.errors import BadInput
 from spinreg_core.metrics import (
+    GAME,
+    METRICS,
     SEPARATED,
     Estimate,
     Floats,
@@ -92,64 +94,90 @@ def margins(rows: pa.Table, alpha: float) -> Floats:
     )
 
 
-def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Every metric and diagnostic of the game that is defined for this iterate, with its 95 % interval.
+def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]:
+    """(numerator, denominator) [rows] of every metric that is the ratio of their sums; both 0 where it is not defined.
 
-    rows: a table with `ROWS_SCHEMA`, at least one row. A metric whose columns hold nulls is not defined and
-    left out: what needs a previous policy for the base, exact match where no row has a final number.
-    For the base itself (`real_previous_logp` null) the two human numbers are added, which no round changes:
-    `human_answer_length` and `human_distinct_2`.
+    rows: a table with `ROWS_SCHEMA`. A metric that no row defines is left out: what needs a previous policy for the
+    base, exact match where no row has a final number. A mean has denominator 1.
     """
+    found: dict[str, tuple[Floats, Floats]] = {}
 
     def column(name: str) -> Floats:
         return rows[name].to_numpy().astype(np.float64)
 
+    def put(name: str, numerator: Floats, denominator: Floats | None = None) -> None:
+        defined = np.isfinite(numerator)
+        denominator = defined.astype(np.float64) if denominator is None else denominator
+        if denominator.any():
+            found[name] = np.where(defined, numerator, 0.0), denominator
+
+    tokens, real, sample = column("answer_tokens"), column("real_logp"), column("sample_logp")
+    put("heldout_nll", -real, tokens)
+    is_base = rows["real_previous_logp"].null_count > 0
+    if not is_base:
+        previous, margin = column("real_previous_logp"), margins(rows, alpha)
+        put("nll_vs_base", column("real_base_logp") - real, tokens)
+        put("nll_vs_previous", previous - real, tokens)
+        put("reward_accuracy", np.array([wins([m], [0.0], within=TIE_NATS) for m in margin]))
+        put("kl_previous", sample - column("sample_previous_logp"))
+    put("kl_base", sample - column("sample_base_logp"))
+    lengths = pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
+    put("answer_length", lengths)
+    put("end_of_turn_rate", np.array([finish == "stop" for finish in rows["sample_finish"].to_pylist()], np.float64))
+    put("distinct_2", column("sample_distinct_2"))
+    put("exact_match", _matches(rows))
+    put("entropy", -sample, lengths)
+    if rows["sample_engine_logp"].null_count == 0:
+        put("sampler_gap", column("sample_engine_logp") - sample)
+    if not is_base:
+        put("margin", margin)
+        put("real_change", real - previous)
+        put("generated_change", column("previous_sample_logp") - column("previous_sample_previous_logp"))
+    return found
+
+
+def _matches(rows: pa.Table) -> Floats:
+    """1 or 0 for each row whose reference has a number, NaN for the others."""
+    pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
+    found = [exact_matches([reference], [text]) for reference, text in pairs]
+    return np.array([float(one[0]) if one else np.nan for one in found])
+
+
+_SHARES = ("reward_accuracy", "end_of_turn_rate", "exact_match")  # of rows, each of which has it or not
+
+
+def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Every metric and diagnostic of the game that is defined for this iterate, with its 95 % interval.
+
+    rows: a table with `ROWS_SCHEMA`, at least one row. What is not defined (`row_scores`) is left out.
+    For the base itself (`real_previous_logp` null) the two human numbers are added, which no round changes:
+    `human_answer_length` and `human_distinct_2`.
+    """
+
     def mean(values: Floats, unit: str) -> Estimate:
         return bootstrap_mean(values, unit, resamples=resamples, seed=seed)
 
-    def ratio(numerator: Floats, unit: str) -> Estimate:
-        return bootstrap_ratio(numerator, tokens, unit, resamples=resamples, seed=seed)
-
-    tokens, real = column("answer_tokens"), column("real_logp")
-    sample, base = column("sample_logp"), column("sample_base_logp")
-    found = {"heldout_nll": ratio(-real, "nats/token")}
-    is_base = rows["real_previous_logp"].null_count > 0
-    if not is_base:
-        real_base, real_previous = column("real_base_logp"), column("real_previous_logp")
-        found["nll_vs_base"] = ratio(real_base - real, "nats/token")
-        found["nll_vs_previous"] = ratio(real_previous - real, "nats/token")
-        margin = margins(rows, alpha)
-        found["reward_accuracy"] = wilson(wins(margin, np.zeros_like(margin), within=TIE_NATS), len(real))
-        found["kl_previous"] = mean(sample - column("sample_previous_logp"), "nats/answer")
-    found["kl_base"] = mean(sample - base, "nats/answer")
-
-    lengths = pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
-    finished = rows["sample_finish"].to_pylist().count("stop")
-    found["answer_length"] = mean(lengths, "tokens")
-    found["end_of_turn_rate"] = wilson(finished, len(real))
-    repetition = rows["sample_distinct_2"].drop_null().to_numpy()
-    if len(repetition):
-        found["distinct_2"] = mean(repetition, "share")
-    matches = exact_matches(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist())
-    if matches:
-        found["exact_match"] = wilson(sum(matches), len(matches))
-    if is_base:
+    found: dict[str, Estimate] = {}
+    for name, (numerator, denominator) in row_scores(rows, alpha).items():
+        defined, unit = denominator > 0, (METRICS.get(name) or GAME[name]).unit
+        if name in _SHARES:
+            found[name] = wilson(numerator.sum(), int(defined.sum()))
+        else:
+            top, bottom = numerator[defined], denominator[defined]
+            found[name] = bootstrap_ratio(top, bottom, unit, resamples=resamples, seed=seed)
+    tokens = rows["answer_tokens"].to_numpy().astype(np.float64)
+    if rows["real_previous_logp"].null_count > 0:
         found["human_answer_length"] = mean(tokens, "tokens")
         human = rows["answer_distinct_2"].drop_null().to_numpy()
         if len(human):
             found["human_distinct_2"] = mean(human, "share")
-    found["entropy"] = bootstrap_ratio(-sample, lengths, "nats/token", resamples=resamples, seed=seed)
-    if rows["sample_engine_logp"].null_count == 0:
-        found["sampler_gap"] = mean(column("sample_engine_logp") - sample, "nats/answer")
-    if not is_base:
-        found["margin"] = mean(margin, "nats")
-        found["separated"] = wilson(int((beta * margin >= SEPARATED).sum()), len(real))
-        found["real_change"] = mean(real - real_previous, "nats/answer")
-        generated, previous = column("previous_sample_logp"), column("previous_sample_previous_logp")
-        found["generated_change"] = mean(generated - previous, "nats/answer")
-        bias = bootstrap_correlation(margin, tokens - column("previous_sample_tokens"), resamples=resamples, seed=seed)
-        if bias is not None:
-            found["length_bias"] = bias
+        return found
+    margin = margins(rows, alpha)
+    found["separated"] = wilson(int((beta * margin >= SEPARATED).sum()), len(margin))
+    longer = tokens - rows["previous_sample_tokens"].to_numpy().astype(np.float64)
+    bias = bootstrap_correlation(margin, longer, resamples=resamples, seed=seed)
+    if bias is not None:
+        found["length_bias"] = bias
     return found
 
 

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.head import require_head, stage_object
@@ -21,6 +22,7 @@ from spinreg_core.report import report_data
 from spinreg_core.rounds import policy_object
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate, label
+from spinreg_core.templates import template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -117,7 +119,6 @@ def reshard(source: Path, folder: Path, most: int) -> None:
 
 def model_card(store: Store, run: str, number: int) -> str:
     """README.md of an exported iterate: a Hugging Face model card, its metrics with 95 % intervals."""
-    import jinja2
     from huggingface_hub import ModelCardData
 
     head, data = require_head(store, run), report_data(store, run)
@@ -140,16 +141,32 @@ def model_card(store: Store, run: str, number: int) -> str:
     for n in range(1, number + 1):
         lineage += [(f"round {n}, {stage}", str(stage_object(head, n, stage)))
                     for stage in ("generate", "mix-opponent", "train")]  # fmt: skip
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spinreg_core", package_path=""), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("model_card.md.jinja").render(
+    return template("model_card.md.jinja").render(
         about=about.to_yaml(), run=run, number=number, config=config, data=data, weights=weights, shown=shown,
-        rows=[(label(name).replace("*", r"\\*"), [format_estimate(e["metrics"].get(name)) for e in shown], name)
+        rows=[(label(name).replace("*", r"\*"), [format_estimate(e["metrics"].get(name)) for e in shown], name)
               for name in names],
-        lineage=lineage, estimate=format_estimate, text=_plain,
+        lineage=lineage, estimate=format_estimate, text=_plain, how=how_measured,
     )  # fmt: skip
+
+
+def how_measured(part: dict[str, Any]) -> str:
+    """What of a benchmark's settings its figures cannot be read without: examples, limit, judge and prompts."""
+    settings, told = part["settings"], []
+    if settings.get("fewshot") is not None:
+        told.append(f"{settings['fewshot']} examples")
+    if (limit := settings.get("limit")) is not None:
+        told.append(f"the first {limit} {'prompts' if part['kind'] == 'win-rate' else 'questions'}")
+    if settings.get("questions_as") == "chat":
+        told.append("as a chat")
+    if (judge := settings.get("judge")) is not None:
+        told.append(
+            f"judge {_plain(judge['model'])} at {_plain(judge['endpoint'])}, temperature {judge['temperature']}"
+        )
+        told.append(f"prompts {_plain(part['fingerprints']['prompts'][:12])}")
+    if part["kind"] == "win-rate":
+        told.append({"base": "against the base", "previous": "against the previous iterate",
+                     "human": "against the human answers"}.get(part["name"], part["name"]))  # fmt: skip
+    return "; ".join(told).replace("|", r"\|")
 
 
 def _plain(text: object) -> str:

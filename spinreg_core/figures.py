@@ -55,7 +55,9 @@ def _picture(label: str, unit: str, curves: Mapping[str, Points]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "spinreg", "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "spinreg", "font.size": 9, "text.parse_math": False}
+    ):
         figure = Figure(figsize=(6.4, 3.0), layout="constrained")
         axes = figure.add_subplot()
         for name, points in curves.items():

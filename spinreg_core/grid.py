@@ -30,7 +30,7 @@ from spinreg_core.head import (
     stage_object,
 )
 from spinreg_core.objects import fingerprint
-from spinreg_core.resolve import merge, validate
+from spinreg_core.resolve import differences, merge, validate
 from spinreg_core.rounds import PLANS, measured_objects
 from spinreg_core.store import Store
 
@@ -120,7 +120,22 @@ def members_of(
     for one, other in itertools.combinations(found, 2):
         if one.config.seed == other.config.seed and variant_fields(one.config) == variant_fields(other.config):
             raise BadInput("variations", f"{one.run} and {other.run}, which are the same", "members that differ")
+    for other in found[1:]:
+        if told := differences(_rows_of(found[0].config), _rows_of(other.config)):
+            raise BadInput(
+                "variations", f"{found[0].run} and {other.run}, which differ in what their held-out rows are "
+                f"({'; '.join(told)})", "the same rows for all: members are compared row by row",
+            )  # fmt: skip
     return found
+
+
+_NO_ROWS = {"prompts_per_round", "round_prompts", "max_bad_share"}  # of data: what is trained on when; what is an error
+
+
+def _rows_of(config: RunConfig) -> dict[str, Any]:
+    """What makes the data object of a seed what it is (`stages.prepare.data_key`), as configured."""
+    data = config.data.model_dump(mode="json", exclude=_NO_ROWS)
+    return {"data": data, "evaluation": {"final_answer": config.evaluation.final_answer}}
 
 
 def _grid(

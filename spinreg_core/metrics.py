@@ -84,7 +84,8 @@ METRICS: dict[str, Metric] = {
         "share",
         "higher",
         "Share of held-out prompts with r(human answer) > r(the previous policy's sample), where r = log p - alpha "
-        "log p_previous - (1 - alpha) log p_base is the round's implicit reward; ties (within 0.001 nats, what sums in "
+        "log p_previous - (1 - alpha) log p_base is the round's implicit reward (p_previous: the last iterate, also "
+        "where training.average_as has the loss use an average in its place); ties (within 0.001 nats, what sums in "
         "float32 are off by) count half. 0.5 is chance. "
         "Samples are cut at the length limit and human answers are not, whatever opponent.truncated says.",
     ),
@@ -161,7 +162,7 @@ GAME: dict[str, Metric] = {
         "entropy",
         "nats/token",
         None,
-        "-log p of the policy's own samples per token: with a neutral sampler an unbiased estimate of its entropy.",
+        "-log p of the policy's own samples per token: with a neutral sampler an estimate of its entropy.",
     ),
     "sampler_gap": Metric(
         "sampler - scorer",
@@ -267,6 +268,25 @@ def wilson(successes: float, n: int) -> Estimate:
     # At 0 and n the bound is exactly 0 or 1; rounding must not push it past the value.
     low, high = min(max(0.0, centre - half), share), max(min(1.0, centre + half), share)
     return {"value": share, "low": low, "high": high, "n": n, "unit": "share"}
+
+
+def grouped_share(
+    successes: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, resamples: int, seed: int
+) -> Estimate:
+    """sum(successes) / sum(counts), a share of things that come in groups, such as the verdicts on one prompt, which
+    are alike: the bootstrap interval over groups [groups]. Where it is 0 or 1, which no resampling moves, Wilson's as
+    if each group were one observation. n counts the things. Groups without any are left out.
+
+    Raises:
+        ValueError: nothing in any group.
+    """
+    top, bottom = np.asarray(successes, np.float64), np.asarray(counts, np.float64)
+    top, bottom = top[bottom > 0], bottom[bottom > 0]
+    found = bootstrap_ratio(top, bottom, "share", resamples=resamples, seed=seed)
+    if found["value"] in (0.0, 1.0):
+        found = wilson(found["value"] * len(bottom), len(bottom))
+    found["n"] = int(bottom.sum())
+    return found
 
 
 def wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:

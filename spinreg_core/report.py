@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -30,6 +31,7 @@ from spinreg_core.tables import (
     metrics_rows,
     metrics_table,
 )
+from spinreg_core.templates import template
 
 __all__ = ["build_report", "metrics_markdown", "metrics_rows", "metrics_table", "report_data", "write_report"]
 
@@ -54,16 +56,12 @@ def build_report(store: Store, run: str) -> tuple[str, dict[str, Any]]:
 
 def render(data: dict[str, Any]) -> str:
     """The page: loads nothing from anywhere, and every text from the run stays text."""
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spinreg_core", package_path=""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"estimate": format_estimate, "bytes": format_bytes, "duration": format_duration}
     plotly = get_plotlyjs()
     assert "</script" not in plotly
-    return environment.get_template("report.html.jinja").render(
+    page = template("report.html.jinja", estimate=format_estimate, bytes=format_bytes, duration=format_duration)
+    return page.render(
         data=data, plotly=plotly, leaves=leaves(data["config"]), benchmarks=benchmarks(data), benchmark_of=benchmark_of
     )
 
@@ -271,9 +269,10 @@ def alarms(rounds: list[dict[str, Any]], level: float = 0.0) -> list[dict[str, A
             kl = metrics.get(name)
             if kl is not None and _supported(kl) < 0:
                 text = (
-                    f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which no "
-                    "policy's own samples can do: the sampled policy is not the scored one. Look at generation.dtype "
-                    "(bfloat16 rounds small steps away), temperature, top_p and top_k."
+                    f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which a "
+                    "policy's own samples hardly ever do: unless it is next to nothing, the sampled policy is not the "
+                    "scored one. Look at generation.dtype (bfloat16 rounds small steps away), temperature, top_p and "
+                    "top_k."
                 )
                 found.append({"round": number, "where": "samples", "text": text})
     return found
@@ -281,20 +280,27 @@ def alarms(rounds: list[dict[str, Any]], level: float = 0.0) -> list[dict[str, A
 
 def notes(config: dict[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
     """What limits the numbers of this run."""
-    found = []
     sampler = config["generation"]
-    if sampler["temperature"] != 1 or sampler["top_p"] != 1 or sampler["top_k"] != 0:
-        found.append(
-            f"Answers were sampled with temperature {sampler['temperature']}, top-p {sampler['top_p']}, "
-            f"top-k {sampler['top_k']}: that is not the policy itself, so KL is about these samples only."
-        )
     rows = next((entry["metrics"][PRIMARY]["n"] for entry in rounds if entry["metrics"]), None)
+    return [
+        *sample_notes([sampler], rows),
+        f"Sampled answers end after {sampler['max_new_tokens']} tokens at the latest: answer length and KL are "
+        "those of answers cut there. Reward accuracy compares them with whole human answers.",
+    ]
+
+
+def sample_notes(samplers: Sequence[Mapping[str, Any]], rows: int | None) -> list[str]:
+    """What limits numbers about answers that were sampled so (temperature, top_p, top_k), on so many held-out rows."""
+    found = []
+    odd = [one for one in samplers if (one["temperature"], one["top_p"], one["top_k"]) != (1, 1, 0)]
+    if odd:
+        told = [f"temperature {one['temperature']}, top-p {one['top_p']}, top-k {one['top_k']}" for one in odd]
+        found.append(
+            f"Answers{' of some runs' if len(odd) < len(samplers) else ''} were sampled with "
+            f"{' or '.join(dict.fromkeys(told))}: that is not the policy itself, so KL is about these samples only."
+        )
     if rows is not None and rows < 30:
         found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; take at least 30.")
-    found.append(
-        f"Sampled answers end after {sampler['max_new_tokens']} tokens at the latest: answer length and KL are "
-        "those of answers cut there. Reward accuracy compares them with whole human answers."
-    )
     return found
 
 

@@ -6,7 +6,7 @@ what agreement is. Leaves out: asking the judge (`judge.py`).
 As in MT-Bench's own study (arXiv 2306.05685, section 4): each pair is judged in both orders; the same winner twice is
 the verdict, anything else is a tie. `with_ties` is the share of votes that equal the verdict; `without_ties` the same
 among votes and verdicts that both name a winner. A pair without a verdict in both orders is left out and counted. The
-judge sees no reference answers. Intervals are over questions: votes on one question are drawn together.
+judge sees no reference answers. Intervals are over questions: votes and verdicts on one question are drawn together.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from spinreg_core.benchmarks.endpoint import Messages
-from spinreg_core.benchmarks.judge import Judged, Question, judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import Asked, Judged, judged, require_judge, settings_of
 from spinreg_core.benchmarks.prompts import PAIR, Preference, Prompts, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.metrics import Estimate, bootstrap_ratio, wilson
+from spinreg_core.metrics import Estimate, grouped_share
 from spinreg_core.objects import fingerprint
 from spinreg_core.store import Store
 
@@ -58,15 +56,18 @@ def agreement(store: Store, config: RunConfig, source: str, limit: int | None = 
         raise BadInput("--limit", limit, "at least one vote")
     prompts, votes = load_prompts(config.judge, PAIR), load_votes(source)[:limit]
     pairs = {vote.pair: vote for vote in votes}
-    asked = [Question(f"question {vote.question_id}, {order}", _messages(prompts, vote, swapped=order == "swapped"))
+    asked = [Asked(f"question {vote.question_id}, {order}", _messages(prompts, vote, swapped=order == "swapped"))
              for vote in pairs.values() for order in ("as given", "swapped")]  # fmt: skip
     payer = fingerprint("agreement", {"judge": settings_of(config.judge), "prompts": prompts.sha256,
                                       "pairs": sorted(map(repr, pairs))})  # fmt: skip
     found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=payer)
-    both = zip(found.values[::2], found.values[1::2], strict=True)
+    both = list(zip(found.values[::2], found.values[1::2], strict=True))
     verdicts = {pair: combined(*orders) for pair, orders in zip(pairs, both, strict=True)}
     metrics = agreement_metrics(votes, verdicts, resamples=config.evaluation.bootstrap, seed=config.seed)
-    metrics["malformed"] = wilson(found.malformed, len(asked))
+    failed: dict[str, list[bool]] = defaultdict(list)
+    for vote, orders in zip(pairs.values(), both, strict=True):
+        failed[vote.question_id] += [value is None for value in orders]
+    metrics["malformed"] = _share(failed, resamples=config.evaluation.bootstrap, seed=config.seed)
     document = {
         "source": source, "votes": len(votes), "pairs": len(pairs), "judge": settings_of(config.judge),
         "prompts": prompts.sha256, "metrics": metrics, "cost": found.cost,
@@ -95,10 +96,15 @@ def agreement_metrics(
         for vote, verdict in chosen:
             by_question[vote.question_id].append(vote.winner == verdict)
         if by_question:
-            agreed, count = np.array([[sum(own), len(own)] for own in by_question.values()], np.float64).T
-            estimate = bootstrap_ratio(agreed, count, "share", resamples=resamples, seed=seed)
-            found[name] = estimate | {"n": len(chosen)}
-    return found  # type: ignore[return-value]
+            found[name] = _share(by_question, resamples=resamples, seed=seed)
+    return found
+
+
+def _share(by_question: dict[str, list[bool]], *, resamples: int, seed: int) -> Estimate:
+    return grouped_share(
+        [float(sum(own)) for own in by_question.values()], [float(len(own)) for own in by_question.values()],
+        resamples=resamples, seed=seed,
+    )  # fmt: skip
 
 
 def load_votes(source: str) -> list[Vote]:

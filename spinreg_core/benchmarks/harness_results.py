@@ -54,6 +54,14 @@ class Measured:
         self.stderr[name] = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
         self.better[name] = "lower" if higher is False else "higher"
 
+    def add_items(self, name: str, value: float, items: dict[str, Any]) -> None:
+        """What each question counts, where the metric is the mean of that. (A perplexity is not, nor is a group whose
+        subtasks weigh the same: means over their questions may even differ the other way round.)"""
+        if items and all(map(_is_number, items.values())):
+            numbers = {item: float(one) for item, one in items.items()}
+            if math.isclose(np.mean([*numbers.values()]), value, rel_tol=1e-9, abs_tol=1e-9):
+                self.items += [(item, name, one) for item, one in numbers.items()]
+
 
 def measured(results: dict[str, Any], loaded: dict[str, Any], name: str, *, resamples: int, seed: int) -> Measured:
     """All metrics of a task or a group. `loaded`: the tasks and groups that were evaluated (`harness.load_task`)."""
@@ -73,9 +81,7 @@ def measured(results: dict[str, Any], loaded: dict[str, Any], name: str, *, resa
             higher = results["higher_is_better"].get(task_name, {}).get(metric)
             found.add(label, estimate, how, numbers.get(f"{metric}_stderr,{filter_name}"), higher)
             if not any(group.has_aggregation for group in groups):
-                found.items += [
-                    (f"{task_name}/{doc}", label, float(one)) for doc, one in by_doc.items() if _is_number(one)
-                ]
+                found.add_items(label, value, {f"{task_name}/{doc}": one for doc, one in by_doc.items()})
     return found
 
 
@@ -153,9 +159,11 @@ def _group(
             better = None if None in higher or len(set(higher)) > 1 else higher[0]
             found.add(prefix + label, estimate, how, numbers.get(f"{metric}_stderr,{filter_name}"), better)
             if not prefix:
-                found.items += [
-                    (f"{task}/{doc}", label, float(one)) for task in by_task for doc, one in by_task[task].items()
-                ]
+                found.add_items(
+                    label,
+                    numbers[key],
+                    {f"{task}/{doc}": one for task in by_task for doc, one in by_task[task].items()},
+                )
 
 
 def _pooled(value: float, strata: list[Any], weigh_by_size: bool, resamples: int, seed: int) -> tuple[Estimate, str]:

@@ -5,6 +5,7 @@ who paid for what. Leaves out: the connection and the budgets (`endpoint.py`), w
 `win_rate.py`, `agreement.py`).
 
     verdicts/<SHA-256 of the request>.json   create-only: {"request", "content", "finish", "usage", "payer", "created"}
+    verdicts/twice/<payer>/<the same>.json   likewise: of two who asked at the same time, what the second one paid for
 
 A request is the endpoint (host and path), the model, the messages, the sampling, and which try it is: all that the
 judge's answer depends on. Runs, rounds and benchmarks that ask the same share the verdict. `spinreg gc` leaves them.
@@ -37,7 +38,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Question:
+class Asked:
     """What a judge is asked. `name`: for messages to people."""
 
     name: str
@@ -48,9 +49,9 @@ class Question:
 class Judged(Generic[T]):
     """`values`: a verdict per question, in their order; None where none of `judge.tries` answers held one.
 
-    `cost`: {"seconds", "requests", "prompt_tokens", "answer_tokens", "paid"} of this payer, all its attempts together,
-    the last four once more with `_before` for verdicts that others had paid for, and "unanswered": requests of this
-    attempt whose replies did not arrive.
+    `cost`: {"seconds"} of this attempt, {"requests", "prompt_tokens", "answer_tokens", "paid"} of this payer, all its
+    attempts together, the same four with `_before` for verdicts that others paid for, and "unanswered": requests of
+    this attempt whose replies did not arrive.
     """
 
     values: list[T | None]
@@ -63,9 +64,10 @@ class Judged(Generic[T]):
 
 @dataclass
 class _State(Generic[T]):
-    """Of one question: the verdict so far, the next try, and the documents that were read or written for it."""
+    """Of one question: the verdict so far, the next try, and the documents that were read or written for it, also those
+    of replies that came too late (`_twice_key`)."""
 
-    question: Question
+    question: Asked
     value: T | None
     attempt: int
     found: list[dict[str, Any]]
@@ -82,6 +84,12 @@ def verdict_key(request: dict[str, Any]) -> str:
     return f"verdicts/{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
+def _twice_key(payer: str, key: str) -> str:
+    """Where a reply is kept that was paid for and came when another's verdict on the same was stored already: it counts
+    as money, and as nothing else."""
+    return f"verdicts/twice/{payer}/{key.removeprefix('verdicts/')}"
+
+
 def require_judge(judge: JudgeConfig) -> None:
     """Raise BadInput where no judge is named."""
     for field in ("base_url", "model"):
@@ -96,7 +104,7 @@ def settings_of(judge: JudgeConfig) -> dict[str, Any]:
 
 
 def judged(
-    store: Store, judge: JudgeConfig, questions: Sequence[Question], parse: Callable[[str], T | None], *, payer: str
+    store: Store, judge: JudgeConfig, questions: Sequence[Asked], parse: Callable[[str], T | None], *, payer: str
 ) -> Judged[T]:
     """Have questions judged; what the store holds already is not asked for again.
 
@@ -110,7 +118,8 @@ def judged(
     with ThreadPoolExecutor(judge.at_once, thread_name_prefix="judge") as pool:
         found = pool.map(lambda question: _stored(store, judge, question, parse), unique.values())
         states = dict(zip(unique, found, strict=True))
-        spent = _sum(judge, [d for s in states.values() for d in s.found if d["payer"] == payer])
+        twice = [d for key in store.list(f"verdicts/twice/{payer}/") if (d := documents.read(store, key)) is not None]
+        spent = _sum(judge, twice + [d for s in states.values() for d in s.found if d["payer"] == payer])
         budget = Budget(judge, int(spent["requests"]), spent["paid"])
         open_ = [state for state in states.values() if state.value is None and state.attempt < judge.tries]
         progress.update(len(states) - len(open_))
@@ -127,7 +136,7 @@ def judged(
             raise
         finally:
             endpoint.close()
-    documents_ = [d for state in states.values() for d in state.found]
+    documents_ = twice + [d for state in states.values() for d in state.found]
     own = _sum(judge, [d for d in documents_ if d["payer"] == payer])
     before = _sum(judge, [d for d in documents_ if d["payer"] != payer])
     cost = {"seconds": round(time.monotonic() - start, 3)} | own | {f"{k}_before": v for k, v in before.items()}
@@ -136,7 +145,7 @@ def judged(
     return Judged(values, cost)
 
 
-def _stored(store: Store, judge: JudgeConfig, question: Question, parse: Callable[[str], T | None]) -> _State[T]:
+def _stored(store: Store, judge: JudgeConfig, question: Asked, parse: Callable[[str], T | None]) -> _State[T]:
     state: _State[T] = _State(question, None, 0, [])
     while state.value is None and state.attempt < judge.tries:
         document = _read(store, request_of(judge, question.messages, state.attempt))
@@ -164,7 +173,11 @@ def _complete(
         try:
             store.create(verdict_key(request), documents.dump(document))
         except Conflict:  # another run asked at the same time; the first one to be stored counts, for both
-            document = _read(store, request) or document
+            if (theirs := _read(store, request)) is not None and theirs != document:
+                with suppress(Conflict):
+                    store.create(_twice_key(payer, verdict_key(request)), documents.dump(document))
+                state.found.append(document)
+            document = theirs or document
         _note(state, document, parse)
 
 

@@ -7,7 +7,7 @@ Each turn is graded by itself: the first on its own, the second with the whole c
 reasoning and coding that have a reference answer are graded against it. The metrics are `score`, the mean over
 questions of the mean of their turns; `score/turn_1` and `score/turn_2`; `score/CATEGORY`; `malformed`, the share of
 grades that no answer of the judge held; `truncated`, the share of the policy's answers that were cut off. A question
-without any grade is left out of the means. Intervals are over questions.
+without any grade is left out of the means. Intervals are over questions: both turns of one are drawn together.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.endpoint import Messages
-from spinreg_core.benchmarks.judge import Question as Asked
-from spinreg_core.benchmarks.judge import judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import Asked, judged, require_judge, settings_of
 from spinreg_core.benchmarks.mt_bench_questions import (
     TEMPERATURES,
     Question,
@@ -32,7 +31,7 @@ from spinreg_core.benchmarks.prompts import SINGLE, Prompts, load_prompts, parse
 from spinreg_core.config import RunConfig, sampling_dtype
 from spinreg_core.engines import resolve_engine
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.metrics import Estimate, bootstrap_mean, wilson
+from spinreg_core.metrics import Estimate, bootstrap_mean, grouped_share
 from spinreg_core.objects import fetch_files, publish, read_manifest, require_manifest, versions
 from spinreg_core.rounds import Plan, policy_object
 from spinreg_core.stages.generate import run_in_process
@@ -105,8 +104,10 @@ def run(job: Job) -> dict[str, Any]:
                        "a judge that writes one as its prompt asks, such as [[7]]")  # fmt: skip
     resamples = config.evaluation.bootstrap
     metrics, items = scores(questions, grades, resamples=resamples, seed=config.seed)
-    metrics["malformed"] = wilson(found.malformed, len(asked))
-    metrics["truncated"] = wilson(sum(row["finish"] == "length" for row in table), len(table))
+    cut = {(row["question_id"], row["turn"]): row["finish"] == "length" for row in table}
+    for name, of in (("malformed", {turn: grade is None for turn, grade in grades.items()}), ("truncated", cut)):
+        both = [float(of[q.question_id, 1] + of[q.question_id, 2]) for q in questions]
+        metrics[name] = grouped_share(both, [2.0] * len(questions), resamples=resamples, seed=config.seed)
     document = {
         "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher", "metrics": metrics,
         "settings": {

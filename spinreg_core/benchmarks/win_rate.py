@@ -5,7 +5,8 @@ Decides: what is compared, that every pair is judged in both orders, and the met
 
 The samples are those that the evaluation has; nothing is sampled for this. Pairs of equal texts are ties, and nobody is
 asked. A verdict counts 1, 1/2 (tie) or 0 for the iterate; the score of a prompt is the mean over both orders. A prompt
-with a malformed verdict is left out of all but `malformed`. Metrics, intervals over prompts:
+with a malformed verdict is left out of all but `malformed`. Metrics, intervals over prompts (both verdicts on a
+prompt are drawn together):
 
     win_rate            mean score
     wins, ties, losses  shares of prompts whose score is above, at, below 1/2
@@ -21,20 +22,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.judge import Judged, Question, judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import Asked, Judged, judged, require_judge, settings_of
 from spinreg_core.benchmarks.part import write_part
 from spinreg_core.benchmarks.prompts import Preference, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, SpinregError
 from spinreg_core.head import stage_object
-from spinreg_core.metrics import Estimate, Floats, bootstrap_mean, wilson
+from spinreg_core.metrics import Estimate, Floats, bootstrap_correlation, bootstrap_mean, grouped_share, wilson
 from spinreg_core.objects import fetch_file, publish, versions
 from spinreg_core.rounds import Plan, policy_object
 from spinreg_core.stages.job import Job
@@ -104,7 +105,7 @@ def run(job: Job) -> dict[str, Any]:
     for pair in different:
         for order, a, b in (("own first", pair.own, pair.other), ("own second", pair.other, pair.own)):
             messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
-            asked.append(Question(f"prompt {pair.prompt_id}, {order}", messages))
+            asked.append(Asked(f"prompt {pair.prompt_id}, {order}", messages))
     found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=job.object_id)
     in_order = iter(found.values)
     verdicts: list[Both | None] = [
@@ -179,18 +180,6 @@ def win_metrics(
     judged_ = np.array([v is not None for _, v in usable])
     n = len(score)
 
-    def resampled(value: float, statistic: Callable[[Floats, Floats], Floats], unit: str) -> Estimate:
-        """The percentile interval of a statistic of (scores, lengths), rows drawn together."""
-        rng = np.random.default_rng(seed)
-        step = max(1, 1_000_000 // n)
-        draws = []
-        for begin in range(0, resamples, step):
-            rows = rng.integers(0, n, size=(min(step, resamples - begin), n))
-            draws.append(statistic(score[rows], longer[rows]))
-        drawn = np.concatenate(draws)
-        low, high = np.nanquantile(drawn, (0.025, 0.975))
-        return {"value": value, "low": float(low), "high": float(high), "n": n, "unit": unit}
-
     metrics = {
         "win_rate": bootstrap_mean(score, "share", resamples=resamples, seed=seed),
         "wins": wilson(int((score > 0.5).sum()), n),
@@ -198,30 +187,35 @@ def win_metrics(
         "losses": wilson(int((score < 0.5).sum()), n),
         "length_difference": bootstrap_mean(longer, "characters", resamples=resamples, seed=seed),
     }
-    decided = [v for v in [*first[judged_], *(1 - second[judged_])] if v != 0.5]  # 1: the answer shown first won
-    if decided:
-        metrics["first_place"] = wilson(float(sum(decided)), len(decided))
+    # Of each prompt, how many verdicts name a winner, and in how many it is the answer shown first.
+    named = judged_ * ((first != 0.5).astype(np.float64) + (second != 0.5))
+    if named.any():
+        metrics["first_place"] = grouped_share(
+            judged_ * ((first == 1).astype(np.float64) + (second == 0)), named, resamples=resamples, seed=seed
+        )
     if judged_.any():
         metrics["consistent"] = wilson(int((first == second)[judged_].sum()), int(judged_.sum()))
     if n > 2 and longer.std() > 0:
-        if score.std() > 0:
-            value = float(_correlation(score[None], longer[None])[0])
-            metrics["length_correlation"] = resampled(value, _correlation, "correlation")
-        metrics["length_controlled_win_rate"] = resampled(
-            float(length_controlled(score[None], longer[None])[0]), length_controlled, "share"
-        )
-    asked = [verdict for v in verdicts if v is not None for verdict in v]
-    if asked:
-        metrics["malformed"] = wilson(asked.count(None), len(asked))
+        correlation = bootstrap_correlation(score, longer, resamples=resamples, seed=seed)
+        if correlation is not None:
+            metrics["length_correlation"] = correlation
+        metrics["length_controlled_win_rate"] = _length_controlled(score, longer, resamples=resamples, seed=seed)
+    malformed = [float(v.count(None)) for v in verdicts if v is not None]
+    if malformed:
+        metrics["malformed"] = grouped_share(malformed, [2.0] * len(malformed), resamples=resamples, seed=seed)
     return metrics, [(pair.prompt_id, "win_rate", float(s)) for (pair, _), s in zip(usable, score, strict=True)]
 
 
-def _correlation(scores: Floats, lengths: Floats) -> Floats:
-    """Pearson's, row by row; both [rows, prompts]. nan where one of them does not vary."""
-    a, b = scores - scores.mean(1, keepdims=True), lengths - lengths.mean(1, keepdims=True)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found: Floats = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    return found
+def _length_controlled(score: Floats, longer: Floats, *, resamples: int, seed: int) -> Estimate:
+    """With the percentile interval over prompts. Both arguments: [prompts]."""
+    n, rng, draws = len(score), np.random.default_rng(seed), []
+    step = max(1, 1_000_000 // n)
+    for begin in range(0, resamples, step):
+        rows = rng.integers(0, n, size=(min(step, resamples - begin), n))
+        draws.append(length_controlled(score[rows], longer[rows]))
+    low, high = np.quantile(np.concatenate(draws), (0.025, 0.975))
+    value = float(length_controlled(score[None], longer[None])[0])
+    return {"value": value, "low": float(low), "high": float(high), "n": n, "unit": "share"}
 
 
 def length_controlled(scores: Floats, lengths: Floats) -> Floats:

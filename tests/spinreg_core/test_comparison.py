@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from comparable import make_run, rows_of
 
+from spinreg_core.benchmarks import record_measured
 from spinreg_core.benchmarks.part import write_part
 from spinreg_core.comparison import BASE, comparison_data, comparison_name
-from spinreg_core.comparison_runs import HELDOUT, heldout_scores, read_benchmark
-from spinreg_core.comparison_words import cells, comparison_table, grid_of
+from spinreg_core.comparison_runs import HELDOUT, asked_of, heldout_scores, read_benchmark
+from spinreg_core.comparison_words import _agreeing, cells, comparison_table, grid_of
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import heldout_metrics
+from spinreg_core.head import open_session, read_config, require_head
 from spinreg_core.objects import fingerprint, publish
+from spinreg_core.report import sample_notes
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
 
@@ -67,7 +70,8 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
         ["alpha 0.0", BASE, "higher"],
     ]
     assert data["verdict"]["headline"] == (
-        "In held-out NLL at round 2, alpha 0.5 is better than alpha 1.0, and alpha 0.0 is worse than alpha 1.0."
+        "In held-out NLL at round 2, alpha 0.5 is better than alpha 1.0, and alpha 0.0 is worse than alpha 1.0 "
+        "(one seed each)."
     )
     text = " ".join(data["verdict"]["sentences"])
     assert "alpha 1.0 against its base model: " in text
@@ -130,6 +134,7 @@ def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: P
     spin = picked(data["values"], metric="heldout_nll", variant="alpha 1.0", round=1)
     assert spin["value"] == pytest.approx(np.mean(spin["values"]))
     assert spin["spread"] == pytest.approx(np.std(spin["values"], ddof=1))
+    assert data["verdict"]["headline"] == "In held-out NLL at round 1, alpha 0.5 is better than alpha 1.0."
     assert any("2 of 2 seeds of one sign" in sentence for sentence in data["verdict"]["sentences"])
     assert "spread between seeds" in data["verdict"]["sentences"][-1]
     alone = comparison_data(store, ["spin0", "spin1"])
@@ -137,22 +142,38 @@ def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: P
     assert {c["against"] for c in alone["comparisons"]} == {BASE}
 
 
-def test_a_policy_that_two_runs_share_is_no_comparison(store: Store, tmp_path: Path) -> None:
-    from spinreg_core.head import open_session, require_head
-
-    make_run(store, tmp_path, "a", [-0.1], objective={"alpha": 1.0})
-    config = RunConfig(run="b", objective=ObjectiveConfig(alpha=0.5))  # alpha says nothing in round 1
-    head = require_head(store, "a")
+def share_policies(store: Store, run: str, source: str, alpha: float) -> None:
+    """A run with the objects of another."""
+    config, head = RunConfig(run=run, objective=ObjectiveConfig(alpha=alpha)), require_head(store, source)
     with open_session(store, config, "test") as session:
         session.commit_inputs(head["base"], head["data"])
         for entry in head["rounds"]:
             for stage, object_id in entry["stages"].items():
                 session.commit(entry["round"], stage, object_id)
+
+
+def test_a_policy_that_runs_share_is_compared_once(store: Store, tmp_path: Path) -> None:
+    make_run(store, tmp_path, "a", [-0.1], objective={"alpha": 1.0})
+    for run, alpha in (("b", 0.5), ("c", 0.25), ("d", 0.0)):  # alpha says nothing in round 1
+        share_policies(store, run, "a", alpha)
     data = comparison_data(store, ["a", "b"])
-    assert data["families"]["verdict"] == 2
+    assert data["families"]["verdict"] == 1
     assert any("are the same policy up to round 1" in sentence for sentence in data["verdict"]["sentences"])
     cost = data["cost"][0]
     assert cost["shared_seconds"] == cost["total_seconds"] > 0
+    many = comparison_data(store, ["a", "b", "c", "d"])
+    assert many["families"] == data["families"]
+    for metric in ("heldout_nll", "entropy", "distinct_2"):
+        once = picked(data["comparisons"], metric=metric, variant="alpha 1.0", against=BASE)
+        found = [one for one in many["comparisons"] if one["metric"] == metric and one["to_base"]]
+        assert [one["repeats"] for one in found] == [None, "alpha 1.0", "alpha 1.0", "alpha 1.0"]
+        for one in found:
+            for name in ("p", "p_holm", "supported", "corrected_low", "better"):
+                assert one[name] == once[name], "however many variants it is part of"
+    make_run(store, tmp_path, "e", [0.1], objective={"alpha": 0.75})
+    other = comparison_data(store, ["e", "a", "b"])
+    assert other["families"]["verdict"] == 3, "e and the shared one against the base, and one against the other"
+    assert len([c for c in claims(other) if c[1] == "alpha 0.75"]) == 2
 
 
 # --- what cannot be compared -------------------------------------------------------------------------
@@ -221,9 +242,10 @@ def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) ->
     assert {s["metric"] for s in data["stability"]} == {"heldout_nll", "kl_base", "margin"}
     assert [s["round"] for s in data["stability"] if s["metric"] == "margin"] == [2, 2], "the base has no margin"
     cost = data["cost"][0]
-    assert cost["seconds"] == {"generate": 23.0, "mix-opponent": 23.0, "train": 23.0, "evaluate": 33.0}
+    assert cost["seconds"] == {"generate": 23.0, "mix-opponent": 23.0, "train": 23.0, "evaluate": 33.0,
+                               "generate (held-out)": 0.0, "benchmark": 0.0}  # fmt: skip
     assert cost["shared_seconds"] == 10.0, "the base's evaluation"
-    assert cost["tokens"] == {"generate": 3000.0, "train": 4000.0}
+    assert cost["tokens"] == {"generate": 3000.0, "generate (held-out)": 0.0, "train": 4000.0}
     assert data["variants"][1]["differences"] == ["objective.alpha: 1.0 -> 0.5"]
     shared = [line for line in data["lineage"] if line["runs"] == ["a", "b"]]
     assert [line["stage"] for line in shared] == ["base", "data", "evaluate"]
@@ -231,16 +253,130 @@ def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) ->
     assert json.loads(json.dumps(data, allow_nan=False))["samples"][0]["answers"][-1]["text"].startswith("b round 2")
 
 
+LM_EVAL: dict[str, Any] = {
+    "kind": "lm-eval", "name": "gsm8k", "primary": "exact", "better": "higher",
+    "metrics": {"exact": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2, "unit": "share"}},
+    "settings": {"fewshot": 5, "limit": 2, "backend": "hf", "processes": 1, "batch_size": 8, "include_path": "/a",
+                 "include_sha256": "i", "questions_as": "plain", "task_versions": {"gsm8k": 3}},
+    "fingerprints": {"policy": "p-1", "data": "d", "prompts": "q"}, "versions": {"lm-eval": "1", "spinreg": "1"},
+}  # fmt: skip
+WIN_RATE: dict[str, Any] = {
+    "kind": "win-rate", "name": "base", "primary": "win_rate", "better": "higher",
+    "metrics": {"win_rate": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2, "unit": "share"}},
+    "settings": {"judge": {"endpoint": "h/v1", "model": "m", "temperature": 0.0, "max_tokens": 9, "tries": 1},
+                 "prompts": 2, "identical": 0, "limit": None, "bootstrap": 100, "seed": 0},
+    "fingerprints": {"policy": "p-1", "data": "d", "prompts": "q", "evaluate": "e-1", "against": "e-0"},
+}  # fmt: skip
+MT_BENCH: dict[str, Any] = {
+    "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher",
+    "metrics": {"score": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2, "unit": "of 10"}},
+    "settings": WIN_RATE["settings"] | {"max_tokens": 99, "engine": "hf"},
+    "fingerprints": {"policy": "p-1", "data": "d", "prompts": "q", "references": "r", "answers": "a-1"},
+}  # fmt: skip
+
+
+def measured(
+    store: Store, folder: Path, document: dict[str, Any], values: list[float], key: str = ""
+) -> dict[str, Any]:
+    """The document of a part that was published."""
+    job = Job("lm-eval", fingerprint("lm-eval", {"": key}), {}, store.url, "w", 1, {}, RunConfig(), folder)
+    items = [(f"q{i}", document["primary"], value) for i, value in enumerate(values)]
+    write_part(folder / f"part{key}", document, [*items, ("q1", "length", 9.0)])
+    publish(store, job, folder / f"part{key}", metrics={}, seconds=3.0)
+    return document | {"object_id": job.object_id}
+
+
+def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    head, _, rest = path.partition(".")
+    return document | {head: changed(document[head], rest, value) if rest else value}
+
+
 def test_a_benchmark_is_compared_item_by_item(store: Store, tmp_path: Path) -> None:
-    job = Job("lm-eval", fingerprint("lm-eval", {}), {}, store.url, "w", 1, {}, RunConfig(), tmp_path)
-    document = {
-        "kind": "lm-eval", "name": "gsm8k", "primary": "exact", "better": "higher", "fingerprints": {"data": "d"},
-        "metrics": {"exact": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2, "unit": "share"}},
-    }  # fmt: skip
-    write_part(tmp_path / "part", document, [("q1", "exact", 1.0), ("q2", "exact", 0.0), ("q1", "length", 9.0)])
-    publish(store, job, tmp_path / "part", metrics={})
     definitions: dict[str, Any] = {}
-    (found,) = read_benchmark(store, document | {"object_id": job.object_id}, definitions).items()
-    assert found[0] == "gsm8k/exact"
-    assert (found[1].ids, found[1].value) == (("q1", "q2"), 0.5)
+    ((name, found),) = read_benchmark(store, measured(store, tmp_path, LM_EVAL, [1.0, 0.0]), definitions).items()
+    assert name == "gsm8k/exact"
+    assert (found.ids, found.value) == (("q0", "q1"), 0.5)
     assert (definitions["gsm8k/exact"]["better"], definitions["gsm8k/exact"]["unit"]) == ("higher", "share")
+    perplexity = changed(LM_EVAL, "metrics.exact.value", 12.2)
+    assert read_benchmark(store, measured(store, tmp_path, perplexity, [-2.0, -3.0], "x"), definitions) == {}
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "value"),
+    [
+        (LM_EVAL, "settings.fewshot", 0), (LM_EVAL, "settings.questions_as", "chat"),
+        (LM_EVAL, "settings.include_sha256", "j"), (LM_EVAL, "fingerprints.data", "other"),
+        (LM_EVAL, "fingerprints.prompts", "other"), (LM_EVAL, "versions.lm-eval", "2"),
+        (LM_EVAL, "settings.task_versions.gsm8k", 4), (LM_EVAL, "primary", "flexible"),
+        (WIN_RATE, "settings.judge.model", "other"), (WIN_RATE, "settings.judge.endpoint", "other/v1"),
+        (WIN_RATE, "settings.judge.temperature", 1.0), (WIN_RATE, "settings.prompts", 1),
+        (WIN_RATE, "fingerprints.prompts", "other"), (WIN_RATE, "fingerprints.against", "e-5"),
+        (WIN_RATE, "name", "previous"), (MT_BENCH, "settings.judge.model", "other"),
+        (MT_BENCH, "settings.max_tokens", 5), (MT_BENCH, "fingerprints.references", "other"),
+        (MT_BENCH, "fingerprints.data", "other"),
+    ],
+)  # fmt: skip
+def test_benchmarks_that_asked_something_else_are_not_paired(document: dict[str, Any], path: str, value: Any) -> None:
+    assert asked_of(changed(document, path, value)) != asked_of(document)
+
+
+@pytest.mark.parametrize(
+    ("document", "path", "value"),
+    [
+        (LM_EVAL, "settings.processes", 8), (LM_EVAL, "settings.batch_size", 1), (LM_EVAL, "settings.limit", None),
+        (LM_EVAL, "settings.backend", "vllm"), (LM_EVAL, "settings.include_path", "/b"),
+        (LM_EVAL, "fingerprints.policy", "p-2"), (LM_EVAL, "versions.spinreg", "2"), (LM_EVAL, "better", "higher"),
+        (WIN_RATE, "settings.identical", 1), (WIN_RATE, "settings.seed", 1), (WIN_RATE, "fingerprints.evaluate", "e-2"),
+        (MT_BENCH, "fingerprints.answers", "a-2"), (MT_BENCH, "settings.engine", "vllm"),
+        (MT_BENCH, "settings.bootstrap", 7),
+    ],
+)  # fmt: skip
+def test_benchmarks_that_asked_the_same_are_paired(document: dict[str, Any], path: str, value: Any) -> None:
+    assert asked_of(changed(document, path, value)) == asked_of(document)
+
+
+def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
+    """The same answers, graded a point apart by two judges, are no difference; what judges were paid is a cost."""
+    make_run(store, tmp_path, "a", [0.0], objective={"alpha": 1.0})
+    rng, grades = np.random.default_rng(0), {}
+    for run, alpha, judge, shift in (("b", 0.5, "m", 1.0), ("c", 0.0, "other", 1.0)):
+        make_run(store, tmp_path, run, [0.0], objective={"alpha": alpha})
+        grades[run] = (judge, shift)
+    own = rng.uniform(3, 7, 40)
+    perplexity = changed(LM_EVAL, "metrics.exact.value", 12.2)
+    for run, (judge, shift) in {"a": ("m", 0.0), **grades}.items():
+        values = list(own + shift + rng.normal(0, 0.1, 40))
+        document = changed(
+            changed(MT_BENCH, "settings.judge.model", judge), "metrics.score.value", float(np.mean(values))
+        )
+        parts = [measured(store, tmp_path, document | {"cost": {"paid": 2.5}}, values, run),
+                 measured(store, tmp_path, perplexity, [-2.0] * 3, f"{run}-perplexity")]  # fmt: skip
+        config = read_config(store, run)
+        assert config is not None
+        with open_session(store, config, "test") as session:
+            record_measured(session, 1, {f"{p['kind']} {p['name']}": p["object_id"] for p in parts})
+    data = comparison_data(store, ["a", "b", "c"])
+    found = [one for one in data["comparisons"] if one["metric"] == "mt-bench/score"]
+    assert [(one["variant"], one["against"], one["supported"], one["n"]) for one in found] == [
+        ("alpha 0.5", "alpha 1.0", 1, 40)
+    ]
+    assert "mt-bench/score of alpha 0.0 is not compared with that of alpha 1.0" in " ".join(data["notes"])
+    assert "gsm8k/exact is no mean over questions, and is not compared" in " ".join(data["notes"])
+    assert "gsm8k/exact" not in data["metrics"]
+    assert [cost["paid"] for cost in data["cost"]] == [2.5] * 3
+    assert [cost["seconds"]["benchmark"] for cost in data["cost"]] == [6.0] * 3
+    assert len([line for line in data["lineage"] if line["stage"] == "benchmark"]) == 6
+
+
+def test_any_members_sampler_is_told_of() -> None:
+    plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    assert sample_notes([plain, plain], 30) == []
+    (note,) = sample_notes([plain, plain | {"top_k": 5, "top_p": 0.5}], 64)
+    assert note.startswith("Answers of some runs were sampled with temperature 1.0, top-p 0.5, top-k 5: ")
+    assert sample_notes([plain | {"top_k": 5}], 64)[0].startswith("Answers were sampled with ")
+    assert "With 8 held-out rows" in sample_notes([plain], 8)[0]
+
+
+def test_a_seed_without_a_difference_has_no_sign() -> None:
+    assert _agreeing({"value": -0.1, "values": [-0.4, 0.0, 0.1]}) == 1
+    assert _agreeing({"value": 0.1, "values": [0.4, 0.0, -0.1]}) == 1

@@ -16,7 +16,7 @@ from comparable import make_run
 from test_report import HOSTILE, Reader
 
 from flows.cli import main
-from spinreg_core.comparison_page import TABLE_SCHEMA, csv_of, write_comparison
+from spinreg_core.comparison_page import TABLE_SCHEMA, csv_of, render, write_comparison
 from spinreg_core.store import Store, open_store
 
 
@@ -50,6 +50,7 @@ def test_the_files_hold_the_same_numbers_and_can_be_written_again(store: Store, 
     assert base64.b64decode(links["download-csv"].partition(",")[2]) == store.read(written["csv"])
     assert base64.b64decode(links["download-parquet"].partition(",")[2]) == store.read(written["parquet"])
     assert write_comparison(store, ["spin", "kl"])["data"] == data
+    assert "download-csv" not in render(data, {}), "tables that are large are beside the page only"
     assert store.list("comparisons/") == sorted(written[kind] for kind in ("html", "json", "csv", "parquet"))
 
 
@@ -104,7 +105,7 @@ def test_the_command_prints_table_verdict_and_address(
     assert main(["compare", "spin", "kl", "--store", store.url, "--against", "kl", "--name", "mine"]) == 0
     printed = capsys.readouterr().out
     assert "alpha 0.5 (reference)" in printed
-    assert "In held-out NLL at round 2, alpha 1.0 is worse than alpha 0.5." in printed
+    assert "In held-out NLL at round 2, alpha 1.0 is worse than alpha 0.5 (one seed each)." in printed
     assert printed.rstrip().endswith(f"comparison: {store.uri('comparisons/mine/report.html')}")
     assert main(["compare", "spin", "kl", "--store", store.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reference"] == "alpha 1.0"

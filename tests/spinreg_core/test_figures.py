@@ -62,12 +62,12 @@ def test_a_run_by_round() -> None:
 
 def test_a_comparison_has_a_curve_for_each_variant() -> None:
     values = [
-        {"metric": "heldout_nll", "variant": f"<alpha & {v}>", "round": n, **estimate(v + n)}
+        {"metric": "heldout_nll", "variant": f"<alpha & $x_{v}$ ${v}>", "round": n, **estimate(v + n)}
         for v in range(3) for n in range(3)
     ]  # fmt: skip
     data = {"metrics": {"heldout_nll": DEFINITIONS["heldout_nll"]}, "values": values}
     ((title, svg),) = pictures(comparison_figures(data))
     assert title == "held-out NLL by round"
-    assert all(f"&lt;alpha &amp; {v}&gt;" in svg for v in range(3))
+    assert all(f"&lt;alpha &amp; $x_{v}$ ${v}&gt;" in svg for v in range(3))
     heights = [path_of(svg, color)[0][1] for color in ("#1f77b4", "#ff7f0e", "#2ca02c")]
     assert heights == sorted(heights, reverse=True)

@@ -64,6 +64,12 @@ def test_variations_may_be_anything_else() -> None:
     assert [(m.config.training.optimizer, m.config.training.epochs) for m in members] == [("rmsprop", 2), ("adamw", 2)]
 
 
+def test_variations_may_train_on_other_prompts_of_the_same_rows() -> None:
+    different = {"few": {"data": {"prompts_per_round": 8}}, "same": {"data": {"round_prompts": "same"}}}
+    members = members_of("g", BASE | {"data": {"max_prompt_tokens": 300}}, variations=different)
+    assert [m.config.data.prompts_per_round for m in members] == [8, 32]
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -84,6 +90,15 @@ def test_variations_may_be_anything_else() -> None:
         ),
         ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a': found seed; expected fields in which"),
         ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations: found a grid"),
+        (
+            {"variations": {"a": {}, "b": {"data": {"max_prompt_tokens": 300}}}},
+            r"variations: found g-a-s0 and g-b-s0, which differ in what their held-out rows are "
+            r"\(data.max_prompt_tokens: 512 -> 300\); expected the same rows",
+        ),
+        (
+            {"variations": {"a": {}, "b": {"evaluation": {"final_answer": "none"}}}, "seeds": [0, 1]},
+            r"\(evaluation.final_answer: 'auto' -> 'none'\)",
+        ),
         ({"variations": {"A b": {}, "b": {}}}, "member 'g-A b-s0'"),
     ],
 )

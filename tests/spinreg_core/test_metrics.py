@@ -212,3 +212,13 @@ def test_correlation_of_what_does_not_vary_is_none() -> None:
     assert rare is not None, "resamples without the third row are left out"
     with pytest.raises(ValueError, match="one length"):
         metrics.bootstrap_correlation([1.0], [1.0, 2.0], resamples=100, seed=0)
+
+
+def test_a_share_of_things_in_groups() -> None:
+    found = metrics.grouped_share([2, 0, 1, 0], [2, 2, 1, 0], resamples=500, seed=0)
+    assert (found["value"], found["n"]) == (0.6, 5)
+    assert found == metrics.bootstrap_ratio([2, 0, 1], [2, 2, 1], "share", resamples=500, seed=0) | {"n": 5}
+    whole = metrics.grouped_share([2, 2], [2, 2], resamples=500, seed=0)
+    assert whole == metrics.wilson(2, 2) | {"n": 4}
+    with pytest.raises(ValueError, match="non-empty"):
+        metrics.grouped_share([0], [0], resamples=10, seed=0)

@@ -8,8 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from spinreg_core.metrics import bootstrap_ratio
-from spinreg_core.paired import Resampled, Scores, correct, difference, estimate, holm, student_p, student_quantile
+from spinreg_core.metrics import bootstrap_ratio, wilson
+from spinreg_core.paired import (
+    Resampled,
+    Scores,
+    correct,
+    difference,
+    estimate,
+    holm,
+    sign_p,
+    skewed,
+    student_p,
+    student_quantile,
+    unskewed,
+)
 
 
 def scores(num: Any, den: Any = None, block: str = "b", prefix: str = "q") -> Scores:
@@ -36,7 +48,10 @@ def test_a_mean_difference_is_the_paired_t_test() -> None:
     assert found["value"] == pytest.approx(d.mean())
     assert found["se"] == pytest.approx(d.std(ddof=1) / math.sqrt(40))
     assert found["n"] == 40
-    assert found["p"] == pytest.approx(student_p(d.mean() / found["se"], 39))
+    t = d.mean() / found["se"]
+    assert found["skew"] == pytest.approx(np.mean((d - d.mean()) ** 3) / d.std() ** 3)
+    assert found["p"] == pytest.approx(max(student_p(t, 39), student_p(unskewed(t, found["skew"], 40), 39)))
+    assert found["p"] == pytest.approx(student_p(t, 39), rel=0.02), "hardly skewed"
     assert (found["high"] - found["low"]) / (2 * 1.96 * found["se"]) == pytest.approx(1, abs=0.08)
 
 
@@ -67,14 +82,30 @@ def test_pairing_counts() -> None:
 
 @pytest.mark.parametrize(
     ("gained", "lost", "p"),
-    [(4, 0, 0.125), (8, 1, 2 * (1 + 9) / 512), (3, 3, 1.0), (12, 0, 2 / 4096), (0, 0, 1.0)],
-)
-def test_few_answers_that_changed_are_the_exact_mcnemar_test(gained: int, lost: int, p: float) -> None:
+    [
+        (4, 0, 0.125), (8, 1, 2 * (1 + 9) / 512), (3, 3, 1.0), (12, 0, 2 / 4096), (0, 0, 1.0),
+        (11, 2, 2 * (1 + 13 + 78) / 2**13), (10, 3, 0.0922852), (14, 5, 0.0635681), (20, 20, 1.0),
+    ],
+)  # fmt: skip
+def test_answers_that_changed_are_the_exact_mcnemar_test(gained: int, lost: int, p: float) -> None:
     b = np.zeros(60)
     b[gained : gained + lost] = 1
     a = np.zeros(60)
     a[:gained] = 1
     assert compared(scores(a), scores(b))["p"] == pytest.approx(p)
+
+
+def test_the_sign_test_of_many() -> None:
+    assert sign_p(5000, 10_000) == 1
+    z = (5150 - 0.5 - 5000) / 50  # with the correction for continuity
+    assert sign_p(5150, 10_000) == sign_p(4850, 10_000) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
+
+
+def test_halls_transformation_and_its_inverse() -> None:
+    for t, skew, n in [(2.0, 1.5, 30), (-3.0, 2.0, 20), (1.0, -6.0, 60), (2.5, 0.0, 10), (0.0, 0.7, 9)]:
+        assert skewed(unskewed(t, skew, n), skew, n) == pytest.approx(t, abs=1e-9)
+    assert unskewed(-2.2, 2.0, 30) > -2.2, "few large values above: a mean below zero is weaker evidence"
+    assert unskewed(-2.2, -2.0, 30) == -unskewed(2.2, 2.0, 30)
 
 
 def test_student_and_its_inverse() -> None:
@@ -103,9 +134,10 @@ def test_the_corrected_interval_excludes_zero_where_holm_rejects_and_nowhere_els
     for _ in range(20):
         family = []
         for _ in range(8):
-            value, n = rng.normal(0, 2.5), 60
-            p = student_p(value, n - 1)
-            family.append({"value": value, "se": 1.0, "low": value - 0.1, "high": value + 0.1, "p": p, "n": n})
+            value, n, skew = rng.normal(0, 2.5), 60, rng.choice([-1.5, 0, 1.5])
+            p = max(student_p(value, n - 1), student_p(unskewed(value, skew, n), n - 1))
+            bounds = {"low": value - 0.1, "high": value + 0.1}
+            family.append({"value": value, "se": 1.0, "skew": skew, "p": p, "n": n} | bounds)
         correct(family)
         for one in family:
             excluded = one["corrected_low"] > 0 or one["corrected_high"] < 0
@@ -114,7 +146,7 @@ def test_the_corrected_interval_excludes_zero_where_holm_rejects_and_nowhere_els
 
 
 def test_no_claim_against_a_bootstrap_interval_that_holds_zero() -> None:
-    one = {"value": 3.0, "se": 1.0, "low": -0.1, "high": 5.0, "p": 0.004, "n": 60}
+    one = {"value": 3.0, "se": 1.0, "skew": 0.0, "low": -0.1, "high": 5.0, "p": 0.004, "n": 60}
     correct([one])
     assert (one["p_holm"], one["supported"]) == (0.004, 0)
 
@@ -122,7 +154,7 @@ def test_no_claim_against_a_bootstrap_interval_that_holds_zero() -> None:
 def test_a_policy_against_itself_is_no_test() -> None:
     a = scores(np.arange(30.0))
     same = compared(a, a) | {"same": True}
-    real = {"value": 3.0, "se": 1.0, "low": 1.0, "high": 5.0, "p": 0.004, "n": 60}
+    real = {"value": 3.0, "se": 1.0, "skew": 0.0, "low": 1.0, "high": 5.0, "p": 0.004, "n": 60}
     correct([same, same | {}, real])
     assert (same["value"], same["p"], same["supported"]) == (0.0, 1.0, 0)
     assert real["p_holm"] == 0.004, "a family of one"
@@ -173,9 +205,42 @@ def test_questions_without_a_value_are_left_out() -> None:
     assert (found["value"], found["n"]) == (2.0, 2)
 
 
-@pytest.mark.parametrize("kind", ["normal", "skewed", "binary", "tokens"])
+def test_only_questions_that_both_sides_have_a_value_for_are_compared() -> None:
+    """The other side has no value for the questions that are easy for both: their means differ, they do not."""
+    ids = tuple(f"q{i}" for i in range(40))
+    num = np.array([1.0] * 20 + [0.0] * 20)
+    whole = Scores("b", ids, num, np.ones(40))
+    absent = Scores("b", ids[15:], num[15:], np.ones(25))
+    undefined = Scores("b", ids, np.where(np.arange(40) < 15, 0, num), (np.arange(40) >= 15).astype(np.float64))
+    for other in (absent, undefined):
+        found = compared(whole, other)
+        assert (found["value"], found["n"], found["p"], found["low"], found["high"]) == (0.0, 25, 1.0, 0.0, 0.0)
+    nowhere = Scores("b", ids, np.zeros(40), np.zeros(40))
+    assert difference([undefined], [nowhere], resampled(whole), "x") is None
+
+
+def test_a_share_of_nothing_or_all_has_wilsons_interval() -> None:
+    for share in (0.0, 1.0):
+        one = scores([share] * 50)
+        found = estimate([one], resampled(one), "share")
+        assert (found["low"], found["high"]) == (wilson(50 * share, 50)["low"], wilson(50 * share, 50)["high"])
+        assert found["high"] - found["low"] == pytest.approx(0.0714, abs=1e-4)
+        two = [scores([share] * 25, block=k, prefix=k) for k in "st"]
+        several = estimate(two, resampled(*two), "share")
+        assert (several["low"], several["high"], several["n"]) == (found["low"], found["high"], 50)
+    some = scores([1.0] * 3 + [0.0] * 47)
+    assert estimate([some], resampled(some), "share")["low"] == wilson(3, 50)["low"]
+    numbers = scores([0.0] * 49 + [7.0])
+    assert estimate([numbers], resampled(numbers), "x")["high"] > 0.1, "no share"
+
+
+@pytest.mark.parametrize("kind", ["normal", "skewed", "binary", "tokens", "carried by few"])
 def test_false_claims_are_rare(kind: str) -> None:
-    """200 families of three variants that are all the same, against a reference: any claim in one is a false one."""
+    """200 families of three variants that are all the same, against a reference: any claim in one is a false one.
+
+    `carried by few`: against a base that does not vary, with differences whose mean is zero and a few of which are
+    large, all to one side. Student's test by itself makes 50 false claims there.
+    """
     rng, n, false = np.random.default_rng(11), 50, 0
     for trial in range(200):
         den = rng.integers(5, 80, n) if kind == "tokens" else None
@@ -188,6 +253,9 @@ def test_false_claims_are_rare(kind: str) -> None:
             return scores((prompts + noise) * (1 if den is None else den), den)
 
         reference, variants = policy(), [policy() for _ in range(3)]
+        if kind == "carried by few":
+            reference = scores(prompts)
+            variants = [scores(prompts + rng.exponential(1, n) ** 2 - 2) for _ in range(3)]
         draws = resampled(reference, resamples=200, seed=trial)
         family = [difference([v], [reference], draws, "x") for v in variants]
         correct([one for one in family if one is not None])

@@ -463,3 +463,10 @@ def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path:
         # On a phone the page itself does not scroll sideways; wide tables scroll in their boxes.
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert complaints == []
+
+
+def test_a_negative_kl_is_an_alarm_that_claims_no_certainty() -> None:
+    kl = {"heldout_nll": estimate(2.0, 0.1, "nats/token"), "kl_base": estimate(-1.0, 0.5, "nats/answer")}
+    (alarm,) = alarms([{"round": 1, "metrics": kl, "training": None}])
+    assert "hardly ever do" in alarm["text"]
+    assert "can do" not in alarm["text"]

@@ -64,6 +64,7 @@ def test_one_command_measures_agreement(tmp_path: Path, capsys: pytest.CaptureFi
         assert (metrics["without_ties"]["value"], metrics["without_ties"]["n"]) == (pytest.approx(4 / 5), 5)
         assert metrics["with_ties"]["low"] < 5 / 7 < metrics["with_ties"]["high"]
         assert metrics["malformed"]["value"] == pytest.approx(2 / 12)
+        assert (metrics["malformed"]["low"], metrics["malformed"]["n"]) == (0.0, 12), "both are of question 85"
         assert (found["cost"]["requests"], found["cost"]["requests_before"]) == (10, 0)
         second = [b for b in server.bodies if "ask 83" in b["messages"][-1]["content"]]
         assert all("ask 83 more" in b["messages"][-1]["content"] for b in second)

@@ -91,6 +91,20 @@ def test_other_sums_than_means_are_resampled_whole() -> None:
     assert (estimate["n"], found.intervals["inst_level_acc"], found.items) == (60, BOOTSTRAP, [])
 
 
+def test_items_are_what_a_metric_is_the_mean_of_or_there_are_none() -> None:
+    """A perplexity's questions count log-likelihoods: of those the higher is the better."""
+    logs = [-2.0, -3.0, -1.5]
+    perplexity = evaluated(
+        {"t": {("perplexity", "none"): logs}}, lambda v: float(np.exp(-np.mean(v))), perplexity=False
+    )
+    assert perplexity.metrics["perplexity"]["value"] == pytest.approx(np.exp(6.5 / 3))
+    assert (perplexity.better["perplexity"], perplexity.items) == ("lower", [])
+    parts: Values = {"a": {("acc", "none"): [1.0] * 2}, "b": {("acc", "none"): [0.0] * 8}}
+    assert evaluated(parts, group=False).metrics["acc"]["value"] == 0.5, "two questions in ten are right"
+    assert evaluated(parts, group=False).items == []
+    assert len(evaluated(parts, group=True).items) == 10
+
+
 def test_the_first_filter_gives_the_plain_name() -> None:
     values = {("exact_match", "strict"): [0.0, 0.0, 1.0], ("exact_match", "flexible"): [1.0, 0.0, 1.0]}
     found = evaluated({"t": values})

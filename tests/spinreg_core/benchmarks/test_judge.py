@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 from judge_server import Does, JudgeServer, judge_server
 
 from spinreg_core.benchmarks import endpoint
-from spinreg_core.benchmarks.judge import Judged, Question, judged, request_of, verdict_key
+from spinreg_core.benchmarks.judge import Asked, Judged, judged, request_of, verdict_key
 from spinreg_core.benchmarks.prompts import parse_rating
 from spinreg_core.config import JudgeConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed
@@ -36,7 +37,7 @@ def store(tmp_path: Path) -> Store:
 
 def ask(server: JudgeServer, store: Store, count: int = 6, payer: str = "mt-bench-a", **fields: Any) -> Judged[float]:
     judge = JudgeConfig(base_url=server.url, model="judge", **{"at_once": 3, "patience_seconds": 20.0} | fields)
-    questions = [Question(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
+    questions = [Asked(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
     return judged(store, judge, questions, parse_rating, payer=payer)
 
 
@@ -70,7 +71,7 @@ def test_verdicts_come_in_order_and_are_never_asked_for_again(store: Store) -> N
 def test_equal_questions_are_asked_once(store: Store) -> None:
     with judge_server(rated) as server:
         judge = JudgeConfig(base_url=server.url, model="judge")
-        same = [Question(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
+        same = [Asked(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
         assert judged(store, judge, same, parse_rating, payer="p").values == [4, 4, 4]
         assert len(server.bodies) == 1
 
@@ -232,14 +233,14 @@ def test_an_endpoint_that_does_not_count_is_counted_at_most(store: Store) -> Non
 
 SCRIPT = """
 import sys
-from spinreg_core.benchmarks.judge import Question, judged
+from spinreg_core.benchmarks.judge import Asked, judged
 from spinreg_core.benchmarks.prompts import parse_rating
 from spinreg_core.config import JudgeConfig
 from spinreg_core.stages import job
 from spinreg_core.store import open_store
 import signal
 signal.signal(signal.SIGTERM, job._on_sigterm)
-questions = [Question(str(i), [{"role": "user", "content": f"rate {i}"}]) for i in range(30)]
+questions = [Asked(str(i), [{"role": "user", "content": f"rate {i}"}]) for i in range(30)]
 judge = JudgeConfig(base_url=sys.argv[1], model="judge", at_once=3)
 print(judged(open_store(sys.argv[2]), judge, questions, parse_rating, payer="p").cost["requests"])
 """
@@ -316,15 +317,20 @@ def test_a_stored_verdict_is_checked_when_it_is_read(store: Store) -> None:
             ask(server, store, count=2)
 
 
-def test_two_at_the_same_time_keep_one_verdict(store: Store) -> None:
-    """Both ask; what is stored first counts for both."""
-    with judge_server(lambda _b, n: Does(f"[[{n + 1}]]", seconds=0.3)) as server:
-        first = subprocess.Popen([sys.executable, "-c", SCRIPT.replace("range(30)", "range(1)").replace(
-            '.cost["requests"]', ".values[0]"), server.url, store.url], stdout=subprocess.PIPE, text=True)  # fmt: skip
-        while not server.bodies:
-            time.sleep(0.01)
-        second = ask(server, store, count=1, payer="q")
-        other = first.communicate(timeout=30)[0].split()[-1]
+def test_two_at_the_same_time_keep_one_verdict_and_pay_for_two(store: Store) -> None:
+    """Both ask; what is stored first counts for both. What the other one paid is counted too, in all its attempts."""
+    with judge_server(lambda _b, n: Does(f"[[{n + 1}]]", seconds=0.3)) as server, ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, server, store, count=1, payer=payer, price_answer=1e6) for payer in "pq"]
+        first, second = (one.result() for one in asked)
         assert len(server.bodies) == 2
-        assert second.values == [float(other)]
-        assert len(store.list("verdicts/")) == 1
+        assert first.values == second.values
+        assert len(store.list("verdicts/")) == 2, "a verdict and what was paid besides"
+        assert [one.cost["requests"] for one in (first, second)] == [1, 1]
+        assert [one.cost["paid"] for one in (first, second)] == [10.0, 10.0]
+        assert sorted(one.cost["requests_before"] for one in (first, second)) == [0, 1]
+        for payer in "pq":
+            again = ask(server, store, count=1, payer=payer, price_answer=1e6)
+            assert (again.values, again.cost["requests"], again.cost["paid"]) == (first.values, 1, 10.0)
+            with pytest.raises(BadInput, match=r"judge\.max_cost: found 10 spent"):
+                ask(server, store, count=2, payer=payer, price_answer=1e6, max_cost=15.0, max_tokens=2048)
+        assert len(server.bodies) == 2

@@ -135,6 +135,7 @@ def test_grades_prompts_and_results(house: House) -> None:
     assert {name: results["metrics"][name]["n"] for name in ("score", "score/turn_2", "malformed")} == {
         "score": 5, "score/turn_2": 4, "malformed": 10
     }  # fmt: skip
+    assert results["metrics"]["malformed"]["low"] == 0.0, "over questions: without the fourth there is none"
     assert manifest["metrics"]["score"] == values["score"]
     assert (results["kind"], results["primary"], results["better"]) == ("mt-bench", "score", "higher")
     assert (results["cost"]["requests"], results["cost"]["answer_tokens"], results["cost"]["paid"]) == (11, 110, 110.0)

@@ -17,6 +17,7 @@ from spinreg_core.benchmarks import win_rate
 from spinreg_core.benchmarks.win_rate import Pair, length_controlled, shown, win_metrics
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.metrics import wilson
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
 
@@ -44,6 +45,25 @@ def test_metrics_by_hand() -> None:
     assert values["length_correlation"] == pytest.approx(np.corrcoef(lengths, scores)[0, 1])
     for estimate in metrics.values():
         assert estimate["low"] <= estimate["value"] <= estimate["high"]  # type: ignore[operator]
+
+
+def test_intervals_are_over_prompts_whose_two_verdicts_are_alike() -> None:
+    """A judge that names the same place in both orders, either as often: 80 verdicts that say as much as 40."""
+    pairs = [pair(str(i), 5, 3) for i in range(40)]
+    metrics, _ = win_metrics(pairs, [("A", "A") if i % 2 else ("B", "B") for i in range(40)], resamples=2000, seed=1)
+    first = metrics["first_place"]
+    assert first["low"] is not None
+    assert first["high"] is not None
+    assert (first["value"], first["n"]) == (0.5, 80)
+    assert first["high"] - first["low"] == pytest.approx(2 * 1.96 * 0.5 / np.sqrt(40), rel=0.1)
+    verdicts: list[Any] = [("A", "B")] * 30 + [(None, None)] * 10
+    failed = win_metrics(pairs, verdicts, resamples=2000, seed=1)[0]["malformed"]
+    assert failed["low"] is not None
+    assert failed["high"] is not None
+    assert (failed["value"], failed["n"]) == (0.25, 80)
+    assert failed["high"] - failed["low"] == pytest.approx(2 * 1.96 * np.sqrt(0.25 * 0.75 / 40), rel=0.1)
+    none = win_metrics(pairs, [("A", "B")] * 40, resamples=100, seed=1)[0]["malformed"]
+    assert (none["value"], none["high"], none["n"]) == (0.0, wilson(0, 40)["high"], 80)
 
 
 def test_swapping_sides_turns_everything_round() -> None:
@@ -87,10 +107,13 @@ def test_the_length_controlled_win_rate_agrees_with_another_fit_and_stays_finite
 
     a = minimize(loss, [0, 0], method="BFGS", options={"gtol": 1e-9}).x[0]
     assert length_controlled(scores[None], lengths[None])[0] == pytest.approx(1 / (1 + np.exp(-a)), abs=1e-6)
-    for ends in (np.ones(30), np.zeros(30), (lengths > 0).astype(float)):
-        found = length_controlled(ends[None], lengths[None])[0]
+    for end in (0.0, 1.0):
+        found = length_controlled(np.full((1, 30), end), lengths[None])[0]
         assert 0 < found < 1
-        assert found == pytest.approx(ends.mean(), abs=0.01) or 0 < ends.mean() < 1
+        assert found == pytest.approx(end, abs=0.01)
+    # The longer one always wins: of two as long, neither. By symmetry exactly.
+    even = np.concatenate([np.abs(lengths), -np.abs(lengths)])
+    assert length_controlled((even > 0).astype(float)[None], even[None])[0] == pytest.approx(0.5, abs=1e-9)
 
 
 def test_a_conversation_as_it_is_shown() -> None:
