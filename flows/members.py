@@ -23,7 +23,7 @@ from prefect.runtime import flow_run
 from prefect.types._datetime import now
 
 from flows.spin import spin
-from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed, StoreRefused
 from spinreg_core.grid import Member, open_reason, waits_for
 from spinreg_core.head import complete_round, read_head
 from spinreg_core.store import Store, open_store
@@ -150,6 +150,8 @@ def run_on_pool(
                 waiting.remove(member)
             progress.show()
             told_away = False
+        except StoreRefused:  # which waiting does not mend
+            raise
         except (httpx.TransportError, PrefectHTTPStatusError, StoreFailed) as error:
             # The members outlive a server, or a store, that is away for a while; so does this.
             if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < 500:

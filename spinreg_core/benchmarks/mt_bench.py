@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.endpoint import Messages
 from spinreg_core.benchmarks.judge import Question as Asked
-from spinreg_core.benchmarks.judge import judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import judged, settings_of
 from spinreg_core.benchmarks.mt_bench_questions import (
     TEMPERATURES,
     Question,
@@ -45,7 +45,6 @@ def check(config: RunConfig) -> None:
     they are loaded."""
     if config.benchmarks.mt_bench is None:
         return
-    require_judge(config.judge)
     load_prompts(config.judge, SINGLE)
     if config.benchmarks.mt_bench != "hub":
         load_questions(config.benchmarks)
