@@ -180,3 +180,13 @@ def test_a_store_that_refuses_ends_it_and_one_that_is_away_does_not(
         return
     server.turns = [lambda: None, lambda: server.make(one), lambda: server.make(other)]
     assert server.run([one, other]) == {}
+
+
+def test_of_ours_that_came_to_its_end_this_machine_does_not_know_better(server: Server) -> None:
+    """What it is measured with may be told only where it ran; what somebody else's leaves is followed by ours."""
+    more = {"benchmarks": {"tasks": ["gsm8k"], "include_path": "/only/there"}}
+    one, other = members_of("g", BASE | {"store": server.store.url} | more, alpha=[1, 0], history=[1])
+    server.add(one)
+    server.turns = [lambda: server.make(one), lambda: server.make(one), lambda: server.make(other)]
+    assert server.run([one, other]) == {}
+    assert server.started == [one.run, other.run]
