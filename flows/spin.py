@@ -205,7 +205,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
         report = write_report(opened, resolved.run)
         session.finish_advance(ended_by=None if ended is None else resolved.until.model_dump(mode="json"))
         track(opened, resolved)
-        if context.failures:  # of benchmarks, which no round waits for
+        if context.failures:  # of benchmarks, whose numbers no round needs
             raise context.failures[0]
         summary = {
             "run": resolved.run,
