@@ -135,6 +135,7 @@ def test_what_a_part_leaves(measured: tuple[Store, dict[str, str], dict[str, Any
     found = results(store, objects["all_choices"])
     assert (found["kind"], found["name"], found["primary"], found["better"]) == (
         "lm-eval", "all_choices", "acc", "higher")  # fmt: skip
+    assert found["directions"] == dict.fromkeys(found["metrics"], "higher")
     assert found["metrics"]["acc"]["n"] == 12
     assert found["metrics"]["colours/acc"]["n"] == 6
     assert found["fingerprints"]["policy"] == head["base"]
