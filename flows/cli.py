@@ -1,8 +1,8 @@
 """The command `spinreg`: a thin front over the functions that the flows and the library offer.
 
-Decides: exit statuses (0 done, 1 failed, 2 usage, 65 bad input, 74 damaged, 75 held by another
-process, 143 stopped). Leaves out: what can be
-said (`arguments.py`), and doing anything itself; whatever it prints comes from a function anyone can call.
+Decides: exit statuses (0 done, 1 failed, 2 usage, 65 bad input, 74 damaged, 75 held by another process, 143 stopped).
+Leaves out: what can be said (`arguments.py`), and doing anything itself; whatever it prints comes from a function
+anyone can call.
 """
 
 from __future__ import annotations

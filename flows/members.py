@@ -23,8 +23,8 @@ from prefect.runtime import flow_run
 from prefect.types._datetime import now
 
 from flows.spin import spin
-from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed
-from spinreg_core.grid import Member, open_reason, waits_for
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed, StoreRefused
+from spinreg_core.grid import Member, open_reason, rounds_open, waits_for
 from spinreg_core.head import complete_round, read_head
 from spinreg_core.store import Store, open_store
 from tasks.display import artifact_key, nested, run_log, show_table
@@ -112,6 +112,7 @@ def run_on_pool(
     deployment_id = require_other_pool(deployment)
     waiting, running = list(members), dict[str, tuple[Member, UUID]]()
     attempts: dict[str, int] = {}
+    own: set[UUID] = set()
     failures: dict[str, str] = {}
     told_away = False
     while waiting or running:
@@ -121,7 +122,8 @@ def run_on_pool(
             under_way = _under_way(deployment_id, store)
             for member, of in [one for one in running.values() if one[1] in ended]:
                 del running[member.run]
-                left = open_reason(store, member)
+                # One of ours that came to its good end has measured what it was to, by what its machine says.
+                left = (rounds_open if of in own and ended[of] is None else open_reason)(store, member)
                 if ended[of] is None and left is None:
                     progress.say(member, "complete")
                 elif member.run in under_way or member.run not in attempts:
@@ -147,9 +149,12 @@ def run_on_pool(
                     attempts[member.run] = attempts.get(member.run, 0) + 1
                     progress.say(member, f"submitted as flow run {started.name}")
                     running[member.run] = (member, started.id)
+                    own.add(started.id)
                 waiting.remove(member)
             progress.show()
             told_away = False
+        except StoreRefused:  # which waiting does not mend
+            raise
         except (httpx.TransportError, PrefectHTTPStatusError, StoreFailed) as error:
             # The members outlive a server, or a store, that is away for a while; so does this.
             if isinstance(error, PrefectHTTPStatusError) and error.response.status_code < 500:

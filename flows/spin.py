@@ -87,7 +87,7 @@ def require_usable(config: RunConfig) -> None:
     trackers, and the metric of `until`."""
     check_files(config)
     check_trackers(config.tracking)
-    require_metric(config.until, config.benchmarks.tasks if config.benchmarks.rounds == "all" else ())
+    require_metric(config)
 
 
 def _flow_run_name() -> str:
@@ -203,9 +203,9 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                 if complete_round(session.head) < round_number:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         report = write_report(opened, resolved.run)
-        session.finish_advance(ended=ended is not None)
+        session.finish_advance(ended_by=None if ended is None else resolved.until.model_dump(mode="json"))
         track(opened, resolved)
-        if context.failures:  # of benchmarks, which no round waits for
+        if context.failures:  # of benchmarks, whose numbers no round needs
             raise context.failures[0]
         summary = {
             "run": resolved.run,

@@ -1,9 +1,8 @@
 """The configuration of a run: one frozen pydantic tree, every default in one place.
 
-Decides: what the groups (`config_groups.py`, `config_data.py`, `config_benchmarks.py`) must agree
-on, and which fields of an existing run may change.
-Leaves out: how values from a file and from parameters are combined (`spinreg_core.resolve`).
-The defaults are the demo's: `RunConfig()` is what `prefect deployment run spin/iterate` runs.
+Decides: what the groups (`config_groups.py`, `config_data.py`, `config_benchmarks.py`) must agree on, and which fields
+of an existing run may change. Leaves out: how values from a file and from parameters are combined
+(`spinreg_core.resolve`). The defaults are the demo's: `RunConfig()` is what `prefect deployment run spin/iterate` runs.
 """
 
 from __future__ import annotations

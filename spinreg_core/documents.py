@@ -89,7 +89,10 @@ class Lease(TypedDict):
     seconds: NotRequired[Number]
 
 
-Advance = TypedDict("Advance", {"by": str, "from": Round, "to": Round, "done": bool})
+# `ended_by`: the conditions (`until`) that ended it before its round.
+Advance = TypedDict(
+    "Advance", {"by": str, "from": Round, "to": Round, "done": bool, "ended_by": NotRequired[dict[str, Any]]}
+)
 
 
 class Entry(TypedDict):

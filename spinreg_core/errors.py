@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 
 EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so nobody retries it
+EXIT_JUDGE_AWAY = 69  # EX_UNAVAILABLE: it was waited for already
 EXIT_DAMAGED = 74  # EX_IOERR: the same file is damaged for the next attempt too
 EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
 
@@ -79,6 +80,10 @@ class Removed(Damaged):
 
 class StageFailed(SpinregError):
     """A stage process ended with an error that a retry may cure."""
+
+
+class JudgeAway(StageFailed):
+    """The judge's endpoint did not answer for as long as it is waited for; a later start may find it there."""
 
 
 class StagePreempted(StageFailed):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from spinreg_core.benchmarks import part_name, parts_of
-from spinreg_core.config import RunConfig, UntilConfig, variant_fields
+from spinreg_core.benchmarks import is_measured
+from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, SpinregError
 from spinreg_core.head import (
     ROUND_STAGES,
@@ -31,7 +31,7 @@ from spinreg_core.head import (
 )
 from spinreg_core.objects import fingerprint
 from spinreg_core.resolve import differences, merge, validate
-from spinreg_core.rounds import PLANS, measured_objects
+from spinreg_core.rounds import PLANS
 from spinreg_core.store import Store
 
 BASE = (0, "base")
@@ -207,32 +207,35 @@ def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict
     own: dict[str, Any] | None = None
     for other, head in running:
         common = [place for place, made in member.makes.items() if other.makes.get(place) == made]
-        missing = [place for place in common if not _is_made(other, head, place)]
+        missing = [place for place in common if not _is_made(store, other, head, place)]
         if missing:
             own = own or read_head(store, member.run)
-            if not all(_is_made(member, own, place) for place in missing):
+            if not all(_is_made(store, member, own, place) for place in missing):
                 return other
     return None
 
 
-def _is_made(member: Member, head: dict[str, Any] | None, place: tuple[int, str]) -> bool:
+def _is_made(store: Store, member: Member, head: dict[str, Any] | None, place: tuple[int, str]) -> bool:
     """An evaluation counts when the iterate's benchmarks are measured too."""
     if head is None or place == BASE:
         return head is not None and head.get("base") is not None
-    return stage_object(head, *place) is not None and (place[1] != "evaluate" or _is_measured(member, head, place[0]))
+    return stage_object(head, *place) is not None and (
+        place[1] != "evaluate" or _is_measured(store, member, head, place[0], unknown=True)
+    )
 
 
-def _is_measured(member: Member, head: dict[str, Any], number: int) -> bool:
+def _is_measured(store: Store, member: Member, head: dict[str, Any], number: int, *, unknown: bool) -> bool:
+    """`unknown`: the answer where it cannot be told on this machine (which has not the include path, say); that of the
+    member can."""
     try:
-        wanted = {part_name(plan.key, plan.stage) for plan in parts_of(member.config, head, number)}
-    except BadInput:  # it cannot be told on this machine (lm-eval is not installed, say); the member's own can
-        return True
-    return wanted <= measured_objects(head, number).keys()
+        return is_measured(store, member.config, head, number)
+    except (BadInput, Damaged):
+        return unknown
 
 
 def rounds_open(store: Store, member: Member) -> str | None:
-    """None where a member can be compared: it has all its rounds, or its conditions (`until`) ended it. Else why not:
-    also where its run is damaged or has another configuration."""
+    """None where a member can be compared: it has all its rounds, or its conditions (`until`), as they are now, ended
+    it. Else why not: also where its run is damaged or has another configuration."""
     try:
         head = read_head(store, member.run)
         if head is None:
@@ -242,28 +245,26 @@ def rounds_open(store: Store, member: Member) -> str | None:
         return str(error)
     if head.get("repair") is not None:
         return "a repair of it is not finished"
-    done, pending = complete_round(head), pending_advance(head)
+    done = complete_round(head)
     if done >= member.target:
         return None
-    if (
-        pending is None
-        and member.config.until != UntilConfig()
-        and (head["advances"] or [{"to": 0}])[-1]["to"] >= member.target
-    ):
+    last = head["advances"][-1] if head["advances"] else {"to": 0}
+    if last["to"] >= member.target and last.get("ended_by") == member.config.until.model_dump(mode="json"):
         return None
     return f"round {done} of {member.target} is complete"
 
 
 def open_reason(store: Store, member: Member) -> str | None:
-    """What is left to do for a member; None where nothing is."""
+    """What is left to do for a member; None where nothing is. Where this machine cannot tell whether everything is
+    measured, that is left: the member's flow run finds what there is."""
     reason = rounds_open(store, member)
     if reason is not None:
         return reason
     head = require_head(store, member.run)
     if pending_advance(head) is not None:
         return "its advance is not finished"
-    missing = [n for n in range(complete_round(head) + 1) if not _is_made(member, head, (n, "evaluate"))]
-    return f"round {missing[0]} is not measured in full" if missing else None
+    missing = [n for n in range(complete_round(head) + 1) if not _is_measured(store, member, head, n, unknown=False)]
+    return f"round {missing[0]} is not measured in full, as far as can be told here" if missing else None
 
 
 def require_two(found: Sequence[Member], failures: Mapping[str, str]) -> None:

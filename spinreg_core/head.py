@@ -122,12 +122,8 @@ def _process_identity(pid: int) -> str | None:
 
 def make_holder(label: str) -> dict[str, Any]:
     """Who this process is, for messages and for seeing that a dead holder on this machine is dead."""
-    return {
-        "label": label,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "identity": _process_identity(os.getpid()),
-    }
+    pid = os.getpid()
+    return {"label": label, "host": socket.gethostname(), "pid": pid, "identity": _process_identity(pid)}
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
@@ -245,12 +241,15 @@ class Session:
         self.update(change)
         return done, target, why
 
-    def finish_advance(self, *, ended: bool = False) -> None:
-        """Record which advances have reached their round; with `ended` that none is to be gone on with."""
+    def finish_advance(self, *, ended_by: dict[str, Any] | None = None) -> None:
+        """Record which advances have reached their round, or (`ended_by`) by which conditions (`until`) they ended."""
 
         def change(head: dict[str, Any]) -> None:
             for advance in head["advances"]:
-                advance["done"] = advance["done"] or ended or advance["to"] <= complete_round(head)
+                if advance["to"] <= complete_round(head):
+                    advance["done"] = True
+                elif ended_by is not None and not advance["done"]:
+                    advance |= {"done": True, "ended_by": ended_by}
 
         if pending_advance(self.head) is not None:
             self.update(change)
@@ -366,7 +365,7 @@ def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
         if has_begun(session.head):
             check_config(stored, config)
             # Read outside of runs too, and gone on with by `spinreg resume`.
-            said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "tracking")}
+            said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "until", "tracking")}
             config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 

@@ -26,9 +26,11 @@ from typing import Any
 from spinreg_core.errors import (
     EXIT_BAD_INPUT,
     EXIT_DAMAGED,
+    EXIT_JUDGE_AWAY,
     EXIT_PREEMPTED,
     BadInput,
     Damaged,
+    JudgeAway,
     StageFailed,
     StagePreempted,
 )
@@ -118,8 +120,8 @@ def run_process(
 
     Must be called by a thread that lives until it returns: the process watches that thread.
 
-    Raises: BadInput (exit status 65) and Damaged (74), with the process's own message; StagePreempted (143, SIGTERM);
-    StageFailed (any other status, or the deadline); and, after ending the group, whatever interrupted
+    Raises: BadInput (exit status 65), Damaged (74) and JudgeAway (69), with the process's own message; StagePreempted
+    (143, SIGTERM); StageFailed (any other status, or the deadline); and, after ending the group, whatever interrupted
     the wait: SIGTERM as Prefect's TerminationSignal, KeyboardInterrupt, an error of `check`.
     """
     started = time.monotonic()
@@ -230,6 +232,8 @@ def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Excepti
         return BadInput.from_message(_message(tail, "bad input: "))
     if status == EXIT_DAMAGED:
         return Damaged(_message(tail, "damaged: "))
+    if status == EXIT_JUDGE_AWAY:
+        return JudgeAway(_message(tail, "error: "))
     if status in (EXIT_PREEMPTED, -signal.SIGTERM):
         return StagePreempted(f"{name}: stopped from outside (SIGTERM); what was committed stays and is continued")
     if status < 0:

@@ -13,7 +13,7 @@ from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
 
 from spinreg_core.config import ResourcesConfig
-from spinreg_core.errors import BadInput, Damaged, LeaseLost, StagePreempted
+from spinreg_core.errors import BadInput, Damaged, JudgeAway, LeaseLost, StagePreempted
 from spinreg_core.head import stage_object
 from spinreg_core.objects import read_manifest, read_record, require_manifest
 from spinreg_core.retention import read_later
@@ -27,10 +27,11 @@ from tasks.spare import prepare_spare, take_spare
 
 
 def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Only failures that another attempt may cure: not bad input, damage, a lost lease or a cancelled run."""
+    """Only failures that another attempt may cure: not bad input, damage, a lost lease or a cancelled run; nor a judge
+    that is away, which was waited for."""
     try:
         state.result()
-    except (BadInput, Damaged, LeaseLost, RunCancelled):
+    except (BadInput, Damaged, JudgeAway, LeaseLost, RunCancelled):
         return False
     except BaseException:
         return True

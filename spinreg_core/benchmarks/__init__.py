@@ -17,7 +17,7 @@ from typing import Any
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
 from spinreg_core.config import RunConfig
 from spinreg_core.head import Session
-from spinreg_core.objects import fetch_file, read_manifest
+from spinreg_core.objects import fetch_file, read_manifest, require_manifest
 from spinreg_core.rounds import Plan, measured_objects
 from spinreg_core.store import Store
 
@@ -38,6 +38,32 @@ def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan
     if wanted != "all" and iterate not in wanted:
         return []
     return [plan for kind in KINDS.values() for plan in kind.plans(config, head, iterate)]
+
+
+def is_measured(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> bool:
+    """Whether iterate n is measured with what the configuration asks for now. What the machine that measures settles
+    (lm-eval's version, what `auto` stands for, data outside the include path) may have been another. Raises BadInput
+    where files that it names are not here, Damaged."""
+    wanted, found = config.benchmarks.rounds, measured_objects(head, iterate)
+    if wanted != "all" and iterate not in wanted:
+        return True
+    for known in lm_eval.known(config, head, iterate):
+        object_id = found.get(part_name(known, "lm-eval"))
+        if object_id is None or not known.items() <= _key_of(store, object_id).items():
+            return False
+    judged = [plan for kind in (mt_bench, win_rate) for plan in kind.plans(config, head, iterate)]
+    return all(found.get(part_name(plan.key, plan.stage)) == plan.object_id for plan in judged)
+
+
+_keys: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def _key_of(store: Store, object_id: str) -> dict[str, Any]:
+    """What an object is named after, which never changes: asked for again and again while members are waited for."""
+    place = store.url, object_id
+    if place not in _keys:
+        _keys[place] = require_manifest(store, object_id).get("key", {})
+    return _keys[place]
 
 
 def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan | None:
@@ -99,4 +125,5 @@ def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: i
     return results
 
 
-__all__ = ["KINDS", "check", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured", "results_of"]
+__all__ = ["KINDS", "check", "is_measured", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured",
+           "results_of"]  # fmt: skip

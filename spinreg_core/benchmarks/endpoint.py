@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from spinreg_core.config import JudgeConfig
-from spinreg_core.errors import BadInput, StageFailed
+from spinreg_core.errors import BadInput, JudgeAway
 
 Messages = list[dict[str, str]]
 
@@ -136,7 +136,7 @@ class Endpoint:
     def ask(self, where: str, messages: Messages) -> Reply:
         """The judge's reply. `where`: what messages of errors call the request.
 
-        Raises BadInput (a budget is used up, the endpoint refuses the key, the model or the request), StageFailed
+        Raises BadInput (a budget is used up, the endpoint refuses the key, the model or the request), JudgeAway
         (no reply for `judge.patience_seconds`), Stopped.
         """
         judge, reserved = self._judge, price(self._judge, most_prompt_tokens(messages), self._judge.max_tokens)
@@ -165,7 +165,7 @@ class Endpoint:
                 wait += random.uniform(0.0, FIRST_WAIT_SECONDS)
             failures += 1
             if time.monotonic() + wait > first_failure + judge.patience_seconds:
-                raise StageFailed(
+                raise JudgeAway(
                     f"judge.base_url, {place(judge)}: {problem}, {failures} times; not waiting longer than "
                     f"judge.patience_seconds ({judge.patience_seconds:g}). Verdicts so far are kept"
                 )

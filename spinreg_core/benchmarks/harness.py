@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.benchmarks.lm_eval import SEEDS, installed
+from spinreg_core.benchmarks.lm_eval import SEEDS, chat_arguments, installed
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.progress import Progress
@@ -164,19 +164,24 @@ def _first_line(error: Exception) -> str:
 def model_arguments(folder: Path, config: RunConfig, backend: str, device: str) -> dict[str, Any]:
     """lm-eval's `model_args` for a policy folder; what they say of numbers can be said to its command line as well."""
     precision, resources = config.training.precision, config.resources
+    chat = {"chat_template_args": found} if (found := chat_arguments(config)) else {}
     if backend == "hf":
         mixed = {"mixed_precision_dtype": "bfloat16"} if precision == "mixed" else {}
         batch = config.benchmarks.batch_size
-        return {"pretrained": str(folder), "dtype": _DTYPES[precision], "device": device, "batch_size": batch} | mixed
-    found: dict[str, Any] = {
+        return (
+            {"pretrained": str(folder), "dtype": _DTYPES[precision], "device": device, "batch_size": batch}
+            | mixed
+            | chat
+        )
+    of_vllm: dict[str, Any] = {
         "pretrained": str(folder), "dtype": "float32" if precision == "fp32" else "bfloat16", "batch_size": "auto",
         "tensor_parallel_size": config.generation.tensor_parallel, "load_format": "safetensors",
         "generation_config": "vllm", "use_tqdm_on_load": False,
-    }  # fmt: skip
+    } | chat  # fmt: skip
     if device == "cpu":
         memory = int(resources.cpu_kv_cache_gib * 2**30)
-        return found | {"kv_cache_memory_bytes": memory, "enforce_eager": True}
-    return found | {"gpu_memory_utilization": resources.gpu_memory_utilization}
+        return of_vllm | {"kv_cache_memory_bytes": memory, "enforce_eager": True}
+    return of_vllm | {"gpu_memory_utilization": resources.gpu_memory_utilization}
 
 
 def open_model(folder: Path, config: RunConfig, backend: str, share: Share, meter: Meter) -> Any:

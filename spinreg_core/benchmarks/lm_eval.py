@@ -11,27 +11,32 @@ line and of the Leaderboard, and runs that differ by their seed share what their
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
+import socket
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from spinreg_core.config import BenchmarksConfig, RunConfig
 from spinreg_core.config_benchmarks import LEADERBOARD
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, StageFailed
-from spinreg_core.objects import read_manifest
+from spinreg_core.objects import read_manifest, sha256_file
 from spinreg_core.rounds import Plan, policy_object
 from spinreg_core.stages.job import Job, Preempted
 from spinreg_core.store import open_store
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
-_SMALL = 2**20  # bytes; larger files of an include path are told apart by their sizes
+DATA_VARIABLE = "SPINREG_EVAL_DATA"  # of deployments/lm_eval_local
 _TAIL_LINES = 60
 _SAID = ("bad input: ", "damaged: ")  # what begins the message of a process that ends with such an error
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -42,16 +47,33 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
     wanted = config.benchmarks
     if not wanted.tasks:
         return []
-    policy = policy_object(head, iterate)
+    settled = {"lm_eval": _version(), "backend": backend_of(config)} | data_key(wanted)
+    return [
+        Plan("lm-eval", iterate, key | settled, {"policy": key["policy"]}, {}) for key in known(config, head, iterate)
+    ]
+
+
+def known(config: RunConfig, head: dict[str, Any], iterate: int) -> list[dict[str, Any]]:
+    """For each task what of its part's key is known without the machine that measures. Raises BadInput where the
+    include path is not there."""
+    wanted = config.benchmarks
+    if not wanted.tasks:
+        return []
     common = {
-        "policy": policy, "lm_eval": _version(), "include": include_hash(wanted), "backend": backend_of(config),
+        "policy": policy_object(head, iterate), "include": include_hash(wanted),
         "precision": config.training.precision, "questions_as": wanted.questions_as, "seeds": SEEDS,
         "bootstrap": config.evaluation.bootstrap,
     }  # fmt: skip
-    return [
-        Plan("lm-eval", iterate, common | {"name": name} | asked(wanted, name), {"policy": policy}, {})
-        for name in wanted.lm_eval_tasks()
-    ]
+    if wanted.backend != "auto":
+        common["backend"] = wanted.backend
+    if arguments := chat_arguments(config):
+        common["template_arguments"] = arguments
+    return [common | {"name": name} | asked(wanted, name) for name in wanted.lm_eval_tasks()]
+
+
+def chat_arguments(config: RunConfig) -> dict[str, Any]:
+    """What the chat template is given besides the conversation, where questions are put in it."""
+    return dict(config.data.template_arguments) if config.benchmarks.questions_as == "chat" else {}
 
 
 def plan_check(config: RunConfig) -> Plan | None:
@@ -61,8 +83,16 @@ def plan_check(config: RunConfig) -> Plan | None:
         return None
     backend_of(config)
     tasks = {name: asked(wanted, name) for name in wanted.lm_eval_tasks()}
-    key = {"tasks": tasks, "lm_eval": _version(), "include": include_hash(wanted), "model": config.model}
+    # What is found holds for this machine alone, since its last start: another one may not have the data.
+    key = {"tasks": tasks, "lm_eval": _version(), "include": include_hash(wanted), "model": config.model,
+           "machine": f"{socket.gethostname()} {_boot()}"} | data_key(wanted)  # fmt: skip
     return Plan("lm-eval-check", 0, key, {}, {})
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def asked(wanted: BenchmarksConfig, name: str) -> dict[str, int | None]:
@@ -85,7 +115,7 @@ def backend_of(config: RunConfig) -> str:
 
 
 def include_hash(wanted: BenchmarksConfig) -> str | None:
-    """SHA-256 over what lies in the include path: names, and contents of files that are not large. Raises BadInput."""
+    """SHA-256 over what lies in the include path: names and contents. Raises BadInput."""
     if wanted.include_path is None:
         return None
     folder = Path(wanted.include_path).expanduser()
@@ -98,10 +128,51 @@ def include_hash(wanted: BenchmarksConfig) -> str | None:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and "__pycache__" not in name.parts and not name.name.startswith("."):
-            size = path.stat().st_size
-            content = path.read_bytes() if size <= _SMALL else b""
-            digest.update(f"{name.as_posix()}\0{size}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+            digest.update(f"{name.as_posix()}\0{path.stat().st_size}\0{_content(path)}\n".encode())
     return digest.hexdigest()
+
+
+def data_key(wanted: BenchmarksConfig) -> dict[str, str]:
+    """{"data": SHA-256 over the files that the include path's task files name in `dataset_kwargs` and that are here};
+    {} where there is none. A name is a path, or one below the folder that SPINREG_EVAL_DATA names."""
+    found = {}
+    root = Path(os.environ.get(DATA_VARIABLE) or ".")
+    folder = None if wanted.include_path is None else Path(wanted.include_path).expanduser()
+    for path in sorted(folder.rglob("*yaml")) if folder is not None else ():
+        try:
+            task = yaml.load(path.read_bytes(), _TaskFile)
+        except yaml.YAMLError:  # what is none of lm-eval's files, or what it will refuse, names no data
+            continue
+        for name in _texts(task.get("dataset_kwargs")) if isinstance(task, dict) else ():
+            file = next((place for place in (Path(name), root / name) if place.is_file()), None)
+            if file is not None:
+                found[name] = _content(file)
+    text = "".join(f"{name}\0{content}\n" for name, content in sorted(found.items()))
+    return {"data": hashlib.sha256(text.encode()).hexdigest()} if found else {}
+
+
+class _TaskFile(yaml.SafeLoader):
+    """Reads lm-eval's task files without the functions that they name."""
+
+
+_TaskFile.add_multi_constructor("!", lambda *_: None)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _texts(one)
+
+
+def _content(path: Path) -> str:
+    stat = path.stat()
+    return _hashed(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(4096)
+def _hashed(path: Path, _size: int, _changed: int) -> str:
+    return sha256_file(path)
 
 
 def installed(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.endpoint import Messages
-from spinreg_core.benchmarks.judge import Asked, judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import Asked, judged, settings_of
 from spinreg_core.benchmarks.mt_bench_questions import (
     TEMPERATURES,
     Question,
@@ -44,7 +44,6 @@ def check(config: RunConfig) -> None:
     they are loaded."""
     if config.benchmarks.mt_bench is None:
         return
-    require_judge(config.judge)
     load_prompts(config.judge, SINGLE)
     if config.benchmarks.mt_bench != "hub":
         load_questions(config.benchmarks)

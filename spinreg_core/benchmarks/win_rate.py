@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.judge import Asked, Judged, judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import Asked, Judged, judged, settings_of
 from spinreg_core.benchmarks.part import write_part
 from spinreg_core.benchmarks.prompts import Preference, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
@@ -60,7 +60,6 @@ class Pair:
 def check(config: RunConfig) -> None:
     """Raise BadInput for prompts that cannot be used."""
     if config.benchmarks.win_rate:
-        require_judge(config.judge)
         load_prompts(config.judge, [PROMPT])
 
 

@@ -1,7 +1,8 @@
 """The stage `benchmark`: what an iterate is measured with besides held-out rows, part by part.
 
 Decides: that a part which is measured already, by whichever run, is not measured again, and that one that fails does
-not keep the others from being measured. Leaves out: the parts (`benchmarks/`).
+not keep the others from being measured, unless the judge is away, who is waited for once. Leaves out: the parts
+(`benchmarks/`).
 
 A job's `extra`: {"parts": [{"stage", "object_id", "key", "inputs", "extra"}]}, one job each. Leaves no files of its
 own: the manifest names the parts as its inputs, and holds their metrics.
@@ -15,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from spinreg_core.benchmarks import KINDS, lm_eval, part_name
+from spinreg_core.errors import JudgeAway
 from spinreg_core.objects import publish, read_manifest
 from spinreg_core.stages.job import Job, main
 from spinreg_core.store import open_store
@@ -23,7 +25,8 @@ from spinreg_core.store import open_store
 def run(job: Job) -> dict[str, Any]:
     """Measure the parts that are missing. Returns the manifest.
 
-    Raises what the first part raised that failed, after the others were measured.
+    Raises what the first part raised that failed, after the others were measured; JudgeAway before all: what another
+    attempt would wait for again.
     """
     start, store = time.monotonic(), open_store(job.store)
     metrics: dict[str, Any] = {}
@@ -39,7 +42,8 @@ def run(job: Job) -> dict[str, Any]:
         name = part_name(one.key, one.stage)
         if isinstance(found, Exception):
             print(f"[benchmark] {name} failed: {found}", flush=True)
-            failed = failed or found
+            if failed is None or (isinstance(found, JudgeAway) and not isinstance(failed, JudgeAway)):
+                failed = found
         else:
             metrics[name] = found["metrics"]
     if failed is not None:
@@ -52,12 +56,16 @@ def run(job: Job) -> dict[str, Any]:
 def _measured(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
     """Each part with its manifest, or with what it raised."""
     yield from lm_eval.run_all([job for job in jobs if job.stage == "lm-eval"])  # which load the policy once
+    away: JudgeAway | None = None
     for job in jobs:
-        if job.stage != "lm-eval":
+        if job.stage != "lm-eval" and away is not None:
+            yield job, JudgeAway("not begun, since the judge is away")
+        elif job.stage != "lm-eval":
             print(f"[benchmark] {part_name(job.key, job.stage)}", flush=True)
             try:
                 yield job, KINDS[job.stage].run(job)
             except Exception as error:
+                away = error if isinstance(error, JudgeAway) else None
                 yield job, error
 
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput, Damaged, SpinregError, without_credentials
+from spinreg_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DAMAGED,
+    EXIT_JUDGE_AWAY,
+    BadInput,
+    Damaged,
+    JudgeAway,
+    SpinregError,
+    without_credentials,
+)
 
 # What a rank says when another one went away or kept it waiting; the texts are those of gloo and NCCL.
 _GONE = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|remote process exited")
@@ -32,6 +41,8 @@ def described(error: BaseException, stage: str, config: RunConfig) -> tuple[int,
         return EXIT_BAD_INPUT, f"bad input: {error}"
     if isinstance(error, Damaged):
         return EXIT_DAMAGED, f"damaged: {error}"
+    if isinstance(error, JudgeAway):
+        return EXIT_JUDGE_AWAY, f"error: {error}"
     if isinstance(error, SpinregError):
         return 1, f"error: {error}"
     if isinstance(error, SystemExit):

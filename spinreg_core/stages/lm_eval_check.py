@@ -1,5 +1,5 @@
-"""The stage `lm-eval-check`: whether lm-eval knows the tasks, can load
-their data and has enough examples, asked on the CPU before anything is sampled or trained.
+"""The stage `lm-eval-check`: whether lm-eval knows the tasks, can load their data and has enough examples, asked on the
+CPU before anything is sampled or trained.
 
 Decides: what is tried of a task: its data are loaded and one question is put. Leaves out: what can be told without
 lm-eval (`benchmarks/lm_eval.py`), lm-eval itself (`benchmarks/harness.py`).

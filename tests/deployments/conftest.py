@@ -33,6 +33,9 @@ def deployed_server(tmp_path_factory: pytest.TempPathFactory, clone: Path) -> It
             "work-pool create local --type process",
             "work-pool create control --type process",
             "work-pool create docker --type docker",
+            "work-pool create control-docker --type docker",
+            "work-pool create control-kubernetes --type kubernetes "
+            "--base-job-template deployments/kubernetes-base-job-template.json",
             "work-pool create gpu --type kubernetes --base-job-template deployments/kubernetes-base-job-template.json",
             "--no-prompt deploy --all",
             "--no-prompt deploy --all --prefect-file deployments/docker.yaml",

@@ -21,27 +21,38 @@ from flows.compare import compare
 from spinreg_core.config import RunConfig
 
 ROOT = Path(__file__).parents[2]
-FILES = {
-    "prefect.yaml": "iterate",
-    "deployments/docker.yaml": "iterate-docker",
-    "deployments/kubernetes.yaml": "iterate-kubernetes",
-}
+FILES = {"prefect.yaml": "", "deployments/docker.yaml": "-docker", "deployments/kubernetes.yaml": "-kubernetes"}
 
 
-def only_deployment(file: str) -> dict[str, Any]:
-    """Of the flow spin."""
+def only_deployment(file: str, entrypoint: str = "flows.spin:spin") -> dict[str, Any]:
+    """Of a flow."""
     declared = yaml.safe_load((ROOT / file).read_text())["deployments"]
-    (deployment,) = [one for one in declared if one["entrypoint"] == "flows.spin:spin"]
+    (deployment,) = [one for one in declared if one["entrypoint"] == entrypoint]
     return deployment
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_points_at_the_flow_and_limits_nothing_by_lease(file: str) -> None:
-    deployment = only_deployment(file)
-    assert deployment["name"] == FILES[file]
-    assert import_object(deployment["entrypoint"]).name == "spin"
-    assert "concurrency_limit" not in deployment
-    assert deployment["work_pool"]["job_variables"]["stream_output"] is False
+def test_points_at_the_flows_and_limits_nothing_by_lease(file: str) -> None:
+    iterate, grid = only_deployment(file), only_deployment(file, "flows.compare:compare")
+    assert (iterate["name"], grid["name"]) == (f"iterate{FILES[file]}", f"grid{FILES[file]}")
+    assert [import_object(one["entrypoint"]).name for one in (iterate, grid)] == ["spin", "compare"]
+    for deployment in (iterate, grid):
+        assert "concurrency_limit" not in deployment
+        assert deployment["work_pool"]["job_variables"]["stream_output"] is False
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_grid_runs_its_members_where_it_lies_and_waits_in_a_pool_of_its_own(file: str) -> None:
+    iterate, grid = only_deployment(file), only_deployment(file, "flows.compare:compare")
+    default = inspect.signature(compare.fn).parameters["deployment"].default
+    given = grid.get("parameters", {})
+    assert given.get("deployment", default) == f"spin/{iterate['name']}"
+    assert given.get("store") == iterate.get("parameters", {}).get("store")
+    assert grid["work_pool"]["name"] != iterate["work_pool"]["name"]
+    own, theirs = (one["work_pool"]["job_variables"] for one in (grid, iterate))
+    assert {name: own.get(name) for name in ("image", "volumes", "env")} == {
+        name: theirs.get(name) for name in ("image", "volumes", "env")
+    }
 
 
 def test_docker_understands_the_device_request() -> None:
@@ -56,7 +67,9 @@ def test_kubernetes_manifest_is_complete() -> None:
     template = json.loads((ROOT / "deployments/kubernetes-base-job-template.json").read_text())
     known = template["variables"]["properties"]
     given = only_deployment("deployments/kubernetes.yaml")["work_pool"]["job_variables"]
-    assert given.keys() <= known.keys()
+    grid = only_deployment("deployments/kubernetes.yaml", "flows.compare:compare")["work_pool"]["job_variables"]
+    assert given.keys() | grid.keys() <= known.keys()
+    assert grid["gpus"] == 0
     of_the_worker = {
         "name": "run",
         "command": "prefect flow-run execute",
@@ -154,6 +167,10 @@ def test_the_variants_arrive(deployed_server: PrefectServer) -> None:
     assert docker["parameters"] == {"store": "/store"}
     assert kubernetes["parameters"] == {"store": "s3://bucket/prefix"}
     assert kubernetes["job_variables"]["image"] == "registry/spinreg:1"
+    for kind, store in (("docker", "/store"), ("kubernetes", "s3://bucket/prefix")):
+        grid = deployed_server.api("GET", f"deployments/name/compare/grid-{kind}")
+        assert grid["parameters"] == {"store": store, "deployment": f"spin/iterate-{kind}"}
+        assert grid["work_pool_name"] == f"control-{kind}"
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 
 from flows import members
 from flows.members import Progress, run_on_pool
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
 from spinreg_core.grid import Member, members_of
 from spinreg_core.head import ROUND_STAGES, open_session
 from spinreg_core.store import Store, open_store
@@ -157,5 +157,36 @@ def test_a_server_that_is_away_is_waited_for(server: Server, monkeypatch: pytest
 
     monkeypatch.setattr(members, "_start", once_lost)
     server.turns = [lambda: None, lambda: server.make(one), lambda: server.make(other)]
+    assert server.run([one, other]) == {}
+    assert server.started == [one.run, other.run]
+
+
+@pytest.mark.parametrize("told", ["refuses", "is away"])
+def test_a_store_that_refuses_ends_it_and_one_that_is_away_does_not(
+    told: str, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = grid(server)
+    look, errors = members.open_reason, [(StoreRefused if told == "refuses" else StoreFailed)(f"the store {told}")]
+
+    def first_fails(*given: Any) -> str | None:
+        if errors:
+            raise errors.pop()
+        return look(*given)
+
+    monkeypatch.setattr(members, "open_reason", first_fails)
+    if told == "refuses":
+        with pytest.raises(StoreRefused, match="the store refuses"):
+            server.run([one, other])
+        return
+    server.turns = [lambda: None, lambda: server.make(one), lambda: server.make(other)]
+    assert server.run([one, other]) == {}
+
+
+def test_of_ours_that_came_to_its_end_this_machine_does_not_know_better(server: Server) -> None:
+    """What it is measured with may be told only where it ran; what somebody else's leaves is followed by ours."""
+    more = {"benchmarks": {"tasks": ["gsm8k"], "include_path": "/only/there"}}
+    one, other = members_of("g", BASE | {"store": server.store.url} | more, alpha=[1, 0], history=[1])
+    server.add(one)
+    server.turns = [lambda: server.make(one), lambda: server.make(one), lambda: server.make(other)]
     assert server.run([one, other]) == {}
     assert server.started == [one.run, other.run]

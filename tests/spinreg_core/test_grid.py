@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spinreg_core.benchmarks import record_measured
+from spinreg_core.benchmarks import parts_of, record_measured
 from spinreg_core.errors import BadInput, ConfigChanged, SpinregError
 from spinreg_core.grid import (
     Member,
@@ -22,6 +23,7 @@ from spinreg_core.grid import (
     waits_for,
 )
 from spinreg_core.head import ROUND_STAGES, open_session, read_head
+from spinreg_core.objects import publish
 from spinreg_core.store import open_store
 
 BASE: dict[str, Any] = {"until_round": 3, "model": "random:tiny"}
@@ -195,8 +197,10 @@ def test_a_member_that_its_conditions_ended(tmp_path: Path) -> None:
         session.begin_advance("tester", None, 3)
         session.commit_inputs("base-x", "data-x")
         assert rounds_open(store, member) == "round 0 of 3 is complete"
-        session.finish_advance(ended=True)
-    assert rounds_open(store, member) is None
+        session.finish_advance(ended_by=member.config.until.model_dump(mode="json"))
+    assert rounds_open(store, member) is open_reason(store, member) is None
+    looser, _ = members_of("g", base | {"until": {"kl_base_above": 300.0}}, alpha=[1, 0], history=[1])
+    assert rounds_open(store, looser) == "round 0 of 3 is complete", "other conditions may let it go on"
     member, _ = members_of("g", BASE | {"store": store.url}, alpha=[1, 0], history=[1])
     assert rounds_open(store, member) == "round 0 of 3 is complete", "without the condition it goes on"
 
@@ -204,7 +208,11 @@ def test_a_member_that_its_conditions_ended(tmp_path: Path) -> None:
 def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     base = BASE | {"store": store.url, "until_round": 1}
-    plain, other = members_of("g", base | {"benchmarks": {"tasks": ["gsm8k"]}}, alpha=[1, 0], history=[1])
+
+    def wanting(**benchmarks: Any) -> list[Member]:
+        return members_of("g", base | {"benchmarks": {"tasks": ["gsm8k"]} | benchmarks}, alpha=[1, 0], history=[1])
+
+    plain, other = wanting(limit=10)
     with open_session(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
@@ -214,11 +222,49 @@ def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
             session.commit(1, stage, f"{stage}-1")
         session.finish_advance()
         assert rounds_open(store, plain) is None
-        assert open_reason(store, plain) == "round 0 is not measured in full"
+        assert "round 0 is not measured in full" in str(open_reason(store, plain))
         for number in (0, 1):
-            record_measured(session, number, {"lm-eval gsm8k": f"lm-eval-{number}"})
+            (part,) = parts_of(plain.config, session.head, number)
+            # By a machine with another lm-eval, and a GPU: the same all the same.
+            part = replace(part, key=part.key | {"lm_eval": "0.0.1", "backend": "vllm"})
+            publish(store, part.job(plain.config, store.url, "e1-a", tmp_path), tmp_path / "none", metrics={})
+            record_measured(session, number, {"lm-eval gsm8k": part.object_id})
     assert open_reason(store, plain) is None
     assert waits_for(other, store, [(plain, read_head(store, plain.run))]) is None
+    # Asked for something else, it is not measured with that.
+    for changed in ({"limit": 1319}, {"limit": 10, "fewshot": {"gsm8k": 0}}, {"limit": 10, "questions_as": "chat"},
+                    {"limit": 10, "backend": "hf"}):  # fmt: skip
+        again, other = wanting(**changed)
+        assert "round 0 is not measured in full" in str(open_reason(store, again)), changed
+        assert waits_for(other, store, [(again, read_head(store, again.run))]) is again, changed
+    assert "round 1 is not" in str(open_reason(store, wanting(limit=1319, rounds=[1])[0]))
+    # Task files that only the machines have which measure: a flow run there finds out.
+    elsewhere, other = wanting(limit=10, include_path=str(tmp_path / "elsewhere"))
+    assert "as far as can be told here" in str(open_reason(store, elsewhere))
+    assert waits_for(other, store, [(elsewhere, read_head(store, plain.run))]) is None
+
+
+def test_so_does_the_judge(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+
+    def judged_by(model: str) -> Member:
+        judge = {"base_url": "http://127.0.0.1:1/v1", "model": model}
+        return members_of("g", BASE | {"store": store.url, "until_round": 1, "judge": judge,
+                                       "benchmarks": {"win_rate": ["human"]}})[0]  # fmt: skip
+
+    member = judged_by("one")
+    with open_session(store, member.config, "tester") as session:
+        session.begin_advance("tester", None, 1)
+        session.commit_inputs("base-x", "data-x")
+        session.commit(0, "evaluate", "evaluate-0")
+        for stage in ROUND_STAGES:
+            session.commit(1, stage, f"{stage}-1")
+        session.finish_advance()
+        for number in (0, 1):
+            (part,) = parts_of(member.config, session.head, number)
+            record_measured(session, number, {"win-rate human": part.object_id})
+    assert open_reason(store, member) is None
+    assert "round 0 is not measured in full" in str(open_reason(store, judged_by("another")))
 
 
 def test_a_reference_that_failed_is_replaced_by_its_like() -> None:

@@ -389,6 +389,27 @@ def test_a_run_goes_on_in_the_trackers_that_were_said_last(store: Store) -> None
     assert heads.read_config(store, "demo") == shown
 
 
+def test_the_conditions_that_were_said_last_are_gone_on_with(store: Store) -> None:
+    """`spinreg resume` reads them: what was killed would else be ended by conditions that were taken back."""
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
+    looser = QUICK.model_copy(update={"until": UntilConfig(kl_base_above=300.0)})
+    with open_session(store, looser, "b"):
+        pass
+    assert heads.read_config(store, "demo") == looser
+
+
+def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
+    until = UntilConfig(kl_base_above=3.0).model_dump(mode="json")
+    with open_session(store, QUICK, "a") as session:
+        session.begin_advance("first", None, 3)
+        session.finish_advance(ended_by=until)
+        assert session.head["advances"] == [{"by": "first", "from": 0, "to": 3, "done": True, "ended_by": until}]
+        session.begin_advance("second", None, 3)
+        session.finish_advance()
+        assert session.head["advances"][-1] == {"by": "second", "from": 0, "to": 3, "done": False}
+
+
 def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write happened, the reply did not: the next try must find its own work and go on."""
     with open_session(store, QUICK, "a") as session:

@@ -11,13 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prefect.states import Failed
 
-from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput, Damaged, JudgeAway, StageFailed, StagePreempted
 from spinreg_core.progress import ProgressLine
+from spinreg_core.stages.failures import described
 from spinreg_core.stages.job import Job
 from tasks.process import run_process, run_stage, start_process
+from tasks.stage import may_retry
 
 
 def alive(pid: int) -> bool:
@@ -147,6 +152,15 @@ def test_damage_found_by_a_stage_is_damage_and_not_retried(toy_stage: Callable[[
     """)
     with pytest.raises(Damaged, match=r"^pairs\.parquet: found 3 bytes; expected 4000$"):
         run_stage(job)
+
+
+def test_a_judge_that_is_away_is_not_waited_for_again(script: Callable[[str], list[str]], tmp_path: Path) -> None:
+    status, said = described(JudgeAway("judge.base_url, host/v1: HTTP 500"), "benchmark", RunConfig())
+    with pytest.raises(JudgeAway, match=r"^judge\.base_url, host/v1: HTTP 500$") as caught:
+        run(script(f"import sys; print({said!r}); sys.exit({status})"), tmp_path)
+    for error, again in ((caught.value, False), (StageFailed("out of memory"), True)):
+        state: Any = Failed(message=str(error), data=error)
+        assert may_retry(None, None, state) is again  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("body", ["os.kill(os.getpid(), 15)", "sys.exit(143)"])

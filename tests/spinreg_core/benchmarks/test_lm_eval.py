@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from questions import configuration, jobs_of, publish_policy, write_tasks
 
 from spinreg_core.benchmarks import lm_eval
-from spinreg_core.benchmarks.harness import check_task, load_task, open_tasks
+from spinreg_core.benchmarks.harness import Meter, Share, check_task, load_task, model_arguments, open_model, open_tasks
 from spinreg_core.errors import BadInput
 from spinreg_core.objects import fetch_file, fetch_folder
 from spinreg_core.store import Store, open_store
@@ -66,11 +67,12 @@ def test_the_numbers_of_the_command_line(
     store, objects, head = measured
     policy = fetch_folder(store, head["base"], "policy")
     arguments = f"pretrained={policy},dtype=float32"
+    # `sums` has no examples to give, so that it is asked without.
+    include = Path(shutil.copytree(include, tmp_path / "include"))
+    (include / "sums.yaml").write_text((include / "sums.yaml").read_text() + "num_fewshot: 0\n")
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments, "--device", "cpu",
                "--tasks", "sums,all_choices", "--include_path", str(include), "--limit", "6", "--num_fewshot", "2",
-               "--batch_size", "8", "--output_path", str(tmp_path), "--log_samples"]  # fmt: skip
-    # `sums` has no examples to give, so that it is asked without.
-    (include / "sums.yaml").write_text((include / "sums.yaml").read_text() + "num_fewshot: 0\n")
+               "--batch_size", "8", "--output_path", str(tmp_path / "out"), "--log_samples"]  # fmt: skip
     ended = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, check=False)
     assert ended.returncode == 0, ended.stderr.decode()[-3000:]
     theirs = json.loads(next(tmp_path.rglob("results_*.json")).read_text())["results"]
@@ -133,6 +135,7 @@ def test_what_a_part_leaves(measured: tuple[Store, dict[str, str], dict[str, Any
     found = results(store, objects["all_choices"])
     assert (found["kind"], found["name"], found["primary"], found["better"]) == (
         "lm-eval", "all_choices", "acc", "higher")  # fmt: skip
+    assert found["directions"] == dict.fromkeys(found["metrics"], "higher")
     assert found["metrics"]["acc"]["n"] == 12
     assert found["metrics"]["colours/acc"]["n"] == 6
     assert found["fingerprints"]["policy"] == head["base"]
@@ -208,11 +211,34 @@ def test_data_as_their_authors_publish_them(name: str, documents: int, monkeypat
     assert check_task(own_manager(LOCAL), name, None)["documents"] == documents
 
 
-def test_a_task_that_needs_more_than_lm_eval() -> None:
-    """Of IFEval's own packages one is not installed with ours, or it loads."""
-    if importlib.util.find_spec("langdetect") is None:
-        with pytest.raises(BadInput, match=r"ifeval, which needs what is not installed here: .*langdetect"):
-            load_task(own_manager(LOCAL), "ifeval")
+def test_a_task_that_needs_more_than_lm_eval(tmp_path: Path) -> None:
+    """As IFEval does, whose packages come with the extra."""
+    folder = write_tasks(tmp_path / "tasks")
+    (folder / "judging.py").write_text("import a_package_that_nobody_has\n")
+    with pytest.raises(BadInput, match=r"broken, which needs what is not installed here: .*a_package_that_nobody_has"):
+        load_task(own_manager(folder), "broken")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect, of the extra, is not installed")
+def test_ifeval_loads_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPINREG_EVAL_DATA", str(tmp_path))
+    with pytest.raises(BadInput, match=r"ifeval, whose data could not be loaded: .*input_data.jsonl is not there"):
+        load_task(own_manager(LOCAL), "ifeval")
+
+
+def test_the_chat_template_is_given_the_arguments_of_the_run(tmp_path: Path, include: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    policy = fetch_folder(store, publish_policy(store, tmp_path)["base"], "policy")
+    (policy / "chat_template.jinja").write_text("{% if brief %}Be brief. {% endif %}{{ messages[0].content }}")
+    data = {"template_arguments": {"brief": True}}
+    said = []
+    for questions_as in ("plain", "chat"):
+        wanted = configuration(store, include, TASKS, benchmarks={"questions_as": questions_as}, data=data)
+        model = open_model(policy, wanted, "hf", Share(0, 1, tmp_path), Meter())
+        said.append(model.apply_chat_template([{"role": "user", "content": "Hello"}]))
+    assert said == ["Hello", "Be brief. Hello"]
+    arguments = model_arguments(policy, wanted, "vllm", "cpu")
+    assert arguments["chat_template_args"] == {"brief": True}
 
 
 def test_a_folder_of_data_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from pydantic import ValidationError
 from questions import write_tasks
 
 from spinreg_core.benchmarks import lm_eval, parts_of, plan_benchmark
-from spinreg_core.config import RunConfig
+from spinreg_core.config import DataConfig, RunConfig
 from spinreg_core.errors import BadInput
 
+LOCAL = Path(__file__).resolve().parents[3] / "deployments/lm_eval_local"
 HEAD: dict[str, Any] = {"run": "r", "base": "base-1", "rounds": [{"round": 1, "stages": {"train": "train-1"}}]}
 
 
@@ -70,6 +72,73 @@ def test_the_include_path_counts_by_its_content(tmp_path: Path) -> None:
     assert ids(config(include_path=str(one))) == ids(config(include_path=str(two)))
     (two / "judging.py").write_text("# another one")
     assert ids(config(include_path=str(one))) != ids(config(include_path=str(two)))
+
+
+def test_large_files_of_it_count_too(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    (folder / "large.bin").write_bytes(b"a" * 2_000_000)
+    before = ids(config(include_path=str(folder)))
+    assert ids(config(include_path=str(folder))) == before
+    (folder / "large.bin").write_bytes(b"a" * 1_999_999 + b"b")
+    assert ids(config(include_path=str(folder))) != before
+
+
+FILES = ["gsm8k/train.jsonl", "gsm8k/test.jsonl", "truthfulqa/mc_task.json", "ifeval/input_data.jsonl"]
+
+
+def data(folder: Path) -> Path:
+    for name in [*FILES, "training/rows.jsonl"]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    return folder
+
+
+def test_data_on_this_machine_count_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the task files of deployments/lm_eval_local read, whichever folder it is in."""
+    monkeypatch.delenv(lm_eval.DATA_VARIABLE, raising=False)
+    local = config(include_path=str(LOCAL))
+    nowhere = ids(local)
+    found = []
+    for name in ("one", "two"):
+        monkeypatch.setenv(lm_eval.DATA_VARIABLE, str(data(tmp_path / name)))
+        found.append((ids(local), lm_eval.plan_check(local)))
+    assert found[0] == found[1]
+    assert found[0][0] != nowhere
+    (tmp_path / "two/training/rows.jsonl").write_text("other rows")
+    assert ids(local) == found[0][0], "what no task reads"
+    for name in FILES:
+        (tmp_path / "two" / name).write_text("{ }")
+        assert ids(local) not in [before for before, _ in found], name
+        found.append((ids(local), None))
+    assert f'VARIABLE = "{lm_eval.DATA_VARIABLE}"' in (LOCAL / "local.py").read_text()
+
+
+def test_so_do_those_that_a_task_file_names_by_their_path(tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    (folder / "sums.jsonl").rename(tmp_path / "sums.jsonl")
+    text = (folder / "sums.yaml").read_text()
+    (folder / "sums.yaml").write_text(text.replace(str(folder / "sums.jsonl"), str(tmp_path / "sums.jsonl")))
+    before = ids(config(include_path=str(folder)))
+    (tmp_path / "sums.jsonl").write_text('{"question": "1 + 1 =", "answer": "3"}')
+    assert ids(config(include_path=str(folder))) != before
+
+
+def test_a_check_holds_for_its_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one that shares the store may not have the data."""
+    here = lm_eval.plan_check(config())
+    assert here is not None
+    assert lm_eval.plan_check(config()) == here
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    there = lm_eval.plan_check(config())
+    assert there is not None
+    assert there.object_id != here.object_id
+
+
+def test_arguments_of_the_chat_template_count_where_it_is_used() -> None:
+    given = {"data": DataConfig(template_arguments={"enable_thinking": False})}
+    for questions_as, same in (("plain", True), ("chat", False)):
+        wanted = config(questions_as=questions_as)
+        assert (ids(wanted.model_copy(update=given)) == ids(wanted)) is same
 
 
 def test_only_the_rounds_that_are_asked_for() -> None:

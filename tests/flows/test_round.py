@@ -1,0 +1,39 @@
+"""What of a benchmark's end is the end of the flow run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows import round as flow
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import JudgeAway, LeaseLost, StageFailed, StagePreempted
+from spinreg_core.head import open_session
+from spinreg_core.store import open_store
+from tasks.context import Context, entered
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [(JudgeAway("a"), False), (StageFailed("a"), False), (StagePreempted("a"), True), (LeaseLost("a"), True)],
+)
+def test_preemption_stops_it_and_a_failure_is_kept_for_the_end(
+    error: Exception, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, config = open_store(str(tmp_path / "store")), RunConfig(store=str(tmp_path / "store"))
+
+    def fails(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(flow, "plan_benchmark", lambda *_: object())
+    monkeypatch.setattr(flow, "run_task", fails)
+    monkeypatch.setattr(flow, "run_log", lambda: print)
+    with open_session(store, config, "tester") as session, entered(Context(config, store, session)) as context:
+        if ends:
+            with pytest.raises(type(error)):
+                flow.measure(0)
+        else:
+            flow.measure(0)
+        assert context.failures == ([] if ends else [error])
