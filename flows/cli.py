@@ -168,7 +168,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from spinreg_core.report import metrics_table, write_report
+    from spinreg_core.report import write_report
+    from spinreg_core.tables import metrics_table
 
     store = _existing_store(arguments.store)
     report = write_report(store, arguments.run)

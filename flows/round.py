@@ -71,20 +71,22 @@ def finish_repair() -> None:
             run_task(TASKS[stage], resources, run, number)
 
 
-def measure(round_number: int) -> None:
+def measure(round_number: int) -> bool:
     """Measure what the configuration asks for of an iterate. No later round reads it, so that a failure (a judge that
     is away, a task that lm-eval cannot run) is told, and ends the flow run when its rounds are done. The next round
     begins when it is over: it would have no GPU before.
 
-    Raises what stops the flow run itself: a lost lease, cancellation, preemption.
+    Returns whether anything was measured that was not before. Raises what stops the flow run itself: a lost lease,
+    cancellation, preemption.
     """
     context = current()
     config = context.config
     try:
         if plan_benchmark(config, context.session.head, round_number) is not None:
-            run_task(benchmark, config.resources, config.run, round_number)
+            return not run_task(benchmark, config.resources, config.run, round_number)["reused"]
     except StagePreempted:  # a StageFailed too
         raise
     except (BadInput, Damaged, StageFailed, StoreFailed) as error:
         run_log()(f"round {round_number} is not measured in full: {error}")
         context.failures.append(error)
+    return False

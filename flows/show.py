@@ -6,9 +6,9 @@ from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.figures import run_figures
-from spinreg_core.report import metrics_markdown, metrics_rows, report_data
+from spinreg_core.report import report_data
 from spinreg_core.store import Store
-from spinreg_core.tables import link
+from spinreg_core.tables import link, metrics_markdown, metrics_rows
 from spinreg_core.tracking import send
 from tasks.context import current
 from tasks.display import artifact_key, run_log, show_markdown, show_table

@@ -38,16 +38,17 @@ from flows.form import (
     described,
 )
 from flows.round import finish_repair, measure, round_
-from flows.show import show_end, track
+from flows.show import show_end, show_round, track
 from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.errors import EXIT_PREEMPTED, SpinregError, StagePreempted
 from spinreg_core.figures import run_figures
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
-from spinreg_core.report import metrics_markdown, metrics_table, report_data, write_report
+from spinreg_core.report import report_data, write_report
 from spinreg_core.resolve import resolve, show
 from spinreg_core.store import Store, open_store
+from spinreg_core.tables import metrics_markdown, metrics_table
 from spinreg_core.tracking import check as check_trackers
 from spinreg_core.until import require_metric, why_ended
 from tasks.benchmark import check_benchmarks
@@ -187,7 +188,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             if stage_object(session.head, 0, "evaluate") is None:
                 run_task(evaluate, resolved.resources, resolved.run, 0)
             for earlier in range(start + 1):  # what is measured may have been changed since
-                measure(earlier)
+                if measure(earlier) or earlier == done == 0:
+                    show_round(earlier)
             if complete_round(session.head) < target:  # else the end of the run is next
                 track(opened, resolved)
             # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
@@ -202,11 +204,11 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                 nested(round_, resolved.run, round_number)
                 if complete_round(session.head) < round_number:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
+        if ended is not None:  # which the report says
+            session.finish_advance(ended=ended, ended_by=resolved.until.model_dump(mode="json"))
         report = write_report(opened, resolved.run)
-        session.finish_advance(ended_by=None if ended is None else resolved.until.model_dump(mode="json"))
+        session.finish_advance()
         track(opened, resolved)
-        if context.failures:  # of benchmarks, whose numbers no round needs
-            raise context.failures[0]
         summary = {
             "run": resolved.run,
             "store": opened.url,
@@ -220,6 +222,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     show_end(summary, f"{metrics_markdown(report['data'])}\n{run_figures(report['data'])}")
     wait_for_server(END_PATIENCE_SECONDS)
     flush(30.0)
+    if context.failures:  # of benchmarks, whose numbers no round needs
+        raise context.failures[0]
     return summary
 
 

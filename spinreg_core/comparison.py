@@ -43,6 +43,7 @@ from spinreg_core.objects import versions
 from spinreg_core.paired import Resampled, Scores, correct, difference, estimate
 from spinreg_core.resolve import differences
 from spinreg_core.store import Store
+from spinreg_core.until import ended_early
 
 SCHEMA = 1
 FAMILIES = ("verdict", "table", "rounds")
@@ -114,6 +115,7 @@ def comparison_data(
         "store": store.url,
         "runs": [
             {"run": m.run, "variant": v.label, "seed": m.config.seed, "data": m.head["data"], "rounds": m.rounds,
+             "ended": ended_early(m.head),
              "sampler": m.config.generation.model_dump(include={"temperature", "top_p", "top_k"})}
             for v in variants for m in v.members
         ],

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.comparison import comparison_data
-from spinreg_core.comparison_words import cells, mark
+from spinreg_core.comparison_words import cells, counts_at, mark
 from spinreg_core.report import format_duration, strict
 from spinreg_core.store import Store
 from spinreg_core.tables import format_estimate
@@ -89,4 +89,4 @@ def render(data: dict[str, Any], files: dict[str, bytes]) -> str:
 
     page = template("comparison.html.jinja", estimate=format_estimate, duration=format_duration, mark=mark)
     links = {kind: base64.b64encode(raw).decode() for kind, raw in files.items() if len(raw) <= _LARGEST_LINK}
-    return page.render(data=data, cells=cells(data), links=links, plotly=get_plotlyjs())
+    return page.render(data=data, cells=cells(data), counts_at=counts_at, links=links, plotly=get_plotlyjs())

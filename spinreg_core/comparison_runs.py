@@ -23,7 +23,7 @@ from spinreg_core.head import ROUND_STAGES, stage_object
 from spinreg_core.metrics import GAME, METRICS
 from spinreg_core.objects import fetch_file, read_record
 from spinreg_core.paired import Scores
-from spinreg_core.report import leaves, read_run
+from spinreg_core.report import HELDOUT_ANSWERS, leaves, read_run, tokens_of
 from spinreg_core.resolve import differences
 from spinreg_core.rounds import effective_alpha, measured_objects
 from spinreg_core.store import Store
@@ -34,7 +34,7 @@ HELDOUT = (
 )  # fmt: skip
 
 
-HELDOUT_ANSWERS, BENCHMARK = "generate (held-out)", "benchmark"
+BENCHMARK = "benchmark"
 COST_STAGES = (*ROUND_STAGES, HELDOUT_ANSWERS, BENCHMARK)
 # Of a benchmark's settings, what says nothing about what was asked and how it was judged: how it was computed, what of
 # it is the policy's own, and what `fingerprints` and `prompts` say better.
@@ -247,6 +247,7 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
                 "round": number, "stage": stage, "object_id": object_id, "uri": store.uri(f"objects/{object_id}"),
                 "seconds": record.get("seconds"), "created": record.get("created"), "runs": [member.run],
                 "tokens": tokens_of(stage, record.get("metrics", {})), "paid": member.paid.get(object_id, 0.0),
+                "inputs": record.get("inputs"), "versions": record.get("versions"),
             }  # fmt: skip
     return list(found.values())
 
@@ -257,15 +258,6 @@ def _with_heldout(store: Store, named: Sequence[tuple[int, str, str | None]]) ->
         if stage == "evaluate" and object_id is not None:
             yield number, HELDOUT_ANSWERS, (read_record(store, object_id) or {}).get("inputs", {}).get("heldout")
         yield number, stage, object_id
-
-
-def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
-    """Tokens sampled by a generate object, or passed through by a train object; None where nobody counted."""
-    if stage in ("generate", HELDOUT_ANSWERS):
-        return metrics.get("tokens")
-    if stage == "train" and {"tokens_per_second", "seconds"} <= metrics.keys():
-        return float(round(metrics["tokens_per_second"] * metrics["seconds"]))
-    return None
 
 
 def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dict[str, Any]]:

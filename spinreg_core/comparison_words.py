@@ -12,8 +12,8 @@ from typing import Any
 
 from spinreg_core.config import ObjectiveConfig
 from spinreg_core.metrics import PRIMARY, Estimate
-from spinreg_core.report import sample_notes
-from spinreg_core.tables import ARROWS, format_estimate, format_number, link
+from spinreg_core.report import HELDOUT_ANSWERS, format_duration, sample_notes
+from spinreg_core.tables import ARROWS, counts, format_estimate, format_number, link
 
 _COLUMNS = 110  # of a terminal
 _PER_BLOCK = 3  # variants side by side
@@ -156,6 +156,7 @@ def notes(data: dict[str, Any]) -> list[str]:
         found.append(
             f"Compared is round {data['round']}, the last that all have evaluated; {_listed(further)} went on."
         )
+    found += [f"{one['run']} {one['ended']}." for one in data["runs"] if one["ended"]]
     compared = {one["run"] for one in data["runs"]}
     for run, why in data["failed"].items():
         found.append(f"{'Failed, and compared as far as it came' if run in compared else 'Left out'}: {run} ({why}).")
@@ -199,7 +200,10 @@ def comparison_table(data: dict[str, Any]) -> str:
             star = " *" if metric == data["primary"] else ""
             title = f"{shown['label']}{star} {ARROWS[shown['better']]}".rstrip()
             rows.append(
-                [f"{title} ({shown['unit']})", *(_cell_text(known.get((metric, name, number))) for name in block)]
+                [
+                    f"{title} ({shown['unit']}, {counts_at(data, metric, number)})",
+                    *(_cell_text(known.get((metric, name, number))) for name in block),
+                ]
             )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -212,6 +216,11 @@ def comparison_table(data: dict[str, Any]) -> str:
     return "\n".join([*lines, *(textwrap.fill(text, _COLUMNS) for text in texts)])
 
 
+def counts_at(data: dict[str, Any], metric: str, number: int) -> str:
+    """How many rows or questions a metric's numbers of a round are about."""
+    return counts(one for one in data["values"] if (one["metric"], one["round"]) == (metric, number))
+
+
 def _cell_text(cell: dict[str, Any] | None) -> str:
     return "-" if cell is None else f"{cell['text']} {mark(cell['reference'])[:1]}".rstrip()
 
@@ -222,16 +231,25 @@ def comparison_rows(data: dict[str, Any]) -> list[dict[str, str]]:
     for metric, shown in data["metrics"].items():
         title = f"{shown['label']}{' *' if metric == data['primary'] else ''} {ARROWS[shown['better']]}".rstrip()
         found.append(
-            {"metric": f"{title} ({shown['unit']})"}
+            {"metric": f"{title} ({shown['unit']}, {counts_at(data, metric, number)})"}
             | {v["label"]: _cell_text(known.get((metric, v["label"], number))) for v in data["variants"]}
         )
     return found
 
 
 def comparison_markdown(data: dict[str, Any], places: dict[str, str]) -> str:
-    """The verdict, what limits it, and where the page and its files lie. places: addresses by kind."""
+    """The verdict, what limits it, what each variant cost, and where the page and its files lie. places: addresses by
+    kind."""
     lines = [f"# {data['name']}", "", f"**{data['verdict']['headline']}**", ""]
     lines += [f"- {sentence}" for sentence in data["verdict"]["sentences"]]
     lines += ["", *(f"- {note}" for note in data["notes"]), ""]
+    lines += ["| mean of its runs | took | of it shared | tokens sampled | tokens trained on | paid to judges |",
+              "|---|---|---|---|---|---|"]  # fmt: skip
+    for one in data["cost"]:
+        sampled, trained = one["tokens"]["generate"] + one["tokens"][HELDOUT_ANSWERS], one["tokens"]["train"]
+        took = f"{format_duration(one['total_seconds'])} | {format_duration(one['shared_seconds'])}"
+        name = one["variant"].replace("|", "\\|")
+        lines.append(f"| {name} | {took} | {sampled:,.0f} | {trained:,.0f} | {one['paid']:.2f} |")
+    lines.append("")
     lines += [f"- {kind}: {link(place)}" for kind, place in places.items()]
     return "\n".join(lines)

@@ -17,11 +17,12 @@ from typing import Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.head import require_head, stage_object
+from spinreg_core.metrics import Estimate
 from spinreg_core.objects import fetch_folder, require_manifest
 from spinreg_core.report import report_data
 from spinreg_core.rounds import policy_object
 from spinreg_core.store import Store
-from spinreg_core.tables import format_estimate, label
+from spinreg_core.tables import counts, format_estimate, label
 from spinreg_core.templates import template
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -130,10 +131,8 @@ def model_card(store: Store, run: str, number: int) -> str:
         pipeline_tag="text-generation",
         tags=["spinreg", "self-play", "spin", "alignment"],
     )
-    weights = [
-        entry for entry in require_manifest(store, policy_object(head, number))["files"]
-        if entry["name"].endswith(".safetensors")
-    ]  # fmt: skip
+    made = require_manifest(store, policy_object(head, number))
+    weights = [entry for entry in made["files"] if entry["name"].endswith(".safetensors")]
     measured = {entry["round"]: entry for entry in data["rounds"] if entry["metrics"]}
     shown = [measured[n] for n in dict.fromkeys((0, number)) if n in measured]
     names = [name for name in data["definitions"] if any(name in entry["metrics"] for entry in shown)]
@@ -143,10 +142,14 @@ def model_card(store: Store, run: str, number: int) -> str:
                     for stage in ("generate", "mix-opponent", "train")]  # fmt: skip
     return template("model_card.md.jinja").render(
         about=about.to_yaml(), run=run, number=number, config=config, data=data, weights=weights, shown=shown,
-        rows=[(label(name).replace("*", r"\*"), [format_estimate(e["metrics"].get(name)) for e in shown], name)
-              for name in names],
+        rows=[_row(name, [entry["metrics"].get(name) for entry in shown]) for name in names],
+        versions=made["versions"],
         lineage=lineage, estimate=format_estimate, text=_plain, how=how_measured,
     )  # fmt: skip
+
+
+def _row(name: str, estimates: list[Estimate | None]) -> tuple[str, list[str]]:
+    return label(name, counts(estimates)).replace("*", r"\*"), [format_estimate(one) for one in estimates]
 
 
 def how_measured(part: dict[str, Any]) -> str:

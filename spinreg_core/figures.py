@@ -1,7 +1,7 @@
 """Curves by round as pictures inside Markdown, for artifacts in the Prefect UI, which show nothing else.
 
-Decides: which metrics are drawn there and how. Leaves out: the figures of the pages, which can be moved about in
-(`report.html.jinja`, `comparison.html.jinja`).
+Decides: how they are drawn. Leaves out: the figures of the pages, which can be moved about in (`report.html.jinja`,
+`comparison.html.jinja`) and show the same numbers.
 """
 
 from __future__ import annotations
@@ -11,39 +11,44 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spinreg_core.metrics import PRIMARY
+from spinreg_core.tables import benchmark_of, benchmarks
 
-DRAWN = (PRIMARY, "kl_base", "margin")
 Points = Sequence[tuple[int, Mapping[str, Any]]]  # round and its estimate: value, low, high
 
 
 def run_figures(data: dict[str, Any]) -> str:
-    """Markdown with the metrics of a report (`report.report_data`) by round; empty before there are two rounds."""
+    """Markdown with the metrics and benchmarks of a report (`report.report_data`) by round; empty before there are two
+    rounds."""
     rounds = [entry for entry in data["rounds"] if entry["metrics"]]
-    definitions = data["definitions"] | data["game"]
-    return _markdown(
-        {
-            name: {data["run"]: [(e["round"], e["metrics"][name]) for e in rounds if e["metrics"].get(name)]}
-            for name in DRAWN
-        },
-        {name: (definitions[name]["label"], definitions[name]["unit"]) for name in DRAWN},
-    )
+    drawn: dict[tuple[str, str], dict[str, Points]] = {}
+    for name, metric in (data["definitions"] | data["game"]).items():
+        points = [(entry["round"], found) for entry in rounds if (found := entry["metrics"].get(name))]
+        drawn[metric["label"], metric["unit"]] = {data["run"]: points}
+    for kind, name in benchmarks(data):
+        parts = [(entry["round"], part) for entry in rounds if (part := benchmark_of(entry, kind, name))]
+        primary = parts[-1][1]["primary"] if parts else ""
+        points = [(number, part["metrics"][primary]) for number, part in parts if primary in part["metrics"]]
+        if points:
+            drawn[f"{name} {primary}", points[-1][1]["unit"]] = {data["run"]: points}
+    return _markdown(drawn)
 
 
 def comparison_figures(data: dict[str, Any]) -> str:
-    """Markdown with the metrics of a comparison (`comparison.comparison_data`) by round, a curve for each variant."""
-    drawn = [name for name in DRAWN if name in data["metrics"]]
-    series: dict[str, dict[str, list[tuple[int, Any]]]] = {name: {} for name in drawn}
-    for one in data["values"]:
-        if one["metric"] in series:
-            series[one["metric"]].setdefault(one["variant"], []).append((one["round"], one))
-    return _markdown(series, {name: (data["metrics"][name]["label"], data["metrics"][name]["unit"]) for name in drawn})
+    """Markdown with the metrics of a comparison (`comparison.comparison_data`) by round, a curve for each variant, and
+    how far they move from round to round (`stability`)."""
+    drawn: dict[tuple[str, str], dict[str, list[tuple[int, Any]]]] = {}
+    for title, numbers in (("{}", data["values"]), ("change of {} from the round before", data["stability"])):
+        for one in numbers:
+            metric = data["metrics"][one["metric"]]
+            curves = drawn.setdefault((title.format(metric["label"]), metric["unit"]), {})
+            curves.setdefault(one["variant"], []).append((one["round"], one))
+    return _markdown(drawn)
 
 
-def _markdown(series: Mapping[str, Mapping[str, Points]], named: Mapping[str, tuple[str, str]]) -> str:
+def _markdown(drawn: Mapping[tuple[str, str], Mapping[str, Points]]) -> str:
     pictures = [
-        f"![{named[metric][0]} by round]({_picture(*named[metric], curves)})"
-        for metric, curves in series.items()
+        f"![{label} by round]({_picture(label, unit, curves)})"
+        for (label, unit), curves in drawn.items()
         if any(len(points) > 1 for points in curves.values())
     ]
     return "\n\n".join(pictures)

@@ -241,15 +241,15 @@ class Session:
         self.update(change)
         return done, target, why
 
-    def finish_advance(self, *, ended_by: dict[str, Any] | None = None) -> None:
-        """Record which advances have reached their round, or (`ended_by`) by which conditions (`until`) they ended."""
+    def finish_advance(self, *, ended: str | None = None, ended_by: dict[str, Any] | None = None) -> None:
+        """Record which advances have reached their round, or why they ended before, by which conditions (`until`)."""
 
         def change(head: dict[str, Any]) -> None:
             for advance in head["advances"]:
                 if advance["to"] <= complete_round(head):
                     advance["done"] = True
                 elif ended_by is not None and not advance["done"]:
-                    advance |= {"done": True, "ended_by": ended_by}
+                    advance |= {"done": True, "ended": ended, "ended_by": ended_by}
 
         if pending_advance(self.head) is not None:
             self.update(change)

@@ -25,17 +25,15 @@ from spinreg_core.store import Store
 from spinreg_core.tables import (
     benchmark_of,
     benchmarks,
+    counted,
     format_estimate,
     format_number,
-    metrics_markdown,
-    metrics_rows,
-    metrics_table,
 )
 from spinreg_core.templates import template
-
-__all__ = ["build_report", "metrics_markdown", "metrics_rows", "metrics_table", "report_data", "write_report"]
+from spinreg_core.until import ended_early
 
 SCHEMA = 1
+HELDOUT_ANSWERS = "generate (held-out)"  # what the tables call the answers that an evaluation sampled
 HUMAN = {"answer_length": "human_answer_length", "distinct_2": "human_distinct_2"}
 
 
@@ -62,7 +60,12 @@ def render(data: dict[str, Any]) -> str:
     assert "</script" not in plotly
     page = template("report.html.jinja", estimate=format_estimate, bytes=format_bytes, duration=format_duration)
     return page.render(
-        data=data, plotly=plotly, leaves=leaves(data["config"]), benchmarks=benchmarks(data), benchmark_of=benchmark_of
+        data=data,
+        plotly=plotly,
+        leaves=leaves(data["config"]),
+        benchmarks=benchmarks(data),
+        benchmark_of=benchmark_of,
+        counted=counted,
     )
 
 
@@ -95,7 +98,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         "game": {name: asdict(metric) for name, metric in GAME.items()},
         "verdict": verdict(rounds),
         "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
-        "notes": notes(config.model_dump(mode="json"), rounds),
+        "notes": notes(config.model_dump(mode="json"), rounds, ended_early(head)),
         "rounds": rounds,
         "human": human,
         "samples": samples,
@@ -164,7 +167,7 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
         removed = removed_keys(manifest)
         files = [entry for entry in manifest["files"] if entry["key"] not in removed]
         if stage == "evaluate":
-            named.insert(0, (made_in, "generate (held-out)", manifest["inputs"].get("heldout")))
+            named.insert(0, (made_in, HELDOUT_ANSWERS, manifest["inputs"].get("heldout")))
         lines.append(
             {
                 "round": made_in,
@@ -176,12 +179,22 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
                 "removed": len(manifest["files"]) - len(files),
                 "bytes": sum(entry["size"] for entry in files),
                 "seconds": manifest["seconds"],
+                "tokens": tokens_of(stage, manifest["metrics"]),
                 "created": manifest["created"],
                 "writer": manifest["writer"],
                 "versions": manifest["versions"],
             }
         )
     return lines
+
+
+def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
+    """Tokens sampled by a generate object, or passed through by a train object; None where nobody counted."""
+    if stage in ("generate", HELDOUT_ANSWERS):
+        return metrics.get("tokens")
+    if stage == "train" and {"tokens_per_second", "seconds"} <= metrics.keys():
+        return float(round(metrics["tokens_per_second"] * metrics["seconds"]))
+    return None
 
 
 # --- what the numbers say ----------------------------------------------------------------------------
@@ -278,11 +291,12 @@ def alarms(rounds: list[dict[str, Any]], level: float = 0.0) -> list[dict[str, A
     return found
 
 
-def notes(config: dict[str, Any], rounds: list[dict[str, Any]]) -> list[str]:
-    """What limits the numbers of this run."""
+def notes(config: dict[str, Any], rounds: list[dict[str, Any]], ended: str | None) -> list[str]:
+    """What limits the numbers of this run, and why it ended early."""
     sampler = config["generation"]
     rows = next((entry["metrics"][PRIMARY]["n"] for entry in rounds if entry["metrics"]), None)
     return [
+        *([] if ended is None else [f"The run {ended}."]),
         *sample_notes([sampler], rows),
         f"Sampled answers end after {sampler['max_new_tokens']} tokens at the latest: answer length and KL are "
         "those of answers cut there. Reward accuracy compares them with whole human answers.",

@@ -22,6 +22,7 @@ from spinreg_core.objects import part_names, read_record, removed_keys
 from spinreg_core.report import format_bytes
 from spinreg_core.rounds import PLANS, measured_objects
 from spinreg_core.store import Store
+from spinreg_core.until import ended_early
 
 
 def run_status(store: Store, run: str) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
         rounds.append({"round": number, "stages": stages, "measured": measured})
     return {
         "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending,
-        "repair": head.get("repair"), "lease": head["lease"], "rounds": rounds,
+        "ended": ended_early(head), "repair": head.get("repair"), "lease": head["lease"], "rounds": rounds,
     }  # fmt: skip
 
 
@@ -91,6 +92,8 @@ def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
             lines.append(
                 f"  unfinished advance: {one['pending']['from']} -> {one['pending']['to']}, by {one['pending']['by']}"
             )
+        if one["ended"]:
+            lines.append(f"  {one['ended']}")
         if one["repair"]:
             stages = ", ".join(f"{made['stage']} of round {made['round']}" for made in one["repair"]["stages"])
             lines.append(f"  unfinished repair: {stages}, up to round {one['repair']['to']}")

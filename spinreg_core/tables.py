@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,23 @@ def _shown(data: dict[str, Any]) -> list[str]:
     return [name for name in METRICS if any(name in entry["metrics"] for entry in _evaluated(data))]
 
 
-def label(name: str, *, with_unit: bool = True) -> str:
-    """`held-out NLL * ↓ (nats/token)`; the star marks the primary metric."""
+def counts(estimates: Iterable[Estimate | None]) -> str:
+    """`n 64`: how many rows or questions numbers are about; all of them where they are not equal."""
+    return f"n {', '.join(map(str, sorted({one['n'] for one in estimates if one is not None})))}"
+
+
+def label(name: str, n: str) -> str:
+    """`held-out NLL * ↓ (nats/token, n 64)`; the star marks the primary metric. n: as `counts` says it."""
     metric = METRICS.get(name) or GAME.get(name)
     if metric is None:
         return name.replace("_", " ")
     star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()
-    return f"{metric.label}{star}{arrow}" + (f" ({metric.unit})" if with_unit else "")
+    return f"{metric.label}{star}{arrow} ({metric.unit}, {n})"
+
+
+def counted(data: dict[str, Any], name: str) -> str:
+    """How many rows a metric of a report is about, as `counts`."""
+    return counts(entry["metrics"].get(name) for entry in _evaluated(data))
 
 
 def legend(data: dict[str, Any]) -> list[str]:
@@ -85,7 +96,7 @@ def metrics_table(data: dict[str, Any]) -> str:
     for start in range(0, len(evaluated), _PER_BLOCK):
         block = slice(start, start + _PER_BLOCK)
         rows = [["", *(round_name(entry["round"]) for entry in evaluated[block])]]
-        rows += [[label(name), *_cells(data, name)[block]] for name in _shown(data)]
+        rows += [[label(name, counted(data, name)), *_cells(data, name)[block]] for name in _shown(data)]
         rows += [[benchmark_label(data, *one), *_benchmark_cells(data, *one)[block]] for one in benchmarks(data)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [
@@ -107,7 +118,7 @@ def metrics_markdown(data: dict[str, Any]) -> str:
         lines.append("| metric | " + " | ".join(round_name(entry["round"]) for entry in evaluated) + " |")
         lines.append("|---|" + "---|" * len(evaluated))
         for name in _shown(data):
-            title = label(name).replace("*", "\\*")
+            title = label(name, counted(data, name)).replace("*", "\\*")
             lines.append(f"| {f'**{title}**' if name == PRIMARY else title} | " + " | ".join(_cells(data, name)) + " |")
         for one in benchmarks(data):
             title = benchmark_label(data, *one).replace("|", "\\|")
@@ -121,7 +132,7 @@ def metrics_rows(data: dict[str, Any]) -> list[dict[str, str]]:
     names = [round_name(entry["round"]) for entry in _evaluated(data)]
     rows = [
         {
-            "metric": label(name),
+            "metric": label(name, counted(data, name)),
             "better": METRICS[name].better or "",
             **dict(zip(names, _cells(data, name), strict=True)),
         }
@@ -149,9 +160,8 @@ def benchmark_of(entry: dict[str, Any], kind: str, name: str) -> dict[str, Any] 
 def benchmark_label(data: dict[str, Any], kind: str, name: str) -> str:
     """`gsm8k exact_match ↑ (lm-eval, n 1319)`: its primary metric, and the questions it was measured on."""
     parts = [part for entry in data["rounds"] if (part := benchmark_of(entry, kind, name))]
-    numbers = sorted({part["metrics"][part["primary"]]["n"] for part in parts})
     primary, better = parts[-1]["primary"], parts[-1]["better"]
-    return f"{name} {primary} {ARROWS[better]} ({kind}, n {' or '.join(map(str, numbers))})"
+    return f"{name} {primary} {ARROWS[better]} ({kind}, {counts(part['metrics'][part['primary']] for part in parts)})"
 
 
 def _benchmark_cells(data: dict[str, Any], kind: str, name: str) -> list[str]:

@@ -71,6 +71,13 @@ def why_ended(until: UntilConfig, rounds: Sequence[dict[str, Any]]) -> str | Non
             f"(until.rounds_without_gain: {until.rounds_without_gain})")  # fmt: skip
 
 
+def ended_early(head: dict[str, Any]) -> str | None:
+    """How a run ended before the round that it was last told to reach, as the rest of a sentence; None where it did
+    not."""
+    last = head["advances"][-1] if head["advances"] else {}
+    return f"ended before round {last['to']}: {last['ended']}" if last.get("ended") else None
+
+
 def _heldout(metric: str, done: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     """(round, value) where it was measured, with the sign that makes less better."""
     sign = 1 if METRICS[metric].better == "lower" else -1

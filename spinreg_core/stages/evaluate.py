@@ -46,7 +46,7 @@ from spinreg_core.stages.generate import ensure_generations
 from spinreg_core.stages.job import Job, main
 from spinreg_core.stages.orders import ATTEMPT_VARIABLE
 from spinreg_core.store import Store, open_store
-from spinreg_core.tables import format_estimate, label
+from spinreg_core.tables import counts, format_estimate, label
 
 Columns = dict[str, list[Any]]
 
@@ -91,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
         seed=config.seed,
     )
     for name, estimate in metrics.items():
-        print(f"{label(name)}: {format_estimate(estimate)}", flush=True)
+        print(f"{label(name, counts([estimate]))}: {format_estimate(estimate)}", flush=True)
 
     folder = job.workdir / "out"
     folder.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ from spinreg_core.export import export, parse_size, push, reshard
 from spinreg_core.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
 from spinreg_core.objects import fetch_file, fetch_folder
 from spinreg_core.rounds import measured_objects
+from spinreg_core.status import status
 from spinreg_core.store import Store, open_store
 from spinreg_core.tables import format_estimate
 
@@ -100,6 +101,9 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
     head = read_head(store, "smoke")
     assert head is not None
     assert pending_advance(head) is None
+    told = "ended before round 4: the KL to the base is"
+    assert any(told in note for note in json.loads(store.read("runs/smoke/report.json") or b"")["notes"])
+    assert told in status(store, "smoke")[0]
 
 
 def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tuple[Store, str, Path]) -> None:
@@ -108,14 +112,14 @@ def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tup
     different = {
         "as-it-was": {},
         "longer": {"training": {"epochs": 2}},
-        "broken": {"data": {"min_answer_characters": 100_000}},
+        "broken": {"training": {"learning_rate": 3e38}},
     }
     (tmp / "variations.json").write_text(json.dumps(different))
     command = [sys.executable, "-m", "flows.cli", "grid", "--name", "small", "--config", SMOKE, "--store", store.url,
                "--until-round", "1", "--variations", str(tmp / "variations.json")]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=environment(tmp), capture_output=True, text=True, timeout=400)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(r"small-broken-s0 failed: .*found no row that is not left out", done.stderr), done.stderr
+    assert re.search(r"small-broken-s0 failed: training, steps .*expected finite numbers", done.stderr), done.stderr
     assert outcome(store, "smoke") == before
     made = {key.split("/")[1].split("-")[0] for key in set(store.list("objects/")) - objects}
     assert made == {"train", "evaluate", "generate"}, "of round 1, by the member that trains longer"

@@ -40,13 +40,31 @@ def test_the_card_says_what_was_measured_and_how(tmp_path: Path) -> None:
             publish(store, job, tmp_path / one["kind"], metrics={})
             record_measured(session, 1, {f"{one['kind']} {one['name']}": job.object_id})
     card = model_card(store, "demo", 1)
-    assert "| held-out NLL \\* ↓ (nats/token) |" in card
+    assert "| held-out NLL \\* ↓ (nats/token, n 64) |" in card
+    assert "by a KL term to the base (alpha) and by an opponent averaged over earlier iterates (history)" in " ".join(
+        card.split()
+    )
+    assert "On held-out rows of the same data" in card
     assert "\\\\*" not in card
     assert "| lm-eval | gsm8k | share | 0.70 [0.40, 0.89] | 10 | 5 examples; the first 200 questions |" in card
     assert (
         "| win-rate | human | share | 0.70 [0.40, 0.89] | 10 | judge `a\\|b` at `host/v1`, temperature 0.0; prompts "
         "`0123456789ab`; against the human answers |"
     ) in card
+
+
+def test_the_card_says_which_method_and_data_it_was(tmp_path: Path) -> None:
+    config = RunConfig.model_validate(
+        {"run": "demo", "objective": {"alpha": 1}, "opponent": {"history": 1}, "training": {"average": "ema"},
+         "data": {"mixed_datasets": {"org/math": 0.5}, "heldout_dataset": "org/held"}}
+    )  # fmt: skip
+    card = model_card(make_run(open_store(str(tmp_path / "store")), tmp_path, [2.0, 1.9], config=config), "demo", 1)
+    text = " ".join(card.split())
+    assert "without regularisation. No preference labels" in text
+    assert "2404.04291" not in text, "that is the paper of the remedies"
+    assert "mixed with `org/math` (0.5 rows for one)" in text
+    assert "averaged over rounds (ema, weight 0.5" in text
+    assert "On held-out rows of `org/held`" in text
 
 
 def test_how_other_benchmarks_were_measured() -> None:

@@ -57,6 +57,15 @@ def test_a_run_by_round() -> None:
     assert a[0] < b[0] < c[0]
     assert (b[1] - a[1]) / (b[1] - c[1]) == pytest.approx((3.0 - 2.0) / (2.5 - 2.0)), "y grows downwards, in proportion"
     assert run_figures(data | {"rounds": rounds[:1]}) == ""
+    for entry, share in zip(rounds, (0.3, 0.4, 0.5), strict=False):
+        part = {
+            "kind": "lm-eval",
+            "name": "gsm8k",
+            "primary": "acc",
+            "metrics": {"acc": estimate(share) | {"unit": "share"}},
+        }
+        entry["benchmarks"] = [part]
+    assert [title for title, _ in pictures(run_figures(data))][2:] == ["gsm8k acc by round"]
     assert run_figures(data) == run_figures(data), "the same picture for the same figures"
 
 
@@ -65,9 +74,11 @@ def test_a_comparison_has_a_curve_for_each_variant() -> None:
         {"metric": "heldout_nll", "variant": f"<alpha & $x_{v}$ ${v}>", "round": n, **estimate(v + n)}
         for v in range(3) for n in range(3)
     ]  # fmt: skip
-    data = {"metrics": {"heldout_nll": DEFINITIONS["heldout_nll"]}, "values": values}
-    ((title, svg),) = pictures(comparison_figures(data))
+    stability = [one for one in values if one["round"]]
+    data = {"metrics": {"heldout_nll": DEFINITIONS["heldout_nll"]}, "values": values, "stability": stability}
+    ((title, svg), (change, _)) = pictures(comparison_figures(data))
     assert title == "held-out NLL by round"
+    assert change == "change of held-out NLL from the round before by round"
     assert all(f"&lt;alpha &amp; $x_{v}$ ${v}&gt;" in svg for v in range(3))
     heights = [path_of(svg, color)[0][1] for color in ("#1f77b4", "#ff7f0e", "#2ca02c")]
     assert heights == sorted(heights, reverse=True)

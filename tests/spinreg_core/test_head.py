@@ -403,8 +403,9 @@ def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
     until = UntilConfig(kl_base_above=3.0).model_dump(mode="json")
     with open_session(store, QUICK, "a") as session:
         session.begin_advance("first", None, 3)
-        session.finish_advance(ended_by=until)
-        assert session.head["advances"] == [{"by": "first", "from": 0, "to": 3, "done": True, "ended_by": until}]
+        session.finish_advance(ended="far away", ended_by=until)
+        (first,) = session.head["advances"]
+        assert first == {"by": "first", "from": 0, "to": 3, "done": True, "ended": "far away", "ended_by": until}
         session.begin_advance("second", None, 3)
         session.finish_advance()
         assert session.head["advances"][-1] == {"by": "second", "from": 0, "to": 3, "done": False}

@@ -23,9 +23,6 @@ from spinreg_core.report import (
     format_bytes,
     format_duration,
     leaves,
-    metrics_markdown,
-    metrics_rows,
-    metrics_table,
     render,
     report_data,
     verdict,
@@ -33,7 +30,7 @@ from spinreg_core.report import (
 )
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
-from spinreg_core.tables import format_estimate
+from spinreg_core.tables import format_estimate, metrics_markdown, metrics_rows, metrics_table
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7*7 }} <!-- & \u2028 "quote"'
 
@@ -106,9 +103,16 @@ def pairs(number: int) -> dict[str, Any]:
     } | (engine if number == 2 else {})  # fmt: skip
 
 
-def make_run(store: Store, tmp_path: Path, nll: list[float], text: str = "fine", run: str = "demo") -> Store:
+def make_run(
+    store: Store,
+    tmp_path: Path,
+    nll: list[float],
+    text: str = "fine",
+    run: str = "demo",
+    config: RunConfig | None = None,
+) -> Store:
     """A run with len(nll) - 1 rounds, published and committed as stages do it."""
-    config = RunConfig(run=run)
+    config = config or RunConfig(run=run)
 
     def put(stage: str, number: int, files: dict[str, str], found: dict[str, Any] | None = None) -> str:
         key = {"stage": stage, "round": number, "run": run, "text": text}
@@ -379,9 +383,9 @@ def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path
     data = report_data(make_run(store, tmp_path, [1.25, 1.10, 1.20]), "demo")
     table = metrics_table(data)
     first = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
-    assert first.split("  ")[0] == "held-out NLL * ↓ (nats/token)"
+    assert first.split("  ")[0] == "held-out NLL * ↓ (nats/token, n 64)"
     assert "1.250 [1.170, 1.330]" in first
-    assert re.search(r"^reward accuracy ↑ \(share\) +- +0\.800", table, re.MULTILINE)
+    assert re.search(r"^reward accuracy ↑ \(share, n \d+\) +- +0\.800", table, re.MULTILINE)
     assert re.search(r"^KL to base \(nats/answer\) +0\.000", table, re.MULTILINE)
     assert "human_answer_length" not in table
     words = " ".join(table.split())
@@ -398,7 +402,7 @@ def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 2 + len(rows)
-    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token)** | 1.250 [1.170, 1.330] |")
+    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token, n 64)** | 1.250 [1.170, 1.330] |")
     assert "**Alarm, round 2, held-out rows.**" in markdown
 
 
