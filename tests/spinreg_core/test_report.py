@@ -386,7 +386,7 @@ def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path
     assert first.split("  ")[0] == "held-out NLL * ↓ (nats/token, n 64)"
     assert "1.250 [1.170, 1.330]" in first
     assert re.search(r"^reward accuracy ↑ \(share, n \d+\) +- +0\.800", table, re.MULTILINE)
-    assert re.search(r"^KL to base \(nats/answer\) +0\.000", table, re.MULTILINE)
+    assert re.search(r"^KL to base \(nats/answer, n \d+\) +0\.000", table, re.MULTILINE)
     assert "human_answer_length" not in table
     words = " ".join(table.split())
     assert f"* primary metric. {data['primary']['reason']}" in words
