@@ -62,13 +62,13 @@ def counts(estimates: Iterable[Estimate | None]) -> str:
     return f"n {', '.join(map(str, sorted({one['n'] for one in estimates if one is not None})))}"
 
 
-def label(name: str, n: str) -> str:
+def label(name: str, n: str | None = None) -> str:
     """`held-out NLL * ↓ (nats/token, n 64)`; the star marks the primary metric. n: as `counts` says it."""
     metric = METRICS.get(name) or GAME.get(name)
     if metric is None:
         return name.replace("_", " ")
     star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()
-    return f"{metric.label}{star}{arrow} ({metric.unit}, {n})"
+    return f"{metric.label}{star}{arrow} ({', '.join(filter(None, [metric.unit, n]))})"
 
 
 def counted(data: dict[str, Any], name: str) -> str:
@@ -96,14 +96,18 @@ def metrics_table(data: dict[str, Any]) -> str:
     for start in range(0, len(evaluated), _PER_BLOCK):
         block = slice(start, start + _PER_BLOCK)
         rows = [["", *(round_name(entry["round"]) for entry in evaluated[block])]]
-        rows += [[label(name, counted(data, name)), *_cells(data, name)[block]] for name in _shown(data)]
+        rows += [[label(name), *_cells(data, name)[block]] for name in _shown(data)]
         rows += [[benchmark_label(data, *one), *_benchmark_cells(data, *one)[block]] for one in benchmarks(data)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines += [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
         ]
         lines.append("")
-    texts = [*legend(data), "", data["verdict"]["headline"], *data["verdict"]["sentences"]]
+    by_n: dict[str, list[str]] = {}
+    for name in _shown(data):
+        by_n.setdefault(counted(data, name), []).append(METRICS[name].label)
+    rows_of = "; ".join(n if len(by_n) == 1 else f"{n}: {', '.join(names)}" for n, names in by_n.items())
+    texts = [*legend(data), f"Rows: {rows_of}.", "", data["verdict"]["headline"], *data["verdict"]["sentences"]]
     texts += [f"ALARM, round {alarm['round']}, {alarm['where']}: {alarm['text']}" for alarm in data["alarms"]]
     return "\n".join([*lines, *(textwrap.fill(text, _COLUMNS) for text in texts)])
 
