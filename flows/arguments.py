@@ -110,6 +110,17 @@ def parser() -> argparse.ArgumentParser:
     agreement.add_argument("--limit", type=int, help="only the first so many votes")
     agreement.add_argument("--json", action="store_true", help="print JSON")
 
+    win_rate = commands.add_parser(
+        "win-rate", help="have a judge compare the held-out answers of two runs, each pair in both orders"
+    )
+    win_rate.add_argument("run", help="name of the run whose wins are counted")
+    win_rate.add_argument("other", help="name of the run that it is held against, of the same store")
+    win_rate.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    win_rate.add_argument("--round", type=int, help="iterate of both (default: the last that both have evaluated)")
+    win_rate.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
+                          help="e.g. -p judge.model=NAME; what is not said is as the first run has it")  # fmt: skip
+    win_rate.add_argument("--json", action="store_true", help="print JSON")
+
     data = commands.add_parser("data", help="look at a data set").add_subparsers(dest="action", required=True)
     inspect = data.add_parser("inspect", help="counts, lengths, rendered examples and rejected rows")
     inspect.add_argument("dataset", nargs="?", help="as the parameter dataset (default: the configuration's)")

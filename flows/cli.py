@@ -258,6 +258,19 @@ def _judge_agreement(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _win_rate(arguments: argparse.Namespace) -> int:
+    from spinreg_core.benchmarks.win_rate_of_runs import win_rate_of_runs
+    from spinreg_core.head import require_config
+    from spinreg_core.resolve import assignments, resolve
+
+    store = _existing_store(arguments.store)
+    config = resolve(assignments(arguments.param), stored=require_config(store, arguments.run))
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        text, document = win_rate_of_runs(store, config, arguments.run, arguments.other, arguments.round)
+    print(json.dumps(document, indent=1) if arguments.json else text)
+    return 0
+
+
 def _data(arguments: argparse.Namespace) -> int:
     from spinreg_core.data.inspect import inspect
     from spinreg_core.resolve import resolve
@@ -273,8 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
         "resume": _resume, "verify": _verify, "gc": _gc, "export": _export, "compare": _compare,
-        "grid": _grid,
-        "judge-agreement": _judge_agreement,
+        "grid": _grid, "judge-agreement": _judge_agreement, "win-rate": _win_rate,
     }  # fmt: skip
     try:
         return commands[arguments.command](arguments)

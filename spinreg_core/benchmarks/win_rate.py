@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.judge import Asked, Judged, judged, settings_of
 from spinreg_core.benchmarks.part import write_part
-from spinreg_core.benchmarks.prompts import Preference, load_prompts, parse_preference
+from spinreg_core.benchmarks.prompts import Preference, Prompts, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, SpinregError
 from spinreg_core.head import stage_object
@@ -91,64 +91,74 @@ def _evaluation(head: dict[str, Any], iterate: int) -> str:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Have the pairs judged. Returns the manifest. Raises as `judged`; BadInput where the judge gave no verdict on any
-    prompt in both orders."""
+    """Have the pairs judged. Returns the manifest. Raises as `judge_pairs`."""
     start, store, config = time.monotonic(), open_store(job.store), job.config
     prompts = load_prompts(config.judge, [PROMPT])
     if job.key["prompts"] != prompts.sha256:
         raise BadInput("judge.prompts", "a file that changed since this was planned",
                        "the same; start again to have the new one used")  # fmt: skip
-    pairs = _pairs(store, job)[: config.benchmarks.win_rate_prompts]
-    different = [pair for pair in pairs if pair.own != pair.other]
-    asked = []
-    for pair in different:
-        for order, a, b in (("own first", pair.own, pair.other), ("own second", pair.other, pair.own)):
-            messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
-            asked.append(Asked(f"prompt {pair.prompt_id}, {order}", messages))
-    found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=job.object_id)
-    in_order = iter(found.values)
-    verdicts: list[Both | None] = [
-        (next(in_order), next(in_order)) if pair.own != pair.other else None for pair in pairs
-    ]
-    resamples = config.evaluation.bootstrap
-    metrics, items = win_metrics(pairs, verdicts, resamples=resamples, seed=config.seed)
-    if not items:
-        raise BadInput("judge.model", f"{config.judge.model!r}, without a verdict in both orders on any prompt",
-                       "a judge that writes one as its prompt asks, such as [[A]]")  # fmt: skip
+    pairs = pairs_of(store, job.inputs["data"], job.inputs["evaluate"], job.inputs["against"])
+    pairs = pairs[: config.benchmarks.win_rate_prompts]
+    metrics, items, cost = judge_pairs(store, config, pairs, prompts, payer=job.object_id)
     document = {
         "kind": "win-rate", "name": job.key["name"], "primary": "win_rate", "better": "higher", "metrics": metrics,
         "settings": {
-            "judge": settings_of(config.judge), "prompts": len(pairs), "identical": len(pairs) - len(different),
-            "limit": config.benchmarks.win_rate_prompts, "bootstrap": resamples, "seed": config.seed,
+            "judge": settings_of(config.judge), "prompts": len(pairs),
+            "identical": sum(pair.own == pair.other for pair in pairs),
+            "limit": config.benchmarks.win_rate_prompts, "bootstrap": config.evaluation.bootstrap, "seed": config.seed,
         },
         "fingerprints": {
             "policy": job.inputs["policy"], "data": job.inputs["data"], "prompts": prompts.sha256,
             "evaluate": job.inputs["evaluate"], "against": job.inputs["against"],
         },
         "versions": versions(),
-        "cost": found.cost,
+        "cost": cost,
     }  # fmt: skip
     folder = job.workdir / "out"
     flat = write_part(folder, document, items)
     return publish(store, job, folder, metrics=flat, seconds=time.monotonic() - start)
 
 
-def _pairs(store: Store, job: Job) -> list[Pair]:
-    """In the order of the held-out rows."""
+def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> list[Pair]:
+    """The samples of two evaluations of the same held-out rows, in the order of the rows. against: None for the human
+    answers."""
     columns = ["prompt_id", "messages", "answer"]
-    data = pq.read_table(fetch_file(store, job.inputs["data"], "heldout.parquet"), columns=columns).to_pydict()
+    data = pq.read_table(fetch_file(store, data_id, "heldout.parquet"), columns=columns).to_pydict()
 
     def samples(object_id: str) -> list[str]:
         path = fetch_file(store, object_id, "rows.parquet")
         rows = pq.read_table(path, columns=["prompt_id", "sample_text"]).to_pydict()
         if rows["prompt_id"] != data["prompt_id"]:
-            raise Damaged(f"{object_id}: found other rows; expected those of {job.inputs['data']}")
+            raise Damaged(f"{object_id}: found other rows; expected those of {data_id}")
         texts: list[str] = rows["sample_text"]
         return texts
 
-    others = data["answer"] if job.inputs["against"] is None else samples(job.inputs["against"])
-    rows = zip(data["prompt_id"], data["messages"], samples(job.inputs["evaluate"]), others, strict=True)
+    others = data["answer"] if against is None else samples(against)
+    rows = zip(data["prompt_id"], data["messages"], samples(evaluate), others, strict=True)
     return [Pair(name, shown(json.loads(messages)), own, other) for name, messages, own, other in rows]
+
+
+def judge_pairs(
+    store: Store, config: RunConfig, pairs: Sequence[Pair], prompts: Prompts, *, payer: str
+) -> tuple[dict[str, Estimate], list[tuple[str, str, float]], dict[str, Any]]:
+    """Have every pair of different texts judged in both orders. Returns metrics and items (`win_metrics`), and the
+    cost. Raises as `judged`; BadInput where the judge gave no verdict on any prompt in both orders."""
+    different = [pair for pair in pairs if pair.own != pair.other]
+    asked = []
+    for pair in different:
+        for order, a, b in (("own first", pair.own, pair.other), ("own second", pair.other, pair.own)):
+            messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
+            asked.append(Asked(f"prompt {pair.prompt_id}, {order}", messages))
+    found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=payer)
+    in_order = iter(found.values)
+    verdicts: list[Both | None] = [
+        (next(in_order), next(in_order)) if pair.own != pair.other else None for pair in pairs
+    ]
+    metrics, items = win_metrics(pairs, verdicts, resamples=config.evaluation.bootstrap, seed=config.seed)
+    if not items:
+        raise BadInput("judge.model", f"{config.judge.model!r}, without a verdict in both orders on any prompt",
+                       "a judge that writes one as its prompt asks, such as [[A]]")  # fmt: skip
+    return metrics, items, found.cost
 
 
 def shown(messages: Sequence[dict[str, Any]]) -> str:
