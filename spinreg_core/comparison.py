@@ -26,6 +26,7 @@ from typing import Any
 from spinreg_core.cache import borrowed
 from spinreg_core.comparison_runs import (
     Variant,
+    alarms_of,
     costs_of,
     definitions_of,
     lineage_of,
@@ -139,6 +140,7 @@ def comparison_data(
         "values": _values(variants, metrics, resampled),
         "comparisons": comparisons,
         "no_items": sorted(set().union(*(member.no_items for member in members))),
+        "alarms": alarms_of(store, members),
         "families": {
             family: sum(one["family"] == family and not one["same"] and one["repeats"] is None for one in comparisons)
             for family in FAMILIES

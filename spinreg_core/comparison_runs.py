@@ -23,14 +23,14 @@ from spinreg_core.head import ROUND_STAGES, stage_object
 from spinreg_core.metrics import GAME, METRICS
 from spinreg_core.objects import fetch_file, read_record
 from spinreg_core.paired import Scores
-from spinreg_core.report import HELDOUT_ANSWERS, leaves, read_run, tokens_of
+from spinreg_core.report import HELDOUT_ANSWERS, alarms, leaves, read_run, tokens_of
 from spinreg_core.resolve import differences
 from spinreg_core.rounds import effective_alpha, measured_objects
 from spinreg_core.store import Store
 
 HELDOUT = (
     "heldout_nll", "reward_accuracy", "exact_match", "kl_base", "kl_previous", "answer_length", "end_of_turn_rate",
-    "distinct_2", "margin", "entropy",
+    "distinct_2", "margin", "real_change", "generated_change", "entropy",
 )  # fmt: skip
 
 
@@ -145,6 +145,19 @@ def asked_of(document: dict[str, Any]) -> str:
         "lm-eval": document.get("versions", {}).get("lm-eval"),
     }  # fmt: skip
     return json.dumps(common, sort_keys=True)
+
+
+def alarms_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
+    """The alarms of the runs' held-out rows, each once, with the runs that raised it (which share its round)."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for member in members:
+        rounds = []
+        for number in member.rounds:
+            path = fetch_file(store, str(stage_object(member.head, number, "evaluate")), "metrics.json")
+            rounds.append({"round": number, "metrics": json.loads(path.read_bytes()), "training": None})
+        for one in alarms(rounds, member.config.evaluation.alarm_real_drop):
+            found.setdefault(tuple(one.values()), one | {"runs": []})["runs"].append(member.run)
+    return list(found.values())
 
 
 def definitions_of(members: list[Evaluated]) -> dict[str, dict[str, Any]]:

@@ -157,6 +157,8 @@ def notes(data: dict[str, Any]) -> list[str]:
             f"Compared is round {data['round']}, the last that all have evaluated; {_listed(further)} went on."
         )
     found += [f"{one['run']} {one['ended']}." for one in data["runs"] if one["ended"]]
+    found += [f"Alarm of {_listed(one['runs'])}, round {one['round']}, {one['where']}: {one['text']}"
+              for one in data["alarms"]]  # fmt: skip
     compared = {one["run"] for one in data["runs"]}
     for run, why in data["failed"].items():
         found.append(f"{'Failed, and compared as far as it came' if run in compared else 'Left out'}: {run} ({why}).")
