@@ -91,6 +91,10 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
     line = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
     assert line.count("▼") == line.count("▲") == 1
     assert "alpha 0.5 went on" in " ".join(table.split())
+    alarmed = {(run, one["round"]) for one in data["alarms"] for run in one["runs"]}
+    assert {("dpo", 1), ("dpo", 2)} <= alarmed
+    assert not [run for run, _ in alarmed if run == "kl"]
+    assert "Alarm of dpo, round 2, held-out rows: Held-out human answers became less likely" in " ".join(table.split())
     found = cells(data)[("heldout_nll", "alpha 0.5", 2)]
     assert (found["reference"]["better"], found["base"]["better"]) == (1, 1)
 
