@@ -101,7 +101,6 @@ def test_every_place_and_kind_comes_up() -> None:
     assert {signum for kind, signum in drawn if kind == "stage"} == {signal.SIGKILL, signal.SIGTERM}
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_the_short_form_loses_nothing() -> None:
     script = Path(__file__).with_name("harness.py")
