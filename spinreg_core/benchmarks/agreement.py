@@ -23,7 +23,7 @@ from spinreg_core.benchmarks.prompts import PAIR, Preference, Prompts, load_prom
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.metrics import Estimate, grouped_share
-from spinreg_core.objects import fingerprint
+from spinreg_core.objects import fingerprint, versions
 from spinreg_core.store import Store
 
 HUB = "lmsys/mt_bench_human_judgments"
@@ -58,8 +58,8 @@ def agreement(store: Store, config: RunConfig, source: str, limit: int | None = 
     pairs = {vote.pair: vote for vote in votes}
     asked = [Asked(f"question {vote.question_id}, {order}", _messages(prompts, vote, swapped=order == "swapped"))
              for vote in pairs.values() for order in ("as given", "swapped")]  # fmt: skip
-    payer = fingerprint("agreement", {"judge": settings_of(config.judge), "prompts": prompts.sha256,
-                                      "pairs": sorted(map(repr, pairs))})  # fmt: skip
+    asked_about = {"pairs": sorted(map(repr, pairs))}
+    payer = fingerprint("agreement", {"judge": settings_of(config.judge), "prompts": prompts.sha256} | asked_about)
     found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=payer)
     both = list(zip(found.values[::2], found.values[1::2], strict=True))
     verdicts = {pair: combined(*orders) for pair, orders in zip(pairs, both, strict=True)}
@@ -70,7 +70,9 @@ def agreement(store: Store, config: RunConfig, source: str, limit: int | None = 
     metrics["malformed"] = _share(failed, resamples=config.evaluation.bootstrap, seed=config.seed)
     document = {
         "source": source, "votes": len(votes), "pairs": len(pairs), "judge": settings_of(config.judge),
-        "prompts": prompts.sha256, "metrics": metrics, "cost": found.cost,
+        "prompts": prompts.sha256, "fingerprint": fingerprint("votes", {"votes": [repr(vote) for vote in votes]}),
+        "bootstrap": config.evaluation.bootstrap, "seed": config.seed, "versions": versions(),
+        "metrics": metrics, "cost": found.cost,
     }  # fmt: skip
     return _text(document), document
 

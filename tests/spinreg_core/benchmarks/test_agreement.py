@@ -66,6 +66,8 @@ def test_one_command_measures_agreement(tmp_path: Path, capsys: pytest.CaptureFi
         assert metrics["malformed"]["value"] == pytest.approx(2 / 12)
         assert (metrics["malformed"]["low"], metrics["malformed"]["n"]) == (0.0, 12), "both are of question 85"
         assert (found["cost"]["requests"], found["cost"]["requests_before"]) == (10, 0)
+        assert {"python", "spinreg"} <= found["versions"].keys()
+        assert found["fingerprint"].startswith("votes-")
         second = [b for b in server.bodies if "ask 83" in b["messages"][-1]["content"]]
         assert all("ask 83 more" in b["messages"][-1]["content"] for b in second)
         first = [b for b in server.bodies if "ask 81" in b["messages"][-1]["content"]]

@@ -142,6 +142,8 @@ def test_what_a_part_leaves(measured: tuple[Store, dict[str, str], dict[str, Any
     assert {"lm-eval", "transformers", "torch"} <= found["versions"].keys()
     assert found["cost"]["requests"] == 2 * 6 * 4
     assert found["cost"]["prompt_tokens"] > 1000
+    opening = [results(store, one)["cost"]["opening_seconds"] for one in objects.values()]
+    assert len([seconds for seconds in opening if seconds > 0.5]) == 1, "opening the model is paid for once"
     items = pq.read_table(fetch_file(store, objects["all_choices"], "items.parquet")).to_pylist()
     assert len(items) == 12
     assert {row["metric"] for row in items} == {"acc"}
