@@ -206,6 +206,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         if ended is not None:  # which the report says
             session.finish_advance(ended=ended, ended_by=resolved.until.model_dump(mode="json"))
+        context.check()  # a writer that was frozen leaves the report to who took over
         report = write_report(opened, resolved.run)
         session.finish_advance()
         track(opened, resolved)

@@ -33,6 +33,7 @@ from spinreg_core.errors import (
     JudgeAway,
     StageFailed,
     StagePreempted,
+    without_credentials,
 )
 from spinreg_core.progress import ProgressLine, parse
 from spinreg_core.stages.failures import MEMORY_HELPS
@@ -185,15 +186,25 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
 
 
 def _drain(process: subprocess.Popen[bytes], log_file: Path, tail: deque[str], shown: queue.Queue[str | None]) -> None:
-    """Take the output as fast as it comes: all of it to the file, the end of it to `tail`, what fits to `shown`."""
+    """Take the output as fast as it comes: all of it to the file, the end of it to `tail`, what fits to `shown`.
+
+    A file that cannot be written (a full disk) ends no stage: that is said once, in place of the line.
+    """
     assert process.stdout is not None
     left_out = 0
     last_progress = -float("inf")
+    written = True
     with log_file.open("ab", buffering=0) as log, process.stdout:
         while raw := process.stdout.readline(_LINE_BYTES):
-            log.write(raw)
+            text = without_credentials(raw.decode("utf-8", "replace"))  # libraries quote addresses in their warnings
             # Progress bars of libraries redraw one line with \r: its last state is the line.
-            line = raw.decode("utf-8", "replace").rstrip().rsplit("\r", 1)[-1]
+            line = text.rstrip().rsplit("\r", 1)[-1]
+            try:
+                log.write(text.encode())
+            except OSError as error:
+                if written:
+                    tail.append(f"{log_file} lacks lines from here on: {error.strerror or error}")
+                    written = False
             if not line:
                 continue
             tail.append(line)

@@ -183,6 +183,29 @@ def test_another_status_is_a_failure_with_the_traceback(script: Callable[[str], 
         run(script("1 / 0"), tmp_path)
 
 
+def test_a_full_disk_under_the_log_ends_no_stage_and_is_told(script: Callable[[str], list[str]]) -> None:
+    lines: list[str] = []
+    body = "print('x' * 200_000, flush=True); print('the end', flush=True)"
+    run_process(start_process(script(body)), Path("/dev/full"), name="toy", on_line=lines.append)
+    assert lines[-1] == "the end"
+    with pytest.raises(
+        StageFailed, match=r"(?s)exit status 3.*/dev/full lacks lines from here on: No space left.*the end"
+    ):
+        run_process(
+            start_process(script(body + "; raise SystemExit(3)")), Path("/dev/full"), name="toy", on_line=lines.append
+        )
+
+
+def test_what_libraries_print_of_addresses_is_without_credentials(
+    script: Callable[[str], list[str]], tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    body = "print('proxy http://me:S3cret@host:1 is slow', flush=True)"
+    run_process(start_process(script(body)), tmp_path / "log", name="toy", on_line=lines.append)
+    assert lines == ["proxy http://***@host:1 is slow"]
+    assert "S3cret" not in (tmp_path / "log").read_text()
+
+
 def test_deadline_ends_a_group_that_ignores_sigterm(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     command = script(f"import signal; signal.signal(15, signal.SIG_IGN)\n{FAMILY}\ntime.sleep(300)")
     with pytest.raises(StageFailed, match="deadline_minutes"):
