@@ -270,14 +270,14 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
     Raises LeaseHeld as soon as the holder renews it.
     """
     key = head_key(run)
-    silent_since, last_tag = time.monotonic(), None
+    silent_since, last_tag = 0.0, None
     while True:
         found = store.read_tagged(key)
         if found is None:
             raise Damaged(f"{store.uri(key)}: found nothing; expected the head of run {run!r}")
         head, tag = documents.parse(store, key, found[0]), found[1]
         current = head["lease"]["holder"]
-        silent = time.monotonic() - silent_since
+        silent = time.monotonic() - silent_since  # since `last_tag` was first seen
         patience = max(lease_seconds, head["lease"].get("seconds", 0.0))
         if current is None or is_dead(current) or (tag == last_tag and silent >= patience):
             head["lease"] = {
@@ -286,9 +286,11 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
             try:
                 return head, store.replace(key, documents.dump(head), tag)
             except Conflict:
-                silent_since, last_tag = time.monotonic(), None
+                last_tag = None
                 continue
-        if last_tag is not None and tag != last_tag:
+        if last_tag is None:  # now, not before the read: one that is tried again may take longer than a lease
+            silent_since = time.monotonic()
+        elif tag != last_tag:
             raise LeaseHeld(
                 f"run {run!r} is being advanced by {describe_lease(head['lease'])}, which renewed its lease just now. "
                 "Wait for it, or cancel it; only one process advances a run at a time."

@@ -179,6 +179,26 @@ def test_the_holders_own_patience_counts(store: Store) -> None:
         assert isinstance(found[0], LeaseHeld)
 
 
+def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder renews just before the watcher's slow first read returns, and again within its lease."""
+    other = open_store(store.url)
+    real: Callable[[str], tuple[bytes, str] | None] = other.read_tagged
+    with open_session(store, QUICK, "the holder") as session:
+        slow = [QUICK.resources.lease_seconds + 0.5]
+
+        def read_tagged(key: str) -> tuple[bytes, str] | None:
+            if key == heads.head_key("demo") and slow:
+                time.sleep(slow.pop())
+                session.update(lambda head: head["lease"].update(beat=head["lease"]["beat"] + 1))
+            return real(key)
+
+        monkeypatch.setattr(other, "read_tagged", read_tagged)
+        with pytest.raises(LeaseHeld, match="the holder"):
+            heads._acquire(other, "demo", make_holder("hasty"), QUICK.resources.lease_seconds)
+        session.check()
+        assert not slow
+
+
 def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: Store) -> None:
     wrong = QUICK.model_copy(update={"dataset": "no/such"})
     with open_session(store, wrong, "a") as session:
