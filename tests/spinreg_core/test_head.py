@@ -180,11 +180,11 @@ def test_the_holders_own_patience_counts(store: Store) -> None:
 
 
 def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The holder renews just before the watcher's slow first read returns, and again within its lease."""
+    """The holder renews just before the slow first read of the watcher returns, and again within its lease."""
     other = open_store(store.url)
     real: Callable[[str], tuple[bytes, str] | None] = other.read_tagged
     with open_session(store, QUICK, "the holder") as session:
-        slow = [QUICK.resources.lease_seconds + 0.5]
+        slow = [QUICK.resources.lease_seconds + 0.1]  # between two beats, of which there are three in a lease
 
         def read_tagged(key: str) -> tuple[bytes, str] | None:
             if key == heads.head_key("demo") and slow:
