@@ -12,7 +12,7 @@ from typing import Any
 
 
 def _process_identity(pid: int) -> str | None:
-    """Boot, pid namespace, pid and start time of a process of this machine; None where it does not live."""
+    """Boot, pid namespace, pid and start time of a process of this machine; None where that cannot be read."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -29,8 +29,17 @@ def make_holder(label: str) -> dict[str, Any]:
 
 
 def is_dead(holder: dict[str, Any]) -> bool:
-    """True only if the holder was a process of this boot and pid namespace that lives no more."""
+    """True only if the holder was a process of this boot and pid namespace that lives no more.
+
+    That its /proc/PID/stat cannot be read proves nothing: hidepid, or no file descriptor left.
+    """
     identity, own = holder.get("identity"), _process_identity(os.getpid())
     if not identity or not own or identity.split()[:2] != own.split()[:2]:
         return False
-    return _process_identity(int(holder["pid"])) != identity
+    try:
+        os.kill(int(holder["pid"]), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # it lives and is somebody else's; or no process has such a number
+        pass
+    return _process_identity(int(holder["pid"])) not in (None, identity)
