@@ -128,6 +128,7 @@ class Head(TypedDict):
 
 class Configuration(TypedDict):
     config: dict[str, Any]
+    epoch: NotRequired[Count]  # of the lease under which it was written; 0: before the run had a head
 
 
 class Order(TypedDict):

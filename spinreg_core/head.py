@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.config import RunConfig, fixed_fields
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
+from spinreg_core.holder import is_dead, make_holder
 from spinreg_core.resolve import differences, stored_config
 from spinreg_core.store import Store, require_conditional_writes
 
@@ -54,9 +52,12 @@ def require_head(store: Store, run: str) -> dict[str, Any]:
 
 
 def read_config(store: Store, run: str) -> RunConfig | None:
-    """The configuration a run was started with, or None where there is no such run."""
+    """The configuration a run was started with, or None where there is no such run. Raises Damaged where it is gone."""
     document = documents.read(store, config_key(run))
-    return None if document is None else stored_config(document["config"], store.uri(config_key(run)))
+    if document is not None:
+        return stored_config(document["config"], store.uri(config_key(run)))
+    head = read_head(store, run)
+    return require_config(store, run) if head is not None and has_begun(head) else None
 
 
 def require_config(store: Store, run: str) -> RunConfig:
@@ -109,35 +110,10 @@ def check_config(stored: RunConfig, given: RunConfig) -> None:
 # --- the lease ---------------------------------------------------------------------------------------
 
 
-def _process_identity(pid: int) -> str | None:
-    """Boot, pid namespace, pid and start time of a process of this machine; None where it does not live."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        namespace = os.readlink("/proc/self/ns/pid")
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
-    return f"{boot} {namespace} {pid} {started}"
-
-
-def make_holder(label: str) -> dict[str, Any]:
-    """Who this process is, for messages and for seeing that a dead holder on this machine is dead."""
-    pid = os.getpid()
-    return {"label": label, "host": socket.gethostname(), "pid": pid, "identity": _process_identity(pid)}
-
-
-def _is_dead(holder: dict[str, Any]) -> bool:
-    """True only if the holder was a process of this boot and pid namespace that lives no more."""
-    identity, own = holder.get("identity"), _process_identity(os.getpid())
-    if not identity or not own or identity.split()[:2] != own.split()[:2]:
-        return False
-    return _process_identity(int(holder["pid"])) != identity
-
-
 def is_held(head: dict[str, Any]) -> bool:
     """Whether somebody may be advancing the run: its lease was not given back, and no dead process of ours holds it."""
     holder = head["lease"]["holder"]
-    return holder is not None and not _is_dead(holder)
+    return holder is not None and not is_dead(holder)
 
 
 class Session:
@@ -294,25 +270,27 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
     Raises LeaseHeld as soon as the holder renews it.
     """
     key = head_key(run)
-    silent_since, last_tag = time.monotonic(), None
+    silent_since, last_tag = 0.0, None
     while True:
         found = store.read_tagged(key)
         if found is None:
             raise Damaged(f"{store.uri(key)}: found nothing; expected the head of run {run!r}")
         head, tag = documents.parse(store, key, found[0]), found[1]
         current = head["lease"]["holder"]
-        silent = time.monotonic() - silent_since
+        silent = time.monotonic() - silent_since  # since `last_tag` was first seen
         patience = max(lease_seconds, head["lease"].get("seconds", 0.0))
-        if current is None or _is_dead(current) or (tag == last_tag and silent >= patience):
+        if current is None or is_dead(current) or (tag == last_tag and silent >= patience):
             head["lease"] = {
                 "epoch": head["lease"]["epoch"] + 1, "holder": holder, "beat": 0, "seconds": lease_seconds,
             }  # fmt: skip
             try:
                 return head, store.replace(key, documents.dump(head), tag)
             except Conflict:
-                silent_since, last_tag = time.monotonic(), None
+                last_tag = None
                 continue
-        if last_tag is not None and tag != last_tag:
+        if last_tag is None:  # now, not before the read: one that is tried again may take longer than a lease
+            silent_since = time.monotonic()
+        elif tag != last_tag:
             raise LeaseHeld(
                 f"run {run!r} is being advanced by {describe_lease(head['lease'])}, which renewed its lease just now. "
                 "Wait for it, or cancel it; only one process advances a run at a time."
@@ -328,14 +306,19 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
     The configuration of a run that has committed nothing yet is replaced: a first start that failed on a wrong
     data set has not used the name up.
 
-    Raises ConfigChanged, LeaseHeld (naming the holder) and BadInput (a store without conditional writes).
+    Raises ConfigChanged, LeaseHeld (naming the holder), Damaged (one of the two documents of a run is gone) and
+    BadInput (a store without conditional writes).
     """
     run, seconds = config.run, config.resources.lease_seconds
     if read_config(store, run) is None:
         require_conditional_writes(store)
         with contextlib.suppress(Conflict):  # another process created the run between our two looks
             store.create(config_key(run), _config_document(config))
+    # Read before the head: an epoch is that of a head which was there (`_settle_config`), so none now is one lost.
+    settled = (documents.read(store, config_key(run)) or {}).get("epoch", 0) > 0
     head = read_head(store, run)
+    if head is None and settled:
+        raise Damaged(f"{store.uri(head_key(run))}: found nothing; expected the head of run {run!r}, which was started")
     if head is None:
         empty = {
             "schema": SCHEMA, "run": run, "lease": {"epoch": 0, "holder": None, "beat": 0, "seconds": seconds},

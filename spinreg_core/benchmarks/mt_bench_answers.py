@@ -23,7 +23,7 @@ from spinreg_core.benchmarks.mt_bench_questions import TEMPERATURES, Question, c
 from spinreg_core.config import sampling_dtype
 from spinreg_core.engines import Answer, Engine, Sampling, open_engine, resolve_engine
 from spinreg_core.errors import BadInput
-from spinreg_core.objects import commit_part, fetch_folder, fetch_part, list_parts, publish, upload
+from spinreg_core.objects import commit_part, fetch_folder, fetch_part, publish, upload, usable_parts
 from spinreg_core.progress import Progress
 from spinreg_core.shards import answer_seed
 from spinreg_core.stages.job import Job, main
@@ -60,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
     folder = fetch_folder(store, job.inputs["policy"], "policy")
     renderer = Renderer.from_folder(folder, config.data.template_arguments)
     longest = _longest(questions, renderer, folder, config.benchmarks.mt_bench_max_tokens)
-    parts = list_parts(store, job.object_id)
+    parts = usable_parts(store, job.object_id)
     texts = {q: text for part in parts.values() for q, text in _texts(fetch_part(store, part).values()).items()}
     progress = Progress("benchmark", 2 * len(questions), "answers", done=len(texts))
     engine: Engine | None = None

@@ -15,7 +15,7 @@ from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.documents import SCHEMA
-from spinreg_core.errors import Conflict, LeaseLost
+from spinreg_core.errors import Conflict, Damaged, LeaseLost
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store
 
@@ -26,7 +26,8 @@ _WAIT_SECONDS = 10.0
 def announce(store: Store, job: Job) -> str:
     """Ask the other machines to take part in a stage. Returns the name of this attempt at it.
 
-    Raises LeaseLost where a later holder of the run's lease has asked for something.
+    An order that cannot be read is replaced: it held no result. Raises LeaseLost where a later holder of the run's
+    lease has asked for something.
     """
     attempt, epoch = uuid.uuid4().hex, _epoch(job)
     order = documents.dump({"schema": SCHEMA, "attempt": attempt, "epoch": epoch, "job": job.fields()})
@@ -36,21 +37,25 @@ def announce(store: Store, job: Job) -> str:
         try:
             if found is None:
                 store.create(key, order)
-            elif documents.parse(store, key, found[0])["epoch"] > epoch:
-                raise LeaseLost(f"run {job.config.run!r} was taken over; its other machines work for its new holder")
-            else:
-                store.replace(key, order, found[1])
+                return attempt
+            with contextlib.suppress(Damaged):
+                if documents.parse(store, key, found[0])["epoch"] > epoch:
+                    raise LeaseLost(
+                        f"run {job.config.run!r} was taken over; its other machines work for its new holder"
+                    )
+            store.replace(key, order, found[1])
             return attempt
         except Conflict:
             continue
 
 
 def retract(store: Store, job: Job, attempt: str) -> None:
-    """The stage is over, for everybody. Does nothing where something else has been asked for since."""
+    """The stage is over, for everybody. Does nothing where something else has been asked for since, or where the order
+    cannot be read: it must not stand in for how the stage ended."""
     key = _order(job.config.run)
     found = store.read_tagged(key)
-    if found is not None and documents.parse(store, key, found[0])["attempt"] == attempt:
-        with contextlib.suppress(Conflict):
+    with contextlib.suppress(Conflict, Damaged):
+        if found is not None and documents.parse(store, key, found[0])["attempt"] == attempt:
             store.replace(key, documents.dump({"schema": SCHEMA, "attempt": None, "epoch": _epoch(job)}), found[1])
 
 

@@ -19,7 +19,7 @@ import torch
 
 from spinreg_core.checkpoints import load_checkpoint, own_files, start_checkpoint
 from spinreg_core.errors import Damaged
-from spinreg_core.objects import commit_part, delete_part, fetch_part, list_parts, part_names, read_part, upload
+from spinreg_core.objects import commit_part, delete_part, fetch_part, part_key, part_names, read_part, upload
 from spinreg_core.ranks import Ranks
 from spinreg_core.sharding import local
 from spinreg_core.stages.job import Job
@@ -129,7 +129,22 @@ class StepCheckpoints:
 
     def discard(self) -> None:
         """Delete the checkpoints of a round whose policy is published. Rank 0."""
-        for part in list_parts(self.store, self.job.object_id).values():
+        self._keep(0)
+
+    def _keep(self, count: int) -> None:
+        """Delete all but the newest `count` checkpoints, and the documents that cannot be read: what is wrong with one
+        must not fail a round whose policy is published, nor leave the others behind."""
+        parts = []
+        for name in part_names(self.store, self.job.object_id):
+            try:
+                part = read_part(self.store, self.job.object_id, name)
+            except Damaged as error:
+                print(f"checkpoint {name} cannot be read and is removed: {error}", flush=True)
+                self.store.delete(part_key(self.job.object_id, name))
+                continue
+            if part is not None:
+                parts.append(part)
+        for part in parts[: max(0, len(parts) - count)]:
             delete_part(self.store, self.job.object_id, part)
 
     def _folder(self, name: str) -> Path:
@@ -187,9 +202,7 @@ class StepCheckpoints:
             f"{size / 1e6 / max(uploading, 1e-3):.0f} MB/s, {self.seconds:.1f} s in all",
             flush=True,
         )
-        parts = list(list_parts(self.store, self.job.object_id).values())
-        for part in parts[: -self.round.training.checkpoints_kept]:
-            delete_part(self.store, self.job.object_id, part)
+        self._keep(self.round.training.checkpoints_kept)
 
     def _estimate(self) -> float:
         """Seconds a checkpoint takes from here."""

@@ -175,6 +175,20 @@ def _(place: Place) -> object:
     return verify(run.store, "demo")
 
 
+@case("a run without its configuration, to be gone on with", Damaged)
+def _(place: Place) -> object:
+    run = begun(place)
+    run.path(RUN).unlink()
+    return run.go_on()
+
+
+@case("a run without its head", Damaged)
+def _(place: Place) -> object:
+    run = begun(place)
+    run.path(HEAD).unlink()
+    return run.go_on()
+
+
 @case("an object that was deleted", Damaged, "use")
 def _(place: Place) -> object:
     run = begun(place)

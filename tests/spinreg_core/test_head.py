@@ -27,8 +27,9 @@ from spinreg_core.config import (
     TrackingConfig,
     UntilConfig,
 )
-from spinreg_core.errors import BadInput, ConfigChanged, LeaseHeld, LeaseLost, SpinregError
+from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.head import ROUND_STAGES, open_session, read_head
+from spinreg_core.holder import make_holder
 from spinreg_core.store import Store, open_store
 
 QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
@@ -178,6 +179,26 @@ def test_the_holders_own_patience_counts(store: Store) -> None:
         assert isinstance(found[0], LeaseHeld)
 
 
+def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder renews just before the slow first read of the watcher returns, and again within its lease."""
+    other = open_store(store.url)
+    real: Callable[[str], tuple[bytes, str] | None] = other.read_tagged
+    with open_session(store, QUICK, "the holder") as session:
+        slow = [QUICK.resources.lease_seconds + 0.1]  # between two beats, of which there are three in a lease
+
+        def read_tagged(key: str) -> tuple[bytes, str] | None:
+            if key == heads.head_key("demo") and slow:
+                time.sleep(slow.pop())
+                session.update(lambda head: head["lease"].update(beat=head["lease"]["beat"] + 1))
+            return real(key)
+
+        monkeypatch.setattr(other, "read_tagged", read_tagged)
+        with pytest.raises(LeaseHeld, match="the holder"):
+            heads._acquire(other, "demo", make_holder("hasty"), QUICK.resources.lease_seconds)
+        session.check()
+        assert not slow
+
+
 def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: Store) -> None:
     wrong = QUICK.model_copy(update={"dataset": "no/such"})
     with open_session(store, wrong, "a") as session:
@@ -197,6 +218,40 @@ def test_a_corrected_first_start_goes_as_far_as_it_says(store: Store) -> None:
     assert advance(store, "b", rounds=1) == 1
 
 
+@pytest.mark.parametrize("gone", ["head.json", "run.json"])
+def test_a_run_that_lost_a_document_is_not_started_anew(store: Store, gone: str) -> None:
+    """With the other one kept, a start would begin at epoch 1, or go on with another configuration."""
+    with open_session(store, QUICK, "a") as session:
+        session.commit_inputs("base-1", "data-1")
+    store.delete(f"runs/demo/{gone}")
+    left = {key: store.read(key) for key in store.list("runs/")}
+    other = QUICK.model_copy(update={"seed": 7})
+    for config in (QUICK, other):
+        with pytest.raises(Damaged, match=rf"{gone}: found nothing"), open_session(store, config, "b"):
+            pass
+    assert {key: store.read(key) for key in store.list("runs/")} == left
+
+
+@pytest.mark.parametrize("key", ["runs/demo/run.json", "runs/demo/head.json"])
+@pytest.mark.parametrize("written", [False, True])
+def test_a_first_start_killed_at_one_of_its_documents_is_completed(
+    store: Store, monkeypatch: pytest.MonkeyPatch, key: str, written: bool
+) -> None:
+    real = store.create
+
+    def killed(name: str, data: bytes) -> None:
+        if name != key or written:
+            real(name, data)
+        if name == key:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "create", killed)
+        with pytest.raises(KeyboardInterrupt), open_session(store, QUICK, "a"):
+            pass
+    assert advance(store, "b") == 1
+
+
 def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +267,7 @@ def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
         frozen.append(1)
         head, tag = store.read_tagged("runs/demo/head.json") or (b"", "")
         stolen = json.loads(head) | {"base": "base-1", "data": "data-1"}
-        stolen["lease"] = {"epoch": 9, "holder": heads.make_holder("successor"), "beat": 0}
+        stolen["lease"] = {"epoch": 9, "holder": make_holder("successor"), "beat": 0}
         store.replace("runs/demo/head.json", json.dumps(stolen).encode(), tag)
         store.replace("runs/demo/run.json", heads._config_document(QUICK, 9), found[1])
         return found
@@ -323,7 +378,7 @@ def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
         found = store.read_tagged("runs/demo/head.json")
         assert found is not None
         stolen: dict[str, Any] = json.loads(found[0])
-        stolen["lease"] = {"epoch": 9, "holder": heads.make_holder("thief"), "beat": 0}
+        stolen["lease"] = {"epoch": 9, "holder": make_holder("thief"), "beat": 0}
         for _ in range(50):  # the heartbeat may be between our read and our write
             try:
                 store.replace("runs/demo/head.json", json.dumps(stolen).encode(), found[1])

@@ -21,6 +21,7 @@ from spinreg_core import head as heads
 from spinreg_core import objects, rounds
 from spinreg_core.errors import Damaged, LeaseHeld, LeaseLost
 from spinreg_core.head import complete_round, head_key, open_session, pending_advance, require_config, stage_object
+from spinreg_core.holder import make_holder
 from spinreg_core.removal import find
 from spinreg_core.repair import begin
 from spinreg_core.retention import store_needs
@@ -242,7 +243,7 @@ def taken_over(store: Store, run: str) -> None:
     """Somebody else has the lease."""
     raw, tag = store.read_tagged(head_key(run)) or (b"", "")
     head = json.loads(raw)
-    head["lease"] = {"epoch": head["lease"]["epoch"] + 1, "holder": heads.make_holder("second"), "beat": 0}
+    head["lease"] = {"epoch": head["lease"]["epoch"] + 1, "holder": make_holder("second"), "beat": 0}
     store.replace(head_key(run), json.dumps(head).encode(), tag)
 
 

@@ -150,7 +150,8 @@ def test_grades_prompts_and_results(house: House) -> None:
 
 
 def test_answers_go_on_where_they_were(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed when two groups of six were committed: the rest is answered, to the same."""
+    """Killed when two groups of six were committed, or with one whose document cannot be read: the rest is answered, to
+    the same."""
     with judge_server(grade) as server:
         job = job_of(house, config(house, server))
         whole = mt_bench_answers.run(answers_job(house, job))
@@ -161,6 +162,7 @@ def test_answers_go_on_where_they_were(house: House, monkeypatch: pytest.MonkeyP
         part = documents.read(house.store, f"objects/{whole['object_id']}/parts/{name}.json")
         assert part is not None
         house.store.delete(f"objects/{whole['object_id']}/parts/{name}.json")
+    house.store.create(f"objects/{whole['object_id']}/parts/2-0.7.json", b"torn")
     asked: list[int] = []
     open_ = mt_bench_answers.open_engine
 

@@ -312,6 +312,20 @@ def test_a_holder_that_lost_its_lease_takes_nobodys_machines_away(house: House) 
         orders.announce(house.store, old)
 
 
+@pytest.mark.parametrize("torn", [b"torn", b'{"schema": 1, "attempt": 3}'])
+def test_an_order_that_cannot_be_read_is_replaced_by_the_next(house: House, torn: bytes) -> None:
+    job = replace(house.job("x", iterates=[2]), writer="e0002-bb")
+    key = f"runs/{job.config.run}/order.json"
+    first = orders.announce(house.store, job)
+    house.store.write(key, torn)
+    orders.retract(house.store, job, first)  # at the end of a stage, however that was
+    assert house.store.read(key) == torn
+    second = orders.announce(house.store, job)
+    order = orders.read_order(house.store, job.config.run)
+    assert order is not None
+    assert order["attempt"] == second
+
+
 @pytest.mark.parametrize("shown", ["", "other", "the-attempt2", "the-attempt"])
 def test_only_who_knows_the_attempt_is_let_in(shown: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -219,6 +219,24 @@ def test_the_newest_checkpoints_are_kept_and_say_what_they_cost(setting: Setting
     assert meta.keys() == {"step", "ranks", "pause_seconds", "bytes", "upload_seconds"}
 
 
+@pytest.mark.parametrize("step", [9, 11], ids=["met by the next checkpoint", "met when the policy is published"])
+def test_an_older_checkpoint_that_cannot_be_read_is_removed_and_fails_nothing(
+    setting: Setting, whole: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    job = broken_off(setting, f"torn-{step}", step, checkpoint_every_steps=2, checkpoints_kept=3)
+    oldest = objects.part_names(setting.store, job.object_id)[0]
+    path = setting.store.local_path(objects.part_key(job.object_id, oldest))
+    assert path is not None
+    path.write_bytes(b"torn")
+    wait_for_checkpoints(monkeypatch)
+    manifest = train.run(job)
+    output = capsys.readouterr().out
+    assert f"checkpoint {oldest} cannot be read and is removed" in output
+    assert "could not be stored" not in output
+    assert objects.part_names(setting.store, job.object_id) == []
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
+
+
 def test_a_checkpoint_is_due_by_time_too(setting: Setting) -> None:
     job = broken_off(setting, "timed", 3, checkpoint_every_steps=None, checkpoint_every_minutes=1e-9)
     assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000002", "step-000003"]
