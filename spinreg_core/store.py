@@ -279,25 +279,42 @@ class FolderStore:
             return None
 
     def list(self, prefix: str) -> list[str]:
-        return [entry.key for entry in self.entries(prefix)]
+        return sorted(key for key, _ in self._found(self._path(prefix.rstrip("/")), _is_whole))
 
     def entries(self, prefix: str) -> Sequence[Listed]:
-        return self._listed(self._path(prefix.rstrip("/")), lambda name: not name.startswith((".tmp-", ".lock-")))
+        return self._aged(self._path(prefix.rstrip("/")), _is_whole)
 
     def unfinished(self) -> Sequence[Listed]:
-        return self._listed(self.root, lambda name: name.startswith(".tmp-"))
+        return self._aged(self.root, lambda name: name.startswith(".tmp-"))
 
     def drop(self, name: str) -> None:
         self.delete(name)
 
-    def _listed(self, folder: Path, wanted: Callable[[str], bool]) -> Sequence[Listed]:
-        found, now = [], time.time()
+    def _found(self, folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, os.stat_result]]:
         for place, _, names in os.walk(folder):
             for path in (Path(place) / name for name in names if wanted(name)):
                 with contextlib.suppress(FileNotFoundError):  # removed since
-                    stat = path.stat()
-                    found.append(Listed(path.relative_to(self.root).as_posix(), stat.st_size, now - stat.st_mtime))
-        return sorted(found)
+                    yield path.relative_to(self.root).as_posix(), path.stat()
+
+    def _aged(self, folder: Path, wanted: Callable[[str], bool]) -> Sequence[Listed]:
+        now = self._clock()
+        found = list(self._found(folder, wanted))
+        if now is None:  # the last write was not later
+            now = max((stat.st_mtime for _, stat in found), default=0.0)
+        return sorted(Listed(key, stat.st_size, now - stat.st_mtime) for key, stat in found)
+
+    def _clock(self) -> float | None:
+        """What the file system gives for now: over a network its server's clock, not ours. None where nothing can be
+        written (a full disk, somebody who may only read)."""
+        temporary = self.root / f".tmp-{uuid.uuid4().hex}"
+        try:
+            temporary.touch()
+            return temporary.stat().st_mtime
+        except OSError:
+            return None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -338,6 +355,10 @@ def require_conditional_writes(store: Store) -> None:
     ):
         return
     raise BadInput("store", f"{store.url}, whose server does not go by If-Match", expected)
+
+
+def _is_whole(name: str) -> bool:
+    return not name.startswith((".tmp-", ".lock-"))
 
 
 def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:

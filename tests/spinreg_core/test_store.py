@@ -119,6 +119,38 @@ def test_entries_have_sizes_and_ages(store: Store) -> None:
     assert store.entries("none/") == []
 
 
+def test_a_folder_tells_ages_by_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours may be wrong: a week ahead, everything would look old enough to be removed."""
+    store = FolderStore(tmp_path / "store")
+    store.create("objects/x/young", b"1")
+    store.create("objects/x/old", b"1")
+    (tmp_path / "store" / ".tmp-left").touch()
+    os.utime(tmp_path / "store" / "objects/x/old", (time.time() - 1e6,) * 2)
+    ours = time.time
+    monkeypatch.setattr(time, "time", lambda: ours() + 8 * 86400)
+    ages = {entry.key: entry.age for entry in [*store.entries("objects/"), *store.unfinished()]}
+    assert -2 < ages["objects/x/young"] < 60
+    assert -2 < ages[".tmp-left"] < 60
+    assert 1e6 - 2 < ages["objects/x/old"] < 1e6 + 60
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [".tmp-left", "objects"]
+
+
+def test_where_nothing_can_be_written_the_last_write_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or somebody who may only read: nothing looks older than it is."""
+    store = FolderStore(tmp_path / "store")
+    for name, ago in (("first", 3000), ("last", 1000)):
+        store.create(f"a/{name}", b"1")
+        os.utime(tmp_path / "store" / "a" / name, (1e9 - ago,) * 2)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    assert [(entry.key, entry.age) for entry in store.entries("a/")] == [("a/first", 2000), ("a/last", 0)]
+    assert store.list("a/") == ["a/first", "a/last"]
+    assert FolderStore(tmp_path / "none").entries("a/") == []
+
+
 def test_a_write_that_was_not_ended_is_listed_and_dropped(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
