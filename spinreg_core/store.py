@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -279,42 +280,33 @@ class FolderStore:
             return None
 
     def list(self, prefix: str) -> list[str]:
-        return sorted(key for key, _ in self._found(self._path(prefix.rstrip("/")), _is_whole))
+        return sorted(key for key, _ in self._found(self._path(prefix.rstrip("/"))))
 
     def entries(self, prefix: str) -> Sequence[Listed]:
-        return self._aged(self._path(prefix.rstrip("/")), _is_whole)
+        return self._aged(self._path(prefix.rstrip("/")))
 
     def unfinished(self) -> Sequence[Listed]:
-        return self._aged(self.root, lambda name: name.startswith(".tmp-"))
+        return self._aged(self.root, unfinished=True)
 
     def drop(self, name: str) -> None:
         self.delete(name)
 
-    def _found(self, folder: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, os.stat_result]]:
+    def _found(self, folder: Path, unfinished: bool = False) -> Iterator[tuple[str, os.stat_result]]:
         for place, _, names in os.walk(folder):
-            for path in (Path(place) / name for name in names if wanted(name)):
-                with contextlib.suppress(FileNotFoundError):  # removed since
-                    yield path.relative_to(self.root).as_posix(), path.stat()
+            for name in names:
+                if name.startswith(".tmp-") is unfinished and not name.startswith(".lock-"):
+                    path = Path(place) / name
+                    with contextlib.suppress(FileNotFoundError):  # removed since
+                        yield path.relative_to(self.root).as_posix(), path.stat()
 
-    def _aged(self, folder: Path, wanted: Callable[[str], bool]) -> Sequence[Listed]:
-        now = self._clock()
-        found = list(self._found(folder, wanted))
-        if now is None:  # the last write was not later
+    def _aged(self, folder: Path, unfinished: bool = False) -> Sequence[Listed]:
+        now = None  # what the file system gives for it: over a network its server's clock, not ours
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self.root, prefix=".tmp-") as file:
+            now = os.fstat(file.fileno()).st_mtime
+        found = list(self._found(folder, unfinished))
+        if now is None:  # a full disk, or somebody who may only read: not before the last write
             now = max((stat.st_mtime for _, stat in found), default=0.0)
         return sorted(Listed(key, stat.st_size, now - stat.st_mtime) for key, stat in found)
-
-    def _clock(self) -> float | None:
-        """What the file system gives for now: over a network its server's clock, not ours. None where nothing can be
-        written (a full disk, somebody who may only read)."""
-        temporary = self.root / f".tmp-{uuid.uuid4().hex}"
-        try:
-            temporary.touch()
-            return temporary.stat().st_mtime
-        except OSError:
-            return None
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -326,9 +318,21 @@ class FolderStore:
 def require_conditional_writes(store: Store) -> None:
     """Refuse a store whose server ignores If-None-Match or If-Match: two writers could mix there unseen.
 
-    Writes a probe key of a few bytes. Raises BadInput.
+    Writes a probe key of a few bytes, and removes it. Raises BadInput.
     """
-    key = f"probes/{uuid.uuid4().hex}"
+    name, refused = uuid.uuid4().hex, None
+    try:
+        _probe(store, f"probes/{name}")
+    except BadInput as error:
+        refused = error
+    for left in (name, f".lock-{name}"):  # the lock: of a folder
+        with contextlib.suppress(OSError, StoreFailed):  # a store that keeps everything is none the worse for it
+            store.delete(f"probes/{left}")
+    if refused is not None:
+        raise refused
+
+
+def _probe(store: Store, key: str) -> None:
     expected = (
         "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO), or SPINREG_COMMITS (docs/reliability.md)"
     )
@@ -355,10 +359,6 @@ def require_conditional_writes(store: Store) -> None:
     ):
         return
     raise BadInput("store", f"{store.url}, whose server does not go by If-Match", expected)
-
-
-def _is_whole(name: str) -> bool:
-    return not name.startswith((".tmp-", ".lock-"))
 
 
 def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -145,7 +146,7 @@ def test_where_nothing_can_be_written_the_last_write_is_now(tmp_path: Path, monk
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "touch", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     assert [(entry.key, entry.age) for entry in store.entries("a/")] == [("a/first", 2000), ("a/last", 0)]
     assert store.list("a/") == ["a/first", "a/last"]
     assert FolderStore(tmp_path / "none").entries("a/") == []
@@ -178,6 +179,9 @@ def test_a_write_that_was_not_ended_is_listed_and_dropped(
 
 def test_the_probe_accepts_a_store_with_conditional_writes(store: Store) -> None:
     require_conditional_writes(store)
+    assert store.list("probes/") == []
+    if isinstance(store, FolderStore):
+        assert list((store.root / "probes").iterdir()) == [], "not even a lock"
 
 
 def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path) -> None:
