@@ -83,6 +83,11 @@ class SplitStore:
         own = documents.read(self._commits, COMMITS_MARKER)
         assert own is not None
         self._files.write(COMMITS_MARKER, documents.dump(about | {"id": own["id"]}))
+        # Another first start, with another folder, may have found no marker either. Who reads before the other has
+        # written is refused at its next commit.
+        marker = documents.read(self._files, COMMITS_MARKER)
+        assert marker is not None
+        self._require_folder_of(marker)
 
     def _of(self, key: str) -> Store:
         return self._files if _FILES.match(key) else self._commits

@@ -184,6 +184,41 @@ def test_folder_and_bucket_of_an_earlier_version_go_on_and_get_an_id(
     assert store.list("objects") == before
 
 
+def test_of_two_first_starts_with_different_folders_one_is_refused(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found a bucket without a marker."""
+    stores = []
+    for name in ("one", "other"):
+        monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / name))
+        stores.append(open_store(url))
+    one, other = stores
+    plain = s3_store.S3Store.write
+
+    def overwritten(self: s3_store.S3Store, key: str, data: bytes) -> None:
+        plain(self, key, data)
+        plain(self, key, documents.dump({"schema": 1, "commits": str(tmp_path / "other"), "id": "1"}))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_store.S3Store, "write", overwritten)
+        with pytest.raises(BadInput, match=r"found commits of .*one.*; expected .*other"):
+            one.create("runs/r/run.json", b"{}")
+    assert one.read("runs/r/run.json") is None
+    s3_store.S3Store(url).delete("commits.json")
+
+    def late(self: s3_store.S3Store, key: str, data: bytes) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(s3_store.S3Store, "write", plain)
+            one.create("probes/x", b"{}")  # reads back what it has written
+        plain(self, key, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_store.S3Store, "write", late)
+        other.create("runs/r/run.json", b"{}")
+    with pytest.raises(BadInput, match=r"found commits of .*one.*; expected .*other"):
+        one.create("runs/r/run.json", b"{}")
+
+
 def test_killed_between_folder_and_bucket_a_first_commit_goes_on(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
