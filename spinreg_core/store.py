@@ -206,7 +206,7 @@ class FolderStore:
     def _temporary(self, path: Path) -> Iterator[Path]:
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
         with refusals(f"writing {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 with moving(f"writing {path}"):
                     yield temporary
@@ -378,6 +378,14 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents, whose names are as durable as what will be written there."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -120,6 +120,28 @@ def test_entries_have_sizes_and_ages(store: Store) -> None:
     assert store.entries("none/") == []
 
 
+@pytest.mark.parametrize("write", ["create", "write", "upload"])
+def test_the_names_of_new_folders_are_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    store, synced = FolderStore(tmp_path / "new" / "store"), list[Path]()
+    plain = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "file").write_bytes(b"1")
+    for name in ("first", "second"):
+        synced.clear()
+        if write == "upload":
+            store.upload(tmp_path / "file", f"objects/x/{name}")
+        else:
+            getattr(store, write)(f"objects/x/{name}", b"1")
+        folders = {path.relative_to(tmp_path).as_posix() for path in synced if path.is_dir()}
+        above = {".", "new", "new/store", "new/store/objects"} if name == "first" else set()
+        assert folders == {"new/store/objects/x"} | above
+
+
 def test_a_folder_tells_ages_by_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours may be wrong: a week ahead, everything would look old enough to be removed."""
     store = FolderStore(tmp_path / "store")
