@@ -15,6 +15,7 @@ goes when something is fetched next. Without locks (some network file systems) n
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import math
 import os
@@ -25,10 +26,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, StoreFailed
 
 LIMIT_VARIABLE = "SPINREG_CACHE_GB"
 _SILENCE_SECONDS = 60.0  # of a process that fetches what we need too, after which we fetch it ourselves
+_LOCK_SECONDS = 60.0  # after which another process that holds a lock counts as frozen
+_HELD = "was held by another process for a minute"
+_FROZEN = "a frozen one? `fuser` names it"
 _POLL_SECONDS = 0.2
 _in_use: dict[Path, int] = {}  # the open lock of each object's folder this process uses
 _said: set[str] = set()
@@ -67,13 +71,20 @@ def used(object_id: str) -> Path:
     while handle is None or not _is_lock_of(handle, folder):
         if handle is not None:
             os.close(handle)
+            _in_use.pop(folder, None)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            handle = _in_use[folder] = os.open(folder / ".used", os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(folder / ".used", os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # removed between these lines
             handle = None
-        else:
-            _flock(handle, fcntl.LOCK_SH)
+            continue
+        try:
+            if _flock(handle, fcntl.LOCK_SH, _LOCK_SECONDS) is False:
+                raise StoreFailed(f"using {folder}: found that its .used {_HELD}; expected it to be let go ({_FROZEN})")
+        except BaseException:
+            os.close(handle)
+            raise
+        _in_use[folder] = handle
     os.utime(handle)
     return folder
 
@@ -95,7 +106,7 @@ def fetching(folder: Path) -> Iterator[None]:
     handle = os.open(folder / ".fetching", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         seen, since = None, time.monotonic()
-        while _is_locked(handle) and time.monotonic() - since < _SILENCE_SECONDS:
+        while _flock(handle, fcntl.LOCK_EX) is False and time.monotonic() - since < _SILENCE_SECONDS:
             now = _newest(cache_folder() / "arriving")
             if now != seen:
                 seen, since = now, time.monotonic()
@@ -111,12 +122,13 @@ def arriving(sizes: Sequence[int]) -> Iterator[list[Path]]:
     be. What is left of them at the end is removed."""
     cache = cache_folder()
     folder = cache / "arriving" / uuid.uuid4().hex
-    with _alone(cache):
-        _sweep(cache)
-        _make_room(cache, sum(sizes))
+    with _alone(cache) as alone:
+        if alone:
+            _sweep(cache)
+            _make_room(cache, sum(sizes))
         folder.mkdir(parents=True)
         handle = os.open(folder / ".used", os.O_RDWR | os.O_CREAT, 0o666)
-        _flock(handle, fcntl.LOCK_EX)
+        _flock(handle, fcntl.LOCK_EX, _LOCK_SECONDS)
         paths = [folder / str(number) for number in range(len(sizes))]
         for path, size in zip(paths, sizes, strict=True):  # so that the next one knows what will be there
             path.touch()
@@ -161,7 +173,7 @@ def _removed(cache: Path, folder: Path) -> bool:
     except FileNotFoundError:
         return False
     try:
-        if not _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB) or not _is_lock_of(handle, folder):
+        if not _flock(handle, fcntl.LOCK_EX) or not _is_lock_of(handle, folder):
             return False
         os.rename(folder, gone)
     finally:
@@ -179,33 +191,33 @@ def _sweep(cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """One process of the machine at a time, for as long as room is made."""
+def _alone(cache: Path) -> Iterator[bool]:
+    """One process of the machine at a time, for as long as room is made; False where a frozen one does not end."""
     handle = os.open(cache / ".room", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        _flock(handle, fcntl.LOCK_EX)
-        yield
+        alone = _flock(handle, fcntl.LOCK_EX, _LOCK_SECONDS) is not False
+        if not alone:
+            print(f"cache: {cache / '.room'} {_HELD} ({_FROZEN}); going on without making room", flush=True)
+        yield alone
     finally:
         os.close(handle)
 
 
-def _flock(handle: int, how: int) -> bool:
-    try:
-        fcntl.flock(handle, how)
-    except OSError:  # held by another, or a file system without locks
-        return False
-    return True
-
-
-def _is_locked(handle: int) -> bool:
-    """Whether another process holds a lock that otherwise is ours now."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
-    return False
+def _flock(handle: int, how: int, seconds: float = 0.0) -> bool | None:
+    """Whether the lock is ours; False where another process has held it for so long, None where there are no locks."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                return False
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return None
+        time.sleep(min(_POLL_SECONDS, 0.02))  # who is not frozen needs milliseconds
 
 
 def _is_lock_of(handle: int, folder: Path) -> bool:

@@ -144,6 +144,7 @@ class Failure(TypedDict):
 
 class Marker(TypedDict):
     commits: str
+    id: NotRequired[str]
 
 
 class Usage(TypedDict):

@@ -66,12 +66,8 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
         except (Damaged, BadInput) as error:
             needs.notes.append(f"{error}; {object_id} is left as it is (spinreg verify tells more)")
     if not rules_only:
-        ours = (
-            "objects/",
-            "runs/",
-            "comparisons/",
-            "probes/",
-        )  # a bucket may hold other things, where the store has no prefix
+        # A bucket may hold other things, where the store has no prefix.
+        ours = ("objects/", "runs/", "comparisons/", "probes/")
         old = [entry for entry in store.unfinished() if entry.age > GRACE_SECONDS and entry.key.startswith(ours)]
         items += [Item("upload", "", e.key, f"a write that never ended, {_days(e.age)} old", (e.key,), e.size)
                   for e in old]  # fmt: skip

@@ -6,18 +6,23 @@ Decides: which keys lie where, and that a bucket whose commits lie elsewhere say
 What two writers may meet over is small: heads, configurations, manifests, parts. They lie in `$SPINREG_COMMITS`, a
 folder that all machines of a run share and whose file system honours flock and link (a local disk, NFSv4, Lustre with
 -o flock), below the bucket's and prefix's names. Files of weights and rows, which have one writer each, stay in the
-bucket.
+bucket. Both hold a `commits.json` with one random id, so that a folder which is not mounted is not taken for an empty
+one; markers of earlier versions have none, and get one with the next commit.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.documents import SCHEMA
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, Conflict
 from spinreg_core.s3_store import COMMITS_MARKER, S3Store
 from spinreg_core.store import FolderStore, Listed, Store
 
@@ -34,21 +39,55 @@ class SplitStore:
         self._files = S3Store(url)
         self._commits = FolderStore(Path(commits) / self._files.bucket / self._files.prefix)
         self.url = self._files.url
-        self._marked = False  # as far as we know
 
     def check(self) -> None:
         """As every store's; also refuses a bucket whose commits lie in it, or in another folder. Changes nothing: the
         bucket is marked as ours by the first commit."""
         self._commits.check()
         self._files.check_bucket()
-        found = self._files.read(COMMITS_MARKER)
-        if found is None:
-            inside = next((key for key in self._files.list("runs") if key.endswith("/head.json")), None)
-            if inside is not None:
-                raise BadInput("store", f"{self.url} with {inside}, a run whose commits lie in the bucket",
-                               f"a prefix without runs, or no {VARIABLE}")  # fmt: skip
-        elif (folder := documents.parse(self._files, COMMITS_MARKER, found)["commits"]) != self._commits.url:
-            raise BadInput(VARIABLE, f"commits of {self.url} in {self._commits.url}", f"{folder}, where its runs are")
+        marker = documents.read(self._files, COMMITS_MARKER)
+        if marker is not None:
+            self._require_folder_of(marker)
+            return
+        inside = next((key for key in self._files.list("runs") if key.endswith("/head.json")), None)
+        if inside is not None:
+            raise BadInput("store", f"{self.url} with {inside}, a run whose commits lie in the bucket",
+                           f"a prefix without runs, or no {VARIABLE}")  # fmt: skip
+
+    def _require_folder_of(self, marker: dict[str, Any]) -> None:
+        """Raise BadInput unless our folder is the very one that the bucket's marker tells of: an empty mount point has
+        its path too, and to whoever takes that for the folder the bucket's files are of no run."""
+        if marker["commits"] != self._commits.url:
+            raise BadInput(VARIABLE, f"commits of {self.url} in {self._commits.url}",
+                           f"{marker['commits']}, where its runs are")  # fmt: skip
+        own = documents.read(self._commits, COMMITS_MARKER)
+        if "id" in marker:
+            found = f"without a {COMMITS_MARKER}" if own is None else f"with {own.get('id', 'none')} as its id"
+            same = own is not None and own.get("id") == marker["id"]
+        else:  # of a version that gave none
+            found, same = "without any file", any(names for _, _, names in os.walk(self._commits.root))
+        if not same:
+            raise BadInput(VARIABLE, f"{self._commits.url} {found}",
+                           f"the folder with the commits of {self.url} (is its file system mounted?)")  # fmt: skip
+
+    def _mark(self) -> None:
+        """Let bucket and folder name one id, the folder first: a kill then leaves no bucket without a folder."""
+        marker = documents.read(self._files, COMMITS_MARKER)
+        if marker is not None:
+            self._require_folder_of(marker)
+            if "id" in marker:
+                return
+        about = {"schema": SCHEMA, "commits": self._commits.url}
+        with contextlib.suppress(Conflict):  # it has one: of a process that was killed here, or is as far as we are
+            self._commits.create(COMMITS_MARKER, documents.dump(about | {"id": uuid.uuid4().hex}))
+        own = documents.read(self._commits, COMMITS_MARKER)
+        assert own is not None
+        self._files.write(COMMITS_MARKER, documents.dump(about | {"id": own["id"]}))
+        # Another first start, with another folder, may have found no marker either. Who reads before the other has
+        # written is refused at its next commit.
+        marker = documents.read(self._files, COMMITS_MARKER)
+        assert marker is not None
+        self._require_folder_of(marker)
 
     def _of(self, key: str) -> Store:
         return self._files if _FILES.match(key) else self._commits
@@ -60,10 +99,7 @@ class SplitStore:
         return self._of(key).read_tagged(key)
 
     def create(self, key: str, data: bytes) -> str:
-        if not self._marked:
-            if self._files.read(COMMITS_MARKER) is None:
-                self._files.write(COMMITS_MARKER, documents.dump({"schema": SCHEMA, "commits": self._commits.url}))
-            self._marked = True
+        self._mark()
         return self._commits.create(key, data)
 
     def replace(self, key: str, data: bytes, tag: str) -> str:

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -205,7 +206,7 @@ class FolderStore:
     def _temporary(self, path: Path) -> Iterator[Path]:
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
         with refusals(f"writing {path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            _make_folder(path.parent)
             try:
                 with moving(f"writing {path}"):
                     yield temporary
@@ -279,25 +280,33 @@ class FolderStore:
             return None
 
     def list(self, prefix: str) -> list[str]:
-        return [entry.key for entry in self.entries(prefix)]
+        return sorted(key for key, _ in self._found(self._path(prefix.rstrip("/"))))
 
     def entries(self, prefix: str) -> Sequence[Listed]:
-        return self._listed(self._path(prefix.rstrip("/")), lambda name: not name.startswith((".tmp-", ".lock-")))
+        return self._aged(self._path(prefix.rstrip("/")))
 
     def unfinished(self) -> Sequence[Listed]:
-        return self._listed(self.root, lambda name: name.startswith(".tmp-"))
+        return self._aged(self.root, unfinished=True)
 
     def drop(self, name: str) -> None:
         self.delete(name)
 
-    def _listed(self, folder: Path, wanted: Callable[[str], bool]) -> Sequence[Listed]:
-        found, now = [], time.time()
+    def _found(self, folder: Path, unfinished: bool = False) -> Iterator[tuple[str, os.stat_result]]:
         for place, _, names in os.walk(folder):
-            for path in (Path(place) / name for name in names if wanted(name)):
-                with contextlib.suppress(FileNotFoundError):  # removed since
-                    stat = path.stat()
-                    found.append(Listed(path.relative_to(self.root).as_posix(), stat.st_size, now - stat.st_mtime))
-        return sorted(found)
+            for name in names:
+                if name.startswith(".tmp-") is unfinished and not name.startswith(".lock-"):
+                    path = Path(place) / name
+                    with contextlib.suppress(FileNotFoundError):  # removed since
+                        yield path.relative_to(self.root).as_posix(), path.stat()
+
+    def _aged(self, folder: Path, unfinished: bool = False) -> Sequence[Listed]:
+        now = None  # what the file system gives for it: over a network its server's clock, not ours
+        with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self.root, prefix=".tmp-") as file:
+            now = os.fstat(file.fileno()).st_mtime
+        found = list(self._found(folder, unfinished))
+        if now is None:  # a full disk, or somebody who may only read: not before the last write
+            now = max((stat.st_mtime for _, stat in found), default=0.0)
+        return sorted(Listed(key, stat.st_size, now - stat.st_mtime) for key, stat in found)
 
     def local_path(self, key: str) -> Path | None:
         return self._path(key)
@@ -309,9 +318,21 @@ class FolderStore:
 def require_conditional_writes(store: Store) -> None:
     """Refuse a store whose server ignores If-None-Match or If-Match: two writers could mix there unseen.
 
-    Writes a probe key of a few bytes. Raises BadInput.
+    Writes a probe key of a few bytes, and removes it. Raises BadInput.
     """
-    key = f"probes/{uuid.uuid4().hex}"
+    name, refused = uuid.uuid4().hex, None
+    try:
+        _probe(store, f"probes/{name}")
+    except BadInput as error:
+        refused = error
+    for left in (name, f".lock-{name}"):  # the lock: of a folder
+        with contextlib.suppress(OSError, StoreFailed):  # a store that keeps everything is none the worse for it
+            store.delete(f"probes/{left}")
+    if refused is not None:
+        raise refused
+
+
+def _probe(store: Store, key: str) -> None:
     expected = (
         "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO), or SPINREG_COMMITS (docs/reliability.md)"
     )
@@ -357,6 +378,14 @@ def _write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _make_folder(folder: Path) -> None:
+    """With its parents, whose names are as durable as what will be written there."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,7 @@ import pytest
 from spinreg_core import cache, objects
 from spinreg_core.cache import LIMIT_VARIABLE, borrowed, cache_folder, cache_limit
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, StoreFailed
 from spinreg_core.stages.job import Job
 from spinreg_core.store import FolderStore
 
@@ -207,6 +208,65 @@ def test_a_frozen_process_does_not_hold_up_who_needs_the_same(
     start("store.download = lambda *_: (print('fetching', flush=True), time.sleep(600)); fetch(store, 'a')", "fetching")
     monkeypatch.setattr(cache, "_SILENCE_SECONDS", 0.5)
     fetch(store, "a")
+
+
+HOLDS = """
+    import fcntl
+    file = open(cache.cache_folder() / {name!r}, "w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("holding", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_process_frozen_while_it_makes_room_holds_nobody_up(
+    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit(monkeypatch, 1)
+    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
+    fetch(store, "a")
+    frozen = start(HOLDS.format(name=".room"), "holding")
+    fetch(store, "b")
+    assert there() == {"a", "b"}
+    assert "going on without making room" in capsys.readouterr().out
+    frozen.kill()
+    frozen.wait()
+    fetch(store, "c")
+    assert there() == {"c"}
+
+
+def test_a_process_frozen_while_it_removes_what_we_need_is_told(
+    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
+    fetch(store, "a")
+    frozen = start(HOLDS.format(name="objects/a/.used"), "holding")
+    with pytest.raises(StoreFailed, match=r"objects/a: found that its \.used was held"):
+        fetch(store, "a")
+    frozen.kill()
+    frozen.wait()
+    fetch(store, "a")
+    assert cache._in_use == {}
+
+
+def test_an_error_from_outside_ends_waiting_for_a_lock(
+    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TimeoutError of a signal's handler is an OSError too, and was taken for a file system without locks."""
+    fetch(store, "a")
+    start(HOLDS.format(name="objects/a/.used"), "holding")
+
+    def late(*_: object) -> None:
+        raise TimeoutError("late")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(TimeoutError, match="late"):
+            fetch(store, "a")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_process_killed_while_it_fetches_leaves_nothing_to_read(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 import uuid
 from pathlib import Path
 
@@ -9,12 +12,12 @@ import pytest
 from servers import S3Server
 
 from flows.cli import main
-from spinreg_core import objects, removal, s3_store
+from spinreg_core import documents, objects, removal, s3_store
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.head import open_session, read_head
 from spinreg_core.stages.job import Job
-from spinreg_core.store import open_store, require_conditional_writes
+from spinreg_core.store import FolderStore, open_store, require_conditional_writes
 
 
 @pytest.fixture
@@ -34,8 +37,7 @@ def url(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_run_on_such_a_server(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="SPINREG_COMMITS"):
         require_conditional_writes(open_store(url))
-    for key in open_store(url).list("probes"):
-        open_store(url).delete(key)
+    assert open_store(url).list("probes") == [], "nor is the probe left where it failed"
     monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     store = open_store(url)
@@ -91,13 +93,8 @@ def test_a_marker_that_spinreg_did_not_write(
         open_store(url).check()
 
 
-@pytest.mark.parametrize("command", [["gc", "--delete"], ["status"], ["verify", "r"], ["report", "r"]])
-def test_no_command_takes_another_folder_for_an_empty_store(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
-) -> None:
-    """Before, `spinreg gc --delete` saw files of no run, and removed them all."""
-    monkeypatch.setattr(removal, "GRACE_SECONDS", 0.0)  # the store is old
-    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+def one_run(url: str, tmp_path: Path) -> list[str]:
+    """A run with one object, old enough for gc; returns the keys of its objects."""
     store, config = open_store(url), RunConfig(run="r", store=url)
     (tmp_path / "out" / "policy").mkdir(parents=True)
     (tmp_path / "out" / "policy" / "weights").write_bytes(b"w" * 1000)
@@ -105,12 +102,136 @@ def test_no_command_takes_another_folder_for_an_empty_store(
         job = Job("train", "train-x", {}, url, session.writer(), 1, {}, config, tmp_path)
         objects.publish(store, job, tmp_path / "out", metrics={})
         session.commit(1, "train", "train-x")
-    before = store.list("objects")
+    return store.list("objects")
+
+
+COMMANDS = [["gc", "--delete"], ["status"], ["verify", "r"], ["report", "r"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_takes_another_folder_for_an_empty_store(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    """Before, `spinreg gc --delete` saw files of no run, and removed them all."""
+    monkeypatch.setattr(removal, "GRACE_SECONDS", 0.0)  # the store is old
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    before = one_run(url, tmp_path)
     monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "another"))
     assert main([*command, "--store", url]) == 65
     assert "SPINREG_COMMITS: found commits of" in capsys.readouterr().err
     monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
     assert open_store(url).list("objects") == before
+
+
+def without_ids(url: str, folder: Path) -> None:
+    """Make bucket and folder what an earlier version wrote."""
+    (marker,) = folder.rglob("commits.json")
+    s3_store.S3Store(url).write("commits.json", documents.dump({"schema": 1, "commits": str(marker.parent)}))
+    marker.unlink()
+
+
+@pytest.mark.parametrize(
+    ("version", "mount"),
+    [("now", "missing"), ("now", "empty"), ("now", "another's"), ("before", "missing"), ("before", "empty")],
+)
+def test_a_folder_that_is_not_mounted_is_not_taken_for_an_empty_one(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, mount: str
+) -> None:
+    """Before, a run could be started in the empty mount point, and then `spinreg gc --delete` removed the files of all
+    the others."""
+    monkeypatch.setattr(removal, "GRACE_SECONDS", 0.0)
+    shared = tmp_path / "shared"
+    monkeypatch.setenv("SPINREG_COMMITS", str(shared))
+    before = one_run(url, tmp_path)
+    if version == "before":
+        without_ids(url, shared)
+    shared.rename(tmp_path / "unmounted")
+    if mount != "missing":
+        shared.mkdir()
+    if mount == "another's":
+        folder = FolderStore(shared / url.removeprefix("s3://"))
+        folder.create("commits.json", documents.dump({"schema": 1, "commits": folder.url, "id": "another"}))
+    there = sorted(shared.rglob("*"))
+    for command in COMMANDS:
+        assert main([*command, "--store", url]) == 65
+    with pytest.raises(BadInput, match=r"SPINREG_COMMITS: found .*shared.*; expected the folder .*mounted"):
+        open_store(url).check()
+    with pytest.raises(BadInput, match="mounted"):  # by a stage, which does not ask `check`
+        open_store(url).create("runs/new/head.json", b"{}")
+    assert sorted(shared.rglob("*")) == there
+    if mount != "missing":
+        shutil.rmtree(shared)
+    (tmp_path / "unmounted").rename(shared)
+    open_store(url).check()
+    assert open_store(url).list("objects") == before
+
+
+def test_folder_and_bucket_of_an_earlier_version_go_on_and_get_an_id(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    before = one_run(url, tmp_path)
+    without_ids(url, tmp_path / "shared")
+    store = open_store(url)
+    store.check()
+    assert read_head(store, "r") is not None
+    assert b'"id"' not in (s3_store.S3Store(url).read("commits.json") or b""), "looking changes nothing"
+    store.create("runs/new/head.json", b"{}")
+    (marker,) = (tmp_path / "shared").rglob("commits.json")
+    assert s3_store.S3Store(url).read("commits.json") == marker.read_bytes()
+    assert "id" in json.loads(marker.read_bytes())
+    open_store(url).check()
+    assert store.list("objects") == before
+
+
+def test_of_two_first_starts_with_different_folders_one_is_refused(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have found a bucket without a marker."""
+    stores = []
+    for name in ("one", "other"):
+        monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / name))
+        stores.append(open_store(url))
+    one, other = stores
+    plain = s3_store.S3Store.write
+
+    def overwritten(self: s3_store.S3Store, key: str, data: bytes) -> None:
+        plain(self, key, data)
+        plain(self, key, documents.dump({"schema": 1, "commits": str(tmp_path / "other"), "id": "1"}))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_store.S3Store, "write", overwritten)
+        with pytest.raises(BadInput, match=r"found commits of .*one.*; expected .*other"):
+            one.create("runs/r/run.json", b"{}")
+    assert one.read("runs/r/run.json") is None
+    s3_store.S3Store(url).delete("commits.json")
+
+    def late(self: s3_store.S3Store, key: str, data: bytes) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr(s3_store.S3Store, "write", plain)
+            one.create("probes/x", b"{}")  # reads back what it has written
+        plain(self, key, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_store.S3Store, "write", late)
+        other.create("runs/r/run.json", b"{}")
+    with pytest.raises(BadInput, match=r"found commits of .*one.*; expected .*other"):
+        one.create("runs/r/run.json", b"{}")
+
+
+def test_killed_between_folder_and_bucket_a_first_commit_goes_on(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    with monkeypatch.context() as patched:
+        patched.setattr(s3_store.S3Store, "write", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            open_store(url).create("runs/r/head.json", b"{}")
+    assert s3_store.S3Store(url).read("commits.json") is None
+    open_store(url).check()
+    open_store(url).create("runs/r/head.json", b"{}")
+    open_store(url).check()
+    assert open_store(url).list("runs/") == ["runs/r/head.json"]
 
 
 def test_a_bucket_with_runs_of_its_own_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -119,6 +120,60 @@ def test_entries_have_sizes_and_ages(store: Store) -> None:
     assert store.entries("none/") == []
 
 
+@pytest.mark.parametrize("write", ["create", "write", "upload"])
+def test_the_names_of_new_folders_are_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    store, synced = FolderStore(tmp_path / "new" / "store"), list[Path]()
+    plain = os.fsync
+
+    def fsync(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "file").write_bytes(b"1")
+    for name in ("first", "second"):
+        synced.clear()
+        if write == "upload":
+            store.upload(tmp_path / "file", f"objects/x/{name}")
+        else:
+            getattr(store, write)(f"objects/x/{name}", b"1")
+        folders = {path.relative_to(tmp_path).as_posix() for path in synced if path.is_dir()}
+        above = {".", "new", "new/store", "new/store/objects"} if name == "first" else set()
+        assert folders == {"new/store/objects/x"} | above
+
+
+def test_a_folder_tells_ages_by_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours may be wrong: a week ahead, everything would look old enough to be removed."""
+    store = FolderStore(tmp_path / "store")
+    store.create("objects/x/young", b"1")
+    store.create("objects/x/old", b"1")
+    (tmp_path / "store" / ".tmp-left").touch()
+    os.utime(tmp_path / "store" / "objects/x/old", (time.time() - 1e6,) * 2)
+    ours = time.time
+    monkeypatch.setattr(time, "time", lambda: ours() + 8 * 86400)
+    ages = {entry.key: entry.age for entry in [*store.entries("objects/"), *store.unfinished()]}
+    assert -2 < ages["objects/x/young"] < 60
+    assert -2 < ages[".tmp-left"] < 60
+    assert 1e6 - 2 < ages["objects/x/old"] < 1e6 + 60
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [".tmp-left", "objects"]
+
+
+def test_where_nothing_can_be_written_the_last_write_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk, or somebody who may only read: nothing looks older than it is."""
+    store = FolderStore(tmp_path / "store")
+    for name, ago in (("first", 3000), ("last", 1000)):
+        store.create(f"a/{name}", b"1")
+        os.utime(tmp_path / "store" / "a" / name, (1e9 - ago,) * 2)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert [(entry.key, entry.age) for entry in store.entries("a/")] == [("a/first", 2000), ("a/last", 0)]
+    assert store.list("a/") == ["a/first", "a/last"]
+    assert FolderStore(tmp_path / "none").entries("a/") == []
+
+
 def test_a_write_that_was_not_ended_is_listed_and_dropped(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +201,9 @@ def test_a_write_that_was_not_ended_is_listed_and_dropped(
 
 def test_the_probe_accepts_a_store_with_conditional_writes(store: Store) -> None:
     require_conditional_writes(store)
+    assert store.list("probes/") == []
+    if isinstance(store, FolderStore):
+        assert list((store.root / "probes").iterdir()) == [], "not even a lock"
 
 
 def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path) -> None:
