@@ -23,7 +23,9 @@ RUNNERS = {
 }  # fmt: skip
 # The rows of a data set on their way through a file without a name, which nobody else can write to; and YAML's safe
 # loader, made to notice a key that is given twice (asserted below).
-ALLOWED = {("spinreg_core/data/spool.py", "pickle"), ("spinreg_core/resolve.py", "yaml.load")}
+YAML = {"spinreg_core/resolve.py": "yaml.load(text, _Loader)",
+        "spinreg_core/benchmarks/lm_eval.py": "yaml.load(path.read_bytes(), _TaskFile)"}  # fmt: skip
+ALLOWED = {("spinreg_core/data/spool.py", "pickle"), *((file, "yaml.load") for file in YAML)}
 LOADERS = {"from_pretrained", "from_config"}
 
 
@@ -57,13 +59,16 @@ def test_nothing_that_is_read_can_run(path: Path) -> None:
     assert {(name(path), danger) for danger in dangers(path.read_text())} <= ALLOWED
 
 
-def test_the_loader_of_configurations_is_yamls_safe_one() -> None:
+def test_the_loaders_of_yaml_are_its_safe_one() -> None:
     from spinreg_core import resolve
+    from spinreg_core.benchmarks import lm_eval
 
     assert issubclass(resolve._Loader, yaml.SafeLoader)
-    calls = [ast.unparse(node) for node in ast.walk(ast.parse((ROOT / "spinreg_core/resolve.py").read_text()))
-             if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load"]  # fmt: skip
-    assert calls == ["yaml.load(text, _Loader)"]
+    assert issubclass(lm_eval._TaskFile, yaml.SafeLoader)
+    for file, call in YAML.items():
+        calls = [ast.unparse(node) for node in ast.walk(ast.parse((ROOT / file).read_text()))
+                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load"]  # fmt: skip
+        assert calls == [call]
 
 
 @pytest.mark.parametrize(
