@@ -246,7 +246,7 @@ def test_a_process_frozen_while_it_removes_what_we_need_is_told(
     frozen.kill()
     frozen.wait()
     fetch(store, "a")
-    assert cache._in_use == {}
+    assert not [folder for folder in cache._in_use if folder.is_relative_to(cache.cache_folder())]
 
 
 def test_an_error_from_outside_ends_waiting_for_a_lock(
