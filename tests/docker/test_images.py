@@ -212,7 +212,9 @@ def test_folders_that_deployments_mount_belong_to_the_image_s_user() -> None:
 
 
 def test_deployments_run_the_images_that_are_built_and_where_the_code_is() -> None:
-    (deployment,) = yaml.safe_load((ROOT / "deployments/docker.yaml").read_text())["deployments"]
-    assert deployment["work_pool"]["job_variables"]["image"] == f"spinreg:{spinreg_core.__version__}-cuda"
+    deployments = yaml.safe_load((ROOT / "deployments/docker.yaml").read_text())["deployments"]
+    assert [deployment["name"] for deployment in deployments] == ["iterate-docker", "grid-docker"]
     places = {rest for name, rest in instructions() if name == "WORKDIR"}
-    assert {deployment["pull"][0]["prefect.deployments.steps.set_working_directory"]["directory"]} == places
+    for deployment in deployments:
+        assert deployment["work_pool"]["job_variables"]["image"] == f"spinreg:{spinreg_core.__version__}-cuda"
+        assert {deployment["pull"][0]["prefect.deployments.steps.set_working_directory"]["directory"]} == places
