@@ -68,15 +68,13 @@ def test_a_run_on_s3(prefect_server: PrefectServer, undisturbed: Undisturbed) ->
 EVERY = ("prepare", "round-0-evaluate", "round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
 
 
-@pytest.mark.parametrize("stages", [("round-1-generate", "round-1-train"), pytest.param(EVERY, marks=pytest.mark.long)])
-def test_killed_in_a_stage(
-    prefect_server: PrefectServer, undisturbed: Undisturbed, tmp_path: Path, stages: tuple[str, ...]
-) -> None:
+@pytest.mark.long  # kills at random instants are in the short form of tests/chaos
+def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undisturbed, tmp_path: Path) -> None:
     env = environment(tmp_path, prefect_server)
     store, log = open_store(str(tmp_path / "killed")), tmp_path / "killed.log"
     arguments = [*ONE_ROUND, "--store", store.url]
     kept: dict[str, bytes | None] = {}
-    for stage in stages:
+    for stage in EVERY:
         process = start(arguments, env, log)
 
         def begun(stage: str = stage) -> bool:
