@@ -274,7 +274,7 @@ class Round:
         steps, skipped_steps, pairs, first_loss, last_loss, loss, accuracy, margin (means over the last epoch's pairs,
         each before its update), seconds, tokens_per_second, real_logprob_change (mean of log π_{t+1} - log π_t over
         `watched_pairs` human answers of the round, nats/answer), its standard error, and `alarms`: texts a user must
-        see. Raises BadInput where every step was skipped.
+        see. Raises BadInput where every step was skipped, and where the trained policy's own numbers are not finite.
         """
         metrics = [m for m in self.state.metrics if "skipped" not in m]
         skipped = [m for m in self.state.metrics if "skipped" in m]
@@ -288,6 +288,12 @@ class Round:
         if start is None:
             raise ValueError("watch_start was not called before the first step")
         end = self._score_watched()
+        if bad := [value for value in end if not math.isfinite(value)]:
+            raise BadInput(
+                f"training of {self.steps} steps, the trained policy",
+                f"log-probabilities that are not finite for {len(bad)} of {len(end)} human answers",
+                f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
+            )
         change, error = mean_and_error([b - a for a, b in zip(start, end, strict=True)])
         found = {
             "steps": self.steps,
