@@ -217,7 +217,7 @@ def _flock(handle: int, how: int, seconds: float = 0.0) -> bool | None:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             return None
-        time.sleep(min(_POLL_SECONDS, 0.02))  # who is not frozen needs milliseconds
+        time.sleep(0.02)  # who is not frozen needs milliseconds
 
 
 def _is_lock_of(handle: int, folder: Path) -> bool:

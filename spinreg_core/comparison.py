@@ -91,6 +91,7 @@ def comparison_data(
         members = [read_evaluated(store, run) for run in runs]
         variants = variants_of(members)
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
+        alarmed = alarms_of(store, members)
     reference = next(v for v in variants if against in [member.run for member in v.members])
     unpaired = _unpaired(variants, reference)
     if len(variants) > 1 and len(unpaired) == len(variants) - 1:
@@ -140,7 +141,7 @@ def comparison_data(
         "values": _values(variants, metrics, resampled),
         "comparisons": comparisons,
         "no_items": sorted(set().union(*(member.no_items for member in members))),
-        "alarms": alarms_of(store, members),
+        "alarms": alarmed,
         "families": {
             family: sum(one["family"] == family and not one["same"] and one["repeats"] is None for one in comparisons)
             for family in FAMILIES

@@ -89,10 +89,14 @@ class Lease(TypedDict):
     seconds: NotRequired[Number]
 
 
-# `ended_by`: the conditions (`until`) that ended it before its round.
+# `ended`: why it ended before its round, and `ended_by` which conditions (`until`) did that.
 Advance = TypedDict(
-    "Advance", {"by": str, "from": Round, "to": Round, "done": bool, "ended_by": NotRequired[dict[str, Any]]}
-)
+    "Advance",
+    {
+        "by": str, "from": Round, "to": Round, "done": bool,
+        "ended": NotRequired[str | None], "ended_by": NotRequired[dict[str, Any]],
+    },
+)  # fmt: skip
 
 
 class Entry(TypedDict):

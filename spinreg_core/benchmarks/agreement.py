@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from spinreg_core.benchmarks.endpoint import Messages
-from spinreg_core.benchmarks.judge import Asked, Judged, judged, require_judge, settings_of
+from spinreg_core.benchmarks.judge import Asked, Judged, judged, paid_text, require_judge, settings_of
 from spinreg_core.benchmarks.prompts import PAIR, Preference, Prompts, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
@@ -188,8 +188,4 @@ def _text(document: dict[str, Any]) -> str:
         if (found := document["metrics"].get(name)) is not None:
             interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
             lines.append(f"{what}: {found['value']:.3f}{interval}, n = {found['n']}")
-    cost = document["cost"]
-    lines.append(
-        f"requests: {cost['requests']} paid for by this ({cost['paid']:.4g}), {cost['requests_before']} before"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, paid_text(document["cost"])])

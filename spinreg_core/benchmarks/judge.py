@@ -103,6 +103,11 @@ def settings_of(judge: JudgeConfig) -> dict[str, Any]:
     return {"endpoint": place(judge)} | {name: getattr(judge, name) for name in names}
 
 
+def paid_text(cost: dict[str, Any]) -> str:
+    """What `Judged.cost` says, in a line for people."""
+    return f"requests: {cost['requests']} paid for by this ({cost['paid']:.4g}), {cost['requests_before']} before"
+
+
 def judged(
     store: Store, judge: JudgeConfig, questions: Sequence[Asked], parse: Callable[[str], T | None], *, payer: str
 ) -> Judged[T]:

@@ -102,11 +102,7 @@ def run(job: Job) -> dict[str, Any]:
     metrics, items, cost = judge_pairs(store, config, pairs, prompts, payer=job.object_id)
     document = {
         "kind": "win-rate", "name": job.key["name"], "primary": "win_rate", "better": "higher", "metrics": metrics,
-        "settings": {
-            "judge": settings_of(config.judge), "prompts": len(pairs),
-            "identical": sum(pair.own == pair.other for pair in pairs),
-            "limit": config.benchmarks.win_rate_prompts, "bootstrap": config.evaluation.bootstrap, "seed": config.seed,
-        },
+        "settings": pair_settings(config, pairs),
         "fingerprints": {
             "policy": job.inputs["policy"], "data": job.inputs["data"], "prompts": prompts.sha256,
             "evaluate": job.inputs["evaluate"], "against": job.inputs["against"],
@@ -136,6 +132,15 @@ def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> 
     others = data["answer"] if against is None else samples(against)
     rows = zip(data["prompt_id"], data["messages"], samples(evaluate), others, strict=True)
     return [Pair(name, shown(json.loads(messages)), own, other) for name, messages, own, other in rows]
+
+
+def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
+    """What a win rate depends on besides prompts and answers, for its document."""
+    return {
+        "judge": settings_of(config.judge), "prompts": len(pairs),
+        "identical": sum(pair.own == pair.other for pair in pairs),
+        "limit": config.benchmarks.win_rate_prompts, "bootstrap": config.evaluation.bootstrap, "seed": config.seed,
+    }  # fmt: skip
 
 
 def judge_pairs(

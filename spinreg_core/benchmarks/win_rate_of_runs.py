@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from spinreg_core.benchmarks.judge import require_judge, settings_of
+from spinreg_core.benchmarks.judge import paid_text, require_judge
 from spinreg_core.benchmarks.prompts import load_prompts
-from spinreg_core.benchmarks.win_rate import PROMPT, judge_pairs, pairs_of
+from spinreg_core.benchmarks.win_rate import PROMPT, judge_pairs, pair_settings, pairs_of
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.head import require_head, stage_object
@@ -47,10 +47,7 @@ def win_rate_of_runs(
         raise BadInput(f"round {number}", f"the same policy in {run!r} and {other!r}", "a round in which they differ")
     evaluations = [str(stage_object(head, number, "evaluate")) for head in heads]
     pairs = pairs_of(store, str(heads[0]["data"]), *evaluations)[: config.benchmarks.win_rate_prompts]
-    settings = {
-        "judge": settings_of(config.judge), "prompts": len(pairs), "identical": sum(p.own == p.other for p in pairs),
-        "limit": config.benchmarks.win_rate_prompts, "bootstrap": config.evaluation.bootstrap, "seed": config.seed,
-    }  # fmt: skip
+    settings = pair_settings(config, pairs)
     fingerprints = {
         "policies": policies, "evaluations": evaluations, "data": heads[0]["data"], "prompts": prompts.sha256
     }  # fmt: skip
@@ -64,14 +61,11 @@ def win_rate_of_runs(
 
 
 def _text(document: dict[str, Any]) -> str:
-    settings, cost = document["settings"], document["cost"]
+    settings = document["settings"]
     lines = [
         f"{document['run']} against {document['other']}, round {document['round']}, {settings['prompts']} prompts, "
         f"judged by {settings['judge']['model']} in both orders; 95 % intervals over prompts"
     ]
     for name, found in document["metrics"].items():
         lines.append(f"{name}: {format_estimate(found)} {found['unit']}, n {found['n']}")
-    lines.append(
-        f"requests: {cost['requests']} paid for by this ({cost['paid']:.4g}), {cost['requests_before']} before"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, paid_text(document["cost"])])
