@@ -333,11 +333,11 @@ async def insisted(attempt: Callable[[], Awaitable[T]], what: str, patience: flo
                 raise StoreRefused(f"{what}: found {_said(error)}; expected {expected}") from error
             if not passes(error):
                 raise
-            wait = random.uniform(0, pause)
-            if time.monotonic() + wait > end:
+            left = end - time.monotonic()
+            if left <= 0:
                 said = str(error) or type(error).__name__
                 raise StoreFailed(f"{what}: the store did not do it for {patience:g} s: {said}") from error
-        await asyncio.sleep(wait)
+        await asyncio.sleep(min(random.uniform(0, pause), left))  # so that the last attempt is at the end of its time
         pause = min(2 * pause, _LONGEST_PAUSE)
 
 

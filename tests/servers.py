@@ -201,7 +201,7 @@ class PrefectServer:
             f"{self.url}/api/{path}", method=method, headers={"Content-Type": "application/json"},
             data=None if body is None else json.dumps(body).encode(),
         )  # fmt: skip
-        with urllib.request.urlopen(request, timeout=30) as answer:
+        with urllib.request.urlopen(request, timeout=120) as answer:
             text = answer.read()
         return json.loads(text) if text else None
 

@@ -154,7 +154,7 @@ def test_a_store_that_stays_away_ends_in_one_error_after_its_time(
     start = time.monotonic()
     with pytest.raises(StoreFailed, match=r"reading s3://spinreg/\S+/a: the store did not do it for 2 s: .*"):
         store.read("a")
-    assert time.monotonic() - start >= 1.0, "it was tried for a while"
+    assert time.monotonic() - start >= 2.0, "it was tried for as long as it says"
     monkeypatch.setattr(s3_store, "_CHECK_SECONDS", 1.0)
     with pytest.raises(BadInput, match="bucket 'spinreg' within reach"):
         store.check()

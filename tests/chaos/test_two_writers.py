@@ -285,8 +285,9 @@ LONG = os.environ.get("SPINREG_CHAOS") == "long"  # some minutes; without it, so
 
 @pytest.mark.parametrize(
     ("switches", "faults", "start", "least"),
-    [(2 if LONG else 1, "", begun, 30), (1 if LONG else 0, "kill", begun, 30), (1 if LONG else 0, "lose", begun, 30),
-     (1 if LONG else 0, "kill", dict, 30)],
+    [(2 if LONG else 1, "", begun, 30), (1 if LONG else 0, "kill", begun, 30),
+     pytest.param(1, "lose", begun, 30, marks=pytest.mark.long),
+     pytest.param(1, "kill", dict, 30, marks=pytest.mark.long)],
 )  # fmt: skip
 def test_no_order_of_requests_mixes_two_writers(
     folder: Path, switches: int, faults: str, start: Callable[[], dict[str, bytes]], least: int

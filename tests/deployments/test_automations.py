@@ -51,6 +51,7 @@ def server(deployed_server: PrefectServer) -> Iterator[PrefectServer]:
         deployed_server.api("DELETE", f"automations/{automation['id']}")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_silent_runs_are_called_crashed_and_no_others(server: PrefectServer) -> None:
     assert "created" in register(server)

@@ -32,6 +32,7 @@ def time_of(text: str) -> datetime:
     return datetime.fromisoformat(text.replace("Z", "+00:00"))
 
 
+@pytest.mark.long
 def test_runs_one_after_the_other_in_the_folder_it_was_deployed_from(
     deployed_server: PrefectServer, clone: Path, tmp_path: Path
 ) -> None:

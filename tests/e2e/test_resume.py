@@ -58,6 +58,7 @@ def undisturbed(
     return Undisturbed(url, outcome(open_store(url), "smoke"), text, env, tmp)
 
 
+@pytest.mark.long
 def test_a_run_on_s3(prefect_server: PrefectServer, undisturbed: Undisturbed) -> None:
     store = open_store(undisturbed.url)
     assert f"{undisturbed.url}/runs/smoke/report.html" in undisturbed.text

@@ -40,6 +40,7 @@ def cancel(server: PrefectServer, run_id: str) -> None:
     server.api("POST", f"flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
 
 
+@pytest.mark.long
 def test_a_run_without_a_worker_can_be_cancelled(prefect_server: PrefectServer, tmp_path: Path) -> None:
     server, log = prefect_server, tmp_path / "log"
     env = environment(tmp_path, server)

@@ -89,6 +89,7 @@ def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> 
     assert "round 2 is complete" in text
 
 
+@pytest.mark.long
 def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), store.list("objects/")
@@ -106,6 +107,7 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
     assert told in status(store, "smoke")[0]
 
 
+@pytest.mark.long
 def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), set(store.list("objects/"))

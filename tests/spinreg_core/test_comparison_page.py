@@ -119,7 +119,7 @@ def test_the_command_prints_table_verdict_and_address(
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_chromium_opens_it_from_disk_and_the_filters_work(store: Store, tmp_path: Path, scheme: Any) -> None:
     written = write_comparison(store, two_runs(store, tmp_path, HOSTILE))
     complaints: list[str] = []

@@ -64,6 +64,7 @@ def _resolve(cache: str) -> str:
     return model_fingerprint(resolve_model("random:tiny", Path(cache)))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, tiny: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:

@@ -443,7 +443,7 @@ def test_sizes_and_durations() -> None:
 
 @pytest.mark.slow
 @needs_chromium
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path: Path, scheme: Any) -> None:
     make_run(store, tmp_path, [1.25, 1.10, 1.20], HOSTILE)
     keys = write_report(store, "demo")

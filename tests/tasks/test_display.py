@@ -133,6 +133,7 @@ def test_with_a_server_every_round_is_a_flow_run_and_everything_is_shown(
     assert said["stage-1"] == "stage: 5/5 rows, 1.00/s, 0:00 left; shards: 5 of 5 committed"
 
 
+@pytest.mark.long
 def test_a_short_absence_is_waited_for(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ pytestmark = [
 ]
 
 
+@pytest.mark.long
 def test_vllm_agrees_with_the_scorer_on_both(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
     base, training = tmp_path / "base", TrainingConfig(lora_rank=4, lora_alpha=8.0, precision="fp32")
     tiny_model.save_pretrained(base)

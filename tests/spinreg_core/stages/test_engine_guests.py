@@ -171,6 +171,7 @@ class Guest(threading.Thread):
                 again = self.wire(line, lines, self.waves[-1])
 
 
+@pytest.mark.long
 def test_what_an_engine_elsewhere_died_over_is_done_here(
     house: House,
     monkeypatch: pytest.MonkeyPatch,
@@ -207,7 +208,7 @@ def commit_last_shard(job: Job, store: Store) -> None:
                                on_answer=lambda n: None, on_commit=lambda number, meta: None)  # fmt: skip
 
 
-@pytest.mark.parametrize("status", [65, 74, None])
+@pytest.mark.parametrize("status", [*(pytest.param(code, marks=pytest.mark.long) for code in (65, 74)), None])
 def test_what_another_machine_lacks_does_not_end_the_run(
     house: House,
     monkeypatch: pytest.MonkeyPatch,

@@ -368,6 +368,7 @@ def deadly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, always: bool) -> 
     monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
 
 
+@pytest.mark.long
 def test_a_dead_engines_shards_go_back_to_the_list(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

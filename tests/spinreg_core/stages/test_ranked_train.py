@@ -208,6 +208,7 @@ def test_a_rank_that_fails_ends_the_job_with_its_own_words(setting: Setting, fau
     wait_until_gone(job)
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_is_named_with_the_place_where_it_was(setting: Setting) -> None:
     job = setting.job("hung", resources=on(2, collective_timeout_seconds=4))
     begin = time.monotonic()
@@ -271,6 +272,7 @@ def test_a_rank_that_hangs_with_its_files_is_named_as_soon(
     wait_until_gone(job)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fault", "said"),
     [("raise SystemExit", r"something train called left the process with status None:\nTraceback.*in faulty"),
@@ -295,6 +297,7 @@ def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
     wait_until_gone(job)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fault", [None, pytest.param("raise ZeroDivisionError('of machine two')", marks=LONG)])
 def test_two_machines_train_together(setting: Setting, whole: dict[str, Any], fault: str | None) -> None:
     """Two sets of processes on this one, with nothing in common but the store and the rendezvous."""
@@ -334,6 +337,7 @@ def test_two_machines_train_together(setting: Setting, whole: dict[str, Any], fa
         assert "gloo" not in output
 
 
+@pytest.mark.long
 def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: dict[str, Any]) -> None:
     job = setting.job("stopped-2", resources=on(2))
     with start(setting, job, "import time; time.sleep(1.5)") as process:  # in step 4

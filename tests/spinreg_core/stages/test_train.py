@@ -361,7 +361,7 @@ def first_checkpoint(output: Iterable[str]) -> int:
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
-    job = setting.job("killed", epochs=60, learning_rate=1e-4)
+    job = setting.job("killed", epochs=20, learning_rate=1e-4)
     job.workdir.mkdir(parents=True)
     job.save(tmp_path / "job.json")
     command = [sys.executable, "-m", "spinreg_core.stages.train", str(tmp_path / "job.json")]
@@ -380,12 +380,12 @@ def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
         assert second.stdout is not None
         output = second.stdout.read()
     assert second.returncode == 0, output
-    resumed = re.search(r"going on from the checkpoint of step (\d+) of 360", output)
+    resumed = re.search(r"going on from the checkpoint of step (\d+) of 120", output)
     assert resumed is not None, output
-    assert committed <= int(resumed[1]) < 360
+    assert committed <= int(resumed[1]) < 120
     killed = objects.require_manifest(setting.store, job.object_id)
 
-    other = setting.job("unbroken", epochs=60, learning_rate=1e-4, checkpoint_every_steps=None)
+    other = setting.job("unbroken", epochs=20, learning_rate=1e-4, checkpoint_every_steps=None)
     other.save(tmp_path / "job.json")
     with start() as third:
         assert third.stdout is not None
