@@ -211,11 +211,11 @@ start = time.monotonic()
 display.show_table("t", [{"a": 1}], "d")
 for i in range(1000):
     display.StageProgress("p")(ProgressLine("s", i, 1000, "rows", 1.0, 0))
-assert time.monotonic() - start < 5, time.monotonic() - start
+assert time.monotonic() - start < 30, time.monotonic() - start  # a thousand refused calls would take minutes
 assert not display.flush(0.5)
 """
     env = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], env=env, timeout=60, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", "-c", code], env=env, timeout=300, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
