@@ -15,7 +15,7 @@ demo: install  ## two rounds of regularised self-play on a real 135M chat model
 install:  ## make or complete the virtual environment; does nothing when nothing is missing
 	@PYTHON=$(PYTHON) sh scripts/install.sh cpu $(VENV)
 
-# Two at a time: much of the time goes into starting processes. A file's tests stay together and share its servers.
+# Two at a time: much of the time goes into starting processes. Files that share servers stay together (tests/conftest.py).
 test: install  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 

@@ -286,7 +286,9 @@ def apart(house: House, job: Job) -> dict[str, str]:
 BOTH = {"share": 0.5, "alpha": 0.3}  # plain answers, and such of the mixture
 
 
-@pytest.mark.parametrize(("iterates", "expected"), [([2, 1, 0], [0, 1, 2]), ([2, 1], [1, 0, 2])])
+@pytest.mark.parametrize(
+    ("iterates", "expected"), [([2, 1, 0], [0, 1, 2]), pytest.param([2, 1], [1, 0, 2], marks=pytest.mark.long)]
+)
 def test_each_policy_is_loaded_once(
     house: House, monkeypatch: pytest.MonkeyPatch, iterates: list[int], expected: list[int]
 ) -> None:

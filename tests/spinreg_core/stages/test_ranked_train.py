@@ -182,8 +182,8 @@ def wait_until_gone(job: Job, seconds: float = 10) -> None:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("import signal; os.kill(os.getpid(), signal.SIGKILL)",
-         r"error: rank 1 was killed by SIGKILL, often the kernel's out-of-memory killer"),
+        pytest.param("import signal; os.kill(os.getpid(), signal.SIGKILL)",
+                     r"error: rank 1 was killed by SIGKILL, often the kernel's out-of-memory killer", marks=LONG),
         ("raise ZeroDivisionError('of rank one')", r"rank 1 failed:\nTraceback.*ZeroDivisionError: of rank one"),
         pytest.param("from spinreg_core.errors import Damaged; raise Damaged('a file')", r"damaged: a file",
                      marks=LONG),

@@ -358,6 +358,7 @@ def first_checkpoint(output: Iterable[str]) -> int:
     raise AssertionError("the round was over before a checkpoint was committed")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
     setting = Setting(tmp_path)
