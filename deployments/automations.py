@@ -13,6 +13,7 @@ that a retry is refused until it has ended: nothing is lost by a wrong mark.
 from __future__ import annotations
 
 import argparse
+import sys
 from datetime import timedelta
 
 from prefect.automations import AutomationCore
@@ -21,6 +22,9 @@ from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
+
+from spinreg_core.errors import BadInput
+from tasks.server import require_server
 
 NAME = "spinreg: no heartbeat, crashed"
 FLOWS = ["spin", "round", "compare"]
@@ -73,6 +77,10 @@ def main() -> None:
             f"--silent-seconds: found {given.silent_seconds}; expected at least 10 (150 for runs of 30 s beats)"
         )
     automation = crashed_without_heartbeats(timedelta(seconds=given.silent_seconds))
+    try:
+        require_server()
+    except BadInput as error:
+        sys.exit(f"automations.py: {error}")
     print(f"{register(automation)}: {automation.name}")
 
 

@@ -47,8 +47,9 @@ def parser() -> argparse.ArgumentParser:
     verify = commands.add_parser("verify", help="read every file of a run and compare it with what was committed",
                                  epilog="exit status: 0 all as committed (or repaired), 74 damaged")  # fmt: skip
     _add_existing(verify)
-    verify.add_argument("--repair", action="store_true", help="make what is damaged anew, and nothing else")
-    verify.add_argument("--json", action="store_true", help="print JSON")
+    either = verify.add_mutually_exclusive_group()
+    either.add_argument("--repair", action="store_true", help="make what is damaged anew, and nothing else")
+    either.add_argument("--json", action="store_true", help="print JSON")
 
     gc = commands.add_parser("gc", help="list what no run needs any more (docs/retention.md); --delete removes it")
     gc.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")

@@ -1,8 +1,8 @@
 """The command `spinreg`: a thin front over the functions that the flows and the library offer.
 
-Decides: exit statuses (0 done, 1 failed, 2 usage, 65 bad input, 74 damaged, 75 held by another process, 143 stopped).
-Leaves out: what can be said (`arguments.py`), and doing anything itself; whatever it prints comes from a function
-anyone can call.
+Decides: exit statuses (0 done, 1 failed, 2 usage, 65 bad input, 74 damaged, 75 held by another process, 130 Ctrl-C, 143
+stopped). Leaves out: what can be said (`arguments.py`), and doing anything itself; whatever it prints comes from a
+function anyone can call.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from spinreg_core.store import Store
 
 EXIT_HELD = 75  # EX_TEMPFAIL
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -70,7 +71,9 @@ def _verify(arguments: argparse.Namespace) -> int:
         return EXIT_DAMAGED
     from flows.repair import repair
 
-    repair(store, arguments.run, found.damaged, say=lambda line: print(line, flush=True))
+    status = _flow(lambda: repair(store, arguments.run, found.damaged, say=lambda line: print(line, flush=True)))
+    if status:
+        return status
     left = verify(store, arguments.run)
     print(described(left))
     others = [one for one in found.damaged if left.content.get(one) != found.content.get(one)]
@@ -119,6 +122,9 @@ def _flow(call: Callable[[], object]) -> int:
 
     from flows.spin import STOPPED
     from tasks.display import stopped_by
+    from tasks.server import require_server
+
+    require_server()
 
     def stopped(signum: int, _frame: object) -> NoReturn:
         raise TerminationSignal(signum)
@@ -238,10 +244,8 @@ def _grid(arguments: argparse.Namespace) -> int:
 def _join(arguments: argparse.Namespace) -> int:
     from tasks.join import join_run
 
-    try:
-        join_run(arguments.store, arguments.run, say=lambda line: print(line, flush=True))
-    except KeyboardInterrupt:
-        return 130
+    join_run(arguments.store, arguments.run, say=lambda line: print(line, flush=True))
+    return 0
 
 
 def _judge_agreement(arguments: argparse.Namespace) -> int:
@@ -302,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     except SpinregError as error:
         print(f"spinreg: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader of our output (head, less) has had enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else the interpreter complains when it ends)
         return 0

@@ -21,6 +21,7 @@ from pydantic import Field
 from flows.members import Progress, run_here, run_on_pool
 from flows.spin import END_PATIENCE_SECONDS, require_usable
 from spinreg_core.comparison_words import comparison_markdown, comparison_rows, comparison_table
+from spinreg_core.conditional_writes import require_conditional_writes
 from spinreg_core.config import RUN_NAME
 from spinreg_core.errors import BadInput
 from spinreg_core.figures import comparison_figures
@@ -34,7 +35,7 @@ from spinreg_core.grid import (
     rounds_open,
 )
 from spinreg_core.resolve import load_config_file, merge, show, validate
-from spinreg_core.store import Store, open_store, require_conditional_writes
+from spinreg_core.store import Store, open_store
 from tasks.cancel import RunCancelled, cancellation
 from tasks.display import artifact_key, flush, run_log, show_markdown, show_table, wait_for_server
 from tasks.process import end_embedded_server_with_us

@@ -106,8 +106,8 @@ class JudgeConfig(Group):
     model: str | None = Field(None, min_length=1, description="The judge's name at that endpoint.")
     key_variable: str = Field(
         "OPENAI_API_KEY",
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
-        description="Environment variable that holds the key; the key itself is never stored.",
+        pattern="^[A-Z_][A-Z0-9_]*$",  # no key looks so, should somebody write that here
+        description="Environment variable that holds the key, in capitals; the key itself is never stored.",
     )
     prompts: str | None = Field(
         None,

@@ -66,6 +66,9 @@ class Manifest(TypedDict):
     round: NotRequired[Round]
     metrics: NotRequired[dict[str, Any]]
     seconds: NotRequired[Number]
+    versions: NotRequired[dict[str, str]]
+    writer: NotRequired[str]
+    created: NotRequired[str]
 
 
 class Part(TypedDict):
@@ -207,8 +210,8 @@ def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
         _adapter(_kind(key)).validate_python(document, strict=True)
-        if key.endswith("manifest.json") and "removed" not in document:
-            for field in ("stage", "round", "metrics", "seconds"):
+        if key.endswith("manifest.json") and (document["files"] or "removed" not in document):
+            for field in ("stage", "round", "metrics", "seconds", "versions", "writer", "created"):
                 if field not in document:
                     raise Damaged(f"{where}: found no {field}; expected a manifest as spinreg wrote it")
     except pydantic.ValidationError as error:

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from spinreg_core import documents
 from spinreg_core.cache import arriving, fetching, used
 from spinreg_core.documents import SCHEMA
-from spinreg_core.errors import Conflict, Damaged, Removed, StageFailed
+from spinreg_core.errors import Conflict, Damaged, Removed, StageFailed, StoreRefused
 from spinreg_core.standstill import moving
-from spinreg_core.store import PART_BYTES, Store
+from spinreg_core.store import PART_BYTES, Store, refusals
 
 if TYPE_CHECKING:
     from spinreg_core.stages.job import Job
@@ -44,8 +44,9 @@ def fingerprint(stage: str, key: dict[str, Any]) -> str:
 
 
 def sha256_file(path: Path) -> str:
+    """Raises StoreRefused for a file that is there and cannot be read."""
     digest = hashlib.sha256()
-    with moving(f"reading {path}") as moved, open(path, "rb") as file:
+    with refusals(f"reading {path}"), moving(f"reading {path}") as moved, open(path, "rb") as file:
         while data := file.read(PART_BYTES):
             digest.update(data)
             moved(len(data))
@@ -250,7 +251,8 @@ def read_part(store: Store, object_id: str, name: str) -> dict[str, Any] | None:
 
 def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
     try:
-        stat = path.stat()
+        with refusals(f"reading {path}"):
+            stat = path.stat()
     except FileNotFoundError:
         raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
     if stat.st_size != entry["size"]:
@@ -266,7 +268,7 @@ def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
 def _sound(path: Path, entry: dict[str, Any]) -> bool:
     try:
         _verify(path, entry, str(path))
-    except Damaged:
+    except (Damaged, StoreRefused):
         return False
     return True
 

@@ -175,7 +175,10 @@ def _shown(value: object) -> str:
 
 
 def _explain(error: pydantic.ValidationError) -> list[str]:
-    """One line per wrong field. pydantic reports a field of several types once per type; those are joined."""
+    """One line per wrong field. pydantic reports a field of several types once per type; those are joined.
+
+    What stands where there is no such field may be a secret (`judge.api_key`), as may be what is no variable's name.
+    """
     groups = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)}
     found: dict[str, str] = {}
     expected: dict[str, list[str]] = {}
@@ -184,8 +187,13 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
         place = ".".join(str(part) for part in item["loc"][:depth]) or "configuration"
         # A check across fields names them itself; its input is the whole group.
         whole_group = item["type"] == "value_error" and isinstance(item["input"], dict)
-        found.setdefault(place, "" if whole_group else f"found {_shown(item['input'])}; expected ")
-        text = "a field that exists; there is none of this name" if item["type"] == "extra_forbidden" else item["msg"]
+        shown = _shown(item["input"])
+        text = item["msg"]
+        if item["type"] == "extra_forbidden":
+            shown, text = "a field of this name", "one that exists"
+        elif item["loc"][-1:] == ("key_variable",):
+            shown = "what is not shown"
+        found.setdefault(place, "" if whole_group else f"found {shown}; expected ")
         expected.setdefault(place, []).append(text.removeprefix("Value error, ").removeprefix("Input should be "))
     return [f"{place}: {found[place]}{'; or '.join(texts)}" for place, texts in expected.items()]
 

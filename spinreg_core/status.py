@@ -77,7 +77,7 @@ def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, s
 def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
     """A text for people and the same as plain values; of one run, or of every run in the store, of which one that
     cannot be read (`damaged` says why) hides no other."""
-    found = [run_status(store, run)] if run else [_readable(store, name) for name in list_runs(store)]
+    found = [run_status(store, run)] if run is not None else [_readable(store, name) for name in list_runs(store)]
     lines = [] if found else [f"no runs in {store.url}"]
     for one in found:
         if "damaged" in one:

@@ -27,6 +27,7 @@ from spinreg_core.standstill import moving
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _SYNC_BYTES = 256 * 2**20
 _LOCK_SECONDS = 60.0
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
@@ -147,7 +148,7 @@ def refusals(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        expected = "the right to do it"
+        expected = "the right to do it" if error.errno in _NO_RIGHT else "what belongs there, on a disk that works"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             expected = (
                 "room; what was committed stays. Free some (`spinreg gc` lists what no run needs any more), and the "
@@ -274,10 +275,11 @@ class FolderStore:
             self._path(key).unlink(missing_ok=True)
 
     def size(self, key: str) -> int | None:
-        try:
-            return self._path(key).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with refusals(f"reading {self.uri(key)}"):
+            try:
+                return self._path(key).stat().st_size
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def list(self, prefix: str) -> list[str]:
         return sorted(key for key, _ in self._found(self._path(prefix.rstrip("/"))))
@@ -292,12 +294,24 @@ class FolderStore:
         self.delete(name)
 
     def _found(self, folder: Path, unfinished: bool = False) -> Iterator[tuple[str, os.stat_result]]:
-        for place, _, names in os.walk(folder):
+        """What is not seen may be needed by a run: a folder that cannot be listed, or a link to nothing, is refused."""
+
+        def missing(error: OSError) -> None:
+            if isinstance(error, NotADirectoryError | FileNotFoundError) and not os.path.islink(error.filename):
+                return  # nothing was written there yet, or it was removed since
+            raise StoreRefused(
+                f"listing {folder}: found {error}; expected folders that can be listed and links that lead somewhere "
+                "(is a file system not mounted?)"
+            ) from error
+
+        for place, _, names in os.walk(folder, onerror=missing, followlinks=True):
             for name in names:
                 if name.startswith(".tmp-") is unfinished and not name.startswith(".lock-"):
                     path = Path(place) / name
-                    with contextlib.suppress(FileNotFoundError):  # removed since
+                    try:
                         yield path.relative_to(self.root).as_posix(), path.stat()
+                    except OSError as error:
+                        missing(error)
 
     def _aged(self, folder: Path, unfinished: bool = False) -> Sequence[Listed]:
         now = None  # what the file system gives for it: over a network its server's clock, not ours
@@ -313,52 +327,6 @@ class FolderStore:
 
     def uri(self, key: str) -> str:
         return str(self._path(key))
-
-
-def require_conditional_writes(store: Store) -> None:
-    """Refuse a store whose server ignores If-None-Match or If-Match: two writers could mix there unseen.
-
-    Writes a probe key of a few bytes, and removes it. Raises BadInput.
-    """
-    name, refused = uuid.uuid4().hex, None
-    try:
-        _probe(store, f"probes/{name}")
-    except BadInput as error:
-        refused = error
-    for left in (name, f".lock-{name}"):  # the lock: of a folder
-        with contextlib.suppress(OSError, StoreFailed):  # a store that keeps everything is none the worse for it
-            store.delete(f"probes/{left}")
-    if refused is not None:
-        raise refused
-
-
-def _probe(store: Store, key: str) -> None:
-    expected = (
-        "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO), or SPINREG_COMMITS (docs/reliability.md)"
-    )
-
-    def overwrites(write: Callable[[], object]) -> bool:
-        try:
-            write()
-        except Conflict:
-            return False
-        except StoreRefused as error:
-            found = f"{store.url}, which cannot be written to: {error.__cause__}"
-            raise BadInput("store", found, "room, and the right to write") from None
-        except OSError as error:
-            raise BadInput("store", f"{store.url}, which refuses conditional writes: {error}", expected) from None
-        return True
-
-    overwrites(lambda: store.create(key, b"first"))
-    if overwrites(lambda: store.create(key, b"second")):
-        raise BadInput("store", f"{store.url}, whose server overwrote a key in spite of If-None-Match: *", expected)
-    tagged = store.read_tagged(key)
-    assert tagged is not None
-    if overwrites(lambda: store.replace(key, b"third", tagged[1])) and not overwrites(
-        lambda: store.replace(key, b"fourth", tagged[1])
-    ):
-        return
-    raise BadInput("store", f"{store.url}, whose server does not go by If-Match", expected)
 
 
 def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:

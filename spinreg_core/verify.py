@@ -20,7 +20,7 @@ from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.errors import BadInput, Damaged, StoreRefused
 from spinreg_core.head import require_config, require_head
 from spinreg_core.objects import (
     manifest_key,
@@ -230,12 +230,22 @@ def _content(record: dict[str, Any], parts: list[dict[str, Any]]) -> str:
 
 
 def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
+    key = entry["key"]
+    local = store.local_path(key)
+    try:
+        yield from _compared(store, object_id, entry, local)
+    except StoreRefused as error:
+        if local is None:  # of a server that is as much as for us no more, and says nothing of this file
+            raise
+        yield Problem(object_id, key, f"what cannot be read ({error.__cause__})", "a file that can be read")
+
+
+def _compared(store: Store, object_id: str, entry: dict[str, Any], local: Path | None) -> Iterator[Problem]:
     size, key = store.size(entry["key"]), entry["key"]
     if size != entry["size"]:
         found = "no file" if size is None else f"{size} bytes"
         yield Problem(object_id, key, found, f"{entry['size']} bytes")
         return
-    local = store.local_path(key)
     if local is not None:
         sha256 = sha256_file(local)
     else:

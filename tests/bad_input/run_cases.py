@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from feeding import ROWS, Case, Place, table
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, Removed
@@ -21,6 +22,7 @@ from spinreg_core.retention import Needs
 from spinreg_core.status import run_status
 from spinreg_core.store import FolderStore
 from spinreg_core.verify import verify
+from tasks.server import require_server
 
 CASES: list[Case] = []
 case = table(CASES, "start")
@@ -246,3 +248,20 @@ def _(place: Place) -> object:
     other = FolderStore(place.folder / "other")
     assert read_config(other, "demo") is None
     return require_head(other, run.config.run)
+
+
+@case("a run name that is none")
+def _(place: Place) -> object:
+    return run_status(FolderStore(place.folder), "../elsewhere")
+
+
+@case("PREFECT_API_URL of a server that does not answer")
+def _(place: Place) -> object:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        return require_server()
+
+
+@case("PREFECT_API_URL of what is no Prefect server")
+def _(place: Place) -> object:
+    with temporary_settings({PREFECT_API_URL: f"{place.server().endpoint}/api"}):
+        return require_server()

@@ -6,9 +6,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import os
-import shutil
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,13 +15,15 @@ from pathlib import Path
 import botocore.auth
 import botocore.session
 from feeding import Case, Place, table
+from nobody import as_nobody
 from s3fs import S3FileSystem
 from servers import free_ports
 
 from spinreg_core import s3_store
+from spinreg_core.conditional_writes import require_conditional_writes
 from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
 from spinreg_core.s3_files import list_s3
-from spinreg_core.store import FolderStore, open_store, require_conditional_writes
+from spinreg_core.store import FolderStore, open_store
 
 CASES: list[Case] = []
 case = table(CASES, "start")
@@ -89,21 +88,6 @@ def denied(place: Place, action: str) -> str:
     denial = {"Effect": "Deny", "Principal": "*", "Action": [f"s3:{action}"], "Resource": what}
     client.put_bucket_policy(Bucket=bucket, Policy=json.dumps({"Version": "2012-10-17", "Statement": [denial]}))
     return at(place, bucket)
-
-
-@contextlib.contextmanager
-def as_nobody() -> Iterator[Path]:
-    """A folder that this process may read and not write, whoever it is."""
-    folder = Path(tempfile.mkdtemp())
-    user = os.getresuid()
-    folder.chmod(0o555)
-    if user[0] == 0:
-        os.setresuid(65534, 65534, 0)
-    try:
-        yield folder
-    finally:
-        os.setresuid(*user)
-        shutil.rmtree(folder)
 
 
 def skewed(place: Place) -> None:
@@ -314,3 +298,16 @@ def _(place: Place) -> object:
     store = FolderStore(place.folder / "store")
     store.write("objects/a/weights", b"w")
     return store.download("objects/a/weights", Path("/dev/full"))
+
+
+@case("a folder of the store that may not be listed", StoreRefused, "use")
+def _(place: Place) -> object:
+    with as_nobody(lambda folder: (folder / "runs/one").mkdir(parents=True, mode=0)) as place.folder:
+        return FolderStore(place.folder).list("runs/")
+
+
+@case("a link in the store to what is not there", StoreRefused, "use")
+def _(place: Place) -> object:
+    (place.folder / "store/runs").mkdir(parents=True)
+    (place.folder / "store/runs/one").symlink_to(place.folder / "not-mounted/one")
+    return FolderStore(place.folder / "store").list("runs/")

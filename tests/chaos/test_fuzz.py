@@ -26,6 +26,7 @@ from spinreg_core.errors import SpinregError
 from spinreg_core.head import ROUND_STAGES, open_session, read_config, read_head
 from spinreg_core.objects import commit_part, fetch_folder, fetch_part, list_parts, publish, read_record
 from spinreg_core.removal import find
+from spinreg_core.report import report_data
 from spinreg_core.resolve import assignments, resolve, show
 from spinreg_core.retention import store_needs
 from spinreg_core.stages.job import Job
@@ -128,6 +129,7 @@ def read_all(store: FolderStore) -> None:
         lambda: read_head(store, "demo"),
         lambda: read_config(store, "demo"),
         lambda: status(store, "demo"),
+        lambda: report_data(store, "demo"),
         lambda: verify(store, "demo"),
         lambda: find(store, store_needs(store)),
         lambda: fetch_folder(store, "base-0", "policy"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from servers import PrefectServer
+from servers import PrefectServer, prefect_worker
+from test_cancel_retry import processes, wait
+from test_worker import start_run
+
+from spinreg_core.head import complete_round, read_head
+from spinreg_core.store import open_store
 
 ROOT = Path(__file__).parents[2]
 
@@ -77,6 +84,53 @@ def test_silent_runs_are_called_crashed_and_no_others(server: PrefectServer) -> 
         "done": "COMPLETED",
     }  # fmt: skip
     assert "no heartbeat for 10 s" in server.flow_run(runs["silent"]["id"])["state"]["message"]
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_real_run_that_dies_with_its_worker_is_crashed_and_goes_on(
+    server: PrefectServer, clone: Path, tmp_path: Path
+) -> None:
+    """Its stage stands still for longer than the silence that counts, which is no silence: the flow's heart beats."""
+    server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
+    register(server, "--silent-seconds", "60")
+    parameters = ("config=deployments/configs/smoke.yaml", f"store={tmp_path / 'store'}", "until_round=1")
+    with prefect_worker(server, "--limit", "1", cwd=tmp_path) as worker:
+        run = start_run(server, *parameters)
+        wait(lambda: list(tmp_path.glob("cache/work/*/round-1-generate/*/log.txt")), 240, "generate begins")
+        stages = processes(server, "spinreg_core.stages")
+        for pid in stages:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(90)
+        assert server.flow_run(run)["state_type"] == "RUNNING"
+        assert server.flow_run(run)["run_count"] == 1
+        os.kill(worker.pid, signal.SIGKILL)
+        (flow_process,) = processes(server, "prefect.engine") or processes(server, "prefect.flow_engine")
+        os.kill(flow_process, signal.SIGKILL)
+        wait(lambda: not processes(server, "spinreg_core.stages"), 20, "stages, also stopped ones, end with the flow")
+        assert server.flow_run(run)["state_type"] == "RUNNING", "nobody has told the server"
+        ended = server.wait_for_state(run, {"CRASHED", "FAILED", "COMPLETED"}, 150)
+        assert ended["state_type"] == "CRASHED"
+        assert "no heartbeat for 60 s" in ended["state"]["message"]
+    with prefect_worker(server, "--limit", "1", cwd=tmp_path):
+        done = server.cli("flow-run", "retry", run)
+        assert done.returncode == 0, done.stdout + done.stderr
+        wait(lambda: server.flow_run(run)["state_type"] != "CRASHED", 60, "the retry begins")
+        ended = server.wait_for_state(run, {"COMPLETED", "FAILED", "CRASHED"}, 300)
+    assert ended["state_type"] == "COMPLETED", (server.home / "worker.log").read_text()[-3000:]
+    head = read_head(open_store(str(tmp_path / "store")), "smoke")
+    assert head is not None
+    assert complete_round(head) == 1
+
+
+def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+    env = {"PATH": os.environ["PATH"], "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    command = [sys.executable, str(ROOT / "deployments/automations.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith("automations.py: PREFECT_API_URL: found http://127.0.0.1:9/api, which cannot be used")
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("file", ["prefect.yaml", "deployments/docker.yaml", "deployments/kubernetes.yaml"])

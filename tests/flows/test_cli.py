@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.arguments import parser
 from flows.cli import _parameters, main
@@ -130,3 +133,40 @@ def test_statuses_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main(command)
         assert "65 bad input" in " ".join(capsys.readouterr().out.split())
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+    """Any of them: here one that reads a run from a FIFO nobody writes to."""
+    (tmp_path / "store/runs/demo").mkdir(parents=True)
+    fifo = tmp_path / "store/runs/demo/head.json"
+    os.mkfifo(fifo)
+    command = [sys.executable, "-m", "flows.cli", "status", "demo", "--store", str(tmp_path / "store")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    writer = os.open(fifo, os.O_WRONLY)  # waits for the reader
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    os.close(writer)
+    assert (process.returncode, out, error) == (130, "", "")
+
+
+@pytest.mark.parametrize("run", ["../demo", "", "Demo"])
+@pytest.mark.parametrize("command", [["status"], ["verify"], ["resume"], ["gc", "--run"]])
+def test_what_is_no_run_name_is_said_to_be_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], run: str
+) -> None:
+    assert main([*command, run, "--store", str(tmp_path)]) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err.startswith(f"spinreg: run: found {run!r}; expected a name that matches ")
+
+
+@pytest.mark.parametrize("command", ["run", "grid"])
+def test_a_server_that_does_not_answer_ends_it_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--until-round", "1", "--model", "random:tiny", "--dataset", "demo", "--store", str(tmp_path / "store")]
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert main([command, *given]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.startswith("spinreg: PREFECT_API_URL: found http://127.0.0.1:9/api, which cannot be used (")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "store").exists()

@@ -49,6 +49,24 @@ def test_credentials_in_parameters_end_before_a_flow_run_exists(
     assert PLANTED not in said
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        f"judge.api_key={PLANTED}",
+        f"judge.key_variable={PLANTED}",
+        f'judge.key_variable=["{PLANTED}"]',
+        f"api_key={PLANTED}",
+        f'resources.env={{"AWS_SECRET_ACCESS_KEY": "{PLANTED}"}}',
+        f'aws={{"secret": "{PLANTED}"}}',
+    ],
+)
+def test_what_stands_where_no_field_is_may_be_a_secret(capsys: pytest.CaptureFixture[str], item: str) -> None:
+    assert main(["run", "-p", item]) == EXIT_BAD_INPUT
+    said = "".join(capsys.readouterr())
+    assert item.partition("=")[0] in said
+    assert PLANTED not in said
+
+
 def test_credentials_in_the_servers_address_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries may quote the address they could not reach."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:{PLANTED}@127.0.0.1:1")

@@ -11,7 +11,7 @@ import pytest
 
 from spinreg_core import objects
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.errors import BadInput, Damaged, StoreRefused
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
 
@@ -121,6 +121,27 @@ def test_damage_is_noticed_where_bytes_are_read(tmp_path: Path, damage: str) -> 
         objects.fetch_folder(store, j.object_id, "policy")
 
 
+def unreadable(path: Path) -> None:
+    """A file that is there for whoever lists, and cannot be read by anybody, root included: a bad disk's stand-in."""
+    path.unlink()
+    path.symlink_to(path)
+
+
+def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path / "store"))
+    j = job(tmp_path, a=3)
+    manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
+    path = store.local_path(manifest["files"][0]["key"])
+    assert path is not None
+    unreadable(path)
+    with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
+        objects.fetch_folder(store, j.object_id, "policy")
+    with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
+        objects.sha256_file(path)
+    with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
+        store.size(manifest["files"][0]["key"])
+
+
 @pytest.mark.slow
 def test_a_damaged_cached_copy_is_fetched_again(
     s3_server: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -131,8 +152,9 @@ def test_a_damaged_cached_copy_is_fetched_again(
     objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
     copy = objects.fetch_file(store, j.object_id, "policy/w")
     assert objects.fetch_folder(store, j.object_id, "policy") != copy.parent
-    copy.write_text("?")
-    assert objects.fetch_file(store, j.object_id, "policy/w").read_text() == "weights"
+    for spoil in (lambda: copy.write_text("?"), lambda: unreadable(copy)):
+        spoil()
+        assert objects.fetch_file(store, j.object_id, "policy/w").read_text() == "weights"
     assert (objects.fetch_folder(store, j.object_id, "policy") / "w").read_text() == "weights"
 
 

@@ -253,15 +253,15 @@ def test_a_field_of_several_types_is_told_all_of_them_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "field", "found"),
+    ("values", "field"),
     [
-        ({"alhpa": 1}, "alhpa", "1"),
-        ({"objective": {"alhpa": 1}}, "objective.alhpa", "1"),
-        ({"group": {"x": 1}}, "group", "{'x': 1}"),
+        ({"alhpa": 1}, "alhpa"),
+        ({"objective": {"alhpa": 1}}, "objective.alhpa"),
+        ({"group": {"x": 1}}, "group"),
     ],
 )
-def test_an_unknown_field_is_named(values: dict[str, Any], field: str, found: str) -> None:
-    assert refusal(values) == [f"  - {field}: found {found}; expected a field that exists; there is none of this name"]
+def test_an_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
+    assert refusal(values) == [f"  - {field}: found a field of this name; expected one that exists"]
 
 
 def test_a_check_across_fields_speaks_for_itself() -> None:

@@ -13,11 +13,12 @@ from servers import S3Server
 
 from flows.cli import main
 from spinreg_core import documents, objects, removal, s3_store
+from spinreg_core.conditional_writes import require_conditional_writes
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.head import open_session, read_head
 from spinreg_core.stages.job import Job
-from spinreg_core.store import FolderStore, open_store, require_conditional_writes
+from spinreg_core.store import FolderStore, open_store
 
 
 @pytest.fixture

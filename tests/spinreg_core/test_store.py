@@ -16,13 +16,15 @@ import uuid
 from pathlib import Path
 
 import pytest
+from nobody import as_nobody
 from s3fs import S3FileSystem
 from servers import S3Server
 
 from spinreg_core import store as stores
+from spinreg_core.conditional_writes import require_conditional_writes
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.s3_store import S3Store
-from spinreg_core.store import FolderStore, Store, open_store, require_conditional_writes
+from spinreg_core.store import FolderStore, Store, open_store
 
 
 @pytest.fixture(params=["folder", pytest.param("s3", marks=pytest.mark.slow)])
@@ -107,6 +109,35 @@ def test_list_is_recursive_sorted_and_exact(store: Store) -> None:
     for key in ("runs/b/head.json", "runs/a/head.json", "runs-other/x", "runs/a/deep/er/y"):
         store.create(key, key.encode())
     assert store.list("runs/") == ["runs/a/deep/er/y", "runs/a/head.json", "runs/b/head.json"]
+
+
+def test_what_lies_behind_a_link_is_listed(tmp_path: Path) -> None:
+    """Runs or objects may have been moved to another disk; `spinreg gc` removes what no run that it sees needs."""
+    store = FolderStore(tmp_path / "store")
+    store.create("runs/one/head.json", b"{}")
+    (tmp_path / "store/runs/one").rename(tmp_path / "elsewhere")
+    (tmp_path / "store/runs/one").symlink_to(tmp_path / "elsewhere")
+    assert store.list("runs/") == ["runs/one/head.json"]
+    assert [entry.key for entry in store.entries("runs/")] == ["runs/one/head.json"]
+    (tmp_path / "elsewhere").rename(tmp_path / "gone")
+    for listing in (store.list, store.entries):
+        with pytest.raises(StoreRefused, match=r"listing .*runs/one'; expected folders that can be listed and links"):
+            listing("runs/")
+    (tmp_path / "store/runs/one").unlink()
+    (tmp_path / "store/runs/one").symlink_to(tmp_path / "store/runs")  # a ring
+    with pytest.raises(StoreRefused, match="Too many levels of symbolic links"):
+        store.list("runs/")
+
+
+def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one() -> None:
+    def fill(folder: Path) -> None:
+        FolderStore(folder).create("runs/one/head.json", b"{}")
+        (folder / "runs/one").chmod(0)
+
+    with as_nobody(fill) as folder:
+        for listing in (FolderStore(folder).list, FolderStore(folder).entries):
+            with pytest.raises(StoreRefused, match=r"Permission denied: .*; expected folders that can be listed"):
+                listing("runs/")
 
 
 def test_entries_have_sizes_and_ages(store: Store) -> None:

@@ -575,3 +575,19 @@ def test_a_manifest_edited_by_hand_and_a_file_that_nobody_committed_are_found_an
     repair(store, "a")
     assert verify(store, "a").problems == []
     assert outcome(store, "a") == before
+
+
+def test_a_file_that_cannot_be_read_is_damage(store: FolderStore) -> None:
+    advance(store, config("a"), 2)
+    before = outcome(store, "a")
+    train = policy_object(head_of(store, "a"), 1)
+    key = objects.require_manifest(store, train)["files"][0]["key"]
+    path = store.root / key
+    path.unlink()
+    path.symlink_to(path)  # root may read anything but this
+    (problem,) = verify(store, "a").problems
+    assert (problem.object_id, problem.file) == (train, key)
+    assert problem.found.startswith("what cannot be read ([Errno")
+    repair(store, "a")
+    assert verify(store, "a").problems == []
+    assert outcome(store, "a") == before

@@ -21,7 +21,7 @@ from servers import S3Server
 from flows.cli import main
 from spinreg_core import objects, removal
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import Removed, StageFailed
+from spinreg_core.errors import Removed, StageFailed, StoreRefused
 from spinreg_core.head import open_session, read_head, stage_object
 from spinreg_core.removal import Item, find, remove
 from spinreg_core.repair import begin
@@ -681,3 +681,21 @@ def test_the_same_on_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) ->
     assert outcome(store, "b") == expected
     advance(store, config("a", keep=LEAN), 3)
     assert sound(store)
+
+
+def test_a_run_that_was_moved_behind_a_link_keeps_what_it_needs(store: FolderStore, tmp_path: Path) -> None:
+    """Before, it was not seen, and `spinreg gc --delete` removed its objects."""
+    advance(store, config("a"), 2)
+    advance(store, config("b", seed=7), 1)
+    gc(store)
+    before = content(store)
+    (store.root / "runs/a").rename(tmp_path / "elsewhere")
+    (store.root / "runs/a").symlink_to(tmp_path / "elsewhere")
+    assert gc(store) == []
+    assert content(store).keys() == before.keys()
+    assert sound(store)
+    (tmp_path / "elsewhere").rename(tmp_path / "unmounted")
+    with pytest.raises(StoreRefused, match="links that lead somewhere"):
+        gc(store)
+    (tmp_path / "unmounted").rename(tmp_path / "elsewhere")
+    assert content(store).keys() == before.keys()
