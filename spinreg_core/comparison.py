@@ -35,7 +35,7 @@ from spinreg_core.comparison_runs import (
     variants_of,
     why_unpaired,
 )
-from spinreg_core.comparison_words import grid_of, notes, verdict
+from spinreg_core.comparison_words import grid_of, notes, plane_of, verdict
 from spinreg_core.config import RUN_NAME, variant_fields
 from spinreg_core.errors import BadInput
 from spinreg_core.head import stage_object
@@ -149,6 +149,7 @@ def comparison_data(
         "stability": _stability(variants, metrics, resampled),
         "cost": costs_of(variants, lineage),
         "grid": grid_of([(v.label, v.members[0].config.objective) for v in variants]),
+        "plane": plane_of([(v.label, v.members[0].config) for v in variants]),
         "samples": samples,
         "lineage": lineage,
         "config": config.model_dump(mode="json"),

@@ -10,9 +10,10 @@ import math
 import textwrap
 from typing import Any
 
-from spinreg_core.config import ObjectiveConfig
+from spinreg_core.config import ObjectiveConfig, RunConfig, variant_fields
 from spinreg_core.metrics import PRIMARY, Estimate
 from spinreg_core.report import HELDOUT_ANSWERS, format_duration, sample_notes
+from spinreg_core.resolve import merge
 from spinreg_core.tables import ARROWS, counts, format_estimate, format_number, link
 
 _COLUMNS = 110  # of a terminal
@@ -125,6 +126,22 @@ def grid_of(objectives: list[tuple[str, ObjectiveConfig]]) -> dict[str, str]:
         "text": f"alpha ({several}) and beta both vary, with neither beta nor alpha * beta fixed: effects of the two "
         "cannot be told apart here.",
     }
+
+
+def plane_of(variants: list[tuple[str, RunConfig]]) -> dict[str, Any] | None:
+    """Where variants differ in alpha and history alone (beta may go with alpha) and in both: the values of the two, and
+    `labels`, a row for each alpha with a variant or None for each history."""
+    found: dict[tuple[float, int | str], str] = {}
+    for label, config in variants:
+        found[config.objective.alpha, config.opponent.history] = label
+    own = {"objective": {"alpha": 1.0, "beta": 0.1}, "opponent": {"history": 1}}
+    rest = [merge(variant_fields(config), own) for _, config in variants]
+    alphas = sorted({alpha for alpha, _ in found}, reverse=True)
+    histories = sorted({history for _, history in found}, key=lambda one: math.inf if one == "all" else int(one))
+    if len(found) < len(variants) or any(one != rest[0] for one in rest) or min(len(alphas), len(histories)) < 2:
+        return None
+    labels = [[found.get((alpha, history)) for history in histories] for alpha in alphas]
+    return {"alpha": alphas, "history": histories, "labels": labels}
 
 
 def _times(alpha: float, beta: float | list[float]) -> list[float]:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinreg_core.config import ObjectiveConfig, RunConfig
+from spinreg_core.config import ObjectiveConfig, OpponentConfig, RunConfig
 from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics
 from spinreg_core.head import open_session
 from spinreg_core.objects import fingerprint, publish
@@ -65,13 +65,16 @@ def make_run(
     shifts: Sequence[float],
     *,
     objective: dict[str, Any] | None = None,
+    opponent: dict[str, Any] | None = None,
     seed: int = 0,
     data: int = 7,
     policy_seed: int | None = None,
     text: str = "fine",
 ) -> RunConfig:
     """A run with len(shifts) rounds after the base; `data` says which held-out rows, `policy_seed` the noise."""
-    config = RunConfig(run=run, seed=seed, objective=ObjectiveConfig(**objective or {}))
+    config = RunConfig(
+        run=run, seed=seed, objective=ObjectiveConfig(**objective or {}), opponent=OpponentConfig(**opponent or {})
+    )
     noise = np.random.default_rng(zlib.crc32(run.encode()) if policy_seed is None else policy_seed)
 
     def put(stage: str, number: int, files: dict[str, Any], key: Any, metrics: dict[str, Any] | None = None) -> str:

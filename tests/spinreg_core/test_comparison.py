@@ -14,13 +14,14 @@ from spinreg_core.benchmarks import record_measured
 from spinreg_core.benchmarks.part import write_part
 from spinreg_core.comparison import BASE, comparison_data, comparison_name
 from spinreg_core.comparison_runs import HELDOUT, asked_of, heldout_scores, read_benchmark
-from spinreg_core.comparison_words import _agreeing, cells, comparison_table, grid_of
+from spinreg_core.comparison_words import _agreeing, cells, comparison_table, grid_of, plane_of
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import heldout_metrics
 from spinreg_core.head import open_session, read_config, require_head
 from spinreg_core.objects import fingerprint, publish
 from spinreg_core.report import sample_notes
+from spinreg_core.resolve import merge, validate
 from spinreg_core.stages.job import Job
 from spinreg_core.store import Store, open_store
 
@@ -234,6 +235,25 @@ def test_names() -> None:
 )
 def test_the_family_of_alpha_is_told_from_the_values(objectives: list[tuple[float, Any]], family: str) -> None:
     assert grid_of([("x", ObjectiveConfig(alpha=a, beta=b)) for a, b in objectives])["family"] == family
+
+
+def test_variants_of_alpha_and_history_alone_make_a_plane() -> None:
+    def variant(alpha: float, history: Any, **fields: Any) -> tuple[str, RunConfig]:
+        given = {"objective": {"alpha": alpha, "beta": 0.1 / (alpha or 1)}, "opponent": {"history": history}}
+        return f"{alpha} {history}", validate(merge(given, fields))
+
+    grid = [variant(a, h) for h in ("all", 10, 2) for a in (0.5, 1.0)]
+    assert plane_of(grid) == {
+        "alpha": [1.0, 0.5], "history": [2, 10, "all"],
+        "labels": [["1.0 2", "1.0 10", "1.0 all"], ["0.5 2", "0.5 10", "0.5 all"]],
+    }  # fmt: skip
+    known = plane_of(grid[:-1])
+    assert known is not None
+    assert known["labels"][0] == [None, "1.0 10", "1.0 all"], "a member that failed leaves a hole"
+    assert plane_of(grid[:2]) is None, "alpha alone"
+    assert plane_of(grid[::2]) is None, "history alone"
+    assert plane_of([*grid, grid[0]]) is None, "two for one place"
+    assert plane_of([*grid[:-1], variant(1.0, 2, training={"learning_rate": 1e-5})]) is None, "something else"
 
 
 def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) -> None:

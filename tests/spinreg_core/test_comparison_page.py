@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from test_report import HOSTILE, Reader
 from flows.cli import main
 from spinreg_core.comparison_page import TABLE_SCHEMA, csv_of, render, write_comparison
 from spinreg_core.store import Store, open_store
+from spinreg_core.tables import format_estimate
 
 
 @pytest.fixture
@@ -117,6 +120,30 @@ def test_the_command_prints_table_verdict_and_address(
     assert "no such run" in capsys.readouterr().err
 
 
+def test_a_grid_is_shown_as_one_with_the_verdicts_own_marks(store: Store, tmp_path: Path) -> None:
+    names = []
+    for alpha, history in itertools.product((1.0, 0.0), (1, "all")):
+        name = f"a{alpha:g}-h{history}"
+        make_run(
+            store, tmp_path, name, [-0.3 if alpha else 0.0], objective={"alpha": alpha}, opponent={"history": history}
+        )
+        names.append(name)
+    written = write_comparison(store, names)
+    assert written["data"]["plane"]["labels"] == [["history 1, alpha 1.0", "history all, alpha 1.0"],
+                                                  ["history 1, alpha 0.0", "history all, alpha 0.0"]]  # fmt: skip
+    page = (store.read(written["html"]) or b"").decode()
+    table = page.partition('id="plane"')[2].partition("</table>")[0]
+    cells = [" ".join(re.sub("<[^>]*>", " ", cell).split()) for cell in re.findall("<td>(.*?)</td>", table, re.DOTALL)]
+    assert ["▼ better" in cell for cell in cells] == [True, True, False, False], cells
+    assert ["▲ worse" in cell for cell in cells] == [False, False, True, True], cells
+    values = {(v["variant"], v["metric"]): v for v in written["data"]["values"] if v["round"] == 1}
+    labels = itertools.chain.from_iterable(written["data"]["plane"]["labels"])
+    for label, cell in zip(labels, cells, strict=True):
+        assert cell.startswith(format_estimate(values[label, "heldout_nll"]))
+    text = " ".join(" ".join(Reader(page).text).split())
+    assert all(sentence in text for sentence in written["data"]["verdict"]["sentences"]), "also those folded away"
+
+
 @pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
@@ -136,6 +163,12 @@ def test_chromium_opens_it_from_disk_and_the_filters_work(store: Store, tmp_path
         # A line per variant: rounds 0 to 2 and 0 to 3.
         assert page.locator("#curves figure:first-child .scatterlayer path.point").count() == 3 + 4
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+        lines = page.locator("#curves figure:first-child .scatterlayer path.point")
+        one, other = page.locator("#legend button").all()
+        for button, points in ((one, 3), (other, 3 + 4), (other, 4), (other, 3 + 4)):  # none left: all again
+            button.click()
+            assert lines.count() == points
 
         def shown() -> list[str]:
             answers = page.locator(".answer.policy:not([hidden]) .text").all_text_contents()
