@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -19,13 +20,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from flows.arguments import parser
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, LeaseHeld, SpinregError
+from spinreg_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DAMAGED,
+    EXIT_INTERRUPTED,
+    BadInput,
+    Damaged,
+    LeaseHeld,
+    SpinregError,
+)
 
 if TYPE_CHECKING:
     from spinreg_core.store import Store
 
 EXIT_HELD = 75  # EX_TEMPFAIL
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -57,7 +65,10 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from spinreg_core.verify import described, verify
+    from tasks.server import require_server
 
+    if arguments.repair:
+        require_server()  # not after an hour of reading
     store = _existing_store(arguments.store)
     found = verify(store, arguments.run, say=lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.json:
@@ -120,7 +131,7 @@ def _flow(call: Callable[[], object]) -> int:
     import httpx
     from prefect.exceptions import CancelledRun, TerminationSignal
 
-    from flows.spin import STOPPED
+    from flows.spin import how_stopped
     from tasks.display import stopped_by
     from tasks.server import require_server
 
@@ -136,11 +147,13 @@ def _flow(call: Callable[[], object]) -> int:
         call()
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
-    except (TerminationSignal, httpx.HTTPError) as error:
-        if not isinstance(stopped_by(error), TerminationSignal):
+    except (KeyboardInterrupt, TerminationSignal, httpx.HTTPError) as error:
+        stop = stopped_by(error)
+        if stop is None:
             raise
-        print(STOPPED, file=sys.stderr)
-        return EXIT_PREEMPTED
+        text, status = how_stopped(stop)
+        print(text, file=sys.stderr)
+        return status
     return 0
 
 
@@ -285,6 +298,17 @@ def _data(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _require_run_names(arguments: argparse.Namespace) -> None:
+    """Raise BadInput for a run that was named and cannot be one."""
+    from spinreg_core.config import RUN_NAME
+
+    for field in ("run", "runs", "other"):
+        given = getattr(arguments, field, None)
+        for name in given if isinstance(given, list) else [given]:
+            if name is not None and not re.fullmatch(RUN_NAME, name):
+                raise BadInput("run", repr(name), f"a name that matches {RUN_NAME}")
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     commands = {
@@ -293,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
         "grid": _grid, "judge-agreement": _judge_agreement, "win-rate": _win_rate,
     }  # fmt: skip
     try:
+        _require_run_names(arguments)
         return commands[arguments.command](arguments)
     except BadInput as error:
         print(f"spinreg: {error}", file=sys.stderr)

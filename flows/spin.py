@@ -42,7 +42,7 @@ from flows.show import show_end, show_round, track
 from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
-from spinreg_core.errors import EXIT_PREEMPTED, SpinregError, StagePreempted
+from spinreg_core.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, SpinregError, StagePreempted
 from spinreg_core.figures import run_figures
 from spinreg_core.head import complete_round, open_session, read_config, stage_object
 from spinreg_core.report import report_data, write_report
@@ -62,7 +62,14 @@ from tasks.stage import preempted, run_task
 
 # Everything is committed when the flow ends; a long outage must not make it a failed run.
 END_PATIENCE_SECONDS = 3600.0
-STOPPED = "spinreg: stopped by SIGTERM; what was committed stays, the same command goes on from it"
+
+
+def how_stopped(stop: BaseException) -> tuple[str, int]:
+    """What is said of a run that a signal ended, and its exit status."""
+    interrupted = isinstance(stop, KeyboardInterrupt)
+    by = "Ctrl-C" if interrupted else "SIGTERM"
+    text = f"spinreg: stopped by {by}; what was committed stays, the same command goes on from it"
+    return text, EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
 
 
 def _given(parameters: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +151,11 @@ def spin(
         return _advance(config, parameters)
     except RunCancelled as error:
         return Cancelled(message=str(error))
-    except TerminationSignal:
+    except (KeyboardInterrupt, TerminationSignal) as stop:
         if not server_answers():  # there is nobody to tell, which Prefect would try for minutes
-            print(STOPPED, file=sys.stderr, flush=True)
-            os._exit(EXIT_PREEMPTED)
+            text, status = how_stopped(stop)
+            print(text, file=sys.stderr, flush=True)
+            os._exit(status)
         raise
     except StagePreempted as error:
         return preempted(error)

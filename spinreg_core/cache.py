@@ -47,6 +47,8 @@ def cache_folder() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput("SPINREG_CACHE", f"{folder} ({error.strerror})", "a folder, or a place for one") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput("SPINREG_CACHE", f"{folder}, which is not writable for this user", "a folder to write to")
     return folder
 
 

@@ -10,6 +10,7 @@ import re
 EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so nobody retries it
 EXIT_JUDGE_AWAY = 69  # EX_UNAVAILABLE: it was waited for already
 EXIT_DAMAGED = 74  # EX_IOERR: the same file is damaged for the next attempt too
+EXIT_INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
 EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
 
 

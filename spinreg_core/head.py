@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 import secrets
 import sys
 import threading
@@ -22,7 +21,7 @@ from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.conditional_writes import require_conditional_writes
-from spinreg_core.config import RUN_NAME, RunConfig, fixed_fields
+from spinreg_core.config import RunConfig, fixed_fields
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.holder import is_dead, make_holder
@@ -47,8 +46,6 @@ def read_head(store: Store, run: str) -> dict[str, Any] | None:
 
 def require_head(store: Store, run: str) -> dict[str, Any]:
     """The head of a run. Raises BadInput where there is no such run, naming those that there are."""
-    if not re.fullmatch(RUN_NAME, run):
-        raise BadInput("run", repr(run), f"a name that matches {RUN_NAME}")
     head = read_head(store, run)
     if head is None:
         raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")

@@ -29,7 +29,7 @@ from spinreg_core import documents
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.objects import manifest_key, now, read_record, removed_keys
 from spinreg_core.retention import Needs
-from spinreg_core.store import Listed, Store
+from spinreg_core.store import OURS, Listed, Store
 
 # What nothing names may be on its way into a manifest, and an object no run names may just have been made for one.
 GRACE_SECONDS = 7 * 86400.0
@@ -66,8 +66,7 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
         except (Damaged, BadInput) as error:
             needs.notes.append(f"{error}; {object_id} is left as it is (spinreg verify tells more)")
     if not rules_only:
-        # A bucket may hold other things, where the store has no prefix.
-        ours = ("objects/", "runs/", "comparisons/", "probes/")
+        ours = tuple(f"{name}/" for name in OURS)
         old = [entry for entry in store.unfinished() if entry.age > GRACE_SECONDS and entry.key.startswith(ours)]
         items += [Item("upload", "", e.key, f"a write that never ended, {_days(e.age)} old", (e.key,), e.size)
                   for e in old]  # fmt: skip

@@ -216,7 +216,8 @@ def _marked(store: Store, run: str, key: str, raw: bytes) -> dict[str, Any]:
     except (Damaged, BadInput):
         object_id = key.split("/")[1]
         record = {"schema": SCHEMA, "object_id": object_id, "files": [], "inputs": {}, "metrics": {}, "seconds": 0.0,
-                  "stage": object_id.rpartition("-")[0], "round": 0}  # fmt: skip
+                  "stage": object_id.rpartition("-")[0], "round": 0,
+                  "versions": {}, "writer": "", "created": now()}  # fmt: skip
     keys = sorted(removed_keys(record))
     said = record["removed"] if keys else {"why": f"set aside by the repair of run {run!r}", "at": now()}
     return record | {"removed": said | {"marked": False, "keys": keys, "repair": run}}
@@ -235,7 +236,8 @@ def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
             if shared:
                 raise LeaseHeld(
                     f"run {other!r} is being advanced by {describe_lease(head['lease'])} and has {shared[0]} too, "
-                    f"which would be made anew for run {run!r}: wait for it, or cancel it"
+                    f"which would be made anew for run {run!r}: wait for it, or cancel it; where its machine is gone, "
+                    f"`spinreg run --run {other} --until-round 0` takes the lease and gives it back"
                 )
 
 

@@ -177,7 +177,8 @@ def _shown(value: object) -> str:
 def _explain(error: pydantic.ValidationError) -> list[str]:
     """One line per wrong field. pydantic reports a field of several types once per type; those are joined.
 
-    What stands where there is no such field may be a secret (`judge.api_key`), as may be what is no variable's name.
+    What stands where there is no such field, or in place of a group, may be a secret (`judge.api_key`, `model.token`),
+    and so may what is no variable's name.
     """
     groups = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)}
     found: dict[str, str] = {}
@@ -187,11 +188,11 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
         place = ".".join(str(part) for part in item["loc"][:depth]) or "configuration"
         # A check across fields names them itself; its input is the whole group.
         whole_group = item["type"] == "value_error" and isinstance(item["input"], dict)
-        shown = _shown(item["input"])
+        shown = "a mapping" if isinstance(item["input"], dict) else _shown(item["input"])
         text = item["msg"]
         if item["type"] == "extra_forbidden":
             shown, text = "a field of this name", "one that exists"
-        elif item["loc"][-1:] == ("key_variable",):
+        elif item["loc"][-1:] == ("key_variable",) or item["loc"][0:] in [(group,) for group in groups]:
             shown = "what is not shown"
         found.setdefault(place, "" if whole_group else f"found {shown}; expected ")
         expected.setdefault(place, []).append(text.removeprefix("Value error, ").removeprefix("Input should be "))

@@ -81,7 +81,7 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
 def waits_for(head: dict[str, Any]) -> str | None:
     """Why a run may still read any of its objects; None for a finished one."""
     if is_held(head):
-        return "is being advanced"
+        return "is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends that)"
     advance = pending_advance(head)
     if advance is not None:
         return f"has an unfinished advance {advance['from']} -> {advance['to']}"

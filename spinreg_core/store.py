@@ -24,10 +24,11 @@ from typing import IO, NamedTuple, Protocol
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.standstill import moving
 
+OURS = ("objects", "runs", "comparisons", "probes")  # what lies beside these, in a store without a prefix, is others'
 PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
 _SYNC_BYTES = 256 * 2**20
 _LOCK_SECONDS = 60.0
-_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
@@ -148,7 +149,7 @@ def refusals(what: str) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except OSError as error:
-        expected = "the right to do it" if error.errno in _NO_RIGHT else "what belongs there, on a disk that works"
+        expected = "the right to do it" if error.errno in NO_RIGHT else "what belongs there, on a disk that works"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             expected = (
                 "room; what was committed stays. Free some (`spinreg gc` lists what no run needs any more), and the "
@@ -288,13 +289,14 @@ class FolderStore:
         return self._aged(self._path(prefix.rstrip("/")))
 
     def unfinished(self) -> Sequence[Listed]:
-        return self._aged(self.root, unfinished=True)
+        return [entry for name in OURS for entry in self._aged(self.root / name, unfinished=True)]
 
     def drop(self, name: str) -> None:
         self.delete(name)
 
     def _found(self, folder: Path, unfinished: bool = False) -> Iterator[tuple[str, os.stat_result]]:
-        """What is not seen may be needed by a run: a folder that cannot be listed, or a link to nothing, is refused."""
+        """What is not seen may be needed by a run: a folder that cannot be listed is refused, and a link to nothing, or
+        (below `folder`) to an empty folder, which is what a place looks like where no file system is mounted."""
 
         def missing(error: OSError) -> None:
             if isinstance(error, NotADirectoryError | FileNotFoundError) and not os.path.islink(error.filename):
@@ -304,7 +306,9 @@ class FolderStore:
                 "(is a file system not mounted?)"
             ) from error
 
-        for place, _, names in os.walk(folder, onerror=missing, followlinks=True):
+        for place, folders, names in os.walk(folder, onerror=missing, followlinks=True):
+            if not folders and not names and place != str(folder) and os.path.islink(place):
+                missing(OSError(errno.ENOENT, "a link to an empty folder", place))
             for name in names:
                 if name.startswith(".tmp-") is unfinished and not name.startswith(".lock-"):
                     path = Path(place) / name

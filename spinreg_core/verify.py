@@ -33,7 +33,7 @@ from spinreg_core.objects import (
 )
 from spinreg_core.retention import planned_ahead
 from spinreg_core.rounds import heldout_objects, ids_in, objects_of
-from spinreg_core.store import Store
+from spinreg_core.store import NO_RIGHT, Store
 
 Stage = tuple[int, str]  # (round, stage)
 
@@ -155,11 +155,23 @@ def _strange(store: Store, object_id: str, record: dict[str, Any]) -> list[Probl
     """Files that lie in a folder of a policy and that no manifest lists: whoever loads the folder would read them."""
     listed = {entry["key"] for entry in record["files"]}
     folders = {key.rpartition("/")[0] for key in listed if key.rpartition("/")[0].endswith(("/policy", "/adapter"))}
-    return [
-        Problem(object_id, key, "a file that no manifest lists", "what was committed alone")
-        for folder in sorted(folders) for key in store.list(folder)
-        if key not in listed and not key.rpartition("/")[2].startswith(".tmp-")
-    ]  # fmt: skip
+    problems = []
+    for folder in sorted(folders):
+        try:
+            problems += [
+                Problem(object_id, key, "a file that no manifest lists", "what was committed alone")
+                for key in store.list(folder) if key not in listed and not key.rpartition("/")[2].startswith(".tmp-")
+            ]  # fmt: skip
+        except StoreRefused as error:
+            if not _is_damage(store, folder, error):
+                raise
+            problems.append(Problem(object_id, folder, f"what cannot be listed ({error.__cause__})", "a folder"))
+    return problems
+
+
+def _is_damage(store: Store, key: str, error: StoreRefused) -> bool:
+    """Whether a refusal tells of what lies there: not one of a server, nor one for lack of rights."""
+    return store.local_path(key) is not None and getattr(error.__cause__, "errno", None) not in NO_RIGHT
 
 
 @dataclass
@@ -231,21 +243,23 @@ def _content(record: dict[str, Any], parts: list[dict[str, Any]]) -> str:
 
 def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
     key = entry["key"]
-    local = store.local_path(key)
     try:
-        yield from _compared(store, object_id, entry, local)
+        yield from _compared(store, object_id, entry)
+    except FileNotFoundError:  # removed since its size was asked for
+        yield Problem(object_id, key, "no file", f"{entry['size']} bytes")
     except StoreRefused as error:
-        if local is None:  # of a server that is as much as for us no more, and says nothing of this file
+        if not _is_damage(store, key, error):
             raise
         yield Problem(object_id, key, f"what cannot be read ({error.__cause__})", "a file that can be read")
 
 
-def _compared(store: Store, object_id: str, entry: dict[str, Any], local: Path | None) -> Iterator[Problem]:
+def _compared(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
     size, key = store.size(entry["key"]), entry["key"]
     if size != entry["size"]:
         found = "no file" if size is None else f"{size} bytes"
         yield Problem(object_id, key, found, f"{entry['size']} bytes")
         return
+    local = store.local_path(key)
     if local is not None:
         sha256 = sha256_file(local)
     else:

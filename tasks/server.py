@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from spinreg_core.errors import BadInput
 from spinreg_core.store import redacted
+
+_SECONDS = 15.0  # in which a server that is being restarted may come back
+_ANSWER_SECONDS = 5.0
 
 
 def require_server() -> None:
@@ -13,18 +18,31 @@ def require_server() -> None:
     """
     import httpx
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    url = PREFECT_API_URL.value()
+    url, end = PREFECT_API_URL.value(), time.monotonic() + _SECONDS
     if not url:
         return
-    try:
-        with get_client(sync_client=True) as client:
-            client.api_version()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, RuntimeError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, httpx.HTTPStatusError):
+    while True:
+        try:
+            with (
+                temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+                get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client,
+            ):
+                if isinstance(client.api_version(), str):
+                    return
+                why = "it answers what Prefect does not"
+        except httpx.TransportError as error:
+            why = str(error) or type(error).__name__
+            if time.monotonic() < end:
+                time.sleep(0.5)
+                continue
+        except httpx.HTTPStatusError as error:
             why = f"it answers HTTP {error.response.status_code}"
+        except ValueError:  # no JSON
+            why = "it answers what Prefect does not"
+        except (httpx.InvalidURL, RuntimeError):  # whose texts may repeat a password
+            why = "it is no address of a server"
         raise BadInput("PREFECT_API_URL", f"{redacted(url)}, which cannot be used ({why})",
                        "the API of a running Prefect server (it ends in /api; PREFECT_API_AUTH_STRING where the server "
-                       "asks for one), or none: spinreg run then starts a server of its own") from None  # fmt: skip
+                       "asks for one), or none: spinreg run then starts a server of its own")  # fmt: skip

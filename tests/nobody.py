@@ -23,6 +23,8 @@ def as_nobody(fill: Callable[[Path], object] = lambda folder: None) -> Iterator[
         yield folder
     finally:
         os.setresuid(*user)
-        for place, _, _ in os.walk(folder):
-            os.chmod(place, 0o700)
+        folder.chmod(0o700)
+        for place, folders, _ in os.walk(folder):
+            for name in folders:
+                os.chmod(os.path.join(place, name), 0o700)
         shutil.rmtree(folder)

@@ -250,11 +250,6 @@ def _(place: Place) -> object:
     return require_head(other, run.config.run)
 
 
-@case("a run name that is none")
-def _(place: Place) -> object:
-    return run_status(FolderStore(place.folder), "../elsewhere")
-
-
 @case("PREFECT_API_URL of a server that does not answer")
 def _(place: Place) -> object:
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):

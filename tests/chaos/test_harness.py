@@ -28,7 +28,7 @@ HEAD = {
 }  # fmt: skip
 MANIFEST = {
     "schema": 1, "object_id": "train-a", "files": [], "inputs": {}, "stage": "train", "round": 1, "metrics": {},
-    "seconds": 1,
+    "seconds": 1, "versions": {}, "writer": "e1-test", "created": "now",
 }  # fmt: skip
 SLEEP = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)", "-m flows.spin"]
 

@@ -61,27 +61,27 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["embedded", "killed before"])
-def test_sigterm_where_no_server_can_be_told(tmp_path: Path, where: str) -> None:
-    """To the whole process group, as `timeout` and systemd send it, it reaches the embedded server too; or the server
-    was away already. The run ends all the same, within the time people give it, and its lease is free."""
+@pytest.mark.parametrize("where", ["embedded", "ctrl-c", "killed before"])
+def test_stopped_where_no_server_can_be_told(tmp_path: Path, interruptible: None, where: str) -> None:
+    """To the whole process group, as `timeout`, systemd and a terminal send it, it reaches the embedded server too; or
+    the server was away already. The run ends all the same, within the time people give it, and its lease is free."""
     name, log = "group", tmp_path / "log"
     store = open_store(str(tmp_path / "store"))
     arguments = ["--config", SMOKE, "--run", name, "--until-round", "2", "--store", store.url,
                  "-p", "resources.retries=0", "-p", "training.epochs=40"]  # fmt: skip
     with contextlib.ExitStack() as stack:
-        server = None if where == "embedded" else stack.enter_context(prefect_server(tmp_path / "server"))
+        server = stack.enter_context(prefect_server(tmp_path / "server")) if where == "killed before" else None
         process = start(arguments, environment(tmp_path, server), log)
         wait_until(lambda: "step 5/" in log.read_text(), process, log)
         if server is None:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT if where == "ctrl-c" else signal.SIGTERM)
         else:
             server.stop(signal.SIGKILL)
             process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=90)
     text = log.read_text()
-    assert status == 143, text[-3000:]
-    assert "stopped by SIGTERM; what was committed stays" in text
+    assert status == (130 if where == "ctrl-c" else 143), text[-3000:]
+    assert f"stopped by {'Ctrl-C' if where == 'ctrl-c' else 'SIGTERM'}; what was committed stays" in text
     assert "going on without a flow run" not in text
     head = read_head(store, name)
     assert head is not None

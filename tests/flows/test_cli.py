@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,7 +136,7 @@ def test_statuses_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert "65 bad input" in " ".join(capsys.readouterr().out.split())
 
 
-def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path, interruptible: None) -> None:
     """Any of them: here one that reads a run from a FIFO nobody writes to."""
     (tmp_path / "store/runs/demo").mkdir(parents=True)
     fifo = tmp_path / "store/runs/demo/head.json"
@@ -150,12 +151,43 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["../demo", "", "Demo"])
-@pytest.mark.parametrize("command", [["status"], ["verify"], ["resume"], ["gc", "--run"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["verify"],
+        ["resume"],
+        ["gc", "--run"],
+        ["report"],
+        ["join"],
+        ["run", "--run"],
+        ["compare", "a"],
+        ["win-rate", "a"],
+        ["export", "--to", "x"],
+    ],
+)
 def test_what_is_no_run_name_is_said_to_be_none(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], run: str
 ) -> None:
     assert main([*command, run, "--store", str(tmp_path)]) == EXIT_BAD_INPUT
     assert capsys.readouterr().err.startswith(f"spinreg: run: found {run!r}; expected a name that matches ")
+
+
+@pytest.mark.parametrize("odd", ["not a name", "newer"])
+def test_one_run_that_cannot_be_read_hides_no_other(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, odd: str
+) -> None:
+    """A copy made by hand, or a run of a newer version."""
+    store = open_store(str(tmp_path))
+    with open_session(store, QUICK, "test"):
+        pass
+    shutil.copytree(tmp_path / "runs/demo", tmp_path / ("runs/demo.BAK" if odd == "not a name" else "runs/newer"))
+    if odd == "newer":
+        store.write("runs/newer/head.json", b'{"schema": 99}')
+    assert main(["status", "--store", store.url]) == (EXIT_DAMAGED if odd == "newer" else 0)
+    printed = capsys.readouterr().out
+    assert "demo: 0 complete rounds" in printed
+    assert ("demo.BAK: 0 complete rounds" if odd == "not a name" else "newer: damaged: ") in printed
 
 
 @pytest.mark.parametrize("command", ["run", "grid"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,12 +59,16 @@ def test_credentials_in_parameters_end_before_a_flow_run_exists(
         f"api_key={PLANTED}",
         f'resources.env={{"AWS_SECRET_ACCESS_KEY": "{PLANTED}"}}',
         f'aws={{"secret": "{PLANTED}"}}',
+        f"model.token={PLANTED}",
+        f"store.aws_secret_access_key={PLANTED}",
+        f"judge.model.key={PLANTED}",
+        f"judge={PLANTED}",
     ],
 )
 def test_what_stands_where_no_field_is_may_be_a_secret(capsys: pytest.CaptureFixture[str], item: str) -> None:
     assert main(["run", "-p", item]) == EXIT_BAD_INPUT
     said = "".join(capsys.readouterr())
-    assert item.partition("=")[0] in said
+    assert re.split("[.=]", item)[0] in said
     assert PLANTED not in said
 
 

@@ -274,7 +274,7 @@ def test_a_check_across_fields_speaks_for_itself() -> None:
 
 def test_a_group_that_is_no_mapping() -> None:
     [line] = refusal({"data": 5})
-    assert line.startswith("  - data: found 5; expected a valid dictionary")
+    assert line.startswith("  - data: found what is not shown; expected a valid dictionary")
 
 
 def test_no_message_shows_pydantics_own_words_for_itself() -> None:

@@ -123,6 +123,9 @@ def test_what_lies_behind_a_link_is_listed(tmp_path: Path) -> None:
     for listing in (store.list, store.entries):
         with pytest.raises(StoreRefused, match=r"listing .*runs/one'; expected folders that can be listed and links"):
             listing("runs/")
+    (tmp_path / "elsewhere").mkdir()  # a place where no file system is mounted
+    with pytest.raises(StoreRefused, match=r"a link to an empty folder: '.*runs/one'"):
+        store.list("runs/")
     (tmp_path / "store/runs/one").unlink()
     (tmp_path / "store/runs/one").symlink_to(tmp_path / "store/runs")  # a ring
     with pytest.raises(StoreRefused, match="Too many levels of symbolic links"):
@@ -178,15 +181,18 @@ def test_a_folder_tells_ages_by_its_own_clock(tmp_path: Path, monkeypatch: pytes
     store = FolderStore(tmp_path / "store")
     store.create("objects/x/young", b"1")
     store.create("objects/x/old", b"1")
-    (tmp_path / "store" / ".tmp-left").touch()
+    (tmp_path / "store/objects/.tmp-left").touch()
+    (tmp_path / "store/others").mkdir()
+    (tmp_path / "store/others/.tmp-left").touch()
     os.utime(tmp_path / "store" / "objects/x/old", (time.time() - 1e6,) * 2)
     ours = time.time
     monkeypatch.setattr(time, "time", lambda: ours() + 8 * 86400)
     ages = {entry.key: entry.age for entry in [*store.entries("objects/"), *store.unfinished()]}
     assert -2 < ages["objects/x/young"] < 60
-    assert -2 < ages[".tmp-left"] < 60
+    assert -2 < ages["objects/.tmp-left"] < 60
+    assert "others/.tmp-left" not in ages, "the root may be that of a file system, with folders of its own"
     assert 1e6 - 2 < ages["objects/x/old"] < 1e6 + 60
-    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == [".tmp-left", "objects"]
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["objects", "others"]
 
 
 def test_where_nothing_can_be_written_the_last_write_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import retained
+from nobody import as_nobody
 from retained import Interrupted, advance, config, content, outcome, toys
 from test_retention import CHANGES, Killed, Watched, gc, head_of, sound
 
@@ -19,7 +20,7 @@ import flows.repair
 from flows.cli import main
 from spinreg_core import head as heads
 from spinreg_core import objects, rounds
-from spinreg_core.errors import Damaged, LeaseHeld, LeaseLost
+from spinreg_core.errors import Damaged, LeaseHeld, LeaseLost, StoreRefused
 from spinreg_core.head import complete_round, head_key, open_session, pending_advance, require_config, stage_object
 from spinreg_core.holder import make_holder
 from spinreg_core.removal import find
@@ -581,13 +582,47 @@ def test_a_file_that_cannot_be_read_is_damage(store: FolderStore) -> None:
     advance(store, config("a"), 2)
     before = outcome(store, "a")
     train = policy_object(head_of(store, "a"), 1)
-    key = objects.require_manifest(store, train)["files"][0]["key"]
-    path = store.root / key
-    path.unlink()
-    path.symlink_to(path)  # root may read anything but this
-    (problem,) = verify(store, "a").problems
-    assert (problem.object_id, problem.file) == (train, key)
-    assert problem.found.startswith("what cannot be read ([Errno")
+    keys = [entry["key"] for entry in objects.require_manifest(store, train)["files"]]
+    policy = next(key for key in keys if "/policy/" in key)
+    other = next(key for key in keys if "/policy/" not in key)
+    for key in (policy, other):
+        (store.root / key).unlink()
+        (store.root / key).symlink_to(store.root / key)  # root may read anything but this
+    found = {problem.file: problem.found for problem in verify(store, "a").problems}
+    assert found.keys() == {policy, other, policy.rpartition("/")[0]}, "its folder cannot be listed either"
+    assert found[policy].startswith("what cannot be read ([Errno")
     repair(store, "a")
     assert verify(store, "a").problems == []
     assert outcome(store, "a") == before
+
+
+def test_what_one_may_not_read_is_no_damage() -> None:
+    """Another user's repair would make anew what is sound."""
+
+    def fill(folder: Path) -> None:
+        store = FolderStore(folder)
+        advance(store, config("a"), 1)
+        for path in folder.rglob("policy/*"):
+            path.chmod(0)
+
+    with as_nobody(fill) as folder, pytest.raises(StoreRefused, match="Permission denied"):
+        verify(FolderStore(folder), "a")
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_no_error(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the checkpoints of a training do, which are removed when there are newer ones."""
+    advance(store, config("a"), 1)
+    key = objects.require_manifest(store, policy_object(head_of(store, "a"), 1))["files"][0]["key"]
+    real = FolderStore.size
+
+    def gone(self: FolderStore, asked: str) -> int | None:
+        size = real(self, asked)
+        if asked == key:
+            (self.root / key).unlink(missing_ok=True)
+        return size
+
+    monkeypatch.setattr(FolderStore, "size", gone)
+    (problem,) = verify(store, "a").problems
+    assert (problem.file, problem.found) == (key, "no file")

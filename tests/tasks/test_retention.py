@@ -186,7 +186,10 @@ def test_runs_that_are_not_finished_lose_nothing(store: FolderStore) -> None:
     assert not {key for key in before.keys() - content(store).keys() if "/parts/step" not in key and "state" not in key}
     advance(store, lean, 3)
     with open_session(store, lean, "somebody"):
-        assert store_needs(store).notes == ["run 'a' is being advanced: its rules wait for that"]
+        assert store_needs(store).notes == [
+            "run 'a' is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends that): "
+            "its rules wait for that"
+        ]
         assert {item.why for item in gc(store)} == {"checkpoints of a finished stage"}
     assert {item.why for item in gc(store)} == {"keep.policies: 1", "keep.generations: needed"}
 
@@ -691,11 +694,16 @@ def test_a_run_that_was_moved_behind_a_link_keeps_what_it_needs(store: FolderSto
     before = content(store)
     (store.root / "runs/a").rename(tmp_path / "elsewhere")
     (store.root / "runs/a").symlink_to(tmp_path / "elsewhere")
+    _aged(store.root, 8)
     assert gc(store) == []
     assert content(store).keys() == before.keys()
     assert sound(store)
     (tmp_path / "elsewhere").rename(tmp_path / "unmounted")
     with pytest.raises(StoreRefused, match="links that lead somewhere"):
         gc(store)
+    (tmp_path / "elsewhere").mkdir()  # a place where no file system is mounted
+    with pytest.raises(StoreRefused, match="a link to an empty folder"):
+        gc(store)
+    (tmp_path / "elsewhere").rmdir()
     (tmp_path / "unmounted").rename(tmp_path / "elsewhere")
     assert content(store).keys() == before.keys()
