@@ -5,7 +5,7 @@ Leaves out: where the log-probabilities come from (`stages/evaluate.py`) and how
 (`evaluation.py`).
 
 The intervals speak about held-out rows: rows drawn again from where these came from. They do not contain
-the spread between training seeds, and rows of one conversation count as independent.
+the spread between training seeds. Of rows that open alike, such as the turns of a conversation, one is held out.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Leaves out: reading rows (`load.py`).
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import Literal
 
@@ -25,28 +26,22 @@ def _order(seed: int, *what: object) -> bytes:
 
 
 def split_rows(rows: Sequence[Row], heldout_rows: int, seed: int) -> tuple[IntArray, IntArray]:
-    """Indices of the rows (train, held-out), ascending; held-out are at most `heldout_rows`.
+    """Indices of the rows (train, held-out), ascending; held-out are `heldout_rows`, or as many as open differently.
 
-    Rows that open alike (same messages up to the first user turn) stay together, so no prompt and no piece
-    of one conversation is on both sides. The seeded SHA-256 order of the openings decides; a group that
-    would overfill the held-out side is passed over. Raises BadInput if nothing is left to train on.
+    Rows that open alike (same messages up to the first user turn) are one group: the groups that come first in the
+    seeded SHA-256 order of their openings are held out, each by one row, and their other rows are on neither side. So
+    no prompt and no piece of one conversation is on both, and held-out rows are independent of each other, which every
+    interval over them takes for granted. Raises BadInput if nothing is left to train on.
     """
-    openings = np.fromiter((_order(seed, row.opening_hash).hex().encode() for row in rows), "S64", len(rows))
-    _, group, sizes = np.unique(openings, return_inverse=True, return_counts=True)  # groups in their order
-    chosen = np.zeros(len(sizes), bool)
-    count = 0
-    for number, size in enumerate(sizes):
-        if count + size <= heldout_rows:
-            chosen[number], count = True, count + size
-    held = chosen[group]
-    if held.all() or not held.any():
+    group, number = _groups(rows, seed)
+    if number <= heldout_rows:
         raise BadInput(
             "data.heldout_rows",
-            f"{heldout_rows} held-out rows of {len(rows)} usable rows: {len(rows) - held.sum()} train, {held.sum()} "
-            "held out",
-            "rows on both sides; lower it or name a heldout_dataset",
+            f"{heldout_rows} held-out rows of {len(rows)} usable rows that open in {number} ways, which leaves none to "
+            "train on",
+            f"at most {number - 1}, or a heldout_dataset",
         )
-    return np.flatnonzero(~held), np.flatnonzero(held)
+    return np.flatnonzero(group >= heldout_rows), _one_of_each(rows, group, heldout_rows, seed)
 
 
 def given_heldout(
@@ -54,16 +49,32 @@ def given_heldout(
 ) -> tuple[IntArray, IntArray]:
     """Indices (train, held-out) of each, ascending, where the held-out rows come from a data set of their own.
 
-    Held-out are its first `heldout_rows` rows in seeded order of their prompts. Training rows that open like
-    any of them are left out. Raises BadInput if nothing is left to train on.
+    Held-out are rows of it chosen as by `split_rows`. Training rows that open like any of them are left out. Raises
+    BadInput if nothing is left to train on.
     """
-    order = np.fromiter((_order(seed, row.prompt_hash).hex().encode() for row in heldout), "S64", len(heldout))
-    chosen = np.sort(np.argsort(order, kind="stable")[:heldout_rows])
+    group, _ = _groups(heldout, seed)
+    chosen = _one_of_each(heldout, group, heldout_rows, seed)
     openings = {heldout[int(i)].opening_hash for i in chosen}
     train = np.fromiter((i for i, row in enumerate(rows) if row.opening_hash not in openings), np.int64)
     if not len(train):
         raise BadInput("data.heldout_dataset", f"all {len(rows)} training prompts in it", "other prompts than dataset")
     return train, chosen
+
+
+def _groups(rows: Sequence[Row], seed: int) -> tuple[IntArray, int]:
+    """Of each row the number of its opening in the seeded order, and how many openings there are."""
+    openings = np.fromiter((_order(seed, row.opening_hash).hex().encode() for row in rows), "S64", len(rows))
+    found, group = np.unique(openings, return_inverse=True)
+    return group, len(found)
+
+
+def _one_of_each(rows: Sequence[Row], group: IntArray, most: int, seed: int) -> IntArray:
+    """Of each of the first groups the row that comes first in the seeded order of what it holds; ascending."""
+    first: dict[int, tuple[bytes, int]] = {}
+    for i in np.flatnonzero(group < most):
+        place = _order(seed, json.dumps(rows[int(i)].content, sort_keys=True)), int(i)
+        first[int(group[i])] = min(first.get(int(group[i]), place), place)
+    return np.sort(np.fromiter((i for _, i in first.values()), np.int64, len(first)))
 
 
 def round_prompts(

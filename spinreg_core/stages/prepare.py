@@ -121,6 +121,7 @@ def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, rend
         ),
         "final_answer": config.evaluation.final_answer,
         "seed": config.seed,
+        "held": "one row of each opening",  # before, all of it, as if turns of a conversation were independent
         "rendering": renderer.fingerprint(),
     }
     if selected.counts or loaded.guards:
@@ -158,7 +159,7 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
         stems = np.fromiter((row.prompt_hash[:16] for row in pick(part.rows, own)), "S16", len(own))
         write_part(part.path, part.places[own], prompt_ids_of(stems), folder / f"{name}.parquet")
     shutil.rmtree(scratch)
-    dropped = 0 if heldout is None else len(train.rows) - len(chosen[0])
+    dropped = len(train.rows) - len(chosen[0]) - (len(chosen[1]) if heldout is None else 0)
     bad = {"train": train.rejected, "heldout": [] if heldout is None else held.rejected}
     summary = _summary(loaded, folder, bad) | {
         "train_rows_dropped_as_heldout": dropped,
@@ -178,7 +179,7 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
     )
     print(
         f"{summary['train_rows']} rows to train on, {summary['heldout_rows']} held out, {dropped} dropped because they "
-        f"are held out; {summary['truncated_answers']} answers cut at {config.data.max_length} tokens, "
+        f"open like these; {summary['truncated_answers']} answers cut at {config.data.max_length} tokens, "
         f"{summary['shortened_prompts']} prompts without their oldest turns; bad rows by now: "
         f"{_counts(bad['train'] + bad['heldout'])}",
         flush=True,

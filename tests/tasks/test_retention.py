@@ -187,8 +187,8 @@ def test_runs_that_are_not_finished_lose_nothing(store: FolderStore) -> None:
     advance(store, lean, 3)
     with open_session(store, lean, "somebody"):
         assert store_needs(store).notes == [
-            "run 'a' is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends that): "
-            "its rules wait for that"
+            "run 'a' is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends "
+            "that): its rules wait for that"
         ]
         assert {item.why for item in gc(store)} == {"checkpoints of a finished stage"}
     assert {item.why for item in gc(store)} == {"keep.policies: 1", "keep.generations: needed"}

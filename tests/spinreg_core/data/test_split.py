@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
@@ -26,16 +27,18 @@ def sides(rows: list[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row
     return [rows[i] for i in train], [rows[i] for i in held]
 
 
+def first(rows: list[Row], seed: int) -> Row:
+    return min(rows, key=lambda r: hashlib.sha256(f"{seed}:{json.dumps(r.content, sort_keys=True)}".encode()).digest())
+
+
 def split_plainly(rows: list[Row], heldout: int, seed: int) -> tuple[list[Row], list[Row]]:
     """The obvious version: groups in a dict."""
     groups: dict[str, list[Row]] = {}
     for r in rows:
         groups.setdefault(r.opening_hash, []).append(r)
-    held: list[Row] = []
-    for opening in sorted(groups, key=lambda opening: hashlib.sha256(f"{seed}:{opening}".encode()).digest()):
-        if len(held) + len(groups[opening]) <= heldout:
-            held += groups[opening]
-    return [r for r in rows if r not in held], [r for r in rows if r in held]
+    chosen = sorted(groups, key=lambda opening: hashlib.sha256(f"{seed}:{opening}".encode()).digest())[:heldout]
+    held = [first(groups[opening], seed) for opening in chosen]
+    return [r for r in rows if r.opening_hash not in chosen], [r for r in rows if r in held]
 
 
 openings = st.lists(st.integers(0, 30), min_size=2, max_size=60)
@@ -45,19 +48,14 @@ openings = st.lists(st.integers(0, 30), min_size=2, max_size=60)
 @given(openings=openings, heldout=st.integers(1, 20), seed=st.integers(0, 5))
 def test_split(openings: list[int], heldout: int, seed: int) -> None:
     rows = [row(i, f"prompt {o}") for i, o in enumerate(openings)]
-    sizes = sorted(openings.count(o) for o in set(openings))
-    assume(len(sizes) > 1 and sizes[0] <= heldout < len(rows))
-    try:
-        train, held = sides(rows, heldout, seed)
-    except BadInput:
-        assert sizes[-1] > heldout or sum(sizes) <= heldout  # one huge group, or nothing left to train on
+    if len(set(openings)) <= heldout:
+        with pytest.raises(BadInput, match=f"open in {len(set(openings))} ways"):
+            sides(rows, heldout, seed)
         return
+    train, held = sides(rows, heldout, seed)
     assert (train, held) == split_plainly(rows, heldout, seed)
-    assert sorted(r.source_row for r in train + held) == list(range(len(rows)))
-    assert 1 <= len(held) <= heldout
-    assert not {r.prompt_hash for r in train} & {r.prompt_hash for r in held}
-    if sizes[-1] == 1:
-        assert len(held) == min(heldout, len(rows))
+    assert len(held) == len({r.opening_hash for r in held}) == heldout, "independent of each other"
+    assert not {r.opening_hash for r in train} & {r.opening_hash for r in held}
     shuffled = list(rows)
     random.Random(1).shuffle(shuffled)
     again = sides(shuffled, heldout, seed)
@@ -74,8 +72,10 @@ def test_another_seed_holds_out_others() -> None:
 def test_turns_of_one_conversation_stay_on_one_side() -> None:
     rows = [r for i in range(40) for r in (row(2 * i, f"a{i}"), row(2 * i + 1, f"a{i}", "x", "more"))]
     train, held = sides(rows, 11, 0)
-    assert len(held) == 10
+    assert len(held) == 11
+    assert len(train) == 2 * (40 - 11), "the other turns of these are on neither side"
     assert not {r.messages[0]["content"] for r in train} & {r.messages[0]["content"] for r in held}
+    assert {len(r.messages) for r in held} == {1, 3}, "a first turn of some and a second of others"
 
 
 def test_nothing_left_to_train_on_is_refused() -> None:
@@ -88,15 +88,18 @@ def test_nothing_left_to_train_on_is_refused() -> None:
 def test_a_heldout_set_of_its_own() -> None:
     rows = [row(i, f"prompt {i}") for i in range(50)]
     other = [row(i, f"prompt {i}") for i in range(40, 60)]
+    twice = [*other, *(row(100 + i, f"prompt {i}", "and", "then?") for i in range(40, 60))]
     kept, places = given_heldout(rows, other, 15, 3)
     assert places.tolist() == sorted(places)
     held = [other[i] for i in places]
-    order = sorted(other, key=lambda r: hashlib.sha256(f"3:{r.prompt_hash}".encode()).digest())
+    order = sorted(other, key=lambda r: hashlib.sha256(f"3:{r.opening_hash}".encode()).digest())
     assert sorted(r.source_row for r in held) == sorted(r.source_row for r in order[:15])
     chosen = {r.prompt_hash for r in held}
     assert [rows[i] for i in kept] == [r for r in rows if r.prompt_hash not in chosen]
     assert len(kept) < len(rows)
     assert given_heldout(rows, other, 100, 3)[1].tolist() == list(range(20))
+    assert len({twice[i].opening_hash for i in given_heldout(rows, twice, 15, 3)[1]}) == 15
+    assert len(given_heldout(rows, twice, 100, 3)[1]) == 20
     with pytest.raises(BadInput, match=r"data\.heldout_dataset"):
         given_heldout(rows, rows, 100, 3)
 
