@@ -66,7 +66,8 @@ def parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write an iterate as an ordinary model folder with a model card")
     _add_existing(export)
     export.add_argument("--round", type=int, help="which iterate; 0 is the base (default: the last that was trained)")
-    export.add_argument("--to", type=Path, required=True, help="folder to write, which is empty or not there yet")
+    export.add_argument("--to", type=Path, help="folder to write, which is empty or not there yet (default: "
+                        "RUN-round-N here)")  # fmt: skip
     export.add_argument("--shard-size", metavar="SIZE", help="largest weights file, e.g. 5GB (default: as committed)")
     export.add_argument("--push", metavar="TARGET", help="then put it to the hub (name/model; private) or a folder")
 

@@ -24,6 +24,7 @@ from spinreg_core.errors import (
     EXIT_BAD_INPUT,
     EXIT_DAMAGED,
     EXIT_INTERRUPTED,
+    EXIT_PREEMPTED,
     BadInput,
     Damaged,
     LeaseHeld,
@@ -68,6 +69,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from tasks.server import require_server
 
     if arguments.repair:
+        _require_settings()
         require_server()  # not after an hour of reading
     store = _existing_store(arguments.store)
     found = verify(store, arguments.run, say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -119,7 +121,27 @@ def _gc(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _require_settings() -> None:
+    """Raise BadInput where Prefect's own settings or our cache's are none. Before anything imports a flow."""
+    import pydantic
+
+    from spinreg_core.cache import require_cache
+
+    require_cache()
+    try:
+        from prefect.settings import get_current_settings
+
+        get_current_settings()
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        names = ["prefect", error.title.removesuffix("Settings"), *map(str, first["loc"])]
+        where = "_".join(filter(None, names)).upper() if first["loc"] else "Prefect's settings"
+        raise BadInput(f"{where} (in the environment or Prefect's profile)", "what cannot be used",
+                       f"a value it takes ({first['msg'].removeprefix('Value error, ')})") from None  # fmt: skip
+
+
 def _advance(parameters: dict[str, Any], config: str | None) -> int:
+    _require_settings()
     from flows.spin import resolve_parameters, spin
 
     resolve_parameters(config, parameters)  # a wrong field ends here, before a flow run exists
@@ -153,6 +175,7 @@ def _flow(call: Callable[[], object]) -> int:
             raise
         text, status = how_stopped(stop)
         print(text, file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left is the end of the embedded server
         return status
     return 0
 
@@ -170,6 +193,8 @@ def _existing_store(url: str) -> Store:
     """A store that can be read. Raises BadInput."""
     from spinreg_core.store import FolderStore, open_store
 
+    if not url:
+        raise BadInput("store", "''", "a local folder, file:///path or s3://bucket/prefix")
     store = open_store(url)
     if not isinstance(store, FolderStore):  # for reading, a folder need not be there
         store.check()
@@ -226,6 +251,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
+    _require_settings()
     from flows.compare import compare, resolve_grid
     from spinreg_core.resolve import assignments, load_config_file
 
@@ -261,6 +287,11 @@ def _join(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _end_on_sigterm() -> None:
+    """As on Ctrl-C: what a judge was asked is waited for and kept."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_PREEMPTED))
+
+
 def _judge_agreement(arguments: argparse.Namespace) -> int:
     from spinreg_core.benchmarks.agreement import agreement
     from spinreg_core.resolve import resolve
@@ -269,6 +300,7 @@ def _judge_agreement(arguments: argparse.Namespace) -> int:
     config = resolve(_parameters(arguments), arguments.config)
     store = open_store(config.store)
     store.check()
+    _end_on_sigterm()
     with contextlib.redirect_stdout(sys.stderr):  # progress
         text, document = agreement(store, config, arguments.votes, arguments.limit)
     print(json.dumps(document, indent=1) if arguments.json else text)
@@ -282,6 +314,7 @@ def _win_rate(arguments: argparse.Namespace) -> int:
 
     store = _existing_store(arguments.store)
     config = resolve(assignments(arguments.param), stored=require_config(store, arguments.run))
+    _end_on_sigterm()
     with contextlib.redirect_stdout(sys.stderr):  # progress
         text, document = win_rate_of_runs(store, config, arguments.run, arguments.other, arguments.round)
     print(json.dumps(document, indent=1) if arguments.json else text)

@@ -21,6 +21,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -42,14 +43,26 @@ def cache_folder() -> Path:
     """`$SPINREG_CACHE`, else ~/.cache/spinreg; created if missing. Safe to delete between runs. Raises BadInput for a
     limit that is none, before there is anything to limit, and for a place where no folder can be."""
     cache_limit()
-    folder = Path(os.environ.get("SPINREG_CACHE") or "~/.cache/spinreg").expanduser().absolute()
+    given = os.environ.get("SPINREG_CACHE") or "~/.cache/spinreg"
+    try:
+        folder = Path(given).expanduser().absolute()
+    except RuntimeError as error:  # ~NAME of nobody
+        raise BadInput("SPINREG_CACHE", f"{given!r} ({error})", "a folder that can be found") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput("SPINREG_CACHE", f"{folder} ({error.strerror})", "a folder, or a place for one") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput("SPINREG_CACHE", f"{folder}, which is not writable for this user", "a folder to write to")
     return folder
+
+
+def require_cache() -> None:
+    """Raise BadInput where there is no cache, or none that can be written to."""
+    folder = cache_folder()
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise BadInput("SPINREG_CACHE", f"{folder} ({error.strerror})", "a folder that can be written to") from None
 
 
 def cache_limit() -> int | None:

@@ -30,6 +30,7 @@ from spinreg_core.comparison_runs import (
     costs_of,
     definitions_of,
     lineage_of,
+    one_per_seed,
     read_evaluated,
     samples_of,
     variants_of,
@@ -88,7 +89,7 @@ def comparison_data(
     if against not in runs:
         raise BadInput("--against", repr(against), f"one of the compared runs ({', '.join(runs)})")
     with borrowed():
-        members = [read_evaluated(store, run) for run in runs]
+        members, repeats = one_per_seed([read_evaluated(store, run) for run in runs], against)
         variants = variants_of(members)
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
         alarmed = alarms_of(store, members)
@@ -137,9 +138,11 @@ def comparison_data(
         "primary": PRIMARY,
         "metrics": metrics,
         "unpaired": unpaired,
+        "repeats": repeats,
         "failed": dict(failed or {}),
         "values": _values(variants, metrics, resampled),
         "comparisons": comparisons,
+        "benchmarks": [one for member in members for one in member.measured],
         "no_items": sorted(set().union(*(member.no_items for member in members))),
         "alarms": alarmed,
         "families": {

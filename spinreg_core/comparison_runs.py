@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks import results_of
 from spinreg_core.config import RunConfig, variant_fields
+from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import row_scores
 from spinreg_core.head import ROUND_STAGES, stage_object
 from spinreg_core.metrics import GAME, METRICS
@@ -58,7 +59,8 @@ _ANSWERS = ("policy", "evaluate", "answers")  # of its fingerprints, those of wh
 @dataclass
 class Evaluated:
     """One run. scores: {round: {metric: Scores}}, evaluated rounds only; definitions: of its benchmarks' metrics;
-    no_items: its benchmarks whose primary metric is no mean over questions; paid: to judges, by object."""
+    no_items: its benchmarks whose primary metric is no mean over questions; paid: to judges, by object; measured: its
+    benchmarks, with what their figures rest on."""
 
     run: str
     config: RunConfig
@@ -67,6 +69,7 @@ class Evaluated:
     definitions: dict[str, dict[str, Any]] = field(default_factory=dict)
     no_items: set[str] = field(default_factory=set)
     paid: dict[str, float] = field(default_factory=dict)
+    measured: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def rounds(self) -> list[int]:
@@ -91,8 +94,13 @@ class Variant:
 
 
 def read_evaluated(store: Store, run: str) -> Evaluated:
-    """A run with its scores. Raises BadInput where there is no such run, Removed or Damaged where a file is gone."""
+    """A run with its scores. Raises BadInput where there is no such run, or nothing of it is evaluated, Removed or
+    Damaged where a file is gone."""
     head, config = read_run(store, run)
+    if not head.get("data"):
+        raise BadInput(
+            "runs to compare", f"{run!r}, of which nothing is evaluated yet", "at least round 1 of every run"
+        )
     member = Evaluated(run, config, head)
     for number in sorted(entry["round"] for entry in head["rounds"]):
         object_id = stage_object(head, number, "evaluate")
@@ -103,6 +111,8 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
         for document in results_of(store, config, head, number):
             found = read_benchmark(store, document, member.definitions)
             scores |= found
+            told = ("object_id", "kind", "name", "settings", "fingerprints", "versions", "cost")
+            member.measured.append({"run": run, "round": number} | {name: document.get(name) for name in told})
             member.paid[document["object_id"]] = document.get("cost", {}).get("paid", 0.0)
             if not found:
                 member.no_items.add(f"{document['name']}/{document['primary']}")
@@ -175,6 +185,17 @@ def definitions_of(members: list[Evaluated]) -> dict[str, dict[str, Any]]:
 
 
 # --- variants ----------------------------------------------------------------------------------------
+
+
+def one_per_seed(members: list[Evaluated], against: str) -> tuple[list[Evaluated], dict[str, str]]:
+    """Without runs that repeat another's configuration and seed (plain SPIN in two grids, say), which are no further
+    seed; and of each such run which it repeats. The run `against` is none of them."""
+    first: dict[str, str] = {}
+    keys = {m.run: json.dumps([variant_fields(m.config), m.config.seed], sort_keys=True) for m in members}
+    for member in sorted(members, key=lambda one: one.run != against):
+        first.setdefault(keys[member.run], member.run)
+    kept = [member for member in members if first[keys[member.run]] == member.run]
+    return kept, {m.run: first[keys[m.run]] for m in members if m not in kept}
 
 
 def variants_of(members: list[Evaluated]) -> list[Variant]:
@@ -295,7 +316,10 @@ def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dic
                 "seconds": seconds,
                 "total_seconds": sum(seconds.values()),
                 "shared_seconds": per_run(shared, "seconds"),
-                "tokens": {stage: per_run(stages[stage], "tokens") for stage in ("generate", HELDOUT_ANSWERS, "train")},
+                "tokens": {
+                    stage: per_run(stages[stage], "tokens")
+                    for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")
+                },
                 "paid": per_run(stages[BENCHMARK], "paid"),
             }
         )

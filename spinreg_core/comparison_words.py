@@ -44,12 +44,16 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
     for one in data["unpaired"]:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
     sentences.append(
-        f"These are {data['families']['verdict']} comparisons, corrected together (Holm): the chance that any of "
-        "the claims above is a false one is about 5 % at most, and more where a handful of rows carries a difference. "
+        f"{_many(data['families']['verdict'])}, corrected together (Holm): the chance that any of the claims above is "
+        "a false one is about 5 % at most, and more where a handful of rows carries a difference. "
         "No difference supported does not mean that there is none. " + _about_seeds(data)
     )
     told = [[one["variant"], one["against"], "higher" if one["supported"] > 0 else "lower"] for one in claims]
     return {"headline": headline, "sentences": sentences, "claims": told, "round": number}
+
+
+def _many(comparisons: int) -> str:
+    return "This is one comparison" if comparisons == 1 else f"These are {comparisons} comparisons"
 
 
 def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
@@ -176,6 +180,8 @@ def notes(data: dict[str, Any]) -> list[str]:
     found += [f"{one['run']} {one['ended']}." for one in data["runs"] if one["ended"]]
     found += [f"Alarm of {_listed(one['runs'])}, round {one['round']}, {one['where']}: {one['text']}"
               for one in data["alarms"]]  # fmt: skip
+    found += [f"{run} is left out: it has the configuration and the seed of {of}, and is no further seed."
+              for run, of in data["repeats"].items()]  # fmt: skip
     compared = {one["run"] for one in data["runs"]}
     for run, why in data["failed"].items():
         found.append(f"{'Failed, and compared as far as it came' if run in compared else 'Left out'}: {run} ({why}).")

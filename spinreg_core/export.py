@@ -31,9 +31,10 @@ _UNITS = {"MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 def export(
-    store: Store, run: str, target: Path, *, round_number: int | None = None, shard_size: str | None = None
+    store: Store, run: str, target: Path | None, *, round_number: int | None = None, shard_size: str | None = None
 ) -> Path:
-    """Write iterate `round_number` (default: the last trained; 0 is the base) of a run to the folder `target`.
+    """Write iterate `round_number` (default: the last trained; 0 is the base) of a run to the folder `target` (default:
+    RUN-round-N in the current one).
 
     The files are the committed policy's, verified: weights in safetensors, config and generation config, tokenizer,
     chat template; and README.md, the model card. shard_size: largest size of a weights file, `5GB` or `500MB`; unset:
@@ -44,10 +45,13 @@ def export(
     head = require_head(store, run)
     trained = [entry["round"] for entry in head["rounds"] if "train" in entry["stages"]]
     number = max(trained, default=0) if round_number is None else round_number
-    if head.get("base") is None or (number and number not in trained):
+    if head.get("base") is None:
+        raise BadInput("--round", f"run {run!r}, which has not prepared its base yet", "a run with a model")
+    if number and number not in trained:
         known = ", ".join(map(str, sorted(trained))) or "none"
         raise BadInput("--round", number, f"0 or a round that was trained ({known}) of run {run!r}")
     most = None if shard_size is None else parse_size(shard_size)
+    target = Path(f"{run}-round-{number}") if target is None else target
     _require_free("--to", target)
     source = fetch_folder(store, policy_object(head, number), "policy")
     with _appearing(target) as folder:
@@ -68,8 +72,12 @@ def _require_free(field: str, target: Path) -> None:
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
     """A folder beside `target` to write to, which becomes `target` where nothing is raised, and is gone otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent)
+    except OSError as error:
+        raise BadInput("--to", f"{target} ({error.strerror})", "a place where a folder can be made") from None
+    with place as scratch:
         folder = Path(scratch) / target.name
         folder.mkdir()
         yield folder

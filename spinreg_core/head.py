@@ -21,7 +21,7 @@ from typing import Any
 
 from spinreg_core import documents
 from spinreg_core.conditional_writes import require_conditional_writes
-from spinreg_core.config import RunConfig, fixed_fields
+from spinreg_core.config import MOST_ROUNDS, RunConfig, fixed_fields
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, ConfigChanged, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.holder import is_dead, make_holder
@@ -208,6 +208,8 @@ class Session:
             why = f"finishing the advance {pending['from']} -> {target} recorded by {pending['by']}; nothing added"
         else:
             target = done + (rounds or 1)
+            if target > MOST_ROUNDS:
+                raise BadInput("rounds", f"{rounds or 1} after round {done}", f"at most {MOST_ROUNDS} rounds of a run")
             why = f"advancing by {rounds or 1} from round {done}"
 
         def change(head: dict[str, Any]) -> None:

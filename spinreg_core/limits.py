@@ -18,6 +18,8 @@ LONGEST_LINE = 64 * 2**20  # characters; a line is in memory as a whole, and is 
 LARGEST_ARRAY = 2 * 2**30  # characters of one JSON array, which takes some eight times that in memory; JSONL does not
 LARGEST_FOOTER = 64 * 2**20  # bytes of what a Parquet file says of itself; thousands of row groups take one of them
 LARGEST_MODEL_FILE = 256 * 2**20  # bytes of a configuration, tokenizer or index beside the weights; real: 35 MB
+LARGEST_QUESTIONS = 256 * 2**20  # bytes of a file of questions, votes or prompts, read as a whole; real: 13 MB
+LARGEST_TASK_FILE = 4 * 2**20  # bytes of a YAML file of lm-eval; real: 100 kB
 MOST_LAYERS = 10_000  # transformers makes lists as long when it reads a configuration; real: 130
 
 
@@ -31,6 +33,14 @@ def require_size(field: str, file: object, size: int, most: int, expected: str) 
     """Raise BadInput for a file, or a part of one, of more bytes than `most`."""
     if size > most:
         raise BadInput(field, f"{file} of {size} bytes", f"{expected} of at most {most}")
+
+
+def require_small_file(field: str, path: Path, most: int = LARGEST_QUESTIONS) -> None:
+    """Raise BadInput for a pipe, socket or device, and for a file of more than `most` bytes; not for one that is not
+    there, of which whoever reads it says more."""
+    require_plain(field, path)
+    if path.is_file():
+        require_size(field, path, path.stat().st_size, most, "a file")
 
 
 def require_expansion(path: Path, unpacked: int) -> None:

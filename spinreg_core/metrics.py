@@ -48,7 +48,7 @@ class Metric:
 
 # What docs/concepts.md says of stability: at fixed total beta a smaller alpha alone makes history 1 less stable.
 REMEDIES = (
-    "fewer steps, a lower learning rate, history all, or KL to the base added on top (alpha below 1 with a larger "
+    "fewer steps, a lower learning rate, a longer history, or KL to the base added on top (alpha below 1 with a larger "
     "beta) may help"
 )
 PRIMARY = "heldout_nll"

@@ -93,9 +93,9 @@ def _blocks(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
 def estimate(scores: Sequence[Scores], resampled: Resampled, unit: str) -> dict[str, Any]:
     """The mean of a metric over runs, with its 95 % percentile bootstrap interval and the spread between the runs.
 
-    `spread`: sample standard deviation between runs, None for one run. Runs of one block are averaged first. Where each
-    question counts 0 or 1, the interval is Wilson's for one run, and for several where all their questions count the
-    same (as if they were one sample): no resampling sees that another question might count otherwise.
+    `spread`: sample standard deviation between runs, None for one run. Runs of one block are averaged first. Of a share
+    where each question counts 0 or 1, the interval is Wilson's for one run, and for several where all their questions
+    count the same (as if they were one sample): no resampling sees that another question might count otherwise.
     """
     blocks = _blocks(scores)
     values = [one.value for one in scores]
@@ -103,7 +103,12 @@ def estimate(scores: Sequence[Scores], resampled: Resampled, unit: str) -> dict[
     draws = np.mean([np.mean([resampled.draws(one) for one in runs], axis=0) for runs in blocks.values()], axis=0)
     n = len({name for one in scores for name, den in zip(one.ids, one.den, strict=True) if den})
     low, high = _quantiles(draws) if n > 1 else (None, None)
-    if n > 1 and all(_is_share(one) for one in scores) and (len(scores) == 1 or value in (0.0, 1.0)):
+    if (
+        n > 1
+        and unit == "share"
+        and all(_is_share(one) for one in scores)
+        and (len(scores) == 1 or value in (0.0, 1.0))
+    ):
         whole = wilson(value * n, n)
         low, high = whole["low"], whole["high"]
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else None

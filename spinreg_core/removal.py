@@ -20,6 +20,7 @@ A kill leaves a whole object, a marked one, or one that says which files it lost
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -58,19 +59,34 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
     for entry in store.entries("objects/"):
         objects[entry.key.split("/")[1]].append(entry)
     items: list[Item] = []
+    linked = _behind_links(store)
     for object_id, entries in objects.items():
         if object_id.startswith(_MEASURED):
+            continue
+        if behind := next((entry.key for entry in entries if linked(entry.key)), None):
+            needs.notes.append(f"{behind} lies behind a link: what that leads to may be another store's, or this one's "
+                               f"by another name, and {object_id} is left as it is")  # fmt: skip
             continue
         try:
             items += _of_object(store, needs, object_id, entries, rules_only)
         except (Damaged, BadInput) as error:
-            needs.notes.append(f"{error}; {object_id} is left as it is (spinreg verify tells more)")
+            needs.notes.append(f"{error}; {object_id} is left as it is ")
     if not rules_only:
         ours = tuple(f"{name}/" for name in OURS)
-        old = [entry for entry in store.unfinished() if entry.age > GRACE_SECONDS and entry.key.startswith(ours)]
+        old = [entry for entry in store.unfinished()
+               if entry.age > GRACE_SECONDS and entry.key.startswith(ours) and not linked(entry.key)]  # fmt: skip
         items += [Item("upload", "", e.key, f"a write that never ended, {_days(e.age)} old", (e.key,), e.size)
                   for e in old]  # fmt: skip
     return items
+
+
+def _behind_links(store: Store) -> Callable[[str], bool]:
+    """Whether a key leads by a link to another place than it says; never so in a bucket."""
+    top = store.local_path("objects")
+    if top is None:
+        return lambda key: False
+    root = os.path.realpath(top.parent)
+    return lambda key: os.path.realpath(str(store.local_path(key))) != os.path.join(root, *key.split("/"))
 
 
 def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed], rules_only: bool) -> list[Item]:

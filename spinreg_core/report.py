@@ -189,9 +189,12 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
 
 
 def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
-    """Tokens sampled by a generate object, or passed through by a train object; None where nobody counted."""
+    """Tokens sampled by a generate object, passed through by a train object, or of answers that an evaluation scored;
+    None where nobody counted."""
     if stage in ("generate", HELDOUT_ANSWERS):
         return metrics.get("tokens")
+    if stage == "evaluate":
+        return metrics.get("tokens_scored")
     if stage == "train" and {"tokens_per_second", "seconds"} <= metrics.keys():
         return float(round(metrics["tokens_per_second"] * metrics["seconds"]))
     return None

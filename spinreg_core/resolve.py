@@ -54,8 +54,8 @@ def load_config_file(location: str) -> dict[str, Any]:
         raise BadInput(
             f"config {location!r}", "no readable file: neither a path nor file:// or s3://", "a YAML or JSON file"
         )
-    if "://" not in location:
-        require_plain("config", Path(location))
+    if not location.startswith("s3://"):
+        require_plain("config", Path(location.removeprefix("file://")))
     try:
         with fsspec.open(location, "rb") as file:
             raw = file.read(LARGEST_FILE + 1)

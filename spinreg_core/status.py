@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Damaged, SpinregError
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreRefused
 from spinreg_core.head import (
     ROUND_STAGES,
     complete_round,
@@ -62,7 +62,9 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
 def _readable(store: Store, run: str) -> dict[str, Any]:
     try:
         return run_status(store, run)
-    except (Damaged, BadInput) as error:
+    except (Damaged, BadInput, StoreRefused) as error:
+        if isinstance(error, StoreRefused) and store.local_path("runs") is None:  # of a server: not this run's alone
+            raise
         return {"run": run, "store": store.url, "damaged": str(error)}
 
 

@@ -22,6 +22,7 @@ from spinreg_core.benchmarks.judge import Asked, Judged, judged, paid_text, requ
 from spinreg_core.benchmarks.prompts import PAIR, Preference, Prompts, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.limits import require_small_file
 from spinreg_core.metrics import Estimate, grouped_share
 from spinreg_core.objects import fingerprint, versions
 from spinreg_core.store import Store
@@ -133,6 +134,7 @@ def _from_file(path: Path) -> list[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    require_small_file("votes", path)
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()

@@ -16,6 +16,7 @@ import os
 import random
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -116,10 +117,13 @@ def place(judge: JudgeConfig) -> str:
 
 
 class Endpoint:
-    """Sends requests from several threads. `stop`: set when nothing more is to be sent."""
+    """Sends requests from several threads. `stop`: set when nothing more is to be sent. `unanswered`: told of each
+    request whose reply did not arrive, which may have been billed."""
 
-    def __init__(self, judge: JudgeConfig, budget: Budget, stop: threading.Event) -> None:
-        self._judge, self._budget, self.stop = judge, budget, stop
+    def __init__(
+        self, judge: JudgeConfig, budget: Budget, stop: threading.Event, unanswered: Callable[[Messages], None]
+    ) -> None:
+        self._judge, self._budget, self.stop, self._unanswered = judge, budget, stop, unanswered
         self._key = os.environ.get(judge.key_variable, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
             raise BadInput(f"judge.key_variable, {judge.key_variable}", "characters that no key has (not shown)",
@@ -156,6 +160,8 @@ class Endpoint:
             self._budget.settle(reserved, cost=cost, refused=refused)
             if reply is not None:
                 return reply
+            if not refused:
+                self._unanswered(messages)
             first_failure = sent if first_failure is None else first_failure
             if wait is None:
                 wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**failures) * random.uniform(0.5, 1.0)

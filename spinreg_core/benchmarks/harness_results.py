@@ -169,7 +169,8 @@ def _group(
 def _pooled(value: float, strata: list[Any], weigh_by_size: bool, resamples: int, seed: int) -> tuple[Estimate, str]:
     n = sum(map(len, strata))
     everything = np.concatenate(strata)
-    if weigh_by_size and set(everything) <= {0.0, 1.0}:
+    alike = set(everything) in ({0.0}, {1.0})  # which no resampling moves
+    if alike or (weigh_by_size and set(everything) <= {0.0, 1.0}):
         return _with_value(wilson(float(everything.sum()), n), value), WILSON
     unit = "share" if everything.min() >= 0 and everything.max() <= 1 else ""
     if min(map(len, strata)) < 2:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -26,7 +27,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from spinreg_core import documents
-from spinreg_core.benchmarks.endpoint import Budget, Endpoint, Messages, Stopped, place, price
+from spinreg_core.benchmarks.endpoint import (
+    Budget,
+    Endpoint,
+    Messages,
+    Stopped,
+    most_prompt_tokens,
+    place,
+    price,
+)
 from spinreg_core.config import JudgeConfig
 from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, Conflict, Damaged
@@ -90,6 +99,12 @@ def _twice_key(payer: str, key: str) -> str:
     return f"verdicts/twice/{payer}/{key.removeprefix('verdicts/')}"
 
 
+def _unanswered_key(payer: str) -> str:
+    """Where a request is kept whose reply did not arrive: it may have been billed, and counts in full in the budgets of
+    who sent it, also after another start."""
+    return f"verdicts/unanswered/{payer}/{uuid.uuid4().hex}.json"
+
+
 def require_judge(judge: JudgeConfig) -> None:
     """Raise BadInput where no judge is named."""
     for field in ("base_url", "model"):
@@ -123,12 +138,22 @@ def judged(
     with ThreadPoolExecutor(judge.at_once, thread_name_prefix="judge") as pool:
         found = pool.map(lambda question: _stored(store, judge, question, parse), unique.values())
         states = dict(zip(unique, found, strict=True))
-        twice = [d for key in store.list(f"verdicts/twice/{payer}/") if (d := documents.read(store, key)) is not None]
-        spent = _sum(judge, twice + [d for s in states.values() for d in s.found if d["payer"] == payer])
+        twice, lost = (
+            [d for key in store.list(f"verdicts/{kind}/{payer}/") if (d := documents.read(store, key)) is not None]
+            for kind in ("twice", "unanswered")
+        )
+        spent = _sum(judge, twice + lost + [d for s in states.values() for d in s.found if d["payer"] == payer])
         budget = Budget(judge, int(spent["requests"]), spent["paid"])
         open_ = [state for state in states.values() if state.value is None and state.attempt < judge.tries]
         progress.update(len(states) - len(open_))
-        endpoint = Endpoint(judge, budget, stop)
+
+        def unanswered(messages: Messages) -> None:
+            usage = {"prompt_tokens": most_prompt_tokens(messages), "answer_tokens": judge.max_tokens, "counted": False}
+            document = {"schema": SCHEMA, "request": request_of(judge, messages, 0), "content": "", "payer": payer,
+                        "finish": "unanswered", "usage": usage, "created": now()}  # fmt: skip
+            store.create(_unanswered_key(payer), documents.dump(document))
+
+        endpoint = Endpoint(judge, budget, stop, unanswered)
         try:
             futures = [pool.submit(_complete, store, judge, endpoint, state, parse, payer) for state in open_]
             for future in as_completed(futures):
@@ -145,7 +170,7 @@ def judged(
     own = _sum(judge, [d for d in documents_ if d["payer"] == payer])
     before = _sum(judge, [d for d in documents_ if d["payer"] != payer])
     cost = {"seconds": round(time.monotonic() - start, 3)} | own | {f"{k}_before": v for k, v in before.items()}
-    cost["unanswered"] = budget.unanswered
+    cost["unanswered"] = len(lost) + budget.unanswered
     values = [states[verdict_key(request_of(judge, q.messages, 0))].value for q in questions]
     return Judged(values, cost)
 

@@ -30,6 +30,7 @@ import yaml
 from spinreg_core.config import BenchmarksConfig, RunConfig
 from spinreg_core.config_benchmarks import LEADERBOARD
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, StageFailed
+from spinreg_core.limits import LARGEST_TASK_FILE, require_small_file
 from spinreg_core.objects import read_manifest, sha256_file
 from spinreg_core.rounds import Plan, policy_object
 from spinreg_core.stages.job import Job, Preempted
@@ -139,6 +140,7 @@ def data_key(wanted: BenchmarksConfig) -> dict[str, str]:
     root = Path(os.environ.get(DATA_VARIABLE) or ".")
     folder = None if wanted.include_path is None else Path(wanted.include_path).expanduser()
     for path in sorted(folder.rglob("*yaml")) if folder is not None else ():
+        require_small_file("benchmarks.include_path", path, LARGEST_TASK_FILE)
         try:
             task = yaml.load(path.read_bytes(), _TaskFile)
         except yaml.YAMLError:  # what is none of lm-eval's files, or what it will refuse, names no data

@@ -15,6 +15,7 @@ from typing import Any
 
 from spinreg_core.config import BenchmarksConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.limits import require_small_file
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {
@@ -100,6 +101,7 @@ def _references(path: str | None) -> dict[str, tuple[str, str]]:
 
 def _lines(field: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     name = Path(path).name
+    require_small_file(f"benchmarks.{field}", Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError, ValueError) as error:

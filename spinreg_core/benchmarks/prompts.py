@@ -21,6 +21,7 @@ import yaml
 from spinreg_core.benchmarks.endpoint import Messages
 from spinreg_core.config import JudgeConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.limits import require_small_file
 
 Preference = Literal["A", "B", "tie"]
 
@@ -61,6 +62,7 @@ def load_prompts(judge: JudgeConfig, names: Iterable[str]) -> Prompts:
     that nothing is put into.
     """
     path = Path(judge.prompts or Path(__file__).with_name("judge_prompts.yaml"))
+    require_small_file("judge.prompts", path)
     try:
         raw = path.read_bytes()
         text = raw.decode()

@@ -195,7 +195,7 @@ def win_metrics(
     n = len(score)
 
     metrics = {
-        "win_rate": bootstrap_mean(score, "share", resamples=resamples, seed=seed),
+        "win_rate": grouped_share(score, np.ones(n), resamples=resamples, seed=seed),
         "wins": wilson(int((score > 0.5).sum()), n),
         "ties": wilson(int((score == 0.5).sum()), n),
         "losses": wilson(int((score < 0.5).sum()), n),
@@ -213,6 +213,7 @@ def win_metrics(
         correlation = bootstrap_correlation(score, longer, resamples=resamples, seed=seed)
         if correlation is not None:
             metrics["length_correlation"] = correlation
+    if n > 2 and longer.std() > 0 and score.std() > 0:  # else no resampling tells of other prompts
         metrics["length_controlled_win_rate"] = _length_controlled(score, longer, resamples=resamples, seed=seed)
     malformed = [float(v.count(None)) for v in verdicts if v is not None]
     if malformed:

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spinreg_core.config import of_round
@@ -105,7 +106,8 @@ def run(job: Job) -> dict[str, Any]:
             sample["credit"] = {"answer": credits[i], "sample": credits[len(shown) + i]}
         document["margins"] = histogram(margins(table, alpha))
     _write_json(folder / "samples.json", document)
-    return publish(store, job, folder, metrics=_flat(metrics), seconds=time.monotonic() - start)
+    metrics_ = _flat(metrics) | {"tokens_scored": _tokens_scored(job, table)}
+    return publish(store, job, folder, metrics=metrics_, seconds=time.monotonic() - start)
 
 
 def _earlier(store: Store, job: Job, name: str, data: Columns) -> Columns:
@@ -245,6 +247,15 @@ def _score(
             tokens.score(policy, model, config.training.precision)
         del model  # one at a time
     return found
+
+
+def _tokens_scored(job: Job, table: pa.Table) -> int:
+    """Answer tokens put through a policy, as often as they were (`_scores`)."""
+    real, samples = pc.sum(table["answer_tokens"]).as_py(), pc.sum(pc.list_value_length(table["sample_ids"])).as_py()
+    if job.round == 0:
+        return int(real + samples)
+    policies = len({job.inputs[name] for name in ("policy", "base", "previous")})
+    return int(real + policies * samples + pc.sum(table["previous_sample_tokens"]).as_py())
 
 
 def _shown(data: Columns, rows: Columns, count: int) -> list[dict[str, Any]]:
