@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from feeding import Case, Place, table
 
 from spinreg_core.benchmarks import check
+from spinreg_core.benchmarks.agreement import _from_file
+from spinreg_core.limits import LARGEST_QUESTIONS
 from spinreg_core.resolve import LARGEST_FILE, assignments, load_config_file, resolve
 from spinreg_core.store import open_store
 
@@ -177,3 +180,30 @@ def _(place: Place) -> object:
 @case("a store whose name is longer than names can be")
 def _(place: Place) -> object:
     return open_store(str(place.folder / ("x" * 300))).check()
+
+
+@case("a pipe as a configuration, by file://")
+def _(place: Place) -> object:
+    os.mkfifo(place.folder / "run.yaml")
+    return load_config_file(f"file://{place.folder}/run.yaml")
+
+
+@case("a pipe with prompts for the judge")
+def _(place: Place) -> object:
+    os.mkfifo(place.folder / "prompts.yaml")
+    judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "prompts": str(place.folder / "prompts.yaml")}
+    return check(resolve({"benchmarks": {"win_rate": ["base"]}, "judge": judge}))
+
+
+@case("a pipe with votes of the judge's agreement")
+def _(place: Place) -> object:
+    os.mkfifo(place.folder / "votes.jsonl")
+    return _from_file(place.folder / "votes.jsonl")
+
+
+@case("a file of questions that is larger than any")
+def _(place: Place) -> object:
+    with open(place.folder / "questions.jsonl", "wb") as file:
+        file.truncate(LARGEST_QUESTIONS + 1)
+    judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
+    return check(resolve({"benchmarks": {"mt_bench": str(place.folder / "questions.jsonl")}, "judge": judge}))

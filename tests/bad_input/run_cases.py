@@ -260,3 +260,8 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     with temporary_settings({PREFECT_API_URL: f"{place.server().endpoint}/api"}):
         return require_server()
+
+
+@case("a run that goes further than runs can")
+def _(place: Place) -> object:
+    return validate({"until_round": 1_000_000})

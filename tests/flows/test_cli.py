@@ -202,3 +202,29 @@ def test_a_server_that_does_not_answer_ends_it_in_one_line(
     assert error.startswith("spinreg: PREFECT_API_URL: found http://127.0.0.1:9/api, which cannot be used (")
     assert error.count("\n") == 1
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("PREFECT_API_URL", "http://[::1", "Prefect's settings (in the environment or Prefect's profile): found what"),
+        ("PREFECT_CLIENT_MAX_RETRIES", "abc", "PREFECT_CLIENT_MAX_RETRIES (in the environment or Prefect's profile)"),
+        ("SPINREG_CACHE", "~nosuch/x", "SPINREG_CACHE: found '~nosuch/x' (Could not determine home directory.)"),
+        ("SPINREG_CACHE", "/proc", "SPINREG_CACHE: found /proc (No such file or directory)"),
+        ("SPINREG_CACHE_GB", "-3", "SPINREG_CACHE_GB: found '-3'"),
+    ],
+)
+def test_a_wrong_environment_ends_before_a_flow_run_exists(
+    tmp_path: Path, variable: str, value: str, said: str
+) -> None:
+    command = [sys.executable, "-m", "flows.cli", "run", "--store", str(tmp_path / "store"), "--model", "random:tiny"]
+    env = os.environ | {"PREFECT_HOME": str(tmp_path / "home"), variable: value}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == EXIT_BAD_INPUT, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"spinreg: {said}")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_store_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--store", ""]) == EXIT_BAD_INPUT
+    assert capsys.readouterr().err.startswith("spinreg: store: found ''")

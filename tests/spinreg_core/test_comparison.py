@@ -147,6 +147,29 @@ def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: P
     assert {c["against"] for c in alone["comparisons"]} == {BASE}
 
 
+def test_a_run_that_repeats_another_is_no_further_seed(store: Store, tmp_path: Path) -> None:
+    """Plain SPIN in two grids, say. Before, it was "2 seeds" with a spread of 0, and one policy was two tests."""
+    make_run(store, tmp_path, "spin", [0.0], objective={"alpha": 1.0})
+    make_run(store, tmp_path, "kl", [-0.2], objective={"alpha": 0.5})
+    expected = comparison_data(store, ["spin", "kl"], name="x")
+    share_policies(store, "again", "spin", 1.0)
+    data = comparison_data(store, ["spin", "again", "kl"], name="x")
+    assert data["repeats"] == {"again": "spin"}
+    assert any(note.startswith("again is left out") for note in data["notes"])
+    for part in ("values", "comparisons", "variants", "verdict", "cost"):
+        assert data[part] == expected[part], part
+    turned = comparison_data(store, ["spin", "again", "kl"], against="again", name="x")
+    assert (turned["repeats"], turned["variants"][0]["runs"]) == ({"spin": "again"}, ["again"])
+
+
+def test_a_run_that_has_not_begun_is_bad_input(store: Store, tmp_path: Path) -> None:
+    make_run(store, tmp_path, "spin", [0.0])
+    with open_session(store, RunConfig(run="new"), "test"):
+        pass
+    with pytest.raises(BadInput, match="found 'new', of which nothing is evaluated yet"):
+        comparison_data(store, ["spin", "new"])
+
+
 def share_policies(store: Store, run: str, source: str, alpha: float) -> None:
     """A run with the objects of another."""
     config, head = RunConfig(run=run, objective=ObjectiveConfig(alpha=alpha)), require_head(store, source)
@@ -269,7 +292,8 @@ def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) ->
     assert cost["seconds"] == {"generate": 23.0, "mix-opponent": 23.0, "train": 23.0, "evaluate": 33.0,
                                "generate (held-out)": 0.0, "benchmark": 0.0}  # fmt: skip
     assert cost["shared_seconds"] == 10.0, "the base's evaluation"
-    assert cost["tokens"] == {"generate": 3000.0, "generate (held-out)": 0.0, "train": 4000.0}
+    assert cost["tokens"] == {"generate": 3000.0, "generate (held-out)": 0.0, "train": 4000.0,
+                              "evaluate": 0.0}  # fmt: skip
     assert data["variants"][1]["differences"] == ["objective.alpha: 1.0 -> 0.5"]
     shared = [line for line in data["lineage"] if line["runs"] == ["a", "b"]]
     assert [line["stage"] for line in shared] == ["base", "data", "evaluate"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from spinreg_core import head as heads
 from spinreg_core.config import (
@@ -130,6 +131,21 @@ def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
         assert heads.complete_round(session.head) == 0
         session.commit(1, "evaluate", "evaluate")
         assert heads.complete_round(session.head) == 1
+
+
+def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
+    """Before, `until_round=1000000` was written to the head, which nothing could read from then on."""
+    store = open_store(str(tmp_path))
+    for field in ("rounds", "until_round"):
+        with pytest.raises(ValidationError, match="less than or equal to 10000"):
+            RunConfig(**{field: 10_001})  # type: ignore[arg-type]
+    with open_session(store, RunConfig(), "test") as session:
+        assert session.begin_advance("a", None, 9_999)[1] == 9_999
+        session.update(lambda head: head["advances"].clear())
+        session.head["rounds"] = [{"round": n, "stages": dict.fromkeys(ROUND_STAGES, "x")} for n in range(1, 9_999)]
+        with pytest.raises(BadInput, match="found 5 after round 9998; expected at most 10000 rounds"):
+            session.begin_advance("b", 5, None)
+    assert read_head(store, "demo") is not None
 
 
 def test_a_committed_stage_is_not_replaced(store: Store) -> None:

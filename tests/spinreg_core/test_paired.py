@@ -232,6 +232,9 @@ def test_a_share_of_nothing_or_all_has_wilsons_interval() -> None:
     assert estimate([some], resampled(some), "share")["low"] == wilson(3, 50)["low"]
     numbers = scores([0.0] * 49 + [7.0])
     assert estimate([numbers], resampled(numbers), "x")["high"] > 0.1, "no share"
+    nothing = scores([0.0] * 50)
+    found = estimate([nothing], resampled(nothing), "nats/answer")
+    assert (found["low"], found["high"]) == (0.0, 0.0), "the base's KL to itself is none, and no share"
 
 
 @pytest.mark.parametrize("kind", ["normal", "skewed", "binary", "tokens", "carried by few"])

@@ -707,3 +707,24 @@ def test_a_run_that_was_moved_behind_a_link_keeps_what_it_needs(store: FolderSto
     (tmp_path / "elsewhere").rmdir()
     (tmp_path / "unmounted").rename(tmp_path / "elsewhere")
     assert content(store).keys() == before.keys()
+
+
+def test_what_lies_behind_a_link_is_left_alone(store: FolderStore, tmp_path: Path) -> None:
+    """It may be another store's, or this one's own by another name."""
+    advance(store, config("a"), 2)
+    gc(store)
+    before = content(store)
+    other = FolderStore(tmp_path / "other")
+    shutil.copytree(store.root / "runs", other.root / "runs")
+    (other.root / "objects").mkdir()
+    for folder in (store.root / "objects").iterdir():
+        (other.root / "objects" / folder.name).symlink_to(folder)
+    needs = store_needs(other, None, LEAN)
+    assert [item for item in find(other, needs) if item.kind != "upload"] == []
+    assert sum("lies behind a link" in note for note in needs.notes) == len(list((store.root / "objects").iterdir()))
+    data = next((store.root / "objects").glob("train-*/data"))
+    (data / "e0000-copy").symlink_to(next(data.iterdir()))
+    _aged(store.root, 8)
+    gc(store)
+    (data / "e0000-copy").unlink()
+    assert content(store) == before

@@ -212,6 +212,20 @@ def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store
         assert len(server.bodies) == 2
 
 
+def test_lost_requests_count_after_another_start_too(store: Store) -> None:
+    """Before, each start had its budget anew, and an endpoint too slow for the time-out was billed without end."""
+    with judge_server(lambda b, n: Does(seconds=1.0)) as server:
+        for _ in range(2):
+            with pytest.raises(BadInput, match="found 3 requests made"):
+                ask(server, store, count=2, max_requests=3, timeout_seconds=0.2, at_once=1)
+            assert len(server.bodies) == 3
+        with pytest.raises(BadInput, match="found 1 requests made"):
+            ask(server, store, count=2, payer="mt-bench-b", max_requests=1, timeout_seconds=0.2, at_once=1)
+    with judge_server(rated) as server:
+        found = ask(server, store, count=2, max_requests=5)
+        assert (found.cost["requests"], found.cost["unanswered"]) == (2, 3)
+
+
 @pytest.mark.parametrize("at_once", [1, 8])
 def test_max_cost_is_never_exceeded_and_used_as_far_as_it_goes(store: Store, at_once: int) -> None:
     """A request is sent only where its highest possible cost still fits: 100 answer tokens each, of which 10 are used;

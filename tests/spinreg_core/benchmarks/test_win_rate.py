@@ -47,6 +47,18 @@ def test_metrics_by_hand() -> None:
         assert estimate["low"] <= estimate["value"] <= estimate["high"]  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("won", [True, False])
+def test_who_wins_or_loses_everything_has_an_interval_too(won: bool) -> None:
+    """No resampling sees that another prompt might end otherwise."""
+    pairs = [pair(str(i), 3 + i, 5) for i in range(20)]
+    verdicts: list[Any] = [("A", "B") if won else ("B", "A")] * 20
+    metrics, _ = win_metrics(pairs, verdicts, resamples=200, seed=0)
+    whole = wilson(20.0 * won, 20)
+    assert (metrics["win_rate"]["low"], metrics["win_rate"]["high"]) == (whole["low"], whole["high"])
+    assert "length_controlled_win_rate" not in metrics
+    assert "length_correlation" not in metrics
+
+
 def test_intervals_are_over_prompts_whose_two_verdicts_are_alike() -> None:
     """A judge that names the same place in both orders, either as often: 80 verdicts that say as much as 40."""
     pairs = [pair(str(i), 5, 3) for i in range(40)]

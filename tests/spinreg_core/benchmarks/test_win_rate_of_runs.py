@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from judge_server import judge_server
+from judge_server import Does, judge_server
 from test_win_rate import prefers_own, store  # noqa: F401
 
 from flows.cli import main
@@ -49,6 +53,21 @@ def test_two_runs_are_compared_and_nothing_is_asked_twice(runs: Store, capsys: p
         assert "ours against theirs, round 1, 5 prompts, judged by judge" in (text := capsys.readouterr().out)
         assert "win_rate: 0.75 [" in text
         assert len(server.bodies) == 8, "what was paid for is found again"
+
+
+def test_what_was_asked_is_kept_on_sigterm(runs: Store) -> None:
+    with judge_server(lambda b, n: Does("[[A]]", seconds=2.0)) as server:
+        judge = ["-p", f"judge.base_url={server.url}", "-p", "judge.model=judge", "-p", "judge.at_once=3"]
+        command = [sys.executable, "-m", "flows.cli", "win-rate", "ours", "theirs", "--store", runs.url, *judge]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while len(server.bodies) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in error
+    assert len(runs.list("verdicts/")) == len(server.bodies) == 3
 
 
 @pytest.mark.parametrize(
