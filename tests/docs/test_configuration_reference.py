@@ -55,7 +55,7 @@ def test_every_field_has_one_row_with_all_cells() -> None:
         ("data.prompts_per_round", "whole number ≥ 1, or unset", "`32`"),
         ("training.checkpoint_every_steps", "whole number ≥ 1, or unset", "`50`"),
         ("training.activation_checkpointing", "`none`, `selective`, `full`", "`none`"),
-        ("rounds", "whole number ≥ 1, or unset", "unset"),
+        ("rounds", "whole number ≥ 1, ≤ 10 000, or unset", "unset"),
     ],
 )
 def test_types_ranges_and_defaults_read_well(field: str, kind: str, default: str) -> None:

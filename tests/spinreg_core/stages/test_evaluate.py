@@ -249,7 +249,12 @@ def test_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterat
     assert {*METRICS, *GAME} <= set(stored) | (later if iterate == 0 else set())
     manifest = read_manifest(world.store, evaluated[iterate])
     assert manifest is not None
-    intervals = manifest["metrics"].pop("intervals")
+    intervals, scored = manifest["metrics"].pop("intervals"), manifest["metrics"].pop("tokens_scored")
+    rows = table.to_pydict()
+    human, samples = sum(rows["answer_tokens"]), sum(map(len, rows["sample_ids"]))
+    opponents = sum(rows["previous_sample_tokens"]) if iterate else 0
+    # Under the iterate all three; its samples under base and previous policy too, which are one in round 1.
+    assert scored == human + opponents + samples * (1 + min(iterate, 2))
     assert manifest["metrics"] == {name: e["value"] for name, e in expected.items()}
     assert intervals == {name: [e["low"], e["high"]] for name, e in expected.items()}
 
