@@ -40,7 +40,7 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
         headline = f"In {what}, no difference between the variants and {reference} is supported."
     else:
         headline = f"One variant, {reference}: its seeds are averaged and compared with the base."
-    sentences = [_sentence(one, data) for one in sorted(family, key=lambda one: one["to_base"])]
+    sentences = [_sentence(one, data) for one in sorted(family, key=lambda one: (one["to_base"], not one["supported"]))]
     for one in data["unpaired"]:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
     sentences.append(
