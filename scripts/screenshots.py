@@ -43,7 +43,7 @@ def main() -> None:
     images = ROOT / "docs/images"
     if arguments.comparison is not None:
         with chromium(arguments.chromium) as page:
-            page.set_viewport_size({"width": 1200, "height": 1500})
+            page.set_viewport_size({"width": 1200, "height": 2050})
             page.goto(arguments.comparison.resolve().as_uri())
             page.wait_for_timeout(3000)
             page.screenshot(path=images / "comparison.png")
