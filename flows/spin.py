@@ -41,6 +41,7 @@ from flows.round import finish_repair, measure, round_
 from flows.show import show_end, show_round, track
 from spinreg_core.benchmarks import check as check_files
 from spinreg_core.benchmarks.lm_eval import plan_check
+from spinreg_core.cache import require_cache
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, SpinregError, StagePreempted
 from spinreg_core.figures import run_figures
@@ -91,8 +92,9 @@ def resolve_parameters(config: str | None, parameters: dict[str, Any]) -> RunCon
 
 
 def require_usable(config: RunConfig) -> None:
-    """Raise BadInput for what this process can see, and a stage would end with hours later: files of benchmarks,
-    trackers, and the metric of `until`."""
+    """Raise BadInput for what this process can see, and a stage would end with hours later: the cache, files of
+    benchmarks, trackers, and the metric of `until`."""
+    require_cache()
     check_files(config)
     check_trackers(config.tracking)
     require_metric(config)
