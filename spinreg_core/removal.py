@@ -83,10 +83,13 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
 def _behind_links(store: Store) -> Callable[[str], bool]:
     """Whether a key leads by a link to another place than it says; never so in a bucket."""
     top = store.local_path("objects")
-    if top is None:
-        return lambda key: False
-    root = os.path.realpath(top.parent)
-    return lambda key: os.path.realpath(str(store.local_path(key))) != os.path.join(root, *key.split("/"))
+    root = "" if top is None else os.path.realpath(top.parent)
+
+    def linked(key: str) -> bool:
+        path = store.local_path(key)
+        return path is not None and os.path.realpath(path) != os.path.join(root, *key.split("/"))
+
+    return linked
 
 
 def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed], rules_only: bool) -> list[Item]:

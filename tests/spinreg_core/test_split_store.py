@@ -124,6 +124,19 @@ def test_no_command_takes_another_folder_for_an_empty_store(
     assert open_store(url).list("objects") == before
 
 
+def test_gc_removes_what_no_run_knows_from_both(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the bucket have no path here, and are behind no link."""
+    monkeypatch.setattr(removal, "GRACE_SECONDS", 0.0)
+    monkeypatch.setenv("SPINREG_COMMITS", str(tmp_path / "shared"))
+    one_run(url, tmp_path)
+    store = open_store(url)
+    job = Job("train", "train-y", {}, url, "e1-y", 1, {}, RunConfig(run="r", store=url), tmp_path)
+    objects.publish(store, job, tmp_path / "out", metrics={})
+    assert main(["gc", "--delete", "--store", url]) == 0
+    assert [key for key in store.list("objects") if key.startswith("objects/train-y/data")] == []
+    assert [key for key in store.list("objects") if key.startswith("objects/train-x/data")] != []
+
+
 def without_ids(url: str, folder: Path) -> None:
     """Make bucket and folder what an earlier version wrote."""
     (marker,) = folder.rglob("commits.json")
