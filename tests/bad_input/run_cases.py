@@ -11,6 +11,7 @@ from typing import Any
 from feeding import ROWS, Case, Place, table
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+import tasks.server
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, Removed
 from spinreg_core.head import open_session, read_config, require_head
@@ -252,6 +253,7 @@ def _(place: Place) -> object:
 
 @case("PREFECT_API_URL of a server that does not answer")
 def _(place: Place) -> object:
+    place.patch.setattr(tasks.server, "_SECONDS", 0.5)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         return require_server()
 

@@ -126,6 +126,7 @@ def test_a_real_run_that_dies_with_its_worker_is_crashed_and_goes_on(
     assert complete_round(head) == 1
 
 
+@pytest.mark.long
 def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     command = [sys.executable, str(ROOT / "deployments/automations.py")]

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+import tasks.server
 from flows.arguments import parser
 from flows.cli import _parameters, main
 from spinreg_core.config import ResourcesConfig, RunConfig
@@ -195,6 +196,7 @@ def test_a_server_that_does_not_answer_ends_it_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks.server, "_SECONDS", 0.5)
     given = ["--until-round", "1", "--model", "random:tiny", "--dataset", "demo", "--store", str(tmp_path / "store")]
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         assert main([command, *given]) == EXIT_BAD_INPUT
