@@ -85,11 +85,13 @@ def comparison_data(
     name = comparison_name(runs, name)
     if len(runs) < 2 or len(set(runs)) < len(runs):
         raise BadInput("runs to compare", ", ".join(map(repr, runs)) or "none", "at least two different runs")
-    against = runs[0] if against is None else against
-    if against not in runs:
+    if against is not None and against not in runs:
         raise BadInput("--against", repr(against), f"one of the compared runs ({', '.join(runs)})")
     with borrowed():
         members, repeats = one_per_seed([read_evaluated(store, run) for run in runs], against)
+        if len(members) < 2:
+            raise BadInput("runs to compare", f"{', '.join(runs)}, of one configuration and seed", "different runs")
+        against = repeats.get(runs[0], runs[0]) if against is None else against
         variants = variants_of(members)
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
         alarmed = alarms_of(store, members)

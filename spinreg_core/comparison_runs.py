@@ -187,12 +187,12 @@ def definitions_of(members: list[Evaluated]) -> dict[str, dict[str, Any]]:
 # --- variants ----------------------------------------------------------------------------------------
 
 
-def one_per_seed(members: list[Evaluated], against: str) -> tuple[list[Evaluated], dict[str, str]]:
+def one_per_seed(members: list[Evaluated], against: str | None) -> tuple[list[Evaluated], dict[str, str]]:
     """Without runs that repeat another's configuration and seed (plain SPIN in two grids, say), which are no further
-    seed; and of each such run which it repeats. The run `against` is none of them."""
+    seed; and of each such run which it repeats: the run `against`, or the one that went furthest."""
     first: dict[str, str] = {}
     keys = {m.run: json.dumps([variant_fields(m.config), m.config.seed], sort_keys=True) for m in members}
-    for member in sorted(members, key=lambda one: one.run != against):
+    for member in sorted(members, key=lambda one: (one.run != against, -max(one.rounds, default=-1))):
         first.setdefault(keys[member.run], member.run)
     kept = [member for member in members if first[keys[member.run]] == member.run]
     return kept, {m.run: first[keys[m.run]] for m in members if m not in kept}
@@ -305,6 +305,10 @@ def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dic
         def per_run(lines: list[dict[str, Any]], key: str, runs: set[str] = runs) -> float:
             return sum((line[key] or 0.0) * len(runs & set(line["runs"])) for line in lines) / len(runs)
 
+        def counted(lines: list[dict[str, Any]], runs: set[str] = runs) -> float | None:
+            own = [line for line in lines if runs & set(line["runs"])]
+            return None if any(line["tokens"] is None for line in own) else per_run(own, "tokens", runs)
+
         stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in COST_STAGES}
         seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
         shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
@@ -317,8 +321,7 @@ def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dic
                 "total_seconds": sum(seconds.values()),
                 "shared_seconds": per_run(shared, "seconds"),
                 "tokens": {
-                    stage: per_run(stages[stage], "tokens")
-                    for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")
+                    stage: counted(stages[stage]) for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")
                 },
                 "paid": per_run(stages[BENCHMARK], "paid"),
             }

@@ -40,7 +40,7 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
         headline = f"In {what}, no difference between the variants and {reference} is supported."
     else:
         headline = f"One variant, {reference}: its seeds are averaged and compared with the base."
-    sentences = [_sentence(one, data) for one in sorted(family, key=lambda one: (one["to_base"], not one["supported"]))]
+    sentences = [_sentence(one, data) for one in sorted(family, key=lambda one: (not one["supported"], one["to_base"]))]
     for one in data["unpaired"]:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
     sentences.append(
@@ -142,7 +142,10 @@ def plane_of(variants: list[tuple[str, RunConfig]]) -> dict[str, Any] | None:
     rest = [merge(variant_fields(config), own) for _, config in variants]
     alphas = sorted({alpha for alpha, _ in found}, reverse=True)
     histories = sorted({history for _, history in found}, key=lambda one: math.inf if one == "all" else int(one))
-    if len(found) < len(variants) or any(one != rest[0] for one in rest) or min(len(alphas), len(histories)) < 2:
+    betas = {(config.objective.alpha, str(config.objective.beta)) for _, config in variants}
+    if len(found) < len(variants) or any(one != rest[0] for one in rest) or len(betas) > len(alphas):
+        return None
+    if min(len(alphas), len(histories)) < 2:
         return None
     labels = [[found.get((alpha, history)) for history in histories] for alpha in alphas]
     return {"alpha": alphas, "history": histories, "labels": labels}
@@ -262,6 +265,11 @@ def comparison_rows(data: dict[str, Any]) -> list[dict[str, str]]:
     return found
 
 
+def _count(*counts: float | None) -> str:
+    """Their sum; a dash where nobody counted one of them."""
+    return "-" if None in counts else f"{sum(one or 0.0 for one in counts):,.0f}"
+
+
 def comparison_markdown(data: dict[str, Any], places: dict[str, str]) -> str:
     """The verdict, what limits it, what each variant cost, and where the page and its files lie. places: addresses by
     kind."""
@@ -271,10 +279,11 @@ def comparison_markdown(data: dict[str, Any], places: dict[str, str]) -> str:
     lines += ["| mean of its runs | took | of it shared | tokens sampled | tokens trained on | paid to judges |",
               "|---|---|---|---|---|---|"]  # fmt: skip
     for one in data["cost"]:
-        sampled, trained = one["tokens"]["generate"] + one["tokens"][HELDOUT_ANSWERS], one["tokens"]["train"]
+        sampled = _count(one["tokens"]["generate"], one["tokens"][HELDOUT_ANSWERS])
+        trained = _count(one["tokens"]["train"])
         took = f"{format_duration(one['total_seconds'])} | {format_duration(one['shared_seconds'])}"
         name = one["variant"].replace("|", "\\|")
-        lines.append(f"| {name} | {took} | {sampled:,.0f} | {trained:,.0f} | {one['paid']:.2f} |")
+        lines.append(f"| {name} | {took} | {sampled} | {trained} | {one['paid']:.2f} |")
     lines.append("")
     lines += [f"- {kind}: {link(place)}" for kind, place in places.items()]
     return "\n".join(lines)

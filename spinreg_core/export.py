@@ -51,7 +51,9 @@ def export(
         known = ", ".join(map(str, sorted(trained))) or "none"
         raise BadInput("--round", number, f"0 or a round that was trained ({known}) of run {run!r}")
     most = None if shard_size is None else parse_size(shard_size)
-    target = Path(f"{run}-round-{number}") if target is None else target
+    target = (Path(f"{run}-round-{number}") if target is None else target).absolute()
+    if target == Path.cwd():
+        raise BadInput("--to", f"{target}, the current folder", "another one, which appears when it is whole")
     _require_free("--to", target)
     source = fetch_folder(store, policy_object(head, number), "policy")
     with _appearing(target) as folder:

@@ -48,8 +48,7 @@ class Metric:
 
 # What docs/concepts.md says of stability: at fixed total beta a smaller alpha alone makes history 1 less stable.
 REMEDIES = (
-    "fewer steps, a lower learning rate, a longer history, or KL to the base added on top (alpha below 1 with a larger "
-    "beta) may help"
+    "fewer steps, a lower learning rate, or KL to the base added on top (alpha below 1 with a larger beta) may help"
 )
 PRIMARY = "heldout_nll"
 PRIMARY_REASON = (
@@ -274,8 +273,8 @@ def grouped_share(
     successes: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, resamples: int, seed: int
 ) -> Estimate:
     """sum(successes) / sum(counts), a share of things that come in groups, such as the verdicts on one prompt, which
-    are alike: the bootstrap interval over groups [groups]. Where it is 0 or 1, which no resampling moves, Wilson's as
-    if each group were one observation. n counts the things. Groups without any are left out.
+    are alike: the bootstrap interval over groups [groups]. Where all groups have the same share, which no resampling
+    moves, Wilson's as if each group were one observation. n counts the things. Groups without any are left out.
 
     Raises:
         ValueError: nothing in any group.
@@ -283,7 +282,7 @@ def grouped_share(
     top, bottom = np.asarray(successes, np.float64), np.asarray(counts, np.float64)
     top, bottom = top[bottom > 0], bottom[bottom > 0]
     found = bootstrap_ratio(top, bottom, "share", resamples=resamples, seed=seed)
-    if found["value"] in (0.0, 1.0):
+    if np.ptp(top / bottom) == 0:
         found = wilson(found["value"] * len(bottom), len(bottom))
     found["n"] = int(bottom.sum())
     return found

@@ -112,5 +112,6 @@ def make_run(
             ]
             files = {"metrics.json": json.dumps(found), "samples.json": json.dumps({"samples": samples}),
                      "rows.parquet": rows}  # fmt: skip
-            session.commit(number, "evaluate", put("evaluate", number, files, run if number else ["base", data, text]))
+            key, counted = run if number else ["base", data, text], {"tokens_scored": 100 * (number + 1)}
+            session.commit(number, "evaluate", put("evaluate", number, files, key, counted))
     return config

@@ -32,6 +32,7 @@ FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
 # Tokens of the endpoint's own around messages: their roles, a system prompt that it puts first where there is none.
 _AROUND_MESSAGES = 256
 _RETRIED = (408, 409, 425, 429)
+_CUT_OFF = (408, 502, 504, 524)  # of a gateway that waited for the judge no longer, which may have billed it
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Endpoint:
         if response.status_code != 200:
             said = f"HTTP {response.status_code} ({self._said(response)})"
             if response.status_code in _RETRIED or response.status_code >= 500:
-                return None, said, True, _retry_after(response)
+                return None, said, response.status_code not in _CUT_OFF, _retry_after(response)
             raise self._refusal(where, response.status_code, said)
         try:
             return self._reply(response.json(), body["messages"]), "", False, None

@@ -6,6 +6,7 @@ who paid for what. Leaves out: the connection and the budgets (`endpoint.py`), w
 
     verdicts/<SHA-256 of the request>.json   create-only: {"request", "content", "finish", "usage", "payer", "created"}
     verdicts/twice/<payer>/<the same>.json   likewise: of two who asked at the same time, what the second one paid for
+    verdicts/unanswered/<payer>/<random>.json  a request whose reply did not arrive, which may have been billed
 
 A request is the endpoint (host and path), the model, the messages, the sampling, and which try it is: all that the
 judge's answer depends on. Runs, rounds and benchmarks that ask the same share the verdict. `spinreg gc` leaves them.
@@ -59,8 +60,8 @@ class Judged(Generic[T]):
     """`values`: a verdict per question, in their order; None where none of `judge.tries` answers held one.
 
     `cost`: {"seconds"} of this attempt, {"requests", "prompt_tokens", "answer_tokens", "paid"} of this payer, all its
-    attempts together, the same four with `_before` for verdicts that others paid for, and "unanswered": requests of
-    this attempt whose replies did not arrive.
+    attempts together, the same four with `_before` for verdicts that others paid for, and "unanswered": requests
+    whose replies did not arrive, of all its attempts.
     """
 
     values: list[T | None]

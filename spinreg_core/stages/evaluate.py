@@ -250,7 +250,8 @@ def _score(
 
 
 def _tokens_scored(job: Job, table: pa.Table) -> int:
-    """Answer tokens put through a policy, as often as they were (`_scores`)."""
+    """Answer tokens that `_scores` puts through policies, as often as it does. (What is shown token by token, a few
+    rows, is put through once more and not counted.)"""
     real, samples = pc.sum(table["answer_tokens"]).as_py(), pc.sum(pc.list_value_length(table["sample_ids"])).as_py()
     if job.round == 0:
         return int(real + samples)

@@ -158,6 +158,10 @@ def test_a_run_that_repeats_another_is_no_further_seed(store: Store, tmp_path: P
     assert any(note.startswith("again is left out") for note in data["notes"])
     for part in ("values", "comparisons", "variants", "verdict", "cost"):
         assert data[part] == expected[part], part
+    make_run(store, tmp_path, "further", [0.0, 0.0], objective={"alpha": 1.0})
+    assert comparison_data(store, ["spin", "further", "kl"])["repeats"] == {"spin": "further"}, "which went further"
+    with pytest.raises(BadInput, match="of one configuration and seed"):
+        comparison_data(store, ["spin", "again"])
     turned = comparison_data(store, ["spin", "again", "kl"], against="again", name="x")
     assert (turned["repeats"], turned["variants"][0]["runs"]) == ({"spin": "again"}, ["again"])
 
@@ -276,6 +280,8 @@ def test_variants_of_alpha_and_history_alone_make_a_plane() -> None:
     assert plane_of(grid[:2]) is None, "alpha alone"
     assert plane_of(grid[::2]) is None, "history alone"
     assert plane_of([*grid, grid[0]]) is None, "two for one place"
+    other = variant(0.5, 2, objective={"beta": 5.0})
+    assert plane_of([one for one in grid if one[0] != "0.5 2"] + [other]) is None, "beta goes with history"
     assert plane_of([*grid[:-1], variant(1.0, 2, training={"learning_rate": 1e-5})]) is None, "something else"
 
 
@@ -293,7 +299,7 @@ def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) ->
                                "generate (held-out)": 0.0, "benchmark": 0.0}  # fmt: skip
     assert cost["shared_seconds"] == 10.0, "the base's evaluation"
     assert cost["tokens"] == {"generate": 3000.0, "generate (held-out)": 0.0, "train": 4000.0,
-                              "evaluate": 0.0}  # fmt: skip
+                              "evaluate": 100.0 + 200 + 300}  # fmt: skip
     assert data["variants"][1]["differences"] == ["objective.alpha: 1.0 -> 0.5"]
     shared = [line for line in data["lineage"] if line["runs"] == ["a", "b"]]
     assert [line["stage"] for line in shared] == ["base", "data", "evaluate"]
@@ -412,6 +418,11 @@ def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
     assert "gsm8k/exact is no mean over questions, and is not compared" in " ".join(data["notes"])
     assert "gsm8k/exact" not in data["metrics"]
     assert [cost["paid"] for cost in data["cost"]] == [2.5] * 3
+    graded = [one for one in data["benchmarks"] if one["kind"] == "mt-bench"]
+    assert [(one["run"], one["round"], one["settings"]["judge"]["model"]) for one in graded] == [
+        ("a", 1, "m"), ("b", 1, "m"), ("c", 1, "other"),
+    ]  # fmt: skip
+    assert all(one["fingerprints"] and one["cost"] == {"paid": 2.5} for one in graded)
     assert [cost["seconds"]["benchmark"] for cost in data["cost"]] == [6.0] * 3
     assert len([line for line in data["lineage"] if line["stage"] == "benchmark"]) == 6
 

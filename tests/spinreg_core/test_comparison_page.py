@@ -141,7 +141,11 @@ def test_a_grid_is_shown_as_one_with_the_verdicts_own_marks(store: Store, tmp_pa
     for label, cell in zip(labels, cells, strict=True):
         assert cell.startswith(format_estimate(values[label, "heldout_nll"]))
     text = " ".join(" ".join(Reader(page).text).split())
-    assert all(sentence in text for sentence in written["data"]["verdict"]["sentences"]), "also those folded away"
+    told = written["data"]["verdict"]["sentences"]
+    assert all(sentence in text for sentence in told), "also those folded away"
+    claimed = [" is higher than " in sentence or " is lower than " in sentence for sentence in told]
+    assert claimed == [True] * sum(claimed) + [False] * (len(told) - sum(claimed)), "what is supported comes first"
+    assert sum(claimed) == len(written["data"]["verdict"]["claims"]) == 4
 
 
 @pytest.mark.slow

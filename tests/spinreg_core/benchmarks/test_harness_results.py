@@ -70,6 +70,16 @@ def test_right_or_wrong_is_wilsons() -> None:
     assert found.items == [(f"t/{i}", "acc", value) for i, value in enumerate([1.0, 0.0, 1.0, 1.0])]
 
 
+@pytest.mark.parametrize("right", [1.0, 0.0])
+def test_a_group_that_is_all_right_or_wrong_is_as_uncertain_as_its_smallest_task(right: float) -> None:
+    values: Any = {"large": {("acc", "none"): [right] * 400}, "small": {("acc", "none"): [right] * 10}}
+    found = evaluated(values, group=False).metrics["acc"]
+    alone = wilson(39 * right, 39)  # 2^2 / (1/400 + 1/10)
+    assert (found["value"], found["n"], found["low"], found["high"]) == (right, 410, alone["low"], alone["high"])
+    sized = evaluated(values, group=True).metrics["acc"]
+    assert (sized["low"], sized["high"]) == (wilson(410 * right, 410)["low"], wilson(410 * right, 410)["high"])
+
+
 def test_other_numbers_are_resampled() -> None:
     values = list(np.random.default_rng(0).random(200))
     found = evaluated({"t": {("acc", "none"): values}})

@@ -212,6 +212,15 @@ def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store
         assert len(server.bodies) == 2
 
 
+@pytest.mark.parametrize("status", [408, 502, 504, 524])
+def test_what_a_gateway_cut_off_may_have_been_billed(store: Store, status: int) -> None:
+    with judge_server(lambda b, n: Does(status=status)) as server:
+        with pytest.raises(BadInput, match="found 3 requests made"):
+            ask(server, store, count=2, max_requests=3, at_once=1)
+        assert len(server.bodies) == 3
+    assert len(store.list("verdicts/unanswered/")) == 3
+
+
 def test_lost_requests_count_after_another_start_too(store: Store) -> None:
     """Before, each start had its budget anew, and an endpoint too slow for the time-out was billed without end."""
     with judge_server(lambda b, n: Does(seconds=1.0)) as server:

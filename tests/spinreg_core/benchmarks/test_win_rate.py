@@ -47,11 +47,11 @@ def test_metrics_by_hand() -> None:
         assert estimate["low"] <= estimate["value"] <= estimate["high"]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("won", [True, False])
-def test_who_wins_or_loses_everything_has_an_interval_too(won: bool) -> None:
+@pytest.mark.parametrize("won", [1.0, 0.5, 0.0])
+def test_where_every_prompt_ends_alike_there_is_an_interval_too(won: float) -> None:
     """No resampling sees that another prompt might end otherwise."""
     pairs = [pair(str(i), 3 + i, 5) for i in range(20)]
-    verdicts: list[Any] = [("A", "B") if won else ("B", "A")] * 20
+    verdicts: list[Any] = [{1.0: ("A", "B"), 0.5: ("A", "A"), 0.0: ("B", "A")}[won]] * 20  # 0.5: always the first
     metrics, _ = win_metrics(pairs, verdicts, resamples=200, seed=0)
     whole = wilson(20.0 * won, 20)
     assert (metrics["win_rate"]["low"], metrics["win_rate"]["high"]) == (whole["low"], whole["high"])
