@@ -138,6 +138,10 @@ def _require_settings() -> None:
         where = "_".join(filter(None, names)).upper() if first["loc"] else "Prefect's settings"
         raise BadInput(f"{where} (in the environment or Prefect's profile)", "what cannot be used",
                        f"a value it takes ({first['msg'].removeprefix('Value error, ')})") from None  # fmt: skip
+    except (ValueError, OSError) as error:  # a profile that is no TOML, a field that is no JSON, a folder in the way
+        found = f"what cannot be read ({type(error).__name__})"
+        raise BadInput("Prefect's settings (in the environment or Prefect's profile)", found,
+                       "settings as `prefect config` writes them") from None  # fmt: skip
 
 
 def _advance(parameters: dict[str, Any], config: str | None) -> int:
@@ -150,7 +154,6 @@ def _advance(parameters: dict[str, Any], config: str | None) -> int:
 
 def _flow(call: Callable[[], object]) -> int:
     """Call a flow so that what ends it from outside shows as what it is."""
-    import httpx
     from prefect.exceptions import CancelledRun, TerminationSignal
 
     from flows.spin import how_stopped
@@ -159,24 +162,33 @@ def _flow(call: Callable[[], object]) -> int:
 
     require_server()
 
+    seen: list[BaseException] = []
+
     def stopped(signum: int, _frame: object) -> NoReturn:
-        raise TerminationSignal(signum)
+        seen.append(KeyboardInterrupt() if signum == signal.SIGINT else TerminationSignal(signum))
+        raise seen[-1]
 
     # Prefect hands SIGTERM on to the handler it found before it tells the server of the outermost flow run: Python's
     # own would end the process there, and the flow run would show as running for good.
     signal.signal(signal.SIGTERM, stopped)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
+        signal.signal(signal.SIGINT, stopped)
     try:
         call()
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
-    except (KeyboardInterrupt, TerminationSignal, httpx.HTTPError) as error:
-        stop = stopped_by(error)
+    except BaseException as error:  # what libraries make of an interruption is anything
+        stop = stopped_by(error) or next(iter(seen), None)
         if stop is None:
             raise
+        for signum in (signal.SIGINT, signal.SIGTERM):  # what is left is the end of the embedded server
+            signal.signal(signum, signal.SIG_IGN)
         text, status = how_stopped(stop)
         print(text, file=sys.stderr)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what is left is the end of the embedded server
         return status
+    finally:
+        if signal.getsignal(signal.SIGINT) is stopped:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
     return 0
 
 

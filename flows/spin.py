@@ -11,8 +11,12 @@ Importing this module loads none of torch, transformers, vllm and datasets: a wo
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from prefect import flow
@@ -63,6 +67,20 @@ from tasks.stage import preempted, run_task
 
 # Everything is committed when the flow ends; a long outage must not make it a failed run.
 END_PATIENCE_SECONDS = 3600.0
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Nothing interrupts the block: people press Ctrl-C twice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def how_stopped(stop: BaseException) -> tuple[str, int]:
@@ -154,10 +172,11 @@ def spin(
     except RunCancelled as error:
         return Cancelled(message=str(error))
     except (KeyboardInterrupt, TerminationSignal) as stop:
-        if not server_answers():  # there is nobody to tell, which Prefect would try for minutes
-            text, status = how_stopped(stop)
-            print(text, file=sys.stderr, flush=True)
-            os._exit(status)
+        with deaf():
+            if not server_answers():  # there is nobody to tell, which Prefect would try for minutes
+                text, status = how_stopped(stop)
+                print(text, file=sys.stderr, flush=True)
+                os._exit(status)
         raise
     except StagePreempted as error:
         return preempted(error)

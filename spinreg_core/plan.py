@@ -124,20 +124,25 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
     """
     from spinreg_core.data import load_heldout, require_usable, split_rows
     from spinreg_core.data.select import load_training
+    from spinreg_core.data.split import given_heldout
     from spinreg_core.data.spool import pick
     from spinreg_core.render import Renderer
 
-    data, new = config.data, config.generation.max_new_tokens
+    data, new, refused = config.data, config.generation.max_new_tokens, None
     try:
         loaded = load_training(config.dataset, data).loaded
         require_usable(loaded, loaded.rejected, data.max_bad_share)
         given = load_heldout(config.dataset, data)
-        rows, heldout = loaded.rows, data.heldout_rows
-        if given is None:
-            train, held = split_rows(rows, heldout, config.seed)
-            rows, heldout = pick(rows, train), len(held)
-        else:
-            heldout = min(heldout, len(given.rows))
+        try:
+            train, held = (
+                split_rows(loaded.rows, data.heldout_rows, config.seed)
+                if given is None
+                else given_heldout(loaded.rows, given.rows, data.heldout_rows, config.seed)
+            )
+        except BadInput as error:
+            refused = error
+            raise
+        rows, heldout = pick(loaded.rows, train), len(held)
         renderer = Renderer.from_folder(folder, config.data.template_arguments)
         chosen = rows[:: -(-len(rows) // SAMPLED_ROWS)]
         lengths = []
@@ -152,7 +157,7 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
         if not lengths:
             raise BadInput("data.max_prompt_tokens", f"{data.max_prompt_tokens}, below every prompt", "a larger one")
     except (BadInput, OSError) as error:
-        if data.prompts_per_round is None:  # then nothing says how many rows there are
+        if data.prompts_per_round is None or error is refused:  # then nothing says how many rows there are
             raise
         sizes = Sizes(
             train_rows=data.prompts_per_round, heldout_rows=data.heldout_rows, prompt=data.max_prompt_tokens,

@@ -52,7 +52,8 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
     Raises BadInput and Damaged where a run cannot be read: it may need anything.
     """
     needs, runs_here = Needs(), list_runs(store)
-    for name in sorted({key.split("/")[1] for key in store.list("runs/")} - set(runs_here)):
+    named = {key.split("/")[1] for key in store.list("runs/")} | _empty_folders(store)
+    for name in sorted(named - set(runs_here)):
         needs.complete = False  # its head may have been lost
         needs.notes.append(f"runs/{name} has no head.json, and what it needs is not known: what no run knows stays. To "
                            "be rid of the run, remove the rest of it")  # fmt: skip
@@ -76,6 +77,14 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
             needs.kept |= own - freed.keys()
             needs.freed |= freed
     return needs
+
+
+def _empty_folders(store: Store) -> set[str]:
+    """Of runs: what a place looks like where no file system is mounted."""
+    runs = store.local_path("runs")
+    if runs is None or not runs.is_dir():
+        return set()
+    return {path.name for path in runs.iterdir() if path.is_dir() and not any(path.iterdir())}
 
 
 def waits_for(head: dict[str, Any]) -> str | None:

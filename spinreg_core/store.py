@@ -196,6 +196,10 @@ class FolderStore:
         except (ValueError, OSError) as error:  # a name with a NUL, or longer than names can be
             if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
                 raise BadInput("store", f"{self.url!r} ({error})", "a folder that can be written to") from None
+        if self.root.is_symlink() and not self.root.exists():
+            raise BadInput(
+                "store", f"{self.url}, a link to what is not there", "a folder (is a file system not mounted?)"
+            )
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             found = "not a folder" if not there.is_dir() else "not writable for this user"
@@ -301,6 +305,8 @@ class FolderStore:
         def missing(error: OSError) -> None:
             if isinstance(error, NotADirectoryError | FileNotFoundError) and not os.path.islink(error.filename):
                 return  # nothing was written there yet, or it was removed since
+            if os.path.basename(error.filename) == "lost+found":  # of a file system that is mounted here
+                return
             raise StoreRefused(
                 f"listing {folder}: found {error}; expected folders that can be listed and links that lead somewhere "
                 "(is a file system not mounted?)"

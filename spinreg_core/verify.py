@@ -192,7 +192,15 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
     found, problems, key = _Examined(), list[Problem](), manifest_key(object_id)
 
     def read(key: str) -> dict[str, Any] | None:
-        tagged = store.read_tagged(key)
+        try:
+            tagged = store.read_tagged(key)
+        except StoreRefused as error:
+            if not _is_damage(store, key, error):
+                raise
+            found.documents[key] = "", None
+            problems.append(Problem(object_id, key, f"what cannot be read ({error.__cause__})",
+                                    "what spinreg wrote there; remove it before --repair"))  # fmt: skip
+            return None
         if tagged is None:
             return None
         try:

@@ -39,10 +39,12 @@ def require_server() -> None:
                 continue
         except httpx.HTTPStatusError as error:
             why = f"it answers HTTP {error.response.status_code}"
-        except ValueError:  # no JSON
+        except (ValueError, httpx.HTTPError):  # no JSON, a circle of redirects
             why = "it answers what Prefect does not"
         except (httpx.InvalidURL, RuntimeError):  # whose texts may repeat a password
             why = "it is no address of a server"
+        except OSError as error:
+            why = f"PREFECT_API_SSL_CERT_FILE and the like: {error.strerror}"
         raise BadInput("PREFECT_API_URL", f"{redacted(url)}, which cannot be used ({why})",
                        "the API of a running Prefect server (it ends in /api; PREFECT_API_AUTH_STRING where the server "
                        "asks for one), or none: spinreg run then starts a server of its own")  # fmt: skip

@@ -61,6 +61,12 @@ def given_heldout(
     return train, chosen
 
 
+def alike(rows: Sequence[Row]) -> bool:
+    """Whether some rows open like others, or go on after their opening: where none do, a row is its opening."""
+    openings = {row.opening_hash for row in rows}
+    return len(openings) < len(rows) or any(row.opening_hash != row.prompt_hash for row in rows)
+
+
 def _groups(rows: Sequence[Row], seed: int) -> tuple[IntArray, int]:
     """Of each row the number of its opening in the seeded order, and how many openings there are."""
     openings = np.fromiter((_order(seed, row.opening_hash).hex().encode() for row in rows), "S64", len(rows))

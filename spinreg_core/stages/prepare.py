@@ -31,7 +31,7 @@ from spinreg_core.data.encode import encode_row, prompt_ids_of, spread, write_pa
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, exact_duplicates, load_heldout, require_usable
 from spinreg_core.data.select import Selected, load_training
-from spinreg_core.data.split import IntArray, given_heldout, split_rows
+from spinreg_core.data.split import IntArray, alike, given_heldout, split_rows
 from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation import require_final_answers
@@ -121,9 +121,10 @@ def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, rend
         ),
         "final_answer": config.evaluation.final_answer,
         "seed": config.seed,
-        "held": "one row of each opening",  # before, all of it, as if turns of a conversation were independent
         "rendering": renderer.fingerprint(),
     }
+    if alike(loaded.rows if heldout is None else heldout.rows):
+        key["held"] = "one row of each opening"  # before, all of it, as if turns of a conversation were independent
     if selected.counts or loaded.guards:
         told = [selected.counts, [asdict(row) for row in selected.left_out], loaded.guards]
         key["left_out"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()

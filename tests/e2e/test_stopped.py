@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("where", ["embedded", "ctrl-c", "killed before"])
+@pytest.mark.parametrize("where", ["embedded", "ctrl-c", "ctrl-c twice", "killed before"])
 def test_stopped_where_no_server_can_be_told(tmp_path: Path, interruptible: None, where: str) -> None:
     """To the whole process group, as `timeout`, systemd and a terminal send it, it reaches the embedded server too; or
     the server was away already. The run ends all the same, within the time people give it, and its lease is free."""
@@ -74,14 +75,18 @@ def test_stopped_where_no_server_can_be_told(tmp_path: Path, interruptible: None
         process = start(arguments, environment(tmp_path, server), log)
         wait_until(lambda: "step 5/" in log.read_text(), process, log)
         if server is None:
-            os.killpg(process.pid, signal.SIGINT if where == "ctrl-c" else signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGINT if "ctrl-c" in where else signal.SIGTERM)
+            if where == "ctrl-c twice":
+                wait_until(lambda: "Crash detected" in log.read_text(), process, log)
+                time.sleep(0.25)
+                os.killpg(process.pid, signal.SIGINT)
         else:
             server.stop(signal.SIGKILL)
             process.send_signal(signal.SIGTERM)
         status = process.wait(timeout=90)
     text = log.read_text()
-    assert status == (130 if where == "ctrl-c" else 143), text[-3000:]
-    assert f"stopped by {'Ctrl-C' if where == 'ctrl-c' else 'SIGTERM'}; what was committed stays" in text
+    assert status == (130 if "ctrl-c" in where else 143), text[-3000:]
+    assert f"stopped by {'Ctrl-C' if 'ctrl-c' in where else 'SIGTERM'}; what was committed stays" in text
     assert "going on without a flow run" not in text
     head = read_head(store, name)
     assert head is not None

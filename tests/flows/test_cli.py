@@ -211,6 +211,16 @@ def test_a_server_that_does_not_answer_ends_it_in_one_line(
     [
         ("PREFECT_API_URL", "http://[::1", "Prefect's settings (in the environment or Prefect's profile): found what"),
         ("PREFECT_CLIENT_MAX_RETRIES", "abc", "PREFECT_CLIENT_MAX_RETRIES (in the environment or Prefect's profile)"),
+        (
+            "PREFECT_CLIENT_CUSTOM_HEADERS",
+            '{"a": "b"',
+            "Prefect's settings (in the environment or Prefect's profile): f",
+        ),
+        (
+            "PREFECT_PROFILES_PATH",
+            "/",
+            "Prefect's settings (in the environment or Prefect's profile): found what cannot",
+        ),
         ("SPINREG_CACHE", "~nosuch/x", "SPINREG_CACHE: found '~nosuch/x' (Could not determine home directory.)"),
         ("SPINREG_CACHE", "/proc", "SPINREG_CACHE: found /proc (No such file or directory)"),
         ("SPINREG_CACHE_GB", "-3", "SPINREG_CACHE_GB: found '-3'"),

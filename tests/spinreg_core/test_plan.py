@@ -242,3 +242,17 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 def test_a_gpu_that_is_not_there() -> None:
     with pytest.raises(BadInput, match="torch sees no GPU"):
         plan(configured(resources={"device": "cuda"}), tflops=1.0)
+
+
+def test_held_out_rows_are_those_that_the_run_will_have(tmp_path: Path) -> None:
+    def rows(name: str, openings: list[int]) -> str:
+        lines = [json.dumps({"prompt": f"What is {i}?", "answer": f"It is {n}."}) for n, i in enumerate(openings)]
+        (tmp_path / name).write_text("\n".join(lines))
+        return str(tmp_path / name)
+
+    many, few = rows("many.jsonl", list(range(40))), rows("few.jsonl", [i % 5 for i in range(100)])
+    data = {"heldout_dataset": few, "heldout_rows": 60}
+    sizes, _ = read_sizes(configured(dataset=many, data=data), tiny_folder())
+    assert (sizes.heldout_rows, sizes.train_rows) == (5, 35)
+    with pytest.raises(BadInput, match=r"data\.heldout_rows: .* open in 5 ways"):
+        read_sizes(configured(dataset=few, data={"heldout_rows": 8, "prompts_per_round": 12}), tiny_folder())

@@ -132,6 +132,21 @@ def test_what_lies_behind_a_link_is_listed(tmp_path: Path) -> None:
         store.list("runs/")
 
 
+def test_what_a_file_system_puts_into_its_root_is_passed_over() -> None:
+    def fill(folder: Path) -> None:
+        FolderStore(folder).create("runs/one/head.json", b"{}")
+        (folder / "runs/lost+found").mkdir(mode=0)
+
+    with as_nobody(fill) as folder:
+        assert FolderStore(folder).list("runs/") == ["runs/one/head.json"]
+
+
+def test_a_store_that_is_a_link_to_nothing_is_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "store").symlink_to(tmp_path / "not-mounted")
+    with pytest.raises(BadInput, match="a link to what is not there"):
+        FolderStore(tmp_path / "store").check()
+
+
 def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one() -> None:
     def fill(folder: Path) -> None:
         FolderStore(folder).create("runs/one/head.json", b"{}")

@@ -596,6 +596,25 @@ def test_a_file_that_cannot_be_read_is_damage(store: FolderStore) -> None:
     assert outcome(store, "a") == before
 
 
+def test_a_manifest_that_cannot_be_read_is_named_with_what_depends_on_it(store: FolderStore) -> None:
+    advance(store, config("a"), 2)
+    before = outcome(store, "a")
+    train = policy_object(head_of(store, "a"), 1)
+    path = store.root / objects.manifest_key(train)
+    path.unlink()
+    path.mkdir()
+    verdict = verify(store, "a")
+    (problem,) = verdict.problems
+    assert (problem.file, problem.expected) == (
+        objects.manifest_key(train), "what spinreg wrote there; remove it before --repair",
+    )  # fmt: skip
+    assert verdict.dependents[train]
+    path.rmdir()
+    repair(store, "a")
+    assert verify(store, "a").problems == []
+    assert outcome(store, "a") == before
+
+
 def test_what_one_may_not_read_is_no_damage() -> None:
     """Another user's repair would make anew what is sound."""
 

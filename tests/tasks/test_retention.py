@@ -728,3 +728,18 @@ def test_what_lies_behind_a_link_is_left_alone(store: FolderStore, tmp_path: Pat
     gc(store)
     (data / "e0000-copy").unlink()
     assert content(store) == before
+
+
+def test_an_empty_folder_of_a_run_may_be_a_place_to_mount(store: FolderStore, tmp_path: Path) -> None:
+    advance(store, config("a"), 1)
+    advance(store, config("b", seed=7), 1)
+    gc(store)
+    before = content(store).keys()
+    shutil.move(store.root / "runs/a", tmp_path / "elsewhere")
+    (store.root / "runs/a").mkdir()
+    _aged(store.root, 8)
+    assert gc(store) == []
+    assert "runs/a has no head.json" in store_needs(store).notes[0]
+    shutil.rmtree(store.root / "runs/a")
+    shutil.move(tmp_path / "elsewhere", store.root / "runs/a")
+    assert content(store).keys() == before

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
-from spinreg_core.data.split import given_heldout, round_prompts, split_rows
+from spinreg_core.data.split import alike, given_heldout, round_prompts, split_rows
 from spinreg_core.errors import BadInput
 
 
@@ -134,3 +134,11 @@ def test_unset_means_all_rows() -> None:
 def test_passes_differ() -> None:
     rounds = [round_prompts(20, 10, r, "fresh", 0).tolist() for r in range(1, 5)]
     assert rounds[0] + rounds[1] != rounds[2] + rounds[3]
+
+
+def test_rows_that_are_their_openings_keep_the_ids_of_their_data_objects() -> None:
+    """Only where the split differs from that of earlier versions are they others."""
+    plain = [row(i, f"prompt {i}") for i in range(5)]
+    assert not alike(plain)
+    assert alike([*plain, row(5, "prompt 0")])
+    assert alike([*plain, row(5, "prompt 5", "and", "then?")])
