@@ -86,6 +86,20 @@ def test_the_page_loads_nothing_and_says_what_the_data_says(store: Store, tmp_pa
     assert next(iter(embedded["metrics"])) == data["primary"], "in the order of the table"
 
 
+def test_the_page_says_what_its_benchmarks_rest_on(store: Store, tmp_path: Path) -> None:
+    data = write_comparison(store, two_runs(store, tmp_path))["data"]
+    assert "rest on" not in render(data, {})
+    told = {
+        "settings": {"fewshot": 5},
+        "fingerprints": {"questions": "0123abcd"},
+        "versions": {"lm-eval": "0.4.13"},
+        "cost": None,
+    }
+    benchmark = {"run": "spin", "round": 1, "kind": "lm-eval", "name": "<gsm8k>", "object_id": "lm-eval-1"} | told
+    text = " ".join(" ".join(Reader(render(data | {"benchmarks": [benchmark]}, {})).text).split())
+    assert "spin 1 lm-eval <gsm8k> fewshot: 5 questions: 0123abcd lm-eval: 0.4.13" in text
+
+
 def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
     def read(text: str, prefix: str) -> tuple[Reader, list[Any]]:
         written = write_comparison(store, two_runs(store, tmp_path, text, prefix))
