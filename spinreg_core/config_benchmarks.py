@@ -99,7 +99,7 @@ class JudgeConfig(Group):
 
     base_url: str | None = Field(
         None,
-        pattern=r"^https?://[^\s@]+$",
+        pattern=r"^https?://[^\s\x40]+$",  # no "@": as \x40, or the message would show it cut out, like a password
         description="Address of the endpoint, e.g. https://api.openai.com/v1 or http://127.0.0.1:8000/v1, without "
         "credentials.",
     )
