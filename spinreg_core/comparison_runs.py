@@ -59,8 +59,8 @@ _ANSWERS = ("policy", "evaluate", "answers")  # of its fingerprints, those of wh
 @dataclass
 class Evaluated:
     """One run. scores: {round: {metric: Scores}}, evaluated rounds only; definitions: of its benchmarks' metrics;
-    no_items: its benchmarks whose primary metric is no mean over questions; paid: to judges, by object; measured: its
-    benchmarks, with what their figures rest on."""
+    no_items: its benchmarks whose primary metric is no mean over questions; measured: its benchmarks, with what their
+    figures rest on."""
 
     run: str
     config: RunConfig
@@ -68,7 +68,6 @@ class Evaluated:
     scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
     definitions: dict[str, dict[str, Any]] = field(default_factory=dict)
     no_items: set[str] = field(default_factory=set)
-    paid: dict[str, float] = field(default_factory=dict)
     measured: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -113,7 +112,6 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
             scores |= found
             told = ("object_id", "kind", "name", "settings", "fingerprints", "versions", "cost")
             member.measured.append({"run": run, "round": number} | {name: document.get(name) for name in told})
-            member.paid[document["object_id"]] = document.get("cost", {}).get("paid", 0.0)
             if not found:
                 member.no_items.add(f"{document['name']}/{document['primary']}")
         member.scores[number] = scores
@@ -194,8 +192,8 @@ def one_per_seed(members: list[Evaluated], against: str | None) -> tuple[list[Ev
     keys = {m.run: json.dumps([variant_fields(m.config), m.config.seed], sort_keys=True) for m in members}
     for member in sorted(members, key=lambda one: (one.run != against, -max(one.rounds, default=-1))):
         first.setdefault(keys[member.run], member.run)
-    kept = [member for member in members if first[keys[member.run]] == member.run]
-    return kept, {m.run: first[keys[m.run]] for m in members if m not in kept}
+    repeats = {run: first[key] for run, key in keys.items() if first[key] != run}
+    return [member for member in members if member.run not in repeats], repeats
 
 
 def variants_of(members: list[Evaluated]) -> list[Variant]:
@@ -265,6 +263,7 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
     finished it), tokens, and `paid` to a judge."""
     found: dict[str, dict[str, Any]] = {}
     for member in members:
+        paid = {one["object_id"]: (one["cost"] or {}).get("paid", 0.0) for one in member.measured}
         named: list[tuple[int, str, str | None]] = [(0, name, member.head.get(name)) for name in ("base", "data")]
         for entry in sorted(member.head["rounds"], key=lambda entry: int(entry["round"])):
             named += [(entry["round"], stage, entry["stages"].get(stage)) for stage in ROUND_STAGES]
@@ -280,7 +279,7 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
             found[object_id] = {
                 "round": number, "stage": stage, "object_id": object_id, "uri": store.uri(f"objects/{object_id}"),
                 "seconds": record.get("seconds"), "created": record.get("created"), "runs": [member.run],
-                "tokens": tokens_of(stage, record.get("metrics", {})), "paid": member.paid.get(object_id, 0.0),
+                "tokens": tokens_of(stage, record.get("metrics", {})), "paid": paid.get(object_id, 0.0),
                 "inputs": record.get("inputs"), "versions": record.get("versions"),
             }  # fmt: skip
     return list(found.values())

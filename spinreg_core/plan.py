@@ -117,6 +117,20 @@ def read_shape(model: str) -> tuple[Path, Shape]:
     )
 
 
+def _from_limits(config: RunConfig, error: BadInput | OSError) -> tuple[Sizes, str]:
+    """What `read_sizes` returns where the data cannot be read, and why. Raises `error` where nothing says how many rows
+    there are."""
+    data = config.data
+    if data.prompts_per_round is None:
+        raise error
+    sizes = Sizes(
+        train_rows=data.prompts_per_round, heldout_rows=data.heldout_rows, prompt=data.max_prompt_tokens,
+        answer=data.max_length - data.max_prompt_tokens, generated=config.generation.max_new_tokens,
+        longest_prompt=data.max_prompt_tokens, longest_answer=data.max_length - data.max_prompt_tokens,
+    )  # fmt: skip
+    return sizes, f"the configured limits, because the data could not be read: {error}"
+
+
 def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
     """Rows and lengths, and where they come from: the data, or the configured limits where those cannot be read.
 
@@ -128,21 +142,20 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
     from spinreg_core.data.spool import pick
     from spinreg_core.render import Renderer
 
-    data, new, refused = config.data, config.generation.max_new_tokens, None
+    data, new = config.data, config.generation.max_new_tokens
     try:
         loaded = load_training(config.dataset, data).loaded
         require_usable(loaded, loaded.rejected, data.max_bad_share)
         given = load_heldout(config.dataset, data)
-        try:
-            train, held = (
-                split_rows(loaded.rows, data.heldout_rows, config.seed)
-                if given is None
-                else given_heldout(loaded.rows, given.rows, data.heldout_rows, config.seed)
-            )
-        except BadInput as error:
-            refused = error
-            raise
-        rows, heldout = pick(loaded.rows, train), len(held)
+    except (BadInput, OSError) as error:
+        return _from_limits(config, error)
+    train, held = (  # refused here as by `prepare`
+        split_rows(loaded.rows, data.heldout_rows, config.seed)
+        if given is None
+        else given_heldout(loaded.rows, given.rows, data.heldout_rows, config.seed)
+    )
+    rows, heldout = pick(loaded.rows, train), len(held)
+    try:
         renderer = Renderer.from_folder(folder, config.data.template_arguments)
         chosen = rows[:: -(-len(rows) // SAMPLED_ROWS)]
         lengths = []
@@ -157,14 +170,7 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
         if not lengths:
             raise BadInput("data.max_prompt_tokens", f"{data.max_prompt_tokens}, below every prompt", "a larger one")
     except (BadInput, OSError) as error:
-        if data.prompts_per_round is None or error is refused:  # then nothing says how many rows there are
-            raise
-        sizes = Sizes(
-            train_rows=data.prompts_per_round, heldout_rows=data.heldout_rows, prompt=data.max_prompt_tokens,
-            answer=data.max_length - data.max_prompt_tokens, generated=new,
-            longest_prompt=data.max_prompt_tokens, longest_answer=data.max_length - data.max_prompt_tokens,
-        )  # fmt: skip
-        return sizes, f"the configured limits, because the data could not be read: {error}"
+        return _from_limits(config, error)
     whole = len(chosen) == len(rows)
     longest = max(prompt for prompt, _ in lengths), max(max(answer, new) for _, answer in lengths)
     if not whole:  # a longer row may be among those not looked at

@@ -70,7 +70,7 @@ def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
         try:
             items += _of_object(store, needs, object_id, entries, rules_only)
         except (Damaged, BadInput) as error:
-            needs.notes.append(f"{error}; {object_id} is left as it is ")
+            needs.notes.append(f"{error}; {object_id} is left as it is")
     if not rules_only:
         ours = tuple(f"{name}/" for name in OURS)
         old = [entry for entry in store.unfinished()

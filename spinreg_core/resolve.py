@@ -192,7 +192,7 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
         text = item["msg"]
         if item["type"] == "extra_forbidden":
             shown, text = "a field of this name", "one that exists"
-        elif item["loc"][-1:] == ("key_variable",) or item["loc"][0:] in [(group,) for group in groups]:
+        elif item["loc"][-1:] == ("key_variable",) or (len(item["loc"]) == 1 and item["loc"][0] in groups):
             shown = "what is not shown"
         found.setdefault(place, "" if whole_group else f"found {shown}; expected ")
         expected.setdefault(place, []).append(text.removeprefix("Value error, ").removeprefix("Input should be "))

@@ -23,6 +23,7 @@ from uuid import UUID
 import httpx
 
 from spinreg_core.progress import ProgressLine
+from tasks.server import asking_once
 
 if TYPE_CHECKING:
     from prefect import Flow, Task
@@ -243,13 +244,7 @@ def _ask_until_back() -> None:
 
 
 def _asked() -> bool:
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-
-    with (
-        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-        get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client,
-    ):
+    with asking_once(_ANSWER_SECONDS) as client:
         return client.api_healthcheck() is None
 
 

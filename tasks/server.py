@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from spinreg_core.errors import BadInput
 from spinreg_core.store import redacted
 
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
+
 _SECONDS = 15.0  # in which a server that is being restarted may come back
 _ANSWER_SECONDS = 5.0
+
+
+@contextlib.contextmanager
+def asking_once(seconds: float) -> Iterator[SyncPrefectClient]:
+    """A client that waits so long for each answer and asks for none a second time."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
+        get_client(sync_client=True, httpx_settings={"timeout": seconds}) as client,
+    ):
+        yield client
 
 
 def require_server() -> None:
@@ -17,18 +36,14 @@ def require_server() -> None:
     Without an address Prefect starts a server of its own.
     """
     import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+    from prefect.settings import PREFECT_API_URL
 
     url, end = PREFECT_API_URL.value(), time.monotonic() + _SECONDS
     if not url:
         return
     while True:
         try:
-            with (
-                temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
-                get_client(sync_client=True, httpx_settings={"timeout": _ANSWER_SECONDS}) as client,
-            ):
+            with asking_once(_ANSWER_SECONDS) as client:
                 if isinstance(client.api_version(), str):
                     return
                 why = "it answers what Prefect does not"

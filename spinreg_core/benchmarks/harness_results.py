@@ -169,10 +169,10 @@ def _group(
 def _pooled(value: float, strata: list[Any], weigh_by_size: bool, resamples: int, seed: int) -> tuple[Estimate, str]:
     n = sum(map(len, strata))
     everything = np.concatenate(strata)
-    alike = set(everything) in ({0.0}, {1.0})  # which no resampling moves
     if weigh_by_size and set(everything) <= {0.0, 1.0}:
         return _with_value(wilson(float(everything.sum()), n), value), WILSON
-    if alike:  # as many questions as one sample would have whose mean varies as this one's does
+    if set(everything) in ({0.0}, {1.0}):  # which no resampling moves
+        # As many questions as one sample would have whose mean varies as this one's does.
         effective = max(1, round(len(strata) ** 2 / sum(1 / len(numbers) for numbers in strata)))
         return _with_value(wilson(float(everything[0]) * effective, effective), value) | {"n": n}, WILSON
     unit = "share" if everything.min() >= 0 and everything.max() <= 1 else ""

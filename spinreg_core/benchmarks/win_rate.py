@@ -209,11 +209,10 @@ def win_metrics(
         )
     if judged_.any():
         metrics["consistent"] = wilson(int((first == second)[judged_].sum()), int(judged_.sum()))
-    if n > 2 and longer.std() > 0:
+    if n > 2 and longer.std() > 0 and score.std() > 0:  # else no resampling tells of other prompts
         correlation = bootstrap_correlation(score, longer, resamples=resamples, seed=seed)
         if correlation is not None:
             metrics["length_correlation"] = correlation
-    if n > 2 and longer.std() > 0 and score.std() > 0:  # else no resampling tells of other prompts
         metrics["length_controlled_win_rate"] = _length_controlled(score, longer, resamples=resamples, seed=seed)
     malformed = [float(v.count(None)) for v in verdicts if v is not None]
     if malformed:

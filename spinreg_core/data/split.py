@@ -63,8 +63,13 @@ def given_heldout(
 
 def alike(rows: Sequence[Row]) -> bool:
     """Whether some rows open like others, or go on after their opening: where none do, a row is its opening."""
-    openings = {row.opening_hash for row in rows}
-    return len(openings) < len(rows) or any(row.opening_hash != row.prompt_hash for row in rows)
+    openings = np.empty(len(rows), "S64")
+    for i, row in enumerate(rows):  # once: they may be on disk
+        opening = row.opening_hash
+        if opening != row.prompt_hash:
+            return True
+        openings[i] = opening.encode()
+    return len(np.unique(openings)) < len(rows)
 
 
 def _groups(rows: Sequence[Row], seed: int) -> tuple[IntArray, int]:
