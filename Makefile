@@ -21,7 +21,7 @@ test: install  ## the whole test suite
 
 # CHAOS="--kills 10 --minutes 20" makes it shorter.
 chaos: install  ## whole runs under at least 50 kills, faults, a full disk and second flows; half an hour or more
-	OMP_NUM_THREADS=1 $(BIN)/python tests/chaos/harness.py $(CHAOS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness $(CHAOS)
 
 lint: install  ## formatter, linter, type checker
 	$(BIN)/ruff format --check .

@@ -1,7 +1,7 @@
 """The command `spinreg`: a thin front over the functions that the flows and the library offer.
 
 Decides: exit statuses (0 done, 1 failed, 2 usage, 65 bad input, 74 damaged, 75 held by another process, 130 Ctrl-C, 143
-stopped). Leaves out: what can be said (`arguments.py`), and doing anything itself; whatever it prints comes from a
+stopped). Leaves out: what can be said (`cli_parser.py`), and doing anything itself; whatever it prints comes from a
 function anyone can call.
 """
 
@@ -10,66 +10,53 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import re
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from flows.arguments import parser
-from spinreg_core.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DAMAGED,
-    EXIT_INTERRUPTED,
-    EXIT_PREEMPTED,
-    BadInput,
-    Damaged,
-    LeaseHeld,
-    SpinregError,
-)
+from flows.cli_parser import parser
+from flows.terminal import advance, exit_status, parameters, require_settings, run_flow
+from spinreg_core.errors import EXIT_DAMAGED, EXIT_PREEMPTED, BadInput
 
 if TYPE_CHECKING:
-    from spinreg_core.store import Store
-
-EXIT_HELD = 75  # EX_TEMPFAIL
+    from spinreg_core.store.base import Store
 
 
-def _parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says, as nested mappings of RunConfig fields."""
-    from spinreg_core.resolve import assignments, merge
+def _spin() -> Callable[..., object]:
+    require_settings()  # before a flow is imported: Prefect reads its settings then
+    from flows.spin import spin
 
-    names = ("run", "rounds", "until_round", "model", "dataset", "store", "seed")
-    values: dict[str, Any] = {n: v for n in names if (v := getattr(arguments, n, None)) is not None}
-    return merge(values, assignments(arguments.param))
+    return spin
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    return _advance(_parameters(arguments), arguments.config)
+    return advance(_spin(), parameters(arguments), arguments.config)
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from spinreg_core.status import run_status
+    from spinreg_core.reports.status import run_status
 
     found = run_status(_existing_store(arguments.store), arguments.run)
-    parameters = {"run": arguments.run, "store": arguments.store}
+    given = {"run": arguments.run, "store": arguments.store}
     if found["pending"] is not None:
-        return _advance(parameters, None)
+        return advance(_spin(), given, None)
     if found["repair"] is not None:
-        return _advance(parameters | {"until_round": 0}, None)  # which adds nothing
+        return advance(_spin(), given | {"until_round": 0}, None)  # which adds nothing
     print(f"{arguments.run}: round {found['complete_round']} is complete and nothing is pending; "
           f"`spinreg run --run {arguments.run} --rounds 1` goes on")  # fmt: skip
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from spinreg_core.verify import described, verify
+    from spinreg_core.maintenance.verify import described, verify
     from tasks.server import require_server
 
     if arguments.repair:
-        _require_settings()
+        require_settings()
         require_server()  # not after an hour of reading
     store = _existing_store(arguments.store)
     found = verify(store, arguments.run, say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -84,7 +71,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return EXIT_DAMAGED
     from flows.repair import repair
 
-    status = _flow(lambda: repair(store, arguments.run, found.damaged, say=lambda line: print(line, flush=True)))
+    status = run_flow(lambda: repair(store, arguments.run, found.damaged, say=lambda line: print(line, flush=True)))
     if status:
         return status
     left = verify(store, arguments.run)
@@ -96,10 +83,10 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _gc(arguments: argparse.Namespace) -> int:
-    from spinreg_core.head import require_head
-    from spinreg_core.removal import as_json, described, find, remove
-    from spinreg_core.resolve import assignments
-    from spinreg_core.retention import Needs, store_needs
+    from spinreg_core.config.resolve import assignments
+    from spinreg_core.maintenance.gc import as_json, described, find, remove
+    from spinreg_core.maintenance.retention import Needs, store_needs
+    from spinreg_core.runs.head import require_head
 
     store, given = _existing_store(arguments.store), assignments(arguments.param)
     if given.keys() - {"keep"}:
@@ -121,89 +108,19 @@ def _gc(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _require_settings() -> None:
-    """Raise BadInput where Prefect's own settings or our cache's are none. Before anything imports a flow."""
-    import pydantic
-
-    from spinreg_core.cache import require_cache
-
-    require_cache()
-    try:
-        from prefect.settings import get_current_settings
-
-        get_current_settings()
-    except pydantic.ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        names = ["prefect", error.title.removesuffix("Settings"), *map(str, first["loc"])]
-        where = "_".join(filter(None, names)).upper() if first["loc"] else "Prefect's settings"
-        raise BadInput(f"{where} (in the environment or Prefect's profile)", "what cannot be used",
-                       f"a value it takes ({first['msg'].removeprefix('Value error, ')})") from None  # fmt: skip
-    except (ValueError, OSError) as error:  # a profile that is no TOML, a field that is no JSON, a folder in the way
-        found = f"what cannot be read ({type(error).__name__})"
-        raise BadInput("Prefect's settings (in the environment or Prefect's profile)", found,
-                       "settings as `prefect config` writes them") from None  # fmt: skip
-
-
-def _advance(parameters: dict[str, Any], config: str | None) -> int:
-    _require_settings()
-    from flows.spin import resolve_parameters, spin
-
-    resolve_parameters(config, parameters)  # a wrong field ends here, before a flow run exists
-    return _flow(lambda: spin(config=config, **parameters))
-
-
-def _flow(call: Callable[[], object]) -> int:
-    """Call a flow so that what ends it from outside shows as what it is."""
-    from prefect.exceptions import CancelledRun, TerminationSignal
-
-    from flows.spin import how_stopped
-    from tasks.display import stopped_by
-    from tasks.server import require_server
-
-    require_server()
-
-    seen: list[BaseException] = []
-
-    def stopped(signum: int, _frame: object) -> NoReturn:
-        seen.append(KeyboardInterrupt() if signum == signal.SIGINT else TerminationSignal(signum))
-        raise seen[-1]
-
-    # Prefect hands SIGTERM on to the handler it found before it tells the server of the outermost flow run: Python's
-    # own would end the process there, and the flow run would show as running for good.
-    signal.signal(signal.SIGTERM, stopped)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
-        signal.signal(signal.SIGINT, stopped)
-    try:
-        call()
-    except CancelledRun as error:
-        raise SpinregError(f"the run was cancelled: {error}") from error
-    except BaseException as error:  # what libraries make of an interruption is anything
-        stop = stopped_by(error) or next(iter(seen), None)
-        if stop is None:
-            raise
-        for signum in (signal.SIGINT, signal.SIGTERM):  # what is left is the end of the embedded server
-            signal.signal(signum, signal.SIG_IGN)
-        text, status = how_stopped(stop)
-        print(text, file=sys.stderr)
-        return status
-    finally:
-        if signal.getsignal(signal.SIGINT) is stopped:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    return 0
-
-
 def _plan(arguments: argparse.Namespace) -> int:
-    from spinreg_core.plan import plan
-    from spinreg_core.resolve import resolve
+    from spinreg_core.config.resolve import resolve
+    from spinreg_core.planning.plan import plan
 
-    text, document = plan(resolve(_parameters(arguments), arguments.config), tflops=arguments.tflops)
+    text, document = plan(resolve(parameters(arguments), arguments.config), tflops=arguments.tflops)
     print(json.dumps(document, indent=1) if arguments.json else text)
     return 0
 
 
 def _existing_store(url: str) -> Store:
     """A store that can be read. Raises BadInput."""
-    from spinreg_core.store import FolderStore, open_store
+    from spinreg_core.store.folder import FolderStore
+    from spinreg_core.store.open import open_store
 
     if not url:
         raise BadInput("store", "''", "a local folder, file:///path or s3://bucket/prefix")
@@ -216,7 +133,7 @@ def _existing_store(url: str) -> Store:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from spinreg_core.status import status
+    from spinreg_core.reports.status import status
 
     text, document = status(_existing_store(arguments.store), arguments.run)
     print(json.dumps(document, indent=1) if arguments.json else text)
@@ -224,8 +141,8 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from spinreg_core.report import write_report
-    from spinreg_core.tables import metrics_table
+    from spinreg_core.reports.run_report import write_report
+    from spinreg_core.reports.tables import metrics_table
 
     store = _existing_store(arguments.store)
     report = write_report(store, arguments.run)
@@ -237,7 +154,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from spinreg_core.export import check_push, export, push
+    from spinreg_core.reports.export import check_push, export, push
 
     store = _existing_store(arguments.store)
     if arguments.push:
@@ -250,8 +167,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from spinreg_core.comparison_page import write_comparison
-    from spinreg_core.comparison_words import comparison_table
+    from spinreg_core.comparison.page import write_comparison
+    from spinreg_core.comparison.text import comparison_table
 
     store = _existing_store(arguments.store)
     written = write_comparison(store, arguments.runs, arguments.name, arguments.against)
@@ -263,9 +180,9 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _grid(arguments: argparse.Namespace) -> int:
-    _require_settings()
+    require_settings()
     from flows.compare import compare, resolve_grid
-    from spinreg_core.resolve import assignments, load_config_file
+    from spinreg_core.config.resolve import assignments, load_config_file
 
     names = (
         "name",
@@ -286,14 +203,14 @@ def _grid(arguments: argparse.Namespace) -> int:
     given["fields"] = assignments(arguments.param)
     resolve_grid(given)  # a wrong field ends here, before a flow run exists
     found: dict[str, Any] = {}
-    status = _flow(lambda: found.update(compare(**given, deployment=arguments.deployment)))
+    status = run_flow(lambda: found.update(compare(**given, deployment=arguments.deployment)))
     for run, why in found.get("failed", {}).items():
         print(f"spinreg: {run} failed: {why}", file=sys.stderr)
     return status or (1 if found.get("failed") else 0)
 
 
 def _join(arguments: argparse.Namespace) -> int:
-    from tasks.join import join_run
+    from flows.join import join_run
 
     join_run(arguments.store, arguments.run, say=lambda line: print(line, flush=True))
     return 0
@@ -305,11 +222,11 @@ def _end_on_sigterm() -> None:
 
 
 def _judge_agreement(arguments: argparse.Namespace) -> int:
-    from spinreg_core.benchmarks.agreement import agreement
-    from spinreg_core.resolve import resolve
-    from spinreg_core.store import open_store
+    from spinreg_core.benchmarks.judge_agreement import agreement
+    from spinreg_core.config.resolve import resolve
+    from spinreg_core.store.open import open_store
 
-    config = resolve(_parameters(arguments), arguments.config)
+    config = resolve(parameters(arguments), arguments.config)
     store = open_store(config.store)
     store.check()
     _end_on_sigterm()
@@ -321,8 +238,8 @@ def _judge_agreement(arguments: argparse.Namespace) -> int:
 
 def _win_rate(arguments: argparse.Namespace) -> int:
     from spinreg_core.benchmarks.win_rate_of_runs import win_rate_of_runs
-    from spinreg_core.head import require_config
-    from spinreg_core.resolve import assignments, resolve
+    from spinreg_core.config.resolve import assignments, resolve
+    from spinreg_core.runs.head import require_config
 
     store = _existing_store(arguments.store)
     config = resolve(assignments(arguments.param), stored=require_config(store, arguments.run))
@@ -334,10 +251,10 @@ def _win_rate(arguments: argparse.Namespace) -> int:
 
 
 def _data(arguments: argparse.Namespace) -> int:
+    from spinreg_core.config.resolve import resolve
     from spinreg_core.data.inspect import inspect
-    from spinreg_core.resolve import resolve
 
-    config = resolve(_parameters(arguments), arguments.config)
+    config = resolve(parameters(arguments), arguments.config)
     text, document = inspect(config)
     print(json.dumps(document, indent=1) if arguments.json else text)
     return 0
@@ -361,26 +278,12 @@ def main(argv: list[str] | None = None) -> int:
         "resume": _resume, "verify": _verify, "gc": _gc, "export": _export, "compare": _compare,
         "grid": _grid, "judge-agreement": _judge_agreement, "win-rate": _win_rate,
     }  # fmt: skip
-    try:
+
+    def command() -> int:
         _require_run_names(arguments)
         return commands[arguments.command](arguments)
-    except BadInput as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except LeaseHeld as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return EXIT_HELD
-    except Damaged as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return EXIT_DAMAGED
-    except SpinregError as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (head, less) has had enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else the interpreter complains when it ends)
-        return 0
+
+    return exit_status(command)
 
 
 if __name__ == "__main__":

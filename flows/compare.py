@@ -1,7 +1,8 @@
 """The flow `compare`, behind the deployment `compare/grid`: runs that differ in what is compared, and their comparison.
 
 Decides: the parameters people see, and what the comparison is made of when members failed. Leaves out: who the members
-are (`spinreg_core/grid.py`), running them (`flows/members.py`), the comparison itself (`spinreg_core/comparison*.py`).
+are (`spinreg_core/comparison/grid.py`), running them (`flows/members.py`), the comparison itself
+(`spinreg_core/comparison*.py`).
 
     prefect deployment run compare/grid -p config=deployments/configs/demo.yaml -p until_round=3
     spinreg grid --config deployments/configs/demo.yaml --until-round 3
@@ -18,14 +19,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
-from flows.members import Progress, run_here, run_on_pool
-from flows.spin import END_PATIENCE_SECONDS, require_usable
-from spinreg_core.comparison_words import comparison_markdown, comparison_rows, comparison_table
-from spinreg_core.conditional_writes import require_conditional_writes
-from spinreg_core.config import RUN_NAME
-from spinreg_core.errors import BadInput
-from spinreg_core.figures import comparison_figures
-from spinreg_core.grid import (
+from flows.checks import END_PATIENCE_SECONDS, require_usable
+from flows.grid_runner import Progress, run_here, run_on_pool
+from spinreg_core.comparison.grid import (
     Member,
     check_stored,
     members_of,
@@ -34,11 +30,19 @@ from spinreg_core.grid import (
     require_two,
     rounds_open,
 )
-from spinreg_core.resolve import load_config_file, merge, show, validate
-from spinreg_core.store import Store, open_store
-from tasks.cancel import RunCancelled, cancellation
-from tasks.display import artifact_key, flush, run_log, show_markdown, show_table, wait_for_server
-from tasks.process import end_embedded_server_with_us
+from spinreg_core.comparison.text import comparison_markdown, comparison_rows, comparison_table
+from spinreg_core.config import RUN_NAME
+from spinreg_core.config.resolve import load_config_file, merge, show, validate
+from spinreg_core.errors import BadInput
+from spinreg_core.reports.figures import comparison_figures
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from spinreg_core.store.probe import require_conditional_writes
+from tasks.artifacts import artifact_key, show_markdown, show_table
+from tasks.cancellation import RunCancelled, cancellation
+from tasks.log import run_log
+from tasks.server import flush, wait_for_server
+from tasks.stage_process import end_embedded_server_with_us
 
 
 def resolve_grid(given: dict[str, Any]) -> tuple[Store, list[Member], str]:
@@ -141,7 +145,7 @@ def _end(
     opened: Store, name: str, members: Sequence[Member], failures: dict[str, str], reference: str
 ) -> dict[str, Any] | State[Any]:
     """Compare the members that came to their end, and show it. The others are named on the page."""
-    from spinreg_core.comparison_page import write_comparison
+    from spinreg_core.comparison.page import write_comparison
 
     reasons = {member.run: rounds_open(opened, member) for member in members}
     told = failures | {run: failures.get(run, why) for run, why in reasons.items() if why is not None}

@@ -1,7 +1,7 @@
 """Makes anew what `spinreg verify` found damaged, and what was made from it where it comes out otherwise.
 
 Decides: that the flow `spin` does it, as any start of the run would. Leaves out: what is damaged
-(`spinreg_core/verify.py`), the steps of a repair and their order (`spinreg_core/repair.py`).
+(`spinreg_core/maintenance/verify.py`), the steps of a repair and their order (`spinreg_core/maintenance/repair.py`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from flows.spin import spin
-from spinreg_core.head import open_session, require_config
-from spinreg_core.repair import begin
-from spinreg_core.store import Store
+from spinreg_core.maintenance.repair import begin
+from spinreg_core.runs.head import require_config
+from spinreg_core.runs.lease import open_session
+from spinreg_core.store.base import Store
 
 
 def repair(store: Store, run: str, damaged: Collection[str], *, say: Callable[[str], object]) -> None:

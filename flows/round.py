@@ -2,7 +2,7 @@
 
 Decides: the order of the stages of a round and what is shown when it ends. Leaves out: which round it is and
 who may run it (`flows.spin`), the stages themselves (`tasks`), and which of them a repair makes anew
-(`spinreg_core/repair.py`). Runs inside `spin` only, which holds the lease.
+(`spinreg_core/maintenance/repair.py`). Runs inside `spin` only, which holds the lease.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.tasks import Task
 
-from flows.show import show_round, track
-from spinreg_core.benchmarks import plan_benchmark
+from flows.artifacts import show_round, track
+from spinreg_core.benchmarks.registry import plan_benchmark
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
-from spinreg_core.repair import stages_to_make
+from spinreg_core.maintenance.repair import stages_to_make
 from tasks.benchmark import benchmark
 from tasks.context import current
-from tasks.display import flush, run_log, wait_for_server
 from tasks.evaluate import evaluate
 from tasks.generate import generate
+from tasks.log import run_log
 from tasks.mix_opponent import mix_opponent
 from tasks.prepare import prepare
-from tasks.stage import preempted, run_task
+from tasks.run_stage import preempted, run_task
+from tasks.server import flush, wait_for_server
 from tasks.train import train
 
 TASKS: dict[str, Task[..., Any]] = {

@@ -1,7 +1,7 @@
 """The flow `spin`, behind the deployment `spin/iterate`: advance a run by some rounds of regularised self-play.
 
 Decides: the parameters people see, that an advance is recorded before it starts, and what happens between
-rounds. Leaves out: the configuration (`spinreg_core.config`), one round (`flows.round`), stages (`tasks`).
+rounds. Leaves out: the configuration (`spinreg_core.config.run`), one round (`flows.round`), stages (`tasks`).
 
     python -m flows.spin --config deployments/configs/demo.yaml
     prefect deployment run spin/iterate -p rounds=3
@@ -11,12 +11,8 @@ Importing this module loads none of torch, transformers, vllm and datasets: a wo
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from prefect import flow
@@ -24,9 +20,11 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
-from pydantic import BaseModel, Field
+from pydantic import Field
 
-from flows.form import (
+from flows.artifacts import show_end, show_round, track
+from flows.checks import END_PATIENCE_SECONDS, require_usable, resolve_parameters
+from flows.parameters import (
     BenchmarksForm,
     DataForm,
     EvaluationForm,
@@ -42,80 +40,29 @@ from flows.form import (
     described,
 )
 from flows.round import finish_repair, measure, round_
-from flows.show import show_end, show_round, track
-from spinreg_core.benchmarks import check as check_files
+from flows.terminal import run_command, signals_ignored, stop_message
 from spinreg_core.benchmarks.lm_eval import plan_check
-from spinreg_core.cache import require_cache
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
-from spinreg_core.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, SpinregError, StagePreempted
-from spinreg_core.figures import run_figures
-from spinreg_core.head import complete_round, open_session, read_config, stage_object
-from spinreg_core.report import report_data, write_report
-from spinreg_core.resolve import resolve, show
-from spinreg_core.store import Store, open_store
-from spinreg_core.tables import metrics_markdown, metrics_table
-from spinreg_core.tracking import check as check_trackers
-from spinreg_core.until import require_metric, why_ended
+from spinreg_core.config.resolve import show
+from spinreg_core.errors import SpinregError, StagePreempted
+from spinreg_core.evaluation.early_stopping import why_ended
+from spinreg_core.reports.figures import run_figures
+from spinreg_core.reports.run_report import report_data, write_report
+from spinreg_core.reports.tables import metrics_markdown, metrics_table
+from spinreg_core.runs.head import complete_round, stage_object
+from spinreg_core.runs.lease import open_session
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tasks.artifacts import artifact_key, show_markdown
 from tasks.benchmark import check_benchmarks
-from tasks.cancel import RunCancelled, cancellation
+from tasks.cancellation import RunCancelled, cancellation
 from tasks.context import Context, entered
-from tasks.display import artifact_key, flush, nested, run_log, server_answers, show_markdown, wait_for_server
 from tasks.evaluate import evaluate
+from tasks.log import run_log
 from tasks.prepare import prepare
-from tasks.process import end_embedded_server_with_us
-from tasks.stage import preempted, run_task
-
-# Everything is committed when the flow ends; a long outage must not make it a failed run.
-END_PATIENCE_SECONDS = 3600.0
-
-
-@contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Nothing interrupts the block: people press Ctrl-C twice."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def how_stopped(stop: BaseException) -> tuple[str, int]:
-    """What is said of a run that a signal ended, and its exit status."""
-    interrupted = isinstance(stop, KeyboardInterrupt)
-    by = "Ctrl-C" if interrupted else "SIGTERM"
-    text = f"spinreg: stopped by {by}; what was committed stays, the same command goes on from it"
-    return text, EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
-
-
-def _given(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Only what was said: no None, and of a group only the fields that were filled in."""
-    said = {
-        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-        for name, value in parameters.items()
-    }
-    return {name: value for name, value in said.items() if value is not None and value != {}}
-
-
-def resolve_parameters(config: str | None, parameters: dict[str, Any]) -> RunConfig:
-    """The configuration a call of `spin` stands for; an existing run fills in what was not said."""
-    given = _given(parameters)
-    wanted = resolve(given, config)
-    store = open_store(wanted.store)
-    store.check()
-    return resolve(given, config, stored=read_config(store, wanted.run))
-
-
-def require_usable(config: RunConfig) -> None:
-    """Raise BadInput for what this process can see, and a stage would end with hours later: the cache, files of
-    benchmarks, trackers, and the metric of `until`."""
-    require_cache()
-    check_files(config)
-    check_trackers(config.tracking)
-    require_metric(config)
+from tasks.run_stage import preempted, run_task
+from tasks.server import flush, nested, server_answers, wait_for_server
+from tasks.stage_process import end_embedded_server_with_us
 
 
 def _flow_run_name() -> str:
@@ -172,9 +119,9 @@ def spin(
     except RunCancelled as error:
         return Cancelled(message=str(error))
     except (KeyboardInterrupt, TerminationSignal) as stop:
-        with deaf():
+        with signals_ignored():
             if not server_answers():  # there is nobody to tell, which Prefect would try for minutes
-                text, status = how_stopped(stop)
+                text, status = stop_message(stop)
                 print(text, file=sys.stderr, flush=True)
                 os._exit(status)
         raise
@@ -258,6 +205,4 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from flows.cli import main
-
-    sys.exit(main(["run", *sys.argv[1:]]))
+    sys.exit(run_command(spin, sys.argv[1:]))

@@ -21,9 +21,9 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT))
 
-from servers import prefect_server, prefect_worker  # noqa: E402
+from tests.support.servers import prefect_server, prefect_worker  # noqa: E402
 
 
 @contextlib.contextmanager

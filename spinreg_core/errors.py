@@ -12,8 +12,6 @@ EXIT_JUDGE_AWAY = 69  # EX_UNAVAILABLE: it was waited for already
 EXIT_DAMAGED = 74  # EX_IOERR: the same file is damaged for the next attempt too
 EXIT_INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
 EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
-
-
 _CREDENTIALS = re.compile(r"://(?:[^\s/@:]*:[^\s@]*|[^\s/@]+)@")
 _SIGNED = re.compile(
     r"([?&][\w.-]*(?:token|key|secret|signature|credential|password|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
@@ -101,3 +99,10 @@ class StoreRefused(StoreFailed):
 
 class Conflict(SpinregError):
     """A create-only key exists with other content, or a compare-and-swap lost."""
+
+
+def redacted(url: str) -> str:
+    """An address without the user and password some people put into it, and without a query, which signs some."""
+    # A secret key may hold slashes: everything from a user name with its colon up to the "@".
+    url = re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
+    return re.sub(r"(://[^?]*)\?.+", r"\1?***", url, flags=re.DOTALL)

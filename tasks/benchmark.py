@@ -10,12 +10,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from spinreg_core.benchmarks import measured_of, plan_benchmark, record_measured
 from spinreg_core.benchmarks.lm_eval import plan_check
+from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record_measured
 from spinreg_core.errors import StagePreempted
-from spinreg_core.objects import read_manifest, require_manifest
+from spinreg_core.runs.objects import read_manifest, require_manifest
 from tasks.context import current
-from tasks.stage import preempted, watched_stage
+from tasks.run_stage import preempted, watched_stage
 
 
 @task(

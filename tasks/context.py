@@ -14,12 +14,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import SpinregError
-from spinreg_core.head import Session
-from spinreg_core.store import Store
-from tasks.spare import discard_spare
+from spinreg_core.runs.lease import Session
+from spinreg_core.store.base import Store
+from spinreg_core.store.cache import cache_folder
+from tasks.prewarm import discard_spare
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from spinreg_core.objects import read_manifest
-from spinreg_core.stages.job import Job
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import read_manifest
 from tasks.context import Context, current
-from tasks.stage import watched_stage
+from tasks.run_stage import watched_stage
 
 
 @task(
@@ -31,7 +31,7 @@ def prepare(run: str) -> dict[str, Any] | State[dict[str, Any]]:
         if manifest is not None and read_manifest(store, base) is not None:
             result = {"base": base, "data": data, "summary": manifest["metrics"], "reused": True}
             return Completed(name="Reused", message=f"committed before: {base}, {data}", data=result)
-    # Once more where `spinreg gc` marked what is taken over here, before it could see our commit (`removal.py`).
+    # Once more where `spinreg gc` marked what is taken over here, before it could see our commit (`maintenance/gc.py`).
     while True:
         made = _prepared(context)
         session.commit_inputs(made["base"], made["data"])

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from tasks.stage import do_stage
+from tasks.run_stage import do_stage
 
 
 @task(

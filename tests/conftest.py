@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from servers import S3Server, s3_server
+
+from tests.support.servers import S3Server, s3_server
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,14 +10,44 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 import spinreg_core
+from scripts import house
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("spinreg_core", "tasks", "flows")  # each may import itself and what stands before it
 HEAVY = ("torch", "transformers", "vllm", "datasets")
 LONGEST = 400  # lines; a longer file is doing two things
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "spinreg_core")]
+
+# What each room of spinreg_core may import besides itself and EVERYBODY. Rooms stand below those that import them, so
+# that the table cannot hold a cycle: a room may only name rooms above its own line.
+EVERYBODY = ("errors", "formatting")
+ROOMS = {
+    "errors": "",
+    "formatting": "",
+    "input_limits": "",
+    "selfplay": "",
+    "store": "input_limits",
+    "config": "input_limits",
+    "runs": "config selfplay store",
+    "maintenance": "runs config store",
+    "runtime": "runs config store",
+    "models": "runtime config store input_limits",
+    "data": "models config store input_limits",
+    "logprobs": "models runtime",
+    "evaluation": "logprobs models config",
+    "generation": "data models runs runtime selfplay config store",
+    "training": "logprobs models runs runtime selfplay config store",
+    "benchmarks": "evaluation generation models runs runtime config store input_limits",
+    "planning": "generation data models runtime selfplay config store",
+    "reports": "benchmarks evaluation runs selfplay config store",
+    "comparison": "reports benchmarks evaluation runs selfplay config store",
+    "stages": "planning benchmarks training generation evaluation logprobs data models runtime maintenance runs config "
+    "selfplay store input_limits",
+}
 
 
 def name(path: Path) -> str:
@@ -45,10 +75,53 @@ def test_there_is_something_to_check() -> None:
 def test_imports_point_one_way(path: Path) -> None:
     own = PACKAGES.index(path.relative_to(ROOT).parts[0])
     tops = {module.split(".")[0] for module in imported(path)}
-    assert not tops & {*PACKAGES[own + 1 :], "tests", "scripts", "benchmarks"}
+    assert not tops & {*PACKAGES[own + 1 :], "tests", "scripts", "perf"}
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if name(path).startswith("spinreg_core")], ids=name)
+def room(path: Path) -> str:
+    """The package of spinreg_core that a file lies in, or the name of a file that lies in none."""
+    return path.relative_to(ROOT / "spinreg_core").parts[0].removesuffix(".py")
+
+
+def project_imports(path: Path) -> list[tuple[int, str]]:
+    """(line, room) of every import from spinreg_core, anywhere in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        parts = [name.split(".") for name in names]
+        found += [(node.lineno, part[1]) for part in parts if part[0] == "spinreg_core" and part[1:]]
+    return found
+
+
+def test_the_table_of_rooms_has_no_cycle_and_names_every_room() -> None:
+    above: set[str] = set()
+    for own, others in ROOMS.items():
+        assert set(others.split()) <= above, own
+        above.add(own)
+    assert {room(path) for path in LIBRARY} - {"__init__"} == set(ROOMS)
+
+
+@pytest.mark.parametrize("path", [path for path in LIBRARY if path.name != "__init__.py" or room(path) != "__init__"],
+                         ids=name)  # fmt: skip
+def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
+    allowed = {room(path), *EVERYBODY, *ROOMS[room(path)].split(), "__version__"}
+    wrong = [f"{name(path)}:{line}: {room(path)} imports {other}" for line, other in project_imports(path)
+             if other not in allowed]  # fmt: skip
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_file_is_part_of_an_import_cycle() -> None:
+    trees = {house.module(path, ROOT): ast.parse(path.read_text()) for path in FILES}
+    graph = {module: house.imports(tree, trees) - {module} for module, tree in trees.items()}
+    assert house.cycles(graph) == []
+    assert house.cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]], "the check can fail"
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=name)
 def test_the_library_never_imports_prefect(path: Path) -> None:
     assert not [module for module in imported(path) if module.split(".")[0].startswith("prefect")]
     assert not re.search(r"(import_module|__import__)\(\s*[\"']prefect", path.read_text())
@@ -74,7 +147,7 @@ def test_the_check_of_light_loading_can_fail() -> None:
 
 
 def test_importing_the_library_loads_neither_prefect_nor_anything_heavy() -> None:
-    assert not loaded_by("import spinreg_core, spinreg_core.config, spinreg_core.objects") & {*HEAVY, "prefect"}
+    assert not loaded_by("import spinreg_core, spinreg_core.config, spinreg_core.runs.objects") & {*HEAVY, "prefect"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -93,9 +166,8 @@ def test_every_module_says_what_it_is(path: Path) -> None:
 
 def test_every_package_is_shipped_and_nothing_else() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    folders = {name(path.parent).replace("/", ".") for path in FILES}
-    assert set(project["tool"]["setuptools"]["packages"]) == folders
-    assert all((ROOT / folder.replace(".", "/") / "__init__.py").exists() for folder in folders)
+    found = find_packages(str(ROOT), **project["tool"]["setuptools"]["packages"]["find"])
+    assert set(found) == {name(path.parent).replace("/", ".") for path in FILES}
 
 
 def test_one_version() -> None:

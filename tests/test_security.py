@@ -60,8 +60,8 @@ def test_nothing_that_is_read_can_run(path: Path) -> None:
 
 
 def test_the_loaders_of_yaml_are_its_safe_one() -> None:
-    from spinreg_core import resolve
     from spinreg_core.benchmarks import lm_eval
+    from spinreg_core.config import resolve
 
     assert issubclass(resolve._Loader, yaml.SafeLoader)
     assert issubclass(lm_eval._TaskFile, yaml.SafeLoader)

@@ -1,8 +1,8 @@
 """Verdicts of a judge: asked for once, kept in the store, and found there by whoever would ask the same again.
 
 Decides: what makes two requests the same, that a verdict is stored before it counts, when a judge is asked again, and
-who paid for what. Leaves out: the connection and the budgets (`endpoint.py`), what a verdict says (`mt_bench.py`,
-`win_rate.py`, `agreement.py`).
+who paid for what. Leaves out: the connection and the budgets (`judge_client.py`), what a verdict says (`mt_bench.py`,
+`win_rate.py`, `judge_agreement.py`).
 
     verdicts/<SHA-256 of the request>.json   create-only: {"request", "content", "finish", "usage", "payer", "created"}
     verdicts/twice/<payer>/<the same>.json   likewise: of two who asked at the same time, what the second one paid for
@@ -27,22 +27,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from spinreg_core import documents
-from spinreg_core.benchmarks.endpoint import (
-    Budget,
-    Endpoint,
-    Messages,
-    Stopped,
-    most_prompt_tokens,
-    place,
-    price,
-)
+from spinreg_core.benchmarks.judge_client import Budget, Endpoint, Messages, Stopped, most_prompt_tokens, place, price
 from spinreg_core.config import JudgeConfig
-from spinreg_core.documents import SCHEMA
 from spinreg_core.errors import BadInput, Conflict, Damaged
-from spinreg_core.objects import now
-from spinreg_core.progress import Progress
-from spinreg_core.store import Store
+from spinreg_core.runs.objects import now
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.store import documents
+from spinreg_core.store.base import Store
+from spinreg_core.store.documents import SCHEMA
 
 T = TypeVar("T")
 

@@ -2,8 +2,8 @@
 
 Decides: the parts (an object for each task), what can be refused without loading lm-eval, and that all tasks of an
 iterate are measured by one process, which loads the policy once; where one fails, another process goes on with the
-tasks after it. Leaves out: measuring (`harness.py`, run by `stages/lm_eval.py`), finding out what lm-eval itself would
-refuse (`stages/lm_eval_check.py`). Imports nothing heavy: the flow process calls this.
+tasks after it. Leaves out: measuring (`lm_eval_model.py`, run by `stages/lm_eval.py`), finding out what lm-eval itself
+would refuse (`stages/lm_eval_check.py`). Imports nothing heavy: the flow process calls this.
 
 lm-eval's seeds are its own (`SEEDS`), whatever the run's: the examples in front of a question are those of the command
 line and of the Leaderboard, and runs that differ by their seed share what their base was measured with.
@@ -28,13 +28,15 @@ from typing import Any
 import yaml
 
 from spinreg_core.config import BenchmarksConfig, RunConfig
-from spinreg_core.config_benchmarks import LEADERBOARD
+from spinreg_core.config.benchmarks import LEADERBOARD
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, StageFailed
-from spinreg_core.limits import LARGEST_TASK_FILE, require_small_file
-from spinreg_core.objects import read_manifest, sha256_file
-from spinreg_core.rounds import Plan, policy_object
-from spinreg_core.stages.job import Job, Preempted
-from spinreg_core.store import open_store
+from spinreg_core.input_limits import LARGEST_TASK_FILE, require_small_file
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import read_manifest
+from spinreg_core.runs.plans import Plan, policy_object
+from spinreg_core.runtime.supervision import Preempted
+from spinreg_core.store.hashing import sha256_file
+from spinreg_core.store.open import open_store
 
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 DATA_VARIABLE = "SPINREG_EVAL_DATA"  # of deployments/lm_eval_local
@@ -215,7 +217,7 @@ def run_all(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any] | Excepti
 
 def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
     """Run `stages/lm_eval.py` for the parts; returns its exit status and the end of what it printed."""
-    from spinreg_core.ranks import processes_here
+    from spinreg_core.runtime.distributed import processes_here
 
     first = jobs[0]
     # One process for each GPU, or for each group of them that holds one copy of the policy; this machine alone.

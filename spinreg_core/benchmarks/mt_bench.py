@@ -1,7 +1,7 @@
 """MT-Bench (arXiv 2306.05685): two turns, each graded 1 to 10 by a judge.
 
 Decides: the fingerprints of the answers and of the grades, which prompt a grade is asked with, and the metrics.
-Leaves out: the answers (`mt_bench_answers.py`), asking the judge (`judge.py`), reading a grade (`prompts.py`).
+Leaves out: the answers (`mt_bench_answers.py`), asking the judge (`judge.py`), reading a grade (`judge_prompts.py`).
 
 Each turn is graded by itself: the first on its own, the second with the whole conversation. Questions of mathematics,
 reasoning and coding that have a reference answer are graded against it. The metrics are `score`, the mean over
@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.endpoint import Messages
 from spinreg_core.benchmarks.judge import Asked, judged, settings_of
+from spinreg_core.benchmarks.judge_client import Messages
+from spinreg_core.benchmarks.judge_prompts import SINGLE, Prompts, load_prompts, parse_rating
 from spinreg_core.benchmarks.mt_bench_questions import (
     TEMPERATURES,
     Question,
@@ -26,17 +27,17 @@ from spinreg_core.benchmarks.mt_bench_questions import (
     load_questions,
     references_hash,
 )
-from spinreg_core.benchmarks.part import write_part
-from spinreg_core.benchmarks.prompts import SINGLE, Prompts, load_prompts, parse_rating
-from spinreg_core.config import RunConfig, sampling_dtype
-from spinreg_core.engines import resolve_engine
+from spinreg_core.benchmarks.results import write_part
+from spinreg_core.config import RunConfig, resolve_engine, sampling_dtype
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.metrics import Estimate, bootstrap_mean, grouped_share
-from spinreg_core.objects import fetch_files, publish, read_manifest, require_manifest, versions
-from spinreg_core.rounds import Plan, policy_object
-from spinreg_core.stages.generate import run_in_process
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store, open_store
+from spinreg_core.evaluation.intervals import Estimate, bootstrap_mean, grouped_share
+from spinreg_core.runs.fetch import fetch_files
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, read_manifest, require_manifest, versions
+from spinreg_core.runs.plans import Plan, policy_object
+from spinreg_core.runtime.child import run_in_process
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 
 def check(config: RunConfig) -> None:

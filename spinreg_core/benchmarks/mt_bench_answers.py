@@ -20,17 +20,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.mt_bench_questions import TEMPERATURES, Question, content_hash, load_questions
-from spinreg_core.config import sampling_dtype
-from spinreg_core.engines import Answer, Engine, Sampling, open_engine, resolve_engine
+from spinreg_core.config import resolve_engine, sampling_dtype
 from spinreg_core.errors import BadInput
-from spinreg_core.objects import commit_part, fetch_folder, fetch_part, publish, upload, usable_parts
-from spinreg_core.progress import Progress
-from spinreg_core.shards import answer_seed
-from spinreg_core.stages.job import Job, main
-from spinreg_core.store import open_store
+from spinreg_core.generation.engine import Answer, Engine, Sampling
+from spinreg_core.generation.open import open_engine
+from spinreg_core.generation.shards import answer_seed
+from spinreg_core.runs.fetch import fetch_folder, fetch_part
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import commit_part, publish, upload, usable_parts
+from spinreg_core.runtime.main import main
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.store.open import open_store
 
 if TYPE_CHECKING:
-    from spinreg_core.render import Renderer
+    from spinreg_core.models.chat_template import Renderer
+
 
 ANSWERS_SCHEMA = pa.schema(
     [
@@ -53,7 +57,7 @@ def run(job: Job) -> dict[str, Any]:
     Its metrics: `answers`, `tokens` (sampled), `truncated` (share cut off by mt_bench_max_tokens), `engine`. Raises
     BadInput (questions that changed since, or too long for the model), Damaged.
     """
-    from spinreg_core.render import Renderer
+    from spinreg_core.models.chat_template import Renderer
 
     start, store, config = time.monotonic(), open_store(job.store), job.config
     questions = the_questions(job)

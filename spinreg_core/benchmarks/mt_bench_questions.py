@@ -15,7 +15,7 @@ from typing import Any
 
 from spinreg_core.config import BenchmarksConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.limits import require_small_file
+from spinreg_core.input_limits import require_small_file
 
 HUB = "HuggingFaceH4/mt_bench_prompts"
 TEMPERATURES = {

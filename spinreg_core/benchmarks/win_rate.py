@@ -1,7 +1,7 @@
 """How often a judge prefers an iterate's held-out samples to the base's, the previous iterate's or the human answers.
 
 Decides: what is compared, that every pair is judged in both orders, and the metrics. Leaves out: asking the judge
-(`judge.py`), the prompt and reading a preference (`prompts.py`).
+(`judge.py`), the prompt and reading a preference (`judge_prompts.py`).
 
 The samples are those that the evaluation has; nothing is sampled for this. Pairs of equal texts are ties, and nobody is
 asked. A verdict counts 1, 1/2 (tie) or 0 for the iterate; the score of a prompt is the mean over both orders. A prompt
@@ -30,19 +30,27 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.judge import Asked, Judged, judged, settings_of
-from spinreg_core.benchmarks.part import write_part
-from spinreg_core.benchmarks.prompts import Preference, Prompts, load_prompts, parse_preference
+from spinreg_core.benchmarks.judge_prompts import Preference, Prompts, load_prompts, parse_preference
+from spinreg_core.benchmarks.results import write_part
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, SpinregError
-from spinreg_core.head import stage_object
-from spinreg_core.metrics import Estimate, Floats, bootstrap_correlation, bootstrap_mean, grouped_share, wilson
-from spinreg_core.objects import fetch_file, publish, versions
-from spinreg_core.rounds import Plan, policy_object
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store, open_store
+from spinreg_core.evaluation.intervals import (
+    Estimate,
+    Floats,
+    bootstrap_correlation,
+    bootstrap_mean,
+    grouped_share,
+    wilson,
+)
+from spinreg_core.runs.fetch import fetch_file
+from spinreg_core.runs.head import stage_object
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, versions
+from spinreg_core.runs.plans import Plan, policy_object
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 Both = tuple[Preference | None, Preference | None]  # of a pair, in both orders; None where malformed
-
 PROMPT = "pair-v2"
 _RIDGE = 0.01  # keeps the regression finite where one side wins everything; far below the weight of one prompt
 

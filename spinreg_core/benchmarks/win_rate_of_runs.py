@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from spinreg_core.benchmarks.judge import paid_text, require_judge
-from spinreg_core.benchmarks.prompts import load_prompts
+from spinreg_core.benchmarks.judge_prompts import load_prompts
 from spinreg_core.benchmarks.win_rate import PROMPT, judge_pairs, pair_settings, pairs_of
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.head import require_head, stage_object
-from spinreg_core.objects import fingerprint, versions
-from spinreg_core.rounds import policy_object
-from spinreg_core.store import Store
-from spinreg_core.tables import format_estimate
+from spinreg_core.evaluation.formatting import format_estimate
+from spinreg_core.runs.head import require_head, stage_object
+from spinreg_core.runs.objects import fingerprint, versions
+from spinreg_core.runs.plans import policy_object
+from spinreg_core.store.base import Store
 
 
 def win_rate_of_runs(

@@ -2,6 +2,6 @@
 
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, load_heldout, load_rows, require_usable
-from spinreg_core.data.split import round_prompts, split_rows
+from spinreg_core.data.split import split_rows
 
-__all__ = ["Loaded", "Rejected", "Row", "load_heldout", "load_rows", "require_usable", "round_prompts", "split_rows"]
+__all__ = ["Loaded", "Rejected", "Row", "load_heldout", "load_rows", "require_usable", "split_rows"]

@@ -9,9 +9,9 @@ import argparse
 import json
 import sys
 
+from spinreg_core.config.resolve import assignments, merge, resolve
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
-from spinreg_core.resolve import assignments, merge, resolve
 
 
 def main(argv: list[str] | None = None) -> int:

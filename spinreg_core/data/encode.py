@@ -1,7 +1,7 @@
 """Checked rows -> token ids, and the table that the later stages read.
 
 Decides: the columns of train.parquet and heldout.parquet, and the length limits. Leaves out: rendering
-(`render.py`), which rows there are (`load.py`, `split.py`).
+(`models/chat_template.py`), which rows there are (`load.py`, `split.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, final_answer
-from spinreg_core.data.turns import Message
 from spinreg_core.errors import BadInput
+from spinreg_core.models.chat_template import Message
 
 if TYPE_CHECKING:
-    from spinreg_core.render import Renderer
+    from spinreg_core.models.chat_template import Renderer
+
 
 _GROUP = 1000  # rows read and written at once: stages read the rows of a shard, not the file
-
 ROWS_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),

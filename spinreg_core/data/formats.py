@@ -1,7 +1,7 @@
 """One record of a data set -> the rows it gives, or the reason why it gives none.
 
 Decides: the four layouts, how `auto` picks one, which assistant turns are trained on, what a bad row is, and
-what counts as a final answer. Leaves out: what a turn may hold (`turns.py`), where records come from (`sources.py`),
+what counts as a final answer. Leaves out: what a turn may hold (`messages.py`), where records come from (`sources.py`),
 tokens (`encode.py`).
 """
 
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.turns import THOUGHTS, Message, RowProblem, read_tools, read_turns, text_of, user_turns
+from spinreg_core.data.messages import RowProblem, read_tools, read_turns, text_of, user_turns
 from spinreg_core.errors import BadInput
+from spinreg_core.models.chat_template import THOUGHTS, Message
 
 # Every reason a row can be refused for. docs/data.md explains each.
 REASONS = {
@@ -33,7 +34,6 @@ REASONS = {
     "prompt_too_long": "the prompt alone exceeds data.max_prompt_tokens",
     "template": "the model's chat template refuses the conversation, or leaves out its tools or the answer's thought",
 }
-
 _CONVERSATION_COLUMNS = ("conversations", "conversation")
 _PAIR_COLUMNS = (("prompt", "response"), ("prompt", "answer"), ("question", "answer"), ("prompt", "completion"))
 _FORMAT_COLUMNS = {

@@ -10,13 +10,13 @@ from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
-from spinreg_core.cache import cache_folder
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_row, spread
+from spinreg_core.data.filters import load_training
 from spinreg_core.data.formats import REASONS, Rejected
 from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, shorten
-from spinreg_core.data.select import load_training
 from spinreg_core.errors import BadInput
+from spinreg_core.store.cache import cache_folder
 
 EXAMPLES = 2
 LISTED = 10  # rejected rows that the text names; the JSON has all of them
@@ -54,8 +54,8 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _renderer(config: RunConfig) -> tuple[Any, str]:
-    from spinreg_core.model_source import tokenizer_folder
-    from spinreg_core.render import Renderer
+    from spinreg_core.models.chat_template import Renderer
+    from spinreg_core.models.source import tokenizer_folder
 
     try:
         folder = tokenizer_folder(config.model, cache_folder())

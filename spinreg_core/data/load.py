@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
-from spinreg_core.data.sources import Record, read_records
-from spinreg_core.data.spool import Spool, pick
-from spinreg_core.data.turns import RowProblem
+from spinreg_core.data.messages import RowProblem
+from spinreg_core.data.readers import Record
+from spinreg_core.data.row_file import Spool, pick
+from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
 
 SHOWN = 5  # rows and examples that a message names

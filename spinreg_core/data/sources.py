@@ -1,7 +1,7 @@
 """Where records come from: the hub, a local or s3:// file or folder, the bundled demo.
 
 Decides: which files of a folder make up a split, and how rows are numbered (from 1; lines of a JSONL file).
-Leaves out: how a file is read (`files.py`), what a record means (`formats.py`).
+Leaves out: how a file is read (`readers.py`), what a record means (`formats.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from spinreg_core import limits
-from spinreg_core.data.files import READERS, Record, kind_of, read_file, table_records
+from spinreg_core import input_limits as limits
+from spinreg_core.data.readers import READERS, Record, kind_of, read_file, table_records
 from spinreg_core.errors import BadInput
-from spinreg_core.s3_files import fetch_s3, list_s3
-from spinreg_core.store import require_inside, stays_inside
+from spinreg_core.store.base import require_inside, stays_inside
+from spinreg_core.store.remote_files import fetch_s3, list_s3
 
 DEMO = Path(__file__).parent / "demo"
 # Layouts of the hub that hold rows and nothing else; tar archives (webdataset) may hold tensors that are unpickled.

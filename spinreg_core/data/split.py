@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,7 @@ from spinreg_core.errors import BadInput
 IntArray = NDArray[np.int64]
 
 
-def _order(seed: int, *what: object) -> bytes:
+def seeded_order(seed: int, *what: object) -> bytes:
     return hashlib.sha256(":".join(map(str, (seed, *what))).encode()).digest()
 
 
@@ -74,7 +73,7 @@ def alike(rows: Sequence[Row]) -> bool:
 
 def _groups(rows: Sequence[Row], seed: int) -> tuple[IntArray, int]:
     """Of each row the number of its opening in the seeded order, and how many openings there are."""
-    openings = np.fromiter((_order(seed, row.opening_hash).hex().encode() for row in rows), "S64", len(rows))
+    openings = np.fromiter((seeded_order(seed, row.opening_hash).hex().encode() for row in rows), "S64", len(rows))
     found, group = np.unique(openings, return_inverse=True)
     return group, len(found)
 
@@ -83,31 +82,6 @@ def _one_of_each(rows: Sequence[Row], group: IntArray, most: int, seed: int) -> 
     """Of each of the first groups the row that comes first in the seeded order of what it holds; ascending."""
     first: dict[int, tuple[bytes, int]] = {}
     for i in np.flatnonzero(group < most):
-        place = _order(seed, json.dumps(rows[int(i)].content, sort_keys=True)), int(i)
+        place = seeded_order(seed, json.dumps(rows[int(i)].content, sort_keys=True)), int(i)
         first[int(group[i])] = min(first.get(int(group[i]), place), place)
     return np.sort(np.fromiter((i for _, i in first.values()), np.int64, len(first)))
-
-
-def round_prompts(
-    n: int, prompts_per_round: int | None, round_number: int, mode: Literal["fresh", "same"], seed: int
-) -> IntArray:
-    """Indices (into the n training rows) of the prompts of a round, counted from 1; int64.
-
-    fresh: consecutive pieces of one seeded permutation after another, each a full pass over the rows. A round
-    that straddles two passes takes no row twice, because the next pass puts the rows that the round has
-    already at its end. same: the first piece, every round. All n rows where so many or more are asked for.
-    """
-    if prompts_per_round is None or prompts_per_round >= n:
-        return np.arange(n)
-    m = prompts_per_round
-    begin = 0 if mode == "same" else (round_number - 1) * m
-    taken: list[IntArray] = []
-    straddling = np.zeros(n, bool)  # what the round across the last boundary took before it
-    for number in range((begin + m - 1) // n + 1):
-        ranks = np.fromiter((int.from_bytes(_order(seed, number, i)[:8]) for i in range(n)), np.uint64, n)
-        order = np.lexsort((ranks, straddling))
-        low = begin - number * n
-        taken.append(order[max(low, 0) : max(low + m, 0)])
-        straddling = np.zeros(n, bool)
-        straddling[order[n - (number + 1) * n % m :]] = bool((number + 1) * n % m)
-    return np.concatenate(taken)

@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from spinreg_core.benchmarks import KINDS, lm_eval, part_name
+from spinreg_core.benchmarks import lm_eval
+from spinreg_core.benchmarks.registry import KINDS, part_name
 from spinreg_core.errors import JudgeAway
-from spinreg_core.objects import publish, read_manifest
-from spinreg_core.stages.job import Job, main
-from spinreg_core.store import open_store
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, read_manifest
+from spinreg_core.runtime.main import main
+from spinreg_core.store.open import open_store
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The stage `evaluate`: held-out metrics, what the game was like, and sample answers of an iterate (round 0: the base).
 
 Decides: which sequences are scored under which policy, and that nothing an earlier evaluation holds is scored
-again. Leaves out: the metrics (`evaluation.py`), sampling (`generate.py`), scoring (`scoring.py`).
+again. Leaves out: the metrics (`evaluation/heldout.py`), sampling (`generate.py`), scoring (`logprobs/scoring.py`).
 
 A job's `inputs`: {"data", "policy", "base", "heldout": object ids, "previous", "evaluate_base", "evaluate_previous":
 object ids, null for the base}. Its `extra`: {"generate": {"object_id", "key", "inputs", "extra"}}, the job that
@@ -9,9 +9,9 @@ samples one answer of this policy to every held-out prompt.
 
 With y the human answer, y' this policy's sample and y'' the previous one's, iterate n scores y, y', y'' under
 p_n, and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory
-at a time. Leaves `rows.parquet` (columns: `evaluation.py`), `metrics.json`, and `samples.json`: the first
+at a time. Leaves `rows.parquet` (columns: `evaluation/heldout.py`), `metrics.json`, and `samples.json`: the first
 `shown_samples` held-out prompts, {"samples": [{"prompt_id", "messages", "answer", "sample", "finish"}]}; of a round,
-each with its `credit` (`game.py`), and "margins": the histogram of the held-out margins.
+each with its `credit` (`evaluation/diagnostics.py`), and "margins": the histogram of the held-out margins.
 """
 
 from __future__ import annotations
@@ -33,21 +33,26 @@ import pyarrow.parquet as pq
 
 from spinreg_core.config import of_round
 from spinreg_core.errors import BadInput, Damaged, StageFailed
-from spinreg_core.evaluation import ROWS_SCHEMA, heldout_metrics, margins, require_final_answers
-from spinreg_core.game import Tokens, credit, histogram
-from spinreg_core.metrics import Estimate, distinct_bigrams
-from spinreg_core.objects import fetch_file, fetch_folder, publish, read_manifest
-from spinreg_core.progress import Progress
-from spinreg_core.ranks import Ranks, join
-from spinreg_core.render import Renderer
-from spinreg_core.rounds import effective_alpha
-from spinreg_core.scoring import score
-from spinreg_core.sharding import load_for
+from spinreg_core.evaluation.diagnostics import Tokens, credit, histogram
+from spinreg_core.evaluation.final_answers import require_final_answers
+from spinreg_core.evaluation.formatting import counts, format_estimate, label
+from spinreg_core.evaluation.heldout import ROWS_SCHEMA, heldout_metrics, margins
+from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.metrics import distinct_bigrams
+from spinreg_core.logprobs.policy import load_for
+from spinreg_core.logprobs.scoring import score
+from spinreg_core.models.chat_template import Renderer
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, read_manifest
+from spinreg_core.runtime.distributed import Ranks, join
+from spinreg_core.runtime.main import main
+from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.stages.generate import ensure_generations
-from spinreg_core.stages.job import Job, main
-from spinreg_core.stages.orders import ATTEMPT_VARIABLE
-from spinreg_core.store import Store, open_store
-from spinreg_core.tables import counts, format_estimate, label
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 Columns = dict[str, list[Any]]
 

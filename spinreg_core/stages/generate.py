@@ -1,8 +1,9 @@
 """The stage `generate`: iterates answer prompts, shard by shard, each shard committed when it is finished.
 
 Decides: how many engines there are, which of the shards are missing, and what is known when all are there.
-Leaves out: who answers which prompt (`shards.py`), what an engine does (`answer.py`) and how several share the work
-(`engine_pool.py`), decoding (`engines/`), pairing answers with human ones (`mix_opponent.py`).
+Leaves out: who answers which prompt (`generation/shards.py`), what an engine does (`generation/worker.py`) and how
+several share the work (`generation/pool.py`), decoding (`engines/`), pairing answers with human ones
+(`mix_opponent.py`).
 
 A job's `inputs`: {"data": object id, "policies": {"<iterate n>": object id with `policy/`}}. Its `extra`:
 
@@ -17,30 +18,24 @@ A job's `inputs`: {"data": object id, "policies": {"<iterate n>": object id with
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
-from spinreg_core.engines import Sampling
-from spinreg_core.errors import (
-    EXIT_PREEMPTED,
-    BadInput,
-    StageFailed,
-    StagePreempted,
-)
-from spinreg_core.objects import fetch_file, publish, read_manifest, usable_parts
-from spinreg_core.progress import Progress
-from spinreg_core.shards import Rows, Shard, Source
-from spinreg_core.stages.answer import answer_shards, engine_of, planned
-from spinreg_core.stages.engine_guests import lend_engines
-from spinreg_core.stages.engine_pool import answer_in_processes, devices_of, next_wave
-from spinreg_core.stages.engine_process import raise_verdict
-from spinreg_core.stages.job import Job, main
-from spinreg_core.stages.orders import ATTEMPT_VARIABLE
-from spinreg_core.store import open_store
+from spinreg_core.errors import BadInput, StageFailed
+from spinreg_core.generation.engine import Sampling
+from spinreg_core.generation.pool import answer_in_processes, devices_of, next_wave
+from spinreg_core.generation.remote_workers import lend_engines
+from spinreg_core.generation.shards import Rows, Shard, Source
+from spinreg_core.generation.worker import answer_shards, engine_of, planned
+from spinreg_core.runs.fetch import fetch_file
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, read_manifest, usable_parts
+from spinreg_core.runtime.child import run_in_process
+from spinreg_core.runtime.main import main
+from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.store.open import open_store
 
 
 def ensure_generations(job: Job) -> dict[str, Any]:
@@ -148,7 +143,7 @@ def _engine(job: Job) -> Any:
 def lend(job: Job) -> dict[str, Any]:
     """On a further machine of a run: answer with all engines of this one what the machine of the flow gives them.
 
-    The job's `extra` has the sources as well, as an engine's (`answer.py`).
+    The job's `extra` has the sources as well, as an engine's (`generation/worker.py`).
     """
     engine = engine_of(job, Source(*job.extra["sources"][0]))[0]
     lend_engines(job, os.environ[ATTEMPT_VARIABLE], _devices(job, engine))
@@ -163,7 +158,7 @@ def _devices(job: Job, engine: str) -> list[dict[str, str]]:
         return [{}]
     import torch
 
-    from spinreg_core.ranks import processes_here, resolve_device
+    from spinreg_core.runtime.distributed import processes_here, resolve_device
 
     processes = processes_here(resources)
     if resolve_device(resources.device) == "cpu":
@@ -191,29 +186,6 @@ def _metrics(metas: list[dict[str, Any]]) -> dict[str, Any]:
         "tokens_per_second": tokens / max(sum(m["seconds"] for m in metas), 1e-3),
         "startup_seconds": round(sum(m["startup_seconds"] for m in metas), 3),
     }
-
-
-def run_in_process(job: Job, module: str) -> None:
-    """Run a job that answers in a child process that shows its output here. Raises as its exit status says."""
-    folder = job.workdir / job.stage
-    folder.mkdir(parents=True, exist_ok=True)
-    replace(job, workdir=folder).save(folder / "job.json")
-    command = [sys.executable, "-m", module, str(folder / "job.json")]
-    last = ""
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as child:
-        assert child.stdout is not None
-        try:
-            for line in child.stdout:
-                print(line, end="", flush=True)
-                last = line.strip() or last
-        except BaseException:  # SIGTERM: what the child has committed stays
-            child.kill()
-            raise
-    raise_verdict(child.returncode, last)
-    if child.returncode in (EXIT_PREEMPTED, -15):
-        raise StagePreempted(f"the {job.stage} process was stopped from outside")
-    if child.returncode:
-        raise StageFailed(f"the {job.stage} process ended with status {child.returncode}: {last}")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,11 @@
 
 Decides: what of a task's evaluation goes into its object, which is published before the next task begins. Stops at the
 first that fails; who started it goes on with the others (`benchmarks/lm_eval.py`). Leaves out: lm-eval itself
-(`benchmarks/harness.py`), the metrics (`benchmarks/harness_results.py`).
+(`benchmarks/lm_eval_model.py`), the metrics (`benchmarks/lm_eval_results.py`).
 
 A job's `extra`: {"parts": [{"stage", "object_id", "key", "inputs", "extra"}]}, all of one policy. Leaves of each part,
-besides what every benchmark does (`benchmarks/part.py`): `samples.jsonl.gz`, lm-eval's record of every single answer,
-and `lm_eval.json`, its own results.
+besides what every benchmark does (`benchmarks/results.py`): `samples.jsonl.gz`, lm-eval's record of every single
+answer, and `lm_eval.json`, its own results.
 """
 
 from __future__ import annotations
@@ -16,14 +16,25 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from spinreg_core.benchmarks.harness import Meter, Share, evaluate, load_task, open_model, open_tasks, restrict_gpus
-from spinreg_core.benchmarks.harness_results import fingerprints, measured, primary_of, write_own
 from spinreg_core.benchmarks.lm_eval import SEEDS
-from spinreg_core.benchmarks.part import write_part
-from spinreg_core.objects import fetch_folder, publish, versions
-from spinreg_core.stages.job import Job, main
-from spinreg_core.store import Store, open_store
-from spinreg_core.tables import format_estimate
+from spinreg_core.benchmarks.lm_eval_model import (
+    Meter,
+    Share,
+    evaluate,
+    load_task,
+    open_model,
+    open_tasks,
+    restrict_gpus,
+)
+from spinreg_core.benchmarks.lm_eval_results import fingerprints, measured, primary_of, write_own
+from spinreg_core.benchmarks.results import write_part
+from spinreg_core.evaluation.formatting import format_estimate
+from spinreg_core.runs.fetch import fetch_folder
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, versions
+from spinreg_core.runtime.main import main
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 # Of torchrun: accelerate and vLLM would take them for theirs, and each process has a whole model to itself.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",

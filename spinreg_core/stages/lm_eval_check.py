@@ -2,7 +2,7 @@
 CPU before anything is sampled or trained.
 
 Decides: what is tried of a task: its data are loaded and one question is put. Leaves out: what can be told without
-lm-eval (`benchmarks/lm_eval.py`), lm-eval itself (`benchmarks/harness.py`).
+lm-eval (`benchmarks/lm_eval.py`), lm-eval itself (`benchmarks/lm_eval_model.py`).
 
 A job's `key`: {"tasks": {name: {"fewshot", "limit"}}, ...}. Leaves no files; its manifest's metrics are {name:
 {"documents", "fewshot"}}.
@@ -13,12 +13,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from spinreg_core.benchmarks.harness import check_task, open_tasks
-from spinreg_core.cache import cache_folder
-from spinreg_core.model_source import tokenizer_folder
-from spinreg_core.objects import publish
-from spinreg_core.stages.job import Job, main
-from spinreg_core.store import open_store
+from spinreg_core.benchmarks.lm_eval_model import check_task, open_tasks
+from spinreg_core.models.source import tokenizer_folder
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish
+from spinreg_core.runtime.main import main
+from spinreg_core.store.cache import cache_folder
+from spinreg_core.store.open import open_store
 
 
 def run(job: Job) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The stage `mix-opponent`: the round's pairs and their reference scores, which training only reads.
 
 Decides: which pairs make up the opponent, which scores the loss will read, and which of them are known already.
-Leaves out: joining and cutting (`pairs.py`), weights (`opponent.py`), the forward pass (`logprobs.py`).
+Leaves out: joining and cutting (`selfplay/pairs.py`), weights (`selfplay/opponent.py`), the forward pass
+(`logprobs/sequence.py`).
 
 A job's `inputs`: {"data", "generations" (of this round), "previous" (holds policy/, pi_t), "base" (pi_0): object
 ids, "earlier": [{"round", "generations", "pairs" (id or null)}, newest first]}. Its `extra` may have "scored": ids
@@ -22,12 +23,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from spinreg_core.engine_scores import checked_scores
-from spinreg_core.engines import Sampling
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.objects import fetch_file, fetch_files, fetch_folder, publish, read_manifest
-from spinreg_core.opponent import mixture_weights
-from spinreg_core.pairs import (
+from spinreg_core.generation.engine import Sampling
+from spinreg_core.logprobs.policy import load_for
+from spinreg_core.logprobs.scoring import score
+from spinreg_core.runs.fetch import fetch_file, fetch_files, fetch_folder
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish, read_manifest
+from spinreg_core.runtime.distributed import Ranks
+from spinreg_core.runtime.distributed import join as join_ranks
+from spinreg_core.runtime.main import main
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.selfplay.opponent import mixture_weights, references
+from spinreg_core.selfplay.pairs import (
     PAIRS_SCHEMA,
     Pair,
     counts,
@@ -39,14 +47,9 @@ from spinreg_core.pairs import (
     sequence_key,
     treat_truncated,
 )
-from spinreg_core.progress import Progress
-from spinreg_core.ranks import Ranks
-from spinreg_core.ranks import join as join_ranks
-from spinreg_core.rounds import references
-from spinreg_core.scoring import score
-from spinreg_core.sharding import load_for
-from spinreg_core.stages.job import Job, main
-from spinreg_core.store import Store, open_store
+from spinreg_core.selfplay.sampler_scores import checked_scores
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 
 def run(job: Job) -> dict[str, Any]:

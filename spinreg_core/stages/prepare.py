@@ -24,30 +24,26 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from spinreg_core.cache import cache_folder
-from spinreg_core.checkpoints import copy_rest
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_row, prompt_ids_of, spread, write_part, write_records
+from spinreg_core.data.filters import Selected, load_training
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, exact_duplicates, load_heldout, require_usable
-from spinreg_core.data.select import Selected, load_training
+from spinreg_core.data.row_file import Spool, pick
 from spinreg_core.data.split import IntArray, alike, given_heldout, split_rows
-from spinreg_core.data.spool import Spool, pick
 from spinreg_core.errors import BadInput
-from spinreg_core.evaluation import require_final_answers
-from spinreg_core.model_source import (
-    link_policy,
-    model_fingerprint,
-    require_fit,
-    resolve_model,
-    tokenizer_folder,
-)
-from spinreg_core.model_weights import require_finite, require_loadable
-from spinreg_core.objects import fetch_file, fingerprint, publish, read_manifest
-from spinreg_core.progress import Progress
-from spinreg_core.render import Renderer
-from spinreg_core.stages.job import Job, main
-from spinreg_core.store import open_store
+from spinreg_core.evaluation.final_answers import require_final_answers
+from spinreg_core.models.chat_template import Renderer
+from spinreg_core.models.checks import require_finite, require_loadable
+from spinreg_core.models.source import link_policy, model_fingerprint, require_fit, resolve_model, tokenizer_folder
+from spinreg_core.runs.fetch import fetch_file
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import fingerprint, publish, read_manifest
+from spinreg_core.runtime.main import main
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.store.cache import cache_folder
+from spinreg_core.store.open import open_store
+from spinreg_core.training.checkpoint_files import copy_rest
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -255,10 +251,10 @@ def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> di
 
 def require_adaptable(folder: Path, config: RunConfig) -> None:
     """Raise BadInput now for what training with an adapter would refuse after a round was generated and scored."""
-    from spinreg_core.adapters import add_adapter
-    from spinreg_core.quantize import require_library
-    from spinreg_core.ranks import processes_here
-    from spinreg_core.sharding import empty_policy, require_weights
+    from spinreg_core.models.fsdp import empty_policy, require_weights
+    from spinreg_core.models.lora import add_adapter
+    from spinreg_core.models.quantization import require_library
+    from spinreg_core.runtime.distributed import processes_here
 
     bits, resources = config.training.lora_quantize, config.resources
     model = empty_policy(folder, config.training.precision)
@@ -286,8 +282,8 @@ def prepare_base(job: Job, source: Path) -> dict[str, Any]:
     if bits is None:
         link_policy(source, folder / "policy")
     else:
-        from spinreg_core.quantize import round_weights
-        from spinreg_core.ranks import resolve_device
+        from spinreg_core.models.quantization import round_weights
+        from spinreg_core.runtime.distributed import resolve_device
 
         print(f"rounding the base model to {bits}", flush=True)
         link_policy(source, job.workdir / "source")

@@ -1,7 +1,8 @@
 """The stage `train`: iterate n out of iterate n - 1 and the round's pairs.
 
 Decides: where a killed round goes on, what is shown, what is published.
-Leaves out: the loop (`training.py`), step checkpoints (`stages/step_checkpoints.py`), file formats (`checkpoints.py`).
+Leaves out: the loop (`training/trainer.py`), step checkpoints (`training/step_checkpoints.py`), file formats
+(`training/checkpoint_files.py`).
 
 A job's `inputs`: {"pairs", "previous" (holds policy/), with LoRA also "base"}: object ids. Leaves `policy/` (an
 ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one line per step, see `training.Round.step`)
@@ -22,22 +23,28 @@ import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
-from spinreg_core.adapters import add_adapter, read_adapter, start_adapter, targets_of
-from spinreg_core.averaging import average_policy
-from spinreg_core.checkpoints import publish_adapted, publish_policy
 from spinreg_core.config import TrainingConfig, of_round
 from spinreg_core.errors import BadInput
-from spinreg_core.logprobs import load_policy
-from spinreg_core.objects import fetch_file, fetch_folder, fingerprint, folder_of, publish, read_manifest, upload
-from spinreg_core.progress import Progress
-from spinreg_core.quantize import load_quantized
-from spinreg_core.ranks import Ranks, join
-from spinreg_core.rounds import average_key, effective_alpha
-from spinreg_core.sharding import compiled, empty_policy, load_for, require_weights
-from spinreg_core.stages.job import Job, Preempted, finishing_steps, main
-from spinreg_core.stages.step_checkpoints import StepCheckpoints
-from spinreg_core.store import Store, open_store
-from spinreg_core.training import Round
+from spinreg_core.logprobs.policy import compiled, load_for
+from spinreg_core.models.averaging import average_policy
+from spinreg_core.models.fsdp import empty_policy, require_weights
+from spinreg_core.models.loading import load_policy
+from spinreg_core.models.lora import add_adapter, read_adapter, start_adapter, targets_of
+from spinreg_core.models.quantization import load_quantized
+from spinreg_core.runs.fetch import fetch_file, fetch_folder, folder_of
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import fingerprint, publish, read_manifest, upload
+from spinreg_core.runs.plans import average_key
+from spinreg_core.runtime.distributed import Ranks, join
+from spinreg_core.runtime.main import main
+from spinreg_core.runtime.progress import Progress
+from spinreg_core.runtime.supervision import Preempted, finishing_steps
+from spinreg_core.selfplay.opponent import effective_alpha
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from spinreg_core.training.checkpoint_files import publish_adapted, publish_policy
+from spinreg_core.training.step_checkpoints import StepCheckpoints
+from spinreg_core.training.trainer import Round
 
 _SMALL_LORA_RATE = 5e-5
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}

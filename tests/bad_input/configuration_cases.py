@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from feeding import Case, Place, table
-
-from spinreg_core.benchmarks import check
-from spinreg_core.benchmarks.agreement import _from_file
-from spinreg_core.limits import LARGEST_QUESTIONS
-from spinreg_core.resolve import LARGEST_FILE, assignments, load_config_file, resolve
-from spinreg_core.store import open_store
+from spinreg_core.benchmarks.judge_agreement import _from_file
+from spinreg_core.benchmarks.registry import check
+from spinreg_core.config.resolve import LARGEST_FILE, assignments, load_config_file, resolve
+from spinreg_core.input_limits import LARGEST_QUESTIONS
+from spinreg_core.store.open import open_store
+from tests.bad_input.cases import Case, Place, table
 
 CASES: list[Case] = []
 case = table(CASES, "start")

@@ -9,11 +9,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from feeding import ROWS, Case, Place, table
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data import load_heldout, load_rows, require_usable
-from spinreg_core.data.select import load_training
+from spinreg_core.data.filters import load_training
+from spinreg_core.data.load import load_heldout, load_rows, require_usable
+from tests.bad_input.cases import ROWS, Case, Place, table
 
 CASES: list[Case] = []
 case = table(CASES, "prepare")

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chat_models import CHATML, USELESS
-from feeding import Case, Place, table
 from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
-from spinreg_core.adapters import adapter_tensors, add_adapter, read_adapter, start_adapter, targets_of, write_adapter
-from spinreg_core.cache import cache_folder
 from spinreg_core.config import GenerationConfig, ResourcesConfig, TrainingConfig
-from spinreg_core.engines import open_engine
 from spinreg_core.errors import Damaged
-from spinreg_core.logprobs import load_policy
-from spinreg_core.model_source import resolve_model
+from spinreg_core.generation.open import open_engine
+from spinreg_core.models.loading import load_policy
+from spinreg_core.models.lora import (
+    adapter_tensors,
+    add_adapter,
+    read_adapter,
+    start_adapter,
+    targets_of,
+    write_adapter,
+)
+from spinreg_core.models.source import resolve_model
+from spinreg_core.store.cache import cache_folder
+from tests.bad_input.cases import Case, Place, table
+from tests.support.chat_models import CHATML, USELESS
 
 CASES: list[Case] = []
 case = table(CASES, "prepare")

@@ -8,22 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from feeding import ROWS, Case, Place, table
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import tasks.server
 from spinreg_core.config import RunConfig
+from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, Removed
-from spinreg_core.head import open_session, read_config, require_head
-from spinreg_core.objects import fetch_file, fetch_folder, list_parts, require_manifest
-from spinreg_core.removal import find, remove
-from spinreg_core.report import write_report
-from spinreg_core.resolve import merge, validate
-from spinreg_core.retention import Needs
-from spinreg_core.status import run_status
-from spinreg_core.store import FolderStore
-from spinreg_core.verify import verify
+from spinreg_core.maintenance.gc import find, remove
+from spinreg_core.maintenance.retention import Needs
+from spinreg_core.maintenance.verify import verify
+from spinreg_core.reports.run_report import write_report
+from spinreg_core.reports.status import run_status
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.head import read_config, require_head
+from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.objects import list_parts, require_manifest
+from spinreg_core.store.folder import FolderStore
 from tasks.server import require_server
+from tests.bad_input.cases import ROWS, Case, Place, table
 
 CASES: list[Case] = []
 case = table(CASES, "start")

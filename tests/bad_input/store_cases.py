@@ -14,16 +14,17 @@ from pathlib import Path
 
 import botocore.auth
 import botocore.session
-from feeding import Case, Place, table
-from nobody import as_nobody
 from s3fs import S3FileSystem
-from servers import free_ports
 
-from spinreg_core import s3_store
-from spinreg_core.conditional_writes import require_conditional_writes
 from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
-from spinreg_core.s3_files import list_s3
-from spinreg_core.store import FolderStore, open_store
+from spinreg_core.store import s3 as s3_store
+from spinreg_core.store.folder import FolderStore
+from spinreg_core.store.open import open_store
+from spinreg_core.store.probe import require_conditional_writes
+from spinreg_core.store.remote_files import list_s3
+from tests.bad_input.cases import Case, Place, table
+from tests.support.servers import free_ports
+from tests.support.unprivileged import as_nobody
 
 CASES: list[Case] = []
 case = table(CASES, "start")

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from functools import cache
 
 import pytest
-from feeding import NOTICED, Case
-from page import AREAS, CASES, PAGE, outcome, page
-from servers import S3Server
 
 from spinreg_core.errors import BadInput, LeaseHeld, LeaseLost, SpinregError, StoreFailed
+from tests.bad_input.cases import NOTICED, Case
+from tests.bad_input.write_page import AREAS, CASES, PAGE, outcome, page
+from tests.support.servers import S3Server
 
 # Noticed late although nothing changed after the start: what only meets when two rounds are mixed.
 LATE = {"a policy and a base with different vocabularies", "an adapter for another base"}

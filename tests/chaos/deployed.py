@@ -12,10 +12,10 @@ import subprocess
 import time
 from typing import Any
 
-from runs import ROOT, SMOKE, environment
-from servers import PREFECT, PrefectServer
-from trial import Run
-from victims import living
+from tests.chaos.one_run import Run
+from tests.chaos.process_kinds import living
+from tests.support.servers import PREFECT, PrefectServer
+from tests.support.whole_runs import ROOT, SMOKE, environment
 
 _STATUS = {"COMPLETED": 0, "FAILED": 1, "CRASHED": 1, "CANCELLED": 1}
 _START_SECONDS = 60.0

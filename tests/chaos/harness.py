@@ -37,16 +37,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.extend([str(TESTS.parent), str(TESTS), str(TESTS / "e2e")])
+from spinreg_core.errors import SpinregError
+from tests.chaos.deployed import FlowRun, deploy
+from tests.chaos.one_run import Killer, Lost, Run, kill_through, result
+from tests.chaos.scenarios import frozen, full_disk, may_mount, server_killed, two_at_once, under_faults, unmount
+from tests.support.servers import PrefectServer, S3Server, prefect_server, s3_server
 
-from deployed import FlowRun, deploy  # noqa: E402
-from scenes import frozen, full_disk, may_mount, server_killed, two_at_once, under_faults, unmount  # noqa: E402
-from servers import PrefectServer, S3Server, prefect_server, s3_server  # noqa: E402
-from trial import Killer, Lost, Run, kill_through, result  # noqa: E402
-
-from spinreg_core.errors import SpinregError  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 KILLS_PER_RUN = 7
 
 
@@ -179,9 +176,9 @@ class Harness:
     def bad_input(self) -> None:
         if self.in_time("bad input"):
             say("everything in tests/bad_input, each of which must end in its one error")
-            cases = TESTS / "bad_input" / "test_bad_input.py"
+            cases = ROOT / "tests/bad_input/test_bad_input.py"
             command = [sys.executable, "-m", "pytest", "-q", str(cases), "-k", "test_one_clear_error"]
-            done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             told = done.stdout
             counts = {what: int(number) for number, what in re.findall(r"(\d+) (passed|failed|error)", told)}
             self.bad_inputs = sum(counts.values())

@@ -1,4 +1,4 @@
-"""The commit protocol of `head.py` against a model of a few lines, by hypothesis: any order of starts, commits,
+"""The commit protocol of `runs/head.py` against a model of a few lines, by hypothesis: any order of starts, commits,
 advances, leases that run out, replies that are lost and requests that are refused.
 
 The model knows one writer at most, and that what is committed stays. `test_two_writers.py` walks the requests within
@@ -14,12 +14,13 @@ from typing import Any
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
-from test_two_writers import Clock, Memory
 
-from spinreg_core import head as heads
 from spinreg_core.config import KeepConfig, ResourcesConfig, RunConfig
 from spinreg_core.errors import BadInput, Conflict, LeaseLost, SpinregError, StoreFailed
-from spinreg_core.head import ROUND_STAGES, Session, open_session, pending_advance, read_head, require_config
+from spinreg_core.runs import lease
+from spinreg_core.runs.head import ROUND_STAGES, pending_advance, read_head, require_config
+from spinreg_core.runs.lease import Session, open_session
+from tests.chaos.test_two_writers import Clock, Memory
 
 LONG = os.environ.get("SPINREG_CHAOS") == "long"
 STAGES = [(number, stage) for number in (1, 2) for stage in ROUND_STAGES]
@@ -46,7 +47,7 @@ class Commits(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store: Any = Faulty(None, {})
-        self._time, heads.time = heads.time, Clock(self.store)  # type: ignore[assignment]
+        self._time, lease.time = lease.time, Clock(self.store)  # type: ignore[assignment]
         self._opened = contextlib.ExitStack()
         # The model.
         self.holder: Session | None = None
@@ -60,7 +61,7 @@ class Commits(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.store.fault = None
         self._opened.close()
-        heads.time = self._time
+        lease.time = self._time
 
     def done(self) -> int:
         return next(n - 1 for n in (1, 2, 3) if not all((n, stage) in self.committed for stage in ROUND_STAGES))

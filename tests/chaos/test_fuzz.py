@@ -19,20 +19,22 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spinreg_core import documents
 from spinreg_core.config import DataConfig, RunConfig
-from spinreg_core.data import load_rows, require_usable
+from spinreg_core.config.resolve import assignments, resolve, show
+from spinreg_core.data.load import load_rows, require_usable
 from spinreg_core.errors import SpinregError
-from spinreg_core.head import ROUND_STAGES, open_session, read_config, read_head
-from spinreg_core.objects import commit_part, fetch_folder, fetch_part, list_parts, publish, read_record
-from spinreg_core.removal import find
-from spinreg_core.report import report_data
-from spinreg_core.resolve import assignments, resolve, show
-from spinreg_core.retention import store_needs
-from spinreg_core.stages.job import Job
-from spinreg_core.status import status
-from spinreg_core.store import FolderStore
-from spinreg_core.verify import verify
+from spinreg_core.maintenance.gc import find
+from spinreg_core.maintenance.retention import store_needs
+from spinreg_core.maintenance.verify import verify
+from spinreg_core.reports.run_report import report_data
+from spinreg_core.reports.status import status
+from spinreg_core.runs.fetch import fetch_folder, fetch_part
+from spinreg_core.runs.head import ROUND_STAGES, read_config, read_head
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.objects import commit_part, list_parts, publish, read_record
+from spinreg_core.store import documents
+from spinreg_core.store.folder import FolderStore
 
 MANY = 30 if os.environ.get("SPINREG_CHAOS") == "long" else 1
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -11,17 +11,15 @@ import time
 from pathlib import Path
 
 import pytest
-from attempts import Attempt, Attempts
-from servers import PrefectServer
 
-sys.path.append(str(Path(__file__).parents[1] / "e2e"))
-from trial import Killer, Run
-from victims import living, strike
-
-from spinreg_core import documents
-from spinreg_core.head import head_key
-from spinreg_core.objects import manifest_key
-from spinreg_core.store import FolderStore
+from spinreg_core.runs.head import head_key
+from spinreg_core.runs.objects import manifest_key
+from spinreg_core.store import documents
+from spinreg_core.store.folder import FolderStore
+from tests.chaos.one_run import Killer, Run
+from tests.chaos.process_kinds import living, strike
+from tests.chaos.writers import Attempt, Attempts
+from tests.support.servers import PrefectServer
 
 HEAD = {
     "schema": 1, "run": "r", "lease": {"epoch": 1, "holder": None, "beat": 0}, "advances": [], "rounds": [],
@@ -103,8 +101,9 @@ def test_every_place_and_kind_comes_up() -> None:
 
 @pytest.mark.slow
 def test_the_short_form_loses_nothing() -> None:
-    script = Path(__file__).with_name("harness.py")
-    done = subprocess.run([sys.executable, str(script), "--short"], capture_output=True, text=True, timeout=360)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.chaos.harness", "--short"], capture_output=True, text=True, timeout=360
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert figures["losses"] == 0, figures["lost"]

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fault_proxy import FaultProxy, fault_proxy
 from s3fs import S3FileSystem
-from servers import S3Server
 
-from spinreg_core import s3_store
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
-from spinreg_core.s3_files import fetch_s3, list_s3
-from spinreg_core.s3_store import S3Store
-from spinreg_core.store import PART_BYTES
+from spinreg_core.store import s3 as s3_store
+from spinreg_core.store.base import PART_BYTES
+from spinreg_core.store.remote_files import fetch_s3, list_s3
+from spinreg_core.store.s3 import S3Store
+from tests.chaos.fault_proxy import FaultProxy, fault_proxy
+from tests.support.servers import S3Server
 
 ALL = {"refused": 0.2, "lost": 0.1, "torn": 0.1, "slow": 0.05, "doubled": 0.1, "stale": 0.2}
 

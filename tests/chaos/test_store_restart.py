@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from s3fs import S3FileSystem
-from servers import S3Server, process, s3_server, stop, wait_for
 
-from spinreg_core.s3_store import S3Store
-from spinreg_core.store import PART_BYTES
+from spinreg_core.store.base import PART_BYTES
+from spinreg_core.store.s3 import S3Store
+from tests.support.servers import S3Server, process, s3_server, stop, wait_for
 
 
 @pytest.fixture

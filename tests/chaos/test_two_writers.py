@@ -27,12 +27,13 @@ from typing import Any
 
 import pytest
 
-from spinreg_core import head as heads
-from spinreg_core import objects
 from spinreg_core.config import ResourcesConfig, RunConfig
 from spinreg_core.errors import Conflict, LeaseHeld, LeaseLost
-from spinreg_core.head import config_key, head_key, open_session, stage_object
-from spinreg_core.stages.job import Job
+from spinreg_core.runs import head as heads
+from spinreg_core.runs import objects
+from spinreg_core.runs.head import config_key, head_key, stage_object
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.lease import open_session
 
 CONFIG = RunConfig(run="r", resources=ResourcesConfig(lease_seconds=3600))
 WRITERS = (0, 1)

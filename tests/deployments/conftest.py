@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from servers import PrefectServer, prefect_server
+
+from tests.support.servers import PrefectServer, prefect_server
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from servers import PrefectServer, prefect_worker
-from test_cancel_retry import processes, wait
-from test_worker import start_run
 
-from spinreg_core.head import complete_round, read_head
-from spinreg_core.store import open_store
+from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.store.open import open_store
+from tests.deployments.test_cancel_retry import processes, wait
+from tests.deployments.test_worker import start_run
+from tests.support.servers import PrefectServer, prefect_worker
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from browser import CHROMIUM, new_page
-from servers import PrefectServer, prefect_worker
-from test_worker import start_run
 
-from spinreg_core.head import complete_round, read_head
-from spinreg_core.store import open_store
+from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.store.open import open_store
+from tests.deployments.test_worker import start_run
+from tests.support.browser import CHROMIUM, new_page
+from tests.support.servers import PrefectServer, prefect_worker
 
 pytestmark = pytest.mark.slow
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import PrefectServer, prefect_worker
 
-from spinreg_core.head import complete_round, read_head
-from spinreg_core.store import open_store
+from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer, prefect_worker
 
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 

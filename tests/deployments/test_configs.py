@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spinreg_core.config import RunConfig, of_round
-from spinreg_core.resolve import differences, load_config_file, resolve
+from spinreg_core.config.resolve import differences, load_config_file, resolve
 
 CONFIGS = Path(__file__).parents[2] / "deployments" / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))

@@ -15,10 +15,10 @@ import yaml
 from docker.types import HostConfig
 from prefect.utilities.importtools import import_object
 from prefect.utilities.templating import apply_values
-from servers import PrefectServer
 
 from flows.compare import compare
 from spinreg_core.config import RunConfig
+from tests.support.servers import PrefectServer
 
 ROOT = Path(__file__).parents[2]
 FILES = {"prefect.yaml": "", "deployments/docker.yaml": "-docker", "deployments/kubernetes.yaml": "-kubernetes"}

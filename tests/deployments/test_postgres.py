@@ -7,11 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from servers import postgres, prefect_server, prefect_worker
-from test_worker import start_run
 
-from spinreg_core.head import read_head, stage_object
-from spinreg_core.store import open_store
+from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.store.open import open_store
+from tests.deployments.test_worker import start_run
+from tests.support.servers import postgres, prefect_server, prefect_worker
 
 pytestmark = [
     pytest.mark.slow,

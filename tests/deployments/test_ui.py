@@ -6,10 +6,10 @@ import re
 import time
 
 import pytest
-from browser import needs_chromium, new_page
-from servers import PrefectServer
 
 from spinreg_core.config import RunConfig
+from tests.support.browser import needs_chromium, new_page
+from tests.support.servers import PrefectServer
 
 pytestmark = [pytest.mark.slow, needs_chromium]
 

@@ -8,12 +8,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from servers import PrefectServer, prefect_worker
 
 from spinreg_core.config import RunConfig
-from spinreg_core.head import complete_round, read_config, read_head
-from spinreg_core.resolve import resolve
-from spinreg_core.store import open_store
+from spinreg_core.config.resolve import resolve
+from spinreg_core.runs.head import complete_round, read_config, read_head
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer, prefect_worker
 
 pytestmark = pytest.mark.slow
 

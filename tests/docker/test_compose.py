@@ -20,9 +20,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
-from servers import PREFECT, WEED, free_ports, process, wait_for
 
 from spinreg_core import __version__
+from tests.support.servers import PREFECT, WEED, free_ports, process, wait_for
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docker/compose.yaml"

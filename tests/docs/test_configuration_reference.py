@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from spinreg_core.config import MUTABLE_FIELDS, Group, RunConfig
-from spinreg_core.resolve import validate
+from spinreg_core.config.resolve import validate
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/configuration.md").read_text()

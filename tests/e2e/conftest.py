@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from servers import PrefectServer, prefect_server
+
+from tests.support.servers import PrefectServer, prefect_server
 
 
 @pytest.fixture(scope="session", name="prefect_server")

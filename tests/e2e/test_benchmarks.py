@@ -8,15 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
-from questions import write_tasks
-from runs import SMOKE, environment, run, start
 
 from spinreg_core.errors import EXIT_BAD_INPUT
-from spinreg_core.head import complete_round, require_head
-from spinreg_core.objects import require_manifest
-from spinreg_core.rounds import measured_objects
-from spinreg_core.store import open_store
-from spinreg_core.verify import verify
+from spinreg_core.maintenance.verify import verify
+from spinreg_core.runs.head import complete_round, require_head
+from spinreg_core.runs.objects import require_manifest
+from spinreg_core.runs.plans import measured_objects
+from spinreg_core.store.open import open_store
+from tests.support.benchmark_data import write_tasks
+from tests.support.whole_runs import SMOKE, environment, run, start
 
 pytestmark = [
     pytest.mark.slow,

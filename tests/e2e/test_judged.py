@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import SMOKE, environment, run
-from servers import free_ports, process, wait_for
 
-from spinreg_core.benchmarks import KINDS, parts_of, results_of
-from spinreg_core.cache import cache_folder
-from spinreg_core.head import read_config, read_head
-from spinreg_core.model_source import resolve_model
-from spinreg_core.objects import manifest_key
-from spinreg_core.store import open_store
+from spinreg_core.benchmarks.registry import KINDS, parts_of, results_of
+from spinreg_core.models.source import resolve_model
+from spinreg_core.runs.head import read_config, read_head
+from spinreg_core.runs.objects import manifest_key
+from spinreg_core.store.cache import cache_folder
+from spinreg_core.store.open import open_store
+from tests.support.servers import free_ports, process, wait_for
+from tests.support.whole_runs import SMOKE, environment, run
 
 pytestmark = [
     pytest.mark.slow,

@@ -7,14 +7,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from runs import SMOKE, environment, run
 from safetensors.torch import load_file
-from servers import PrefectServer
 
-from spinreg_core.averaging import average_policy
-from spinreg_core.head import read_head, stage_object
-from spinreg_core.objects import fetch_file, fetch_folder, require_manifest
-from spinreg_core.store import open_store
+from spinreg_core.models.averaging import average_policy
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.runs.objects import require_manifest
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer
+from tests.support.whole_runs import SMOKE, environment, run
 
 pytestmark = pytest.mark.slow
 

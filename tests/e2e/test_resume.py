@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from runs import (
+
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer, S3Server
+from tests.support.whole_runs import (
     PLANTED,
     SMOKE,
     environment,
@@ -21,9 +24,6 @@ from runs import (
     start,
     wait_until,
 )
-from servers import PrefectServer, S3Server
-
-from spinreg_core.store import open_store
 
 pytestmark = pytest.mark.slow
 
@@ -108,11 +108,10 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undis
 
 @pytest.mark.long
 def test_a_changed_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
-    from runs import ROOT
-
     from spinreg_core.config import RunConfig
-    from spinreg_core.head import open_session
-    from spinreg_core.resolve import load_config_file, validate
+    from spinreg_core.config.resolve import load_config_file, validate
+    from spinreg_core.runs.lease import open_session
+    from tests.support.whole_runs import ROOT
 
     store = open_store(str(tmp_path / "store"))
     config: RunConfig = validate(load_config_file(str(ROOT / SMOKE)))

@@ -6,10 +6,10 @@ import uuid
 from pathlib import Path
 
 import pytest
-from runs import PLANTED, SMOKE, environment, secrets_found, start
-from servers import PrefectServer, S3Server
 
-from spinreg_core.store import open_store
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer, S3Server
+from tests.support.whole_runs import PLANTED, SMOKE, environment, secrets_found, start
 
 pytestmark = pytest.mark.slow
 

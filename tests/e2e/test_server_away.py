@@ -6,11 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import SMOKE, environment, stage_processes, start, wait_until
-from servers import PrefectServer, prefect_server
 
-from spinreg_core.head import complete_round, read_head
-from spinreg_core.store import open_store
+from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer, prefect_server
+from tests.support.whole_runs import SMOKE, environment, stage_processes, start, wait_until
 
 pytestmark = pytest.mark.slow
 

@@ -14,19 +14,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from questions import write_tasks
-from runs import ROOT, SMOKE, environment, generations, outcome, run, stage_processes
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from flows.cli import main
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
-from spinreg_core.export import export, parse_size, push, reshard
-from spinreg_core.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
-from spinreg_core.objects import fetch_file, fetch_folder
-from spinreg_core.rounds import measured_objects
-from spinreg_core.status import status
-from spinreg_core.store import Store, open_store
-from spinreg_core.tables import format_estimate
+from spinreg_core.evaluation.formatting import format_estimate
+from spinreg_core.reports.export import export, parse_size, push, reshard
+from spinreg_core.reports.status import status
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
+from spinreg_core.runs.plans import measured_objects
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.benchmark_data import write_tasks
+from tests.support.whole_runs import ROOT, SMOKE, environment, generations, outcome, run, stage_processes
 
 pytestmark = pytest.mark.slow
 

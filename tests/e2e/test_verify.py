@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import ROOT, SMOKE, environment, outcome, run
-from servers import PrefectServer
 
-from spinreg_core.head import read_head, stage_object
-from spinreg_core.objects import read_manifest
-from spinreg_core.store import Store, open_store
+from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.runs.objects import read_manifest
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.servers import PrefectServer
+from tests.support.whole_runs import ROOT, SMOKE, environment, outcome, run
 
 pytestmark = pytest.mark.slow
 

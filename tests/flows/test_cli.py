@@ -15,12 +15,13 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 import tasks.server
-from flows.arguments import parser
-from flows.cli import _parameters, main
+from flows.cli import main
+from flows.cli_parser import parser
+from flows.terminal import parameters
 from spinreg_core.config import ResourcesConfig, RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput
-from spinreg_core.head import open_session
-from spinreg_core.store import open_store
+from spinreg_core.runs.lease import open_session
+from spinreg_core.store.open import open_store
 
 QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
 
@@ -30,7 +31,7 @@ def test_parameters_become_nested_fields() -> None:
         ["run", "--run", "x", "--rounds", "2", "-p", "objective.alpha=0.25", "-p", "opponent.history=all",
          "-p", "objective.beta=[0.1, 5]", "-p", "training.max_grad_norm=null"]
     )  # fmt: skip
-    assert _parameters(arguments) == {
+    assert parameters(arguments) == {
         "run": "x",
         "rounds": 2,
         "objective": {"alpha": 0.25, "beta": [0.1, 5]},
@@ -41,7 +42,7 @@ def test_parameters_become_nested_fields() -> None:
 
 def test_a_parameter_without_a_value_is_explained() -> None:
     with pytest.raises(BadInput, match=r"GROUP\.FIELD=VALUE"):
-        _parameters(parser().parse_args(["run", "-p", "objective.alpha"]))
+        parameters(parser().parse_args(["run", "-p", "objective.alpha"]))
 
 
 def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from comparable import make_run
 
-from flows import compare, members
-from flows.members import Progress, run_here
+from flows import compare
+from flows import grid_runner as members
+from flows.grid_runner import Progress, run_here
+from spinreg_core.comparison.grid import Member
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import SpinregError, StageFailed
-from spinreg_core.grid import Member
-from spinreg_core.store import Store, open_store
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.finished_runs import make_run
 
 ALPHA = {"plain": 1.0, "half": 0.5, "base": 0.0}
 

@@ -10,11 +10,11 @@ from s3fs import S3FileSystem
 
 import flows.spin
 from flows.cli import main
-from spinreg_core import s3_store
 from spinreg_core.config import RunConfig
+from spinreg_core.config.resolve import validate
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, Damaged, StoreFailed
-from spinreg_core.resolve import validate
-from spinreg_core.stages.failures import described
+from spinreg_core.runtime.failures import described
+from spinreg_core.store import s3 as s3_store
 
 PLANTED = "planted-address-7Xq"
 

@@ -10,8 +10,8 @@ import pytest
 from flows import round as flow
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import JudgeAway, LeaseLost, StageFailed, StagePreempted
-from spinreg_core.head import open_session
-from spinreg_core.store import open_store
+from spinreg_core.runs.lease import open_session
+from spinreg_core.store.open import open_store
 from tasks.context import Context, entered
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spinreg_core.config import RunConfig
-from spinreg_core.stages.job import Job
+from spinreg_core.runs.job import Job
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import Does, JudgeServer, judge_server
 
-from spinreg_core.benchmarks import endpoint
+from spinreg_core.benchmarks import judge_client as endpoint
 from spinreg_core.benchmarks.judge import Asked, Judged, judged, request_of, verdict_key
-from spinreg_core.benchmarks.prompts import parse_rating
+from spinreg_core.benchmarks.judge_prompts import parse_rating
 from spinreg_core.config import JudgeConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed
-from spinreg_core.store import Store, open_store
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.judge_server import Does, JudgeServer, judge_server
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,22 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from questions import configuration, jobs_of, publish_policy, write_tasks
 
 from spinreg_core.benchmarks import lm_eval
-from spinreg_core.benchmarks.harness import Meter, Share, check_task, load_task, model_arguments, open_model, open_tasks
+from spinreg_core.benchmarks.lm_eval_model import (
+    Meter,
+    Share,
+    check_task,
+    load_task,
+    model_arguments,
+    open_model,
+    open_tasks,
+)
 from spinreg_core.errors import BadInput
-from spinreg_core.objects import fetch_file, fetch_folder
-from spinreg_core.store import Store, open_store
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.benchmark_data import configuration, jobs_of, publish_policy, write_tasks
 
 ROOT = Path(__file__).resolve().parents[3]
 LOCAL = ROOT / "deployments/lm_eval_local"

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from questions import write_tasks
 
-from spinreg_core.benchmarks import lm_eval, parts_of, plan_benchmark
+from spinreg_core.benchmarks import lm_eval
+from spinreg_core.benchmarks.registry import parts_of, plan_benchmark
 from spinreg_core.config import DataConfig, RunConfig
 from spinreg_core.errors import BadInput
+from tests.support.benchmark_data import write_tasks
 
 LOCAL = Path(__file__).resolve().parents[3] / "deployments/lm_eval_local"
 HEAD: dict[str, Any] = {"run": "r", "base": "base-1", "rounds": [{"round": 1, "stages": {"train": "train-1"}}]}

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 
-from spinreg_core.benchmarks import measured_of, plan_benchmark, record_measured, results_of
-from spinreg_core.benchmarks.part import write_part
+from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record_measured, results_of
+from spinreg_core.benchmarks.results import write_part
 from spinreg_core.config import RunConfig
-from spinreg_core.head import Session, open_session
-from spinreg_core.metrics import wilson
-from spinreg_core.objects import publish
-from spinreg_core.rounds import Plan, measured_objects, objects_of, plan_heldout
-from spinreg_core.status import run_status, status
-from spinreg_core.store import Store, open_store
-from spinreg_core.tables import metrics_markdown, metrics_rows, metrics_table
+from spinreg_core.evaluation.intervals import wilson
+from spinreg_core.reports.status import run_status, status
+from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
+from spinreg_core.runs.lease import Session, open_session
+from spinreg_core.runs.objects import publish
+from spinreg_core.runs.plans import Plan, measured_objects, objects_of, plan_heldout
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 TASKS = ["gsm8k", "arc_challenge"]
 

@@ -11,19 +11,21 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from house import House
-from judge_server import Does, JudgeServer, judge_server
 
-from spinreg_core import documents
-from spinreg_core.benchmarks import check, mt_bench, mt_bench_answers
+from spinreg_core.benchmarks import mt_bench, mt_bench_answers
 from spinreg_core.benchmarks.mt_bench import scores
 from spinreg_core.benchmarks.mt_bench_questions import Question, load_questions
+from spinreg_core.benchmarks.registry import check
 from spinreg_core.config import BenchmarksConfig, RunConfig
-from spinreg_core.engines import open_engine
 from spinreg_core.errors import BadInput
-from spinreg_core.objects import fetch_file, fetch_files, manifest_key
-from spinreg_core.shards import answer_seed
-from spinreg_core.stages.job import Job
+from spinreg_core.generation.open import open_engine
+from spinreg_core.generation.shards import answer_seed
+from spinreg_core.runs.fetch import fetch_file, fetch_files
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import manifest_key
+from spinreg_core.store import documents
+from tests.support.generation_fixtures import House
+from tests.support.judge_server import Does, JudgeServer, judge_server
 
 QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 1, "category": "writing", "turns": ["a poem", "shorter"]},

@@ -10,16 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from judge_server import Does, judge_server
 
-from spinreg_core import objects
 from spinreg_core.benchmarks import win_rate
 from spinreg_core.benchmarks.win_rate import Pair, length_controlled, shown, win_metrics
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.metrics import wilson
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store, open_store
+from spinreg_core.evaluation.intervals import wilson
+from spinreg_core.runs import fetch, objects
+from spinreg_core.runs.job import Job
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.judge_server import Does, judge_server
 
 
 def pair(name: str, own: int, other: int) -> Pair:
@@ -174,7 +175,7 @@ def run(store: Store, url: str, iterate: int, tmp_path: Path, **benchmarks: Any)
     found = {}
     for plan in win_rate.plans(config, HEAD, iterate):
         win_rate.run(plan.job(config, store.url, "e1-a", tmp_path / plan.object_id))
-        document = json.loads(objects.fetch_file(store, plan.object_id, "results.json").read_bytes())
+        document = json.loads(fetch.fetch_file(store, plan.object_id, "results.json").read_bytes())
         found[document["name"]] = document
     return found
 

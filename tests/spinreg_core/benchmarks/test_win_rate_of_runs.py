@@ -9,14 +9,14 @@ import sys
 import time
 
 import pytest
-from judge_server import Does, judge_server
-from test_win_rate import prefers_own, store  # noqa: F401
 
 from flows.cli import main
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT
-from spinreg_core.head import open_session
-from spinreg_core.store import Store
+from spinreg_core.runs.lease import open_session
+from spinreg_core.store.base import Store
+from tests.spinreg_core.benchmarks.test_win_rate import prefers_own, store  # noqa: F401
+from tests.support.judge_server import Does, judge_server
 
 ROUND = ("generate", "mix-opponent", "train")
 

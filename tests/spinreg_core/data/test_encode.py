@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from chat_models import TEMPLATES, chat_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +17,8 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data import encode
 from spinreg_core.data.encode import ROWS_SCHEMA, encode_row, prompt_ids_of, spread, write_part, write_records
 from spinreg_core.data.formats import Rejected, Row
-from spinreg_core.render import Renderer
+from spinreg_core.models.chat_template import Renderer
+from tests.support.chat_models import TEMPLATES, chat_tokenizer
 
 
 @pytest.fixture(scope="module")

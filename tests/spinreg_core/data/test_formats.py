@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.formats import (
-    REASONS,
-    Layout,
-    Row,
-    choose_layout,
-    final_answer,
-    read_rows,
-)
-from spinreg_core.data.turns import RowProblem
+from spinreg_core.data.formats import REASONS, Layout, Row, choose_layout, final_answer, read_rows
+from spinreg_core.data.messages import RowProblem
 from spinreg_core.errors import BadInput
 
 MESSAGES = Layout("messages", ("messages",))

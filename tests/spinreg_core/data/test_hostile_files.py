@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spinreg_core import limits
+from spinreg_core import input_limits as limits
 from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from spinreg_core.config import RunConfig
+from spinreg_core.config.resolve import resolve
 from spinreg_core.data.__main__ import main
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import BadInput
-from spinreg_core.resolve import resolve
 
 
 @pytest.fixture

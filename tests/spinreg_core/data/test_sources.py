@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from servers import S3Server
 
-from spinreg_core.data.sources import Record, read_records
+from spinreg_core.data.readers import Record
+from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
+from tests.support.servers import S3Server
 
 
 def read(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> list[Record]:

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
-from spinreg_core.data.split import alike, given_heldout, round_prompts, split_rows
+from spinreg_core.data.split import alike, given_heldout, split_rows
 from spinreg_core.errors import BadInput
+from spinreg_core.generation.shards import round_prompts
 
 
 def row(number: int, *texts: str) -> Row:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from house import House
+
+from tests.support.generation_fixtures import House
 
 
 @pytest.fixture

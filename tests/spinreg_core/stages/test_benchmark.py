@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from judge_server import Does, judge_server
 
-from spinreg_core.benchmarks import measured_of, plan_benchmark
+from spinreg_core.benchmarks.registry import measured_of, plan_benchmark
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import JudgeAway
-from spinreg_core.objects import publish
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import publish
 from spinreg_core.stages import benchmark
-from spinreg_core.stages.job import Job
-from spinreg_core.store import open_store
+from spinreg_core.store.open import open_store
+from tests.support.judge_server import Does, judge_server
 
 HEAD: dict[str, Any] = {"run": "r", "base": "policy-0", "data": "data", "rounds": [
     {"round": 0, "stages": {"evaluate": "evaluate-0"}},

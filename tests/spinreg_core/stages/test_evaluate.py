@@ -17,16 +17,18 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from spinreg_core import sharding
 from spinreg_core.config import EvaluationConfig, GenerationConfig, RunConfig, TrainingConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.evaluation import heldout_metrics
-from spinreg_core.metrics import GAME, METRICS
-from spinreg_core.objects import fetch_file, fingerprint, publish, read_manifest
-from spinreg_core.render import Renderer
+from spinreg_core.evaluation.heldout import heldout_metrics
+from spinreg_core.evaluation.metrics import GAME, METRICS
+from spinreg_core.logprobs import policy as policy_module
+from spinreg_core.models.chat_template import Renderer
+from spinreg_core.runs.fetch import fetch_file
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import fingerprint, publish, read_manifest
 from spinreg_core.stages import evaluate, generate
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store, open_store
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .#0123456789"
 ALPHA = 0.25
@@ -305,7 +307,7 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
     calls: list[tuple[str, int]] = []
     alive: list[int] = []
     loaded: list[str] = []
-    real_score, real_load = evaluate.score, sharding.load_for
+    real_score, real_load = evaluate.score, policy_module.load_for
 
     def score(policy: Any, prompts: list[list[int]], answers: list[list[int]], **options: Any) -> list[float]:
         calls.append((loaded[-1], len(answers)))

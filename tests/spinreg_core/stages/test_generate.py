@@ -15,20 +15,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from house import END, HELDOUT, LOADS, PROMPTS, House, by_answer, drawn
 from transformers import LlamaForCausalLM
 
-from spinreg_core import objects
-from spinreg_core.data.split import round_prompts
-from spinreg_core.engines import hf
 from spinreg_core.errors import BadInput, StageFailed
-from spinreg_core.progress import parse
-from spinreg_core.shards import SHARD_SCHEMA, Rows, Source, drawn_sources
-from spinreg_core.stages import answer as answer_stage
-from spinreg_core.stages import engine_process, generate
+from spinreg_core.generation import hf
+from spinreg_core.generation import worker as answer_stage
+from spinreg_core.generation import worker_process as engine_process
+from spinreg_core.generation.shards import SHARD_SCHEMA, Rows, Source, drawn_sources, round_prompts
+from spinreg_core.runs import fetch, objects
+from spinreg_core.runs.job import Job
+from spinreg_core.runtime.progress import parse
+from spinreg_core.stages import generate
 from spinreg_core.stages.generate import ensure_generations, run
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store
+from spinreg_core.store.base import Store
+from tests.support.generation_fixtures import END, HELDOUT, LOADS, PROMPTS, House, by_answer, drawn
 
 
 def parts_bytes(store: Store, object_id: str) -> dict[str, tuple[bytes | None, bytes | None]]:
@@ -271,7 +271,7 @@ def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: Hous
 
 def apart(house: House, job: Job) -> dict[str, str]:
     """What is drawn by an engine for each source alone, by shard."""
-    rows = Rows(objects.fetch_file(house.store, "data", "train.parquet"))
+    rows = Rows(fetch.fetch_file(house.store, "data", "train.parquet"))
     shards, _ = answer_stage.planned(job, rows)
     found: dict[str, str] = {}
     for source in sorted({shard.source for shard in shards}):
@@ -325,7 +325,7 @@ def test_each_policy_is_loaded_once_by_each_of_two_engines(
     alone = apart(house, house.job("alone", **settings))
     script = tmp_path / "noting.py"
     script.write_text(
-        LOADS.format(root=str(house.root)) + "from spinreg_core.stages.answer import main, run\nmain(run)\n"
+        LOADS.format(root=str(house.root)) + "from spinreg_core.generation.worker import main, run\nmain(run)\n"
     )
     monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
     run(house.job("two", **settings, resources={"processes": 2}))
@@ -338,7 +338,7 @@ def test_each_policy_is_loaded_once_by_each_of_two_engines(
 
 def test_each_vllm_answers_for_one_iterate_and_one_hf_for_all_mixtures(house: House) -> None:
     job = house.job("both", engine="vllm", iterates=[2, 1], answers_per_prompt=2, geometric=BOTH)
-    rows = Rows(objects.fetch_file(house.store, "data", "train.parquet"))
+    rows = Rows(fetch.fetch_file(house.store, "data", "train.parquet"))
     shards, _ = answer_stage.planned(job, rows)
     lists = generate._lists(job, shards)
     assert sorted(shard.number for own in lists for shard in own) == list(range(len(shards)))

@@ -11,18 +11,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny import random_rows, write_policy
 
-from spinreg_core import objects
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.logprobs import load_policy
-from spinreg_core.pairs import PAIRS_SCHEMA, Pair
-from spinreg_core.progress import parse
-from spinreg_core.scoring import score
+from spinreg_core.logprobs.scoring import score
+from spinreg_core.models.loading import load_policy
+from spinreg_core.runs import fetch, objects
+from spinreg_core.runs.job import Job
+from spinreg_core.runtime.progress import parse
+from spinreg_core.selfplay.pairs import PAIRS_SCHEMA, Pair
 from spinreg_core.stages import mix_opponent
-from spinreg_core.stages.job import Job
-from spinreg_core.store import Store, open_store
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from tests.support.tiny_models import random_rows, write_policy
 
 LIMIT = 6  # generated answers longer than this are cut off
 ROWS = 12
@@ -105,7 +106,7 @@ class Run:
         return [{"round": n, "generations": self.generations[n - 1], "pairs": pairs.get(n)} for n in numbers]
 
     def pairs(self, manifest: dict[str, Any]) -> list[Pair]:
-        table = pq.read_table(objects.fetch_file(self.store, manifest["object_id"], "pairs.parquet"))
+        table = pq.read_table(fetch.fetch_file(self.store, manifest["object_id"], "pairs.parquet"))
         assert table.schema.equals(PAIRS_SCHEMA)
         return table.to_pylist()
 
@@ -147,7 +148,7 @@ def test_round_1_scores_each_answer_once_for_both_references(prepared: Run, caps
     assert (metrics["scores_computed"], metrics["scores_reused"]) == (different, 0)
     lines = [line for line in map(parse, capsys.readouterr().out.splitlines()) if line]
     assert (lines[-1].stage, lines[-1].done, lines[-1].total) == ("mix-opponent", different, different)
-    summary = json.loads(objects.fetch_file(prepared.store, manifest["object_id"], "summary.json").read_text())
+    summary = json.loads(fetch.fetch_file(prepared.store, manifest["object_id"], "summary.json").read_text())
     assert summary == metrics
 
 
@@ -312,7 +313,7 @@ def test_the_engine_is_believed_shard_by_shard(prepared: Run, capsys: pytest.Cap
     (generations,) = {prepared.generations[1]}
     rows = [
         row
-        for path in objects.fetch_files(prepared.store, generations, "shards").values()
+        for path in fetch.fetch_files(prepared.store, generations, "shards").values()
         for row in pq.read_table(path).to_pylist()
     ]
     for i, row in enumerate(rows):

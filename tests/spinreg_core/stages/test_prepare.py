@@ -14,19 +14,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from chat_models import TEMPLATES
 from safetensors.torch import load_file
 
-from spinreg_core import model_source
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import ROWS_SCHEMA
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
-from spinreg_core.objects import fetch_file, fetch_folder, read_manifest
-from spinreg_core.render import Renderer
+from spinreg_core.models import source as model_source
+from spinreg_core.models.chat_template import Renderer
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import read_manifest
 from spinreg_core.stages import prepare
-from spinreg_core.stages.job import Job
-from spinreg_core.store import FolderStore
+from spinreg_core.store.folder import FolderStore
+from tests.support.chat_models import TEMPLATES
 
 ROWS = [{"prompt": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(40)]
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_train import Setting, lines, sha_of_weights, without_time
 
-from spinreg_core import objects
-from spinreg_core.stages.job import Job
+from spinreg_core.runs import fetch, objects
+from spinreg_core.runs.job import Job
+from tests.spinreg_core.stages.test_train import Setting, lines, sha_of_weights, without_time
 
 LONG = pytest.mark.long
 # Put into a rank's process by Python itself: the stage is the real one, under the real torchrun.
@@ -30,7 +30,7 @@ import importlib.util, os, sys
 if os.environ.get("RANK", "1") == os.environ.get("FAULT_RANK", "1") and "FAULT" in os.environ:
     class Patch:
         def find_spec(self, name, path=None, target=None):
-            if name != "spinreg_core.training":
+            if name != "spinreg_core.training.trainer":
                 return None
             sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)
@@ -117,7 +117,7 @@ def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -
     assert status == 0, output
     manifest = objects.require_manifest(setting.store, one.object_id)
     a, b = (
-        load_file(objects.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
+        load_file(fetch.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
         for m in (manifest, whole)
     )
     before = load_file(setting.folder / "model.safetensors")

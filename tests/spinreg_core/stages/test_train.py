@@ -20,22 +20,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import random_pairs, write_policy
 from transformers import AutoModelForCausalLM
 
-from spinreg_core import objects
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.pairs import PAIRS_SCHEMA
-from spinreg_core.progress import parse
-from spinreg_core.ranks import Ranks
-from spinreg_core.scoring import score
-from spinreg_core.stages import job as job_module
-from spinreg_core.stages import step_checkpoints, train
-from spinreg_core.stages.job import Job, Preempted
-from spinreg_core.stages.step_checkpoints import StepCheckpoints
-from spinreg_core.store import Store, open_store
-from spinreg_core.training import Round
+from spinreg_core.logprobs.scoring import score
+from spinreg_core.runs import fetch, objects
+from spinreg_core.runs.job import Job
+from spinreg_core.runtime import supervision
+from spinreg_core.runtime.distributed import Ranks
+from spinreg_core.runtime.progress import parse
+from spinreg_core.runtime.supervision import Preempted
+from spinreg_core.selfplay.pairs import PAIRS_SCHEMA
+from spinreg_core.stages import train
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+from spinreg_core.training import step_checkpoints
+from spinreg_core.training.step_checkpoints import StepCheckpoints
+from spinreg_core.training.trainer import Round
+from tests.support.tiny_models import random_pairs, write_policy
 
 PAIRS = 22
 SETTINGS = {
@@ -101,7 +104,7 @@ def sha_of_weights(manifest: dict[str, Any]) -> str:
 
 
 def lines(store: Store, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    text = objects.fetch_file(store, manifest["object_id"], "metrics.jsonl").read_text()
+    text = fetch.fetch_file(store, manifest["object_id"], "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -125,7 +128,7 @@ def test_what_a_round_leaves(setting: Setting, whole: dict[str, Any]) -> None:
         "tokens_per_second",
     }
     assert wanted <= metrics[0].keys()
-    summary = json.loads(objects.fetch_file(setting.store, whole["object_id"], "summary.json").read_text())
+    summary = json.loads(fetch.fetch_file(setting.store, whole["object_id"], "summary.json").read_text())
     assert summary == whole["metrics"]
     assert (summary["steps"], summary["pairs"]) == (STEPS, PAIRS)
     assert summary["last_loss"] == metrics[-1]["loss"]
@@ -134,7 +137,7 @@ def test_what_a_round_leaves(setting: Setting, whole: dict[str, Any]) -> None:
 
 
 def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dict[str, Any]) -> None:
-    folder = objects.fetch_folder(setting.store, whole["object_id"], "policy")
+    folder = fetch.fetch_folder(setting.store, whole["object_id"], "policy")
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {p.relative_to(setting.folder).as_posix() for p in setting.folder.rglob("*") if p.is_file()}
     for name in names - {"model.safetensors", "config.json"}:
@@ -146,7 +149,7 @@ def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dic
     assert weights.keys() == before.keys()
     assert all((weights[name] != before[name]).any() for name in weights)  # every tensor was trained
     # The cached change is that of the policy as it was published.
-    rows = pq.read_table(objects.fetch_file(setting.store, setting.pairs, "pairs.parquet")).to_pylist()
+    rows = pq.read_table(fetch.fetch_file(setting.store, setting.pairs, "pairs.parquet")).to_pylist()
     after = score(
         folder, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32", tokens_per_pass=200
     )
@@ -303,8 +306,8 @@ def stopping_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return gradient(self, *args)
 
     monkeypatch.setattr(Round, "gradient", stopped)
-    monkeypatch.setattr(job_module, "_sigterm", job_module._Sigterm())
-    signal.signal(signal.SIGTERM, job_module._on_sigterm)
+    monkeypatch.setattr(supervision, "_sigterm", supervision._Sigterm())
+    signal.signal(signal.SIGTERM, supervision.on_sigterm)
 
 
 @pytest.fixture(autouse=True)
@@ -420,7 +423,7 @@ def test_sigterm_ends_the_process_and_keeps_its_work(tmp_path: Path) -> None:
 
 def test_a_policy_in_another_format(setting: Setting, tmp_path: Path) -> None:
     manifest = train.run(setting.job("half", save_dtype="bfloat16", precision="mixed"))
-    folder = objects.fetch_folder(setting.store, manifest["object_id"], "policy")
+    folder = fetch.fetch_folder(setting.store, manifest["object_id"], "policy")
     assert {str(t.dtype) for t in load_file(folder / "model.safetensors").values()} == {"torch.bfloat16"}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == "torch.bfloat16"
@@ -430,7 +433,7 @@ def test_all_threads_of_the_process_flush_denormal_numbers() -> None:
     """They slow the backward passes of confident pairs down a dozen times."""
     code = """
 import runpy, torch
-from spinreg_core.stages import job
+from spinreg_core.runtime import supervision
 def check(run, ranked):
     torch.set_num_threads(2)
     small = torch.full((4_000_000,), 1e-39)
@@ -459,7 +462,7 @@ def test_an_adapter_goes_on_to_the_same_bits_and_into_the_next_round(setting: Se
     later = setting.job("lora-next", learning_rate=1e-9, **lora)
     later = replace(later, inputs=later.inputs | {"previous": whole["object_id"]})
     after = train.run(later)
-    policies = [load_file(objects.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
+    policies = [load_file(fetch.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
                 for m in (whole, after)]  # fmt: skip
     base = load_file(setting.folder / "model.safetensors")
     for name, value in policies[1].items():

@@ -1,0 +1,124 @@
+"""What a judge is asked and how its verdict is read, after MT-Bench (arXiv 2306.05685).
+
+Decides: the names of prompts and their placeholders (FastChat's, whose own judge_prompts.jsonl can be given), and what
+counts as a rating or a preference. Leaves out: the wording (`judge_prompts.yaml`, or the user's file), who is asked
+(`judge.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import string
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from spinreg_core.benchmarks.judge_client import Messages
+from spinreg_core.config import JudgeConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.input_limits import require_small_file
+
+Preference = Literal["A", "B", "tie"]
+_TURNS = {"question_1", "question_2"}
+_REFERENCES = {"ref_answer_1", "ref_answer_2"}
+PLACEHOLDERS: dict[str, set[str]] = {
+    "single-v1": {"question", "answer"},
+    "single-math-v1": {"question", "answer", "ref_answer_1"},
+    "single-v1-multi-turn": {*_TURNS, "answer_1", "answer_2"},
+    "single-math-v1-multi-turn": {*_TURNS, *_REFERENCES, "answer_1", "answer_2"},
+    "pair-v2": {"question", "answer_a", "answer_b"},
+    "pair-v2-multi-turn": {*_TURNS, "answer_a_1", "answer_b_1", "answer_a_2", "answer_b_2"},
+}
+SINGLE = tuple(name for name in PLACEHOLDERS if name.startswith("single"))
+PAIR = tuple(name for name in PLACEHOLDERS if name.startswith("pair"))
+_RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts by name, each (system prompt, template), and the SHA-256 of the file they come from."""
+
+    by_name: dict[str, tuple[str, str]]
+    sha256: str
+
+    def messages(self, name: str, **values: str) -> Messages:
+        system, template = self.by_name[name]
+        said = [{"role": "system", "content": system}] if system else []
+        return [*said, {"role": "user", "content": template.format(**values)}]
+
+
+def load_prompts(judge: JudgeConfig, names: Iterable[str]) -> Prompts:
+    """The prompts of `judge.prompts`, or spinreg's own. The file is YAML, {name: {system_prompt, prompt_template}}, or
+    JSON lines with those fields and `name`, as FastChat's judge_prompts.jsonl. Other names in it are not looked at.
+
+    Raises BadInput for a file that cannot be read, or where one of `names` is missing, lacks a placeholder or has one
+    that nothing is put into.
+    """
+    path = Path(judge.prompts or Path(__file__).with_name("judge_prompts.yaml"))
+    require_small_file("judge.prompts", path)
+    try:
+        raw = path.read_bytes()
+        text = raw.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput("judge.prompts", f"{path} ({error})", "a file that can be read, in UTF-8") from None
+    found = _records(path, text)
+    by_name = {}
+    for name in names:
+        where = f"judge.prompts, {path.name}, {name}"
+        if name not in found:
+            raise BadInput(where, "no such prompt", f"prompts {', '.join(names)}")
+        by_name[name] = _checked(where, found[name], PLACEHOLDERS[name])
+    return Prompts(by_name, hashlib.sha256(raw).hexdigest())
+
+
+def _records(path: Path, text: str) -> dict[str, Any]:
+    try:
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+            return {str(line["name"]): line for line in lines}
+        found = yaml.safe_load(text)
+    except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        first = " ".join(str(error).split())[:200]
+        raise BadInput("judge.prompts", f"{path} ({first})", "YAML, or JSON lines each with a name") from None
+    if not isinstance(found, dict):
+        raise BadInput("judge.prompts", f"{path} with {type(found).__name__}", "a mapping of prompts by name")
+    return found
+
+
+def _checked(where: str, record: Any, wanted: set[str]) -> tuple[str, str]:
+    if not isinstance(record, dict) or not isinstance(record.get("prompt_template"), str):
+        raise BadInput(where, "no prompt_template", "a text with placeholders")
+    system, template = record.get("system_prompt") or "", record["prompt_template"]
+    if not isinstance(system, str):
+        raise BadInput(f"{where}.system_prompt", repr(system)[:100], "a text")
+    expected = f"the placeholders {', '.join(f'{{{name}}}' for name in sorted(wanted))}; {{{{ and }}}} stand for braces"
+    try:
+        there = {f"{name}!{conversion}:{spec}" if spec or conversion else name
+                 for _, name, spec, conversion in string.Formatter().parse(template) if name is not None}  # fmt: skip
+    except ValueError as error:
+        raise BadInput(f"{where}.prompt_template", str(error), expected) from None
+    if there != wanted:
+        odd = [f"no {{{name}}}" for name in sorted(wanted - there)] + [f"{{{name}}}" for name in sorted(there - wanted)]
+        raise BadInput(f"{where}.prompt_template", ", ".join(odd), expected)
+    return system, template
+
+
+def parse_rating(text: str) -> float | None:
+    """The rating in a judge's answer: the first `[[7]]`, or where there is none the first `[7]`, as FastChat reads it.
+    None where there is neither, or the number is not within 1 and 10."""
+    for pattern in _RATINGS:
+        if match := pattern.search(text):
+            rating = float(match[1])
+            return rating if 1 <= rating <= 10 else None
+    return None
+
+
+def parse_preference(text: str) -> Preference | None:
+    """Who a judge prefers, as FastChat reads it: `[[A]]` anywhere, or else `[[B]]`, or else `[[C]]` for a tie."""
+    found: dict[str, Preference] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
+    return next((verdict for mark, verdict in found.items() if mark in text), None)

@@ -1,0 +1,116 @@
+"""Which good rows are left out of training on purpose: by length, by pattern, because an evaluation would know them.
+
+Decides: the reasons and their order (a row is left out for the first that applies).
+Leaves out: what overlap with an evaluation is (`contamination.py`), bad rows and exact duplicates (`load.py`), what
+does not fit in tokens (`encode.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.contamination import Guard, evaluation_prompts, guarded
+from spinreg_core.data.formats import Row
+from spinreg_core.data.load import Loaded
+from spinreg_core.data.mixing import load_mixture, take_shares
+from spinreg_core.data.row_file import pick
+from spinreg_core.errors import BadInput
+from spinreg_core.models.chat_template import THOUGHTS
+
+REASONS = {
+    "answer_too_short": "the answer has fewer than data.min_answer_characters characters",
+    "answer_too_long": "the answer has more than data.max_answer_characters characters",
+    "pattern": "prompt or answer match one of data.drop_patterns",
+    "beyond_share": "its data set has more rows than its share of data.mixed_datasets",
+    "contaminated": "prompt or answer share data.contamination_words words in a row with a prompt of an evaluation set",
+}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that is not trained on: its number (from 1), a key of REASONS, and what was found there."""
+
+    row: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The rows to train on, and what was left out: one by one, and counted by reason (each pattern and each data set by
+    itself). Rows beyond a share are only counted: they can be millions, and nothing is wrong with any of them."""
+
+    loaded: Loaded
+    left_out: list[LeftOut]
+    counts: dict[str, int]
+
+
+def load_training(dataset: str, config: DataConfig) -> Selected:
+    """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
+    loaded = load_mixture(dataset, config)
+    known = {name: evaluation_prompts(name) for name in config.evaluation_sets}
+    guards = {name: guarded(name, prompts) for name, prompts in known.items()}
+    kept, left_out = select(loaded.rows, config, known)
+    counts = by_reason(left_out)
+    if len(kept) and config.mixed_datasets:
+        kept, beyond = take_shares(kept, loaded.last, {dataset: 1.0} | config.mixed_datasets)
+        counts |= {f"beyond_share {name}": count for name, count in beyond.items()}
+    if len(loaded.rows) and not len(kept):
+        found = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        raise BadInput(f"dataset {dataset}", f"no row that is not left out ({found})", "filters that leave some")
+    return Selected(replace(loaded, rows=kept, guards=guards), left_out, counts)
+
+
+def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[Sequence[Row], list[LeftOut]]:
+    """Rows to train on, and the others. known: prompts of the evaluation sets, by name of the set."""
+    patterns = [re.compile(pattern) for pattern in config.drop_patterns]
+    guard = Guard(known, config.contamination_words)
+    kept = array("q")
+    left_out: list[LeftOut] = []
+    for index, row in enumerate(rows):
+        problem = _problem(row, config, patterns) or _overlap(row, guard)
+        if problem is None:
+            kept.append(index)
+        else:
+            left_out.append(LeftOut(row.source_row, *problem))
+    return pick(rows, kept), left_out
+
+
+def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for one in left_out:
+        name = f"{one.reason} {one.detail}" if one.reason == "pattern" else one.reason
+        found[name] = found.get(name, 0) + 1
+    return found
+
+
+def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:
+    size = len(row.answer) + sum(len(row.extras[name]) for name in THOUGHTS if name in row.extras)
+    most = config.max_answer_characters
+    if size < config.min_answer_characters and "tool_calls" not in row.extras:
+        return "answer_too_short", f"{size} characters"
+    if most is not None and size > most:
+        return "answer_too_long", f"{size} characters"
+    for pattern in patterns:
+        if any(pattern.search(text) for text in _texts(row)):
+            return "pattern", pattern.pattern
+    return None
+
+
+def _overlap(row: Row, guard: Guard) -> tuple[str, str] | None:
+    found = next((shared for text in _texts(row) if (shared := guard.shared(text))), None)
+    return None if found is None else ("contaminated", found)
+
+
+def _texts(row: Row) -> Iterator[str]:
+    """All that is said in a row, thoughts and the arguments of calls included."""
+    for message in (*row.messages, row.reply):
+        yield message["content"]
+        yield from (message[name] for name in THOUGHTS if name in message)
+        if "tool_calls" in message:
+            yield json.dumps(message["tool_calls"], ensure_ascii=False)

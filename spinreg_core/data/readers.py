@@ -1,0 +1,238 @@
+"""Reading data files: lines of JSON, JSON arrays, CSV, Parquet, Arrow, packed or not.
+
+Decides: how each kind of file is read so that one broken line costs one row, as a stream and within the limits of
+`input_limits.py`. Leaves out: where files come from and which of them belong together (`sources.py`), what a record
+means (`formats.py`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import lzma
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spinreg_core import input_limits as limits
+from spinreg_core.data.messages import RowProblem
+from spinreg_core.errors import BadInput
+
+_COMPRESSED = (".gz", ".bz2", ".xz")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record as it was read: its number (from 1) and its content, or the problem that reading met."""
+
+    row: int
+    content: object
+    problem: RowProblem | None = None
+
+
+def kind_of(path: Path) -> str:
+    """Suffix that says how to read a file, compression aside: `.jsonl` for rows.jsonl.gz."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def read_file(path: Path, shown: str) -> Iterable[Record]:
+    reader = READERS.get(kind_of(path))
+    if reader is None:
+        raise BadInput("dataset", f"{shown} with suffix {kind_of(path)!r}", f"a file ending in {', '.join(READERS)}")
+    try:
+        yield from reader(path)
+    except EOFError:
+        raise BadInput("dataset", f"{path}, which ends in the middle of its compressed data", "a whole file") from None
+    except PermissionError as error:
+        raise BadInput("dataset", f"{path}, which cannot be read ({error})", "a file this user may read") from None
+    except (OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
+        raise BadInput(
+            "dataset", f"{path}, which cannot be read ({error})", "a file of the kind its name says"
+        ) from None
+
+
+def _open_text(path: Path) -> Any:
+    """Text of a possibly compressed file; bytes that are no UTF-8 stay visible as lone surrogates."""
+    import fsspec
+
+    return fsspec.open(
+        str(path), "rt", compression="infer", encoding="utf-8-sig", errors="surrogateescape", newline=""
+    ).open()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines with their ends. Raises BadInput for one that is too long, and where a packed file gives too much."""
+    unpacked = number = 0
+    with _open_text(path) as file:
+        while line := file.readline(limits.LONGEST_LINE + 1):
+            number, unpacked = number + 1, unpacked + len(line)
+            limits.require_expansion(path, unpacked)
+            if len(line) > limits.LONGEST_LINE:
+                raise BadInput("dataset", f"{path}, line {number}, of more than {limits.LONGEST_LINE} characters",
+                               "a line per record")  # fmt: skip
+            yield line
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            try:
+                yield Record(number, json.loads(line))
+            except (ValueError, RecursionError) as error:
+                yield Record(number, None, RowProblem("broken_json", f"{path.name}, line {number}: {error}"))
+
+
+def _json(path: Path) -> Iterator[Record]:
+    """One array of records; a file with one object per line is read as JSONL."""
+    with _open_text(path) as file:
+        first, unpacked = file.read(1), 0
+        while first.isspace():
+            first, unpacked = file.read(1), unpacked + 1
+            limits.require_expansion(path, unpacked)
+        if first == "[":
+            text = _array_text(path, file)
+            try:
+                records = json.loads(first + text)
+            except (ValueError, RecursionError) as error:
+                raise BadInput("dataset", f"{path} is broken: {error}", "a JSON array of records") from None
+            yield from (Record(number, content) for number, content in enumerate(records, start=1))
+            return
+    if first not in ("{", ""):
+        raise BadInput("dataset", f"{path} beginning with {first!r}", "a JSON array, or one object per line, in UTF-8")
+    records = list(_jsonl(path))
+    if records and all(record.problem is not None for record in records):
+        raise BadInput("dataset", f"{path}, one JSON object over several lines or broken lines throughout",
+                       "a JSON array of records, or one object per line")  # fmt: skip
+    yield from records
+
+
+def _array_text(path: Path, file: Any) -> str:
+    """What follows the bracket of a JSON array, read in pieces: a packed file does not say how much it is."""
+    pieces, size = [], 0
+    while piece := file.read(2**20):
+        size += len(piece)
+        limits.require_expansion(path, size)
+        limits.require_size("dataset", path, size, limits.LARGEST_ARRAY, "an array (or JSONL of any size)")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    csv.field_size_limit(limits.LONGEST_LINE)  # answers are longer than the default 128 KiB at times
+    reader = csv.DictReader(_lines(path), restkey="")
+    number = 0
+    while True:
+        number += 1
+        try:
+            content = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield Record(number, None, RowProblem("wrong_type", f"{path.name}, record {number}: {error}"))
+            continue
+        if "" in content and isinstance(content[""], list):
+            problem = f"{path.name}, record {number}: more fields than the header names"
+            yield Record(number, None, RowProblem("wrong_type", problem))
+        else:
+            yield Record(number, content)
+
+
+def _pieces(batches: Iterable[Any], path: Path) -> Iterator[Any]:
+    """Batches of at most 1000 rows. Raises BadInput where too much comes out of a file: columns are packed, and a
+    value that repeats, or a row without any, takes next to nothing."""
+    import pyarrow as pa
+
+    unpacked = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, 1000):
+            piece = batch.slice(start, 1000)
+            for i, column in enumerate(piece.schema):
+                if pa.types.is_dictionary(column.type):  # each piece would count the whole dictionary
+                    piece = piece.set_column(i, column.name, piece.column(i).dictionary_decode())
+            unpacked += piece.nbytes + 8 * piece.num_rows
+            limits.require_expansion(path, unpacked)
+            yield piece
+
+
+def table_records(batches: Iterable[Any]) -> Iterator[Record]:
+    """Records of pyarrow tables or batches. Arrow does not check text, so a broken one shows on reading."""
+    number = 0
+    for batch in batches:
+        try:
+            contents = batch.to_pylist()
+        except UnicodeDecodeError:
+            contents = [None] * batch.num_rows
+            for i in range(batch.num_rows):
+                try:
+                    yield Record(number + i + 1, batch.slice(i, 1).to_pylist()[0])
+                except UnicodeDecodeError as error:
+                    yield Record(number + i + 1, None, RowProblem("broken_utf8", str(error)))
+        else:
+            yield from (Record(number + i, content) for i, content in enumerate(contents, start=1))
+        number += len(contents)
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open(path, "rb") as raw:  # its last eight bytes: how long the footer is, and the mark
+        raw.seek(max(path.stat().st_size - 8, 0))
+        footer, mark = (end := raw.read(8))[:4], end[4:]
+    if mark == b"PAR1":
+        size = int.from_bytes(footer, "little")
+        limits.require_size("dataset", f"{path} with a footer", size, limits.LARGEST_FOOTER, "one")
+    try:
+        with pq.ParquetFile(path) as file:
+            about = file.metadata
+            limits.require_expansion(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
+            yield from table_records(_pieces(file.iter_batches(1000), path))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
+        raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
+
+
+def _validated(batch: Any) -> Any:
+    """A batch whose offsets stay inside its buffers, which nothing has looked at yet. Raises ArrowInvalid."""
+    import pyarrow as pa
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # costs a row, and shows on reading it
+                raise
+    return batch
+
+
+def _arrow(path: Path) -> Iterator[Record]:
+    """Arrow IPC, as a file or (what `datasets` writes) a stream."""
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            try:
+                reader: Any = pa.ipc.open_stream(source)
+                batches: Iterable[Any] = reader
+            except pa.ArrowInvalid:
+                source.seek(0)
+                reader = pa.ipc.open_file(source)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            yield from table_records(_pieces((_validated(batch) for batch in batches), path))
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
+        raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
+
+
+READERS = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

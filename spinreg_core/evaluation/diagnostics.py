@@ -1,0 +1,81 @@
+"""What the game of a round looks like from near: the distribution of margins, and the credit of single tokens.
+
+Decides: the histogram's bins, and how an answer's implicit reward is spread over its tokens.
+Leaves out: figures with intervals (`heldout.py`), which answers are looked at (`stages/evaluate.py`), and the
+picture (`report.html.jinja`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from spinreg_core.evaluation.intervals import Floats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spinreg_core.models.loading import Precision
+
+
+_BINS = 30
+
+
+@dataclass
+class Tokens:
+    """Answers that are looked at token by token: `found` maps a policy object to log-probabilities [answer][token]."""
+
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    found: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    def score(self, policy: str, model: PreTrainedModel, precision: Precision) -> None:
+        import torch
+
+        from spinreg_core.logprobs.sequence import answer_token_logprobs
+
+        with torch.no_grad():
+            self.found[policy] = [
+                answer_token_logprobs(model, prompt, answer, precision=precision).tolist() if answer else []
+                for prompt, answer in zip(self.prompts, self.answers, strict=True)
+            ]
+
+
+def credit(
+    tokens: Tokens, decode: Callable[[list[int]], str], policies: Mapping[str, Any], *, alpha: float, beta: float
+) -> list[list[tuple[str, float]]]:
+    """(text, credit) of every token of every answer.
+
+    A token's credit is beta (log p - alpha log p_previous - (1 - alpha) log p_base), each log-probability given the
+    prompt and the tokens before it: they sum to beta r(x, y) of arXiv 2404.04291 (Rafailov et al., arXiv 2404.12358,
+    read the sum so). policies: object ids of "policy", "previous", "base".
+    """
+    own, previous, base = (tokens.found[policies[name]] for name in ("policy", "previous", "base"))
+    spread = []
+    for i, ids in enumerate(tokens.answers):
+        values = beta * (np.array(own[i]) - alpha * np.array(previous[i]) - (1 - alpha) * np.array(base[i]))
+        spread.append(list(zip(_pieces(decode, ids), values.tolist(), strict=True)))
+    return spread
+
+
+def _pieces(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
+    """What each token adds to the text. A character of several tokens stands with its last one."""
+    found, shown = [], ""
+    for k in range(len(ids)):
+        text = decode(ids[: k + 1])
+        whole = text.startswith(shown) and not text.endswith("\ufffd")
+        found.append(text[len(shown) :] if whole else "")
+        shown = text if whole else shown
+    return found
+
+
+def histogram(margins: Floats) -> dict[str, Any]:
+    """Counts of margins in bins of equal width, and their quantiles: {"edges" (one more than counts), "counts",
+    "quantiles": {"0.05", "0.25", "0.5", "0.75", "0.95"}}, nats."""
+    counts, edges = np.histogram(margins, bins=_BINS)
+    shares = (0.05, 0.25, 0.5, 0.75, 0.95)
+    quantiles = dict(zip(map(str, shares), np.quantile(margins, shares).tolist(), strict=True))
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "quantiles": quantiles}

@@ -1,0 +1,66 @@
+"""Numeric final answers in text: the number an answer ends with, and exact matches with the reference."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal, InvalidOperation
+
+from spinreg_core.errors import BadInput
+
+
+def require_final_answers(mode: str, references: list[str | None]) -> None:
+    """Raise BadInput where `evaluation.final_answer` is gsm8k and no held-out answer ends in `#### <number>`."""
+    if mode == "gsm8k" and not any(text is not None and reference_number(text) is not None for text in references):
+        raise BadInput(
+            "evaluation.final_answer", "gsm8k, and no held-out answer that ends in `####` and a number", "auto or none"
+        )
+
+
+def exact_matches(references: list[str | None], answers: list[str]) -> list[bool]:
+    """Whether each answer's final number is the reference's; rows whose reference has no number are left out."""
+    numbers = [None if text is None else reference_number(text) for text in references]
+    return [answered_number(a) == n for n, a in zip(numbers, answers, strict=True) if n is not None]
+
+
+# A minus sign counts where no digit, letter or bracket stands before it: "10-5" holds 10 and 5.
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)")
+
+
+def _number(text: str) -> Decimal | None:
+    match = _NUMBER.search(text)
+    if match is None:
+        return None
+    try:
+        return Decimal(match.group().replace(",", "").replace("$", ""))
+    except InvalidOperation:
+        return None
+
+
+def reference_number(text: str) -> Decimal | None:
+    """The number a reference ends in: after `####` where there is one, else the text's only number.
+
+    Thousands separators, `$` and trailing zeros do not count. None where the text does not define a number.
+    """
+    _, marker, tail = text.rpartition("####")
+    if marker:
+        return _number(tail)
+    numbers = _NUMBER.findall(text)
+    return _number(numbers[0]) if len(numbers) == 1 else None
+
+
+# A line that holds a number and at most its unit: "#### 72", "#### $5 dollars.", not "#### Step 1: add".
+_NUMBER_LINE = re.compile(rf"\s*+{_NUMBER.pattern}\s*+(?:%\s*+)?[^\W\d]*+[.!]?\s*+$")
+
+
+def answered_number(text: str) -> Decimal | None:
+    """The number an answer gives: the one that stands alone after a `####` (the first such line), or the first
+    number after the last `####`, or the answer's last number.
+    """
+    tails = text.split("####")[1:]
+    for tail in tails:
+        if _NUMBER_LINE.match(line := tail.split("\n", 1)[0]):
+            return _number(line)
+    if tails and (number := _number(tails[-1])) is not None:
+        return number
+    numbers = _NUMBER.findall(text)
+    return _number(numbers[-1]) if numbers else None

@@ -1,0 +1,50 @@
+"""Metrics as text: numbers with their intervals, labels, arrows for better and worse."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
+
+ARROWS = {"lower": "↓", "higher": "↑", None: ""}
+
+
+def _decimals(estimate: Estimate) -> int:
+    """As many decimals as give half the interval two significant digits; 3 where there is no width."""
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None or high <= low:
+        return 3
+    return max(0, min(6, 1 - math.floor(math.log10((high - low) / 2))))
+
+
+def format_number(value: float, estimate: Estimate) -> str:
+    """A number with the decimals that fit the estimate's interval; never `-0.00`."""
+    text = f"{value:.{_decimals(estimate)}f}"
+    return text.lstrip("-") if float(text) == 0 else text
+
+
+def format_estimate(estimate: Estimate | None) -> str:
+    """`1.236 [1.201, 1.261]`; only the value where there is no interval; an empty text where it is not defined."""
+    if estimate is None:
+        return ""
+    value = format_number(estimate["value"], estimate)
+    low, high = estimate["low"], estimate["high"]
+    if low is None or high is None or low == high:
+        return value
+    return f"{value} [{format_number(low, estimate)}, {format_number(high, estimate)}]"
+
+
+def counts(estimates: Iterable[Estimate | None]) -> str:
+    """`n 64`: how many rows or questions numbers are about; all of them where they are not equal."""
+    return f"n {', '.join(map(str, sorted({one['n'] for one in estimates if one is not None})))}"
+
+
+def label(name: str, n: str | None = None) -> str:
+    """`held-out NLL * ↓ (nats/token, n 64)`; the star marks the primary metric. n: as `counts` says it."""
+    metric = METRICS.get(name) or GAME.get(name)
+    if metric is None:
+        return name.replace("_", " ")
+    star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()
+    return f"{metric.label}{star}{arrow} ({', '.join(filter(None, [metric.unit, n]))})"

@@ -1,0 +1,175 @@
+"""From scored held-out rows to metrics: one table per iterate in, one number with its interval per metric out.
+
+Decides: the columns of an evaluate object's `rows.parquet`, and how each metric is formed from them. All
+metrics of an iterate follow from its own table, so anybody can compute them again.
+Leaves out: sampling and scoring (`stages/evaluate.py`), the estimators (`metrics.py`).
+
+Columns, one row per held-out row (log-probabilities: float64 sums over answer tokens, nats; y the human
+answer, y' this policy's sample, y'' the previous policy's sample for the same prompt; null where there is no
+such policy or number):
+
+    prompt_id                       as in heldout.parquet
+    answer_tokens                   tokens of y
+    answer_distinct_2               distinct-2 of y
+    final_answer                    reference of exact match, or null; as in heldout.parquet
+    real_logp                       log p(y); under the base: real_base_logp, under the previous: real_previous_logp
+    sample_ids, sample_text         y' as sampled
+    sample_finish                   stop | length
+    sample_distinct_2               distinct-2 of y'
+    sample_logp                     log p(y'); likewise sample_base_logp, sample_previous_logp
+    sample_engine_logp              log p(y') as the engine that sampled it told it
+    previous_sample_tokens          tokens of y''
+    previous_sample_logp            log p(y''); likewise previous_sample_base_logp, previous_sample_previous_logp
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from spinreg_core.evaluation.final_answers import exact_matches
+from spinreg_core.evaluation.intervals import (
+    Estimate,
+    Floats,
+    bootstrap_correlation,
+    bootstrap_mean,
+    bootstrap_ratio,
+    wilson,
+    wins,
+)
+from spinreg_core.evaluation.metrics import GAME, METRICS, SEPARATED
+
+ROWS_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("answer_tokens", pa.int32()),
+        ("answer_distinct_2", pa.float64()),
+        ("final_answer", pa.string()),
+        ("real_logp", pa.float64()),
+        ("real_base_logp", pa.float64()),
+        ("real_previous_logp", pa.float64()),
+        ("sample_ids", pa.list_(pa.int32())),
+        ("sample_text", pa.string()),
+        ("sample_finish", pa.string()),
+        ("sample_distinct_2", pa.float64()),
+        ("sample_logp", pa.float64()),
+        ("sample_base_logp", pa.float64()),
+        ("sample_engine_logp", pa.float64()),
+        ("sample_previous_logp", pa.float64()),
+        ("previous_sample_tokens", pa.int32()),
+        ("previous_sample_logp", pa.float64()),
+        ("previous_sample_base_logp", pa.float64()),
+        ("previous_sample_previous_logp", pa.float64()),
+    ]
+)
+# Rewards closer than float32 sums are exact are equal: a sequence scored in other company differs in its last bits.
+TIE_NATS = 1e-3
+
+
+def implicit_reward(policy: Floats, previous: Floats, base: Floats, alpha: float) -> Floats:
+    """r = log p_theta - alpha log p_t - (1 - alpha) log p_0 per row, nats, up to a function of the prompt.
+
+    arXiv 2404.04291, alpha on the previous iterate (our convention, docs/concepts.md).
+    """
+    return policy - alpha * previous - (1 - alpha) * base
+
+
+def margins(rows: pa.Table, alpha: float) -> Floats:
+    """r(y) - r(y'') of every row, nats: the human answer against the previous policy's sample."""
+
+    def reward(own: str, previous: str, base: str) -> Floats:
+        columns = (rows[name].to_numpy().astype(np.float64) for name in (own, previous, base))
+        policy, reference, first = columns
+        return implicit_reward(policy, reference, first, alpha)
+
+    return reward("real_logp", "real_previous_logp", "real_base_logp") - reward(
+        "previous_sample_logp", "previous_sample_previous_logp", "previous_sample_base_logp"
+    )
+
+
+def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]:
+    """(numerator, denominator) [rows] of every metric that is the ratio of their sums; both 0 where it is not defined.
+
+    rows: a table with `ROWS_SCHEMA`. A metric that no row defines is left out: what needs a previous policy for the
+    base, exact match where no row has a final number. A mean has denominator 1.
+    """
+    found: dict[str, tuple[Floats, Floats]] = {}
+
+    def column(name: str) -> Floats:
+        return rows[name].to_numpy().astype(np.float64)
+
+    def put(name: str, numerator: Floats, denominator: Floats | None = None) -> None:
+        defined = np.isfinite(numerator)
+        denominator = defined.astype(np.float64) if denominator is None else denominator
+        if denominator.any():
+            found[name] = np.where(defined, numerator, 0.0), denominator
+
+    tokens, real, sample = column("answer_tokens"), column("real_logp"), column("sample_logp")
+    put("heldout_nll", -real, tokens)
+    is_base = rows["real_previous_logp"].null_count > 0
+    if not is_base:
+        previous, margin = column("real_previous_logp"), margins(rows, alpha)
+        put("nll_vs_base", column("real_base_logp") - real, tokens)
+        put("nll_vs_previous", previous - real, tokens)
+        put("reward_accuracy", np.array([wins([m], [0.0], within=TIE_NATS) for m in margin]))
+        put("kl_previous", sample - column("sample_previous_logp"))
+    put("kl_base", sample - column("sample_base_logp"))
+    lengths = pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)
+    put("answer_length", lengths)
+    put("end_of_turn_rate", np.array([finish == "stop" for finish in rows["sample_finish"].to_pylist()], np.float64))
+    put("distinct_2", column("sample_distinct_2"))
+    put("exact_match", _matches(rows))
+    put("entropy", -sample, lengths)
+    if rows["sample_engine_logp"].null_count == 0:
+        put("sampler_gap", column("sample_engine_logp") - sample)
+    if not is_base:
+        put("margin", margin)
+        put("real_change", real - previous)
+        put("generated_change", column("previous_sample_logp") - column("previous_sample_previous_logp"))
+    return found
+
+
+def _matches(rows: pa.Table) -> Floats:
+    """1 or 0 for each row whose reference has a number, NaN for the others."""
+    pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
+    found = [exact_matches([reference], [text]) for reference, text in pairs]
+    return np.array([float(one[0]) if one else np.nan for one in found])
+
+
+_SHARES = ("reward_accuracy", "end_of_turn_rate", "exact_match")  # of rows, each of which has it or not
+
+
+def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int, seed: int) -> dict[str, Estimate]:
+    """Every metric and diagnostic of the game that is defined for this iterate, with its 95 % interval.
+
+    rows: a table with `ROWS_SCHEMA`, at least one row. What is not defined (`row_scores`) is left out.
+    For the base itself (`real_previous_logp` null) the two human numbers are added, which no round changes:
+    `human_answer_length` and `human_distinct_2`.
+    """
+
+    def mean(values: Floats, unit: str) -> Estimate:
+        return bootstrap_mean(values, unit, resamples=resamples, seed=seed)
+
+    found: dict[str, Estimate] = {}
+    for name, (numerator, denominator) in row_scores(rows, alpha).items():
+        defined, unit = denominator > 0, (METRICS.get(name) or GAME[name]).unit
+        if name in _SHARES:
+            found[name] = wilson(numerator.sum(), int(defined.sum()))
+        else:
+            top, bottom = numerator[defined], denominator[defined]
+            found[name] = bootstrap_ratio(top, bottom, unit, resamples=resamples, seed=seed)
+    tokens = rows["answer_tokens"].to_numpy().astype(np.float64)
+    if rows["real_previous_logp"].null_count > 0:
+        found["human_answer_length"] = mean(tokens, "tokens")
+        human = rows["answer_distinct_2"].drop_null().to_numpy()
+        if len(human):
+            found["human_distinct_2"] = mean(human, "share")
+        return found
+    margin = margins(rows, alpha)
+    found["separated"] = wilson(int((beta * margin >= SEPARATED).sum()), len(margin))
+    longer = tokens - rows["previous_sample_tokens"].to_numpy().astype(np.float64)
+    bias = bootstrap_correlation(margin, longer, resamples=resamples, seed=seed)
+    if bias is not None:
+        found["length_bias"] = bias
+    return found

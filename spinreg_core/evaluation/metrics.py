@@ -1,0 +1,158 @@
+"""Numbers with 95 % intervals: what each held-out metric is called, means, and how sure it is.
+
+Decides: the metrics' definitions (`METRICS`), which of them comes first (`PRIMARY`), and the estimators.
+Leaves out: where the log-probabilities come from (`stages/evaluate.py`) and how rows become metrics
+(`heldout.py`).
+
+The intervals speak about held-out rows: rows drawn again from where these came from. They do not contain
+the spread between training seeds. Of rows that open alike, such as the turns of a conversation, one is held out.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown. `better` is None where neither direction is better by itself."""
+
+    label: str
+    unit: str
+    better: Literal["lower", "higher"] | None
+    definition: str
+
+
+PRIMARY = "heldout_nll"
+PRIMARY_REASON = (
+    "It was fixed as the primary metric before any run, uses all held-out rows of the run, involves no sampling, and "
+    "is computed the same way for the base and for every round; the verdict compares the last round with the base, "
+    "not the best round."
+)
+# In the order of the report's columns.
+METRICS: dict[str, Metric] = {
+    "heldout_nll": Metric(
+        "held-out NLL",
+        "nats/token",
+        "lower",
+        "Negative log-likelihood of the held-out human answers: sum of -log p over all answer tokens "
+        "(end-of-turn included, prompt excluded) divided by their number.",
+    ),
+    "nll_vs_base": Metric(
+        "NLL change to base",
+        "nats/token",
+        "lower",
+        "Held-out NLL minus the base model's, paired: both on the same rows, resampled together.",
+    ),
+    "nll_vs_previous": Metric(
+        "NLL change to previous",
+        "nats/token",
+        "lower",
+        "Held-out NLL minus the previous iterate's, paired in the same way.",
+    ),
+    "reward_accuracy": Metric(
+        "reward accuracy",
+        "share",
+        "higher",
+        "Share of held-out prompts with r(human answer) > r(the previous policy's sample), where r = log p - alpha "
+        "log p_previous - (1 - alpha) log p_base is the round's implicit reward (p_previous: the last iterate, also "
+        "where training.average_as has the loss use an average in its place); ties (within 0.001 nats, what sums in "
+        "float32 are off by) count half. 0.5 is chance. "
+        "Samples are cut at the length limit and human answers are not, whatever opponent.truncated says.",
+    ),
+    "exact_match": Metric(
+        "exact match",
+        "share",
+        "higher",
+        "Share of sampled answers whose final number equals the reference's (after ####, else the last number).",
+    ),
+    "kl_base": Metric(
+        "KL to base",
+        "nats/answer",
+        None,
+        "Mean of log p - log p_base over the policy's own sampled answers, as far as the length limit lets them go.",
+    ),
+    "kl_previous": Metric(
+        "KL to previous",
+        "nats/answer",
+        None,
+        "Mean of log p - log p_previous over the policy's own sampled answers.",
+    ),
+    "answer_length": Metric("answer length", "tokens", None, "Mean number of sampled tokens, end-of-turn included."),
+    "end_of_turn_rate": Metric(
+        "end-of-turn rate",
+        "share",
+        None,
+        "Share of sampled answers that ended by themselves before the length limit.",
+    ),
+    "distinct_2": Metric(
+        "distinct-2",
+        "share",
+        None,
+        "Different token bigrams divided by all token bigrams of an answer, averaged over answers of at least two "
+        "tokens (end-of-turn excluded). It sees repetition within an answer, not likeness between answers.",
+    ),
+}
+# What the game of a round was like: shown beside the metrics, and better or worse by themselves in no direction.
+GAME: dict[str, Metric] = {
+    "margin": Metric(
+        "margin",
+        "nats",
+        None,
+        "Mean over held-out prompts of r(human answer) - r(the previous policy's sample), r as for reward accuracy.",
+    ),
+    "separated": Metric(
+        "separated",
+        "share",
+        None,
+        "Share of held-out prompts with beta times the margin at 2 or more: in the logistic loss such pairs have less "
+        "than a quarter of the weight of a pair at 0.",
+    ),
+    "real_change": Metric(
+        "log p of human answers",
+        "nats/answer",
+        None,
+        "Mean change of log p of the held-out human answers against the previous policy. That it falls is the known "
+        "disease of such losses.",
+    ),
+    "generated_change": Metric(
+        "log p of generated answers",
+        "nats/answer",
+        None,
+        "Mean change of log p of the previous policy's samples against that policy.",
+    ),
+    "length_bias": Metric(
+        "length bias",
+        "correlation",
+        None,
+        "Pearson correlation over held-out prompts between the margin and by how many tokens the human answer is "
+        "longer than the previous policy's sample. Near 1 or -1 it is length that is told apart.",
+    ),
+    "entropy": Metric(
+        "entropy",
+        "nats/token",
+        None,
+        "-log p of the policy's own samples per token: with a neutral sampler an estimate of its entropy.",
+    ),
+    "sampler_gap": Metric(
+        "sampler - scorer",
+        "nats/answer",
+        None,
+        "Mean of log p of the policy's samples as the sampling engine told it, minus the scorer's. Not near 0: the "
+        "sampled policy is not the scored one.",
+    ),
+}
+SEPARATED = 2.0  # beta times margin
+
+
+def distinct_bigrams(token_ids: Sequence[int]) -> float | None:
+    """Different bigrams / bigrams of one answer (end-of-turn left out by the caller); None below two tokens.
+
+    Distinct-n (Li et al. 2016, arXiv 1510.03055) pools all answers; this is per answer and then averaged,
+    because pooling falls with the number of answers and a resample's repeated answers would bias it down.
+    """
+    bigrams = list(itertools.pairwise(token_ids))
+    return len(set(bigrams)) / len(bigrams) if bigrams else None

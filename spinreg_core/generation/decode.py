@@ -1,0 +1,211 @@
+"""Answers of one policy, or of a token-level mixture of several, decoded together with continuous refill.
+
+Decides: which prompts are decoded at once, and that an answer that ends makes room for the next prompt. Each policy
+has its own keys and values and takes one batched step per token.
+Leaves out: the keys and values (`kv_slots.py`), how a token is drawn (`sampler.py`), models that have other memory than
+keys and values (`hf.py`).
+
+Prompts are taken in their order, so that those that were given first are answered first; whoever sorts them by length
+saves padding. Ended answers are replaced as soon as an eighth of the slots is free: reading one prompt alone costs as
+much time as reading several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spinreg_core.generation.compiled_step import Step
+from spinreg_core.generation.engine import Answer, Sampling, columns_for
+from spinreg_core.generation.kv_slots import Slots, layers_of, prompt_cache
+from spinreg_core.generation.sampler import distribution, draw, mixed_logits, uniforms
+
+# Answers at once: more make no step of any machine cheaper, and each has a row of logits.
+_ROWS = 1024
+# Logits that are turned into draws at once (elements).
+_DRAWN_AT_ONCE = 2**25
+# Prompt tokens (padding included) read in one forward pass.
+_READ_AT_ONCE = 4096
+
+
+@dataclass
+class _Open:
+    """An answer in the making."""
+
+    index: int
+    prompt: int  # tokens
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+@torch.no_grad()
+def decode(
+    models: Sequence[PreTrainedModel],
+    weights: Sequence[float],
+    prompts: Sequence[list[int]],
+    seeds: Sequence[int],
+    sampling: Sampling,
+    *,
+    tokens: int,
+    pad_id: int,
+    step: Step,
+    on_answer: Callable[[int, Answer], None],
+) -> None:
+    """Answer all prompts; `on_answer(index of the prompt, answer)` as they end.
+
+    models, weights: the mixture (`sampler.mixed_logits`). seeds: one per prompt. tokens: how many, prompts and answers
+    at their longest together, may have keys and values at the same time; a single answer may take more. step: of
+    `last_logits`.
+    Raises BadInput for logits that are no numbers, torch.OutOfMemoryError.
+    """
+    batch = _Batch(list(models), list(weights), sampling, pad_id, step, on_answer)
+    begun = 0
+    # The longest prompt among each one and all after it.
+    longest = list(accumulate(reversed([len(p) for p in prompts]), max))[::-1]
+    while begun < len(prompts) or batch.open:
+        if begun < len(prompts):
+            left = len(prompts) - begun
+            most = max([longest[begun], *(row.prompt for row in batch.open.values())])
+            rows = batch.rows_for(tokens // columns_for(most + sampling.max_new_tokens), left)
+            free = min(rows - len(batch.open), left)
+            if free > 0 and (not batch.open or free >= rows / 8 or free == left):
+                batch.begin(range(begun, begun + free), prompts, seeds, rows, most)
+                begun += free
+                continue
+        batch.step()
+
+
+class _Batch:
+    """The slots of all policies; they are filled and emptied together."""
+
+    def __init__(
+        self,
+        models: list[PreTrainedModel],
+        weights: list[float],
+        sampling: Sampling,
+        pad_id: int,
+        step: Step,
+        on_answer: Callable[[int, Answer], None],
+    ) -> None:
+        self.models, self.weights, self.sampling = models, weights, sampling
+        self.pad_id, self.one_step, self.on_answer = pad_id, step, on_answer
+        self.device = models[0].device
+        self.open: dict[int, _Open] = {}  # by slot
+        self.caches: list[Slots] = []
+        self.numbers = torch.empty(0)  # float64 [slots, max_new_tokens]: what draws each token
+
+    def rows_for(self, room: int, left: int) -> int:
+        """How many slots to have where keys and values have room for `room` answers and `left` have not begun."""
+        wanted = max(1, min(room, len(self.open) + left, _ROWS))
+        # Making more copies all there is, and shorter prompts make room for one more every now and then.
+        return self.caches[0].rows if self.open and wanted < 1.25 * self.caches[0].rows else wanted
+
+    def begin(
+        self, indices: Sequence[int], prompts: Sequence[list[int]], seeds: Sequence[int], rows: int, longest: int
+    ) -> None:
+        """Read some of the prompts into so many slots, and draw their first tokens. `longest`: of the prompts that are
+        open or to come."""
+        columns = columns_for(longest + self.sampling.max_new_tokens)
+        if not self.open:
+            self.caches = [Slots(layers_of(model), rows, columns) for model in self.models]
+            self.numbers = torch.zeros(rows, self.sampling.max_new_tokens, dtype=torch.float64)
+        elif rows > self.caches[0].rows:
+            for cache in self.caches:
+                cache.resize(rows, columns, max(map(_length, self.open.values())))
+            more = torch.zeros(rows - len(self.numbers), self.sampling.max_new_tokens, dtype=torch.float64)
+            self.numbers = torch.cat([self.numbers, more])
+        free = [slot for slot in range(self.caches[0].rows) if slot not in self.open]
+        order = sorted(indices, key=lambda i: -len(prompts[i]))
+        at_once = max(1, _READ_AT_ONCE // len(prompts[order[0]]))
+        for start in range(0, len(order), at_once):
+            part = order[start : start + at_once]
+            slots, free = free[: len(part)], free[len(part) :]
+            logits = self._read(slots, [prompts[i] for i in part])
+            for slot, index in zip(slots, part, strict=True):
+                self.open[slot] = _Open(index, len(prompts[index]))
+                self.numbers[slot] = uniforms(seeds[index], self.sampling.max_new_tokens)
+            self._draw(slots, logits)
+
+    def step(self) -> None:
+        """One more token of every open answer."""
+        alone = len(self.open) == 1 and self.one_step.compiled  # would be a graph of its own
+        if len(self.open) <= self.caches[0].rows // 2 and not alone:
+            self._drop_free_slots()
+        rows = self.caches[0].rows
+        last = [self.open[slot].tokens[-1] if slot in self.open else self.pad_id for slot in range(rows)]
+        lengths = [_length(self.open[slot]) if slot in self.open else 0 for slot in range(rows)]
+        ids, positions = (torch.tensor(x, device=self.device)[:, None] for x in (last, lengths))
+        self.one_step.begin(self.caches)
+        logits = []
+        for model, cache in zip(self.models, self.caches, strict=True):
+            mask = cache.open_column(max(lengths))
+            logits.append(self.one_step(model, ids, mask, positions, cache))
+        slots = sorted(self.open)
+        at = torch.tensor(slots, device=self.device)
+        self._draw(slots, [x[at] for x in logits])
+
+    def _read(self, slots: list[int], prompts: list[list[int]]) -> list[Tensor]:
+        # Several answers to one prompt read it once.
+        numbers = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        of_slot = torch.tensor([numbers[tuple(p)] for p in prompts], device=self.device)
+        width = max(map(len, numbers))
+        ids = torch.tensor([[self.pad_id] * (width - len(p)) + list(p) for p in numbers], device=self.device)
+        lengths = torch.tensor([len(p) for p in numbers], device=self.device)
+        own = torch.arange(width, device=self.device) >= width - lengths[:, None]
+        positions = (own.long().cumsum(-1) - 1).clamp(min=0)
+        logits = []
+        for model, cache in zip(self.models, self.caches, strict=True):
+            read = prompt_cache(layers_of(model))
+            logits.append(last_logits(model, ids, own, positions, read)[of_slot])
+            cache.fill(slots, read, of_slot, lengths[of_slot])
+        return logits
+
+    def _draw(self, slots: list[int], logits: list[Tensor]) -> None:
+        """The next token of the answers in these slots; logits: one [slots, vocabulary] per policy."""
+        mixed = mixed_logits(logits, self.weights)
+        steps = torch.tensor([len(self.open[slot].tokens) for slot in slots])
+        numbers = self.numbers[torch.tensor(slots), steps].to(self.device)
+        size = max(1, _DRAWN_AT_ONCE // mixed.shape[1])
+        drawn = [_drawn(x, u, self.sampling) for x, u in zip(mixed.split(size), numbers.split(size), strict=True)]
+        tokens, logprobs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+        for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
+            row = self.open[slot]
+            row.tokens.append(token)
+            row.logprobs.append(logprob)
+            stopped = token in self.sampling.stop_ids
+            if stopped or len(row.tokens) == self.sampling.max_new_tokens:
+                del self.open[slot]
+                self.on_answer(row.index, Answer(row.tokens, "stop" if stopped else "length", row.logprobs))
+
+    def _drop_free_slots(self) -> None:
+        slots = sorted(self.open)
+        for cache in self.caches:
+            cache.keep(slots)
+        self.numbers = self.numbers[torch.tensor(slots)]
+        self.open = {i: self.open[slot] for i, slot in enumerate(slots)}
+
+
+def _length(row: _Open) -> int:
+    """Tokens with keys and values: all but the newest."""
+    return row.prompt + len(row.tokens) - 1
+
+
+def _drawn(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """[rows] tokens and their log-probabilities."""
+    tokens = draw(distribution(logits, sampling), numbers)
+    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
+def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+    """[rows, vocabulary] logits behind the last of `ids` [rows, tokens], whose keys and values go into the cache."""
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    logits: Tensor = output.logits[:, -1]
+    return logits

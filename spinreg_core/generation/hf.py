@@ -1,0 +1,200 @@
+"""The hf engine: decoding in this process, with transformers' models. Runs wherever torch runs.
+
+Decides: that no setting but ours takes part, how much is decoded at once, and what happens when memory does not
+suffice. Leaves out: the decoding itself (`decode.py`), several GPUs (`stages/generate.py`).
+
+A model that remembers something else than keys and values per position (Mamba's states, say) is decoded by
+transformers' own loop, a batch at a time; our draws are forced on it.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig as HfGenerationConfig
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from spinreg_core.config import GenerationConfig, ResourcesConfig
+from spinreg_core.errors import BadInput
+from spinreg_core.generation.compiled_step import Step
+from spinreg_core.generation.decode import decode, last_logits
+from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut
+from spinreg_core.generation.kv_slots import has_slots
+from spinreg_core.generation.sampler import distribution, draw, uniforms
+from spinreg_core.models.loading import load_policy
+from spinreg_core.runtime.distributed import compiles, resolve_device
+
+
+class HfEngine:
+    """Samples one policy, or the token-level mixture of several (`sampler.mixed_logits`).
+
+    `models` are used in their own number format and on their own device. `tokens`: see `decode`. `compile`: the
+    decoding step, of engines that live long (`compiled_step.py`).
+    """
+
+    def __init__(
+        self,
+        models: Sequence[PreTrainedModel],
+        *,
+        weights: Sequence[float] = (1.0,),
+        tokens: int,
+        pad_id: int,
+        compile: bool = False,
+    ) -> None:
+        self._models, self._weights = list(models), list(weights)
+        self._step = Step(last_logits, compile=compile)
+        self._tokens, self._pad_id = tokens, pad_id
+        sizes = {model.config.get_text_config().vocab_size for model in models}
+        if len(sizes) > 1:
+            raise BadInput("policies of a mixture", f"vocabularies of {sorted(sizes)} tokens", "one vocabulary")
+        if len(models) > 1 and not all(map(has_slots, models)):
+            names = ", ".join(type(model).__name__ for model in models)
+            raise BadInput("policies of a mixture", f"{names}, which keep more than keys and values",
+                           "transformers with attention in all layers")  # fmt: skip
+
+    @classmethod
+    def open(
+        cls,
+        policies: Sequence[Path],
+        weights: Sequence[float],
+        generation: GenerationConfig,
+        resources: ResourcesConfig,
+        *,
+        pad_id: int,
+        loaded: dict[Path, PreTrainedModel] | None = None,
+    ) -> HfEngine:
+        device = resolve_device(resources.device)
+        # auto is for runs, which know their scores' format (`config.sampling_dtype`); alone it is the exact one.
+        precision: Any = "bf16" if generation.dtype == "bfloat16" else "fp32"
+        loaded = {} if loaded is None else loaded
+        for policy in policies:
+            if policy not in loaded:
+                loaded[policy] = load_policy(policy, precision, device)
+        models = [loaded[policy] for policy in policies]
+        return cls(models, weights=weights, tokens=_tokens(models, resources), pad_id=pad_id,
+                   compile=compiles(resources, device))  # fmt: skip
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
+    ) -> list[Answer]:
+        """As `Engine.generate`. What memory does not suffice for is tried again with half as many at once."""
+        assert self._models, "the engine was closed"
+        for model in self._models:
+            check_prompts(prompts, sampling, model.config)
+        answers: dict[int, Answer] = {}
+
+        def note(asked: list[int], k: int, answer: Answer) -> None:
+            answers[asked[k]] = answer
+            on_answer(asked[k], answer)
+
+        left = list(range(len(prompts)))
+        while left:
+            try:
+                self._decode([prompts[i] for i in left], [seeds[i] for i in left], sampling, partial(note, left))
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._take_less(error, prompts, sampling)
+            left = [i for i in left if i not in answers]
+        return [answers[i] for i in range(len(prompts))]
+
+    def _decode(
+        self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, note: Callable[[int, Answer], None]
+    ) -> None:
+        if all(map(has_slots, self._models)):
+            decode(self._models, self._weights, prompts, seeds, sampling, tokens=self._tokens, pad_id=self._pad_id,
+                   step=self._step, on_answer=note)  # fmt: skip
+            return
+        order = list(range(len(prompts)))
+        while order:
+            size = max(1, self._tokens // (max(len(prompts[i]) for i in order) + sampling.max_new_tokens))
+            batch, order = order[:size], order[size:]
+            found = _batch(self._models[0], [prompts[i] for i in batch], [seeds[i] for i in batch], sampling,
+                           self._pad_id)  # fmt: skip
+            for i, answer in zip(batch, found, strict=True):
+                note(i, answer)
+
+    def _take_less(self, error: RuntimeError, prompts: list[list[int]], sampling: Sampling) -> None:
+        """Halve what is decoded at once; raises where that cannot help."""
+        cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+        if not isinstance(error, torch.OutOfMemoryError) and not cpu:
+            raise error
+        reason = str(error).splitlines()[0]
+        if self._tokens <= max(map(len, prompts)) + sampling.max_new_tokens:
+            raise BadInput(
+                "resources.kv_cache_tokens",
+                f"memory that does not suffice for one answer ({reason})",
+                "a smaller max_new_tokens, shorter prompts, or more memory",
+            ) from error
+        self._tokens //= 2
+        print(f"out of memory ({reason}); going on with {self._tokens} tokens at once", flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        self._models = []
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _tokens(models: Sequence[PreTrainedModel], resources: ResourcesConfig) -> int:
+    """`resources.kv_cache_tokens`; auto is 8192 on CPUs, and on a GPU what half of its free memory holds."""
+    if resources.kv_cache_tokens != "auto":
+        return resources.kv_cache_tokens
+    device = models[0].device
+    if device.type != "cuda":
+        return 8192
+    size = 0
+    for model in models:
+        text = model.config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        size += 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(8192, int(0.5 * free / size))
+
+
+class _Forced(LogitsProcessor):
+    """Leaves transformers' loop no choice but the token that we drew."""
+
+    def __init__(self, sampling: Sampling, numbers: Tensor) -> None:
+        self._sampling, self._numbers = sampling, numbers
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        tokens = draw(distribution(scores, self._sampling), self._numbers[:, len(self.logprobs)].to(scores.device))
+        self.logprobs.append(scores.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
+
+
+@torch.no_grad()
+def _batch(
+    model: PreTrainedModel, prompts: list[list[int]], seeds: list[int], sampling: Sampling, pad_id: int
+) -> list[Answer]:
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    config = HfGenerationConfig(do_sample=False, max_new_tokens=sampling.max_new_tokens, use_cache=True,
+                                eos_token_id=list(sampling.stop_ids), pad_token_id=pad_id)  # fmt: skip
+    forced = _Forced(sampling, torch.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds]))
+    # `generate` fills what our settings leave open from the checkpoint's, so the checkpoint's must be empty.
+    checkpoints_own, model.generation_config = model.generation_config, HfGenerationConfig()
+    try:
+        generate: Any = model.generate
+        output: Tensor = generate(
+            ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([forced])
+        )
+    finally:
+        model.generation_config = checkpoints_own
+    logprobs = torch.stack(forced.logprobs, dim=1).tolist()
+    return [cut(row, sampling, own) for row, own in zip(output[:, width:].tolist(), logprobs, strict=True)]

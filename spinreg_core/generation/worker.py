@@ -1,0 +1,284 @@
+"""One engine answers and commits shards; run as a process, the engine of one GPU (or group of GPUs).
+
+Decides: which shards a job has, what an engine is opened for, which models stay loaded from one source to the next,
+and that a shard is committed as soon as its last answer is there, while the engine goes on with the next ones.
+Leaves out: which engine gets which shards (`generate.py`, `pool.py`), decoding (`engines/`).
+
+    python -m spinreg_core.generation.worker JOB.json
+
+The job is a generate job whose `extra` has "sources": [[iterate, geometric], ...], those of all shards that may come,
+ascending. It reads waves from its input, one JSON list of shard numbers (all of one source) per line, until there are
+no more, and says, a line each:
+
+    answered N;               N more answers
+    committed NUMBER {...};   a shard, and its meta
+    idle;                     the wave is done
+
+It says so to the file descriptor that SPINREG_SAY names (libraries print to the output as they like), or to its output.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from spinreg_core.config import sampling_dtype
+from spinreg_core.generation.engine import Answer, Engine, Sampling, check_prompts
+from spinreg_core.generation.open import open_engine
+from spinreg_core.generation.shards import (
+    Rows,
+    Shard,
+    Source,
+    answer_seed,
+    drawn_sources,
+    make_shards,
+    round_prompts,
+    shard_meta,
+    write_shard,
+)
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.objects import commit_part, upload
+from spinreg_core.runtime.main import main
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+
+if TYPE_CHECKING:
+    from spinreg_core.models.chat_template import Renderer
+
+
+_COMMITS_BEHIND = 8  # shards that may wait for their upload before the engine waits for them
+
+
+@dataclass
+class _Open:
+    """A shard in the making."""
+
+    shard: Shard
+    rows: pa.Table
+    seeds: list[int]
+    answers: dict[int, Answer]
+
+
+@dataclass
+class _Turn:
+    """An engine at the work of one source."""
+
+    source: Source
+    policies: list[str]
+    mixture: dict[str, Any] | None
+    engine: Engine
+    renderer: Renderer
+    sampling: Sampling
+    config: Any
+    loading: list[float]  # seconds; counted once, with the first shard of the turn
+
+
+def answer_shards(
+    job: Job,
+    store: Store,
+    rows: Rows,
+    sources: Sequence[Source],
+    waves: Iterable[list[Shard]],
+    *,
+    on_answer: Callable[[int], None],
+    on_commit: Callable[[int, dict[str, Any]], None],
+) -> None:
+    """Answer waves of shards, each wave of one of `sources`. `on_answer(n)`: n more answers are there.
+
+    Within a wave nothing waits for a shard to end; its shards end one after the other, because answers begin in their
+    order. Where the sources of the waves ascend, engine hf loads each policy once, and never holds more than an iterate
+    and the base. Raises BadInput, Damaged.
+    """
+    folders: dict[str, Path] = {}  # of the policies at hand, by object
+    loaded: dict[Path, Any] = {}  # their models
+    turn: _Turn | None = None
+
+    def commit(turn: _Turn, done: _Open, seconds: float) -> None:
+        answers = [done.answers[i] for i in range(len(done.answers))]
+        texts = [turn.renderer.decode(a.token_ids) for a in answers]
+        meta = shard_meta(answers, texts) | {
+            "iterate": turn.source.iterate, "geometric": turn.source.geometric, "seconds": round(seconds, 3),
+            "startup_seconds": turn.loading.pop() if turn.loading else 0.0,
+        }  # fmt: skip
+        folder = job.workdir / done.shard.name
+        write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
+                    done.seeds, policy=turn.policies[0], sampling=turn.sampling, mixture=turn.mixture)  # fmt: skip
+        part = commit_part(store, job, done.shard.name, upload(store, job, folder), meta)
+        shutil.rmtree(folder)
+        on_commit(done.shard.number, part["meta"])
+
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            for wave in waves:
+                (source,) = {shard.source for shard in wave}
+                if turn is None or turn.source != source:
+                    begin = time.monotonic()
+                    for policy in folders.keys() - _needed(job, source, sources):
+                        loaded.pop(folders.pop(policy), None)
+                    if turn is not None:  # before the next models are loaded: memory may not suffice for all
+                        turn.engine.close()
+                    turn = _turn(job, store, source, folders, loaded)
+                    turn.loading.append(round(time.monotonic() - begin, 3))
+                _answer_wave(turn, [_opened(job, rows, shard, turn.sampling, turn.config) for shard in wave], on_answer,
+                             lambda *done: pool.submit(commit, *done))  # fmt: skip
+    finally:
+        loaded.clear()
+        if turn is not None:
+            turn.engine.close()
+
+
+def _needed(job: Job, source: Source, sources: Sequence[Source]) -> set[str]:
+    """The policies of a source, and the base where a later one mixes with it."""
+    bases = (base for later in sources if later > source for base in engine_of(job, later)[1][1:])
+    return {*engine_of(job, source)[1], *bases}
+
+
+def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], loaded: dict[Path, Any]) -> _Turn:
+    from transformers import AutoConfig
+
+    from spinreg_core.models.chat_template import Renderer
+
+    name, policies, weights = engine_of(job, source)
+    generation = job.config.generation.model_copy(update={"dtype": sampling_dtype(job.config)})
+    for policy in policies:
+        if policy not in folders:
+            folders[policy] = fetch_folder(store, policy, "policy")
+    own = folders[policies[0]]
+    renderer = Renderer.from_folder(own, job.config.data.template_arguments)
+    sampling = Sampling.of(generation, renderer.stop_ids)
+    mixture = {"policies": policies, "weights": weights} if source.geometric else None
+    print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"
+          + (f", mixed with the base {weights[0]:g} : {weights[1]:g}" if mixture else ""), flush=True)  # fmt: skip
+    engine = open_engine(
+        name, [folders[policy] for policy in policies], generation, job.config.resources, pad_id=renderer.pad_id,
+        weights=weights, longest=job.config.data.max_prompt_tokens + sampling.max_new_tokens, loaded=loaded,
+    )  # fmt: skip
+    config = AutoConfig.from_pretrained(own, trust_remote_code=False, local_files_only=True)
+    return _Turn(source, policies, mixture, engine, renderer, sampling, config, [])
+
+
+def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _Open:
+    table, kind = rows.take(shard.rows), job.extra["rows"]
+    names = table["prompt_id"].to_pylist()
+    check_prompts(table["prompt_ids"].to_pylist(), sampling, config, names)
+    # Held-out sampling has one seed for all iterates, so that equal policies give equal answers.
+    number = job.round if kind == "train" else 0
+    seeds = [
+        answer_seed(seed=job.config.seed, round_number=number, kind=kind, prompt_id=name, answer=int(which))
+        for name, which in zip(names, shard.answers, strict=True)
+    ]
+    return _Open(shard, table, seeds, {})
+
+
+def _answer_wave(
+    turn: _Turn,
+    wave: list[_Open],
+    on_answer: Callable[[int], None],
+    commit: Callable[[_Turn, _Open, float], Future[None]],
+) -> None:
+    prompts: list[list[int]] = []
+    owners: list[tuple[_Open, int]] = []
+    for part in wave:
+        ids = part.rows["prompt_ids"].to_pylist()
+        # Longest first, so that what is read together has like lengths.
+        for i in sorted(range(len(ids)), key=lambda i, ids=ids: (-len(ids[i]), i)):  # type: ignore[misc]
+            prompts.append(ids[i])
+            owners.append((part, i))
+    commits: deque[Future[None]] = deque()
+    last = time.monotonic()
+
+    def note(index: int, answer: Answer) -> None:
+        nonlocal last
+        part, i = owners[index]
+        part.answers[i] = answer
+        on_answer(1)
+        if len(part.answers) == len(part.seeds):
+            now = time.monotonic()
+            commits.append(commit(turn, part, now - last))
+            last = now
+            while commits and (len(commits) > _COMMITS_BEHIND or commits[0].done()):
+                commits.popleft().result()
+
+    turn.engine.generate(prompts, turn.sampling, [part.seeds[i] for part, i in owners], note)
+    while commits:
+        commits.popleft().result()
+
+
+def engine_of(job: Job, source: Source) -> tuple[Any, list[str], list[float]]:
+    """(engine, policy objects, weights of their mixture) behind a source. Mixtures are the hf engine's."""
+    own = job.inputs["policies"][str(source.iterate)]
+    if not source.geometric:
+        return job.key["sampler"]["engine"], [own], [1.0]
+    alpha = job.extra["geometric"]["alpha"]
+    return "hf", [own, job.inputs["policies"]["0"]], [alpha, 1 - alpha]
+
+
+def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
+    """All shards of a job, committed or not, the same wherever and whenever it is asked; and, by iterate, how many
+    answers are in none, because pairs of earlier rounds stand for them."""
+    config, data, kind = job.config, job.config.data, job.extra["rows"]
+    size, geometric = config.generation.shard_size, job.extra.get("geometric")
+    if kind != "train":
+        (only,) = job.inputs["policies"]
+        iterates = np.full((len(rows), 1), int(only))
+        return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), size), {}
+    chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
+    if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
+        iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
+        return make_shards(chosen, iterates, np.zeros_like(iterates, bool), size), {}
+    iterates, mixed, replayed = drawn_sources(
+        rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
+        geometric_share=geometric["share"] if geometric else 0.0, replay_share=job.extra.get("replay_share", 0.0),
+        round_number=job.round, seed=config.seed,
+    )  # fmt: skip
+    not_given = zip(*np.unique(iterates[replayed], return_counts=True), strict=True)
+    return make_shards(chosen, iterates, mixed, size, replayed), {str(n): int(count) for n, count in not_given}
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Serve the waves that come in. Raises as `answer_shards`."""
+    say, speaking = int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), threading.Lock()
+
+    def tell(line: str) -> None:
+        with speaking:  # commits are told of by a thread of their own
+            rest = f"{line};\n".encode()
+            try:
+                while rest:
+                    rest = rest[os.write(say, rest) :]
+            except OSError:  # all is done by others, or the stage has ended
+                print("nobody listens any more", flush=True)
+                os._exit(1)
+
+    store = open_store(job.store)
+    rows = Rows(fetch_file(store, job.inputs["data"], f"{job.extra['rows']}.parquet"))
+    shards, _ = planned(job, rows)
+
+    def waves() -> Iterable[list[Shard]]:
+        for line in sys.stdin:
+            yield [shards[number] for number in json.loads(line)]
+            tell("idle")
+
+    answer_shards(
+        job, store, rows, [Source(*source) for source in job.extra["sources"]], waves(),
+        on_answer=lambda n: tell(f"answered {n}"),
+        on_commit=lambda number, meta: tell(f"committed {number} {json.dumps(meta)}"),
+    )  # fmt: skip
+    return {"object_id": "nothing more: no shard is left for this engine"}
+
+
+if __name__ == "__main__":
+    main(run)

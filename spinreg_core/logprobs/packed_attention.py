@@ -1,0 +1,139 @@
+"""Attention of a packed row (`packing.Layout`), plugged in through transformers' attention interface.
+
+Decides: how each token is kept to its own prompt and answer: on CPUs by attention over the pieces themselves, so that
+nothing masked is computed; on GPUs by a FlexAttention block mask. Sliding windows and capped logits are honoured.
+Leaves out: the layout (`packing.py`), and whether a model may be packed at all (`sequence.py` finds out).
+
+A model opts in with `attn_implementation = NAME` and is given `packed=Layout` as a keyword of its forward pass, which
+transformers hands on to every attention layer. Without it the attention is transformers' own SDPA.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from spinreg_core.logprobs.cpu_attention import LONGEST, CausalAttention
+from spinreg_core.logprobs.packing import Layout
+
+NAME = "spinreg"
+
+
+@torch.compiler.disable  # a compiled layer would be made anew for every layout; FlexAttention is compiled by itself
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    packed: Layout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention contract: query [batch, heads, T, width], key and value [batch, kv heads, T, width] ->
+    [batch, T, heads, width] and no attention weights. `attention_mask` is not read where `packed` is given."""
+    if packed is None:
+        if softcap is not None:
+            mask = _causal(query, key, sliding_window) if attention_mask is None else attention_mask
+            return _capped(query, key, value, mask, scaling, softcap).transpose(1, 2), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    packed.windows.add(sliding_window)
+    if sliding_window is not None and packed.longest <= sliding_window:
+        sliding_window = None  # no sequence reaches beyond it
+    if query.device.type == "cuda":
+        mask = block_mask(packed, sliding_window)
+        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
+    return by_pieces(query, key, value, packed.sizes, scaling, sliding_window, softcap).transpose(1, 2), None
+
+
+def by_pieces(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sizes: list[list[int]],
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """[1, heads, T, width]. In every group the prompt and its first answer are one causal sequence; each further
+    answer attends to the prompt and to itself."""
+    outputs = []
+    # `split`, not slices: its backward writes the gradient once, where every slice would write all of it.
+    totals = [sum(group) for group in sizes]
+    for q, k, v, group in zip(*(x.split(totals, dim=2) for x in (query, key, value)), sizes, strict=True):
+        prompt, first, *others = group
+        parts = [prompt + first, *others]
+        (q0, *qs), (k0, *ks), (v0, *vs) = (x.split(parts, dim=2) for x in (q, k, v))
+        outputs.append(_attend(q0, k0, v0, scaling, window, softcap))
+        for q1, k1, v1 in zip(qs, ks, vs, strict=True):
+            if q1.shape[2]:
+                k1, v1 = (torch.cat([a[:, :, :prompt], b], dim=2) for a, b in ((k0, k1), (v0, v1)))
+                outputs.append(_attend(q1, k1, v1, scaling, window, softcap))
+    return torch.cat(outputs, dim=2)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention of the last q.shape[2] positions of k."""
+    gqa = q.shape[1] != k.shape[1]
+    whole = q.shape[2] == k.shape[2]
+    if window is None and softcap is None:
+        autocast = torch.is_autocast_enabled(q.device.type)
+        dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
+        if dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= LONGEST:
+            scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+            found: Tensor = CausalAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), scale)
+            return found
+        mask = None if whole else _causal(q, k, None)
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=whole, scale=scaling, enable_gqa=gqa)
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, _causal(q, k, window), scale=scaling, enable_gqa=gqa)
+    return _capped(q, k, v, _causal(q, k, window), scaling, softcap)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float) -> Tensor:
+    """Attention with capped logits (Gemma 2), which SDPA does not know. `mask` is bool, True where seen."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    # Not -inf: a row of padding that sees nothing would become nan.
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def _causal(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+    """bool [queries, keys], aligned at the end; with a window a token sees itself and window - 1 before it."""
+    n, m = q.shape[2], k.shape[2]
+    at = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+    return at >= 0 if window is None else (at >= 0) & (at < window)
+
+
+def block_mask(packed: Layout, window: int | None) -> Any:
+    """The same rule as a FlexAttention BlockMask, made once for all layers."""
+    if window in packed.masks:
+        return packed.masks[window]
+    groups, segments, positions = packed.groups, packed.segments, packed.positions[0]
+
+    def allowed(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        mine = (groups[q] == groups[k]) & ((segments[k] == 0) | (segments[k] == segments[q])) & (q >= k)
+        return mine if window is None else mine & (positions[q] - positions[k] < window)
+
+    length = len(groups)
+    packed.masks[window] = create_block_mask(allowed, None, None, length, length, device=str(groups.device))
+    return packed.masks[window]
+
+
+AttentionInterface.register(NAME, packed_attention)
+
+AttentionMaskInterface.register(NAME, sdpa_mask)

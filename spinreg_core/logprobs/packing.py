@@ -1,0 +1,212 @@
+"""Prefix sharing and packing: which answers share a prompt's computation, and what goes through the model together.
+
+Decides: groups (one prompt with all its answers), bins of a fixed token budget, and the layout of a packed row.
+Leaves out: the attention of a packed row (`packed_attention.py`), log-probabilities (`sequence.py`).
+
+A packed row is one sequence [1, T] without padding: group after group, and in a group the prompt, then the inputs of
+each answer (all its tokens but the last, which is predicted and never conditioned on). Positions go on from the
+prompt's end in every answer. Every token sees its own prompt and its own answer up to itself, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt and its different answers (token ids, at least one each); none of them occurs twice."""
+
+    prompt: tuple[int, ...]
+    answers: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are computed."""
+        return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
+
+
+def group(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[list[Group], list[int]]:
+    """The groups of rows (in order of first appearance), and for each row the number of its answer.
+
+    Answers are numbered through all groups. An empty answer has nothing to compute and the number -1.
+    """
+    found: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if answer:
+            found.setdefault(tuple(prompt), {})[tuple(answer)] = None
+    groups = [Group(prompt, tuple(texts)) for prompt, texts in found.items()]
+    numbers = {
+        key: number for number, key in enumerate((group.prompt, answer) for group in groups for answer in group.answers)
+    }
+    rows = zip(prompts, answers, strict=True)
+    return groups, [numbers[tuple(prompt), tuple(answer)] if answer else -1 for prompt, answer in rows]
+
+
+def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Items into bins of at most `budget`: largest first, each into the first bin with room (ties by index).
+
+    First-fit decreasing needs at most 11/9 of the fewest bins, plus 6/9 of a bin (Dósa 2007). An item larger than
+    the budget has a bin of its own.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = next((b for b, free in enumerate(room) if free >= sizes[i]), None)
+        if at is None:
+            bins.append([i])
+            room.append(budget - sizes[i])
+        else:
+            bins[at].append(i)
+            room[at] -= sizes[i]
+    return bins
+
+
+def units(
+    keys: Sequence[Hashable], prompt_sizes: Sequence[int], answer_sizes: Sequence[Mapping[Any, int]], budget: int
+) -> tuple[list[list[int]], list[int]]:
+    """Items that belong to one prompt (equal `keys`) together, as long as they stay within the budget.
+
+    `answer_sizes[i]` maps what identifies each answer of item i to its tokens to compute; an answer that several
+    items of a unit share counts once. Returns the items of each unit, and each unit's tokens.
+    """
+    found: list[list[int]] = []
+    sizes: list[int] = []
+    seen: list[set[Hashable]] = []
+    newest: dict[Hashable, int] = {}
+    for i, key in enumerate(keys):
+        at = newest.get(key)
+        if at is not None:
+            more = sum(size for answer, size in answer_sizes[i].items() if answer not in seen[at])
+            if sizes[at] + more <= budget:
+                found[at].append(i)
+                sizes[at] += more
+                seen[at] |= set(answer_sizes[i])
+                continue
+        newest[key] = len(found)
+        found.append([i])
+        sizes.append(prompt_sizes[i] + sum(answer_sizes[i].values()))
+        seen.append(set(answer_sizes[i]))
+    return found, sizes
+
+
+def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
+    """Items to `hands` lists of about equal total size: largest first, each to the list with the least so far.
+
+    Deterministic, and every item is in exactly one list. The largest total is at most 4/3 of the best possible one
+    (Graham 1969).
+    """
+    found: list[list[int]] = [[] for _ in range(hands)]
+    totals = [0] * hands
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        at = totals.index(min(totals))
+        found[at].append(i)
+        totals[at] += sizes[i]
+    return found
+
+
+def passes(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    budget: int,
+    *,
+    shared: bool,
+    ranks: int = 1,
+) -> list[list[list[int]]]:
+    """[rank][pass] -> items: each a prompt with the answers that must be computed together (a pair has two).
+
+    A pass has at most `budget` tokens, unless it is one item longer than that. Items of one prompt share a pass where
+    they fit, so the prompt is computed once; not `shared` counts it once per answer. Ranks get about equal tokens.
+    Deterministic; every item is in exactly one pass, and a rank's longest in its first.
+    """
+    if shared:
+        keys = [tuple(prompt) for prompt in prompts]
+        new = [{tuple(answer): len(answer) - 1 for answer in texts if answer} for texts in answers]
+        members, tokens = units(keys, [len(key) for key in keys], new, budget)
+    else:
+        members = [[i] for i in range(len(prompts))]
+        tokens = [sum(len(p) + len(a) for a in texts) for p, texts in zip(prompts, answers, strict=True)]
+    return [
+        [
+            sorted(i for at in chosen for i in members[hand[at]])
+            for chosen in first_fit([tokens[unit] for unit in hand], budget)
+        ]
+        for hand in deal(tokens, ranks)
+    ]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed row of T tokens.
+
+    tokens, positions   int64 [1, T].
+    groups, segments    int32 [T]: the token's group, and within it 0 for the prompt or 1, 2, ... for an answer.
+    sizes               for each group the tokens of prompt, answer 1, answer 2, ... in the row.
+    predictors          int64 [answer tokens]: where each answer token is predicted from.
+    targets             int64 [answer tokens].
+    owners              int64 [answer tokens]: the answer's number.
+    masks               block masks made so far, by sliding window (all layers share them).
+    windows             the sliding windows of the layers that attended to this row.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    groups: Tensor
+    segments: Tensor
+    sizes: list[list[int]]
+    predictors: Tensor
+    targets: Tensor
+    owners: Tensor
+    masks: dict[int | None, Any] = field(default_factory=dict, repr=False, compare=False)
+    windows: set[int | None] = field(default_factory=set, repr=False, compare=False)
+
+    @property
+    def longest(self) -> int:
+        """The longest sequence: prompt and one answer (tokens)."""
+        return int(self.positions.max()) + 1
+
+
+def layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
+    """The packed row of groups (at least one)."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    group_of: list[int] = []
+    segment_of: list[int] = []
+    predictors: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    number = 0
+    for g, member in enumerate(groups):
+        start, prompt = len(tokens), len(member.prompt)
+        tokens += member.prompt
+        positions += range(prompt)
+        segment_of += [0] * prompt
+        for k, answer in enumerate(member.answers):
+            # The prompt's last token predicts the first answer token, and each input the one behind it.
+            predictors += [start + prompt - 1, *range(len(tokens), len(tokens) + len(answer) - 1)]
+            targets += answer
+            owners += [number] * len(answer)
+            number += 1
+            tokens += answer[:-1]
+            positions += range(prompt, prompt + len(answer) - 1)
+            segment_of += [k + 1] * (len(answer) - 1)
+        group_of += [g] * (len(tokens) - start)
+
+    def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(device)
+
+    return Layout(
+        tokens=tensor(tokens)[None],
+        positions=tensor(positions)[None],
+        groups=tensor(group_of, torch.int32),
+        segments=tensor(segment_of, torch.int32),
+        sizes=[[len(member.prompt), *(len(answer) - 1 for answer in member.answers)] for member in groups],
+        predictors=tensor(predictors),
+        targets=tensor(targets),
+        owners=tensor(owners),
+    )

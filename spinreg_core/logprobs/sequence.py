@@ -1,0 +1,232 @@
+"""Sequence log-probabilities of answers under a policy: the one code path behind scoring, training and evaluation.
+
+Decides: how a policy is loaded for that (number format, attention, no dropout), whether it may be packed, and that
+the vocabulary projection runs on answer positions only, in pieces.
+Leaves out: batching over a data set (`scoring.py`), the loss (`selfplay/loss.py`), the packed row (`packing.py`) and
+its attention (`packed_attention.py`).
+
+A model that cannot be packed gets padded batches: prompt and answer of each row, right-padded to the longest row.
+Positions count from 0 in every row and attention is causal, so nothing a real token sees depends on the padding behind
+it and no attention mask is needed; that keeps SDPA on its fast causal path.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from spinreg_core.logprobs.packed_attention import NAME
+from spinreg_core.logprobs.packing import Group, Layout, group, layout
+from spinreg_core.logprobs.projection import Head, head_of, token_logprobs
+from spinreg_core.models.loading import Precision
+
+T = TypeVar("T")
+# Rows shorter than this share of a group's longest one start a group of their own (CPU only).
+_UNLIKE = 0.85
+
+
+def compute_format(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """The context that a forward pass runs in: bfloat16 autocast for `mixed`, nothing otherwise.
+
+    Opened around several calls of `answer_logprobs` whose weights do not change in between, it keeps the
+    bfloat16 copies of the weights from call to call.
+    """
+    return torch.autocast(device.type, torch.bfloat16) if precision == "mixed" else nullcontext()
+
+
+def answer_logprobs(
+    model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]], *, precision: Precision
+) -> Tensor:
+    """log π(answer | prompt) in nats, float32 [batch], differentiable.
+
+    The sum runs over all given answer tokens (end-of-turn included where it is there) and over no prompt token;
+    an empty answer has log-probability 0. The log-softmax is computed in float32 whatever the precision. All rows go
+    through the model at once; equal prompts, and equal answers to them, are computed once.
+    Raises ValueError for an empty prompt (its answer's first token would have no condition).
+    """
+    if len(prompts) != len(answers):
+        raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
+    if not all(prompts):
+        raise ValueError("an empty prompt has no position that predicts the first answer token")
+    with compute_format(precision, model.device):
+        packed = max(map(len, map(operator.add, prompts, answers)), default=0) <= longest_packed(model)
+        return _as_forward(model, _packed_logprobs if packed else padded_logprobs, prompts, answers)
+
+
+def _as_forward(model: PreTrainedModel, function: Callable[..., T], *arguments: object) -> T:
+    """function(model, ...): for a sharded model as one forward pass, meanwhile its weights are whole."""
+    if isinstance(model, FSDPModule):
+        as_forward: Any = model.as_forward  # of `sharding.shard`
+        found: T = as_forward(function, *arguments)
+        return found
+    return function(model, *arguments)
+
+
+def _packed_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    groups, numbers = group(prompts, answers)
+    if not groups and not isinstance(model, FSDPModule):
+        return torch.zeros(len(answers), device=model.device)
+    # The other ranks compute with this one's share of the weights: it takes part though it has nothing to do.
+    return _row_logprobs(model, layout(groups or [Group((0,), ((0,),))], model.device), numbers)
+
+
+def _row_logprobs(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Tensor:
+    hidden = _packed_hidden(model, row)[row.predictors]
+    head = head_of(model)
+    if head is None:
+        raise AssertionError("a model is packed only where its projection is known")
+    by_token = token_logprobs(head, hidden, row.targets)
+    sums = torch.zeros(sum(len(sizes) - 1 for sizes in row.sizes) + 1, device=model.device)  # the last: empty answers
+    return sums.index_add(0, row.owners, by_token)[torch.tensor(numbers, device=model.device)]
+
+
+def _packed_hidden(model: PreTrainedModel, row: Layout) -> Tensor:
+    """Hidden states [T, width] of a packed row."""
+    output = model.base_model(input_ids=row.tokens, position_ids=row.positions, use_cache=False, packed=row)
+    return output.last_hidden_state[0]
+
+
+_longest_packed: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether the model computes packed rows as it computes their sequences alone.
+
+    Architectures are not listed by name: once per model, a small packed row is compared with the plain forward of
+    its sequences. A model that disagrees or that knows nothing of exchangeable attention is run on padded batches,
+    with a warning.
+    """
+    return longest_packed(model) > 0
+
+
+def longest_packed(model: PreTrainedModel) -> float:
+    """The longest sequence (prompt and answer, tokens) that the model may have in a packed row; 0: it has none.
+
+    Finite only where the configuration names a window or chunk that the model does not tell its attention of.
+    """
+    if model not in _longest_packed:
+        try:
+            _longest_packed[model] = _as_forward(model, _probe_packing)
+        except _CannotPack as reason:
+            _longest_packed[model] = 0
+            warnings.warn(
+                f"{type(model).__name__}: {reason}; its batches are padded and prompts are computed once per answer, "
+                "which is slower and changes no result",
+                stacklevel=3,
+            )
+    return _longest_packed[model]
+
+
+class _CannotPack(Exception):
+    pass
+
+
+@torch.no_grad()
+def _probe_packing(model: PreTrainedModel) -> float:
+    if head_of(model) is None:
+        raise _CannotPack("its vocabulary projection is not one that this version can repeat")
+    before = model.config._attn_implementation
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    prompts = [[(7 * i + 1) % vocabulary for i in range(n)] for n in (3, 3, 3, 5)]
+    answers = [[(5 * i + 2 + n) % vocabulary for i in range(n)] for n in (4, 1, 6, 3)]
+    groups, numbers = group(prompts, answers)
+    row = layout(groups, model.device)
+    with torch.autocast(model.device.type, enabled=False):
+        expected = padded_logprobs(model, prompts, answers)
+        try:
+            model.set_attn_implementation(NAME)
+            found = _row_logprobs(model, row, numbers)
+        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+            model.set_attn_implementation(before)
+            raise _CannotPack(f"it cannot be packed ({type(error).__name__}: {str(error).splitlines()[0]})") from error
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if not row.windows or not torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+        model.set_attn_implementation(before)
+        worst = float((found - expected).abs().max())
+        raise _CannotPack(f"its packed log-probabilities differ from the plain ones by {worst:.3g} nats")
+    config = model.config.get_text_config()
+    declared = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((size for size in declared if size is not None and size not in row.windows), default=math.inf)
+
+
+def padded_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """`answer_logprobs` by right-padded batches, for every model. Float format: that of the caller's context."""
+    sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    sums: list[Tensor] = [torch.empty(0)] * len(answers)
+    head = head_of(model)
+    # Ranks that share weights must run equally many forward passes.
+    sharded = isinstance(model, FSDPModule)
+    for rows in _groups(sizes, split=model.device.type == "cpu" and not sharded):
+        found = _group_logprobs(model, head, [prompts[i] for i in rows], [answers[i] for i in rows])
+        for i, value in zip(rows, found.unbind(), strict=True):
+            sums[i] = value
+    return torch.stack(sums) if sums else torch.zeros(0, device=model.device)
+
+
+def _groups(sizes: list[int], *, split: bool) -> list[list[int]]:
+    """Rows that go through the model together. On a CPU rows of unlike length go apart, because computing
+    padding costs more there than a larger batch gains; on a GPU it is the other way round."""
+    if not split:
+        return [list(range(len(sizes)))] if sizes else []
+    groups: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if groups and sizes[i] >= _UNLIKE * sizes[groups[-1][0]]:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _group_logprobs(
+    model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]
+) -> Tensor:
+    """One forward pass: float32 [batch] sums of answer-token log-probabilities."""
+    device = model.device
+    sums = torch.zeros(len(answers), device=device, dtype=torch.float32)
+    owners = [i for i, answer in enumerate(answers) for _ in answer]
+    if not owners and not isinstance(model, FSDPModule):
+        return sums
+    by_token = _by_token(model, head, prompts, answers)
+    return sums.index_add(0, torch.tensor(owners, dtype=torch.int64, device=device), by_token)
+
+
+def answer_token_logprobs(
+    model: PreTrainedModel, prompt: list[int], answer: list[int], *, precision: Precision
+) -> Tensor:
+    """log π(token | prompt, tokens before it) in nats of each token of one answer, float32 [tokens]; their sum is what
+    `answer_logprobs` gives. For looking at single answers: one forward pass each, the same on every rank."""
+    with compute_format(precision, model.device):
+        return _as_forward(model, lambda m: _by_token(m, head_of(m), [prompt], [answer]))
+
+
+def _by_token(model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    """Log-probabilities of all answer tokens in one right-padded forward pass, float32 [tokens of all answers]."""
+    device = model.device
+    # The last answer token is predicted but never conditioned on, so it is no input.
+    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    length = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)
+    # Flat index (row * length + position) of the hidden state that predicts each answer token.
+    at = [
+        i * length + len(prompt) - 1 + k
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+        for k in range(len(answer))
+    ]
+    positions = torch.tensor(at, dtype=torch.int64, device=device)
+    targets = torch.tensor([token for answer in answers for token in answer], dtype=torch.int64, device=device)
+    if head is None:
+        logits = model.forward(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[positions]
+        return -F.cross_entropy(logits.float(), targets, reduction="none")
+    hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [batch, length, width]
+    return token_logprobs(head, hidden.flatten(0, 1)[positions], targets)

@@ -1,0 +1,320 @@
+"""What nobody needs in a store: found, and removed so that nothing that is needed can be lost.
+
+Decides: what is left over besides what rules let go (`retention.py`), and the order of every step of a removal.
+Leaves out: who needs what (`retention.py`), the command (`flows/cli.py`).
+
+An object is removed in steps, each a compare-and-swap of its manifest or without effect if done twice:
+
+1. It is marked, in its manifest. Whoever would make or take it over does not find it any more; its files are there.
+2. The heads of all runs are read again, and what a run needs now is unmarked. That is all that a run has or will take
+   over next, but for base and data, whose ids are not known ahead: the task `prepare` looks once more after its
+   commit. Either its commit is seen here, or it sees the mark, and makes the object anew.
+3. Its parts go, the manifest says which files go, and they go. The manifest stays, for lineage, and for `status` and
+   `verify` to tell what was removed from what was lost. Publishing the object anew replaces it, by compare-and-swap.
+
+What had been removed before and came to be again in part goes in the same steps.
+
+A kill leaves a whole object, a marked one, or one that says which files it lost; the next removal finishes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spinreg_core.errors import BadInput, Conflict, Damaged
+from spinreg_core.maintenance.retention import Needs
+from spinreg_core.runs.objects import manifest_key, now, read_record, removed_keys
+from spinreg_core.store import documents
+from spinreg_core.store.base import OURS, Listed, Store
+
+# What nothing names may be on its way into a manifest, and an object no run names may just have been made for one.
+GRACE_SECONDS = 7 * 86400.0
+_MEASURED = ("benchmark-", "lm-eval-", "mt-bench-", "win-rate-")  # objects that weigh little and cost much: they stay
+_WEIGHTY = ("policy/", "adapter/", "shards/")  # what rules remove of an object; the rest is small and tells of it
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to remove. kind "object": with a mark, `record` being its manifest now; "files": `keys` alone, which
+    nobody reads; "upload": a write that never ended; "unmark": the opposite, for what is needed again."""
+
+    kind: str
+    object_id: str
+    what: str
+    why: str
+    keys: tuple[str, ...] = ()
+    bytes: int = 0
+    orphan: bool = False  # no run may know it when it goes
+    record: dict[str, Any] | None = None
+
+
+def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
+    """What can be removed; changes nothing. `rules_only`: leave leftovers and what no run knows for another time."""
+    objects: dict[str, list[Listed]] = defaultdict(list)
+    for entry in store.entries("objects/"):
+        objects[entry.key.split("/")[1]].append(entry)
+    items: list[Item] = []
+    linked = _behind_links(store)
+    for object_id, entries in objects.items():
+        if object_id.startswith(_MEASURED):
+            continue
+        if behind := next((entry.key for entry in entries if linked(entry.key)), None):
+            needs.notes.append(f"{behind} lies behind a link: what that leads to may be another store's, or this one's "
+                               f"by another name, and {object_id} is left as it is")  # fmt: skip
+            continue
+        try:
+            items += _of_object(store, needs, object_id, entries, rules_only)
+        except (Damaged, BadInput) as error:
+            needs.notes.append(f"{error}; {object_id} is left as it is")
+    if not rules_only:
+        ours = tuple(f"{name}/" for name in OURS)
+        old = [entry for entry in store.unfinished()
+               if entry.age > GRACE_SECONDS and entry.key.startswith(ours) and not linked(entry.key)]  # fmt: skip
+        items += [Item("upload", "", e.key, f"a write that never ended, {_days(e.age)} old", (e.key,), e.size)
+                  for e in old]  # fmt: skip
+    return items
+
+
+def _behind_links(store: Store) -> Callable[[str], bool]:
+    """Whether a key leads by a link to another place than it says; never so in a bucket."""
+    top = store.local_path("objects")
+    root = "" if top is None else os.path.realpath(top.parent)
+
+    def linked(key: str) -> bool:
+        path = store.local_path(key)
+        return path is not None and os.path.realpath(path) != os.path.join(root, *key.split("/"))
+
+    return linked
+
+
+def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed], rules_only: bool) -> list[Item]:
+    record, sizes = read_record(store, object_id), {entry.key: entry.size for entry in entries}
+    manifest = sizes.pop(manifest_key(object_id), None)
+    marked = record is not None and record.get("removed", {}).get("marked")
+    age = min((e.age for e in entries if e.key in sizes or not marked), default=GRACE_SECONDS)  # since the last write
+    entries = [entry for entry in entries if entry.key in sizes]
+    orphan = object_id not in needs.known and (age >= GRACE_SECONDS or marked) and needs.complete and not rules_only
+    rule = needs.freed.get(object_id) if object_id not in needs.kept else None
+    what = object_id if record is None or "stage" not in record else f"{record['stage']} of round {record['round']}"
+    if needs.known.get(object_id):
+        what += f" of {', '.join(needs.known[object_id])}"
+
+    def item(kind: str, why: str, keys: Iterable[str], **more: Any) -> list[Item]:
+        chosen = tuple(keys)
+        size = sum(sizes[key] for key in chosen)
+        return [Item(kind, object_id, what, why, chosen, size, record=record, **more)] if chosen else []
+
+    if marked and not rule and object_id in needs.known:
+        assert record is not None
+        return [Item("unmark", object_id, what, "needed again", record=record)] if "stage" in record else []
+    if orphan:
+        why = "no run knows it" if manifest is not None else "unfinished, and no run goes on with it"
+        if marked:
+            assert record is not None
+            why = record["removed"]["why"]
+        return item("object", why, sizes, orphan=True)
+    if rule and (marked or (record is not None and "removed" not in record)):
+        assert record is not None
+        stay = {entry["key"] for entry in record["files"] if not entry["name"].startswith(_WEIGHTY)}
+        young = {e.key for e in entries if e.age < GRACE_SECONDS} - _named(store, object_id, record, sizes)
+        keys = [key for key in sizes if key not in stay | young]
+        return item("object", rule, keys) if removed_by(record, keys) else []
+    return [] if rules_only else _leftovers(store, object_id, record, entries, item)
+
+
+def removed_by(record: dict[str, Any], keys: Iterable[str]) -> set[str]:
+    """Which of the files of a manifest are among these keys."""
+    return {entry["key"] for entry in record["files"]} & set(keys)
+
+
+def _leftovers(
+    store: Store,
+    object_id: str,
+    record: dict[str, Any] | None,
+    entries: list[Listed],
+    item: Callable[[str, str, Iterable[str]], list[Item]],
+) -> list[Item]:
+    """Of an object that stays: what a removal that was killed left, checkpoints of a finished round, files of writers
+    that died."""
+    keys, gone = {entry.key for entry in entries}, removed_keys(record or {})
+    files = {entry["key"] for entry in record["files"]} if record else set()
+    found = item("files", "left of a removal", sorted(keys & gone - set(_parts(object_id, keys))))
+    strange = [e for e in entries if e.key not in files | gone and f"objects/{object_id}/data/" in e.key]
+    superseded: list[str] = []
+    if record is not None and "removed" not in record and strange:
+        for key, part in _read(store, _parts(object_id, keys)).items():
+            own = [entry["key"] for entry in part["files"]]
+            if part.get("void") or not files.issuperset(own):
+                superseded += [key, *(k for k in own if k in keys - files)]
+    found += item("files", "checkpoints of a finished stage", dict.fromkeys(superseded))
+    old = [e.key for e in strange if e.age >= GRACE_SECONDS and e.key not in superseded]
+    if old:
+        named = _named(store, object_id, record, keys)
+        found += item("files", "no manifest names it, for a week or more", [key for key in old if key not in named])
+    return found
+
+
+def _named(store: Store, object_id: str, record: dict[str, Any] | None, keys: Iterable[str]) -> set[str]:
+    """Keys that the manifest, a part, or a manifest that was set aside speaks of, and theirs."""
+    aside = [key for key in keys if key.startswith(f"objects/{object_id}/aside/")]
+    parts = _parts(object_id, keys)
+    found = [*_read(store, parts).values(), *([record] if record else [])]
+    for key in aside:
+        with contextlib.suppress(Damaged, BadInput):  # what was set aside may say nothing: that was its damage
+            found += _read(store, [key]).values()
+    return {*parts, *aside, *(entry["key"] for document in found for entry in document["files"])}
+
+
+def _parts(object_id: str, keys: Iterable[str]) -> list[str]:
+    return sorted(key for key in keys if key.startswith(f"objects/{object_id}/parts/"))
+
+
+def _read(store: Store, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+    found = ((key, documents.read(store, key)) for key in keys)
+    return {key: document for key, document in found if document is not None}
+
+
+def remove(
+    store: Store, items: Sequence[Item], needs_now: Callable[[], Needs], say: Callable[[str], None] = lambda line: None
+) -> list[Item]:
+    """Remove what was found, as far as nobody needs it by now. Returns what was removed.
+
+    needs_now: reads the heads of all runs again. Whatever is interrupted is finished by finding and removing again.
+    """
+    done: list[Item] = []
+    needs = needs_now()
+    marks: list[tuple[Item, str]] = []
+    for item in items:
+        if item.kind == "object" and not _needed(item, needs):
+            tag = _mark(store, item)
+            if tag is not None:
+                marks.append((item, tag))
+    needs = needs_now()
+    for item, tag in marks:
+        if _needed(item, needs):
+            say(f"{item.object_id} is needed by now, and stays")
+            _unmark(store, item.object_id, tag)
+        elif _remove_marked(store, item, tag):
+            done.append(item)
+            say(f"removed {item.object_id}")
+    for item in items:
+        if item.kind == "unmark":
+            found = store.read_tagged(manifest_key(item.object_id))
+            if found is not None:
+                _unmark(store, item.object_id, found[1])
+        elif item.kind == "files":
+            for key in item.keys:
+                store.delete(key)
+            done.append(item)
+        elif item.kind == "upload":
+            store.drop(item.keys[0])
+            done.append(item)
+    return done
+
+
+def _needed(item: Item, needs: Needs) -> bool:
+    return item.object_id in needs.kept or (item.orphan and (item.object_id in needs.known or not needs.complete))
+
+
+def _mark(store: Store, item: Item) -> str | None:
+    """The tag of the marked manifest; None where the object is not what it was when it was found."""
+    key = manifest_key(item.object_id)
+    found = store.read_tagged(key)
+    record = None if found is None else documents.parse(store, key, found[0])
+    if record != item.record:
+        return None
+    # Without a manifest, a mark where it would be: what publishes later sees that parts may have gone.
+    record = record or {"schema": documents.SCHEMA, "object_id": item.object_id, "files": [], "inputs": {}}
+    old = record.get("removed")
+    if old is not None and old["marked"]:
+        old = old.get("before")
+    keys = dict.fromkeys([*removed_keys(record), *item.keys])  # what had gone before stays told
+    record["removed"] = {"marked": True, "why": item.why, "at": now(), "keys": list(keys)}
+    if old is not None:
+        record["removed"]["before"] = old
+    try:
+        if found is None:
+            return store.create(key, documents.dump(record))
+        return store.replace(key, documents.dump(record), found[1])
+    except Conflict:
+        return None
+
+
+def _unmark(store: Store, object_id: str, tag: str) -> None:
+    key = manifest_key(object_id)
+    record = documents.read(store, key)
+    if record is None or not record.get("removed", {}).get("marked") or "stage" not in record:
+        return  # published meanwhile, or a mark on an object that had not been finished
+    before = record.pop("removed").get("before")
+    if before is not None:
+        record["removed"] = before
+    try:
+        store.replace(key, documents.dump(record), tag)
+    except Conflict:
+        return
+
+
+def _remove_marked(store: Store, item: Item, tag: str) -> bool:
+    """Whether the object was removed; it was not where somebody published it anew."""
+    key = manifest_key(item.object_id)
+    record = documents.read(store, key)
+    if record is None or not record.get("removed", {}).get("marked"):
+        return False
+    # Parts first: whoever finds them would count on their files.
+    parts = _parts(item.object_id, item.keys)
+    for part in parts:
+        store.delete(part)
+    record["removed"]["marked"] = False
+    record["removed"].pop("before", None)
+    try:
+        store.replace(key, documents.dump(record), tag)
+    except Conflict:
+        return False
+    for other in item.keys:
+        if other not in parts:
+            store.delete(other)
+    return True
+
+
+def described(items: Sequence[Item], notes: Sequence[str], where: str, *, removed: bool) -> str:
+    """A text for people: what, why, how much."""
+    lines = [f"note: {note}" for note in notes]
+    items = [item for item in items if item.kind != "unmark"]
+    if not items:
+        return "\n".join([*lines, f"{where}: nothing to remove"])
+    for item in sorted(items, key=lambda item: -item.bytes):
+        files = f"{len(item.keys)} file{'s' if len(item.keys) != 1 else ''}"
+        lines.append(f"  {_size(item.bytes):>9}  {files:>10}  {item.what}: {item.why}")
+        if item.object_id and item.object_id != item.what:
+            lines[-1] += f" ({item.object_id})"
+    total = f"{_size(sum(item.bytes for item in items))} in {sum(len(item.keys) for item in items)} files"
+    verb = "removed" if removed else "would be removed"
+    lines.append(f"{total} {verb} from {where}" + ("" if removed else "; --delete removes it"))
+    return "\n".join(lines)
+
+
+def as_json(items: Sequence[Item], notes: Sequence[str], *, removed: bool) -> dict[str, Any]:
+    """The same as plain values."""
+    listed = [
+        {"object": item.object_id or None, "what": item.what, "why": item.why, "keys": list(item.keys),
+         "bytes": item.bytes} for item in items if item.kind != "unmark"
+    ]  # fmt: skip
+    return {"removed": removed, "bytes": sum(item.bytes for item in items), "items": listed, "notes": list(notes)}
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _days(seconds: float) -> str:
+    return f"{seconds / 86400:.0f} days"

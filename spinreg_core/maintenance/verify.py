@@ -1,0 +1,283 @@
+"""Is what a run is made of still what was committed? Every byte is read, and nothing is changed.
+
+Decides: which objects a run is made of, what counts as damage, and which stages were made from a damaged object.
+Leaves out: making it anew, and why no kill and no lost lease does harm there (`repair.py`), single reads, which are
+checked anyway (`runs/objects.py`).
+
+Parts (shards, checkpoints) of stages that are still open are read too: a stage goes on from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import BadInput, Damaged, StoreRefused
+from spinreg_core.maintenance.retention import planned_ahead
+from spinreg_core.runs.head import require_config, require_head
+from spinreg_core.runs.objects import manifest_key, part_key, part_names, read_record, removed_keys, why_removed
+from spinreg_core.runs.plans import heldout_objects, ids_in, objects_of
+from spinreg_core.store import documents
+from spinreg_core.store.base import NO_RIGHT, Store
+from spinreg_core.store.hashing import sha256_file
+
+Stage = tuple[int, str]  # (round, stage)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was committed. `file`: its key in the store."""
+
+    object_id: str
+    file: str
+    found: str
+    expected: str
+
+
+@dataclass
+class Verdict:
+    """`objects`: every object of the run and the stage that makes it ((0, "prepare") for base and data), and those of
+    open stages of which there is something (`opened`). `dependents`: of each, the committed stages made from it.
+    `made_from`: the other way, as manifests say. `content`: one SHA-256 over what later stages read of an object.
+    `removed`: objects that `spinreg gc` has taken files from, and why; these files are not looked for. `unfinished`:
+    stages that a repair which was begun has opened. `documents`: of every manifest and part its tag when it was judged,
+    and the files that it lists (None: it cannot be read)."""
+
+    run: str
+    objects: dict[str, Stage] = field(default_factory=dict)
+    opened: list[str] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    dependents: dict[str, list[Stage]] = field(default_factory=dict)
+    made_from: dict[str, list[str]] = field(default_factory=dict)
+    content: dict[str, str] = field(default_factory=dict)
+    removed: dict[str, str] = field(default_factory=dict)
+    unfinished: list[Stage] = field(default_factory=list)
+    documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
+    checked: int = 0
+    bytes: int = 0
+
+    @property
+    def damaged(self) -> list[str]:
+        return sorted({problem.object_id for problem in self.problems})
+
+
+def verify(
+    store: Store, run: str, *, only: Collection[str] | None = None, say: Callable[[str], None] = lambda line: None
+) -> Verdict:
+    """Read every file of a run and compare it with its manifest; with `only`, the files of these objects alone.
+
+    Raises BadInput where there is no such run, Damaged where the run's own head or configuration cannot be read.
+    """
+    head, config = require_head(store, run), require_config(store, run)
+    committed = objects_of(config, head, lambda number, evaluation: _heldout(store, config, head, number, evaluation))
+    done = set(committed.values())
+    ahead = {o: stage for o, stage in planned_ahead(config, head).items() if stage not in done}
+    opened = {o: stage for o, stage in ahead.items() if store.list(f"objects/{o}/")}
+    verdict = Verdict(run, committed | opened, list(opened))
+    verdict.unfinished = [(made["round"], made["stage"]) for made in head.get("repair", {}).get("stages", ())]
+    for object_id in verdict.objects:
+        start, hashing = time.monotonic(), only is None or object_id in only
+        found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
+        while found.problems:
+            again = _examined(store, object_id, open_=object_id in opened, hashing=False)
+            if again.documents == found.documents:
+                break
+            found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)  # it was being changed
+        verdict.problems += found.problems
+        verdict.documents |= found.documents
+        verdict.checked += found.checked
+        verdict.bytes += found.bytes
+        state = "DAMAGED" if found.problems else "ok"
+        if found.record is not None:
+            verdict.made_from[object_id] = sorted(set(ids_in(found.record["inputs"])))
+            if "repair" not in found.record.get("removed", {}):  # else it is still to be made anew
+                verdict.content[object_id] = _content(found.record, found.parts)
+            if removed_keys(found.record):
+                verdict.removed[object_id] = why_removed(found.record)
+                state += f", {verdict.removed[object_id]}"
+        if hashing:
+            say(f"{object_id}: {found.checked} files, {state} ({time.monotonic() - start:.1f} s)")
+    closures = {object_id: _closure(object_id, verdict.made_from) for object_id in committed}
+    for made in verdict.objects:
+        after = (stage for other, stage in committed.items() if other != made and made in closures[other])
+        verdict.dependents[made] = list(dict.fromkeys(after))
+    return verdict
+
+
+def described(verdict: Verdict) -> str:
+    """A text for people."""
+    after = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
+    if verdict.unfinished:
+        stages = ", ".join(f"{stage} of round {number}" for number, stage in verdict.unfinished)
+        after.append(f"  a repair was not finished (of {stages}): the next start of the run finishes it")
+    if not verdict.problems:
+        return "\n".join([f"{verdict.run}: {verdict.checked} files of {len(verdict.objects)} objects, "
+                          f"{verdict.bytes / 1e6:.1f} MB: all as committed", *after])  # fmt: skip
+    lines = [f"{verdict.run}: {len(verdict.problems)} problems in {len(verdict.damaged)} of "
+             f"{len(verdict.objects)} objects"]  # fmt: skip
+    for problem in verdict.problems:
+        lines.append(f"  {problem.file}: found {problem.found}; expected {problem.expected}")
+    for object_id in verdict.damaged:
+        number, stage = verdict.objects[object_id]
+        made = ", ".join(f"{name} of round {n}" for n, name in verdict.dependents[object_id]) or "nothing"
+        lines.append(f"  {object_id} is {stage} of round {number}; made from it: {made}")
+    return "\n".join(lines + after)
+
+
+def _heldout(store: Store, config: RunConfig, head: dict[str, Any], number: int, evaluation: str) -> list[str]:
+    """The held-out answers that an evaluation was made from, as it says itself: another machine's `engine: auto` may
+    stand for another engine. Where it cannot be read, those that are there."""
+    try:
+        record = read_record(store, evaluation)
+    except (Damaged, BadInput):
+        record = None
+    told = record["inputs"].get("heldout") if record else None
+    if isinstance(told, str):
+        return [told]
+    return [one for one in heldout_objects(config, head, number) if store.size(manifest_key(one)) is not None]
+
+
+def _strange(store: Store, object_id: str, record: dict[str, Any]) -> list[Problem]:
+    """Files that lie in a folder of a policy and that no manifest lists: whoever loads the folder would read them."""
+    listed = {entry["key"] for entry in record["files"]}
+    folders = {key.rpartition("/")[0] for key in listed if key.rpartition("/")[0].endswith(("/policy", "/adapter"))}
+    problems = []
+    for folder in sorted(folders):
+        try:
+            problems += [
+                Problem(object_id, key, "a file that no manifest lists", "what was committed alone")
+                for key in store.list(folder) if key not in listed and not key.rpartition("/")[2].startswith(".tmp-")
+            ]  # fmt: skip
+        except StoreRefused as error:
+            if not _is_damage(store, folder, error):
+                raise
+            problems.append(Problem(object_id, folder, f"what cannot be listed ({error.__cause__})", "a folder"))
+    return problems
+
+
+def _is_damage(store: Store, key: str, error: StoreRefused) -> bool:
+    """Whether a refusal tells of what lies there: not one of a server, nor one for lack of rights."""
+    return store.local_path(key) is not None and getattr(error.__cause__, "errno", None) not in NO_RIGHT
+
+
+@dataclass
+class _Examined:
+    """An object: its manifest (None: there is none that can be read), its parts that can be read and are not void, and
+    `documents` as of a Verdict."""
+
+    record: dict[str, Any] | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    checked: int = 0
+    bytes: int = 0
+
+
+def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _Examined:
+    """`open_`: no manifest is asked for, and a stage goes on from the parts. Without `hashing` no problem is found."""
+    found, problems, key = _Examined(), list[Problem](), manifest_key(object_id)
+
+    def read(key: str) -> dict[str, Any] | None:
+        try:
+            tagged = store.read_tagged(key)
+        except StoreRefused as error:
+            if not _is_damage(store, key, error):
+                raise
+            found.documents[key] = "", None
+            problems.append(Problem(object_id, key, f"what cannot be read ({error.__cause__})",
+                                    "what spinreg wrote there; remove it before --repair"))  # fmt: skip
+            return None
+        if tagged is None:
+            return None
+        try:
+            document = documents.parse(store, key, tagged[0])
+        except (Damaged, BadInput) as error:
+            found.documents[key] = tagged[1], None
+            if open_ or key == manifest_key(object_id):  # of a finished stage nobody reads parts
+                problems.append(Problem(object_id, key, str(error), "what spinreg wrote there"))
+            return None
+        found.documents[key] = tagged[1], [entry["key"] for entry in document["files"]]
+        return document
+
+    found.record = read(key)
+    if key not in found.documents and not open_:
+        problems.append(Problem(object_id, key, "nothing", "a manifest"))
+    parts = [read(part_key(object_id, name)) for name in part_names(store, object_id)]
+    found.parts = [part for part in parts if part is not None and not part.get("void")]
+    if not hashing:
+        return found
+    if found.record and "sum" in found.record and found.record["sum"] != documents.digest(found.record):
+        problems.append(Problem(object_id, key, "other content than its sum is of", "what spinreg wrote there"))
+    read_by = [*([found.record] if found.record else []), *(found.parts if open_ else [])]
+    if open_ and found.record and "removed" in found.record:  # whoever makes it replaces that
+        read_by.remove(found.record)
+    gone = removed_keys(found.record) if found.record else frozenset()
+    for file, entry in {entry["key"]: entry for document in read_by for entry in document["files"]}.items():
+        if file not in gone:
+            problems += _check(store, object_id, entry)
+            found.checked += 1
+            found.bytes += entry["size"]
+    if found.record and not open_:
+        problems += _strange(store, object_id, found.record)
+    found.problems = problems
+    return found
+
+
+def _content(record: dict[str, Any], parts: list[dict[str, Any]]) -> str:
+    """Of what later stages read of an object, as manifest and parts say; of shards the answers alone. The rest (step
+    metrics, say) holds times."""
+    read = ("policy/", "adapter/", "shards/", "pairs.parquet", "rows.parquet", "train.parquet", "heldout.parquet")
+    found = {entry["name"]: entry["sha256"] for entry in record["files"] if entry["name"].startswith(read)}
+    keys = {entry["key"] for entry in record["files"]}
+    for part in parts:
+        if "drawn" in part["meta"]:
+            found |= {entry["name"]: part["meta"]["drawn"] for entry in part["files"] if entry["key"] in keys}
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+
+def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
+    key = entry["key"]
+    try:
+        yield from _compared(store, object_id, entry)
+    except FileNotFoundError:  # removed since its size was asked for
+        yield Problem(object_id, key, "no file", f"{entry['size']} bytes")
+    except StoreRefused as error:
+        if not _is_damage(store, key, error):
+            raise
+        yield Problem(object_id, key, f"what cannot be read ({error.__cause__})", "a file that can be read")
+
+
+def _compared(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
+    size, key = store.size(entry["key"]), entry["key"]
+    if size != entry["size"]:
+        found = "no file" if size is None else f"{size} bytes"
+        yield Problem(object_id, key, found, f"{entry['size']} bytes")
+        return
+    local = store.local_path(key)
+    if local is not None:
+        sha256 = sha256_file(local)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "file"
+            store.download(key, path)  # not by way of the cache, which has a copy of its own
+            sha256 = sha256_file(path)
+    if sha256 != entry["sha256"]:
+        yield Problem(object_id, key, f"SHA-256 {sha256}", entry["sha256"])
+
+
+def _closure(object_id: str, inputs: dict[str, list[str]]) -> set[str]:
+    found: set[str] = set()
+    todo = [object_id]
+    while todo:
+        for one in inputs.get(todo.pop(), ()):
+            if one not in found:
+                found.add(one)
+                todo.append(one)
+    return found

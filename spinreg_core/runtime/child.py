@@ -1,0 +1,52 @@
+"""Run a stage in a child process of the current one, and raise its verdict here.
+
+Leaves out: how a verdict is written (`failures.py`), stages started by a flow (`tasks/stage_process.py`).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+from spinreg_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DAMAGED,
+    EXIT_PREEMPTED,
+    BadInput,
+    Damaged,
+    StageFailed,
+    StagePreempted,
+)
+from spinreg_core.runs.job import Job
+
+
+def raise_verdict(status: int | None, last: str) -> None:
+    """Raise what a process said with its last line, where its exit status says that trying again is of no use."""
+    if status == EXIT_BAD_INPUT:
+        raise BadInput.from_message(last.removeprefix("bad input: "))
+    if status == EXIT_DAMAGED:
+        raise Damaged(last.removeprefix("damaged: "))
+
+
+def run_in_process(job: Job, module: str) -> None:
+    """Run a job that answers in a child process that shows its output here. Raises as its exit status says."""
+    folder = job.workdir / job.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(job, workdir=folder).save(folder / "job.json")
+    command = [sys.executable, "-m", module, str(folder / "job.json")]
+    last = ""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace") as child:
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                print(line, end="", flush=True)
+                last = line.strip() or last
+        except BaseException:  # SIGTERM: what the child has committed stays
+            child.kill()
+            raise
+    raise_verdict(child.returncode, last)
+    if child.returncode in (EXIT_PREEMPTED, -15):
+        raise StagePreempted(f"the {job.stage} process was stopped from outside")
+    if child.returncode:
+        raise StageFailed(f"the {job.stage} process ended with status {child.returncode}: {last}")

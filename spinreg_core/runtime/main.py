@@ -1,0 +1,86 @@
+"""What every stage process shares: its job file, its manners towards the parent, its exit status.
+
+Decides: the job file's fields; that a stage never outlives its parent; which exit status means what.
+Leaves out: what a stage does (one file each) and how it is started (`tasks/process.py`, or a person).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from spinreg_core.errors import EXIT_PREEMPTED
+from spinreg_core.runs.job import Job
+from spinreg_core.runtime.failures import described, record
+from spinreg_core.runtime.rank_watch import RankWatch
+from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigterm
+
+
+def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoReturn:
+    """Run one stage from the command line: `python -m spinreg_core.stages.<name> JOB.json`.
+
+    `ranked`: several processes can share the stage's work. Then this one starts them, if the job's resources ask for
+    more than one; under torchrun it is one of them.
+    """
+    if len(sys.argv) != 2:
+        print(f"usage: python -m {run.__module__} JOB.json", file=sys.stderr)
+        raise SystemExit(2)
+    job_file = Path(sys.argv[1])
+    job = Job.load(job_file)
+    rank = int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 else None
+    folder = job.workdir / "ranks"
+    faulthandler.enable()
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    watch = None
+    if rank is not None:
+        folder.mkdir(exist_ok=True)
+        watch = RankWatch(folder, rank, job.config.resources.collective_timeout_seconds)
+    die_with_parent((lambda: False) if watch is None else watch.doomed)
+    signal.signal(signal.SIGTERM, on_sigterm)
+    if rank is not None:
+        # Written by the signal itself: where a rank was that does not answer.
+        stack = open(folder / f"stack-{rank}.txt", "w")  # noqa: SIM115 (as long as the process)
+        faulthandler.register(signal.SIGTERM, file=stack, all_threads=False, chain=True)
+        sys.stderr = sys.stdout  # warnings belong to the log; what libraries write below Python does not
+    start = time.monotonic()
+    try:
+        processes = _processes(job) if ranked and rank is None else 1
+        if processes * job.config.resources.nodes > 1 and ranked and rank is None:
+            from spinreg_core.runtime.torchrun import launch
+
+            _end(launch(job, f"spinreg_core.stages.{job.stage.replace('-', '_')}", job_file, processes))
+        manifest = run(job)
+    except Preempted:
+        if rank is not None:
+            _end(EXIT_PREEMPTED)
+        raise
+    except (Exception, SystemExit) as error:  # libraries that leave the process had better say why
+        status, message = described(error, job.stage, job.config)
+        if rank is None:
+            print(message, flush=True)
+        else:
+            record(folder, rank, status, message)
+        _end(status)
+    if watch is not None:
+        watch.finished()
+    if not rank:
+        print(f"[{job.stage}] committed {manifest['object_id']} after {time.monotonic() - start:.1f} s", flush=True)
+    _end(0)
+
+
+def _processes(job: Job) -> int:
+    from spinreg_core.runtime.distributed import processes_here
+
+    return processes_here(job.config.resources)
+
+
+def _end(status: int) -> NoReturn:
+    """Engines and process groups leave threads and atexit work behind that can hang a finished process."""
+    sys.stdout.flush()
+    os._exit(status)

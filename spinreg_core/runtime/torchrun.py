@@ -1,0 +1,108 @@
+"""Starts the ranks of a stage on this node with torchrun, and ends as the rank at fault ended.
+
+Decides: that rank 0 alone speaks while all is well, that the others' output lies in `WORKDIR/ranks/`, and what a
+failure looks like. Leaves out: which of several failures counts (`failures.py`), what ranks do (`distributed.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, LogsDest, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from spinreg_core.errors import EXIT_PREEMPTED
+from spinreg_core.runtime.failures import about_others, verdict
+from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE, announce, failures_elsewhere, retract, tell_failure
+from spinreg_core.store.open import open_store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from spinreg_core.runs.job import Job
+
+
+RANKS = "ranks"  # folder in a job's workdir: rank-N.log, rank-N.err, failure-N.json, stack-N.txt
+
+
+class _Logs(DefaultLogsSpecs):
+    """What ranks print goes to `rank-N.log` (the first's to our own output), what libraries write to `rank-N.err`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(log_dir=str(folder / "torchrun"))
+        self.folder = folder
+
+    def reify(self, envs: Mapping[int, Mapping[str, str]]) -> LogsDest:
+        found = super().reify(envs)  # type: ignore[arg-type]
+        for local, env in envs.items():
+            found.stderrs[local] = str(self.folder / f"rank-{env['RANK']}.err")
+            if env["RANK"] != "0":
+                found.stdouts[local] = str(self.folder / f"rank-{env['RANK']}.log")
+        return found
+
+
+def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
+    """Run `python -m MODULE JOB_FILE` as `processes` ranks here, together with the other nodes of the job.
+
+    Returns the exit status of the whole: 0, or that of the rank at fault, whose message is printed.
+    """
+    nodes = job.config.resources.nodes
+    if nodes == 1:
+        status, message = _ranks(job, module, job_file, processes, run_id=f"{job.object_id}-{job.writer}")
+    elif (attempt := os.environ.get(ATTEMPT_VARIABLE)) is not None:  # not the node that runs the flow
+        status, message = _ranks(job, module, job_file, processes, run_id=attempt)
+        if message and not about_others(message):
+            tell_failure(open_store(job.store), job, attempt, status, message)
+    else:
+        store = open_store(job.store)
+        attempt = announce(store, job)
+        print(f"waiting for {nodes - 1} more nodes at {job.config.resources.rendezvous} (spinreg join)", flush=True)
+        try:
+            status, message = _ranks(job, module, job_file, processes, run_id=attempt)
+            if message and about_others(message):
+                status, message = next(iter(failures_elsewhere(store, job, attempt)), (status, message))
+        finally:
+            retract(store, job, attempt)
+    if message:
+        print(message, flush=True)
+    return status
+
+
+def _ranks(job: Job, module: str, job_file: Path, processes: int, *, run_id: str) -> tuple[int, str]:
+    """(exit status, what to say of a failure)"""
+    folder = job.workdir / RANKS
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    resources = job.config.resources
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    if "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // processes, 1))
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(resources.stop_seconds) + 1)
+    config = LaunchConfig(
+        min_nodes=resources.nodes,
+        max_nodes=resources.nodes,
+        nproc_per_node=processes,
+        run_id=run_id,
+        rdzv_backend="c10d",
+        rdzv_endpoint=resources.rendezvous or "localhost:0",
+        max_restarts=0,
+        logs_specs=_Logs(folder),
+    )
+    try:
+        elastic_launch(config, entrypoint=sys.executable)("-u", "-m", module, str(job_file))
+    except ChildFailedError as failed:
+        status, message = verdict(folder, {rank: failure.exitcode for rank, failure in failed.failures.items()})
+        return status, "" if status == EXIT_PREEMPTED else message
+    except SignalException as stopped:
+        return (EXIT_PREEMPTED if stopped.sigval == signal.SIGTERM else 1), ""
+    except RendezvousError as error:
+        return 1, f"error: {resources.nodes} nodes did not meet at {resources.rendezvous}: {error}"
+    return 0, ""

@@ -1,0 +1,135 @@
+"""The regularised self-play loss on sequence log-probabilities.
+
+Decides: the implicit reward, the margin of a pair, and the three links that turn a margin into a loss.
+Leaves out: where log-probabilities come from (`logprobs/sequence.py`, `logprobs/scoring.py`), which answer the
+opponent gives (`opponent.py`), and averaging over a batch (`training/trainer.py`).
+
+Convention: alpha is the weight of the PREVIOUS iterate in the reference, so alpha = 1 is SPIN (arXiv 2401.01335) and
+alpha = 0 is DPO against the base model (arXiv 2305.18290). Texts about alpha-SPIN (arXiv 2404.04291) differ on this.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from spinreg_core.errors import BadInput
+
+# What docs/concepts.md says of stability: at fixed total beta a smaller alpha alone makes history 1 less stable.
+LINKS = ("logistic", "hinge", "squared")
+
+
+def implicit_reward(policy: Tensor, previous: Tensor | None, base: Tensor | None, *, alpha: float) -> Tensor:
+    """r(x, y) = log pi_theta(y|x) - alpha log pi_t(y|x) - (1 - alpha) log pi_0(y|x), up to a function of x.
+
+    The reference is the geometric mixture of arXiv 2404.04291; its normaliser log Z_t(x) does not depend on y, so it
+    cancels wherever two answers of one prompt are compared and is left out here.
+
+    Args:
+        policy: log pi_theta(y|x) in nats, summed over the answer's tokens (end-of-turn included), [batch].
+        previous: log pi_t(y|x), [batch], a constant; not read at alpha = 0, where it may be None.
+        base: log pi_0(y|x), [batch], a constant; not read at alpha = 1, where it may be None.
+        alpha: weight of the previous iterate, in [0, 1].
+
+    Returns:
+        r in nats, [batch], differentiable in `policy` only.
+
+    Raises:
+        BadInput: alpha outside [0, 1], a needed reference missing, shapes that differ, or integer log-probabilities.
+    """
+    if not 0.0 <= alpha <= 1.0:
+        raise BadInput("alpha", alpha, "a number in [0, 1] (1 is SPIN, 0 is DPO against the base)")
+    if not policy.is_floating_point():
+        raise BadInput("policy log-probabilities", policy.dtype, "a floating-point tensor")
+    # Written as a mixture of two log-ratios, so that r is exactly 0 where the three policies are equal, and so that a
+    # reference of weight 0 is never touched: 0 * nan and 0 * inf would be nan.
+    reward: Tensor | None = None
+    for name, weight, reference in (("previous", alpha, previous), ("base", 1.0 - alpha, base)):
+        if weight == 0.0:
+            continue
+        if reference is None:
+            raise BadInput(f"{name} log-probabilities", "None", f"a tensor, because alpha = {alpha} reads them")
+        if reference.shape != policy.shape:
+            raise BadInput(
+                f"{name} log-probabilities",
+                f"shape {list(reference.shape)}",
+                f"the policy's shape {list(policy.shape)}, one number per answer",
+            )
+        term = weight * (policy - reference.detach())
+        reward = term if reward is None else reward + term
+    assert reward is not None  # the weights sum to 1
+    return reward
+
+
+def margin(
+    policy_real: Tensor,
+    policy_generated: Tensor,
+    previous_real: Tensor | None,
+    previous_generated: Tensor | None,
+    base_real: Tensor | None,
+    base_generated: Tensor | None,
+    *,
+    alpha: float,
+) -> Tensor:
+    """m = r(x, y) - r(x, y') of each pair, [batch], in nats; arguments and errors as in `self_play_loss`."""
+    if policy_real.shape != policy_generated.shape:
+        raise BadInput(
+            "policy_generated",
+            f"shape {list(policy_generated.shape)}",
+            f"the shape of policy_real {list(policy_real.shape)}: one real and one generated answer per pair",
+        )
+    real = implicit_reward(policy_real, previous_real, base_real, alpha=alpha)
+    generated = implicit_reward(policy_generated, previous_generated, base_generated, alpha=alpha)
+    return real - generated
+
+
+def self_play_loss(
+    policy_real: Tensor,
+    policy_generated: Tensor,
+    previous_real: Tensor | None,
+    previous_generated: Tensor | None,
+    base_real: Tensor | None,
+    base_generated: Tensor | None,
+    *,
+    alpha: float,
+    beta: float,
+    link: str = "logistic",
+) -> Tensor:
+    """Per-pair loss of regularised self-play, arXiv 2404.04291 (SPIN's loss with the geometric-mixture reference).
+
+    With m = r(x, y) - r(x, y') (see `implicit_reward`), y the real and y' the generated answer:
+
+        logistic   -log sigmoid(beta m)       SPIN (2401.01335, eq. 4.7), DPO (2305.18290, eq. 7)
+        hinge      max(0, 1 - beta m)         as in SPIN's official code
+        squared    (m - 1 / (2 beta))^2       IPO (2310.12036, eq. 17)
+
+    Args:
+        policy_real, policy_generated: log pi_theta of the two answers in nats, sums over answer tokens, [batch].
+        previous_real, previous_generated: log pi_t, [batch], constants; not read at alpha = 0 (may be None).
+        base_real, base_generated: log pi_0, [batch], constants; not read at alpha = 1 (may be None).
+        alpha: weight of the previous iterate in the reference, in [0, 1].
+        beta: total scale, 1/nat, positive. A KL term of weight beta_0 to the base added to SPIN's own beta_prev is
+            beta = beta_prev + beta_0 with alpha = beta_prev / beta.
+        link: one of LINKS.
+
+    Returns:
+        Losses [batch], in the widest dtype among the arguments read; gradients flow to the policy's arguments only.
+        The logistic link is accurate for |beta m| up to 1e4 and beyond.
+
+    Raises:
+        BadInput: a number out of range, an unknown link, a needed reference missing, or shapes that differ (nothing is
+            broadcast).
+    """
+    if not (math.isfinite(beta) and beta > 0):
+        raise BadInput("beta", beta, "a positive finite number (1/nat)")
+    if link not in LINKS:
+        raise BadInput("link", repr(link), f"one of {', '.join(LINKS)}")
+    m = margin(policy_real, policy_generated, previous_real, previous_generated, base_real, base_generated, alpha=alpha)
+    if link == "logistic":
+        return -logsigmoid(beta * m)
+    if link == "hinge":
+        return torch.relu(1.0 - beta * m)
+    return (m - 1.0 / (2.0 * beta)) ** 2

@@ -1,0 +1,355 @@
+"""One round of training: π_θ from π_t on pairs whose reference scores are cached.
+
+Decides: what a step does (accumulated gradient of the batch mean, clipping, update), what it reports, and when it
+refuses to go on, on one rank or many. Leaves out: the loss (`selfplay/loss.py`), optimiser, schedule and order
+(`optimizer.py`), the store and checkpoints (`stages/train.py`), how weights are spread over ranks (`models/fsdp.py`).
+
+Every rank holds all pairs, takes its share of each step's, and ends each step with the numbers of all of them.
+
+No second model is in memory, and nothing is drawn: dropout is off and the order comes from hashes, so a round
+continued from a checkpoint is the round that was not interrupted: bit for bit on a CPU, up to the order of sums
+on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import PreTrainedModel
+
+from spinreg_core.config import ObjectiveConfig, TrainingConfig, of_round
+from spinreg_core.errors import BadInput
+from spinreg_core.logprobs.packing import passes
+from spinreg_core.logprobs.scoring import score
+from spinreg_core.logprobs.sequence import answer_logprobs, compute_format, packs
+from spinreg_core.models.fsdp import whole
+from spinreg_core.runtime.distributed import Ranks
+from spinreg_core.selfplay import REMEDIES
+from spinreg_core.selfplay.loss import margin, self_play_loss
+from spinreg_core.selfplay.pairs import SCORES, Pair, keyed
+from spinreg_core.training.optimizer import batches, data_order, learning_rate, make_optimizer, recomputing
+
+_VALUES = ("loss", "margin", "real", "generated")  # per pair
+WATCHED_PAIRS = 32  # pairs whose human answers are scored at both ends of a round
+
+
+@dataclass
+class RoundState:
+    """What a checkpoint keeps besides tensors (JSON)."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished step
+    watched_start: list[float] | None = None  # log π_t of the watched human answers, nats
+
+    @property
+    def done(self) -> int:
+        return len(self.metrics)
+
+
+class NotFinite(Exception):
+    """A loss or gradient that is infinite or not a number."""
+
+    def __init__(self, found: str, pairs: Sequence[Pair]) -> None:
+        super().__init__(found)
+        self.found, self.pair_ids = found, [pair["pair_id"] for pair in pairs]
+
+
+class Round:
+    """A round in training. `model` holds π_t at first and is trained in place.
+
+    `pairs` have the columns of `pairs.PAIRS_SCHEMA`; the scores that the loss reads must be there. Rounds count
+    from 1. kl_from: the references that have themselves sampled the answers of their iterate. starts_at_previous: the
+    cached previous scores are those of `model` at first. Raises BadInput for pairs that cannot be trained on.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pairs: Sequence[Pair],
+        *,
+        objective: ObjectiveConfig,
+        training: TrainingConfig,
+        seed: int,
+        round_number: int,
+        tokens_per_pass: int,
+        ranks: Ranks | None = None,
+        kl_from: Sequence[Literal["previous", "base"]] = ("previous", "base"),
+        starts_at_previous: bool = True,
+    ) -> None:
+        self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
+        self.tokens_per_pass, self.ranks = tokens_per_pass, ranks or Ranks(model.device)
+        iterates = {"previous": round_number - 1, "base": 0}
+        self._samplers = {name: iterates[name] for name in kl_from}
+        self.beta = of_round(objective.beta, round_number)
+        self.peak = of_round(training.learning_rate, round_number)
+        if not pairs:
+            raise BadInput(f"pairs of round {round_number}", "none", "at least one pair")
+        self.columns = [name for name in SCORES if all(pair[name] is not None for pair in pairs)]
+        needed = [*(SCORES[:2] if objective.alpha > 0 else ()), *(SCORES[2:] if objective.alpha < 1 else ())]
+        if set(needed) - set(self.columns):
+            raise BadInput(f"pairs of round {round_number}", f"the scores {self.columns}",
+                           f"{needed}, which the loss reads at alpha = {objective.alpha}")  # fmt: skip
+        self.batches = batches(
+            pairs, batch_size=training.batch_size, epochs=training.epochs, seed=seed, round_number=round_number
+        )
+        self.optimizer = make_optimizer(model, training)
+        self.state = RoundState()
+        order = [pairs[i] for i in data_order(pairs, seed=seed, round_number=round_number, epoch=-1)]
+        # One of each human answer: with `round_prompts: same` several rounds' pairs share it.
+        self.watched = list({keyed(pair, "real"): pair for pair in reversed(order)}.values())[::-1][:WATCHED_PAIRS]
+        # π_t is π_0 in round 1, so the base's scores serve too.
+        start = "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
+        self._watched_column = start if starts_at_previous else None
+        torch.manual_seed(seed)
+        # Evaluation mode has no dropout, whoever loaded the model; only activation checkpointing asks for the other.
+        model.train(training.activation_checkpointing != "none")
+        if training.activation_checkpointing != "none":
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=recomputing(training))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole round."""
+        return len(self.batches)
+
+    def watch_start(self) -> None:
+        """Note log π_t of the watched human answers: cached scores where there are any, else scored now.
+
+        Must be called before the first step.
+        """
+        if self._watched_column is not None:
+            self.state.watched_start = [pair[self._watched_column] for pair in self.watched]
+        else:
+            self.state.watched_start = self._score_watched()
+
+    def _score_watched(self) -> list[float]:
+        return score(
+            self.model,
+            [pair["prompt_ids"] for pair in self.watched],
+            [pair["real_ids"] for pair in self.watched],
+            precision=self.training.precision,
+            tokens_per_pass=self.tokens_per_pass,
+            ranks=self.ranks,
+        )
+
+    def step(self) -> dict[str, Any]:
+        """One optimiser step. Returns its metrics (also kept in `state`); numbers are of before the update.
+
+        step (from 1), epoch (from 1), pairs, loss (mean over pairs), margin (mean m, nats), accuracy (share with
+        m > 0), real_logp and generated_logp (mean log π_θ, nats/answer), the same `_per_token`, grad_norm (l2, before
+        clipping), learning_rate, beta, tokens (prompts and answers, without padding), seconds, tokens_per_second;
+        where the scores are cached, log_ratio_{previous,base}_{real,generated}: mean log π_θ(y|x) less
+        log π_t(y|x) or log π_0(y|x), nats/answer; and where the step has answers that policy itself sampled,
+        kl_from_{previous,base}: their mean log π_t(y'|x) - log π_θ(y'|x), an estimate of KL(π_t‖π_θ), or with π_0:
+        unbiased while training has not seen these answers (first epoch, this round's own, plain sampler), and too
+        high after it has pushed them down. (KL(π_θ‖π_t), which needs samples of π_θ, is the evaluation's.)
+
+        Where a loss or the gradient is not finite the step is skipped: weights and optimiser stay as they are, and the
+        metrics have `skipped` (what was found) and `skipped_pairs` instead of numbers. Raises BadInput naming the pairs
+        once `training.max_nonfinite_steps` steps in a row are like that.
+        """
+        begin = time.monotonic()
+        number = self.state.done
+        epoch, rows = self.batches[number]
+        batch = [self.pairs[i] for i in rows]
+        rate = learning_rate(
+            number, self.steps, peak=self.peak, warmup=self.training.warmup, schedule=self.training.schedule
+        )
+        try:
+            values = self.gradient(batch)
+            norm = whole(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            grad_norm = float(norm)
+            if not math.isfinite(grad_norm):
+                raise NotFinite(f"a gradient norm of {grad_norm}", batch)
+        except NotFinite as problem:
+            return self._skip(epoch, batch, problem)
+        if self.training.max_grad_norm is not None:
+            clip_grads_with_norm_(self.model.parameters(), self.training.max_grad_norm, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        seconds = time.monotonic() - begin
+        tokens = sum(2 * len(p["prompt_ids"]) + len(p["real_ids"]) + len(p["generated_ids"]) for p in batch)
+        metrics: dict[str, Any] = {"step": number + 1, "epoch": epoch + 1, "pairs": len(batch)}
+        metrics |= _step_metrics(batch, values, self.columns) | self._kl(batch, values["generated"])
+        metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
+                    "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
+        self.state.metrics.append(metrics)
+        return metrics
+
+    def _kl(self, batch: Sequence[Pair], logps: Sequence[float]) -> dict[str, float]:
+        found = {}
+        for name, iterate in self._samplers.items():
+            column = f"{name}_generated"
+            if column in self.columns:
+                own = [pair[column] - value for value, pair in zip(logps, batch, strict=True)
+                       if pair["iterate"] == iterate and not pair.get("geometric")]  # fmt: skip
+                if own:
+                    found[f"kl_from_{name}"] = math.fsum(own) / len(own)
+        return found
+
+    def _skip(self, epoch: int, batch: Sequence[Pair], problem: NotFinite) -> dict[str, Any]:
+        self.optimizer.zero_grad(set_to_none=True)
+        metrics = {"step": self.state.done + 1, "epoch": epoch + 1, "pairs": len(batch), "skipped": problem.found,
+                   "skipped_pairs": problem.pair_ids}  # fmt: skip
+        recent = [*self.state.metrics, metrics][-self.training.max_nonfinite_steps :]
+        if len(recent) == self.training.max_nonfinite_steps and all("skipped" in m for m in recent):
+            names = [name for m in recent for name in m["skipped_pairs"]]
+            raise BadInput(
+                f"training, steps {recent[0]['step']} to {metrics['step']}, pairs {', '.join(dict.fromkeys(names))}",
+                problem.found,
+                f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
+            )
+        self.state.metrics.append(metrics)
+        return metrics
+
+    def gradient(self, batch: Sequence[Pair]) -> dict[str, list[float]]:
+        """Leave the gradient of the batch's mean loss in the parameters, in as many passes as the tokens need.
+
+        Returns `loss`, `margin`, `real`, `generated` per pair, in the order of `batch`. Raises NotFinite for a loss
+        that is not finite.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        precision = self.training.precision
+        shares = passes(
+            [p["prompt_ids"] for p in batch],
+            [[p["real_ids"], p["generated_ids"]] for p in batch],
+            self.tokens_per_pass,
+            shared=packs(self.model),
+            ranks=self.ranks.size,
+        )
+        own, longest = shares[self.ranks.rank], max(map(len, shares))
+        table = torch.zeros(len(_VALUES), len(batch), dtype=torch.float64)
+        with compute_format(precision, self.model.device):  # trained weights are converted once for all passes
+            for k in range(longest):
+                if isinstance(self.model, FSDPModule):
+                    self.model.set_requires_all_reduce(k == longest - 1)  # copies of the weights meet once a step
+                if k < len(own):
+                    table[:, own[k]] = self._backward([batch[i] for i in own[k]], len(batch))
+                else:  # the others' weights are needed to the end
+                    answer_logprobs(self.model, [[0]], [[]], precision=precision).sum().backward()
+        found = dict(zip(_VALUES, self.ranks.sum(table).tolist(), strict=True))
+        bad = [pair for pair, loss in zip(batch, found["loss"], strict=True) if not math.isfinite(loss)]
+        if bad:
+            raise NotFinite("a loss that is not finite", bad)
+        return found
+
+    def _backward(self, pairs: Sequence[Pair], count: int) -> Tensor:
+        """Add the gradient of these pairs' losses, of a mean over `count`; returns _VALUES by pairs, on the CPU."""
+        sums = answer_logprobs(
+            self.model,
+            [p["prompt_ids"] for p in pairs] * 2,
+            [p["real_ids"] for p in pairs] + [p["generated_ids"] for p in pairs],
+            precision=self.training.precision,
+        )
+        with torch.autocast(self.model.device.type, enabled=False):
+            values = self._losses(sums.double(), pairs)
+            # Ranks' gradients are averaged, and every rank has other pairs.
+            (values["loss"].sum() / count * self.ranks.size).backward()
+        return torch.stack([values[name].detach() for name in _VALUES]).cpu()
+
+    def _losses(self, sums: Tensor, pairs: Sequence[Pair]) -> dict[str, Tensor]:
+        real, generated = sums.chunk(2)
+        references = [
+            torch.tensor([p[name] for p in pairs], dtype=torch.float64, device=sums.device)
+            if name in self.columns
+            else None
+            for name in SCORES
+        ]
+        alpha = self.objective.alpha
+        loss = self_play_loss(real, generated, *references, alpha=alpha, beta=self.beta, link=self.objective.link)
+        m = margin(real, generated, *references, alpha=alpha)
+        return {"loss": loss, "margin": m.detach(), "real": real.detach(), "generated": generated.detach()}
+
+    def summary(self) -> dict[str, Any]:
+        """What the round did; scores the watched human answers once more.
+
+        steps, skipped_steps, pairs, first_loss, last_loss, loss, accuracy, margin (means over the last epoch's pairs,
+        each before its update), seconds, tokens_per_second, real_logprob_change (mean of log π_{t+1} - log π_t over
+        `watched_pairs` human answers of the round, nats/answer), its standard error, and `alarms`: texts a user must
+        see. Raises BadInput where every step was skipped, and where the trained policy's own numbers are not finite.
+        """
+        metrics = [m for m in self.state.metrics if "skipped" not in m]
+        skipped = [m for m in self.state.metrics if "skipped" in m]
+        if not metrics:
+            raise BadInput(f"training of {len(skipped)} steps", f"{skipped[0]['skipped']} in each", "finite numbers")
+        last = [m for m in metrics if m["epoch"] == metrics[-1]["epoch"]]
+        weight = sum(m["pairs"] for m in last)
+        means = {name: sum(m[name] * m["pairs"] for m in last) / weight for name in ("loss", "accuracy", "margin")}
+        seconds = sum(m["seconds"] for m in metrics)
+        start = self.state.watched_start
+        if start is None:
+            raise ValueError("watch_start was not called before the first step")
+        end = self._score_watched()
+        if bad := [value for value in end if not math.isfinite(value)]:
+            raise BadInput(
+                f"training of {self.steps} steps, the trained policy",
+                f"log-probabilities that are not finite for {len(bad)} of {len(end)} human answers",
+                f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
+            )
+        change, error = mean_and_error([b - a for a, b in zip(start, end, strict=True)])
+        found = {
+            "steps": self.steps,
+            "skipped_steps": len(skipped),
+            "pairs": len(self.pairs),
+            "first_loss": metrics[0]["loss"],
+            "last_loss": metrics[-1]["loss"],
+            **means,
+            "real_logprob_change": change,
+            "real_logprob_change_error": error,
+            "watched_pairs": len(start),
+            "seconds": seconds,
+            "tokens_per_second": sum(m["tokens"] for m in metrics) / seconds,
+            "alarms": [],
+        }
+        if skipped:
+            names = ", ".join(dict.fromkeys(name for m in skipped for name in m["skipped_pairs"][:4]))
+            found["alarms"].append(
+                f"{len(skipped)} of {self.steps} steps were skipped, because a loss or gradient was not finite (pairs "
+                f"{names}): what they should have taught is missing."
+            )
+        if fell(change, error):
+            found["alarms"].append(
+                f"The log-probability of the HUMAN answers fell over this round: {change:+.2f} nats/answer "
+                f"(standard error {error:.2f}, {len(start)} training pairs; {statistics.fmean(start):.1f} before, "
+                f"{statistics.fmean(end):.1f} after). The loss only asks that human answers gain on generated ones, "
+                f"and both may sink: {REMEDIES}."
+            )
+        return found
+
+
+def _step_metrics(batch: Sequence[Pair], values: dict[str, list[float]], columns: Sequence[str]) -> dict[str, Any]:
+    n = len(batch)
+    found: dict[str, Any] = {
+        "loss": math.fsum(values["loss"]) / n,
+        "margin": math.fsum(values["margin"]) / n,
+        "accuracy": sum(m > 0 for m in values["margin"]) / n,
+    }
+    for which in ("real", "generated"):
+        total = math.fsum(values[which])
+        found[f"{which}_logp"] = total / n
+        found[f"{which}_logp_per_token"] = total / max(sum(len(pair[f"{which}_ids"]) for pair in batch), 1)
+    for column in columns:
+        which = column.partition("_")[2]
+        found[f"log_ratio_{column}"] = math.fsum(
+            value - pair[column] for value, pair in zip(values[which], batch, strict=True)
+        ) / n  # fmt: skip
+    return found
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the error of a single value is taken to be its size, so it says nothing."""
+    mean = statistics.fmean(values)
+    return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else abs(mean)
+
+
+def fell(change: float, error: float) -> bool:
+    """Whether a mean change (nats/answer) is a fall worth an alarm: over two standard errors, and over 0.1 nats."""
+    return change < -max(2 * error, 0.1)

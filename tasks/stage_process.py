@@ -1,0 +1,280 @@
+"""Runs one stage as a process of its own and turns the way it ended into a result or an error.
+
+Decides: how a stage is started, watched, ended and its exit status understood; that nothing shown to people
+can hold it up. Leaves out: what the stage does (`spinreg_core.stages`), what is shown (`tasks.display`),
+retries (the tasks), and reading the manifest (the caller, from the store).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_DAMAGED,
+    EXIT_JUDGE_AWAY,
+    EXIT_PREEMPTED,
+    BadInput,
+    Damaged,
+    JudgeAway,
+    StageFailed,
+    StagePreempted,
+    without_credentials,
+)
+from spinreg_core.runs.job import Job
+from spinreg_core.runtime.failures import MEMORY_HELPS
+from spinreg_core.runtime.progress import ProgressLine, parse
+from spinreg_core.runtime.supervision import STARTER_VARIABLE
+from tasks.log import run_log
+
+PROGRESS_EVERY_SECONDS = 5.0
+_GONE_SECONDS = 3.0
+_TAIL_LINES = 200  # kept for messages; bad-row listings are longer than a traceback's end
+_SHOWN_LINES = 20
+_LINE_BYTES = 65536
+_WAITING_LINES = 1000  # lines a slow display may lag behind before lines are left out of it
+
+
+def run_stage(
+    job: Job,
+    *,
+    deadline_seconds: float | None = None,
+    on_line: Callable[[str], None] | None = None,
+    on_progress: Callable[[ProgressLine], None] | None = None,
+    check: Callable[[], None] | None = None,
+    take: Callable[[str, Path], subprocess.Popen[bytes] | None] = lambda module, job_file: None,
+    on_start: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Run `python -m spinreg_core.stages.<name> JOB.json` to its end.
+
+    Writes `job.json` and `log.txt` (everything the stage printed) into `job.workdir`. See `run_process`
+    for the callbacks. `take` may hand over a process that is that command already (`tasks.spare`). Returns
+    `result.json` of the workdir if the stage left one, else {}.
+
+    Raises: as `run_process`.
+    """
+    job.workdir.mkdir(parents=True, exist_ok=True)
+    job_file = job.workdir / "job.json"
+    job.save(job_file)
+    module = f"spinreg_core.stages.{job.stage.replace('-', '_')}"
+    run_process(
+        take(module, job_file) or start_process([sys.executable, "-m", module, str(job_file)]),
+        job.workdir / "log.txt",
+        name=job.stage,
+        deadline_seconds=deadline_seconds,
+        on_line=on_line or run_log(),
+        on_progress=on_progress,
+        check=check,
+        grace_seconds=job.config.resources.stop_seconds,
+        on_start=on_start,
+    )
+    result = job.workdir / "result.json"
+    return json.loads(result.read_text()) if result.exists() else {}
+
+
+def start_process(
+    command: list[str], stdin: int = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start `command` as the leader of a session of its own, its output in one pipe."""
+    return subprocess.Popen(
+        command,
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1", STARTER_VARIABLE: str(os.getpid())} | dict(environment or {}),
+    )
+
+
+def run_process(
+    process: subprocess.Popen[bytes],
+    log_file: Path,
+    *,
+    name: str,
+    on_line: Callable[[str], None],
+    deadline_seconds: float | None = None,
+    on_progress: Callable[[ProgressLine], None] | None = None,
+    check: Callable[[], None] | None = None,
+    grace_seconds: float = 20.0,
+    on_start: Callable[[], None] = lambda: None,
+) -> None:
+    """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
+
+    `grace_seconds`: time between SIGTERM and SIGKILL. `on_line` gets the output line by line and `on_progress` the
+    parsed progress lines (both: progress at most every 5 s). They run in a thread of their own, their errors are
+    ignored, and lines are left out when they are too slow: the process never waits for them. `check` is called about
+    twice a second by the waiting thread; what it raises ends the process (a lost lease, say). So does what `on_start`
+    raises, which is called once.
+
+    Must be called by a thread that lives until it returns: the process watches that thread.
+
+    Raises: BadInput (exit status 65), Damaged (74) and JudgeAway (69), with the process's own message; StagePreempted
+    (143, SIGTERM); StageFailed (any other status, or the deadline); and, after ending the group, whatever interrupted
+    the wait: SIGTERM as Prefect's TerminationSignal, KeyboardInterrupt, an error of `check`.
+    """
+    started = time.monotonic()
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    shown: queue.Queue[str | None] = queue.Queue(_WAITING_LINES)
+    reader = threading.Thread(target=_drain, args=(process, log_file, tail, shown), name=f"{name}-output", daemon=True)
+    # In a copy of the caller's context, so that the callbacks know the Prefect run they belong to.
+    show = partial(contextvars.copy_context().run, _show, shown, on_line, on_progress)
+    viewer = threading.Thread(target=show, name=f"{name}-display", daemon=True)
+    try:
+        reader.start()
+        viewer.start()
+        on_start()
+        while True:
+            try:
+                # Short waits rather than one long one: an exception set on a thread other than the main one
+                # arrives only between them.
+                status = process.wait(timeout=0.5)
+                break
+            except subprocess.TimeoutExpired:
+                if check is not None:
+                    check()
+                if deadline_seconds is not None and time.monotonic() - started > deadline_seconds:
+                    raise StageFailed(
+                        f"{name}: still running after {deadline_seconds / 60:.4g} minutes "
+                        "(resources.deadline_minutes); ended"
+                    ) from None
+    finally:
+        # Also after a good end: an engine's own child may linger and hold GPU memory.
+        _end_group(process, grace_seconds)
+        reader.join(timeout=5)
+        viewer.join(timeout=2)
+    if status != 0:
+        raise _failure(name, status, list(tail), log_file)
+
+
+def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    try:
+        if process.poll() is None:
+            _signal_group(process, signal.SIGTERM)
+            process.wait(timeout=grace_seconds)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:  # also when a second signal interrupts the wait
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
+        # SIGKILL takes effect on the rest of the group a moment later; a GPU is free only then. Bounded,
+        # because members that nobody waits for (a container whose first process does not) count as present.
+        end = time.monotonic() + _GONE_SECONDS
+        while _signal_group(process, 0) and time.monotonic() < end:
+            time.sleep(0.01)
+
+
+def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
+    """Signal the process's group (0: only look). Returns whether there was anyone."""
+    try:
+        os.killpg(process.pid, signum)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _drain(process: subprocess.Popen[bytes], log_file: Path, tail: deque[str], shown: queue.Queue[str | None]) -> None:
+    """Take the output as fast as it comes: all of it to the file, the end of it to `tail`, what fits to `shown`.
+
+    A file that cannot be written (a full disk) ends no stage: that is said once, in place of the line.
+    """
+    assert process.stdout is not None
+    left_out = 0
+    last_progress = -float("inf")
+    written = True
+    with log_file.open("ab", buffering=0) as log, process.stdout:
+        while raw := process.stdout.readline(_LINE_BYTES):
+            text = without_credentials(raw.decode("utf-8", "replace"))  # libraries quote addresses in their warnings
+            # Progress bars of libraries redraw one line with \r: its last state is the line.
+            line = text.rstrip().rsplit("\r", 1)[-1]
+            try:
+                log.write(text.encode())
+            except OSError as error:
+                if written:
+                    tail.append(f"{log_file} lacks lines from here on: {error.strerror or error}")
+                    written = False
+            if not line:
+                continue
+            tail.append(line)
+            progress = parse(line)
+            if progress is not None:
+                now = time.monotonic()
+                if now - last_progress < PROGRESS_EVERY_SECONDS and progress.done < progress.total:
+                    continue
+                last_progress = now
+            try:
+                if left_out:
+                    shown.put_nowait(f"({left_out} lines left out here; all are in {log_file})")
+                    left_out = 0
+                shown.put_nowait(line)
+            except queue.Full:
+                left_out += 1
+    with contextlib.suppress(queue.Full):  # a stuck display is left behind; its thread is a daemon
+        shown.put(None, timeout=1)
+
+
+def _show(
+    shown: queue.Queue[str | None],
+    on_line: Callable[[str], None],
+    on_progress: Callable[[ProgressLine], None] | None,
+) -> None:
+    while (line := shown.get()) is not None:
+        with contextlib.suppress(Exception):  # showing is best effort; the line is in the log file
+            on_line(line)
+            progress = parse(line)
+            if progress is not None and on_progress is not None:
+                on_progress(progress)
+
+
+def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Exception:
+    if status == EXIT_BAD_INPUT:
+        return BadInput.from_message(_message(tail, "bad input: "))
+    if status == EXIT_DAMAGED:
+        return Damaged(_message(tail, "damaged: "))
+    if status == EXIT_JUDGE_AWAY:
+        return JudgeAway(_message(tail, "error: "))
+    if status in (EXIT_PREEMPTED, -signal.SIGTERM):
+        return StagePreempted(f"{name}: stopped from outside (SIGTERM); what was committed stays and is continued")
+    if status < 0:
+        how = f"killed by {signal.Signals(-status).name}"
+        if status == -signal.SIGKILL:
+            how += f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}"
+    else:
+        how = f"exit status {status}"
+    end = "\n".join(f"  {line}" for line in tail[-_SHOWN_LINES:]) or "  (no output)"
+    return StageFailed(f"{name}: {how}; whole output in {log_file}, its end:\n{end}")
+
+
+def _message(tail: list[str], prefix: str) -> str:
+    """What a stage said last under a prefix, all of its lines."""
+    start = max((i for i, line in enumerate(tail) if line.startswith(prefix)), default=None)
+    return "no message" if start is None else "\n".join(tail[start:]).removeprefix(prefix)
+
+
+def end_embedded_server_with_us() -> None:
+    """Where this process has started Prefect's embedded server: end that too when this process is killed."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    for server in SubprocessASGIServer._instances.values():
+        if server.server_process is not None:
+            _end_with_us(server.server_process.pid)
+
+
+@cache
+def _end_with_us(pid: int) -> None:
+    # Its input ends when nobody holds the other side any more, which is ours alone.
+    watch = ["sh", "-c", f"cat > /dev/null; kill {pid} 2> /dev/null"]
+    subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)

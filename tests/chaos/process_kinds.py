@@ -1,0 +1,90 @@
+"""The processes of a run, told apart by what they are, and how one is killed.
+
+Decides: who belongs to a run (all that inherited its SPINREG_CACHE), what each process is, and that a kill counts only
+where its victim lived before and does not live after. Leaves out: when, and what is looked at afterwards (`trial.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+_GONE_SECONDS = 40.0  # more than resources.stop_seconds, which a stage may take after SIGTERM
+
+
+def living(cache: Path) -> dict[str, list[int]]:
+    """Process ids of a run by kind: flow, worker, stage, rank, engine, spare, other."""
+    found: dict[str, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            environ = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            if f"SPINREG_CACHE={cache}" in environ and _lives(int(folder.name)):
+                command = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+                found.setdefault(_kind(int(folder.name), command, environ), []).append(int(folder.name))
+    return found
+
+
+def _kind(pid: int, command: str, environ: list[str]) -> str:
+    if "spinreg_core.generation.worker" in command:
+        return "engine"
+    if "spinreg_core.stages." in command:
+        if any(name.startswith("RANK=") for name in environ):
+            return "rank"
+        # A spare that was given its stage keeps its command line; its parent has closed the pipe it was told through.
+        return "spare" if "runtime.prewarmed" in command and _is_waiting(pid) else "stage"
+    if "prefect worker start" in command:
+        return "worker"
+    is_flow = "-m flows.spin" in command or "prefect.engine" in command or "prefect.flow_engine" in command
+    return "flow" if is_flow else "other"
+
+
+def _is_waiting(pid: int) -> bool:
+    pipe = os.readlink(f"/proc/{pid}/fd/0")
+    held = Path(f"/proc/{_stat(pid)[1]}/fd")
+    for handle in held.iterdir():
+        with contextlib.suppress(OSError):
+            if os.readlink(handle) == pipe:
+                return True
+    return False
+
+
+def _stat(pid: int) -> list[str]:
+    """Of /proc/PID/stat: state, parent, ... (fields 3 and on)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return _stat(pid)[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def strike(pids: list[int], signum: int) -> bool:
+    """Signal processes. Whether any of them lived, and none does afterwards."""
+    hit = False
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            lived = _lives(pid)
+            os.kill(pid, signum)
+            hit = hit or lived
+    return wait_gone(pids, _GONE_SECONDS) and hit
+
+
+def wait_gone(pids: list[int], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while any(_lives(pid) for pid in pids):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def end_all(cache: Path) -> None:
+    """Leave nothing of a run."""
+    for pids in living(cache).values():
+        strike(pids, signal.SIGKILL)

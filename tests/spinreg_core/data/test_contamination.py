@@ -1,0 +1,99 @@
+"""The contamination guard: what of an evaluation set is guarded, in any script, and that a guard is never empty."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import DataConfig
+from spinreg_core.data.contamination import Guard, evaluation_prompts, guarded
+from spinreg_core.data.filters import load_training
+from spinreg_core.errors import BadInput
+
+PROMPT = "How many ducks does Anna feed on a Tuesday morning in March at the pond?"
+
+
+def written(path: Path, records: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": PROMPT, "answer": "12"},
+        {"question": PROMPT, "answer": None},
+        {"question": PROMPT, "answer": ""},
+        {"question": PROMPT, "hidden": 1},
+        {"prompt": PROMPT},
+        {"instruction": PROMPT, "input": ""},
+        {"messages": [{"role": "user", "content": PROMPT}]},
+        {"messages": [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": None}]},
+        {"conversations": json.dumps([{"from": "human", "value": PROMPT}])},
+    ],
+)
+def test_prompts_are_guarded_whether_or_not_they_have_answers(tmp_path: Path, record: dict[str, Any]) -> None:
+    bench = written(tmp_path / "bench.jsonl", [record])
+    assert evaluation_prompts(bench) == [PROMPT]
+    train = written(tmp_path / "train.jsonl", [{"prompt": f"Well. {PROMPT}", "response": "x"},
+                                               {"prompt": "Something else?", "response": "y"}])  # fmt: skip
+    found = load_training(train, DataConfig(evaluation_sets=[bench]))
+    loaded, left_out = found.loaded, found.left_out
+    assert [row.source_row for row in loaded.rows] == [2]
+    assert [one.reason for one in left_out] == ["contaminated"]
+    assert loaded.guards == {bench: {"prompts": 1, "too_short": 0}}
+
+
+def test_a_guard_that_would_guard_nothing_is_refused(tmp_path: Path) -> None:
+    short = written(tmp_path / "short.jsonl", [{"question": "What is it?", "answer": "x"}] * 3)
+    with pytest.raises(BadInput, match=r"short\.jsonl: found 3 prompts, all of fewer than 5 words"):
+        guarded(short, evaluation_prompts(short))
+    empty = written(tmp_path / "empty.jsonl", [{"question": None, "answer": "x"}])
+    with pytest.raises(BadInput, match=r"empty\.jsonl: found 1 records and no prompt"):
+        evaluation_prompts(empty)
+    other = written(tmp_path / "other.jsonl", [{"text": "x"}])
+    with pytest.raises(BadInput, match=r"evaluation set \S+other\.jsonl: found columns text"):
+        evaluation_prompts(other)
+
+
+def test_a_subset_of_a_set_on_the_hub_is_named_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def read(*arguments: Any) -> Any:
+        asked.append(arguments)
+        raise BadInput("dataset", "no hub here", "one")
+
+    monkeypatch.setattr("spinreg_core.data.contamination.read_records", read)
+    for name in ("openai/gsm8k:main", "owner/name"):
+        with pytest.raises(BadInput):
+            evaluation_prompts(name)
+    assert asked == [("openai/gsm8k", "test", "main"), ("owner/name", "test", None)]
+
+
+@pytest.mark.parametrize(("splits", "read"), [
+    (["train", "validation"], "validation"), (["validation"], "validation"), (["train"], "train"),
+    (["train", "validation", "test"], "test"),
+])  # fmt: skip
+def test_the_split_that_is_guarded(tmp_path: Path, splits: list[str], read: str) -> None:
+    for split in splits:
+        written(tmp_path / f"{split}.jsonl", [{"prompt": f"What is in {split}, and why?"}])
+    assert evaluation_prompts(str(tmp_path)) == [f"What is in {read}, and why?"]
+
+
+@pytest.mark.parametrize(
+    ("known", "contaminated", "clean"),
+    [
+        ("小明有五个苹果、吃了两个、还剩几个。", "请问、小明有五个苹果吃了两个、还剩几个", "小红有五个橘子"),
+        ("แมวกี่ตัวอยู่ในบ้านของแอนนา", "ถาม: แมวกี่ตัวอยู่ในบ้านของแอนนา?", "หมากี่ตัวอยู่ในสวนของบ็อบบี้"),
+        ("Сколько уток кормит Анна утром?", "Итак: сколько уток кормит Анна утром", "Сколько кошек кормит Анна утром?"),
+        ("안나는 화요일 아침에 오리 몇", "그런데 안나는 화요일 아침에 오리 몇", "안나는 수요일 아침에 고양이 몇"),
+    ],
+)  # fmt: skip
+def test_scripts_with_and_without_spaces(known: str, contaminated: str, clean: str) -> None:
+    assert guarded("bench", [known]) == {"prompts": 1, "too_short": 0}
+    guard = Guard({"bench": [known]}, 13)
+    assert (guard.shared(contaminated) or "").startswith("bench: ")
+    assert guard.shared(clean) is None

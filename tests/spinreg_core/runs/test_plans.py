@@ -1,0 +1,169 @@
+"""Fingerprints hold all that can change a result and nothing else, so that runs share what is equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from spinreg_core.config import RunConfig
+from spinreg_core.config.resolve import merge, validate
+from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.runs.head import ROUND_STAGES
+from spinreg_core.runs.objects import fingerprint
+from spinreg_core.runs.plans import (
+    PLANS,
+    average_key,
+    average_object,
+    plan_evaluate,
+    plan_generate,
+    plan_heldout,
+    plan_mix,
+    plan_train,
+    policy_object,
+)
+
+
+def head(rounds: int) -> dict[str, Any]:
+    """The head of a run with so many complete rounds, the base evaluated."""
+    entries: list[dict[str, Any]] = [{"round": 0, "stages": {"evaluate": "evaluate-0"}}]
+    entries += [{"round": n, "stages": {s: f"{s}-{n}" for s in ROUND_STAGES}} for n in range(1, rounds + 1)]
+    return {"run": "demo", "base": "base-x", "data": "data-x", "rounds": entries}
+
+
+def config(**changes: Any) -> RunConfig:
+    nested: dict[str, Any] = {"generation": {"engine": "hf"}}
+    for path, value in changes.items():
+        group, _, field = path.partition("__")
+        nested = merge(nested, {group: {field: value}} if field else {group: value})
+    return validate(nested)
+
+
+def object_id(stage: str, round_number: int, done: dict[str, Any] | None = None, **changes: Any) -> str:
+    return PLANS[stage](config(**changes), done or head(round_number), round_number).object_id
+
+
+# (stage, change) -> does the change make another object of round 1? Of round 2?
+CASES = [
+    ("generate", {"objective__alpha": 1.0}, False, False),
+    ("generate", {"objective__beta": 0.7}, False, False),
+    ("generate", {"opponent__history": 1}, False, False),
+    ("generate", {"training__learning_rate": 1e-7}, False, False),
+    ("generate", {"resources__retries": 9}, False, False),
+    ("generate", {"run": "other", "until_round": 7}, False, False),
+    ("generate", {"keep__policies": 1, "keep__generations": "needed"}, False, False),
+    ("generate", {"generation__temperature": 0.7}, True, True),
+    ("generate", {"generation__max_new_tokens": 12}, True, True),
+    ("generate", {"generation__shard_size": 5}, True, True),
+    ("generate", {"resources__kv_cache_tokens": 5}, False, False),
+    ("generate", {"generation__tensor_parallel": 2}, False, False),
+    ("generate", {"generation__answers_per_prompt": 2}, True, True),
+    ("generate", {"opponent__geometric_share": 0.5}, False, True),  # the base's mixture with itself is the base
+    ("generate", {"opponent__geometric_share": 0.5, "opponent__geometric_alpha": 0.9}, False, True),
+    ("generate", {"generation__dtype": "bfloat16"}, True, True),
+    ("generate", {"generation__dtype": "float32"}, False, False),  # what auto means with fp32 training
+    ("generate", {"training__precision": "mixed"}, True, True),
+    ("generate", {"data__prompts_per_round": 7}, True, True),
+    ("generate", {"seed": 1}, True, True),
+    ("mix-opponent", {"objective__alpha": 0.3}, False, False),  # 0 < alpha < 1 reads the same two scores
+    ("mix-opponent", {"objective__alpha": 1.0}, False, True),  # in round 1 both references are the base
+    ("mix-opponent", {"opponent__history": 1}, False, True),
+    ("mix-opponent", {"opponent__weighting": "recency"}, False, True),
+    ("mix-opponent", {"opponent__truncated": "keep"}, True, True),
+    ("mix-opponent", {"opponent__scores": "engine"}, True, True),
+    ("mix-opponent", {"resources__tokens_per_pass": 3}, False, False),
+    ("train", {"objective__alpha": 0.3}, False, True),
+    ("train", {"objective__beta": [0.1, 5.0]}, False, True),
+    ("train", {"training__learning_rate": [5e-6, 1e-6]}, False, True),
+    ("train", {"objective__link": "hinge"}, True, True),
+    ("train", {"training__checkpoint_every_steps": 3}, False, False),
+    ("train", {"training__activation_checkpointing": "full"}, False, False),
+    ("train", {"resources__tokens_per_pass": 3}, False, False),
+    ("train", {"training__batch_size": 16}, True, True),
+    ("evaluate", {"objective__alpha": 0.3}, False, True),
+    ("evaluate", {"resources__tokens_per_pass": 3}, False, False),
+    ("evaluate", {"evaluation__bootstrap": 500}, True, True),
+]
+
+
+@pytest.mark.parametrize(("stage", "changes", "first", "second"), CASES)
+def test_what_makes_another_object(stage: str, changes: dict[str, Any], first: bool, second: bool) -> None:
+    for round_number, differs in ((1, first), (2, second)):
+        assert (object_id(stage, round_number, **changes) != object_id(stage, round_number)) is differs
+
+
+@pytest.mark.parametrize("stage", ROUND_STAGES)
+def test_inputs_are_part_of_the_key(stage: str) -> None:
+    other = head(2) | {"data": "data-y", "base": "base-y"}
+    assert object_id(stage, 1, other) != object_id(stage, 1, head(2))
+    changed = head(2)
+    changed["rounds"][1]["stages"] |= {"train": "train-z", "generate": "generate-z", "mix-opponent": "mix-opponent-z"}
+    assert object_id(stage, 2, changed) != object_id(stage, 2, head(2))
+
+
+def test_the_evaluation_of_the_base_is_shared_by_every_alpha() -> None:
+    assert object_id("evaluate", 0, objective__alpha=1.0) == object_id("evaluate", 0, objective__alpha=0.25)
+
+
+def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
+    replay = PLANS["mix-opponent"](config(), head(3), 3)
+    assert [e["round"] for e in replay.inputs["earlier"]] == [2, 1]
+    assert PLANS["generate"](config(), head(3), 3).inputs["policies"] == {"2": "train-2"}
+    again = config(opponent__source="regenerate", opponent__history=2)
+    assert PLANS["mix-opponent"](again, head(3), 3).inputs["earlier"] == []
+    assert PLANS["generate"](again, head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
+    both = config(opponent__source="regenerate", opponent__history=2, opponent__replay_share=0.5)
+    assert [e["round"] for e in PLANS["mix-opponent"](both, head(3), 3).inputs["earlier"]] == [2]
+    assert PLANS["generate"](both, head(3), 3).extra["replay_share"] == 0.5
+    assert PLANS["generate"](both, head(3), 1).object_id == PLANS["generate"](again, head(3), 1).object_id
+
+
+def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history() -> None:
+    for history in (1, 2, "all"):
+        plan = PLANS["mix-opponent"](config(opponent__history=history), head(3), 3)
+        assert plan.inputs["previous"] == "train-2"
+        assert plan.inputs["base"] == "base-x"
+        assert PLANS["train"](config(opponent__history=history), head(3), 3).inputs["previous"] == "train-2"
+
+
+def test_an_iterate_that_was_never_trained_is_named() -> None:
+    assert policy_object(head(1), 0) == "base-x"
+    with pytest.raises(SpinregError, match="no iterate 2"):
+        policy_object(head(1), 2)
+
+
+def test_heldout_answers_are_one_object_per_iterate() -> None:
+    ids = {plan_heldout(config(), head(2), n).object_id for n in range(3)}
+    assert len(ids) == 3
+    assert plan_heldout(config(objective__alpha=1.0), head(2), 1).object_id in ids
+
+
+def test_averages_play_the_roles_they_are_given() -> None:
+    done = head(3)
+    policy, base = "train-2", "base-x"
+    for roles in (["opponent"], ["reference"], ["start"], ["opponent", "reference", "start"]):
+        own = config(training__average="ema", training__average_weight=0.25, training__average_as=roles)
+        average = average_object(own, done, 2)
+        assert average.startswith("average-")
+        assert average != average_object(config(training__average="ema", training__average_weight=0.5), done, 2)
+        assert average != average_object(own, done, 1)
+        assert average_object(own, done, 0) == base
+        found = {
+            "opponent": plan_generate(own, done, 3).inputs["policies"]["2"],
+            "reference": plan_mix(own, done, 3).inputs["previous"],
+            "start": plan_train(own, done, 3).inputs["previous"],
+        }
+        assert found == {role: average if role in roles else policy for role in found}
+        train = plan_train(own, done, 3)
+        assert (train.inputs["before"], train.inputs["base"]) == (average, base)
+        key = average_key(own.training, policy, average_object(own, done, 1), base)
+        assert average == fingerprint("average", key)
+        assert plan_evaluate(own, done, 2).inputs["policy"] == policy, "what a round trained is what is evaluated"
+    assert plan_train(config(), done, 3).object_id == plan_train(config(training__average=None), done, 3).object_id
+
+
+def test_averages_and_adapters_do_not_go_together() -> None:
+    with pytest.raises(BadInput, match="average with lora_rank"):
+        config(training__average="ema", training__lora_rank=4)
+    with pytest.raises(BadInput, match="average_weight without average"):
+        config(training__average_weight=0.3)

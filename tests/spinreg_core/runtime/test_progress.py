@@ -1,0 +1,33 @@
+"""Progress lines: what a stage prints is what the task reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from spinreg_core.runtime.progress import Progress, ProgressLine, parse
+
+
+def test_a_line_is_read_as_it_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("generate", 40, "answers", done=10, every=0)
+    progress.update(2)
+    progress.tell("shards: 3 of 10 committed")
+    first, second = map(parse, capsys.readouterr().out.splitlines())
+    assert first is not None
+    assert second is not None
+    assert (first.stage, first.done, first.total, first.unit, first.note) == ("generate", 12, 40, "answers", "")
+    assert (second.done, second.note) == (12, "shards: 3 of 10 committed")
+    assert parse("[mix-opponent] 1/2 answers (50 %), 0.25/s, 1:02:03 left") == ProgressLine(
+        "mix-opponent", 1, 2, "answers", 0.25, 3723
+    )
+    assert parse("3 of 10 shards were committed before") is None
+
+
+def test_what_is_told_after_the_last_unit_is_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress("generate", 2, "answers", every=1000)
+    progress.update()
+    progress.tell("not yet due")
+    progress.update()
+    progress.tell("all committed")
+    assert [line.split("left")[1] for line in capsys.readouterr().out.splitlines()] == [
+        "", "; not yet due", "; all committed",
+    ]  # fmt: skip

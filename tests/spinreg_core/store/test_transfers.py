@@ -1,0 +1,67 @@
+"""What counts as movement, and of which threads."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from spinreg_core.store import folder
+from spinreg_core.store.base import PART_BYTES
+from spinreg_core.store.folder import FolderStore
+from spinreg_core.store.hashing import sha256_file
+from spinreg_core.store.transfers import Operation, awaited, awaiting, moving
+
+
+def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
+    assert awaited() == []
+    with moving("outer"):
+        with moving("inner") as moved:
+            (inner,) = awaited()
+            assert (inner.what, inner.moves) == ("inner", 0)
+            moved(1)
+            assert inner.moves == 1
+        (outer,) = awaited()
+        assert (outer.what, outer.moves) == ("outer", 1)
+    assert awaited() == []
+
+
+def test_another_thread_counts_while_it_is_waited_for() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with moving("of the thread"):
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    assert awaited() == []
+    with awaiting(thread):
+        (found,) = awaited()
+        assert (found.what, found.thread) == ("of the thread", thread)
+    assert awaited() == []
+    leave.set()
+    thread.join()
+
+
+def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(2 * PART_BYTES + 1))
+    store, told = FolderStore(tmp_path / "store"), list[int]()
+    monkeypatch.setattr(Operation, "moved", lambda _self, n=0: told.append(n))
+    store.upload(tmp_path / "file", "a/key")
+    store.download("a/key", tmp_path / "back")
+    assert sha256_file(tmp_path / "back") == sha256_file(tmp_path / "file")
+    assert [n for n in told if n] == 4 * [PART_BYTES, PART_BYTES, 1]
+
+
+def test_what_is_copied_goes_to_the_disk_as_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all of a large file would go there at once at the end, which would look like standing still."""
+    synced: list[int] = []
+    monkeypatch.setattr(folder, "_SYNC_BYTES", 2 * PART_BYTES)
+    monkeypatch.setattr(folder.os, "fsync", lambda number: synced.append(folder.os.fstat(number).st_size))
+    (tmp_path / "file").write_bytes(bytes(5 * PART_BYTES))
+    folder._copy(tmp_path / "file", tmp_path / "copy", lambda _bytes: None)
+    assert [size // PART_BYTES for size in synced] == [2, 4]

@@ -1,0 +1,1 @@
+"""Fixtures, builders and servers that tests share."""
