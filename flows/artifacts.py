@@ -11,7 +11,7 @@ from spinreg_core.reports.tables import link, metrics_markdown, metrics_rows
 from spinreg_core.reports.trackers import send
 from spinreg_core.store.base import Store
 from tasks.artifacts import artifact_key, show_markdown, show_table
-from tasks.context import current
+from tasks.context import current_context
 from tasks.log import run_log
 
 
@@ -27,7 +27,7 @@ def show_round(round_number: int) -> None:
 
 
 def _show_round(round_number: int) -> None:
-    context = current()
+    context = current_context()
     run, head = context.config.run, context.session.head
     data = report_data(context.store, run)
     show_table(

@@ -6,11 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from spinreg_core.benchmarks.registry import check as check_files
+from spinreg_core.benchmarks.registry import require_benchmark_files as check_files
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import resolve
 from spinreg_core.evaluation.early_stopping import require_metric
-from spinreg_core.reports.trackers import check as check_trackers
+from spinreg_core.reports.trackers import require_trackers as check_trackers
 from spinreg_core.runs.head import read_config
 from spinreg_core.store.cache import require_cache
 from spinreg_core.store.open import open_store

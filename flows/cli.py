@@ -52,7 +52,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from spinreg_core.maintenance.verify import described, verify
+    from spinreg_core.maintenance.verify import format_verdict, verify
     from tasks.server import require_server
 
     if arguments.repair:
@@ -64,7 +64,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         document = {name: value for name, value in asdict(found).items() if name != "documents"}
         print(json.dumps(document | {"damaged": found.damaged}, indent=1))
     else:
-        print(described(found))
+        print(format_verdict(found))
     if not found.problems and not found.unfinished:
         return 0
     if not arguments.repair:
@@ -75,7 +75,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     if status:
         return status
     left = verify(store, arguments.run)
-    print(described(left))
+    print(format_verdict(left))
     others = [one for one in found.damaged if left.content.get(one) != found.content.get(one)]
     if others and not left.problems:
         print(f"with another content than before, as what was made from it: {', '.join(others)}")
@@ -84,7 +84,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _gc(arguments: argparse.Namespace) -> int:
     from spinreg_core.config.resolve import assignments
-    from spinreg_core.maintenance.gc import as_json, described, find, remove
+    from spinreg_core.maintenance.gc import as_json, find_removable, format_items, remove_items
     from spinreg_core.maintenance.retention import Needs, store_needs
     from spinreg_core.runs.head import require_head
 
@@ -98,13 +98,13 @@ def _gc(arguments: argparse.Namespace) -> int:
         return store_needs(store, arguments.run, given.get("keep"))
 
     needs = needs_now()
-    items = find(store, needs, rules_only=bool(arguments.run))
+    items = find_removable(store, needs, rules_only=bool(arguments.run))
     if arguments.delete:
-        items = remove(store, items, needs_now, say=lambda line: print(line, file=sys.stderr, flush=True))
+        items = remove_items(store, items, needs_now, say=lambda line: print(line, file=sys.stderr, flush=True))
     if arguments.json:
         print(json.dumps(as_json(items, needs.notes, removed=arguments.delete), indent=1))
     else:
-        print(described(items, needs.notes, store.url, removed=arguments.delete))
+        print(format_items(items, needs.notes, store.url, removed=arguments.delete))
     return 0
 
 
@@ -133,9 +133,9 @@ def _existing_store(url: str) -> Store:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from spinreg_core.reports.status import status
+    from spinreg_core.reports.status import format_status
 
-    text, document = status(_existing_store(arguments.store), arguments.run)
+    text, document = format_status(_existing_store(arguments.store), arguments.run)
     print(json.dumps(document, indent=1) if arguments.json else text)
     return EXIT_DAMAGED if any("damaged" in one for one in document["runs"]) else 0
 

@@ -30,7 +30,7 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tasks.artifacts import artifact_key, show_table
 from tasks.log import run_log
-from tasks.server import nested
+from tasks.server import call_subflow
 
 POLL_SECONDS = 5.0
 _UNFINISHED = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
@@ -72,7 +72,7 @@ def run_here(store: Store, members: Sequence[Member], progress: Progress, check:
         progress.say(member, "runs")
         progress.show()
         try:
-            nested(spin, **member.parameters)
+            call_subflow(spin, **member.parameters)
         except CancelledRun:  # of this member alone, or with all of this, which is known within seconds
             time.sleep(2 * POLL_SECONDS)
             check()

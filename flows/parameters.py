@@ -49,7 +49,7 @@ def form_of(group: type[Group]) -> type[Form]:
     return create_model(group.__name__, __doc__=group.__doc__, __base__=Form, **fields)
 
 
-def described(function: F) -> F:
+def document_parameters(function: F) -> F:
     """Append an `Args:` section with the descriptions of `RunConfig`: it is where Prefect looks for them.
 
     (Prefect drops the description of `Annotated[..., Field(description=...)]`, and the range of

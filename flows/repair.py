@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from flows.spin import spin
 from spinreg_core.maintenance.repair import begin
 from spinreg_core.runs.head import require_config
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 
 
@@ -22,7 +22,7 @@ def repair(store: Store, run: str, damaged: Collection[str], *, say: Callable[[s
     Raises LeaseHeld while somebody advances the run, or another one that has the objects; and what the flow raises: the
     repair stays recorded then.
     """
-    with open_session(store, require_config(store, run), "spinreg verify --repair") as session:
+    with hold_lease(store, require_config(store, run), "spinreg verify --repair") as session:
         stages = begin(store, session, damaged, say)
     if stages:
         say(f"making anew: {', '.join(f'{stage} of round {number}' for number, stage in stages)}")

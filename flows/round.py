@@ -18,7 +18,7 @@ from spinreg_core.benchmarks.registry import plan_benchmark
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.maintenance.repair import stages_to_make
 from tasks.benchmark import benchmark
-from tasks.context import current
+from tasks.context import current_context
 from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.log import run_log
@@ -41,7 +41,7 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
         run: Name of the run.
         round_number: Which round, counted from 1.
     """
-    resources = current().config.resources
+    resources = current_context().config.resources
     results = {}
     for stage in TASKS.values():
         try:
@@ -54,7 +54,7 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
     except StagePreempted as error:
         return preempted(error)
     show_round(round_number)
-    track(current().store, current().config)
+    track(current_context().store, current_context().config)
     flush()
     wait_for_server()  # a restart is soon over, and the end of this flow run can be told
     return results
@@ -63,7 +63,7 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
 def finish_repair() -> None:
     """What a repair of the run has left to do. Its rounds are no flow runs of their own: on a retry, Prefect would take
     them for those of the advance."""
-    context = current()
+    context = current_context()
     run, resources = context.config.run, context.config.resources
     for number, stage in stages_to_make(context.store, context.session, context.config, run_log()):
         if stage == "prepare":
@@ -80,7 +80,7 @@ def measure(round_number: int) -> bool:
     Returns whether anything was measured that was not before. Raises what stops the flow run itself: a lost lease,
     cancellation, preemption.
     """
-    context = current()
+    context = current_context()
     config = context.config
     try:
         if plan_benchmark(config, context.session.head, round_number) is not None:

@@ -37,7 +37,7 @@ from flows.parameters import (
     TrackingForm,
     TrainingForm,
     UntilForm,
-    described,
+    document_parameters,
 )
 from flows.round import finish_repair, measure, round_
 from flows.terminal import run_command, signals_ignored, stop_message
@@ -50,18 +50,18 @@ from spinreg_core.reports.figures import run_figures
 from spinreg_core.reports.run_report import report_data, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_table
 from spinreg_core.runs.head import complete_round, stage_object
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tasks.artifacts import artifact_key, show_markdown
 from tasks.benchmark import check_benchmarks
 from tasks.cancellation import RunCancelled, cancellation
-from tasks.context import Context, entered
+from tasks.context import Context, use_context
 from tasks.evaluate import evaluate
 from tasks.log import run_log
 from tasks.prepare import prepare
 from tasks.run_stage import preempted, run_task
-from tasks.server import flush, nested, server_answers, wait_for_server
+from tasks.server import call_subflow, flush, server_answers, wait_for_server
 from tasks.stage_process import end_embedded_server_with_us
 
 
@@ -76,7 +76,7 @@ def _flow_run_name() -> str:
 
 # Results are in the store; one that Prefect kept could end a retry before it looks there.
 @flow(name="spin", flow_run_name=_flow_run_name, persist_result=False)
-@described
+@document_parameters
 def spin(
     run: Annotated[str | None, Field(pattern=RUN_NAME)] = None,
     rounds: Annotated[int | None, Field(ge=1)] = None,
@@ -146,9 +146,9 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     )
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
-    with open_session(opened, resolved, label) as session, cancellation(str(flow_run.id)) as check:
+    with hold_lease(opened, resolved, label) as session, cancellation(str(flow_run.id)) as check:
         if (unfinished := session.head.get("repair")) is not None:  # before anybody counts complete rounds
-            with entered(Context(resolved, opened, session, unfinished["to"], check)):
+            with use_context(Context(resolved, opened, session, unfinished["to"], check)):
                 finish_repair()
         start, target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
         done = complete_round(session.head)
@@ -157,7 +157,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        with entered(Context(resolved, opened, session, target, check)) as context:
+        with use_context(Context(resolved, opened, session, target, check)) as context:
             if plan_check(resolved) is not None:
                 run_task(check_benchmarks, resolved.resources, resolved.run)
             run_task(prepare, resolved.resources, resolved.run)
@@ -177,7 +177,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
                 if ended is not None:
                     log(f"run {resolved.run!r} ends before round {round_number}: {ended}")
                     break
-                nested(round_, resolved.run, round_number)
+                call_subflow(round_, resolved.run, round_number)
                 if complete_round(session.head) < round_number:
                     raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
         if ended is not None:  # which the report says

@@ -41,7 +41,7 @@ from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.training.step_checkpoints import StepCheckpoints
-from spinreg_core.training.trainer import Round
+from spinreg_core.training.trainer import RoundTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,7 +70,7 @@ def a_store(arguments: argparse.Namespace, folder: Path) -> Iterator[Store]:
         yield open_store(f"s3://{server.bucket}/checkpoints")
 
 
-def seconds_of_copy(round_: Round) -> float:
+def seconds_of_copy(round_: RoundTrainer) -> float:
     """One copy of what a checkpoint holds to (other) host memory."""
     tensors = [p.detach() for p in round_.model.parameters()]
     tensors += [t for state in round_.optimizer.state.values() for t in state.values()]
@@ -111,7 +111,7 @@ def main() -> None:
             "objective": {"alpha": 1.0},
         })  # fmt: skip
         pairs = rows(2, 1, load_config(model_folder).vocab_size, lengths=(40, 40, 40))
-        round_ = Round(load_for(ranks, model_folder, "mixed"), pairs, objective=config.objective,
+        round_ = RoundTrainer(load_for(ranks, model_folder, "mixed"), pairs, objective=config.objective,
                        training=config.training, seed=0, round_number=1, tokens_per_pass=4096, ranks=ranks)  # fmt: skip
         object_id = f"train-{time.time_ns():032x}"
         job = Job("train", object_id, {}, store.url, "e0001-aa", 1, {}, config, folder / "work")

@@ -31,8 +31,8 @@ from work import SHAPES, load_config, measured_peak, processor, rows, write_mode
 from spinreg_core.config import ObjectiveConfig, ResourcesConfig, TrainingConfig
 from spinreg_core.logprobs.packing import group
 from spinreg_core.logprobs.policy import load_for
-from spinreg_core.runtime.distributed import Ranks, join, leave
-from spinreg_core.training.trainer import Round
+from spinreg_core.runtime.distributed import Ranks, destroy_ranks, init_ranks
+from spinreg_core.training.trainer import RoundTrainer
 
 MIDDLE = {"prompts": 8, "answers": 1, "prompt": 100, "answer": 150}
 VARIED = {"prompts": [2, 4, 16, 32], "answers": [2, 4], "prompt": [25, 400], "answer": [40, 75, 300, 600]}
@@ -60,18 +60,20 @@ def points(quick: bool) -> list[dict[str, int]]:
     return found
 
 
-def a_round(arguments: argparse.Namespace, folder: str, point: dict[str, int], model: Any, ranks: Ranks) -> Round:
+def a_round(
+    arguments: argparse.Namespace, folder: str, point: dict[str, int], model: Any, ranks: Ranks
+) -> RoundTrainer:
     """One whose every step takes all its pairs."""
     vocabulary = load_config(folder).vocab_size
     lengths = (point["prompt"], point["answer"], point["answer"])
     pairs = rows(point["prompts"], point["answers"], vocabulary, lengths=lengths)
     training = TrainingConfig(batch_size=len(pairs), epochs=99, precision=arguments.precision, schedule="constant",
                               learning_rate=1e-9, optimizer="rmsprop")  # fmt: skip
-    return Round(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=0,
+    return RoundTrainer(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=0,
                  round_number=1, tokens_per_pass=arguments.tokens_per_pass, ranks=ranks)  # fmt: skip
 
 
-def tokens_of(round_: Round) -> int:
+def tokens_of(round_: RoundTrainer) -> int:
     prompts = [p["prompt_ids"] for p in round_.pairs] * 2
     groups, _ = group(prompts, [p["real_ids"] for p in round_.pairs] + [p["generated_ids"] for p in round_.pairs])
     return sum(g.tokens for g in groups)
@@ -99,12 +101,12 @@ def measure(arguments: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
 def on_ranks(arguments: argparse.Namespace, folder: str) -> None:
     """Run on every rank: steps of the middle point."""
-    ranks = join(ResourcesConfig())
+    ranks = init_ranks(ResourcesConfig())
     round_ = a_round(arguments, folder, MIDDLE, load_for(ranks, folder, arguments.precision), ranks)
     times = [round_.step()["seconds"] for _ in range(3)]
     if ranks.first:
         print(json.dumps(times[1:]), flush=True)
-    leave()
+    destroy_ranks()
 
 
 def ranked(arguments: argparse.Namespace, folder: str, count: int) -> list[float]:

@@ -77,7 +77,7 @@ def timed_spinreg(arguments: argparse.Namespace) -> None:
     from spinreg_core.logprobs.policy import load_for
     from spinreg_core.logprobs.sequence import packs
     from spinreg_core.runtime.distributed import Ranks
-    from spinreg_core.training.trainer import Round
+    from spinreg_core.training.trainer import RoundTrainer
 
     gpu = torch.cuda.is_available()
     config = load_config(arguments.folder)
@@ -86,7 +86,7 @@ def timed_spinreg(arguments: argparse.Namespace) -> None:
                               schedule="constant", learning_rate=1e-7, optimizer="rmsprop")  # fmt: skip
     ranks = Ranks(torch.device("cuda" if gpu else "cpu"), compile=gpu)  # as a run does it
     model = load_for(ranks, arguments.folder, arguments.precision)
-    round_ = Round(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=0,
+    round_ = RoundTrainer(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=0,
                    round_number=1, tokens_per_pass=arguments.tokens_per_pass)  # fmt: skip
     size = arguments.prompts * arguments.answers  # the order of the rows, so that both train on the same batches
     round_.batches = [(0, list(range(start, start + size))) for start in range(0, len(pairs), size)]

@@ -7,21 +7,21 @@ import math
 from typing import Any
 
 
-def strict(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """The same with NaN and infinities as None, which JSON can hold."""
     if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
+        return {key: json_safe(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [strict(item) for item in value]
+        return [json_safe(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """A nested mapping as (`group.field`, value) pairs; values as a person would type them."""
     found: list[tuple[str, str]] = []
     for key, value in tree.items():
         if isinstance(value, dict):
-            found += leaves(value, f"{prefix}{key}.")
+            found += flatten(value, f"{prefix}{key}.")
         else:
             found.append((prefix + key, value if isinstance(value, str) else json.dumps(value)))
     return found

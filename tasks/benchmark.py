@@ -14,7 +14,7 @@ from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record_measured
 from spinreg_core.errors import StagePreempted
 from spinreg_core.runs.objects import read_manifest, require_manifest
-from tasks.context import current
+from tasks.context import current_context
 from tasks.run_stage import preempted, watched_stage
 
 
@@ -26,7 +26,7 @@ from tasks.run_stage import preempted, watched_stage
 )
 def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
     """Returns {"stage", "round", "uris", "metrics", "seconds", "reused"}."""
-    context = current()
+    context = current_context()
     store, session, config = context.store, context.session, context.config
     context.check()
     plan = plan_benchmark(config, session.head, round_number)
@@ -67,7 +67,7 @@ def check_benchmarks(run: str) -> dict[str, Any] | State[dict[str, Any]]:
 
     Returns {"tasks": {name: {"documents", "fewshot"}}, "reused"}. Raises BadInput.
     """
-    context = current()
+    context = current_context()
     store, session, config = context.store, context.session, context.config
     context.check()
     plan = plan_check(config)

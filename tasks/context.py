@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import SpinregError
-from spinreg_core.runs.lease import Session
+from spinreg_core.runs.lease import RunLease
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
 from tasks.prewarm import discard_spare
@@ -26,7 +26,7 @@ from tasks.prewarm import discard_spare
 class Context:
     config: RunConfig
     store: Store
-    session: Session
+    session: RunLease
     target: int = 0  # the round this flow run goes to
     cancelled: Callable[[], None] = lambda: None  # raises once the flow run is cancelled
     failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
@@ -54,13 +54,13 @@ class Context:
 _current: ContextVar[Context] = ContextVar("spinreg-context")
 
 
-def current() -> Context:
+def current_context() -> Context:
     """The context of the flow run this code is called by."""
     return _current.get()
 
 
 @contextmanager
-def entered(context: Context) -> Iterator[Context]:
+def use_context(context: Context) -> Iterator[Context]:
     """Makes `context` the current one inside the block; no spare process is left after it."""
     token = _current.set(context)
     try:

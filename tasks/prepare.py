@@ -11,7 +11,7 @@ from prefect.states import Completed
 
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_manifest
-from tasks.context import Context, current
+from tasks.context import Context, current_context
 from tasks.run_stage import watched_stage
 
 
@@ -23,7 +23,7 @@ from tasks.run_stage import watched_stage
 )
 def prepare(run: str) -> dict[str, Any] | State[dict[str, Any]]:
     """Returns {"base", "data", "summary", "reused"}: two object ids and the counts of rows."""
-    context = current()
+    context = current_context()
     store, session = context.store, context.session
     base, data = session.head.get("base"), session.head.get("data")
     if base and data:

@@ -14,17 +14,17 @@ from prefect.tasks import Task, exponential_backoff
 
 from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput, Damaged, JudgeAway, LeaseLost, StagePreempted
-from spinreg_core.maintenance.retention import read_later
+from spinreg_core.maintenance.retention import needed_by_later_stages
 from spinreg_core.runs.head import stage_object
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_manifest, read_record, require_manifest
-from spinreg_core.runs.plans import PLANS
+from spinreg_core.runs.plans import STAGE_PLANS
 from tasks.artifacts import StageProgress, artifact_key
 from tasks.cancellation import RunCancelled
-from tasks.context import current
+from tasks.context import current_context
 from tasks.log import run_log
 from tasks.prewarm import prepare_spare, take_spare
-from tasks.server import called
+from tasks.server import call_task
 from tasks.stage_process import run_stage
 
 
@@ -54,7 +54,7 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
             retry_jitter_factor=0.3,
             retry_condition_fn=may_retry,
         )
-    result: Any = called(task, *arguments)
+    result: Any = call_task(task, *arguments)
     # A task that returns a state of its own ("Reused") hands back the state, not its data.
     return result.result() if isinstance(result, State) else result
 
@@ -64,7 +64,7 @@ def watched_stage(job: Job, *name: object) -> dict[str, Any]:
 
     The process of the stage after it is started meanwhile, up to its imports.
     """
-    context = current()
+    context = current_context()
     deadline = context.config.resources.deadline_minutes
 
     last = job.stage in ("evaluate", "benchmark") and job.round >= context.target
@@ -85,11 +85,11 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
     object that exists under the stage's fingerprint (another run made it, or this one was killed between publishing
     and committing): it is taken over. Otherwise the stage's process runs; it continues from its own committed parts.
     """
-    context = current()
+    context = current_context()
     store, session, config = context.store, context.session, context.config
     context.check()
     committed = stage_object(session.head, round_number, stage)
-    plan = PLANS[stage](config, session.head, round_number)
+    plan = STAGE_PLANS[stage](config, session.head, round_number)
     object_id = committed or plan.object_id
     manifest = read_manifest(store, object_id)
     if committed and manifest is None:
@@ -97,7 +97,7 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
         if record is None:
             where = store.uri(f"objects/{object_id}")
             raise Damaged(f"{where}: committed as round {round_number} {stage}, but not there")
-        if object_id not in read_later(config, session.head):
+        if object_id not in needed_by_later_stages(config, session.head):
             manifest = record
     reused = manifest is not None
     if manifest is None:

@@ -58,7 +58,7 @@ def wait_for_server(patience_seconds: float = PATIENCE_SECONDS) -> bool:
     return True
 
 
-def called(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def call_task(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call `task` or, while the server is away, the same task without tags.
 
     Tags make Prefect ask the server for concurrency slots before the task begins, and fail where it is away.
@@ -77,7 +77,7 @@ def called(task: Task[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return cast(R, untagged(*args, **kwargs))
 
 
-def nested(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def call_subflow(flow: Flow[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call `flow` as a nested flow run or, while the server is away, its plain function.
 
     The function must be one that can be called again: where the server went away in the middle, it is, and

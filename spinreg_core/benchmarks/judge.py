@@ -27,7 +27,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from spinreg_core.benchmarks.judge_client import Budget, Endpoint, Messages, Stopped, most_prompt_tokens, place, price
+from spinreg_core.benchmarks.judge_client import (
+    Budget,
+    Endpoint,
+    Messages,
+    Stopped,
+    endpoint_identity,
+    most_prompt_tokens,
+    price,
+)
 from spinreg_core.config import JudgeConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.runs.objects import now
@@ -40,7 +48,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Asked:
+class JudgeQuestion:
     """What a judge is asked. `name`: for messages to people."""
 
     name: str
@@ -48,7 +56,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Judged(Generic[T]):
+class JudgeVerdicts(Generic[T]):
     """`values`: a verdict per question, in their order; None where none of `judge.tries` answers held one.
 
     `cost`: {"seconds"} of this attempt, {"requests", "prompt_tokens", "answer_tokens", "paid"} of this payer, all its
@@ -69,7 +77,7 @@ class _State(Generic[T]):
     """Of one question: the verdict so far, the next try, and the documents that were read or written for it, also those
     of replies that came too late (`_twice_key`)."""
 
-    question: Asked
+    question: JudgeQuestion
     value: T | None
     attempt: int
     found: list[dict[str, Any]]
@@ -77,7 +85,8 @@ class _State(Generic[T]):
 
 def request_of(judge: JudgeConfig, messages: Messages, attempt: int) -> dict[str, Any]:
     """What a verdict is kept under."""
-    return {"endpoint": place(judge), "model": judge.model, "messages": messages, "temperature": judge.temperature,
+    return {"endpoint": endpoint_identity(judge), "model": judge.model, "messages": messages, "temperature":
+    judge.temperature,
             "max_tokens": judge.max_tokens, "attempt": attempt}  # fmt: skip
 
 
@@ -108,7 +117,7 @@ def require_judge(judge: JudgeConfig) -> None:
 def settings_of(judge: JudgeConfig) -> dict[str, Any]:
     """What of the judge can change its verdicts: part of the fingerprint of what is made of them."""
     names = ("model", "temperature", "max_tokens", "tries")
-    return {"endpoint": place(judge)} | {name: getattr(judge, name) for name in names}
+    return {"endpoint": endpoint_identity(judge)} | {name: getattr(judge, name) for name in names}
 
 
 def paid_text(cost: dict[str, Any]) -> str:
@@ -116,9 +125,14 @@ def paid_text(cost: dict[str, Any]) -> str:
     return f"requests: {cost['requests']} paid for by this ({cost['paid']:.4g}), {cost['requests_before']} before"
 
 
-def judged(
-    store: Store, judge: JudgeConfig, questions: Sequence[Asked], parse: Callable[[str], T | None], *, payer: str
-) -> Judged[T]:
+def ask_judge(
+    store: Store,
+    judge: JudgeConfig,
+    questions: Sequence[JudgeQuestion],
+    parse: Callable[[str], T | None],
+    *,
+    payer: str,
+) -> JudgeVerdicts[T]:
     """Have questions judged; what the store holds already is not asked for again.
 
     parse: the verdict in an answer of the judge, or None where it holds none; then the judge is asked once more, up to
@@ -165,10 +179,10 @@ def judged(
     cost = {"seconds": round(time.monotonic() - start, 3)} | own | {f"{k}_before": v for k, v in before.items()}
     cost["unanswered"] = len(lost) + budget.unanswered
     values = [states[verdict_key(request_of(judge, q.messages, 0))].value for q in questions]
-    return Judged(values, cost)
+    return JudgeVerdicts(values, cost)
 
 
-def _stored(store: Store, judge: JudgeConfig, question: Asked, parse: Callable[[str], T | None]) -> _State[T]:
+def _stored(store: Store, judge: JudgeConfig, question: JudgeQuestion, parse: Callable[[str], T | None]) -> _State[T]:
     state: _State[T] = _State(question, None, 0, [])
     while state.value is None and state.attempt < judge.tries:
         document = _read(store, request_of(judge, question.messages, state.attempt))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spinreg_core.benchmarks.judge import Asked, Judged, judged, paid_text, require_judge, settings_of
+from spinreg_core.benchmarks.judge import JudgeQuestion, JudgeVerdicts, ask_judge, paid_text, require_judge, settings_of
 from spinreg_core.benchmarks.judge_client import Messages
 from spinreg_core.benchmarks.judge_prompts import PAIR, Preference, Prompts, load_prompts, parse_preference
 from spinreg_core.config import RunConfig
@@ -50,18 +50,19 @@ def agreement(store: Store, config: RunConfig, source: str, limit: int | None = 
     """Have the pairs of `source` judged and compare. Returns a text and the same as JSON.
 
     source: `human` or `gpt4_pair`, splits of the published data on the hub, or a file (Parquet, JSON lines). limit: how
-    many votes count, the first ones. Raises BadInput, and as `judged`.
+    many votes count, the first ones. Raises BadInput, and as `ask_judge`.
     """
     require_judge(config.judge)
     if limit is not None and limit < 1:
         raise BadInput("--limit", limit, "at least one vote")
     prompts, votes = load_prompts(config.judge, PAIR), load_votes(source)[:limit]
     pairs = {vote.pair: vote for vote in votes}
-    asked = [Asked(f"question {vote.question_id}, {order}", _messages(prompts, vote, swapped=order == "swapped"))
+    asked = [JudgeQuestion(f"question {vote.question_id}, {order}", _messages(prompts, vote, swapped=order ==
+    "swapped"))
              for vote in pairs.values() for order in ("as given", "swapped")]  # fmt: skip
     asked_about = {"pairs": sorted(map(repr, pairs))}
     payer = fingerprint("agreement", {"judge": settings_of(config.judge), "prompts": prompts.sha256} | asked_about)
-    found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=payer)
+    found: JudgeVerdicts[Preference] = ask_judge(store, config.judge, asked, parse_preference, payer=payer)
     both = list(zip(found.values[::2], found.values[1::2], strict=True))
     verdicts = {pair: combined(*orders) for pair, orders in zip(pairs, both, strict=True)}
     metrics = agreement_metrics(votes, verdicts, resamples=config.evaluation.bootstrap, seed=config.seed)

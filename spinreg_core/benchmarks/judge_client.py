@@ -109,7 +109,7 @@ def most_prompt_tokens(messages: Messages) -> int:
     return _AROUND_MESSAGES + sum(len(message["content"].encode()) for message in messages)
 
 
-def place(judge: JudgeConfig) -> str:
+def endpoint_identity(judge: JudgeConfig) -> str:
     """Host and path of the endpoint, without its port: who starts a server anew, or behind another port, asks the same
     judge."""
     parts = urlsplit(str(judge.base_url))
@@ -172,7 +172,7 @@ class Endpoint:
             failures += 1
             if time.monotonic() + wait > first_failure + judge.patience_seconds:
                 raise JudgeAway(
-                    f"judge.base_url, {place(judge)}: {problem}, {failures} times; not waiting longer than "
+                    f"judge.base_url, {endpoint_identity(judge)}: {problem}, {failures} times; not waiting longer than "
                     f"judge.patience_seconds ({judge.patience_seconds:g}). Verdicts so far are kept"
                 )
             self._pause(wait)
@@ -221,13 +221,13 @@ class Endpoint:
     def _refusal(self, where: str, status: int, said: str) -> BadInput:
         judge = self._judge
         if status in (401, 403):
-            held = "a key" if self._key else "no key"
-            return BadInput(f"judge.key_variable, {judge.key_variable}", f"{held}, and {place(judge)} answers {said}",
+            held, where_ = "a key" if self._key else "no key", endpoint_identity(judge)
+            return BadInput(f"judge.key_variable, {judge.key_variable}", f"{held}, and {where_} answers {said}",
                             "the name of an environment variable with a key of that endpoint")  # fmt: skip
         if status in (404, 405) or 300 <= status < 400:
-            return BadInput("judge.model", f"{judge.model!r}, and {place(judge)} answers {said}",
+            return BadInput("judge.model", f"{judge.model!r}, and {endpoint_identity(judge)} answers {said}",
                             "a model of that endpoint, and a base_url that ends before /chat/completions")  # fmt: skip
-        return BadInput(f"judge, {where}", said, f"a request that {judge.model!r} at {place(judge)} takes")
+        return BadInput(f"judge, {where}", said, f"a request that {judge.model!r} at {endpoint_identity(judge)} takes")
 
     def _said(self, response: httpx.Response) -> str:
         try:

@@ -33,7 +33,7 @@ from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, Ba
 from spinreg_core.input_limits import LARGEST_TASK_FILE, require_small_file
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_manifest
-from spinreg_core.runs.plans import Plan, policy_object
+from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.runtime.supervision import Preempted
 from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.open import open_store
@@ -45,14 +45,15 @@ _SAID = ("bad input: ", "damaged: ")  # what begins the message of a process tha
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
-def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
+def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
     """A part for each task. Raises BadInput where lm-eval, its backend or the include path is not there."""
     wanted = config.benchmarks
     if not wanted.tasks:
         return []
     settled = {"lm_eval": _version(), "backend": backend_of(config)} | data_key(wanted)
     return [
-        Plan("lm-eval", iterate, key | settled, {"policy": key["policy"]}, {}) for key in known(config, head, iterate)
+        StagePlan("lm-eval", iterate, key | settled, {"policy": key["policy"]}, {})
+        for key in known(config, head, iterate)
     ]
 
 
@@ -79,7 +80,7 @@ def chat_arguments(config: RunConfig) -> dict[str, Any]:
     return dict(config.data.template_arguments) if config.benchmarks.questions_as == "chat" else {}
 
 
-def plan_check(config: RunConfig) -> Plan | None:
+def plan_check(config: RunConfig) -> StagePlan | None:
     """The job that asks lm-eval about the tasks; None where none is wanted. Raises BadInput as `plans`."""
     wanted = config.benchmarks
     if not wanted.tasks or wanted.rounds == []:
@@ -89,7 +90,7 @@ def plan_check(config: RunConfig) -> Plan | None:
     # What is found holds for this machine alone, since its last start: another one may not have the data.
     key = {"tasks": tasks, "lm_eval": _version(), "include": include_hash(wanted), "model": config.model,
            "machine": f"{socket.gethostname()} {_boot()}"} | data_key(wanted)  # fmt: skip
-    return Plan("lm-eval-check", 0, key, {}, {})
+    return StagePlan("lm-eval-check", 0, key, {}, {})
 
 
 def _boot() -> str:

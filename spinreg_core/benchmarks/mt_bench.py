@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.judge import Asked, judged, settings_of
+from spinreg_core.benchmarks.judge import JudgeQuestion, ask_judge, settings_of
 from spinreg_core.benchmarks.judge_client import Messages
 from spinreg_core.benchmarks.judge_prompts import SINGLE, Prompts, load_prompts, parse_rating
 from spinreg_core.benchmarks.mt_bench_questions import (
@@ -34,13 +34,13 @@ from spinreg_core.evaluation.intervals import Estimate, bootstrap_mean, grouped_
 from spinreg_core.runs.fetch import fetch_files
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import publish, read_manifest, require_manifest, versions
-from spinreg_core.runs.plans import Plan, policy_object
+from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.runtime.child import run_in_process
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
 
-def check(config: RunConfig) -> None:
+def require_mt_bench_files(config: RunConfig) -> None:
     """Raise BadInput for questions, references or prompts that cannot be used; questions of the hub are looked at when
     they are loaded."""
     if config.benchmarks.mt_bench is None:
@@ -50,8 +50,9 @@ def check(config: RunConfig) -> None:
         load_questions(config.benchmarks)
 
 
-def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
-    """The grades of iterate n's answers, and in `extra` the job that answers. Raises BadInput as `check`."""
+def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
+    """The grades of iterate n's answers, and in `extra` the job that answers. Raises BadInput as
+    `require_benchmark_files`."""
     benchmarks = config.benchmarks
     if benchmarks.mt_bench is None:
         return []
@@ -65,7 +66,7 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
         # As configured: what auto means differs between machines, and all of them should find the answers.
         "engine": config.generation.engine, "dtype": sampling_dtype(config),
     }  # fmt: skip
-    answers = Plan("mt-bench-answers", iterate, answers_key, {"policy": policy}, {})
+    answers = StagePlan("mt-bench-answers", iterate, answers_key, {"policy": policy}, {})
     key = {
         "answers": answers.object_id, "judge": settings_of(config.judge),
         "prompts": load_prompts(config.judge, SINGLE).sha256,
@@ -74,13 +75,13 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
     }  # fmt: skip
     part = {"object_id": answers.object_id, "key": answers.key, "inputs": answers.inputs}
     inputs = {"policy": policy, "answers": answers.object_id}
-    return [Plan("mt-bench", iterate, key, inputs, {"answers": part})]
+    return [StagePlan("mt-bench", iterate, key, inputs, {"answers": part})]
 
 
 def run(job: Job) -> dict[str, Any]:
     """Have the questions answered and the answers graded. Returns the manifest.
 
-    Raises as `judged`; BadInput where the judge gave no grade at all, or a file changed since the job was planned.
+    Raises as `ask_judge`; BadInput where the judge gave no grade at all, or a file changed since the job was planned.
     """
     store, config = open_store(job.store), job.config
     prompts, questions = load_prompts(config.judge, SINGLE), load_questions(config.benchmarks)
@@ -95,9 +96,10 @@ def run(job: Job) -> dict[str, Any]:
     if texts.keys() != {(q.question_id, turn) for q, turn in wanted}:
         raise Damaged(f"{answers['object_id']}: found answers to other questions; expected those of this benchmark")
     asked = [
-        Asked(f"question {q.question_id}, turn {turn}", graded_with(prompts, q, turn, texts)) for q, turn in wanted
+        JudgeQuestion(f"question {q.question_id}, turn {turn}", graded_with(prompts, q, turn, texts))
+        for q, turn in wanted
     ]
-    found = judged(store, config.judge, asked, parse_rating, payer=job.object_id)
+    found = ask_judge(store, config.judge, asked, parse_rating, payer=job.object_id)
     grades = {(q.question_id, turn): value for (q, turn), value in zip(wanted, found.values, strict=True)}
     if not any(value is not None for value in grades.values()):
         raise BadInput("judge.model", f"{config.judge.model!r}, none of whose {len(asked)} answers holds a rating",

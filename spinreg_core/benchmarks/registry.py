@@ -17,22 +17,22 @@ from typing import Any
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
 from spinreg_core.config import RunConfig
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.lease import Session
+from spinreg_core.runs.lease import RunLease
 from spinreg_core.runs.objects import read_manifest, require_manifest
-from spinreg_core.runs.plans import Plan, measured_objects
+from spinreg_core.runs.plans import StagePlan, measured_objects
 from spinreg_core.store.base import Store
 
 KINDS = {"lm-eval": lm_eval, "mt-bench": mt_bench, "win-rate": win_rate}
 
 
-def check(config: RunConfig) -> None:
+def require_benchmark_files(config: RunConfig) -> None:
     """Raise BadInput for what a benchmark would be refused for later: files that cannot be used. Takes no GPU, asks no
     judge."""
-    mt_bench.check(config)
-    win_rate.check(config)
+    mt_bench.require_mt_bench_files(config)
+    win_rate.require_judge(config)
 
 
-def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
+def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
     """What iterate n is measured with, as the configuration says now. Needs its committed evaluation. Raises BadInput
     for what cannot be measured here (`lm_eval.plans`)."""
     wanted = config.benchmarks.rounds
@@ -67,7 +67,7 @@ def _key_of(store: Store, object_id: str) -> dict[str, Any]:
     return _keys[place]
 
 
-def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan | None:
+def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> StagePlan | None:
     """The job that measures whatever of iterate n's parts is missing; None where nothing is wanted."""
     parts = parts_of(config, head, iterate)
     if not parts:
@@ -79,7 +79,7 @@ def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> Pla
              "extra": plan.extra} for plan in parts
         ]
     }  # fmt: skip
-    return Plan("benchmark", iterate, {"parts": sorted(inputs)}, inputs, extra)
+    return StagePlan("benchmark", iterate, {"parts": sorted(inputs)}, inputs, extra)
 
 
 def part_name(key: dict[str, Any], stage: str) -> str:
@@ -87,14 +87,14 @@ def part_name(key: dict[str, Any], stage: str) -> str:
     return f"{stage} {key.get('name', stage)}"
 
 
-def measured_of(store: Store, plan: Plan) -> dict[str, str]:
+def measured_of(store: Store, plan: StagePlan) -> dict[str, str]:
     """Of the parts of `plan_benchmark`, the objects of those that are measured, by their names."""
     parts = plan.extra["parts"]
     found = {part_name(part["key"], part["stage"]): part["object_id"] for part in parts}
     return {name: object_id for name, object_id in found.items() if read_manifest(store, object_id) is not None}
 
 
-def record_measured(session: Session, iterate: int, objects: dict[str, str]) -> None:
+def record_measured(session: RunLease, iterate: int, objects: dict[str, str]) -> None:
     """Say in a run's head what an iterate is measured with, by `part_name`. Unlike a stage, a benchmark may be another
     object later: with other settings. Raises LeaseLost."""
     if objects.items() <= measured_objects(session.head, iterate).items():
@@ -126,5 +126,6 @@ def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: i
     return results
 
 
-__all__ = ["KINDS", "check", "is_measured", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured",
+__all__ = ["KINDS", "is_measured", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured",
+"require_benchmark_files",
            "results_of"]  # fmt: skip

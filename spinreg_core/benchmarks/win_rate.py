@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.judge import Asked, Judged, judged, settings_of
+from spinreg_core.benchmarks.judge import JudgeQuestion, JudgeVerdicts, ask_judge, settings_of
 from spinreg_core.benchmarks.judge_prompts import Preference, Prompts, load_prompts, parse_preference
 from spinreg_core.benchmarks.results import write_part
 from spinreg_core.config import RunConfig
@@ -46,7 +46,7 @@ from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import stage_object
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import publish, versions
-from spinreg_core.runs.plans import Plan, policy_object
+from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
@@ -65,13 +65,13 @@ class Pair:
     other: str
 
 
-def check(config: RunConfig) -> None:
+def require_judge(config: RunConfig) -> None:
     """Raise BadInput for prompts that cannot be used."""
     if config.benchmarks.win_rate:
         load_prompts(config.judge, [PROMPT])
 
 
-def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
+def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
     """One part for each of `benchmarks.win_rate`. The base has itself as base and no previous. Raises BadInput."""
     found = []
     for against in config.benchmarks.win_rate:
@@ -87,7 +87,7 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Plan]:
             "prompts": load_prompts(config.judge, [PROMPT]).sha256, "limit": config.benchmarks.win_rate_prompts,
             "seed": config.seed, "bootstrap": config.evaluation.bootstrap,
         }  # fmt: skip
-        found.append(Plan("win-rate", iterate, key, inputs, {}))
+        found.append(StagePlan("win-rate", iterate, key, inputs, {}))
     return found
 
 
@@ -155,14 +155,14 @@ def judge_pairs(
     store: Store, config: RunConfig, pairs: Sequence[Pair], prompts: Prompts, *, payer: str
 ) -> tuple[dict[str, Estimate], list[tuple[str, str, float]], dict[str, Any]]:
     """Have every pair of different texts judged in both orders. Returns metrics and items (`win_metrics`), and the
-    cost. Raises as `judged`; BadInput where the judge gave no verdict on any prompt in both orders."""
+    cost. Raises as `ask_judge`; BadInput where the judge gave no verdict on any prompt in both orders."""
     different = [pair for pair in pairs if pair.own != pair.other]
     asked = []
     for pair in different:
         for order, a, b in (("own first", pair.own, pair.other), ("own second", pair.other, pair.own)):
             messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
-            asked.append(Asked(f"prompt {pair.prompt_id}, {order}", messages))
-    found: Judged[Preference] = judged(store, config.judge, asked, parse_preference, payer=payer)
+            asked.append(JudgeQuestion(f"prompt {pair.prompt_id}, {order}", messages))
+    found: JudgeVerdicts[Preference] = ask_judge(store, config.judge, asked, parse_preference, payer=payer)
     in_order = iter(found.values)
     verdicts: list[Both | None] = [
         (next(in_order), next(in_order)) if pair.own != pair.other else None for pair in pairs

@@ -41,11 +41,11 @@ from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.evaluation.metrics import PRIMARY
-from spinreg_core.evaluation.paired import Resampled, Scores, correct, difference, estimate
+from spinreg_core.evaluation.paired import Resampled, Scores, apply_holm, difference, estimate
 from spinreg_core.runs.head import stage_object
 from spinreg_core.runs.objects import versions
 from spinreg_core.store.base import Store
-from spinreg_core.store.cache import borrowed
+from spinreg_core.store.cache import pinned
 
 SCHEMA = 1
 FAMILIES = ("verdict", "table", "rounds")
@@ -87,7 +87,7 @@ def comparison_data(
         raise BadInput("runs to compare", ", ".join(map(repr, runs)) or "none", "at least two different runs")
     if against is not None and against not in runs:
         raise BadInput("--against", repr(against), f"one of the compared runs ({', '.join(runs)})")
-    with borrowed():
+    with pinned():
         members, repeats = one_per_seed([read_evaluated(store, run) for run in runs], against)
         if len(members) < 2:
             raise BadInput("runs to compare", f"{', '.join(runs)}, of one configuration and seed", "different runs")
@@ -238,7 +238,7 @@ def _comparisons(
                     elif not same:
                         first[content] = found[-1]
     for family in FAMILIES:
-        correct([one for one in found if one["family"] == family and one["repeats"] is None])
+        apply_holm([one for one in found if one["family"] == family and one["repeats"] is None])
     for one, original in repeated:
         one |= {name: original[name] for name in ("p_holm", "corrected_low", "corrected_high", "supported")}
     for one in found:

@@ -31,7 +31,7 @@ from spinreg_core.runs.head import (
     stage_object,
 )
 from spinreg_core.runs.objects import fingerprint
-from spinreg_core.runs.plans import PLANS
+from spinreg_core.runs.plans import STAGE_PLANS
 from spinreg_core.store.base import Store
 
 BASE = (0, "base")
@@ -65,7 +65,7 @@ class Member:
         head: dict[str, Any] = {"run": "", "rounds": [], "base": base, "data": fingerprint("data", rows)}
         found = {BASE: base}
         for number, stage in [(0, "evaluate"), *itertools.product(range(1, self.target + 1), ROUND_STAGES)]:
-            found[number, stage] = PLANS[stage](self.config, head, number).object_id
+            found[number, stage] = STAGE_PLANS[stage](self.config, head, number).object_id
             enter_stage(head, number, stage, found[number, stage])
         return found
 

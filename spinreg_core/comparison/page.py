@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from spinreg_core.comparison.compare import comparison_data
 from spinreg_core.comparison.text import cells, counts_at, mark
 from spinreg_core.evaluation.formatting import format_estimate
-from spinreg_core.formatting import format_duration, strict
+from spinreg_core.formatting import format_duration, json_safe
 from spinreg_core.reports.templating import template
 from spinreg_core.store.base import Store
 
@@ -45,7 +45,7 @@ def write_comparison(
 
     Returns their keys as `html`, `json`, `csv`, `parquet`, and the `data`. Raises as `comparison_data`.
     """
-    data = strict(comparison_data(store, runs, against, name, failed))
+    data = json_safe(comparison_data(store, runs, against, name, failed))
     place = f"comparisons/{data['name']}"
     named = {"html": "report.html", "json": "report.json", "csv": "table.csv", "parquet": "table.parquet"}
     keys = {kind: f"{place}/{file}" for kind, file in named.items()}

@@ -23,7 +23,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.heldout import row_scores
 from spinreg_core.evaluation.metrics import GAME, METRICS
 from spinreg_core.evaluation.paired import Scores
-from spinreg_core.formatting import leaves
+from spinreg_core.formatting import flatten
 from spinreg_core.reports.run_report import HELDOUT_ANSWERS, alarms, read_run, tokens_of
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import ROUND_STAGES, stage_object
@@ -207,7 +207,7 @@ def variants_of(members: list[Evaluated]) -> list[Variant]:
                 break
         else:
             groups.append([member])
-    fields = [dict(leaves(variant_fields(group[0].config))) for group in groups]
+    fields = [dict(flatten(variant_fields(group[0].config))) for group in groups]
     telling = [name for name in dict.fromkeys(n for one in fields for n in one)
                if len({one.get(name) for one in fields}) > 1]  # fmt: skip
     labels = [", ".join(f"{name.rpartition('.')[2]} {one.get(name, '-')}" for name in telling) for one in fields]

@@ -134,7 +134,7 @@ def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str
             writer.write_table(waiting)
 
 
-def spread(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
+def length_distribution(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
     """Mean, median, 95th percentile (nearest rank) and largest of some lengths."""
     ordered = np.sort(np.asarray(values, np.int64))
     if not len(ordered):

@@ -18,7 +18,7 @@ from spinreg_core.data.contamination import Guard, evaluation_prompts, guarded
 from spinreg_core.data.formats import Row
 from spinreg_core.data.load import Loaded
 from spinreg_core.data.mixing import load_mixture, take_shares
-from spinreg_core.data.row_file import pick
+from spinreg_core.data.row_file import take_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.models.chat_template import THOUGHTS
 
@@ -78,7 +78,7 @@ def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]])
             kept.append(index)
         else:
             left_out.append(LeftOut(row.source_row, *problem))
-    return pick(rows, kept), left_out
+    return take_rows(rows, kept), left_out
 
 
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:

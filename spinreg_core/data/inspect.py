@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_row, spread
+from spinreg_core.data.encode import encode_row, length_distribution
 from spinreg_core.data.filters import load_training
 from spinreg_core.data.formats import REASONS, Rejected
 from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, shorten
@@ -67,8 +67,8 @@ def _renderer(config: RunConfig) -> tuple[Any, str]:
 def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any]:
     rows, rejected = loaded.rows, list(loaded.rejected)
     lengths = {
-        "prompt_characters": spread([sum(len(m["content"]) for m in row.messages) for row in rows]),
-        "answer_characters": spread([len(row.answer) for row in rows]),
+        "prompt_characters": length_distribution([sum(len(m["content"]) for m in row.messages) for row in rows]),
+        "answer_characters": length_distribution([len(row.answer) for row in rows]),
     }
     document: dict[str, Any] = {
         "dataset": loaded.dataset,
@@ -99,7 +99,10 @@ def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any
                     "prompt": renderer.text(record["prompt_ids"]),
                     "answer": renderer.text(record["answer_ids"]),
                 })  # fmt: skip
-        lengths |= {"prompt_tokens": spread(tokens["prompt_ids"]), "answer_tokens": spread(tokens["answer_ids"])}
+        lengths |= {
+            "prompt_tokens": length_distribution(tokens["prompt_ids"]),
+            "answer_tokens": length_distribution(tokens["answer_ids"]),
+        }
         names = ("rows", "truncated_answers", "final_answers", "shortened_prompts")
         document |= {name: counts[name] for name in names} | {"examples": examples}
         document |= {"written_before_answers": renderer.written_before}

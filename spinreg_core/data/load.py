@@ -20,7 +20,7 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
 from spinreg_core.data.messages import RowProblem
 from spinreg_core.data.readers import Record
-from spinreg_core.data.row_file import Spool, pick
+from spinreg_core.data.row_file import Spool, take_rows
 from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
 
@@ -104,7 +104,7 @@ def load_rows(
         except RowProblem as problem:
             rejected.append(Rejected(record.row, problem.reason, problem.detail))
     kept, duplicates = exact_duplicates(rows)
-    return Loaded(dataset, layout.format, count, pick(rows, kept), rejected, duplicates, {dataset: last})
+    return Loaded(dataset, layout.format, count, take_rows(rows, kept), rejected, duplicates, {dataset: last})
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
@@ -129,7 +129,7 @@ def exact_duplicates(rows: Sequence[Row]) -> tuple[NDArray[np.int64], Duplicates
     repeated = np.flatnonzero(counts > 1)
     examples = []
     for prompt in sorted(repeated, key=lambda prompt: first[prompt])[:SHOWN]:
-        alike = pick(rows, kept[which == prompt])
+        alike = take_rows(rows, kept[which == prompt])
         numbers = ", ".join(str(row.source_row) for row in alike)
         examples.append(f"{shorten(alike[0].messages[-1]['content'])} (rows {numbers})")
     return kept, Duplicates(len(rows) - len(kept), len(repeated), tuple(examples))

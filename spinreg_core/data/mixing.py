@@ -16,7 +16,7 @@ import numpy as np
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, exact_duplicates, load_rows, require_usable
-from spinreg_core.data.row_file import Spool, pick
+from spinreg_core.data.row_file import Spool, take_rows
 from spinreg_core.errors import BadInput
 
 
@@ -48,7 +48,7 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
         " + ".join(names),
         ", ".join(dict.fromkeys(one.format for one in found)),
         sum(one.records for one in found),
-        pick(rows, kept),
+        take_rows(rows, kept),
         rejected,
         replace(duplicates, exact=duplicates.exact + sum(one.duplicates.exact for one in found)),
         last,
@@ -79,7 +79,7 @@ def take_shares(
         taken.append(own[np.argsort(order[own], kind="stable")[:take]])
         if take < count:
             beyond[name] = count - take
-    return pick(rows, np.sort(np.concatenate(taken))), beyond
+    return take_rows(rows, np.sort(np.concatenate(taken))), beyond
 
 
 def _order(row: Row) -> bytes:

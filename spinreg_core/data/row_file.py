@@ -64,6 +64,6 @@ class Spool(Sequence[Row]):
         return row
 
 
-def pick(rows: Sequence[Row], indices: Iterable[int] | NDArray[np.int64]) -> Sequence[Row]:
+def take_rows(rows: Sequence[Row], indices: Iterable[int] | NDArray[np.int64]) -> Sequence[Row]:
     """Some of the rows, in the order of `indices`: of a spool a view."""
     return rows.take(indices) if isinstance(rows, Spool) else [rows[int(i)] for i in indices]

@@ -35,8 +35,8 @@ from spinreg_core.evaluation.intervals import (
     bootstrap_correlation,
     bootstrap_mean,
     bootstrap_ratio,
+    count_wins,
     wilson,
-    wins,
 )
 from spinreg_core.evaluation.metrics import GAME, METRICS, SEPARATED
 
@@ -112,7 +112,7 @@ def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]
         previous, margin = column("real_previous_logp"), margins(rows, alpha)
         put("nll_vs_base", column("real_base_logp") - real, tokens)
         put("nll_vs_previous", previous - real, tokens)
-        put("reward_accuracy", np.array([wins([m], [0.0], within=TIE_NATS) for m in margin]))
+        put("reward_accuracy", np.array([count_wins([m], [0.0], within=TIE_NATS) for m in margin]))
         put("kl_previous", sample - column("sample_previous_logp"))
     put("kl_base", sample - column("sample_base_logp"))
     lengths = pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)

@@ -141,7 +141,7 @@ def grouped_share(
     return found
 
 
-def wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:
+def count_wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:
     """Number of pairs with left > right; values that differ by no more than `within` count half."""
     difference = np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64)
     return float(np.sum(difference > within) + 0.5 * np.sum(np.abs(difference) <= within))

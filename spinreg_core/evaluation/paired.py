@@ -132,8 +132,8 @@ def difference(
     p: where all questions that differ differ by as much, the sign test (for shares that is McNemar's exact test); where
     at most 12 differ, over all signs of their differences (Fisher's randomisation test). Both are exact where each
     side's denominators are the same, and else as good as the linearisation. Otherwise the larger of Student's with
-    n - 1 degrees and the same without the skew (`unskewed`): where a few questions carry the difference, as is usual
-    against the base, Student's alone makes false claims in up to several times the stated share of cases.
+    n - 1 degrees and the same without the skew (`hall_transform`): where a few questions carry the difference, as is
+    usual against the base, Student's alone makes false claims in up to several times the stated share of cases.
     """
     left, right = _blocks(ours), _blocks(theirs)
     values: list[float] = []
@@ -200,7 +200,7 @@ def _p_value(parts: Floats, value: float, se: float | None, skew: float, n: int)
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=len(parts))))
         sums = np.abs(signs @ parts)
         return float(np.mean(sums >= abs(parts.sum()) * (1 - 1e-9)))
-    return max(student_p(t, n - 1) for t in (value / se, unskewed(value / se, skew, n))) if se else 0.0
+    return max(student_p(t, n - 1) for t in (value / se, hall_transform(value / se, skew, n))) if se else 0.0
 
 
 def sign_p(positive: int, n: int) -> float:
@@ -211,7 +211,7 @@ def sign_p(positive: int, n: int) -> float:
     return min(1.0, 2 * math.fsum(math.exp(one - n * math.log(2)) for one in log))
 
 
-def unskewed(t: float, skew: float, n: int) -> float:
+def hall_transform(t: float, skew: float, n: int) -> float:
     """Hall's transformation of a t statistic of n observations (Hall 1992, J. R. Statist. Soc. B 54, 221-228): rises
     with t, and is closer to Student's distribution than t is where the observations are skewed."""
     u = t / math.sqrt(n)
@@ -219,7 +219,7 @@ def unskewed(t: float, skew: float, n: int) -> float:
 
 
 def skewed(t: float, skew: float, n: int) -> float:
-    """The statistic that `unskewed` makes t of."""
+    """The statistic that `hall_transform` makes t of."""
     if abs(skew) < 1e-6:
         return t
     return math.sqrt(n) * 3 / skew * (math.cbrt(1 + skew * (t / math.sqrt(n) - skew / (6 * n))) - 1)
@@ -249,7 +249,7 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def correct(family: Sequence[dict[str, Any]]) -> None:
+def apply_holm(family: Sequence[dict[str, Any]]) -> None:
     """Add to the differences of one family `p_holm`, the interval at the level Holm tests each with
     (`corrected_low`, `corrected_high`: the t statistics that neither Student's test nor the one without skew rejects)
     and `supported`: the sign of the difference where it is, else 0.

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from spinreg_core.errors import StageFailed
-from spinreg_core.generation.remote_workers import BEGIN, Guests, guests
+from spinreg_core.generation.remote_workers import BEGIN, Guests, remote_workers
 from spinreg_core.generation.shards import Shard, Source
 from spinreg_core.generation.worker_process import EngineProcess, start_engine
 from spinreg_core.runs.job import Job
@@ -85,7 +85,7 @@ def answer_in_processes(
     """
     sources = sorted({shard.source for shard in shards})
     job = replace(job, extra=job.extra | {"sources": [[source.iterate, source.geometric] for source in sources]})
-    with guests(job, store) as waiting:
+    with remote_workers(job, store) as waiting:
         pool = _Pool(job, store, shards, devices, waiting, on_answer, on_commit)
         try:
             pool.run()
@@ -127,11 +127,11 @@ class _Pool:
             except queue.Empty:
                 continue
             if line is not None:
-                self._hear(engine, line)
+                self._on_message(engine, line)
                 continue
             self.engines.remove(engine)
             engine.line.close()
-            self._bury(engine)
+            self._on_worker_exit(engine)
             self._start_own()
         self._count(self.total - self.counted)
 
@@ -173,23 +173,23 @@ class _Pool:
     def _take_on(self, engine: _Engine) -> None:
         self.engines.append(engine)
         threading.Thread(target=_listen, args=(engine, self.said), daemon=True).start()
-        self._give(engine)
+        self._assign(engine)
 
     def _open_to_guests(self) -> list[Shard]:
         return [shard for shard in self.left if shard.number not in self.suspects]
 
-    def _elsewhere(self) -> list[Shard]:
+    def _steal_from_remote(self) -> list[Shard]:
         """What only guests have open, from the end, because they begin at the other: for engines of ours that would be
         idle. A machine that is slow, or hangs, so holds nothing up; whoever commits first counts."""
         ours = {number for engine in self.engines if engine.own is not None for number in engine.open}
         theirs = {number for engine in self.engines if engine.own is None for number in engine.open}
         return [self.by_number[number] for number in sorted(theirs - ours - self.done, reverse=True)]
 
-    def _give(self, engine: _Engine) -> None:
+    def _assign(self, engine: _Engine) -> None:
         found = self.left if engine.own is not None else self._open_to_guests()
         engine.again = engine.own is not None and not found
         if engine.again:
-            found = self._elsewhere()
+            found = self._steal_from_remote()
         # What comes back to the list may be of a source that the engine has left: its own are finished before.
         found = sorted(found, key=lambda shard: shard.source != engine.source)
         engines = max(len(self.devices) * self.job.config.resources.nodes, len(self.engines))
@@ -207,7 +207,7 @@ class _Pool:
         self.counted += answers
         self.on_answer(answers)
 
-    def _hear(self, engine: _Engine, line: str) -> None:
+    def _on_message(self, engine: _Engine, line: str) -> None:
         found = _LINE.match(line)
         if found is None:  # half a line, of an engine that was killed
             engine.last.append(f"it said {line!r}")
@@ -221,7 +221,7 @@ class _Pool:
         elif number:
             self._committed(engine, int(number), json.loads(meta))
         elif idle:
-            self._give(engine)
+            self._assign(engine)
         elif status:
             engine.status, engine.last = int(status), json.loads(last)
 
@@ -233,7 +233,7 @@ class _Pool:
             self.done.add(number)
             self.on_commit(number, meta)
 
-    def _bury(self, engine: _Engine) -> None:
+    def _on_worker_exit(self, engine: _Engine) -> None:
         """An engine has ended: what it had open goes back to the list."""
         if engine.own is not None:  # what another machine lacks does not end the run
             raise_verdict(engine.status, engine.last[-1] if engine.last else "")

@@ -24,7 +24,7 @@ from dataclasses import replace
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, StageFailed
 from spinreg_core.generation.worker_process import start_engine
 from spinreg_core.runs.job import Job
-from spinreg_core.runtime.nodes import announce, retract
+from spinreg_core.runtime.nodes import post_order, withdraw_order
 from spinreg_core.store.base import Store
 
 BEGIN = b"begin\n"  # from the flow's machine: there is work, load the policy
@@ -38,7 +38,7 @@ Guests = queue.SimpleQueue[tuple[socket.socket, str]]  # (an engine that waits t
 
 
 @contextmanager
-def guests(job: Job, store: Store) -> Iterator[Guests]:
+def remote_workers(job: Job, store: Store) -> Iterator[Guests]:
     """Within, the other machines of the run are asked for engines, which arrive in the queue.
 
     Empty for a run of one machine. Raises StageFailed where the port is taken.
@@ -48,19 +48,19 @@ def guests(job: Job, store: Store) -> Iterator[Guests]:
         yield waiting
         return
     with _listening(job) as server:
-        attempt = announce(store, job)
+        attempt = post_order(store, job)
         threading.Thread(target=_accept, args=(server, attempt, waiting), daemon=True).start()
         try:
             yield waiting
         finally:
             with contextlib.suppress(OSError):
                 server.shutdown(socket.SHUT_RDWR)  # wakes the thread
-            retract(store, job, attempt)
+            withdraw_order(store, job, attempt)
             while not waiting.empty():
                 waiting.get()[0].close()
 
 
-def lend_engines(job: Job, attempt: str, devices: list[dict[str, str]]) -> None:
+def offer_workers(job: Job, attempt: str, devices: list[dict[str, str]]) -> None:
     """The guest's side: offer one engine per entry of `devices` (their environments) until all is answered."""
     lines: dict[int, socket.socket] = {}  # by engine; none of them is waited for when this process is told to stop
     over = threading.Event()
@@ -120,10 +120,10 @@ def _accept(server: socket.socket, attempt: str, waiting: Guests) -> None:
             line, peer = server.accept()
         except OSError:
             return  # closed: all is answered
-        threading.Thread(target=_welcome, args=(line, str(peer[0]), attempt, waiting), daemon=True).start()
+        threading.Thread(target=_authenticate, args=(line, str(peer[0]), attempt, waiting), daemon=True).start()
 
 
-def _welcome(line: socket.socket, peer: str, attempt: str, waiting: Guests) -> None:
+def _authenticate(line: socket.socket, peer: str, attempt: str, waiting: Guests) -> None:
     """Let in who knows the attempt: `ATTEMPT NAME`, padded to a fixed length."""
     try:
         line.settimeout(_HELLO_SECONDS)

@@ -64,7 +64,7 @@ _COMMITS_BEHIND = 8  # shards that may wait for their upload before the engine w
 
 
 @dataclass
-class _Open:
+class _ShardInProgress:
     """A shard in the making."""
 
     shard: Shard
@@ -74,7 +74,7 @@ class _Open:
 
 
 @dataclass
-class _Turn:
+class _LoadedSource:
     """An engine at the work of one source."""
 
     source: Source
@@ -105,9 +105,9 @@ def answer_shards(
     """
     folders: dict[str, Path] = {}  # of the policies at hand, by object
     loaded: dict[Path, Any] = {}  # their models
-    turn: _Turn | None = None
+    turn: _LoadedSource | None = None
 
-    def commit(turn: _Turn, done: _Open, seconds: float) -> None:
+    def commit(turn: _LoadedSource, done: _ShardInProgress, seconds: float) -> None:
         answers = [done.answers[i] for i in range(len(done.answers))]
         texts = [turn.renderer.decode(a.token_ids) for a in answers]
         meta = shard_meta(answers, texts) | {
@@ -147,7 +147,7 @@ def _needed(job: Job, source: Source, sources: Sequence[Source]) -> set[str]:
     return {*engine_of(job, source)[1], *bases}
 
 
-def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], loaded: dict[Path, Any]) -> _Turn:
+def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], loaded: dict[Path, Any]) -> _LoadedSource:
     from transformers import AutoConfig
 
     from spinreg_core.models.chat_template import Renderer
@@ -168,10 +168,10 @@ def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], load
         weights=weights, longest=job.config.data.max_prompt_tokens + sampling.max_new_tokens, loaded=loaded,
     )  # fmt: skip
     config = AutoConfig.from_pretrained(own, trust_remote_code=False, local_files_only=True)
-    return _Turn(source, policies, mixture, engine, renderer, sampling, config, [])
+    return _LoadedSource(source, policies, mixture, engine, renderer, sampling, config, [])
 
 
-def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _Open:
+def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _ShardInProgress:
     table, kind = rows.take(shard.rows), job.extra["rows"]
     names = table["prompt_id"].to_pylist()
     check_prompts(table["prompt_ids"].to_pylist(), sampling, config, names)
@@ -181,17 +181,17 @@ def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any)
         answer_seed(seed=job.config.seed, round_number=number, kind=kind, prompt_id=name, answer=int(which))
         for name, which in zip(names, shard.answers, strict=True)
     ]
-    return _Open(shard, table, seeds, {})
+    return _ShardInProgress(shard, table, seeds, {})
 
 
 def _answer_wave(
-    turn: _Turn,
-    wave: list[_Open],
+    turn: _LoadedSource,
+    wave: list[_ShardInProgress],
     on_answer: Callable[[int], None],
-    commit: Callable[[_Turn, _Open, float], Future[None]],
+    commit: Callable[[_LoadedSource, _ShardInProgress, float], Future[None]],
 ) -> None:
     prompts: list[list[int]] = []
-    owners: list[tuple[_Open, int]] = []
+    owners: list[tuple[_ShardInProgress, int]] = []
     for part in wave:
         ids = part.rows["prompt_ids"].to_pylist()
         # Longest first, so that what is read together has like lengths.

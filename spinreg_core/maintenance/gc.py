@@ -53,7 +53,7 @@ class Item:
     record: dict[str, Any] | None = None
 
 
-def find(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
+def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
     """What can be removed; changes nothing. `rules_only`: leave leftovers and what no run knows for another time."""
     objects: dict[str, list[Listed]] = defaultdict(list)
     for entry in store.entries("objects/"):
@@ -179,7 +179,7 @@ def _read(store: Store, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {key: document for key, document in found if document is not None}
 
 
-def remove(
+def remove_items(
     store: Store, items: Sequence[Item], needs_now: Callable[[], Needs], say: Callable[[str], None] = lambda line: None
 ) -> list[Item]:
     """Remove what was found, as far as nobody needs it by now. Returns what was removed.
@@ -212,7 +212,7 @@ def remove(
                 store.delete(key)
             done.append(item)
         elif item.kind == "upload":
-            store.drop(item.keys[0])
+            store.abort_unfinished(item.keys[0])
             done.append(item)
     return done
 
@@ -281,7 +281,7 @@ def _remove_marked(store: Store, item: Item, tag: str) -> bool:
     return True
 
 
-def described(items: Sequence[Item], notes: Sequence[str], where: str, *, removed: bool) -> str:
+def format_items(items: Sequence[Item], notes: Sequence[str], where: str, *, removed: bool) -> str:
     """A text for people: what, why, how much."""
     lines = [f"note: {note}" for note in notes]
     items = [item for item in items if item.kind != "unmark"]

@@ -38,10 +38,10 @@ from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
-from spinreg_core.maintenance.retention import planned_ahead, read_later
+from spinreg_core.maintenance.retention import needed_by_later_stages, objects_now_and_next
 from spinreg_core.maintenance.verify import Stage, Verdict, verify
 from spinreg_core.runs.head import ROUND_STAGES, complete_round, list_runs, require_config, require_head, stage_object
-from spinreg_core.runs.lease import Session, describe_lease, is_held
+from spinreg_core.runs.lease import RunLease, describe_lease, is_held
 from spinreg_core.runs.objects import now, read_manifest, removed_keys
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
@@ -49,7 +49,7 @@ from spinreg_core.store.documents import SCHEMA
 
 
 def begin(
-    store: Store, session: Session, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
+    store: Store, session: RunLease, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
 ) -> list[Stage]:
     """Steps 1 to 3 for those of these objects of the session's run that are damaged still; returns the stages that are
     open now. Raises LeaseHeld (another run is being advanced and has one of the objects) and LeaseLost."""
@@ -83,7 +83,7 @@ def begin(
 
 
 def stages_to_make(
-    store: Store, session: Session, config: RunConfig, say: Callable[[str], object] = lambda line: None
+    store: Store, session: RunLease, config: RunConfig, say: Callable[[str], object] = lambda line: None
 ) -> Iterator[Stage]:
     """Finish the repair that the head records, if there is one: steps 4 to 6. Yields the stages to make, in their
     order; each must be committed when the next one is asked for. Those of rounds that were not complete are left open,
@@ -106,10 +106,10 @@ def _is_missing(store: Store, config: RunConfig, head: dict[str, Any], made: Sta
     object_id = stage_object(head, *made)
     if object_id is None:
         return made in opened
-    return read_manifest(store, object_id) is None and object_id in read_later(config, head)
+    return read_manifest(store, object_id) is None and object_id in needed_by_later_stages(config, head)
 
 
-def _go_on(store: Store, session: Session, say: Callable[[str], object]) -> None:
+def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> None:
     """Step 6."""
     repair, verdict = session.head["repair"], verify(store, session.run, only=())
     others = [o for o, was in repair["was"].items() if was is None or verdict.content.get(o) != was]
@@ -223,7 +223,7 @@ def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
             head = require_head(store, other)
             if not is_held(head):
                 continue
-            shared = sorted(planned_ahead(require_config(store, other), head).keys() & objects)
+            shared = sorted(objects_now_and_next(require_config(store, other), head).keys() & objects)
             if shared:
                 raise LeaseHeld(
                     f"run {other!r} is being advanced by {describe_lease(head['lease'])} and has {shared[0]} too, "

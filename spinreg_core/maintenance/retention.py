@@ -27,7 +27,15 @@ from spinreg_core.runs.head import (
     stage_object,
 )
 from spinreg_core.runs.lease import is_held
-from spinreg_core.runs.plans import PLANS, Plan, average_object, heldout_objects, ids_in, objects_of, settled
+from spinreg_core.runs.plans import (
+    STAGE_PLANS,
+    StagePlan,
+    average_object,
+    for_each_possible_engine,
+    heldout_objects,
+    ids_in,
+    objects_of,
+)
 from spinreg_core.store.base import Store
 
 
@@ -64,7 +72,7 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
         head, config = require_head(store, run), require_config(store, run)
         if keep:
             config = validate(merge(config.model_dump(mode="json"), {"keep": keep}))
-        own, ahead = set(objects_of(config, head)), set(planned_ahead(config, head))
+        own, ahead = set(objects_of(config, head)), set(objects_now_and_next(config, head))
         for object_id in own | ahead:
             needs.known.setdefault(object_id, []).extend([run] if object_id in own else [])
         waits = waits_for(head)
@@ -73,7 +81,7 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
             if (runs is None or run in runs) and config.keep != KeepConfig():
                 needs.notes.append(f"run {run!r} {waits}: its rules wait for that")
         else:
-            freed = freed_by_rules(config, head) if runs is None or run in runs else {}
+            freed = released_by_rules(config, head) if runs is None or run in runs else {}
             needs.kept |= own - freed.keys()
             needs.freed |= freed
     return needs
@@ -102,7 +110,7 @@ def waits_for(head: dict[str, Any]) -> str | None:
     return None
 
 
-def freed_by_rules(config: RunConfig, head: dict[str, Any]) -> dict[str, str]:
+def released_by_rules(config: RunConfig, head: dict[str, Any]) -> dict[str, str]:
     """Objects of a finished run that its rules let go and its later rounds do not read, with the rule."""
     last, keep, found = complete_round(head), config.keep, dict[str, str]()
     if keep.policies != "all":
@@ -117,11 +125,11 @@ def freed_by_rules(config: RunConfig, head: dict[str, Any]) -> dict[str, str]:
             found |= dict.fromkeys(heldout_objects(config, head, number), rule)
             if number:
                 found[str(stage_object(head, number, "generate"))] = rule
-    later = read_later(config, head)
+    later = needed_by_later_stages(config, head)
     return {object_id: rule for object_id, rule in found.items() if object_id not in later}
 
 
-def read_later(config: RunConfig, head: dict[str, Any]) -> set[str]:
+def needed_by_later_stages(config: RunConfig, head: dict[str, Any]) -> set[str]:
     """Objects that stages to come may read, of this round and of all after it."""
     found: set[str] = set()
     for plan in _plans(config, head)[1]:
@@ -130,15 +138,15 @@ def read_later(config: RunConfig, head: dict[str, Any]) -> set[str]:
     return found
 
 
-def planned_ahead(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
+def objects_now_and_next(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
     """Objects a run has, and will make or take over next (they may be in the making now), as `objects_of` has them."""
     found: dict[str, tuple[int, str]] = {}
-    for planned in settled(config):
+    for planned in for_each_possible_engine(config):
         found |= objects_of(planned, _plans(planned, head)[0])
     return found
 
 
-def _plans(config: RunConfig, head: dict[str, Any]) -> tuple[dict[str, Any], list[Plan]]:
+def _plans(config: RunConfig, head: dict[str, Any]) -> tuple[dict[str, Any], list[StagePlan]]:
     """The head as it will be some rounds later, and the plans of the stages until then."""
     head, plans = copy.deepcopy(head), []
     if not head.get("base") or not head.get("data"):
@@ -150,6 +158,6 @@ def _plans(config: RunConfig, head: dict[str, Any]) -> tuple[dict[str, Any], lis
     for number in range(max(last, complete_round(head) + window) + 1):
         for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
             if stage_object(head, number, stage) is None:
-                plans.append(PLANS[stage](config, head, number))
+                plans.append(STAGE_PLANS[stage](config, head, number))
                 enter_stage(head, number, stage, plans[-1].object_id)
     return head, plans

@@ -20,7 +20,7 @@ from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StoreRefused
-from spinreg_core.maintenance.retention import planned_ahead
+from spinreg_core.maintenance.retention import objects_now_and_next
 from spinreg_core.runs.head import require_config, require_head
 from spinreg_core.runs.objects import manifest_key, part_key, part_names, read_record, removed_keys, why_removed
 from spinreg_core.runs.plans import heldout_objects, ids_in, objects_of
@@ -78,7 +78,7 @@ def verify(
     head, config = require_head(store, run), require_config(store, run)
     committed = objects_of(config, head, lambda number, evaluation: _heldout(store, config, head, number, evaluation))
     done = set(committed.values())
-    ahead = {o: stage for o, stage in planned_ahead(config, head).items() if stage not in done}
+    ahead = {o: stage for o, stage in objects_now_and_next(config, head).items() if stage not in done}
     opened = {o: stage for o, stage in ahead.items() if store.list(f"objects/{o}/")}
     verdict = Verdict(run, committed | opened, list(opened))
     verdict.unfinished = [(made["round"], made["stage"]) for made in head.get("repair", {}).get("stages", ())]
@@ -111,7 +111,7 @@ def verify(
     return verdict
 
 
-def described(verdict: Verdict) -> str:
+def format_verdict(verdict: Verdict) -> str:
     """A text for people."""
     after = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
     if verdict.unfinished:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
-from spinreg_core.models.loading import architecture, load_with_info, refused
+from spinreg_core.models.loading import architecture, load_with_info, loading_errors_as_bad_input
 from spinreg_core.models.source import model_files
 
 _PLAIN = ("F64", "F32", "F16", "BF16")  # number formats of weights, as safetensors calls them
@@ -33,7 +33,7 @@ def require_loadable(folder: Path) -> None:
     on purpose.
     """
     names = _plain_tensors(folder)
-    with refused(folder):
+    with loading_errors_as_bad_input(folder):
         config, _ = architecture(folder)
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)

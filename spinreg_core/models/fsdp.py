@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from spinreg_core.errors import BadInput
-from spinreg_core.models.loading import Precision, architecture, master_dtype, refused
+from spinreg_core.models.loading import Precision, architecture, loading_errors_as_bad_input, master_dtype
 from spinreg_core.models.lora import base_parameters
 from spinreg_core.runtime.distributed import Ranks
 
@@ -36,7 +36,7 @@ _FILE_BYTES = 4 * 10**9  # of one safetensors file; the most that one rank holds
 
 def empty_policy(folder: str | Path, precision: Precision) -> PreTrainedModel:
     """The model of a policy folder with no numbers in it (meta parameters). Raises BadInput."""
-    with refused(folder):
+    with loading_errors_as_bad_input(folder):
         config, arguments = architecture(folder)
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -73,7 +73,7 @@ def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
     """File and shape of every tensor in a policy folder."""
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        with refused(folder), safe_open(path, "pt") as file:
+        with loading_errors_as_bad_input(folder), safe_open(path, "pt") as file:
             found |= {name: (path, tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
     return found
 
@@ -93,12 +93,12 @@ def require_weights(model: PreTrainedModel, folder: Path) -> None:
         )
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -109,7 +109,7 @@ def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torc
     numbers = {name: p.numel() * (p.dtype if dtype is None else dtype).itemsize for name, p in parameters.items()}
 
     def tensor(name: str, own: bool) -> Tensor | None:
-        found = whole(parameters[name].detach())  # the other ranks hold parts of it
+        found = full_tensor(parameters[name].detach())  # the other ranks hold parts of it
         return found.to(device="cpu", dtype=dtype or found.dtype) if own else None
 
     _save(numbers, tensor, folder, ranks)

@@ -44,7 +44,7 @@ def load_with_info(
     folder: str | Path, precision: Precision, device: str | torch.device, *, more: Mapping[str, Any] | None = None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """`load_policy`, and what transformers tells of the loading (`output_loading_info`)."""
-    with refused(folder):
+    with loading_errors_as_bad_input(folder):
         config, arguments = architecture(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -71,7 +71,7 @@ def load_with_info(
 
 
 @contextmanager
-def refused(folder: str | Path) -> Iterator[None]:
+def loading_errors_as_bad_input(folder: str | Path) -> Iterator[None]:
     """What transformers raises for a folder it cannot load, as BadInput."""
     try:
         yield

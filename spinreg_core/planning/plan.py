@@ -137,7 +137,7 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
     """
     from spinreg_core.data.filters import load_training
     from spinreg_core.data.load import load_heldout, require_usable
-    from spinreg_core.data.row_file import pick
+    from spinreg_core.data.row_file import take_rows
     from spinreg_core.data.split import given_heldout, split_rows
     from spinreg_core.models.chat_template import Renderer
 
@@ -153,7 +153,7 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
         if given is None
         else given_heldout(loaded.rows, given.rows, data.heldout_rows, config.seed)
     )
-    rows, heldout = pick(loaded.rows, train), len(held)
+    rows, heldout = take_rows(loaded.rows, train), len(held)
     try:
         renderer = Renderer.from_folder(folder, config.data.template_arguments)
         chosen = rows[:: -(-len(rows) // SAMPLED_ROWS)]

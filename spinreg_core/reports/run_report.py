@@ -21,7 +21,7 @@ from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.evaluation.formatting import format_estimate, format_number
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY, PRIMARY_REASON
-from spinreg_core.formatting import format_bytes, format_duration, leaves, strict
+from spinreg_core.formatting import flatten, format_bytes, format_duration, json_safe
 from spinreg_core.reports.tables import benchmark_of, benchmarks, counted
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_file
@@ -29,7 +29,7 @@ from spinreg_core.runs.head import ROUND_STAGES, list_runs, read_config, read_he
 from spinreg_core.runs.objects import read_manifest, read_record, removed_keys, versions
 from spinreg_core.selfplay import REMEDIES
 from spinreg_core.store.base import Store
-from spinreg_core.store.cache import borrowed
+from spinreg_core.store.cache import pinned
 
 SCHEMA = 1
 HELDOUT_ANSWERS = "generate (held-out)"  # what the tables call the answers that an evaluation sampled
@@ -61,7 +61,7 @@ def render(data: dict[str, Any]) -> str:
     return page.render(
         data=data,
         plotly=plotly,
-        leaves=leaves(data["config"]),
+        leaves=flatten(data["config"]),
         benchmarks=benchmarks(data),
         benchmark_of=benchmark_of,
         counted=counted,
@@ -81,7 +81,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
     """Everything the report says, as plain JSON values (no NaN). Raises BadInput where there is no such run."""
     head, config = read_run(store, run)
     last = max((entry["round"] for entry in head["rounds"]), default=0)
-    with borrowed():  # a flow's process shows reports for days
+    with pinned():  # a flow's process shows reports for days
         rounds = [_round(store, config, head, number) for number in range(last + 1)]
         samples = _samples(store, head, last)
     base = rounds[0]["metrics"] or {}
@@ -103,7 +103,7 @@ def report_data(store: Store, run: str) -> dict[str, Any]:
         "samples": samples,
         "lineage": _lineage(store, head, last),
     }
-    return strict(data)
+    return json_safe(data)
 
 
 def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from spinreg_core.runs.head import (
     stage_object,
 )
 from spinreg_core.runs.objects import part_names, read_record, removed_keys
-from spinreg_core.runs.plans import PLANS, measured_objects
+from spinreg_core.runs.plans import STAGE_PLANS, measured_objects
 from spinreg_core.store.base import Store
 
 
@@ -71,12 +71,12 @@ def _readable(store: Store, run: str) -> dict[str, Any]:
 def _parts(store: Store, config: RunConfig, head: dict[str, Any], number: int, stage: str) -> int:
     """Shards or checkpoints that an open stage has committed; 0 where what it needs is open too."""
     try:
-        return len(part_names(store, PLANS[stage](config, head, number).object_id))
+        return len(part_names(store, STAGE_PLANS[stage](config, head, number).object_id))
     except SpinregError:
         return 0
 
 
-def status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
+def format_status(store: Store, run: str | None) -> tuple[str, dict[str, Any]]:
     """A text for people and the same as plain values; of one run, or of every run in the store, of which one that
     cannot be read (`damaged` says why) hides no other."""
     found = [run_status(store, run)] if run is not None else [_readable(store, name) for name in list_runs(store)]

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 from spinreg_core.config import RunConfig, TrackingConfig, fixed_fields
 from spinreg_core.errors import BadInput, SpinregError, without_credentials
-from spinreg_core.formatting import leaves
+from spinreg_core.formatting import flatten
 
 # What a tracker may take, one round after the other: one that is away must not hold up a run.
 PATIENCE_SECONDS = 120.0
@@ -49,7 +49,7 @@ class Row:
     values: dict[str, float]
 
 
-def check(wanted: TrackingConfig) -> None:
+def require_trackers(wanted: TrackingConfig) -> None:
     """Raise BadInput where the package of a tracker is not installed."""
     for tracker in wanted.to:
         found = importlib.util.find_spec(tracker)
@@ -141,7 +141,7 @@ def to_tensorboard(data: dict[str, Any]) -> None:
         start = made[0].seconds
         events = [Event(wall_time=start, file_version="brain.Event:2")]
         if not written:
-            hparams = hparams_pb(dict(leaves(data["config"])), start_time_secs=start)
+            hparams = hparams_pb(dict(flatten(data["config"])), start_time_secs=start)
             plugin = hparams.value[0].metadata.plugin_data  # a mapping, in another order in every process
             plugin.content = HParamsPluginData.FromString(plugin.content).SerializeToString(deterministic=True)
             events += [Event(wall_time=start, summary=one) for one in (hparams, text_pb("report", _report(data)))]
@@ -178,7 +178,7 @@ def to_mlflow(data: dict[str, Any]) -> None:
     run = found[0] if found else client.create_run(place, run_name=data["run"], tags={"spinreg.id": identity(data)})
     run_id = run.info.run_id
     client.set_tag(run_id, "spinreg.report", _report(data))
-    fields = leaves(fixed_fields(RunConfig.model_validate(data["config"])))
+    fields = flatten(fixed_fields(RunConfig.model_validate(data["config"])))
     params = [Param(_plain(name), value) for name, value in fields]
     for start in range(0, len(params), _PARAMETERS_AT_ONCE):
         client.log_batch(run_id, params=params[start : start + _PARAMETERS_AT_ONCE])
@@ -204,7 +204,7 @@ def to_wandb(data: dict[str, Any]) -> None:
     import wandb
 
     settings = wandb.Settings(console="off", disable_git=True, x_disable_stats=True)
-    config = dict(leaves(data["config"])) | {"report": _report(data)}
+    config = dict(flatten(data["config"])) | {"report": _report(data)}
     with wandb.init(
         project=data["config"]["tracking"]["project"], id=identity(data), name=data["run"], resume="allow",
         settings=settings,

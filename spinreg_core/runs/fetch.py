@@ -15,8 +15,8 @@ from typing import Any
 
 from spinreg_core.errors import Damaged, Removed, StoreRefused
 from spinreg_core.runs.objects import removed_keys, require_manifest, why_removed
-from spinreg_core.store.base import Store, refusals
-from spinreg_core.store.cache import arriving, fetching, used
+from spinreg_core.store.base import Store, os_errors_as_store_refused
+from spinreg_core.store.cache import fetch_lock, pin, reserve_space
 from spinreg_core.store.hashing import sha256_file
 
 _verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha256) hashed by this process
@@ -24,7 +24,7 @@ _verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha2
 
 def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
     try:
-        with refusals(f"reading {path}"):
+        with os_errors_as_store_refused(f"reading {path}"):
             stat = path.stat()
     except FileNotFoundError:
         raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
@@ -57,13 +57,13 @@ def _local(store: Store, entries: Sequence[dict[str, Any]]) -> list[Path]:
         for path, entry in zip(in_place, entries, strict=True):
             _verify(path, entry, store.uri(entry["key"]))
         return in_place
-    folder = used(entries[0]["key"].split("/")[1])
+    folder = pin(entries[0]["key"].split("/")[1])
     wanted = {folder / entry["sha256"]: entry for entry in entries}
     missing = {path: entry for path, entry in wanted.items() if not _sound(path, entry)}
     if missing:
-        with fetching(folder):
+        with fetch_lock(folder):
             missing = {path: entry for path, entry in missing.items() if not _sound(path, entry)}
-            with arriving([entry["size"] for entry in missing.values()]) as targets:
+            with reserve_space([entry["size"] for entry in missing.values()]) as targets:
                 for (path, entry), target in zip(missing.items(), targets, strict=True):
                     _download(store, entry, target)
                     os.replace(target, path)
@@ -145,7 +145,7 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
             )
         return in_place
     digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
-    folder = used(object_id) / f"{prefix}-{digest}"
+    folder = pin(object_id) / f"{prefix}-{digest}"
     for name, path in paths.items():
         link = folder / name
         if not link.exists() or not os.path.samefile(link, path):  # none yet, or one to a file that was fetched anew

@@ -53,7 +53,7 @@ def read_config(store: Store, run: str) -> RunConfig | None:
 
 def require_config(store: Store, run: str) -> RunConfig:
     """The configuration of a run that there is. Raises Damaged where it is gone."""
-    return stored_with_tag(store, run)[0]
+    return read_config_with_tag(store, run)[0]
 
 
 def list_runs(store: Store) -> list[str]:
@@ -102,7 +102,7 @@ def has_begun(head: dict[str, Any]) -> bool:
     return head.get("base") is not None or bool(head["rounds"])
 
 
-def stored_with_tag(store: Store, run: str) -> tuple[RunConfig, str]:
+def read_config_with_tag(store: Store, run: str) -> tuple[RunConfig, str]:
     """The stored configuration of an existing run, and its tag."""
     found = store.read_tagged(config_key(run))
     if found is None:

@@ -28,9 +28,9 @@ from spinreg_core.runs.head import (
     head_key,
     pending_advance,
     read_config,
+    read_config_with_tag,
     read_head,
     stage_object,
-    stored_with_tag,
 )
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
@@ -44,8 +44,8 @@ def is_held(head: dict[str, Any]) -> bool:
     return holder is not None and not is_dead(holder)
 
 
-class Session:
-    """The right to advance one run, renewed in the background until `close`. Made by `open_session`."""
+class RunLease:
+    """The right to advance one run, renewed in the background until `close`. Made by `hold_lease`."""
 
     def __init__(self, store: Store, run: str, head: dict[str, Any], tag: str, lease_seconds: float) -> None:
         self.store, self.run, self.head = store, run, head
@@ -230,7 +230,7 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
 
 
 @contextlib.contextmanager
-def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Session]:
+def hold_lease(store: Store, config: RunConfig, label: str) -> Iterator[RunLease]:
     """Create the run if there is none, check its configuration, and hold its lease inside the block.
 
     The configuration of a run that has committed nothing yet is replaced: a first start that failed on a wrong
@@ -257,9 +257,9 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
         with contextlib.suppress(Conflict):
             store.create(head_key(run), documents.dump(empty))
     elif has_begun(head):
-        check_config(stored_with_tag(store, run)[0], config)  # before waiting for a lease
+        check_config(read_config_with_tag(store, run)[0], config)  # before waiting for a lease
     head, tag = _acquire(store, run, make_holder(label), seconds)
-    session = Session(store, run, head, tag, seconds)
+    session = RunLease(store, run, head, tag, seconds)
     try:
         _settle_config(store, config, session)
         yield session
@@ -267,14 +267,14 @@ def open_session(store: Store, config: RunConfig, label: str) -> Iterator[Sessio
         session.close()
 
 
-def _settle_config(store: Store, config: RunConfig, session: Session) -> None:
+def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
     """Check the configuration of a run that has begun, and keep what it is to keep; make ours that of one that has not.
 
     The write is fenced: every holder writes its own document, with its epoch in it, also where it says nothing new, so
     one that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
     """
     while True:
-        stored, tag = stored_with_tag(store, config.run)
+        stored, tag = read_config_with_tag(store, config.run)
         if has_begun(session.head):
             check_config(stored, config)
             # Read outside of runs too, and gone on with by `spinreg resume`.

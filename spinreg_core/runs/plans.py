@@ -32,7 +32,7 @@ from spinreg_core.selfplay.opponent import effective_alpha, mixture_weights, ref
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """A stage's job, as far as it is known without a writer."""
 
     stage: str
@@ -82,7 +82,7 @@ def average_object(config: RunConfig, head: dict[str, Any], iterate: int) -> str
     return found
 
 
-def played(
+def policy_for_role(
     config: RunConfig, head: dict[str, Any], iterate: int, role: Literal["opponent", "reference", "start"]
 ) -> str:
     """The object whose `policy/` stands for iterate n in a role: its average where the configuration says so."""
@@ -111,13 +111,13 @@ def _history(config: RunConfig, round_number: int) -> list[float]:
     return mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
 
 
-def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
     """Answers to the round's prompts, by pi_t or (source regenerate) by the drawn iterates, or by mixtures of them with
     the base."""
     t = round_number - 1
     weights = _history(config, round_number) if config.opponent.source == "regenerate" else [1.0]
     iterates = [t - k for k, weight in enumerate(weights) if weight > 0]
-    policies = {str(n): played(config, head, n, "opponent") for n in iterates}
+    policies = {str(n): policy_for_role(config, head, n, "opponent") for n in iterates}
     extra: dict[str, Any] = {"rows": "train", "weights": weights}
     if config.opponent.geometric_share and t:
         alpha = config.opponent.geometric_alpha
@@ -132,20 +132,20 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
         "data": _data(head), "prompts": prompts, "answers": config.generation.answers_per_prompt,
         "round": round_number, "seed": config.seed, "policies": policies, "sampler": _sampler(config),
     }  # fmt: skip
-    return Plan("generate", round_number, key, {"data": _data(head), "policies": policies}, extra)
+    return StagePlan("generate", round_number, key, {"data": _data(head), "policies": policies}, extra)
 
 
-def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Plan:
+def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> StagePlan:
     """One answer of iterate n to every held-out prompt; part of its evaluation."""
     policies = {str(iterate): policy_object(head, iterate)}
     key = {
         "rows": "heldout", "data": _data(head), "seed": config.seed, "policies": policies,
         "sampler": _sampler(config),
     }  # fmt: skip
-    return Plan("generate", iterate, key, {"data": _data(head), "policies": policies}, {"rows": "heldout"})
+    return StagePlan("generate", iterate, key, {"data": _data(head), "policies": policies}, {"rows": "heldout"})
 
 
-def settled(config: RunConfig) -> list[RunConfig]:
+def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
     """The configuration with every engine that `auto` may stand for: it is settled by the machine that runs a stage,
     which need not be the one that asks."""
     engines: tuple[Literal["hf", "vllm"], ...] = ("hf", "vllm")
@@ -157,10 +157,10 @@ def settled(config: RunConfig) -> list[RunConfig]:
 
 def heldout_objects(config: RunConfig, head: dict[str, Any], iterate: int) -> list[str]:
     """What the held-out answers of iterate n may be named, as far as head and configuration tell."""
-    return [plan_heldout(one, head, iterate).object_id for one in settled(config)]
+    return [plan_heldout(one, head, iterate).object_id for one in for_each_possible_engine(config)]
 
 
-def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+def plan_mix_opponent(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
     """The round's pairs with their cached reference scores."""
     alpha, weights = config.objective.alpha, _history(config, round_number)
     generations = _required(head, round_number, "generate")
@@ -176,7 +176,7 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
         ]
     inputs = {
         "data": _data(head), "generations": generations, "earlier": earlier,
-        "previous": played(config, head, round_number - 1, "reference"), "base": policy_object(head, 0),
+        "previous": policy_for_role(config, head, round_number - 1, "reference"), "base": policy_object(head, 0),
     }  # fmt: skip
     key = inputs | {
         "round": round_number, "seed": config.seed, "weights": weights,
@@ -187,14 +187,14 @@ def plan_mix(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan
     }  # fmt: skip
     # Where log pi_0 of a row may stand already; it saves work and cannot change a result, so it is no part of the key.
     scored = [found for n in range(1, round_number) if (found := stage_object(head, n, "mix-opponent"))]
-    return Plan("mix-opponent", round_number, key, inputs, {"scored": scored})
+    return StagePlan("mix-opponent", round_number, key, inputs, {"scored": scored})
 
 
-def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
     """Iterate n out of iterate n - 1 and the round's pairs."""
     inputs = {
         "pairs": _required(head, round_number, "mix-opponent"),
-        "previous": played(config, head, round_number - 1, "start"),
+        "previous": policy_for_role(config, head, round_number - 1, "start"),
     }
     if config.training.average is not None:
         inputs |= {"before": average_object(config, head, round_number - 1), "base": policy_object(head, 0)}
@@ -213,10 +213,10 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> Pl
         "beta": of_round(config.objective.beta, round_number),
         "link": config.objective.link,
     }  # fmt: skip
-    return Plan("train", round_number, key, inputs, {})
+    return StagePlan("train", round_number, key, inputs, {})
 
 
-def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) -> Plan:
+def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
     """Held-out metrics of iterate n (0: the base), samples included."""
     n = round_number
     inputs = {
@@ -234,7 +234,7 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"alarm_real_drop"}),
     }  # fmt: skip
     generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
-    return Plan("evaluate", n, key, inputs, {"generate": generate})
+    return StagePlan("evaluate", n, key, inputs, {"generate": generate})
 
 
 def measured_objects(head: dict[str, Any], iterate: int) -> dict[str, str]:
@@ -277,4 +277,9 @@ def ids_in(inputs: Any) -> Iterator[str]:
         yield inputs
 
 
-PLANS = {"generate": plan_generate, "mix-opponent": plan_mix, "train": plan_train, "evaluate": plan_evaluate}
+STAGE_PLANS = {
+    "generate": plan_generate,
+    "mix-opponent": plan_mix_opponent,
+    "train": plan_train,
+    "evaluate": plan_evaluate,
+}

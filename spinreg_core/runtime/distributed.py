@@ -82,7 +82,7 @@ class Ranks:
         dist.all_gather_object(found, value, group=group or self.files)
         return found
 
-    def one_first(self, action: Callable[[], T]) -> T:
+    def local_main_first(self, action: Callable[[], T]) -> T:
         """`action` on one rank per node, then on the others, which find what it left in the cache."""
         if self.size == 1:
             return action()
@@ -95,7 +95,7 @@ class Ranks:
         return action()
 
 
-def join(resources: ResourcesConfig) -> Ranks:
+def init_ranks(resources: ResourcesConfig) -> Ranks:
     """Join the other processes of the stage, if it was started with several (torchrun's environment).
 
     Raises BadInput for a mesh that does not fit.
@@ -126,7 +126,7 @@ def join(resources: ResourcesConfig) -> Ranks:
     return Ranks(here, dist.get_rank(), size, mesh, *groups, compile=compiled)  # type: ignore[misc]
 
 
-def leave() -> None:
-    """The end of `join`."""
+def destroy_ranks() -> None:
+    """The end of `init_ranks`."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -35,7 +35,7 @@ _LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")  # s
 _COMMUNICATION = re.compile(r"gloo|nccl|NCCL|DistBackendError|DistNetworkError|ProcessGroup|TCPStore|collective")
 
 
-def described(error: BaseException, stage: str, config: RunConfig) -> tuple[int, str]:
+def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple[int, str]:
     """(exit status, what is printed) for an error of a stage."""
     if isinstance(error, BadInput):
         return EXIT_BAD_INPUT, f"bad input: {error}"
@@ -138,7 +138,7 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
                 )
             hint = f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}" if name == "SIGKILL" else ""
             return 1, f"error: rank {rank} was killed by {name}{hint}{_last_words(folder, rank)}"
-    own = [entry for entry in records if not about_others(entry["message"])]
+    own = [entry for entry in records if not is_secondary_failure(entry["message"])]
     if own:
         return own[0]["status"], _said(own[0])
     left = [rank for rank in alive(folder) if rank not in told and rank not in statuses and not _stack(folder, rank)]
@@ -167,7 +167,7 @@ def _said(entry: dict[str, Any]) -> str:
     return f"rank {entry['rank']} failed:\n{entry['message']}"
 
 
-def about_others(message: str) -> bool:
+def is_secondary_failure(message: str) -> bool:
     """Whether a failure is only that another rank went away or did not answer."""
     text = _LIMIT.sub("", message)
     if text.startswith("error: "):

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from spinreg_core.errors import EXIT_PREEMPTED
 from spinreg_core.runs.job import Job
-from spinreg_core.runtime.failures import described, record
+from spinreg_core.runtime.failures import describe_error, record
 from spinreg_core.runtime.rank_watch import RankWatch
 from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigterm
 
@@ -41,7 +41,7 @@ def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoRet
     if rank is not None:
         folder.mkdir(exist_ok=True)
         watch = RankWatch(folder, rank, job.config.resources.collective_timeout_seconds)
-    die_with_parent((lambda: False) if watch is None else watch.doomed)
+    die_with_parent((lambda: False) if watch is None else watch.should_exit)
     signal.signal(signal.SIGTERM, on_sigterm)
     if rank is not None:
         # Written by the signal itself: where a rank was that does not answer.
@@ -61,7 +61,7 @@ def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoRet
             _end(EXIT_PREEMPTED)
         raise
     except (Exception, SystemExit) as error:  # libraries that leave the process had better say why
-        status, message = described(error, job.stage, job.config)
+        status, message = describe_error(error, job.stage, job.config)
         if rank is None:
             print(message, flush=True)
         else:

@@ -23,7 +23,7 @@ ATTEMPT_VARIABLE = "SPINREG_ATTEMPT"  # set in the processes that other machines
 _WAIT_SECONDS = 10.0
 
 
-def announce(store: Store, job: Job) -> str:
+def post_order(store: Store, job: Job) -> str:
     """Ask the other machines to take part in a stage. Returns the name of this attempt at it.
 
     An order that cannot be read is replaced: it held no result. Raises LeaseLost where a later holder of the run's
@@ -49,7 +49,7 @@ def announce(store: Store, job: Job) -> str:
             continue
 
 
-def retract(store: Store, job: Job, attempt: str) -> None:
+def withdraw_order(store: Store, job: Job, attempt: str) -> None:
     """The stage is over, for everybody. Does nothing where something else has been asked for since, or where the order
     cannot be read: it must not stand in for how the stage ended."""
     key = _order(job.config.run)
@@ -64,7 +64,7 @@ def read_order(store: Store, run: str) -> dict[str, Any] | None:
     return documents.read(store, _order(run))
 
 
-def tell_failure(store: Store, job: Job, attempt: str, status: int, message: str) -> None:
+def report_failure(store: Store, job: Job, attempt: str, status: int, message: str) -> None:
     """Of ranks on another machine, for the log of the flow."""
     host = socket.gethostname()
     entry = {"schema": SCHEMA, "status": status, "message": f"on {host}: {message}"}

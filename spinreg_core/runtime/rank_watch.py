@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from spinreg_core.runtime.failures import alive, any_recorded, record
-from spinreg_core.store.transfers import Operation, awaited
+from spinreg_core.store.transfers import Transfer, watched_transfers
 
-POLL_SECONDS = 0.5  # of `job.die_with_parent`, whose thread calls `doomed`
+POLL_SECONDS = 0.5  # of `job.die_with_parent`, whose thread calls `should_exit`
 _LATER_SECONDS = 5.0  # a rank that does not answer is left to the collectives first, which know where they waited
 
 
@@ -35,12 +35,12 @@ class RankWatch:
         self.folder, self.rank, self.timeout = folder, rank, timeout
         self.limit = f"(resources.collective_timeout_seconds: {timeout:g})"
         self.others: dict[int, tuple[float, int]] = {}  # rank: (time of its file, polls since that changed)
-        self.own: dict[Operation, tuple[int, int]] = {}  # (its moves, polls since that changed)
+        self.own: dict[Transfer, tuple[int, int]] = {}  # (its moves, polls since that changed)
         self.file = folder / f"alive-{rank}"
         self.file.touch()
         self._doomed = False
 
-    def doomed(self) -> bool:
+    def should_exit(self) -> bool:
         """Whether a rank of this node has failed, so that this one is to end; called every POLL_SECONDS."""
         if self._doomed:
             return True
@@ -59,7 +59,7 @@ class RankWatch:
             return True
         with contextlib.suppress(FileNotFoundError):  # finished
             os.utime(self.file)
-        self.own = {o: _polled(self.own.get(o), o.moves) for o in awaited()}
+        self.own = {o: _polled(self.own.get(o), o.moves) for o in watched_transfers()}
         for operation, (_, polls) in self.own.items():
             if (seconds := polls * POLL_SECONDS) > self.timeout:
                 message = f"error: rank {self.rank}: {operation.what} has stood still for {seconds:.0f} s {self.limit}."

@@ -71,8 +71,8 @@ def _gone(pid: int) -> bool:
     return False
 
 
-def die_with_parent(doomed: Callable[[], bool] = lambda: False) -> None:
-    """End this process, and the process group it leads, soon after the parent is gone, or all is lost (`doomed`).
+def die_with_parent(should_exit: Callable[[], bool] = lambda: False) -> None:
+    """End this process, and the process group it leads, soon after the parent is gone, or all is lost (`should_exit`).
 
     PDEATHSIG asks at once, with SIGHUP: unlike SIGTERM, which may come from anyone, it says that nobody is
     left to end the group (getppid does not say so yet while the parent's last threads end). The watching
@@ -91,7 +91,7 @@ def die_with_parent(doomed: Callable[[], bool] = lambda: False) -> None:
         return hung_up.is_set() or os.getppid() != parent or _gone(starter)
 
     def over() -> bool:
-        return orphaned() or doomed()
+        return orphaned() or should_exit()
 
     def end_group() -> None:
         if over() and os.getpgrp() == os.getpid():

@@ -20,8 +20,8 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spinreg_core.errors import EXIT_PREEMPTED
-from spinreg_core.runtime.failures import about_others, verdict
-from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE, announce, failures_elsewhere, retract, tell_failure
+from spinreg_core.runtime.failures import is_secondary_failure, verdict
+from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE, failures_elsewhere, post_order, report_failure, withdraw_order
 from spinreg_core.store.open import open_store
 
 if TYPE_CHECKING:
@@ -59,18 +59,18 @@ def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
         status, message = _ranks(job, module, job_file, processes, run_id=f"{job.object_id}-{job.writer}")
     elif (attempt := os.environ.get(ATTEMPT_VARIABLE)) is not None:  # not the node that runs the flow
         status, message = _ranks(job, module, job_file, processes, run_id=attempt)
-        if message and not about_others(message):
-            tell_failure(open_store(job.store), job, attempt, status, message)
+        if message and not is_secondary_failure(message):
+            report_failure(open_store(job.store), job, attempt, status, message)
     else:
         store = open_store(job.store)
-        attempt = announce(store, job)
+        attempt = post_order(store, job)
         print(f"waiting for {nodes - 1} more nodes at {job.config.resources.rendezvous} (spinreg join)", flush=True)
         try:
             status, message = _ranks(job, module, job_file, processes, run_id=attempt)
-            if message and about_others(message):
+            if message and is_secondary_failure(message):
                 status, message = next(iter(failures_elsewhere(store, job, attempt)), (status, message))
         finally:
-            retract(store, job, attempt)
+            withdraw_order(store, job, attempt)
     if message:
         print(message, flush=True)
     return status

@@ -39,7 +39,7 @@ PAIRS_SCHEMA = pa.schema(
 )
 
 
-def join(
+def make_pairs(
     generations: Iterable[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]], round_number: int
 ) -> list[Pair]:
     """Pairs of one round's generations (columns of *generations*) with the human answers of their prompts.

@@ -45,7 +45,7 @@ from spinreg_core.models.chat_template import Renderer
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import publish, read_manifest
-from spinreg_core.runtime.distributed import Ranks, join
+from spinreg_core.runtime.distributed import Ranks, init_ranks
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE
 from spinreg_core.runtime.progress import Progress
@@ -79,7 +79,7 @@ def run(job: Job) -> dict[str, Any]:
         "final_answer": data["final_answer"],
     }
     rows |= _samples(store, job, data["prompt_id"])
-    ranks = join(config.resources)  # not before the samples: nobody waits in a collective for them
+    ranks = init_ranks(config.resources)  # not before the samples: nobody waits in a collective for them
     shown = range(min(config.evaluation.shown_samples, len(data["prompt_id"])))
     tokens = Tokens([data["prompt_ids"][i] for i in shown] * 2,
                     [ids[i] for ids in (data["answer_ids"], rows["sample_ids"]) for i in shown])  # fmt: skip
@@ -230,7 +230,7 @@ def _score(
     progress = Progress("evaluate", sum(len(columns) for _, columns in work) * len(prompts), "sequences")
     found: Columns = {}
     for policy, columns in work:
-        folder = ranks.one_first(lambda policy=policy: fetch_folder(store, policy, "policy"))  # type: ignore[misc]
+        folder = ranks.local_main_first(lambda policy=policy: fetch_folder(store, policy, "policy"))  # type: ignore[misc]
         model = load_for(ranks, folder, config.training.precision)
         values = score(
             model,

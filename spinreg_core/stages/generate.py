@@ -25,7 +25,7 @@ from typing import Any
 from spinreg_core.errors import BadInput, StageFailed
 from spinreg_core.generation.engine import Sampling
 from spinreg_core.generation.pool import answer_in_processes, devices_of, next_wave
-from spinreg_core.generation.remote_workers import lend_engines
+from spinreg_core.generation.remote_workers import offer_workers
 from spinreg_core.generation.shards import Rows, Shard, Source
 from spinreg_core.generation.worker import answer_shards, engine_of, planned
 from spinreg_core.runs.fetch import fetch_file
@@ -146,7 +146,7 @@ def lend(job: Job) -> dict[str, Any]:
     The job's `extra` has the sources as well, as an engine's (`generation/worker.py`).
     """
     engine = engine_of(job, Source(*job.extra["sources"][0]))[0]
-    lend_engines(job, os.environ[ATTEMPT_VARIABLE], _devices(job, engine))
+    offer_workers(job, os.environ[ATTEMPT_VARIABLE], _devices(job, engine))
     return {"object_id": "what this machine was given"}
 
 

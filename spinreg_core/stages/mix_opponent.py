@@ -31,7 +31,7 @@ from spinreg_core.runs.fetch import fetch_file, fetch_files, fetch_folder
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import publish, read_manifest
 from spinreg_core.runtime.distributed import Ranks
-from spinreg_core.runtime.distributed import join as join_ranks
+from spinreg_core.runtime.distributed import init_ranks as join_ranks
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.progress import Progress
 from spinreg_core.selfplay.opponent import mixture_weights, references
@@ -39,9 +39,9 @@ from spinreg_core.selfplay.pairs import (
     PAIRS_SCHEMA,
     Pair,
     counts,
-    join,
     keyed,
     known_scores,
+    make_pairs,
     replay,
     replay_iterates,
     sequence_key,
@@ -95,7 +95,7 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], dict[str, int]]:
     table = pq.read_table(fetch_file(store, job.inputs["data"], "train.parquet"), columns=columns,
                           filters=pc.field("prompt_id").isin(sorted(asked)))  # fmt: skip
     rows = {row["prompt_id"]: row for row in table.to_pylist()}
-    joined = [join(found, rows, number) for number, found in generations]
+    joined = [make_pairs(found, rows, number) for number, found in generations]
     back = replay_iterates(joined[1:], wanted, seed=job.config.seed, round_number=job.round)
     # Before truncated answers are treated: what was drawn for an iterate loses as large a share as what it generates.
     before = [joined[0], back] if opponent.source == "regenerate" else joined
@@ -257,7 +257,7 @@ def _score(
     if not missing:
         return {}, 0.0
     config = job.config
-    folder = ranks.one_first(lambda: fetch_folder(store, object_id, "policy"))
+    folder = ranks.local_main_first(lambda: fetch_folder(store, object_id, "policy"))
     model = load_for(ranks, folder, config.training.precision)
     begin = time.monotonic()
     found = score(

@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 import torch
 
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_row, prompt_ids_of, spread, write_part, write_records
+from spinreg_core.data.encode import encode_row, length_distribution, prompt_ids_of, write_part, write_records
 from spinreg_core.data.filters import Selected, load_training
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, exact_duplicates, load_heldout, require_usable
-from spinreg_core.data.row_file import Spool, pick
+from spinreg_core.data.row_file import Spool, take_rows
 from spinreg_core.data.split import IntArray, alike, given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.final_answers import require_final_answers
@@ -153,7 +153,7 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
         held = _encode(heldout, renderer, config, scratch / "heldout.parquet")
         chosen = given_heldout(train.rows, held.rows, config.data.heldout_rows, config.seed)
     for name, part, own in zip(("train", "heldout"), (train, held), chosen, strict=True):
-        stems = np.fromiter((row.prompt_hash[:16] for row in pick(part.rows, own)), "S16", len(own))
+        stems = np.fromiter((row.prompt_hash[:16] for row in take_rows(part.rows, own)), "S16", len(own))
         write_part(part.path, part.places[own], prompt_ids_of(stems), folder / f"{name}.parquet")
     shutil.rmtree(scratch)
     dropped = len(train.rows) - len(chosen[0]) - (len(chosen[1]) if heldout is None else 0)
@@ -218,9 +218,9 @@ def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -
     write_records(path, records())
     require_usable(loaded, rejected, config.data.max_bad_share)
     if not shortened:
-        return _Encoded(pick(loaded.rows, usable), np.arange(len(usable)), path, rejected, 0, 0)
+        return _Encoded(take_rows(loaded.rows, usable), np.arange(len(usable)), path, rejected, 0, 0)
     places, duplicates = exact_duplicates(changed)
-    return _Encoded(pick(changed, places), places, path, rejected, shortened, duplicates.exact)
+    return _Encoded(take_rows(changed, places), places, path, rejected, shortened, duplicates.exact)
 
 
 def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> dict[str, Any]:
@@ -244,8 +244,8 @@ def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> di
         "prompts_with_several_answers": loaded.duplicates.prompts,
         "truncated_answers": truncated,
         "final_answers": final,
-        "prompt_tokens": spread(np.concatenate(lengths["prompt_ids"])),
-        "answer_tokens": spread(np.concatenate(lengths["answer_ids"])),
+        "prompt_tokens": length_distribution(np.concatenate(lengths["prompt_ids"])),
+        "answer_tokens": length_distribution(np.concatenate(lengths["answer_ids"])),
     }
 
 

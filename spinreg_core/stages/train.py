@@ -35,7 +35,7 @@ from spinreg_core.runs.fetch import fetch_file, fetch_folder, folder_of
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import fingerprint, publish, read_manifest, upload
 from spinreg_core.runs.plans import average_key
-from spinreg_core.runtime.distributed import Ranks, join
+from spinreg_core.runtime.distributed import Ranks, init_ranks
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.progress import Progress
 from spinreg_core.runtime.supervision import Preempted, finishing_steps
@@ -44,7 +44,7 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.training.checkpoint_files import publish_adapted, publish_policy
 from spinreg_core.training.step_checkpoints import StepCheckpoints
-from spinreg_core.training.trainer import Round
+from spinreg_core.training.trainer import RoundTrainer
 
 _SMALL_LORA_RATE = 5e-5
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -58,8 +58,9 @@ def run(job: Job) -> dict[str, Any]:
     """
     begin = time.monotonic()
     store, training, objective = open_store(job.store), job.config.training, job.config.objective
-    ranks = join(job.config.resources)
-    pairs = pq.read_table(ranks.one_first(lambda: fetch_file(store, job.inputs["pairs"], "pairs.parquet"))).to_pylist()
+    ranks = init_ranks(job.config.resources)
+    file = ranks.local_main_first(lambda: fetch_file(store, job.inputs["pairs"], "pairs.parquet"))
+    pairs = pq.read_table(file).to_pylist()
     if training.activation_checkpointing == "selective":
         # It keeps results of operators that a compiled layer writes over.
         ranks = replace(ranks, compile=False)
@@ -68,7 +69,7 @@ def run(job: Job) -> dict[str, Any]:
         print("precision bf16: updates smaller than about 1/256 of a weight are rounded away; mixed keeps them")
     if ranks.mesh is not None:
         print(f"{ranks.size} ranks, mesh {dict(zip(ranks.mesh.mesh_dim_names or (), ranks.mesh.shape, strict=True))}")
-    round_ = Round(
+    round_ = RoundTrainer(
         model,
         pairs,
         objective=objective.model_copy(update={"alpha": effective_alpha(objective.alpha, job.round)}),
@@ -139,7 +140,7 @@ def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path
     """π_t, ready to be trained, and the folder that the published one will be like."""
 
     def fetch(name: str, folder: str) -> Path:
-        return ranks.one_first(lambda: fetch_folder(store, job.inputs[name], folder))
+        return ranks.local_main_first(lambda: fetch_folder(store, job.inputs[name], folder))
 
     training = job.config.training
     if training.lora_rank is None:
@@ -180,7 +181,7 @@ def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrai
     return model
 
 
-def _train(round_: Round, checkpoints: StepCheckpoints) -> None:
+def _train(round_: RoundTrainer, checkpoints: StepCheckpoints) -> None:
     progress = Progress("train", round_.steps, "steps", done=round_.state.done)
     with finishing_steps() as stopped:
         while round_.state.done < round_.steps:

@@ -32,7 +32,8 @@ class Listed(NamedTuple):
 
 
 class Store(Protocol):
-    """Keys are relative, '/'-separated. Nothing is deleted but by `delete`, and `drop`, which no key knows of."""
+    """Keys are relative, '/'-separated. Nothing is deleted but by `delete`, and `abort_unfinished`, which no key knows
+    of."""
 
     url: str
 
@@ -75,7 +76,7 @@ class Store(Protocol):
     def unfinished(self) -> Sequence[Listed]:
         """Writes that were begun and not ended, by names of their own: under way, or their process was killed."""
 
-    def drop(self, name: str) -> None:
+    def abort_unfinished(self, name: str) -> None:
         """Remove what is there of an unfinished write. Does nothing where it has ended."""
 
     def local_path(self, key: str) -> Path | None:
@@ -104,7 +105,7 @@ def require_inside(folder: Path, paths: Iterable[Path], field: str) -> None:
 
 
 @contextlib.contextmanager
-def refusals(what: str) -> Iterator[None]:
+def os_errors_as_store_refused(what: str) -> Iterator[None]:
     """An error of the operating system, but for a file that is not there, as StoreRefused."""
     try:
         yield
@@ -120,7 +121,7 @@ def refusals(what: str) -> Iterator[None]:
         raise StoreRefused(f"{what}: found {error}; expected {expected}") from error
 
 
-def checked(key: str) -> str:
+def valid_key(key: str) -> str:
     if not stays_inside(key.removesuffix("/")):
         raise BadInput("store key", repr(key), "a relative path without '.', '..', control characters or empty parts")
     raw = key.encode(errors="replace")

@@ -9,7 +9,7 @@ counted).
     leaving/<random>/      was an object until it was renamed to be removed
 
 The locks are flocks, which end with their process. Who removes an object's folder holds its lock alone and renames it
-first, so that half an object is never found under its name; what killed processes left in `arriving` and `leaving`
+first, so that half an object is never found under its name; what killed processes left in `reserve_space` and `leaving`
 goes when something is fetched next. Without locks (some network file systems) nothing is removed.
 """
 
@@ -80,8 +80,8 @@ def cache_limit() -> int | None:
     return int(gigabytes * 1e9)
 
 
-def used(object_id: str) -> Path:
-    """The folder for copies of an object, which stays until this process ends or the block of `borrowed` does."""
+def pin(object_id: str) -> Path:
+    """The folder for copies of an object, which stays until this process ends or the block of `pinned` does."""
     folder = cache_folder() / "objects" / object_id
     handle = _in_use.get(folder)
     while handle is None or not _is_lock_of(handle, folder):
@@ -106,7 +106,7 @@ def used(object_id: str) -> Path:
 
 
 @contextlib.contextmanager
-def borrowed() -> Iterator[None]:
+def pinned() -> Iterator[None]:
     """What is fetched inside is in use until the end of the block only: for processes that live for days."""
     before = set(_in_use)
     try:
@@ -117,7 +117,7 @@ def borrowed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fetching(folder: Path) -> Iterator[None]:
+def fetch_lock(folder: Path) -> Iterator[None]:
     """One process at a time fetches into an object's folder; the others wait as long as bytes arrive."""
     handle = os.open(folder / ".fetching", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -133,7 +133,7 @@ def fetching(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def arriving(sizes: Sequence[int]) -> Iterator[list[Path]]:
+def reserve_space(sizes: Sequence[int]) -> Iterator[list[Path]]:
     """Empty files of these sizes, to be filled and moved into an object's folder; there is room for them, if there can
     be. What is left of them at the end is removed."""
     cache = cache_folder()

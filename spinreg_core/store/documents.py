@@ -17,14 +17,14 @@ from pydantic import AfterValidator, Field, StringConstraints
 from typing_extensions import TypedDict
 
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.store.base import Store, checked
+from spinreg_core.store.base import Store, valid_key
 
 SCHEMA = 1
 
 
 def _inside(name: str) -> str:
     try:
-        return checked(name + "/x").removesuffix("/x")  # a key may end in a slash, a file's name may not
+        return valid_key(name + "/x").removesuffix("/x")  # a key may end in a slash, a file's name may not
     except BadInput as error:
         raise ValueError(str(error).partition("; expected ")[2]) from None
 

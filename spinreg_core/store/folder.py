@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO
 
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
-from spinreg_core.store.base import OURS, PART_BYTES, Listed, checked, refusals
-from spinreg_core.store.transfers import moving
+from spinreg_core.store.base import OURS, PART_BYTES, Listed, os_errors_as_store_refused, valid_key
+from spinreg_core.store.transfers import track_transfer
 
 _SYNC_BYTES = 256 * 2**20
 _LOCK_SECONDS = 60.0
@@ -64,21 +64,21 @@ class FolderStore:
             raise BadInput("store", f"{self.url} ({there} is {found})", "a folder that can be written to")
 
     def _path(self, key: str) -> Path:
-        return self.root / checked(key)
+        return self.root / valid_key(key)
 
     @contextlib.contextmanager
     def _temporary(self, path: Path) -> Iterator[Path]:
         temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
-        with refusals(f"writing {path}"):
+        with os_errors_as_store_refused(f"writing {path}"):
             _make_folder(path.parent)
             try:
-                with moving(f"writing {path}"):
+                with track_transfer(f"writing {path}"):
                     yield temporary
             finally:
                 temporary.unlink(missing_ok=True)
 
     def read(self, key: str) -> bytes | None:
-        with moving(f"reading {self.uri(key)}"), refusals(f"reading {self.uri(key)}"):
+        with track_transfer(f"reading {self.uri(key)}"), os_errors_as_store_refused(f"reading {self.uri(key)}"):
             try:
                 return self._path(key).read_bytes()
             except (FileNotFoundError, NotADirectoryError):
@@ -102,7 +102,7 @@ class FolderStore:
 
     def replace(self, key: str, data: bytes, tag: str) -> str:
         path = self._path(key)
-        with refusals(f"writing {path}"):
+        with os_errors_as_store_refused(f"writing {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(path.parent / f".lock-{path.name}", "w")  # noqa: SIM115
         with lock:
@@ -122,7 +122,7 @@ class FolderStore:
 
     def upload(self, path: Path, key: str) -> None:
         target = self._path(key)
-        with self._temporary(target) as temporary, moving(f"storing {path.name} in {self.url}") as moved:
+        with self._temporary(target) as temporary, track_transfer(f"storing {path.name} in {self.url}") as moved:
             _copy(path, temporary, moved)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
@@ -130,15 +130,18 @@ class FolderStore:
         _sync_folder(target.parent)
 
     def download(self, key: str, path: Path) -> None:
-        with moving(f"fetching {self.uri(key)}") as moved, refusals(f"fetching {self.uri(key)} to {path}"):
+        with (
+            track_transfer(f"fetching {self.uri(key)}") as moved,
+            os_errors_as_store_refused(f"fetching {self.uri(key)} to {path}"),
+        ):
             _copy(self._path(key), path, moved)
 
     def delete(self, key: str) -> None:
-        with refusals(f"deleting {self.uri(key)}"):
+        with os_errors_as_store_refused(f"deleting {self.uri(key)}"):
             self._path(key).unlink(missing_ok=True)
 
     def size(self, key: str) -> int | None:
-        with refusals(f"reading {self.uri(key)}"):
+        with os_errors_as_store_refused(f"reading {self.uri(key)}"):
             try:
                 return self._path(key).stat().st_size
             except (FileNotFoundError, NotADirectoryError):
@@ -153,7 +156,7 @@ class FolderStore:
     def unfinished(self) -> Sequence[Listed]:
         return [entry for name in OURS for entry in self._aged(self.root / name, unfinished=True)]
 
-    def drop(self, name: str) -> None:
+    def abort_unfinished(self, name: str) -> None:
         self.delete(name)
 
     def _found(self, folder: Path, unfinished: bool = False) -> Iterator[tuple[str, os.stat_result]]:

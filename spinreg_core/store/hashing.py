@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from spinreg_core.store.base import PART_BYTES, refusals
-from spinreg_core.store.transfers import moving
+from spinreg_core.store.base import PART_BYTES, os_errors_as_store_refused
+from spinreg_core.store.transfers import track_transfer
 
 
 def sha256_file(path: Path) -> str:
     """Raises StoreRefused for a file that is there and cannot be read."""
     digest = hashlib.sha256()
-    with refusals(f"reading {path}"), moving(f"reading {path}") as moved, open(path, "rb") as file:
+    with (
+        os_errors_as_store_refused(f"reading {path}"),
+        track_transfer(f"reading {path}") as moved,
+        open(path, "rb") as file,
+    ):
         while data := file.read(PART_BYTES):
             digest.update(data)
             moved(len(data))

@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused, redacted
 from spinreg_core.store import documents
-from spinreg_core.store.base import PART_BYTES, Listed, checked, refusals
-from spinreg_core.store.transfers import moving
+from spinreg_core.store.base import PART_BYTES, Listed, os_errors_as_store_refused, valid_key
+from spinreg_core.store.transfers import track_transfer
 
 T = TypeVar("T")
 COMMITS_MARKER = "commits.json"  # in a bucket that holds files only (`split.py`)
@@ -137,14 +137,17 @@ class S3Store:
     def upload(self, path: Path, key: str) -> None:
         size = path.stat().st_size
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
-        with moving(f"storing {path.name} in {self.url}") as moved:
+        with track_transfer(f"storing {path.name} in {self.url}") as moved:
             if size <= part:
                 self._run(lambda: self._put(self._key(key), path.read_bytes()), f"storing {self.uri(key)}")
                 return
             self._sync(lambda: self._upload(path, self._key(key), size, part, moved))
 
     def download(self, key: str, path: Path) -> None:
-        with moving(f"fetching {self.uri(key)}") as moved, refusals(f"fetching {self.uri(key)} to {path}"):
+        with (
+            track_transfer(f"fetching {self.uri(key)}") as moved,
+            os_errors_as_store_refused(f"fetching {self.uri(key)} to {path}"),
+        ):
             size = self.size(key)
             if size is None:
                 raise FileNotFoundError(self.uri(key))
@@ -191,7 +194,7 @@ class S3Store:
             for page, now in pages for entry in page.get("Uploads", ())
         )  # fmt: skip
 
-    def drop(self, name: str) -> None:
+    def abort_unfinished(self, name: str) -> None:
         key, _, upload = name.rpartition("?")
         with contextlib.suppress(FileNotFoundError):
             self._run(lambda: self._call("abort_multipart_upload", Key=self._key(key), UploadId=upload),
@@ -220,7 +223,7 @@ class S3Store:
         return f"s3://{self.bucket}/{self._key(key)}"
 
     def _key(self, key: str) -> str:
-        return f"{self.prefix}/{checked(key)}" if self.prefix else checked(key)
+        return f"{self.prefix}/{valid_key(key)}" if self.prefix else valid_key(key)
 
     # --- requests -----------------------------------------------------------------------------------
 
@@ -231,7 +234,7 @@ class S3Store:
         return found
 
     def _run(self, attempt: Callable[[], Awaitable[T]], what: str, patience: float | None = None) -> T:
-        return self._sync(lambda: insisted(attempt, what, patience))
+        return self._sync(lambda: with_retries(attempt, what, patience))
 
     async def _call(self, method: str, **arguments: Any) -> Any:
         return await self._fs._call_s3(method, Bucket=self.bucket, **arguments)
@@ -247,7 +250,7 @@ class S3Store:
 
     async def _upload(self, path: Path, key: str, size: int, part: int, moved: Callable[[int], None]) -> None:
         where = f"s3://{self.bucket}/{key}"
-        begun = await insisted(lambda: self._call("create_multipart_upload", Key=key), f"storing {where}")
+        begun = await with_retries(lambda: self._call("create_multipart_upload", Key=key), f"storing {where}")
         upload = {"Key": key, "UploadId": begun["UploadId"]}
         numbers = iter(range(1, -(-size // part) + 1))
         tags: dict[int, str] = {}
@@ -255,7 +258,7 @@ class S3Store:
         async def send() -> None:
             for number in numbers:  # shared: each takes the next part
                 data = await asyncio.to_thread(_read_at, path, (number - 1) * part, part)
-                reply = await insisted(
+                reply = await with_retries(
                     lambda number=number, data=data: self._call(  # type: ignore[misc]
                         "upload_part", PartNumber=number, Body=data, **upload
                     ),
@@ -279,7 +282,7 @@ class S3Store:
         try:
             await _together(send)
             parts += [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
-            await insisted(complete, f"storing {where}")
+            await with_retries(complete, f"storing {where}")
         except BaseException:
             try:
                 await asyncio.wait_for(self._call("abort_multipart_upload", **upload), _CHECK_SECONDS)
@@ -301,7 +304,7 @@ class S3Store:
                         raise ConnectionError(f"{len(data)} bytes instead of {end - start}")
                     return data
 
-                data = await insisted(get, f"fetching {where}")
+                data = await with_retries(get, f"fetching {where}")
                 await asyncio.to_thread(_write_at, file, data, start)
                 moved(len(data))
 
@@ -318,7 +321,7 @@ async def _together(work: Callable[[], Awaitable[None]]) -> None:
         raise failures.exceptions[0] from None
 
 
-async def insisted(attempt: Callable[[], Awaitable[T]], what: str, patience: float | None = None) -> T:
+async def with_retries(attempt: Callable[[], Awaitable[T]], what: str, patience: float | None = None) -> T:
     """The result of `attempt`, tried again while its errors are such as pass, for `patience` seconds
     (PATIENCE_SECONDS). Raises StoreFailed after that, and at once what does not pass."""
     patience = PATIENCE_SECONDS if patience is None else patience

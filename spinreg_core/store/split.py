@@ -131,8 +131,8 @@ class SplitStore:
     def unfinished(self) -> Sequence[Listed]:
         return [*self._commits.unfinished(), *self._files.unfinished()]
 
-    def drop(self, name: str) -> None:
-        (self._files if "?" in name else self._commits).drop(name)  # an upload has its id behind a question mark
+    def abort_unfinished(self, name: str) -> None:
+        (self._files if "?" in name else self._commits).abort_unfinished(name)  # "?": an upload's id
 
     def local_path(self, key: str) -> Path | None:
         return self._of(key).local_path(key)

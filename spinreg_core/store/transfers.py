@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 @dataclass(eq=False)
-class Operation:
+class Transfer:
     """`moves` is counted up whenever bytes have moved; who watches looks whether it changes, not at a clock, because a
     process that was suspended has not been idle."""
 
@@ -26,14 +26,14 @@ class Operation:
         self.moves += 1
 
 
-_under_way: list[Operation] = []  # inner ones after outer ones
+_under_way: list[Transfer] = []  # inner ones after outer ones
 _awaited: list[threading.Thread] = [threading.main_thread()]
 
 
 @contextmanager
-def moving(what: str) -> Iterator[Callable[[int], None]]:
+def track_transfer(what: str) -> Iterator[Callable[[int], None]]:
     """Around an operation of the store. The function given is to be called whenever bytes have moved."""
-    operation = Operation(what, threading.current_thread())
+    operation = Transfer(what, threading.current_thread())
     _under_way.append(operation)
     try:
         yield operation.moved
@@ -45,7 +45,7 @@ def moving(what: str) -> Iterator[Callable[[int], None]]:
 
 
 @contextmanager
-def awaiting(thread: threading.Thread) -> Iterator[None]:
+def main_thread_waits_for(thread: threading.Thread) -> Iterator[None]:
     """While the main thread waits for another one."""
     _awaited.append(thread)
     try:
@@ -54,7 +54,7 @@ def awaiting(thread: threading.Thread) -> Iterator[None]:
         _awaited.remove(thread)
 
 
-def awaited() -> list[Operation]:
+def watched_transfers() -> list[Transfer]:
     """The innermost operation of each thread that the main one is or waits for."""
     innermost = {operation.thread: operation for operation in list(_under_way)}
     return [operation for thread, operation in innermost.items() if thread in _awaited]

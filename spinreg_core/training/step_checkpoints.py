@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from spinreg_core.errors import Damaged
-from spinreg_core.models.fsdp import local
+from spinreg_core.models.fsdp import local_shard
 from spinreg_core.runs.fetch import fetch_part
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import commit_part, delete_part, part_key, part_names, read_part, upload
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.base import Store
-from spinreg_core.store.transfers import awaiting
+from spinreg_core.store.transfers import main_thread_waits_for
 from spinreg_core.training.checkpoint_files import load_checkpoint, own_files, start_checkpoint
-from spinreg_core.training.trainer import Round, RoundState
+from spinreg_core.training.trainer import RoundState, RoundTrainer
 
 _ASSUMED_BYTES_PER_SECOND = 300e6  # until a checkpoint of this run was timed
 _MARGIN_SECONDS = 2.0  # of resources.stop_seconds, left for the end of the process
@@ -35,7 +35,7 @@ _MARGIN_SECONDS = 2.0  # of resources.stop_seconds, left for the end of the proc
 class StepCheckpoints:
     """Commits the state of a round under the number of its last step. Every rank has one, and they act as one."""
 
-    def __init__(self, store: Store, job: Job, round_: Round, ranks: Ranks) -> None:
+    def __init__(self, store: Store, job: Job, round_: RoundTrainer, ranks: Ranks) -> None:
         self.store, self.job, self.round, self.ranks = store, job, round_, ranks
         self.saved_step, self.saved_at = 0, time.monotonic()
         self.seconds: float | None = None  # what the last one took, from its step to its commit
@@ -51,7 +51,7 @@ class StepCheckpoints:
         for name in reversed(names):
             problem = None
             try:
-                files = self.ranks.one_first(lambda name=name: self._fetched(name))  # type: ignore[misc]
+                files = self.ranks.local_main_first(lambda name=name: self._fetched(name))  # type: ignore[misc]
             except Damaged as error:  # an older one, or the start, costs time but nothing else
                 problem = str(error)
             problems = [text for text in self.ranks.gather(problem) if text is not None]
@@ -113,7 +113,7 @@ class StepCheckpoints:
         """After steps in a row that were not finite: checkpoints since the weights are not finite themselves, so that
         what is kept is sound. A finite loss can lead to such weights, which shows one step later."""
         self.wait()
-        bad = not all(bool(local(p.detach()).isfinite().all()) for p in self.round.model.parameters())
+        bad = not all(bool(local_shard(p.detach()).isfinite().all()) for p in self.round.model.parameters())
         if not any(self.ranks.gather(bad)) or not self.ranks.first:
             return
         sound = [m["step"] for m in self.round.state.metrics if "skipped" not in m][:-1]
@@ -125,7 +125,7 @@ class StepCheckpoints:
     def wait(self) -> None:
         """Until the checkpoint under way is committed."""
         if self.writing is not None:
-            with awaiting(self.writing):
+            with main_thread_waits_for(self.writing):
                 self.writing.join()
 
     def discard(self) -> None:

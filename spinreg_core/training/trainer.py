@@ -31,7 +31,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.logprobs.packing import passes
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.logprobs.sequence import answer_logprobs, compute_format, packs
-from spinreg_core.models.fsdp import whole
+from spinreg_core.models.fsdp import full_tensor
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.selfplay import REMEDIES
 from spinreg_core.selfplay.loss import margin, self_play_loss
@@ -62,7 +62,7 @@ class NotFinite(Exception):
         self.found, self.pair_ids = found, [pair["pair_id"] for pair in pairs]
 
 
-class Round:
+class RoundTrainer:
     """A round in training. `model` holds π_t at first and is trained in place.
 
     `pairs` have the columns of `pairs.PAIRS_SCHEMA`; the scores that the loss reads must be there. Rounds count
@@ -164,7 +164,7 @@ class Round:
         )
         try:
             values = self.gradient(batch)
-            norm = whole(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
+            norm = full_tensor(get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
             grad_norm = float(norm)
             if not math.isfinite(grad_norm):
                 raise NotFinite(f"a gradient norm of {grad_norm}", batch)

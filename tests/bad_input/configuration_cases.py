@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from spinreg_core.benchmarks.judge_agreement import _from_file
-from spinreg_core.benchmarks.registry import check
+from spinreg_core.benchmarks.registry import require_benchmark_files
 from spinreg_core.config.resolve import LARGEST_FILE, assignments, load_config_file, resolve
 from spinreg_core.input_limits import LARGEST_QUESTIONS
 from spinreg_core.store.open import open_store
@@ -123,7 +123,7 @@ def judged(place: Place, field: str, content: str) -> object:
     judge = {"base_url": "http://127.0.0.1:8000/v1", "model": "judge"}
     if field == "prompts":
         judge["prompts"] = files.pop("prompts")
-    return check(resolve({"benchmarks": files, "judge": judge}))
+    return require_benchmark_files(resolve({"benchmarks": files, "judge": judge}))
 
 
 for what, (name, content) in JUDGED.items():
@@ -191,7 +191,7 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     os.mkfifo(place.folder / "prompts.yaml")
     judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "prompts": str(place.folder / "prompts.yaml")}
-    return check(resolve({"benchmarks": {"win_rate": ["base"]}, "judge": judge}))
+    return require_benchmark_files(resolve({"benchmarks": {"win_rate": ["base"]}, "judge": judge}))
 
 
 @case("a pipe with votes of the judge's agreement")
@@ -205,4 +205,6 @@ def _(place: Place) -> object:
     with open(place.folder / "questions.jsonl", "wb") as file:
         file.truncate(LARGEST_QUESTIONS + 1)
     judge = {"base_url": "http://127.0.0.1:9/v1", "model": "m"}
-    return check(resolve({"benchmarks": {"mt_bench": str(place.folder / "questions.jsonl")}, "judge": judge}))
+    return require_benchmark_files(
+        resolve({"benchmarks": {"mt_bench": str(place.folder / "questions.jsonl")}, "judge": judge})
+    )

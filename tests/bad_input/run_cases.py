@@ -14,14 +14,14 @@ import tasks.server
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, Removed
-from spinreg_core.maintenance.gc import find, remove
+from spinreg_core.maintenance.gc import find_removable, remove_items
 from spinreg_core.maintenance.retention import Needs
 from spinreg_core.maintenance.verify import verify
 from spinreg_core.reports.run_report import write_report
 from spinreg_core.reports.status import run_status
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.head import read_config, require_head
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import list_parts, require_manifest
 from spinreg_core.store.folder import FolderStore
 from tasks.server import require_server
@@ -55,7 +55,7 @@ class Begun:
         return self.path(next(entry["key"] for entry in manifest["files"] if entry["name"] == name))
 
     def go_on(self, **fields: Any) -> None:
-        with open_session(self.store, validate(merge(self.config.model_dump(mode="json"), fields)), "test") as session:
+        with hold_lease(self.store, validate(merge(self.config.model_dump(mode="json"), fields)), "test") as session:
             session.begin_advance("test", 1, None)
 
 
@@ -67,7 +67,7 @@ def begun(place: Place) -> Begun:
     store = FolderStore(place.folder / "store")
     config = validate({"store": str(store.root), "dataset": place.rows(ROWS), "model": "random:tiny",
                        "data": {"heldout_rows": 2}, "resources": {"lease_seconds": 2}})  # fmt: skip
-    with open_session(store, config, "test") as session:
+    with hold_lease(store, config, "test") as session:
         session.begin_advance("test", 1, None)
         session.commit_inputs(made["base"], made["object_id"])
     return Begun(store, config, made["base"], made["object_id"])
@@ -81,21 +81,21 @@ def _(place: Place) -> object:
 @case("another model, or other rows, under the same names")
 def _(place: Place) -> object:
     run = begun(place)
-    with open_session(run.store, run.config, "test") as session:
+    with hold_lease(run.store, run.config, "test") as session:
         return session.commit_inputs(run.base, run.data[:-1] + "0")
 
 
 @case("a run that somebody else advances", LeaseHeld)
 def _(place: Place) -> object:
     run = begun(place)
-    with open_session(run.store, run.config, "flow run red-fox (0123)"):
+    with hold_lease(run.store, run.config, "flow run red-fox (0123)"):
         return run.go_on()
 
 
 @case("a run that was taken over", LeaseLost, "use")
 def _(place: Place) -> object:
     run = begun(place)
-    with open_session(run.store, run.config, "the first") as session:
+    with hold_lease(run.store, run.config, "the first") as session:
         holder = {"label": "flow run red-fox (0123)", "host": "elsewhere", "pid": 1}
         run.edit(HEAD, lambda head: head["lease"].update(epoch=9, holder=holder))
         return session.commit(1, "generate", "generate-1")
@@ -168,7 +168,7 @@ def _(place: Place) -> object:
 @case("a head that is gone while a stage works", LeaseLost, "use")
 def _(place: Place) -> object:
     run = begun(place)
-    with open_session(run.store, run.config, "test") as session:
+    with hold_lease(run.store, run.config, "test") as session:
         run.path(HEAD).unlink()
         return session.commit(1, "generate", "generate-1")
 
@@ -241,7 +241,7 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     run = begun(place)
     needs = Needs(known={run.base: ["demo"]}, freed={run.base: "keep.policies: 1"})
-    remove(run.store, find(run.store, needs, rules_only=True), lambda: needs)
+    remove_items(run.store, find_removable(run.store, needs, rules_only=True), lambda: needs)
     return fetch_folder(run.store, run.base, "policy")
 
 

@@ -19,7 +19,7 @@ from spinreg_core.config import KeepConfig, ResourcesConfig, RunConfig
 from spinreg_core.errors import BadInput, Conflict, LeaseLost, SpinregError, StoreFailed
 from spinreg_core.runs import lease
 from spinreg_core.runs.head import ROUND_STAGES, pending_advance, read_head, require_config
-from spinreg_core.runs.lease import Session, open_session
+from spinreg_core.runs.lease import RunLease, hold_lease
 from tests.chaos.test_two_writers import Clock, Memory
 
 LONG = os.environ.get("SPINREG_CHAOS") == "long"
@@ -50,7 +50,7 @@ class Commits(RuleBasedStateMachine):
         self._time, lease.time = lease.time, Clock(self.store)  # type: ignore[assignment]
         self._opened = contextlib.ExitStack()
         # The model.
-        self.holder: Session | None = None
+        self.holder: RunLease | None = None
         self.epoch = 0
         self.committed: dict[tuple[int, str], str] = {}
         self.inputs: tuple[str, str] | None = None
@@ -71,7 +71,7 @@ class Commits(RuleBasedStateMachine):
         """Another process, after whoever held the lease has been silent for long enough."""
         config = RunConfig(run="r", resources=ResourcesConfig(lease_seconds=3600), keep=KeepConfig(policies=keep))
         self.store.fault = None
-        self.holder = self._opened.enter_context(open_session(self.store, config, "a"))
+        self.holder = self._opened.enter_context(hold_lease(self.store, config, "a"))
         assert self.holder.epoch > self.epoch
         self.epoch, self.keep = self.holder.epoch, keep
         return multiple(self.holder)
@@ -80,7 +80,7 @@ class Commits(RuleBasedStateMachine):
     def disturb(self, fault: str) -> None:
         self.store.fault = fault
 
-    def _change(self, session: Session, change: Any, refusal: type[SpinregError] | None = None) -> Any:
+    def _change(self, session: RunLease, change: Any, refusal: type[SpinregError] | None = None) -> Any:
         """The result of a change that took place; None where it must not have, and did not."""
         before, refused = dict(self.store.data), self.store.fault == "refused"
         try:
@@ -101,7 +101,7 @@ class Commits(RuleBasedStateMachine):
         return None
 
     @rule(session=sessions, made=st.sampled_from(STAGES), which=st.sampled_from("xy"))
-    def commit(self, session: Session, made: tuple[int, str], which: str) -> None:
+    def commit(self, session: RunLease, made: tuple[int, str], which: str) -> None:
         object_id = f"{made[1]}-{which}"
         other = self.committed.get(made, object_id) != object_id
         done = self._change(session, lambda: session.commit(*made, object_id) or True, SpinregError if other else None)
@@ -110,7 +110,7 @@ class Commits(RuleBasedStateMachine):
             self.committed[made] = object_id
 
     @rule(session=sessions, which=st.sampled_from("xy"))
-    def commit_inputs(self, session: Session, which: str) -> None:
+    def commit_inputs(self, session: RunLease, which: str) -> None:
         given = (f"base-{which}", f"data-{which}")
         other = self.inputs not in (None, given)
         if self._change(session, lambda: session.commit_inputs(*given) or True, BadInput if other else None):
@@ -118,14 +118,14 @@ class Commits(RuleBasedStateMachine):
             self.inputs = given
 
     @rule(session=sessions, rounds=st.integers(1, 2), by=st.sampled_from("pqr"))
-    def advance_by(self, session: Session, rounds: int, by: str) -> None:
+    def advance_by(self, session: RunLease, rounds: int, by: str) -> None:
         self._advance(session, by, rounds, None, self.pending or self.done() + rounds)
 
     @rule(session=sessions, until=st.integers(0, 3), by=st.sampled_from("pqr"))
-    def advance_until(self, session: Session, until: int, by: str) -> None:
+    def advance_until(self, session: RunLease, until: int, by: str) -> None:
         self._advance(session, by, None, until, until)
 
-    def _advance(self, session: Session, by: str, rounds: int | None, until: int | None, target: int) -> None:
+    def _advance(self, session: RunLease, by: str, rounds: int | None, until: int | None, target: int) -> None:
         expected = self.asked.get(by, (self.done(), target))
         found = self._change(session, lambda: session.begin_advance(by, rounds, until))
         if found is None or session is not self.holder:  # a late one may read what it knew, and change nothing
@@ -135,13 +135,13 @@ class Commits(RuleBasedStateMachine):
             self.asked[by], self.pending = expected, target
 
     @rule(session=sessions)
-    def finish(self, session: Session) -> None:
+    def finish(self, session: RunLease) -> None:
         done = self._change(session, lambda: session.finish_advance() or True)
         if done and session is self.holder and self.pending is not None and self.pending <= self.done():
             self.pending = None
 
     @rule(session=consumes(sessions))
-    def end(self, session: Session) -> None:
+    def end(self, session: RunLease) -> None:
         """It gives the lease back, if it has it; one that cannot is like one that was killed."""
         before = dict(self.store.data)
         session.close()

@@ -23,15 +23,15 @@ from spinreg_core.config import DataConfig, RunConfig
 from spinreg_core.config.resolve import assignments, resolve, show
 from spinreg_core.data.load import load_rows, require_usable
 from spinreg_core.errors import SpinregError
-from spinreg_core.maintenance.gc import find
+from spinreg_core.maintenance.gc import find_removable
 from spinreg_core.maintenance.retention import store_needs
 from spinreg_core.maintenance.verify import verify
 from spinreg_core.reports.run_report import report_data
-from spinreg_core.reports.status import status
+from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_folder, fetch_part
 from spinreg_core.runs.head import ROUND_STAGES, read_config, read_head
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import commit_part, list_parts, publish, read_record
 from spinreg_core.store import documents
 from spinreg_core.store.folder import FolderStore
@@ -122,7 +122,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
             commit_part(found, job, "shard-00000", record["files"], {"drawn": "x"})
         return job.object_id
 
-    with open_session(found, config, "test") as session:
+    with hold_lease(found, config, "test") as session:
         session.begin_advance("test", 1, None)
         session.commit_inputs(make("base", 0), make("data", 0))
         session.commit(0, "evaluate", make("evaluate", 0))
@@ -137,10 +137,10 @@ def readers(store: FolderStore) -> list[Callable[[], object]]:
     return [
         lambda: read_head(store, "demo"),
         lambda: read_config(store, "demo"),
-        lambda: status(store, "demo"),
+        lambda: format_status(store, "demo"),
         lambda: report_data(store, "demo"),
         lambda: verify(store, "demo"),
-        lambda: find(store, store_needs(store)),
+        lambda: find_removable(store, store_needs(store)),
         lambda: fetch_folder(store, "base-0", "policy"),
         lambda: [fetch_part(store, part) for part in list_parts(store, "generate-1").values()],
     ]

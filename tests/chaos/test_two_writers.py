@@ -33,7 +33,7 @@ from spinreg_core.runs import head as heads
 from spinreg_core.runs import objects
 from spinreg_core.runs.head import config_key, head_key, stage_object
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 
 CONFIG = RunConfig(run="r", resources=ResourcesConfig(lease_seconds=3600))
 WRITERS = (0, 1)
@@ -204,7 +204,7 @@ class Clock:
 
 def write(store: Any, writer: int, folder: Path) -> None:
     """What a flow run does with the store: take the lease, make objects, commit them."""
-    with open_session(store, CONFIG, str(writer)) as session:
+    with hold_lease(store, CONFIG, str(writer)) as session:
         session.commit_inputs("base-x", "data-x")
         for stage in STAGES:
             job = Job(stage, f"{stage}-x", {}, "memory", f"{session.writer()}-{writer}", 1, {}, CONFIG, folder)
@@ -224,7 +224,7 @@ def folder(tmp_path: Path) -> Path:
 def begun() -> dict[str, bytes]:
     """A run with its inputs committed by somebody who has given the lease back."""
     data: dict[str, bytes] = {}
-    with open_session(Memory(None, data), CONFIG, "first") as session:  # type: ignore[arg-type]
+    with hold_lease(Memory(None, data), CONFIG, "first") as session:  # type: ignore[arg-type]
         session.commit_inputs("base-x", "data-x")
     return data
 

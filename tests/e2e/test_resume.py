@@ -110,12 +110,12 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undis
 def test_a_changed_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
     from spinreg_core.config import RunConfig
     from spinreg_core.config.resolve import load_config_file, validate
-    from spinreg_core.runs.lease import open_session
+    from spinreg_core.runs.lease import hold_lease
     from tests.support.whole_runs import ROOT
 
     store = open_store(str(tmp_path / "store"))
     config: RunConfig = validate(load_config_file(str(ROOT / SMOKE)))
-    with open_session(store, config, "test") as session:
+    with hold_lease(store, config, "test") as session:
         session.commit_inputs("base-x", "data-x")
     log = tmp_path / "log"
     process = start(["--config", SMOKE, "--store", store.url, "-p", "objective.beta=0.7"], environment(tmp_path), log)

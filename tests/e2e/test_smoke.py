@@ -20,7 +20,7 @@ from flows.cli import main
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.reports.export import export, parse_size, push, reshard
-from spinreg_core.reports.status import status
+from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
 from spinreg_core.runs.plans import measured_objects
@@ -105,7 +105,7 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
     assert pending_advance(head) is None
     told = "ended before round 4: the KL to the base is"
     assert any(told in note for note in json.loads(store.read("runs/smoke/report.json") or b"")["notes"])
-    assert told in status(store, "smoke")[0]
+    assert told in format_status(store, "smoke")[0]
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ from flows.cli_parser import parser
 from flows.terminal import parameters
 from spinreg_core.config import ResourcesConfig, RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, BadInput
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.open import open_store
 
 QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
@@ -65,7 +65,7 @@ def test_damage_ends_with_74(capsys: pytest.CaptureFixture[str], tmp_path: Path)
 def test_status_of_nothing_of_a_run_and_of_an_unknown_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["status", "--store", str(tmp_path)]) == 0
     assert "no runs" in capsys.readouterr().out
-    with open_session(open_store(str(tmp_path)), QUICK, "somebody") as session:
+    with hold_lease(open_store(str(tmp_path)), QUICK, "somebody") as session:
         session.begin_advance("one", 2, None)
         assert main(["status", "--store", str(tmp_path)]) == 0
         shown = capsys.readouterr().out
@@ -181,7 +181,7 @@ def test_one_run_that_cannot_be_read_hides_no_other(
 ) -> None:
     """A copy made by hand, or a run of a newer version."""
     store = open_store(str(tmp_path))
-    with open_session(store, QUICK, "test"):
+    with hold_lease(store, QUICK, "test"):
         pass
     shutil.copytree(tmp_path / "runs/demo", tmp_path / ("runs/demo.BAK" if odd == "not a name" else "runs/newer"))
     if odd == "newer":

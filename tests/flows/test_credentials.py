@@ -13,7 +13,7 @@ from flows.cli import main
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, Damaged, StoreFailed
-from spinreg_core.runtime.failures import described
+from spinreg_core.runtime.failures import describe_error
 from spinreg_core.store import s3 as s3_store
 
 PLANTED = "planted-address-7Xq"
@@ -90,7 +90,7 @@ def test_credentials_in_the_servers_address_are_not_repeated(monkeypatch: pytest
 @pytest.mark.parametrize("kind", [BadInput.from_message, Damaged, StoreFailed, RuntimeError])
 def test_what_a_stage_says_of_an_error_has_no_credentials(kind: type[Exception]) -> None:
     text = f"http://somebody:{PLANTED}@host:9000/bucket, and postgresql://{PLANTED}@host"
-    assert described(kind(text), "train", RunConfig())[1].endswith(
+    assert describe_error(kind(text), "train", RunConfig())[1].endswith(
         "http://***@host:9000/bucket, and postgresql://***@host"
     )
 

@@ -16,7 +16,7 @@ from flows.grid_runner import Progress, run_on_pool
 from spinreg_core.comparison.grid import Member, members_of
 from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
 from spinreg_core.runs.head import ROUND_STAGES
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
@@ -58,7 +58,7 @@ class Server:
 
     def make(self, member: Member, *, last: bool = True) -> None:
         """All of the member's rounds, and the end of its flow run."""
-        with open_session(self.store, member.config, "tester") as session:
+        with hold_lease(self.store, member.config, "tester") as session:
             session.begin_advance("tester", None, 1)
             session.commit_inputs("base-x", f"data-{member.config.seed}")
             session.commit(0, "evaluate", "evaluate-0")

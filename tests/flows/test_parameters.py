@@ -8,7 +8,7 @@ import pytest
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
-from flows.parameters import described, form_of
+from flows.parameters import document_parameters, form_of
 from spinreg_core.config import DataConfig, Group, RunConfig
 from spinreg_core.config.resolve import resolve
 
@@ -96,7 +96,7 @@ def test_prefect_finds_the_descriptions() -> None:
             config: A file.
         """
 
-    properties = parameter_schema(described(function)).properties
+    properties = parameter_schema(document_parameters(function)).properties
     assert properties["config"]["description"] == "A file."
     assert properties["rounds"]["description"] == RunConfig.model_fields["rounds"].description
     assert properties["seed"]["description"] == f"{RunConfig.model_fields['seed'].description} Default: 0."

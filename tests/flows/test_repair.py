@@ -15,17 +15,17 @@ import pytest
 import flows.repair
 from flows.cli import main
 from spinreg_core.errors import Damaged, LeaseHeld, LeaseLost, StoreRefused
-from spinreg_core.maintenance.gc import find
+from spinreg_core.maintenance.gc import find_removable
 from spinreg_core.maintenance.repair import begin
 from spinreg_core.maintenance.retention import store_needs
-from spinreg_core.maintenance.verify import described, verify
-from spinreg_core.reports.status import status
+from spinreg_core.maintenance.verify import format_verdict, verify
+from spinreg_core.reports.status import format_status
 from spinreg_core.runs import head as heads
 from spinreg_core.runs import lease, objects
 from spinreg_core.runs import plans as rounds
 from spinreg_core.runs.head import complete_round, head_key, pending_advance, require_config, stage_object
-from spinreg_core.runs.lease import make_holder, open_session
-from spinreg_core.runs.plans import PLANS, objects_of, plan_heldout, policy_object
+from spinreg_core.runs.lease import hold_lease, make_holder
+from spinreg_core.runs.plans import STAGE_PLANS, objects_of, plan_heldout, policy_object
 from spinreg_core.store.base import Store
 from spinreg_core.store.folder import FolderStore
 from tests.flows.test_retention import CHANGES, Killed, Watched, gc, head_of, sound
@@ -128,7 +128,7 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(store: FolderStore, stage
 def find_notes(store: Store) -> list[str]:
     """What `spinreg gc` cannot read."""
     needs = store_needs(store)
-    find(store, needs)
+    find_removable(store, needs)
     return needs.notes
 
 
@@ -205,7 +205,7 @@ def test_a_stage_of_a_round_that_was_not_complete_is_left_open(store: FolderStor
 
 def test_a_repair_leaves_the_recorded_advance_as_it_was(store: FolderStore) -> None:
     """Before, the same command went two rounds too far after it."""
-    with open_session(store, config("a"), "flow 1") as session:
+    with hold_lease(store, config("a"), "flow 1") as session:
         assert session.begin_advance("flow 1", 4, None)[:2] == (0, 4)
     advances = head_of(store, "a")["advances"]
     with pytest.raises(Interrupted):
@@ -213,14 +213,14 @@ def test_a_repair_leaves_the_recorded_advance_as_it_was(store: FolderStore) -> N
     damage(store, policy_object(head_of(store, "a"), 1))
     repair(store, "a")
     assert head_of(store, "a")["advances"] == advances
-    with open_session(store, config("a"), "flow 2") as session:
+    with hold_lease(store, config("a"), "flow 2") as session:
         assert session.begin_advance("flow 2", 4, None)[:2] == (2, 4)
 
 
 def advance_recorded(store: Store, killed_at: tuple[int, str]) -> None:
     """Go on with the advance that is recorded."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lease.Session, "begin_advance", lambda *_: None)
+        patch.setattr(lease.RunLease, "begin_advance", lambda *_: None)
         advance(store, config("a"), 4, killed_at=killed_at)
 
 
@@ -254,7 +254,7 @@ def test_frozen_before_it_is_recorded_it_changes_nothing(store: FolderStore) -> 
     advance(store, config("a"), 2)
     damage(store, policy_object(head_of(store, "a"), 1))
     before = content(store)
-    late = open_session(store, config("a"), "first")
+    late = hold_lease(store, config("a"), "first")
     session = late.__enter__()
     taken_over(store, "a")
     with pytest.raises(LeaseLost):
@@ -308,13 +308,13 @@ def test_while_another_run_that_has_the_object_is_advanced_it_is_refused(store: 
     advance(store, other, 0)
     damage(store, stage_object(head_of(store, "a"), 1, "generate"))
     before = manifests(store)
-    with open_session(store, other, "b's flow"):
+    with hold_lease(store, other, "b's flow"):
         with pytest.raises(LeaseHeld, match=r"run 'b' is being advanced by b's flow .* and has \w+-"):
             repair(store, "a")
         assert manifests(store) == before
         assert "repair" not in head_of(store, "a")
     advance(store, config("c", seed=5), 0)
-    with open_session(store, config("c", seed=5), "has nothing of it"):
+    with hold_lease(store, config("c", seed=5), "has nothing of it"):
         repair(store, "a")
     assert sound(store)
 
@@ -381,10 +381,10 @@ def test_killed_at_any_call_it_is_not_forgotten(store: FolderStore, dice: Dice, 
         with pytest.raises(Killed):
             repair(Watched(place, fall, CHANGES), "a")  # type: ignore[arg-type]
         free(place, "a")
-        found, text = verify(place, "a"), described(verify(place, "a"))
+        found, text = verify(place, "a"), format_verdict(verify(place, "a"))
         assert found.problems or found.unfinished or dice.of_one_piece(place, "a"), number
         assert bool(found.unfinished) == ("a repair was not finished" in text) == ("repair" in head_of(place, "a"))
-        assert ("unfinished repair: " in status(place, "a")[0]) == bool(found.unfinished)
+        assert ("unfinished repair: " in format_status(place, "a")[0]) == bool(found.unfinished)
         gc(place)
         dice.thrown += 1
         if finish == "a start" and found.unfinished:
@@ -403,7 +403,7 @@ def test_killed_at_any_call_it_is_not_forgotten(store: FolderStore, dice: Dice, 
 def test_damage_found_while_a_repair_is_unfinished_is_part_of_it(store: FolderStore, dice: Dice) -> None:
     advance(store, config("a"), 3)
     damage(store, stage_object(head_of(store, "a"), 2, "train"))
-    with open_session(store, config("a"), "killed") as session:
+    with hold_lease(store, config("a"), "killed") as session:
         begin(store, session, verify(store, "a").damaged)
     damage(store, stage_object(head_of(store, "a"), 1, "generate"))
     dice.thrown = 1
@@ -418,7 +418,7 @@ def test_the_commands_tell_of_an_unfinished_repair(
 ) -> None:
     advance(store, config("a"), 1)
     damage(store, stage_object(head_of(store, "a"), 1, "evaluate"))
-    with open_session(store, config("a"), "killed") as session:
+    with hold_lease(store, config("a"), "killed") as session:
         begin(store, session, verify(store, "a").damaged)
     place = ["a", "--store", str(store.root)]
     assert main(["verify", *place]) == 74
@@ -446,7 +446,7 @@ def test_what_rules_have_taken_the_inputs_of_is_left_and_the_run_goes_on(store: 
         damage(store, object_id)
     assert set(verify(store, "a").damaged) == {lost, once_more}
     said: list[str] = []
-    with open_session(store, lean, "repair") as session:
+    with hold_lease(store, lean, "repair") as session:
         assert begin(store, session, verify(store, "a").damaged, said.append) == [(1, "evaluate")]
     assert f"made from {policy_object(head, 3)}, removed by retention" in said[0]
     advance(store, lean, 5)
@@ -497,7 +497,7 @@ def test_a_damaged_shard_of_an_open_stage_is_made_anew(store: FolderStore) -> No
     """Before, the run was stuck: every start ended in Damaged, and `verify` said that all was well."""
     with pytest.raises(Interrupted):
         advance(store, config("a"), 1, killed_at=(1, "generate"))
-    object_id = PLANS["generate"](config("a"), head_of(store, "a"), 1).object_id
+    object_id = STAGE_PLANS["generate"](config("a"), head_of(store, "a"), 1).object_id
     (key,) = store.list(f"objects/{object_id}/parts/")
     raw = store.read(key) or b""
     store.write(key, raw[:50])
@@ -517,7 +517,7 @@ def test_a_damaged_shard_of_an_open_stage_is_made_anew(store: FolderStore) -> No
 def test_a_damaged_file_of_an_open_stage_is_found(store: FolderStore) -> None:
     with pytest.raises(Interrupted):
         advance(store, config("a"), 2, killed_at=(2, "generate"))
-    object_id = PLANS["generate"](config("a"), head_of(store, "a"), 2).object_id
+    object_id = STAGE_PLANS["generate"](config("a"), head_of(store, "a"), 2).object_id
     (part,) = objects.list_parts(store, object_id).values()
     (entry,) = part["files"]
     store.write(entry["key"], b"X" * entry["size"])

@@ -20,15 +20,15 @@ from flows.cli import main
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import Removed, StageFailed, StoreRefused
 from spinreg_core.maintenance import gc as removal
-from spinreg_core.maintenance.gc import Item, find, remove
+from spinreg_core.maintenance.gc import Item, find_removable, remove_items
 from spinreg_core.maintenance.repair import begin
-from spinreg_core.maintenance.retention import Needs, freed_by_rules, store_needs
+from spinreg_core.maintenance.retention import Needs, released_by_rules, store_needs
 from spinreg_core.maintenance.verify import verify
 from spinreg_core.reports.status import run_status
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.head import read_head, stage_object
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.plans import average_object, objects_of, plan_heldout, policy_object
 from spinreg_core.store.base import Store
 from spinreg_core.store.folder import FolderStore
@@ -76,7 +76,7 @@ def gc(store: Store, runs: list[str] | None = None) -> list[Item]:
     def needs_now() -> Needs:
         return store_needs(store, runs)
 
-    return remove(store, find(store, needs_now(), rules_only=runs is not None), needs_now)
+    return remove_items(store, find_removable(store, needs_now(), rules_only=runs is not None), needs_now)
 
 
 def sound(store: Store) -> bool:
@@ -130,7 +130,7 @@ def test_what_rules_let_go(store: FolderStore, groups: dict[str, Any], keep: dic
                 ids.add(plan_heldout(wanted, head, number).object_id)
             else:
                 ids.add(stage_object(head, number, kind))
-    assert set(freed_by_rules(wanted, head)) == ids
+    assert set(released_by_rules(wanted, head)) == ids
     gone = {item.object_id for item in gc(store) if item.kind == "object"}
     assert gone == ids
     for object_id in gone:
@@ -164,10 +164,10 @@ def test_what_another_run_needs_stays(store: FolderStore) -> None:
     advance(store, config("a", keep=LEAN, opponent={"history": 1}), 3)
     taker = config("b", opponent={"history": 1})
     advance(store, taker, 2)  # the same rounds 1 and 2
-    with open_session(store, taker, "about to take over round 3") as session:
+    with hold_lease(store, taker, "about to take over round 3") as session:
         session.begin_advance("x", None, 3)
-    assert [item for item in find(store, store_needs(store)) if item.kind == "object"] == []
-    with open_session(store, taker, "or not") as session:
+    assert [item for item in find_removable(store, store_needs(store)) if item.kind == "object"] == []
+    with hold_lease(store, taker, "or not") as session:
         session.begin_advance("y", None, 2)
         session.update(lambda head: head.update(advances=[]))
     gone = {item.object_id for item in gc(store)}
@@ -189,7 +189,7 @@ def test_runs_that_are_not_finished_lose_nothing(store: FolderStore) -> None:
     assert {item.why for item in gc(store)} == {"checkpoints of a finished stage"}
     assert not {key for key in before.keys() - content(store).keys() if "/parts/step" not in key and "state" not in key}
     advance(store, lean, 3)
-    with open_session(store, lean, "somebody"):
+    with hold_lease(store, lean, "somebody"):
         assert store_needs(store).notes == [
             "run 'a' is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends "
             "that): its rules wait for that"
@@ -225,7 +225,7 @@ def test_what_no_run_knows_goes_after_a_week(store: FolderStore) -> None:
         advance(store, config("c", seed=5), 1, killed_at=(1, "generate"))
     for run in ("a", "c"):
         shutil.rmtree(store.root / "runs" / run)
-    assert {item.why for item in find(store, store_needs(store))} == {"checkpoints of a finished stage"}
+    assert {item.why for item in find_removable(store, store_needs(store))} == {"checkpoints of a finished stage"}
     _aged(store.root, 8)
     expected = outcome(store, "b")
     gone = gc(store)
@@ -442,7 +442,7 @@ def test_a_run_that_comes_at_any_call_finds_what_it_takes_over(
     if gone:
         shutil.rmtree(store.root / "runs" / "a")
         _aged(store.root, 8)
-    items, number, came = find(store, store_needs(store)), 0, True
+    items, number, came = find_removable(store, store_needs(store)), 0, True
     assert len(items) > 2
     kept = set()
     while came:
@@ -457,7 +457,7 @@ def test_a_run_that_comes_at_any_call_finds_what_it_takes_over(
 
         watched: Any = Watched(place, come, (*CHANGES, "list"))
         said: list[str] = []
-        remove(watched, items, lambda watched=watched: store_needs(watched), said.append)  # type: ignore[misc]
+        remove_items(watched, items, lambda watched=watched: store_needs(watched), said.append)  # type: ignore[misc]
         kept.add(sum("is needed by now" in line for line in said))
         advance(place, taker, 2)
         assert outcome(place, "b").items() <= expected(undisturbed, tmp_path, shape).items()
@@ -476,7 +476,7 @@ def test_what_a_repair_needs_is_made_anew(store: FolderStore) -> None:
     record = objects.require_manifest(store, str(stage_object(head, 2, "mix-opponent")))
     (pairs,) = (e["key"] for e in record["files"] if e["name"] == "pairs.parquet")
     store.delete(pairs)
-    with open_session(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), "repair") as session:
+    with hold_lease(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), "repair") as session:
         assert begin(store, session, verify(store, "a").damaged) == [(2, "mix-opponent")]
     advance(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), 3)
     assert outcome(store, "a") == before
@@ -502,7 +502,7 @@ def test_what_came_back_in_part_is_not_taken_from_under_a_run(
 ) -> None:
     """Before, a run that started when the heads had just been read committed shards that went a moment later."""
     came_back(store)
-    items, asked = find(store, store_needs(store)), 0
+    items, asked = find_removable(store, store_needs(store)), 0
 
     def needs_now() -> Needs:
         nonlocal asked
@@ -512,7 +512,7 @@ def test_what_came_back_in_part_is_not_taken_from_under_a_run(
                 advance(store, config("c"), 1)
         return needs
 
-    remove(store, items, needs_now)
+    remove_items(store, items, needs_now)
     assert sound(store)
     advance(store, config("c"), 1)
     assert sound(store)
@@ -521,13 +521,13 @@ def test_what_came_back_in_part_is_not_taken_from_under_a_run(
 
 def test_what_came_back_in_part_goes_and_is_told_or_stays_as_it_was(store: FolderStore) -> None:
     came_back(store)
-    items = [item for item in find(store, store_needs(store)) if item.record and "removed" in item.record]
+    items = [item for item in find_removable(store, store_needs(store)) if item.record and "removed" in item.record]
     (item,) = (item for item in items if item.object_id.startswith("generate"))
     key = objects.manifest_key(item.object_id)
     before = store.read(key)
     needed = Needs(known={item.object_id: ["c"]}, kept={item.object_id})
     now = iter([store_needs(store), needed])
-    remove(store, [item], lambda: next(now))
+    remove_items(store, [item], lambda: next(now))
     assert store.read(key) == before, "what it had lost is told as before"
 
     once = iter([store_needs(store)])
@@ -539,9 +539,9 @@ def test_what_came_back_in_part_goes_and_is_told_or_stays_as_it_was(store: Folde
         return found
 
     with pytest.raises(Killed):
-        remove(store, [item], killed)
+        remove_items(store, [item], killed)
     assert store.read(key) != before
-    remove(store, find(store, needed), lambda: needed)
+    remove_items(store, find_removable(store, needed), lambda: needed)
     assert store.read(key) == before
     _aged(store.root, 8)
     gc(store)
@@ -674,7 +674,7 @@ def test_the_same_on_s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) ->
         store._run(lambda key=key: store._call("create_multipart_upload", Key=store._key(key)), "")  # type: ignore
     before = content(store)
     needs = store_needs(store)
-    items = find(store, needs)
+    items = find_removable(store, needs)
     assert content(store) == before
     assert not [item for item in items if item.kind == "upload"], "it may still be under way"
     monkeypatch.setattr(removal, "GRACE_SECONDS", -60.0)
@@ -724,7 +724,7 @@ def test_what_lies_behind_a_link_is_left_alone(store: FolderStore, tmp_path: Pat
     for folder in (store.root / "objects").iterdir():
         (other.root / "objects" / folder.name).symlink_to(folder)
     needs = store_needs(other, None, LEAN)
-    assert [item for item in find(other, needs) if item.kind != "upload"] == []
+    assert [item for item in find_removable(other, needs) if item.kind != "upload"] == []
     assert sum("lies behind a link" in note for note in needs.notes) == len(list((store.root / "objects").iterdir()))
     data = next((store.root / "objects").glob("train-*/data"))
     (data / "e0000-copy").symlink_to(next(data.iterdir()))

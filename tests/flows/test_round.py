@@ -10,9 +10,9 @@ import pytest
 from flows import round as flow
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import JudgeAway, LeaseLost, StageFailed, StagePreempted
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.open import open_store
-from tasks.context import Context, entered
+from tasks.context import Context, use_context
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_preemption_stops_it_and_a_failure_is_kept_for_the_end(
     monkeypatch.setattr(flow, "plan_benchmark", lambda *_: object())
     monkeypatch.setattr(flow, "run_task", fails)
     monkeypatch.setattr(flow, "run_log", lambda: print)
-    with open_session(store, config, "tester") as session, entered(Context(config, store, session)) as context:
+    with hold_lease(store, config, "tester") as session, use_context(Context(config, store, session)) as context:
         if ends:
             with pytest.raises(type(error)):
                 flow.measure(0)

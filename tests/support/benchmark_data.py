@@ -15,7 +15,7 @@ from spinreg_core.config.resolve import validate
 from spinreg_core.models.source import link_policy, resolve_model
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import fingerprint, publish
-from spinreg_core.runs.plans import Plan
+from spinreg_core.runs.plans import StagePlan
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
 
@@ -89,7 +89,7 @@ def publish_policy(store: Store, folder: Path) -> dict[str, Any]:
 
 
 def jobs_of(config: RunConfig, head: dict[str, Any], folder: Path) -> list[Job]:
-    def job(plan: Plan) -> Job:
+    def job(plan: StagePlan) -> Job:
         return replace(plan.job(config, config.store, "e1-b", folder), workdir=folder / plan.object_id)
 
     return [job(plan) for plan in lm_eval.plans(config, head, 0)]

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from spinreg_core.config import ObjectiveConfig, OpponentConfig, RunConfig
 from spinreg_core.evaluation.heldout import ROWS_SCHEMA, heldout_metrics
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.store.base import Store
@@ -89,7 +89,7 @@ def make_run(
         job = Job(stage, fingerprint(stage, identity), identity, store.url, f"e0001-{run}", number, {}, config, folder)
         return publish(store, job, place, metrics=metrics or {}, seconds=10.0 + number)["object_id"]
 
-    with open_session(store, config, "test") as session:
+    with hold_lease(store, config, "test") as session:
         session.commit_inputs(put("base", 0, {"w": "w"}, "base"), put("data", 0, {"rows": "r"}, data))
         for number, shift in enumerate([0.0, *shifts]):
             if number:

@@ -34,14 +34,14 @@ def a_ranked_round(ranks: Any, policy: str, pairs: list[Any], training: dict[str
     from spinreg_core.config import ObjectiveConfig, TrainingConfig
     from spinreg_core.logprobs.policy import load_for
     from spinreg_core.models.lora import add_adapter, start_adapter
-    from spinreg_core.training.trainer import Round
+    from spinreg_core.training.trainer import RoundTrainer
 
     settings = TrainingConfig(**{"precision": "fp32", "learning_rate": 1e-3, "batch_size": 8} | training)
     change = partial(add_adapter, training=settings) if settings.lora_rank else lambda model: None
     model = load_for(ranks, policy, settings.precision, change)
     if settings.lora_rank:
         start_adapter(model, 4)
-    return Round(model, pairs, objective=ObjectiveConfig(alpha=0.5, beta=0.1), training=settings, seed=3,
+    return RoundTrainer(model, pairs, objective=ObjectiveConfig(alpha=0.5, beta=0.1), training=settings, seed=3,
                  round_number=2, tokens_per_pass=tokens, ranks=ranks)  # fmt: skip
 
 
@@ -49,13 +49,13 @@ def gradient(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) 
     """The gradient of eight pairs, and what it came with."""
     from safetensors.torch import save_file
 
-    from spinreg_core.models.fsdp import whole
+    from spinreg_core.models.fsdp import full_tensor
 
     pairs = json.loads((folder.parent / "pairs.json").read_text())
     round_ = a_ranked_round(ranks, str(folder.parent / kind), pairs, training, tokens)
     found = round_.gradient(pairs)
     named = round_.model.named_parameters()
-    grads = {name: whole(p.grad).contiguous() for name, p in named if p.requires_grad}
+    grads = {name: full_tensor(p.grad).contiguous() for name, p in named if p.requires_grad}
     if ranks.mesh is not None:  # no rank holds much more than its share
         held = sum(p.to_local().numel() for p in round_.model.parameters())
         share = sum(p.numel() for p in round_.model.parameters()) / ranks.mesh.shape[-1]
@@ -70,7 +70,7 @@ def steps(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) -> 
     import torch
     import torch.distributed as dist
 
-    from spinreg_core.models.fsdp import whole
+    from spinreg_core.models.fsdp import full_tensor
     from spinreg_core.models.lora import read_adapter
     from spinreg_core.training.checkpoint_files import publish_adapted, publish_policy
 
@@ -88,7 +88,7 @@ def steps(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) -> 
         again = a_ranked_round(ranks, str(folder.parent / kind), pairs, training, tokens)
         read_adapter(again.model, folder / "adapter", alone=ranks.size == 1)
         for (name, a), b in zip(round_.model.named_parameters(), again.model.parameters(), strict=True):
-            assert torch.equal(whole(a.detach()), whole(b.detach())), name
+            assert torch.equal(full_tensor(a.detach()), full_tensor(b.detach())), name
     else:
         publish_policy(round_.model, folder.parent / kind, folder / "policy", ranks=ranks)
     if ranks.first:
@@ -124,10 +124,10 @@ def several(ranks: Any, folder: Path, work: dict[str, dict[str, Any]]) -> None:
 
 if __name__ == "__main__":
     from spinreg_core.config import ResourcesConfig
-    from spinreg_core.runtime.distributed import join, leave
+    from spinreg_core.runtime.distributed import destroy_ranks, init_ranks
 
     given = json.loads(sys.argv[3])
     resources = ResourcesConfig(device="cpu", shard_over=given.pop("shard_over", "auto"), collective_timeout_seconds=60,
                                 compile=given.pop("compile", "auto"))  # fmt: skip
-    globals()[sys.argv[1]](join(resources), Path(sys.argv[2]), **given)
-    leave()
+    globals()[sys.argv[1]](init_ranks(resources), Path(sys.argv[2]), **given)
+    destroy_ranks()

@@ -20,10 +20,10 @@ from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.head import ROUND_STAGES, complete_round, read_head, stage_object
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.plans import average_key
 from spinreg_core.store.base import Store
-from tasks.context import Context, current, entered
+from tasks.context import Context, current_context, use_context
 from tasks.prepare import prepare
 from tasks.run_stage import do_stage
 
@@ -44,12 +44,12 @@ def advance(store: Store, config: RunConfig, until: int, *, killed_at: tuple[int
         pass
 
     _killed.clear()
-    with open_session(store, config, "test") as session:
-        with entered(Context(config, store, session, until, check)):
+    with hold_lease(store, config, "test") as session:
+        with use_context(Context(config, store, session, until, check)):
             for number, stage in stages_to_make(store, session, config):
                 prepare.fn(config.run) if stage == "prepare" else do_stage(stage, number)
         session.begin_advance(f"to {until}", None, until)
-        with entered(Context(config, store, session, until, check)):
+        with use_context(Context(config, store, session, until, check)):
             prepare.fn(config.run)
             for number in range(until + 1):
                 for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
@@ -64,7 +64,7 @@ _killed: list[str] = []
 
 def toy(job: Job, *_name: object) -> dict[str, Any]:
     """In place of a stage's process."""
-    store = current().store
+    store = current_context().store
     if job.stage == "prepare":
         base = _publish(store, job, "base", {"model": job.config.model}, {"policy/weights": b"the base"})
         rows = {"train.parquet": b"rows", "heldout.parquet": b"other rows"}

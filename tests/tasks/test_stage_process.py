@@ -19,7 +19,7 @@ from prefect.states import Failed
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, JudgeAway, StageFailed, StagePreempted
 from spinreg_core.runs.job import Job
-from spinreg_core.runtime.failures import described
+from spinreg_core.runtime.failures import describe_error
 from spinreg_core.runtime.progress import ProgressLine
 from tasks.run_stage import may_retry
 from tasks.stage_process import run_process, run_stage, start_process
@@ -155,7 +155,7 @@ def test_damage_found_by_a_stage_is_damage_and_not_retried(toy_stage: Callable[[
 
 
 def test_a_judge_that_is_away_is_not_waited_for_again(script: Callable[[str], list[str]], tmp_path: Path) -> None:
-    status, said = described(JudgeAway("judge.base_url, host/v1: HTTP 500"), "benchmark", RunConfig())
+    status, said = describe_error(JudgeAway("judge.base_url, host/v1: HTTP 500"), "benchmark", RunConfig())
     with pytest.raises(JudgeAway, match=r"^judge\.base_url, host/v1: HTTP 500$") as caught:
         run(script(f"import sys; print({said!r}); sys.exit({status})"), tmp_path)
     for error, again in ((caught.value, False), (StageFailed("out of memory"), True)):

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from spinreg_core.benchmarks import judge_client as endpoint
-from spinreg_core.benchmarks.judge import Asked, Judged, judged, request_of, verdict_key
+from spinreg_core.benchmarks.judge import JudgeQuestion, JudgeVerdicts, ask_judge, request_of, verdict_key
 from spinreg_core.benchmarks.judge_prompts import parse_rating
 from spinreg_core.config import JudgeConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed
@@ -36,10 +36,12 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def ask(server: JudgeServer, store: Store, count: int = 6, payer: str = "mt-bench-a", **fields: Any) -> Judged[float]:
+def ask(
+    server: JudgeServer, store: Store, count: int = 6, payer: str = "mt-bench-a", **fields: Any
+) -> JudgeVerdicts[float]:
     judge = JudgeConfig(base_url=server.url, model="judge", **{"at_once": 3, "patience_seconds": 20.0} | fields)
-    questions = [Asked(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
-    return judged(store, judge, questions, parse_rating, payer=payer)
+    questions = [JudgeQuestion(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
+    return ask_judge(store, judge, questions, parse_rating, payer=payer)
 
 
 def rated(body: dict[str, Any], _number: int) -> Does:
@@ -72,8 +74,8 @@ def test_verdicts_come_in_order_and_are_never_asked_for_again(store: Store) -> N
 def test_equal_questions_are_asked_once(store: Store) -> None:
     with judge_server(rated) as server:
         judge = JudgeConfig(base_url=server.url, model="judge")
-        same = [Asked(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
-        assert judged(store, judge, same, parse_rating, payer="p").values == [4, 4, 4]
+        same = [JudgeQuestion(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
+        assert ask_judge(store, judge, same, parse_rating, payer="p").values == [4, 4, 4]
         assert len(server.bodies) == 1
 
 

@@ -11,11 +11,11 @@ from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record
 from spinreg_core.benchmarks.results import write_part
 from spinreg_core.config import RunConfig
 from spinreg_core.evaluation.intervals import wilson
-from spinreg_core.reports.status import run_status, status
+from spinreg_core.reports.status import format_status, run_status
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
-from spinreg_core.runs.lease import Session, open_session
+from spinreg_core.runs.lease import RunLease, hold_lease
 from spinreg_core.runs.objects import publish
-from spinreg_core.runs.plans import Plan, measured_objects, objects_of, plan_heldout
+from spinreg_core.runs.plans import StagePlan, measured_objects, objects_of, plan_heldout
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
@@ -26,7 +26,7 @@ def config(store: Store, tasks: list[str], **fields: Any) -> RunConfig:
     return RunConfig.model_validate({"store": store.url, "benchmarks": {"tasks": tasks, "backend": "hf"} | fields})
 
 
-def measure(store: Store, plan: Plan, right: int, folder: Path) -> str:
+def measure(store: Store, plan: StagePlan, right: int, folder: Path) -> str:
     """Publish a part as its stage does, with so many of ten questions right."""
     name = plan.key["name"]
     document = {
@@ -39,10 +39,10 @@ def measure(store: Store, plan: Plan, right: int, folder: Path) -> str:
     return str(publish(store, job, folder / plan.object_id, metrics=metrics)["object_id"])
 
 
-def parts(configuration: RunConfig, session: Session, iterate: int = 0) -> list[Plan]:
+def parts(configuration: RunConfig, session: RunLease, iterate: int = 0) -> list[StagePlan]:
     plan = plan_benchmark(configuration, session.head, iterate)
     assert plan is not None
-    return [Plan(p["stage"], iterate, p["key"], p["inputs"], p["extra"]) for p in plan.extra["parts"]]
+    return [StagePlan(p["stage"], iterate, p["key"], p["inputs"], p["extra"]) for p in plan.extra["parts"]]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def store(tmp_path: Path) -> Store:
 
 def test_what_is_measured_is_named_in_the_head(store: Store, tmp_path: Path) -> None:
     wanted = config(store, TASKS)
-    with open_session(store, wanted, "test") as session:
+    with hold_lease(store, wanted, "test") as session:
         session.commit_inputs("base-1", "data-1")
         session.commit(0, "evaluate", "evaluate-1")
         plan = plan_benchmark(wanted, session.head, 0)
@@ -84,7 +84,7 @@ def test_what_is_measured_is_named_in_the_head(store: Store, tmp_path: Path) -> 
         assert session.head is before  # nothing to write
     entry = run_status(store, wanted.run)["rounds"][0]
     assert entry["measured"]["lm-eval gsm8k"]["state"] == "done"
-    assert "measured: lm-eval arc_challenge done" in status(store, wanted.run)[0]
+    assert "measured: lm-eval arc_challenge done" in format_status(store, wanted.run)[0]
 
 
 def test_tables_have_a_line_for_each(store: Store) -> None:

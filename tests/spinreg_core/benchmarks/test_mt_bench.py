@@ -15,7 +15,7 @@ import pytest
 from spinreg_core.benchmarks import mt_bench, mt_bench_answers
 from spinreg_core.benchmarks.mt_bench import scores
 from spinreg_core.benchmarks.mt_bench_questions import Question, load_questions
-from spinreg_core.benchmarks.registry import check
+from spinreg_core.benchmarks.registry import require_benchmark_files
 from spinreg_core.config import BenchmarksConfig, RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.open import open_engine
@@ -277,7 +277,7 @@ def test_questions_that_cannot_be_used(tmp_path: Path, rows: list[Any], message:
     benchmarks = {"mt_bench": lines(tmp_path / "question.jsonl", rows)}
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
     with pytest.raises(BadInput, match=message):
-        check(RunConfig.model_validate({"benchmarks": benchmarks, "judge": judge}))
+        require_benchmark_files(RunConfig.model_validate({"benchmarks": benchmarks, "judge": judge}))
 
 
 def test_the_published_questions() -> None:

@@ -13,7 +13,7 @@ import pytest
 from flows.cli import main
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from tests.spinreg_core.benchmarks.test_win_rate import prefers_own, store  # noqa: F401
 from tests.support.judge_server import Does, judge_server
@@ -29,7 +29,7 @@ def runs(store: Store) -> Store:  # noqa: F811
         ("theirs", "data", "evaluate-0"),
         ("elsewhere", "x", "y"),
     ):
-        with open_session(store, RunConfig(run=run, store=store.url), "test") as session:
+        with hold_lease(store, RunConfig(run=run, store=store.url), "test") as session:
             session.commit_inputs("base", data)
             session.commit(0, "evaluate", "evaluate-0")
             for stage in ROUND:

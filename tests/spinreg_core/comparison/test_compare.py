@@ -21,7 +21,7 @@ from spinreg_core.evaluation.heldout import heldout_metrics
 from spinreg_core.reports.run_report import sample_notes
 from spinreg_core.runs.head import read_config, require_head
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -170,7 +170,7 @@ def test_a_run_that_repeats_another_is_no_further_seed(store: Store, tmp_path: P
 
 def test_a_run_that_has_not_begun_is_bad_input(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "spin", [0.0])
-    with open_session(store, RunConfig(run="new"), "test"):
+    with hold_lease(store, RunConfig(run="new"), "test"):
         pass
     with pytest.raises(BadInput, match="found 'new', of which nothing is evaluated yet"):
         comparison_data(store, ["spin", "new"])
@@ -179,7 +179,7 @@ def test_a_run_that_has_not_begun_is_bad_input(store: Store, tmp_path: Path) -> 
 def share_policies(store: Store, run: str, source: str, alpha: float) -> None:
     """A run with the objects of another."""
     config, head = RunConfig(run=run, objective=ObjectiveConfig(alpha=alpha)), require_head(store, source)
-    with open_session(store, config, "test") as session:
+    with hold_lease(store, config, "test") as session:
         session.commit_inputs(head["base"], head["data"])
         for entry in head["rounds"]:
             for stage, object_id in entry["stages"].items():
@@ -409,7 +409,7 @@ def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
                  measured(store, tmp_path, perplexity, [-2.0] * 3, f"{run}-perplexity")]  # fmt: skip
         config = read_config(store, run)
         assert config is not None
-        with open_session(store, config, "test") as session:
+        with hold_lease(store, config, "test") as session:
             record_measured(session, 1, {f"{p['kind']} {p['name']}": p["object_id"] for p in parts})
     data = comparison_data(store, ["a", "b", "c"])
     found = [one for one in data["comparisons"] if one["metric"] == "mt-bench/score"]

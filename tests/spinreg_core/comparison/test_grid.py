@@ -23,7 +23,7 @@ from spinreg_core.comparison.grid import (
 )
 from spinreg_core.errors import BadInput, ConfigChanged, SpinregError
 from spinreg_core.runs.head import ROUND_STAGES, read_head
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import publish
 from spinreg_core.store.open import open_store
 
@@ -141,7 +141,7 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
     begun: dict[str, Any] = {"base": "base-x", "rounds": []}
     assert waits_for(mixed, store, [(plain, begun)]) is None, "and nothing else"
     assert waits_for(other_seed, store, []) is None
-    with open_session(store, plain.config, "tester") as session:
+    with hold_lease(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 3)
         session.commit_inputs("base-x", "data-x")
         for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
@@ -150,7 +150,7 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
                 assert waits_for(other_seed, store, [(mixed, begun), (plain, head)]) is plain, (number, stage)
                 session.commit(number, stage, f"{stage}-{number}")
         assert waits_for(other_seed, store, [(mixed, begun), (plain, read_head(store, plain.run))]) is None
-    with open_session(store, other_seed.config, "tester") as session:  # which has it itself
+    with hold_lease(store, other_seed.config, "tester") as session:  # which has it itself
         session.commit_inputs("base-x", "data-x")
         for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
             for stage in stages:
@@ -164,7 +164,7 @@ def test_when_a_member_is_done(tmp_path: Path) -> None:
     base = BASE | {"store": store.url, "until_round": 1}
     member, other = members_of("g", base, alpha=[1, 0], history=[1])
     assert open_reason(store, member) == rounds_open(store, member) == "nothing of it is in the store"
-    with open_session(store, member.config, "tester") as session:
+    with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
         session.commit(0, "evaluate", "evaluate-0")
@@ -194,7 +194,7 @@ def test_a_member_that_its_conditions_ended(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     base = BASE | {"store": store.url, "until": {"kl_base_above": 3.0}}
     member, _ = members_of("g", base, alpha=[1, 0], history=[1])
-    with open_session(store, member.config, "tester") as session:
+    with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 3)
         session.commit_inputs("base-x", "data-x")
         assert rounds_open(store, member) == "round 0 of 3 is complete"
@@ -214,7 +214,7 @@ def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
         return members_of("g", base | {"benchmarks": {"tasks": ["gsm8k"]} | benchmarks}, alpha=[1, 0], history=[1])
 
     plain, other = wanting(limit=10)
-    with open_session(store, plain.config, "tester") as session:
+    with hold_lease(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
         session.commit(0, "evaluate", "evaluate-0")
@@ -254,7 +254,7 @@ def test_so_does_the_judge(tmp_path: Path) -> None:
                                        "benchmarks": {"win_rate": ["human"]}})[0]  # fmt: skip
 
     member = judged_by("one")
-    with open_session(store, member.config, "tester") as session:
+    with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
         session.commit(0, "evaluate", "evaluate-0")

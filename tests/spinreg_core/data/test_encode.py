@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data import encode
-from spinreg_core.data.encode import ROWS_SCHEMA, encode_row, prompt_ids_of, spread, write_part, write_records
+from spinreg_core.data.encode import (
+    ROWS_SCHEMA,
+    encode_row,
+    length_distribution,
+    prompt_ids_of,
+    write_part,
+    write_records,
+)
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.models.chat_template import Renderer
 from tests.support.chat_models import TEMPLATES, chat_tokenizer
@@ -214,6 +221,6 @@ def test_what_a_template_leaves_out_makes_a_row_bad() -> None:
 
 def test_spread() -> None:
     expected: dict[str, Any] = {"mean": 50.5, "median": 50, "p95": 95, "max": 100}
-    assert spread(range(100, 0, -1)) == expected
-    assert spread([3]) == {"mean": 3.0, "median": 3, "p95": 3, "max": 3}
-    assert spread([])["max"] == 0
+    assert length_distribution(range(100, 0, -1)) == expected
+    assert length_distribution([3]) == {"mean": 3.0, "median": 3, "p95": 3, "max": 3}
+    assert length_distribution([])["max"] == 0

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
 from spinreg_core.data.load import exact_duplicates
-from spinreg_core.data.row_file import Spool, pick
+from spinreg_core.data.row_file import Spool, take_rows
 
 
 def row(number: int, prompt: str = "?", answer: str = "!") -> Row:
@@ -25,9 +25,9 @@ def test_views_are_what_lists_are(data: st.DataObject) -> None:
     assert list(spool) == rows
     first = data.draw(st.lists(st.sampled_from(range(len(rows))), min_size=1))
     second = data.draw(st.lists(st.sampled_from(range(len(first)))))
-    view = pick(pick(spool, first), np.array(second, np.int64))
+    view = take_rows(take_rows(spool, first), np.array(second, np.int64))
     assert isinstance(view, Spool)
-    assert list(view) == pick(pick(rows, first), second)
+    assert list(view) == take_rows(take_rows(rows, first), second)
     assert list(spool[::3]) == rows[::3]
     assert spool[-1] == rows[-1]
     with pytest.raises(IndexError):

@@ -128,11 +128,11 @@ def test_wilson_refuses_impossible_counts() -> None:
 
 
 def test_ties_count_half() -> None:
-    assert intervals.wins([1.0, 2.0, 3.0, -1.0], [0.0, 2.0, 4.0, -1.0]) == 2.0
-    assert intervals.wins([1.0, 1.25, 1.5, 0.5], [1.0, 1.0, 1.0, 1.0], within=0.25) == 0.5 + 0.5 + 1 + 0
+    assert intervals.count_wins([1.0, 2.0, 3.0, -1.0], [0.0, 2.0, 4.0, -1.0]) == 2.0
+    assert intervals.count_wins([1.0, 1.25, 1.5, 0.5], [1.0, 1.0, 1.0, 1.0], within=0.25) == 0.5 + 0.5 + 1 + 0
     rng = np.random.default_rng(0)
     left, right = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
-    assert intervals.wins(left, right) + intervals.wins(right, left) == 50
+    assert intervals.count_wins(left, right) + intervals.count_wins(right, left) == 50
 
 
 @pytest.mark.parametrize(

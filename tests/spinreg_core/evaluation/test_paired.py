@@ -12,15 +12,15 @@ from spinreg_core.evaluation.intervals import bootstrap_ratio, wilson
 from spinreg_core.evaluation.paired import (
     Resampled,
     Scores,
-    correct,
+    apply_holm,
     difference,
     estimate,
+    hall_transform,
     holm,
     sign_p,
     skewed,
     student_p,
     student_quantile,
-    unskewed,
 )
 
 
@@ -50,7 +50,7 @@ def test_a_mean_difference_is_the_paired_t_test() -> None:
     assert found["n"] == 40
     t = d.mean() / found["se"]
     assert found["skew"] == pytest.approx(np.mean((d - d.mean()) ** 3) / d.std() ** 3)
-    assert found["p"] == pytest.approx(max(student_p(t, 39), student_p(unskewed(t, found["skew"], 40), 39)))
+    assert found["p"] == pytest.approx(max(student_p(t, 39), student_p(hall_transform(t, found["skew"], 40), 39)))
     assert found["p"] == pytest.approx(student_p(t, 39), rel=0.02), "hardly skewed"
     assert (found["high"] - found["low"]) / (2 * 1.96 * found["se"]) == pytest.approx(1, abs=0.08)
 
@@ -103,9 +103,9 @@ def test_the_sign_test_of_many() -> None:
 
 def test_halls_transformation_and_its_inverse() -> None:
     for t, skew, n in [(2.0, 1.5, 30), (-3.0, 2.0, 20), (1.0, -6.0, 60), (2.5, 0.0, 10), (0.0, 0.7, 9)]:
-        assert skewed(unskewed(t, skew, n), skew, n) == pytest.approx(t, abs=1e-9)
-    assert unskewed(-2.2, 2.0, 30) > -2.2, "few large values above: a mean below zero is weaker evidence"
-    assert unskewed(-2.2, -2.0, 30) == -unskewed(2.2, 2.0, 30)
+        assert skewed(hall_transform(t, skew, n), skew, n) == pytest.approx(t, abs=1e-9)
+    assert hall_transform(-2.2, 2.0, 30) > -2.2, "few large values above: a mean below zero is weaker evidence"
+    assert hall_transform(-2.2, -2.0, 30) == -hall_transform(2.2, 2.0, 30)
 
 
 def test_student_and_its_inverse() -> None:
@@ -135,10 +135,10 @@ def test_the_corrected_interval_excludes_zero_where_holm_rejects_and_nowhere_els
         family = []
         for _ in range(8):
             value, n, skew = rng.normal(0, 2.5), 60, rng.choice([-1.5, 0, 1.5])
-            p = max(student_p(value, n - 1), student_p(unskewed(value, skew, n), n - 1))
+            p = max(student_p(value, n - 1), student_p(hall_transform(value, skew, n), n - 1))
             bounds = {"low": value - 0.1, "high": value + 0.1}
             family.append({"value": value, "se": 1.0, "skew": skew, "p": p, "n": n} | bounds)
-        correct(family)
+        apply_holm(family)
         for one in family:
             excluded = one["corrected_low"] > 0 or one["corrected_high"] < 0
             assert excluded == (one["p_holm"] <= 0.05) == (one["supported"] != 0)
@@ -147,7 +147,7 @@ def test_the_corrected_interval_excludes_zero_where_holm_rejects_and_nowhere_els
 
 def test_no_claim_against_a_bootstrap_interval_that_holds_zero() -> None:
     one = {"value": 3.0, "se": 1.0, "skew": 0.0, "low": -0.1, "high": 5.0, "p": 0.004, "n": 60}
-    correct([one])
+    apply_holm([one])
     assert (one["p_holm"], one["supported"]) == (0.004, 0)
 
 
@@ -155,14 +155,14 @@ def test_a_policy_against_itself_is_no_test() -> None:
     a = scores(np.arange(30.0))
     same = compared(a, a) | {"same": True}
     real = {"value": 3.0, "se": 1.0, "skew": 0.0, "low": 1.0, "high": 5.0, "p": 0.004, "n": 60}
-    correct([same, same | {}, real])
+    apply_holm([same, same | {}, real])
     assert (same["value"], same["p"], same["supported"]) == (0.0, 1.0, 0)
     assert real["p_holm"] == 0.004, "a family of one"
 
 
 def test_one_question_or_none_in_common_supports_nothing() -> None:
     one = compared(scores([1.0]), scores([0.0]))
-    correct([one])
+    apply_holm([one])
     assert (one["low"], one["p"], one["supported"]) == (None, 1.0, 0)
     a, b = scores([1.0, 2.0]), scores([0.0, 1.0], block="other")
     assert difference([a], [b], resampled(a, b), "x") is None
@@ -261,7 +261,7 @@ def test_false_claims_are_rare(kind: str) -> None:
             variants = [scores(prompts + rng.exponential(1, n) ** 2 - 2) for _ in range(3)]
         draws = resampled(reference, resamples=200, seed=trial)
         family = [difference([v], [reference], draws, "x") for v in variants]
-        correct([one for one in family if one is not None])
+        apply_holm([one for one in family if one is not None])
         false += any(one is not None and one["supported"] for one in family)
     assert false <= 18, "5 % of 200 is 10; 18 is two and a half standard deviations more"
 
@@ -274,7 +274,7 @@ def test_a_difference_that_is_there_is_found() -> None:
         variants = [scores(prompts + shift + rng.normal(0, 1, 60)) for shift in (-1.2, 0, 0)]
         draws = resampled(reference, resamples=200, seed=trial)
         family = [difference([v], [reference], draws, "x") for v in variants]
-        correct([one for one in family if one is not None])
+        apply_holm([one for one in family if one is not None])
         assert family[0] is not None
         found += family[0]["supported"] == -1
     assert found >= 48

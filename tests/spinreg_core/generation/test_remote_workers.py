@@ -23,7 +23,7 @@ from spinreg_core.errors import LeaseLost, StageFailed
 from spinreg_core.generation import remote_workers as engine_guests
 from spinreg_core.generation import worker as answer_stage
 from spinreg_core.generation import worker_process as engine_process
-from spinreg_core.generation.remote_workers import lend_engines
+from spinreg_core.generation.remote_workers import offer_workers
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
 from spinreg_core.runtime import nodes as orders
@@ -130,7 +130,7 @@ def test_an_engine_elsewhere_goes_from_source_to_source(house: House, monkeypatc
         while (order := orders.read_order(house.store, job.config.run)) is None:
             time.sleep(0.05)
         given = replace(Job.from_fields(order["job"]), workdir=house.root / "lent")
-        lend_engines(given, order["attempt"], [{"GUEST": "1"}])
+        offer_workers(given, order["attempt"], [{"GUEST": "1"}])
 
     lender = threading.Thread(target=lend, daemon=True)
     lender.start()
@@ -300,31 +300,31 @@ def test_a_joined_machine_lets_go_when_it_is_told_to(house: House) -> None:
 def test_a_holder_that_lost_its_lease_takes_nobodys_machines_away(house: House) -> None:
     job = house.job("x", iterates=[2])
     old, new = replace(job, writer="e0001-aa"), replace(job, writer="e0002-bb")
-    first = orders.announce(house.store, old)
-    second = orders.announce(house.store, new)
-    orders.retract(house.store, old, first)
+    first = orders.post_order(house.store, old)
+    second = orders.post_order(house.store, new)
+    orders.withdraw_order(house.store, old, first)
     with pytest.raises(LeaseLost):
-        orders.announce(house.store, old)
+        orders.post_order(house.store, old)
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
     assert order["attempt"] == second
-    orders.retract(house.store, new, second)
+    orders.withdraw_order(house.store, new, second)
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
     assert order["attempt"] is None
     with pytest.raises(LeaseLost):
-        orders.announce(house.store, old)
+        orders.post_order(house.store, old)
 
 
 @pytest.mark.parametrize("torn", [b"torn", b'{"schema": 1, "attempt": 3}'])
 def test_an_order_that_cannot_be_read_is_replaced_by_the_next(house: House, torn: bytes) -> None:
     job = replace(house.job("x", iterates=[2]), writer="e0002-bb")
     key = f"runs/{job.config.run}/order.json"
-    first = orders.announce(house.store, job)
+    first = orders.post_order(house.store, job)
     house.store.write(key, torn)
-    orders.retract(house.store, job, first)  # at the end of a stage, however that was
+    orders.withdraw_order(house.store, job, first)  # at the end of a stage, however that was
     assert house.store.read(key) == torn
-    second = orders.announce(house.store, job)
+    second = orders.post_order(house.store, job)
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
     assert order["attempt"] == second
@@ -337,7 +337,7 @@ def test_only_who_knows_the_attempt_is_let_in(shown: str) -> None:
         ours = server.accept()[0]
     waiting: engine_guests.Guests = queue.SimpleQueue()
     theirs.sendall(f"{shown} somebody".encode().ljust(engine_guests._HELLO_BYTES))
-    engine_guests._welcome(ours, "peer", "the-attempt", waiting)
+    engine_guests._authenticate(ours, "peer", "the-attempt", waiting)
     assert waiting.empty() == (shown != "the-attempt")
     assert (ours.fileno() == -1) == (shown != "the-attempt")  # closed
     theirs.close()

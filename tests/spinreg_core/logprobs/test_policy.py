@@ -14,7 +14,7 @@ from spinreg_core.config import ResourcesConfig
 from spinreg_core.logprobs.policy import load_for
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.logprobs.sequence import answer_logprobs, packs
-from spinreg_core.runtime.distributed import Ranks, join
+from spinreg_core.runtime.distributed import Ranks, init_ranks
 from tests.spinreg_core.training.test_checkpoint_files import ALONE
 from tests.support.rank_processes import ranked
 from tests.support.tiny_models import _SHAPE, random_pairs, random_rows, tiny_model, write_policy
@@ -71,4 +71,4 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("setting", "expected"), [("auto", torch.cuda.is_available()), ("on", True), ("off", False)])
 def test_what_the_setting_means(setting: str, expected: bool) -> None:
-    assert join(ResourcesConfig.model_validate({"compile": setting})).compile == expected
+    assert init_ranks(ResourcesConfig.model_validate({"compile": setting})).compile == expected

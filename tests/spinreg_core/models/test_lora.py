@@ -22,7 +22,7 @@ from spinreg_core.models.lora import add_adapter, read_adapter, start_adapter
 from spinreg_core.runs.plans import plan_train
 from spinreg_core.stages.prepare import require_adaptable
 from spinreg_core.training.checkpoint_files import publish_adapted
-from spinreg_core.training.trainer import Round
+from spinreg_core.training.trainer import RoundTrainer
 from tests.spinreg_core.training.test_checkpoint_files import ALONE
 from tests.support.tiny_models import random_pairs, random_rows, write_policy
 
@@ -45,18 +45,18 @@ def scored(policy: Path | PreTrainedModel, pairs: list[dict[str, Any]], which: s
     return score(policy, [p["prompt_ids"] for p in pairs], answers, precision="fp32", tokens_per_pass=200)
 
 
-def a_round(model: PreTrainedModel, previous: Path, base: Path, training: TrainingConfig, number: int) -> Round:
+def a_round(model: PreTrainedModel, previous: Path, base: Path, training: TrainingConfig, number: int) -> RoundTrainer:
     """Its pairs scored under the policies that were published, as mix-opponent does."""
     pairs = random_pairs(12, number, number)
     for name, policy in (("previous", previous), ("base", base)):
         for which in ("real", "generated"):
             for pair, value in zip(pairs, scored(policy, pairs, which), strict=True):
                 pair[f"{name}_{which}"] = value
-    return Round(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=1,
+    return RoundTrainer(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=1,
                  round_number=number, tokens_per_pass=120)  # fmt: skip
 
 
-def finished(round_: Round) -> Round:
+def finished(round_: RoundTrainer) -> RoundTrainer:
     while round_.state.done < round_.steps:
         round_.step()
     return round_

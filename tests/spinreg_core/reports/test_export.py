@@ -11,7 +11,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.evaluation.intervals import wilson
 from spinreg_core.reports.export import how_measured, model_card
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.store.open import open_store
 from tests.spinreg_core.reports.test_run_report import make_run
@@ -31,7 +31,7 @@ def test_the_card_says_what_was_measured_and_how(tmp_path: Path) -> None:
     config = RunConfig(run="demo")
     parts = [part("lm-eval", "gsm8k", fewshot=5, limit=200, questions_as="plain"),
              part("win-rate", "human", judge=JUDGE, limit=None)]  # fmt: skip
-    with open_session(store, config, "test") as session:
+    with hold_lease(store, config, "test") as session:
         for one in parts:
             key = {"name": one["name"]}
             job = Job(one["kind"], fingerprint(one["kind"], key), key, store.url, "w", 1, {}, config, tmp_path)

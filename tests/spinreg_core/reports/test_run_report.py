@@ -15,11 +15,11 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
-from spinreg_core.formatting import format_bytes, format_duration, leaves
+from spinreg_core.formatting import flatten, format_bytes, format_duration
 from spinreg_core.reports.run_report import alarms, build_report, render, report_data, verdict, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -116,7 +116,7 @@ def make_run(
         job = Job(stage, fingerprint(stage, key), key, store.url, "e0001-aa", number, {"from": text}, config, tmp_path)
         return publish(store, job, folder, metrics=found or {}, seconds=12.5 + 60 * number)["object_id"]
 
-    with open_session(store, config, "test") as session:
+    with hold_lease(store, config, "test") as session:
         session.commit_inputs(put("base", 0, {"weights": "w" * 2000}), put("data", 0, {"train.parquet": "p"}))
         for number in range(len(nll)):
             if number:
@@ -224,7 +224,7 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
     assert "+4.56 ± 0.54" in text
     assert "-3.21 ± 0.54" in text
     assert data["config"] == RunConfig().model_dump(mode="json")
-    for name, value in leaves(data["config"]):
+    for name, value in flatten(data["config"]):
         assert name in text
         assert value in text
     objects = [o for entry in data["rounds"] for o in entry["stages"].values()]
@@ -273,7 +273,7 @@ def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_can_be_reported(store: Store, tmp_path: Path) -> None:
-    with open_session(store, RunConfig(run="young"), "test"):
+    with hold_lease(store, RunConfig(run="young"), "test"):
         pass
     page, data = build_report(store, "young")
     assert data["verdict"]["outcome"] == "none"

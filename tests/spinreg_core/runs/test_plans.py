@@ -12,13 +12,13 @@ from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.runs.head import ROUND_STAGES
 from spinreg_core.runs.objects import fingerprint
 from spinreg_core.runs.plans import (
-    PLANS,
+    STAGE_PLANS,
     average_key,
     average_object,
     plan_evaluate,
     plan_generate,
     plan_heldout,
-    plan_mix,
+    plan_mix_opponent,
     plan_train,
     policy_object,
 )
@@ -40,7 +40,7 @@ def config(**changes: Any) -> RunConfig:
 
 
 def object_id(stage: str, round_number: int, done: dict[str, Any] | None = None, **changes: Any) -> str:
-    return PLANS[stage](config(**changes), done or head(round_number), round_number).object_id
+    return STAGE_PLANS[stage](config(**changes), done or head(round_number), round_number).object_id
 
 
 # (stage, change) -> does the change make another object of round 1? Of round 2?
@@ -106,24 +106,24 @@ def test_the_evaluation_of_the_base_is_shared_by_every_alpha() -> None:
 
 
 def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
-    replay = PLANS["mix-opponent"](config(), head(3), 3)
+    replay = STAGE_PLANS["mix-opponent"](config(), head(3), 3)
     assert [e["round"] for e in replay.inputs["earlier"]] == [2, 1]
-    assert PLANS["generate"](config(), head(3), 3).inputs["policies"] == {"2": "train-2"}
+    assert STAGE_PLANS["generate"](config(), head(3), 3).inputs["policies"] == {"2": "train-2"}
     again = config(opponent__source="regenerate", opponent__history=2)
-    assert PLANS["mix-opponent"](again, head(3), 3).inputs["earlier"] == []
-    assert PLANS["generate"](again, head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
+    assert STAGE_PLANS["mix-opponent"](again, head(3), 3).inputs["earlier"] == []
+    assert STAGE_PLANS["generate"](again, head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
     both = config(opponent__source="regenerate", opponent__history=2, opponent__replay_share=0.5)
-    assert [e["round"] for e in PLANS["mix-opponent"](both, head(3), 3).inputs["earlier"]] == [2]
-    assert PLANS["generate"](both, head(3), 3).extra["replay_share"] == 0.5
-    assert PLANS["generate"](both, head(3), 1).object_id == PLANS["generate"](again, head(3), 1).object_id
+    assert [e["round"] for e in STAGE_PLANS["mix-opponent"](both, head(3), 3).inputs["earlier"]] == [2]
+    assert STAGE_PLANS["generate"](both, head(3), 3).extra["replay_share"] == 0.5
+    assert STAGE_PLANS["generate"](both, head(3), 1).object_id == STAGE_PLANS["generate"](again, head(3), 1).object_id
 
 
 def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history() -> None:
     for history in (1, 2, "all"):
-        plan = PLANS["mix-opponent"](config(opponent__history=history), head(3), 3)
+        plan = STAGE_PLANS["mix-opponent"](config(opponent__history=history), head(3), 3)
         assert plan.inputs["previous"] == "train-2"
         assert plan.inputs["base"] == "base-x"
-        assert PLANS["train"](config(opponent__history=history), head(3), 3).inputs["previous"] == "train-2"
+        assert STAGE_PLANS["train"](config(opponent__history=history), head(3), 3).inputs["previous"] == "train-2"
 
 
 def test_an_iterate_that_was_never_trained_is_named() -> None:
@@ -150,7 +150,7 @@ def test_averages_play_the_roles_they_are_given() -> None:
         assert average_object(own, done, 0) == base
         found = {
             "opponent": plan_generate(own, done, 3).inputs["policies"]["2"],
-            "reference": plan_mix(own, done, 3).inputs["previous"],
+            "reference": plan_mix_opponent(own, done, 3).inputs["previous"],
             "start": plan_train(own, done, 3).inputs["previous"],
         }
         assert found == {role: average if role in roles else policy for role in found}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.runtime.failures import about_others, verdict
+from spinreg_core.runtime.failures import is_secondary_failure, verdict
 from spinreg_core.runtime.rank_watch import _LATER_SECONDS, POLL_SECONDS, RankWatch
-from spinreg_core.store.transfers import moving
+from spinreg_core.store.transfers import track_transfer
 
 POLLS = int((1 + _LATER_SECONDS) / POLL_SECONDS)  # of a silence that is still allowed, with a timeout of one second
 
@@ -18,56 +18,56 @@ POLLS = int((1 + _LATER_SECONDS) / POLL_SECONDS)  # of a silence that is still a
 def test_a_silent_rank_is_recorded_in_its_own_name(tmp_path: Path) -> None:
     watch, other = RankWatch(tmp_path, 0, 1.0), RankWatch(tmp_path, 1, 1.0)
     for _ in range(3 * POLLS):
-        assert not watch.doomed()
-        assert not other.doomed()
+        assert not watch.should_exit()
+        assert not other.should_exit()
     for _ in range(POLLS):
-        assert not watch.doomed()
-    assert any(watch.doomed() for _ in range(4))
+        assert not watch.should_exit()
+    assert any(watch.should_exit() for _ in range(4))
     entry = json.loads((tmp_path / "failure-1.json").read_text())
     assert entry["message"].startswith("error: rank 1 has not run for 6 s (resources.collective_timeout_seconds: 1)")
-    assert not about_others(entry["message"])
+    assert not is_secondary_failure(entry["message"])
     assert verdict(tmp_path, {0: -9}) == (1, entry["message"])  # the one that ended of itself is not at fault
 
 
 def test_ranks_that_were_all_suspended_blame_nobody(tmp_path: Path) -> None:
     watch, other = RankWatch(tmp_path, 0, 1.0), RankWatch(tmp_path, 1, 1.0)
-    assert not watch.doomed()
+    assert not watch.should_exit()
     for file in (watch.file, other.file):
         os.utime(file, (1, 1))  # an hour passes, and nobody polls
-    with moving("the store"):
-        assert not watch.doomed()
-    assert not watch.doomed()
-    assert not other.doomed()
+    with track_transfer("the store"):
+        assert not watch.should_exit()
+    assert not watch.should_exit()
+    assert not other.should_exit()
 
 
 def test_a_rank_at_its_end_is_not_missed(tmp_path: Path) -> None:
     watch, other = RankWatch(tmp_path, 0, 1.0), RankWatch(tmp_path, 1, 1.0)
     other.finished()
-    assert not any(watch.doomed() for _ in range(3 * POLLS))
+    assert not any(watch.should_exit() for _ in range(3 * POLLS))
     assert not other.file.exists()
 
 
 def test_bytes_that_stand_still_are_recorded_with_the_place(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path, 0, 1.0)
-    with moving("storing a file") as moved:
+    with track_transfer("storing a file") as moved:
         for _ in range(10):
-            assert not watch.doomed()
+            assert not watch.should_exit()
             moved(1)
         polls = 0
-        while not watch.doomed():
+        while not watch.should_exit():
             polls += 1
         assert polls == pytest.approx(1 / POLL_SECONDS, abs=1.1)
     message = json.loads((tmp_path / "failure-0.json").read_text())["message"]
     assert message.startswith("error: rank 0: storing a file has stood still for 2 s (resources")
     assert "in test_bytes_that_stand_still" in message
-    assert not about_others(message)
+    assert not is_secondary_failure(message)
     assert "in test_bytes_that_stand_still" in (tmp_path / "stack-0.txt").read_text()
 
 
 def test_a_rank_that_has_finished_does_not_come_back(tmp_path: Path) -> None:
     watch = RankWatch(tmp_path, 0, 1.0)
     watch.finished()
-    assert not watch.doomed()
+    assert not watch.should_exit()
     assert not watch.file.exists()
 
 
@@ -78,6 +78,6 @@ def test_a_file_system_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("spinreg_core.runtime.rank_watch.os.utime", full)
-    assert not watch.doomed()
+    assert not watch.should_exit()
     (tmp_path / "failure-1.json").write_text("{}")
-    assert watch.doomed()
+    assert watch.should_exit()

@@ -14,9 +14,9 @@ from spinreg_core.selfplay.pairs import (
     PAIRS_SCHEMA,
     Pair,
     counts,
-    join,
     keyed,
     known_scores,
+    make_pairs,
     replay,
     sequence_key,
     treat_truncated,
@@ -52,7 +52,7 @@ def _pairs() -> list[Pair]:
     rows = data({"a": 6, "b": 3, "c": 4, "d": 9, "e": 8})
     rows["e"] |= {"answer_ids": [*range(10, 18)], "answer_truncated": True}
     full = [20, 21, 22, 23]
-    return join(
+    return make_pairs(
         [answer(n, [20, END] if n == "d" else full, "stop" if n == "d" else "length") for n in "abcde"], rows, 3
     )
 
@@ -69,12 +69,12 @@ def test_join_keeps_sampled_ids_and_names_pairs(pairs: list[Pair]) -> None:
 
 def test_several_answers_to_a_prompt_make_several_pairs() -> None:
     given = [answer("a", [20 + k, END], "stop") | {"answer": k, "geometric": k == 2} for k in range(3)]
-    pairs = join(given, data({"a": 6}), 3)
+    pairs = make_pairs(given, data({"a": 6}), 3)
     assert [pair["pair_id"] for pair in pairs] == ["3:a", "3:a:1", "3:a:2"]
     assert [pair["geometric"] for pair in pairs] == [False, False, True]
     assert {tuple(pair["real_ids"]) for pair in pairs} == {tuple(pairs[0]["real_ids"])}
     with pytest.raises(Damaged, match="found an answer twice, a:2;"):
-        join([*given, given[2]], data({"a": 6}), 3)
+        make_pairs([*given, given[2]], data({"a": 6}), 3)
     chosen = replay([pairs], [1.0], seed=0, round_number=3)
     assert sorted(pair["pair_id"] for pair in chosen) == ["3:a", "3:a:1", "3:a:2"]
 
@@ -102,7 +102,7 @@ def test_clip_real(pairs: list[Pair]) -> None:
 @given(st.lists(st.tuples(st.integers(1, 12), st.booleans()), min_size=1, max_size=8), st.integers(1, 6))
 def test_clipped_answers_are_never_longer_than_a_cut_off_one(shapes: list[tuple[int, bool]], limit: int) -> None:
     rows = data({str(i): n for i, (n, _) in enumerate(shapes)})
-    pairs = join(
+    pairs = make_pairs(
         [answer(str(i), [20] * limit, "length" if cut else "stop") for i, (_, cut) in enumerate(shapes)], rows, 1
     )
     for old, new, (n, cut) in zip(pairs, treat_truncated(pairs, "clip_real"), shapes, strict=True):
@@ -114,16 +114,16 @@ def test_clipped_answers_are_never_longer_than_a_cut_off_one(shapes: list[tuple[
 def test_join_refuses_what_does_not_belong_together() -> None:
     rows = data({"a": 3})
     with pytest.raises(Damaged, match="unknown prompt, b"):
-        join([answer("b", [END], "stop")], rows, 1)
+        make_pairs([answer("b", [END], "stop")], rows, 1)
     with pytest.raises(Damaged, match="an answer twice, a"):
-        join([answer("a", [END], "stop")] * 2, rows, 1)
+        make_pairs([answer("a", [END], "stop")] * 2, rows, 1)
     with pytest.raises(Damaged, match="other prompt tokens"):
-        join([answer("a", [END], "stop") | {"prompt_ids": [7, 9]}], rows, 1)
+        make_pairs([answer("a", [END], "stop") | {"prompt_ids": [7, 9]}], rows, 1)
 
 
 def of_round(number: int, count: int) -> list[Pair]:
     names = [f"r{number}-{i}" for i in range(count)]
-    return join([answer(n, [5, END], "stop", number - 1) for n in names], data(dict.fromkeys(names, 3)), number)
+    return make_pairs([answer(n, [5, END], "stop", number - 1) for n in names], data(dict.fromkeys(names, 3)), number)
 
 
 def test_replay_has_the_shares_of_the_weights() -> None:
@@ -161,7 +161,7 @@ def test_scores_belong_to_tokens_not_to_names(pairs: list[Pair]) -> None:
 def test_counts_of_odd_pairs() -> None:
     rows = data({"a": 2, "b": 3, "c": 3})
     generations = [answer("a", [10, END], "stop"), answer("b", [END], "stop"), answer("c", [9], "length", 2)]
-    found = counts(join(generations, rows, 5))
+    found = counts(make_pairs(generations, rows, 5))
     assert found == {
         "pairs": 3, "by_round": {"5": 3}, "by_iterate": {"0": 2, "2": 1}, "generated_truncated": 1, "real_truncated": 0,
         "empty_generated": 1, "identical": 1, "real_tokens": 8, "generated_tokens": 4,

@@ -37,7 +37,7 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.training import step_checkpoints
 from spinreg_core.training.step_checkpoints import StepCheckpoints
-from spinreg_core.training.trainer import Round
+from spinreg_core.training.trainer import RoundTrainer
 from tests.support.tiny_models import random_pairs, write_policy
 
 PAIRS = 22
@@ -169,14 +169,14 @@ def test_output_is_readable_by_people_and_by_the_task(setting: Setting, capsys: 
 
 
 def failing_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Round.step
+    original = RoundTrainer.step
 
-    def failing(self: Round) -> dict[str, Any]:
+    def failing(self: RoundTrainer) -> dict[str, Any]:
         if self.state.done == step:
             raise RuntimeError("the machine broke")
         return original(self)
 
-    monkeypatch.setattr(Round, "step", failing)
+    monkeypatch.setattr(RoundTrainer, "step", failing)
 
 
 def broken_off(setting: Setting, name: str, step: int, **training: Any) -> Job:
@@ -200,8 +200,8 @@ def test_a_failed_round_goes_on_to_the_same_bits(
 ) -> None:
     job = broken_off(setting, "failed", 8)
     assert objects.read_manifest(setting.store, job.object_id) is None
-    taken, step = [], Round.step
-    monkeypatch.setattr(Round, "step", lambda self: (taken.append(self.state.done + 1), step(self))[1])
+    taken, step = [], RoundTrainer.step
+    monkeypatch.setattr(RoundTrainer, "step", lambda self: (taken.append(self.state.done + 1), step(self))[1])
     manifest = train.run(job)
     assert taken == [6, 7, 8, 9, 10, 11, 12]  # from the checkpoint of step 5
     assert "going on from the checkpoint of step 5 of 12" in capsys.readouterr().out
@@ -298,14 +298,14 @@ def test_a_store_that_fails_costs_a_checkpoint_and_nothing_else(
 
 def stopping_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGTERM arrives in the middle of a step."""
-    gradient = Round.gradient
+    gradient = RoundTrainer.gradient
 
-    def stopped(self: Round, *args: Any) -> Any:
+    def stopped(self: RoundTrainer, *args: Any) -> Any:
         if self.state.done == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return gradient(self, *args)
 
-    monkeypatch.setattr(Round, "gradient", stopped)
+    monkeypatch.setattr(RoundTrainer, "gradient", stopped)
     monkeypatch.setattr(supervision, "_sigterm", supervision._Sigterm())
     signal.signal(signal.SIGTERM, supervision.on_sigterm)
 
@@ -337,7 +337,7 @@ def test_sigterm_in_the_last_step_lets_the_round_end(
         stopping_in(STEPS, patch)
         with pytest.raises(Preempted):
             train.run(setting.job("stopped-last"))
-    monkeypatch.setattr(Round, "gradient", lambda *_: pytest.fail("a step was trained again"))
+    monkeypatch.setattr(RoundTrainer, "gradient", lambda *_: pytest.fail("a step was trained again"))
     assert sha_of_weights(train.run(setting.job("stopped-last", writer="e0002-bb"))) == sha_of_weights(whole)
 
 
@@ -486,9 +486,9 @@ def test_the_last_sound_checkpoint_survives_weights_that_are_not_finite(
 ) -> None:
     """Weights become infinite in step 6, whose own loss is finite; a checkpoint after every step, two are kept."""
     settings = {"checkpoint_every_steps": 1}
-    step = Round.step
+    step = RoundTrainer.step
 
-    def spoilt(self: Round) -> Any:
+    def spoilt(self: RoundTrainer) -> Any:
         metrics = step(self)
         if self.state.done == 6:
             with torch.no_grad():
@@ -497,7 +497,7 @@ def test_the_last_sound_checkpoint_survives_weights_that_are_not_finite(
 
     with monkeypatch.context() as patch:
         wait_for_checkpoints(patch)
-        patch.setattr(Round, "step", spoilt)
+        patch.setattr(RoundTrainer, "step", spoilt)
         with pytest.raises(BadInput, match="steps 7 to 9"):
             train.run(setting.job("spoilt", **settings))
     output = capsys.readouterr().out

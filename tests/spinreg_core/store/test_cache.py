@@ -20,7 +20,7 @@ from spinreg_core.errors import BadInput, StoreFailed
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
 from spinreg_core.store import cache
-from spinreg_core.store.cache import LIMIT_VARIABLE, borrowed, cache_folder, cache_limit
+from spinreg_core.store.cache import LIMIT_VARIABLE, cache_folder, cache_limit, pinned
 from spinreg_core.store.folder import FolderStore
 
 SIZE = 100_000  # bytes of an object's policy
@@ -66,7 +66,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
 
 
 def fetch_policy(store: FolderStore, name: str) -> None:
-    with borrowed():
+    with pinned():
         assert (fetch.fetch_folder(store, name, "policy") / "weights").read_bytes() == content(name)
 
 
@@ -163,7 +163,7 @@ def test_a_limit_below_what_is_in_use_is_said_once_and_stops_nothing(
     store: Remote, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1.5)
-    with borrowed():
+    with pinned():
         for name in "abc":
             assert (fetch.fetch_folder(store, name, "policy") / "weights").read_bytes() == content(name)
     (line,) = capsys.readouterr().out.splitlines()

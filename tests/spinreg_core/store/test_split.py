@@ -17,7 +17,7 @@ from spinreg_core.maintenance import gc as removal
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.head import read_head
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import open_session
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store import documents
 from spinreg_core.store import s3 as s3_store
 from spinreg_core.store.folder import FolderStore
@@ -52,7 +52,7 @@ def test_a_run_on_such_a_server(url: str, tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "out" / "policy").mkdir(parents=True)
     (tmp_path / "out" / "policy" / "weights").write_bytes(b"w" * 1000)
     config = RunConfig(run="r", store=url)
-    with open_session(store, config, "one") as session:
+    with hold_lease(store, config, "one") as session:
         job = Job("train", "train-x", {}, url, session.writer(), 1, {}, config, tmp_path)
         objects.publish(store, job, tmp_path / "out", metrics={})
         session.commit(1, "train", "train-x")
@@ -104,7 +104,7 @@ def one_run(url: str, tmp_path: Path) -> list[str]:
     store, config = open_store(url), RunConfig(run="r", store=url)
     (tmp_path / "out" / "policy").mkdir(parents=True)
     (tmp_path / "out" / "policy" / "weights").write_bytes(b"w" * 1000)
-    with open_session(store, config, "one") as session:
+    with hold_lease(store, config, "one") as session:
         job = Job("train", "train-x", {}, url, session.writer(), 1, {}, config, tmp_path)
         objects.publish(store, job, tmp_path / "out", metrics={})
         session.commit(1, "train", "train-x")

@@ -246,8 +246,8 @@ def test_a_write_that_was_not_ended_is_listed_and_dropped(
     assert "objects/x/data/w/" in left.key
     assert -2 < left.age < 60
     assert store.list("objects/") == []
-    store.drop(left.key)
-    store.drop(left.key)
+    store.abort_unfinished(left.key)
+    store.abort_unfinished(left.key)
     assert store.unfinished() == []
     store.upload(tmp_path / "file", key)
     assert store.size(key) == len(content)

@@ -11,38 +11,38 @@ from spinreg_core.store import folder
 from spinreg_core.store.base import PART_BYTES
 from spinreg_core.store.folder import FolderStore
 from spinreg_core.store.hashing import sha256_file
-from spinreg_core.store.transfers import Operation, awaited, awaiting, moving
+from spinreg_core.store.transfers import Transfer, main_thread_waits_for, track_transfer, watched_transfers
 
 
 def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
-    assert awaited() == []
-    with moving("outer"):
-        with moving("inner") as moved:
-            (inner,) = awaited()
+    assert watched_transfers() == []
+    with track_transfer("outer"):
+        with track_transfer("inner") as moved:
+            (inner,) = watched_transfers()
             assert (inner.what, inner.moves) == ("inner", 0)
             moved(1)
             assert inner.moves == 1
-        (outer,) = awaited()
+        (outer,) = watched_transfers()
         assert (outer.what, outer.moves) == ("outer", 1)
-    assert awaited() == []
+    assert watched_transfers() == []
 
 
 def test_another_thread_counts_while_it_is_waited_for() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
-        with moving("of the thread"):
+        with track_transfer("of the thread"):
             inside.set()
             leave.wait()
 
     thread = threading.Thread(target=work)
     thread.start()
     inside.wait()
-    assert awaited() == []
-    with awaiting(thread):
-        (found,) = awaited()
+    assert watched_transfers() == []
+    with main_thread_waits_for(thread):
+        (found,) = watched_transfers()
         assert (found.what, found.thread) == ("of the thread", thread)
-    assert awaited() == []
+    assert watched_transfers() == []
     leave.set()
     thread.join()
 
@@ -50,7 +50,7 @@ def test_another_thread_counts_while_it_is_waited_for() -> None:
 def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(2 * PART_BYTES + 1))
     store, told = FolderStore(tmp_path / "store"), list[int]()
-    monkeypatch.setattr(Operation, "moved", lambda _self, n=0: told.append(n))
+    monkeypatch.setattr(Transfer, "moved", lambda _self, n=0: told.append(n))
     store.upload(tmp_path / "file", "a/key")
     store.download("a/key", tmp_path / "back")
     assert sha256_file(tmp_path / "back") == sha256_file(tmp_path / "file")

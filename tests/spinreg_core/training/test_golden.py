@@ -30,7 +30,7 @@ def machine() -> dict[str, str]:
 def trajectory() -> list[dict[str, float]]:
     from spinreg_core.config import ObjectiveConfig, TrainingConfig
     from spinreg_core.logprobs.scoring import score
-    from spinreg_core.training.trainer import Round
+    from spinreg_core.training.trainer import RoundTrainer
     from tests.support.tiny_models import random_pairs, tiny_model
 
     pairs = random_pairs(20, 3)
@@ -42,7 +42,8 @@ def trajectory() -> list[dict[str, float]]:
             for pair, value in zip(pairs, values, strict=True):
                 pair[f"{name}_{which}"] = value
     training = TrainingConfig(learning_rate=1e-3, batch_size=5, epochs=5, precision="fp32", optimizer="rmsprop")
-    round_ = Round(tiny_model("llama", 0), pairs, objective=ObjectiveConfig(alpha=0.5, beta=0.1), training=training,
+    round_ = RoundTrainer(tiny_model("llama", 0), pairs, objective=ObjectiveConfig(alpha=0.5, beta=0.1),
+    training=training,
                    seed=0, round_number=2, tokens_per_pass=120)  # fmt: skip
     return [{name: metrics[name] for name in KEPT} for metrics in (round_.step() for _ in range(round_.steps))]
 

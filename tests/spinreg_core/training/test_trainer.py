@@ -16,7 +16,7 @@ from spinreg_core.logprobs import packed_attention
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.logprobs.sequence import answer_logprobs
 from spinreg_core.selfplay.pairs import Pair
-from spinreg_core.training.trainer import Round, fell, mean_and_error
+from spinreg_core.training.trainer import RoundTrainer, fell, mean_and_error
 from tests.support.tiny_models import random_pairs, tiny_model
 
 Precision = Literal["mixed", "bf16", "fp32"]
@@ -36,11 +36,12 @@ def scored(
     return found
 
 
-def a_round(model: PreTrainedModel, pairs: list[Pair], alpha: float = 1.0, **settings: Any) -> Round:
+def a_round(model: PreTrainedModel, pairs: list[Pair], alpha: float = 1.0, **settings: Any) -> RoundTrainer:
     objective = {"alpha": alpha, "beta": settings.pop("beta", 0.1), "link": settings.pop("link", "logistic")}
     number, tokens = settings.pop("round_number", 2), settings.pop("tokens_per_pass", 2048)
     training = {"precision": "fp32", "learning_rate": 1e-3} | settings
-    return Round(model, pairs, objective=ObjectiveConfig(**objective), training=TrainingConfig(**training), seed=3,
+    return RoundTrainer(model, pairs, objective=ObjectiveConfig(**objective), training=TrainingConfig(**training),
+    seed=3,
                  round_number=number, tokens_per_pass=tokens)  # fmt: skip
 
 
