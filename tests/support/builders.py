@@ -1,0 +1,33 @@
+"""Small configurations, heads and jobs, as tests of one unit need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from spinreg_core.config import RunConfig
+from spinreg_core.config.resolve import merge, validate
+from spinreg_core.runs.head import ROUND_STAGES
+from spinreg_core.runs.job import Job
+
+
+def make_config(**fields: Any) -> RunConfig:
+    """Return a configuration: `objective={"alpha": 1}` sets a group's fields, `objective__alpha=1` one of them."""
+    nested: dict[str, Any] = {}
+    for path, value in fields.items():
+        group, _, field = path.partition("__")
+        nested = merge(nested, {group: {field: value}} if field else {group: value})
+    return validate(nested)
+
+
+def make_head(rounds: int = 0, **fields: Any) -> dict[str, Any]:
+    """Return the head of a run with so many complete rounds, the base evaluated; objects are named STAGE-ROUND."""
+    entries: list[dict[str, Any]] = [{"round": 0, "stages": {"evaluate": "evaluate-0"}}]
+    entries += [{"round": n, "stages": {s: f"{s}-{n}" for s in ROUND_STAGES}} for n in range(1, rounds + 1)]
+    return {"run": "demo", "base": "base-x", "data": "data-x", "rounds": entries} | fields
+
+
+def make_job(stage: str, workdir: Path, *, config: RunConfig | None = None, **fields: Any) -> Job:
+    """Return a job for a stage in round 1; `fields` are those of `Job`."""
+    given = {"object_id": f"{stage}-x", "key": {}, "store": "", "writer": "e0001-test", "round": 1, "inputs": {}}
+    return Job(stage=stage, config=config or RunConfig(), workdir=workdir, **given | {"extra": {}} | fields)
