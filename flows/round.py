@@ -7,6 +7,7 @@ who may run it (`flows.spin`), the stages themselves (`tasks`), and which of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from prefect import flow
@@ -15,8 +16,12 @@ from prefect.tasks import Task
 
 from flows.artifacts import show_round, track
 from spinreg_core.benchmarks.registry import plan_benchmark
+from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.maintenance.repair import stages_to_make
+from spinreg_core.runs.head import HELDOUT
+from spinreg_core.runs.loop import run_stages
+from spinreg_core.runs.stages import STAGES
 from tasks.benchmark import benchmark
 from tasks.context import current_context
 from tasks.evaluate import evaluate
@@ -28,9 +33,20 @@ from tasks.run_stage import preempted, run_task
 from tasks.server import flush, wait_for_server
 from tasks.train import train
 
-TASKS: dict[str, Task[..., Any]] = {
-    "generate": generate, "mix-opponent": mix_opponent, "train": train, "evaluate": evaluate,
-}  # fmt: skip
+
+def stage_calls(config: RunConfig) -> dict[str, Callable[[int], dict[str, Any]]]:
+    """Return a call of its Prefect task for every stage, as `advance` and `run_stages` take them."""
+    tasks: dict[str, tuple[Task[..., Any], tuple[str, ...]]] = {
+        "generate": (generate, ()), "mix-opponent": (mix_opponent, ()), "train": (train, ()),
+        HELDOUT: (generate, ("heldout",)), "evaluate": (evaluate, ()),
+    }  # fmt: skip
+    assert tasks.keys() == STAGES.keys()
+
+    def call(stage: str) -> Callable[[int], dict[str, Any]]:
+        task, more = tasks[stage]
+        return lambda number: run_task(task, config.resources, config.run, number, *more)
+
+    return {stage: call(stage) for stage in tasks}
 
 
 @flow(name="round", flow_run_name="{run}/round-{round_number}", persist_result=False)
@@ -39,37 +55,33 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
 
     Args:
         run: Name of the run.
-        round_number: Which round, counted from 1.
+        round_number: The round, counted from 1.
     """
-    resources = current_context().config.resources
-    results = {}
-    for stage in TASKS.values():
-        try:
-            result = run_task(stage, resources, run, round_number)
-        except StagePreempted as error:
-            return preempted(error)
-        results[result["stage"]] = result
+    context = current_context()
     try:
+        results = run_stages(round_number, stage_calls(context.config))
         measure(round_number)
     except StagePreempted as error:
         return preempted(error)
     show_round(round_number)
-    track(current_context().store, current_context().config)
+    track(context.store, context.config)
     flush()
     wait_for_server()  # a restart is soon over, and the end of this flow run can be told
     return results
 
 
 def finish_repair() -> None:
-    """What a repair of the run has left to do. Its rounds are no flow runs of their own: on a retry, Prefect would take
-    them for those of the advance."""
+    """Make again what an unfinished repair of the run left open.
+
+    Its rounds are no flow runs of their own: on a retry, Prefect would take them for those of the advance.
+    """
     context = current_context()
-    run, resources = context.config.run, context.config.resources
-    for number, stage in stages_to_make(context.store, context.session, context.config, run_log()):
+    config, calls = context.config, stage_calls(context.config)
+    for number, stage in stages_to_make(context.store, context.session, config, run_log()):
         if stage == "prepare":
-            run_task(prepare, resources, run)
+            run_task(prepare, config.resources, config.run)
         else:
-            run_task(TASKS[stage], resources, run, number)
+            calls[stage](number)
 
 
 def measure(round_number: int) -> bool:

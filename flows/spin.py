@@ -39,25 +39,25 @@ from flows.parameters import (
     UntilForm,
     document_parameters,
 )
-from flows.round import finish_repair, measure, round_
+from flows.round import finish_repair, measure, round_, stage_calls
 from flows.terminal import run_command, signals_ignored, stop_message
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
 from spinreg_core.config.resolve import show
-from spinreg_core.errors import SpinregError, StagePreempted
+from spinreg_core.errors import StagePreempted
 from spinreg_core.evaluation.early_stopping import why_ended
 from spinreg_core.reports.figures import run_figures
 from spinreg_core.reports.run_report import report_data, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_table
-from spinreg_core.runs.head import complete_round, stage_object
 from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.loop import Steps, advance
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tasks.artifacts import artifact_key, show_markdown
 from tasks.benchmark import check_benchmarks
 from tasks.cancellation import RunCancelled, cancellation
 from tasks.context import Context, use_context
-from tasks.evaluate import evaluate
 from tasks.log import run_log
 from tasks.prepare import prepare
 from tasks.run_stage import preempted, run_task
@@ -134,6 +134,28 @@ def _why_ended(store: Store, config: RunConfig) -> str | None:
     return None if config.until == UntilConfig() else why_ended(config.until, report_data(store, config.run)["rounds"])
 
 
+def _steps(config: RunConfig, store: Store) -> Steps:
+    """The steps of an advance as Prefect tasks and nested flows."""
+
+    def start() -> None:
+        if plan_check(config) is not None:
+            run_task(check_benchmarks, config.resources, config.run)
+        run_task(prepare, config.resources, config.run)
+
+    def show(round_number: int) -> None:
+        show_round(round_number)
+        track(store, config)
+
+    return Steps(
+        prepare=start,
+        stages=stage_calls(config),
+        run_round=lambda number: call_subflow(round_, config.run, number),
+        measure=measure,
+        why_ended=lambda: _why_ended(store, config),
+        show=show,
+    )
+
+
 def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
@@ -146,42 +168,14 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     )
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
-    with hold_lease(opened, resolved, label) as session, cancellation(str(flow_run.id)) as check:
-        if (unfinished := session.head.get("repair")) is not None:  # before anybody counts complete rounds
-            with use_context(Context(resolved, opened, session, unfinished["to"], check)):
-                finish_repair()
-        start, target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
+    with (
+        hold_lease(opened, resolved, label) as session,
+        cancellation(str(flow_run.id)) as check,
+        use_context(Context(resolved, opened, session, check)) as context,
+    ):
+        finish_repair()  # before anybody counts complete rounds
         done = complete_round(session.head)
-        log(
-            f"run {resolved.run!r}: {why}"
-            if target > done
-            else f"run {resolved.run!r}: round {done} is complete; {why}"
-        )
-        with use_context(Context(resolved, opened, session, target, check)) as context:
-            if plan_check(resolved) is not None:
-                run_task(check_benchmarks, resolved.resources, resolved.run)
-            run_task(prepare, resolved.resources, resolved.run)
-            if stage_object(session.head, 0, "evaluate") is None:
-                run_task(evaluate, resolved.resources, resolved.run, 0)
-            for earlier in range(start + 1):  # what is measured may have been changed since
-                if measure(earlier) or earlier == done == 0:
-                    show_round(earlier)
-            if complete_round(session.head) < target:  # else the end of the run is next
-                track(opened, resolved)
-            # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their
-            # calls, and would hand round 2 the finished flow run of round 1. Finished rounds show as Reused.
-            ended: str | None = None
-            for round_number in range(start + 1, target + 1):
-                if complete_round(session.head) < round_number:
-                    ended = _why_ended(opened, resolved)
-                if ended is not None:
-                    log(f"run {resolved.run!r} ends before round {round_number}: {ended}")
-                    break
-                call_subflow(round_, resolved.run, round_number)
-                if complete_round(session.head) < round_number:
-                    raise SpinregError(f"round {round_number} of run {resolved.run!r} ended without its commits")
-        if ended is not None:  # which the report says
-            session.finish_advance(ended=ended, ended_by=resolved.until.model_dump(mode="json"))
+        ended = advance(session, resolved, str(flow_run.id), _steps(resolved, opened), log)
         context.check()  # a writer that was frozen leaves the report to who took over
         report = write_report(opened, resolved.run)
         session.finish_advance()

@@ -8,14 +8,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
 
-from spinreg_core.benchmarks.lm_eval import plan_check
-from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record_measured
-from spinreg_core.errors import StagePreempted
-from spinreg_core.runs.objects import read_manifest, require_manifest
-from tasks.context import current_context
-from tasks.run_stage import preempted, watched_stage
+from spinreg_core.benchmarks.measure import do_benchmark, do_check
+from tasks.run_stage import run_committed
 
 
 @task(
@@ -25,35 +20,11 @@ from tasks.run_stage import preempted, watched_stage
     cache_policy=NO_CACHE,  # the store decides what is done
 )
 def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uris", "metrics", "seconds", "reused"}."""
-    context = current_context()
-    store, session, config = context.store, context.session, context.config
-    context.check()
-    plan = plan_benchmark(config, session.head, round_number)
-    assert plan is not None, "no benchmark is wanted of this round"
-    measured = measured_of(store, plan)
-    reused = len(measured) == len(plan.extra["parts"])
-    try:
-        if not reused:
-            writer = session.writer()
-            with context.scratch(f"round-{round_number}-benchmark", writer) as folder:
-                try:
-                    watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, "benchmark")
-                except StagePreempted as error:
-                    return preempted(error)
-    finally:  # of several parts some are measured also where another failed
-        measured = measured if reused else measured_of(store, plan)
-        record_measured(session, round_number, measured)
-    manifests = {name: require_manifest(store, object_id) for name, object_id in measured.items()}
-    result = {
-        "stage": "benchmark",
-        "round": round_number,
-        "uris": {name: store.uri(f"objects/{object_id}") for name, object_id in measured.items()},
-        "metrics": {name: manifest["metrics"] for name, manifest in manifests.items()},
-        "seconds": sum(manifest["seconds"] for manifest in manifests.values()),
-        "reused": reused,
-    }
-    return Completed(name="Reused", message="measured before", data=result) if reused else result
+    """Return {"stage", "round", "uris", "metrics", "seconds", "reused"}."""
+    return run_committed(
+        f"benchmark of round {round_number}",
+        lambda c, start: do_benchmark(c.store, c.session, c.config, round_number, start),
+    )
 
 
 @task(
@@ -63,21 +34,8 @@ def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, A
     cache_policy=NO_CACHE,  # the store decides what is done
 )
 def check_benchmarks(run: str) -> dict[str, Any] | State[dict[str, Any]]:
-    """See that lm-eval knows the tasks and can load their data, before anything is sampled or trained.
+    """Check that lm-eval knows the tasks and can load their data, before anything is sampled or trained.
 
     Returns {"tasks": {name: {"documents", "fewshot"}}, "reused"}. Raises BadInput.
     """
-    context = current_context()
-    store, session, config = context.store, context.session, context.config
-    context.check()
-    plan = plan_check(config)
-    assert plan is not None, "no task of lm-eval is wanted"
-    manifest = read_manifest(store, plan.object_id)
-    reused = manifest is not None
-    if manifest is None:
-        writer = session.writer()
-        with context.scratch("check-benchmarks", writer) as folder:
-            watched_stage(plan.job(config, store.url, writer, folder), "check-benchmarks")
-        manifest = require_manifest(store, plan.object_id)
-    result = {"tasks": manifest["metrics"], "reused": reused}
-    return Completed(name="Reused", message="checked before", data=result) if reused else result
+    return run_committed("check-benchmarks", lambda c, start: do_check(c.store, c.session, c.config, start))

@@ -6,20 +6,15 @@ place, so the open session waits here. One flow run advances one run, in one pro
 
 from __future__ import annotations
 
-import hashlib
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import SpinregError
 from spinreg_core.runs.lease import RunLease
 from spinreg_core.store.base import Store
-from spinreg_core.store.cache import cache_folder
-from tasks.prewarm import discard_spare
 
 
 @dataclass(frozen=True)
@@ -27,7 +22,6 @@ class Context:
     config: RunConfig
     store: Store
     session: RunLease
-    target: int = 0  # the round this flow run goes to
     cancelled: Callable[[], None] = lambda: None  # raises once the flow run is cancelled
     failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
 
@@ -35,20 +29,6 @@ class Context:
         """Raises LeaseLost or RunCancelled where this flow run must not go on."""
         self.session.check()
         self.cancelled()
-
-    @contextmanager
-    def scratch(self, stage: str, writer: str) -> Iterator[Path]:
-        """An empty folder for one attempt at a stage; removed after a good end, kept for its log after a bad one.
-
-        What earlier attempts left is removed first. One that still runs (a frozen flow's, a moment after
-        its flow was killed) never shares files with this one.
-        """
-        place = hashlib.sha256(self.store.url.encode()).hexdigest()[:8]
-        folder = cache_folder() / "work" / f"{self.config.run}-{place}" / stage
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / writer).mkdir(parents=True)
-        yield folder / writer
-        shutil.rmtree(folder / writer, ignore_errors=True)
 
 
 _current: ContextVar[Context] = ContextVar("spinreg-context")
@@ -61,10 +41,9 @@ def current_context() -> Context:
 
 @contextmanager
 def use_context(context: Context) -> Iterator[Context]:
-    """Makes `context` the current one inside the block; no spare process is left after it."""
+    """Make `context` the current one inside the block."""
     token = _current.set(context)
     try:
         yield context
     finally:
         _current.reset(token)
-        discard_spare()

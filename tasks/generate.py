@@ -1,22 +1,39 @@
-"""The task `generate`: the round's prompts are answered by the opponent's iterates."""
+"""The task `generate`: iterates answer prompts, the round's or the held-out ones."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.runtime import task_run
 
-from tasks.run_stage import do_stage
+from spinreg_core.runs.head import HELDOUT
+from tasks.run_stage import stage_task
+
+
+def _stage(rows: str) -> str:
+    return HELDOUT if rows == "heldout" else "generate"
+
+
+def _name() -> str:
+    given = task_run.parameters
+    return f"{given['run']}/round-{given['round_number']}/{_stage(given['rows'])}"
 
 
 @task(
     name="generate",
-    task_run_name="{run}/round-{round_number}/generate",
+    task_run_name=_name,
     tags=["spinreg", "generate"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def generate(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uri", "fingerprint", "metrics", "seconds", "reused"}."""
-    return do_stage("generate", round_number)
+def generate(
+    run: str, round_number: int, rows: Literal["train", "heldout"] = "train"
+) -> dict[str, Any] | State[dict[str, Any]]:
+    """Return the stage's `StageResult`.
+
+    rows: "train" are the round's prompts, answered by the opponent's iterates; "heldout" the held-out prompts, answered
+    by the iterate that the round has trained (round 0: by the base).
+    """
+    return stage_task(_stage(rows), round_number)

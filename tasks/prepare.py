@@ -7,12 +7,9 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.states import Completed
 
-from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import read_manifest
-from tasks.context import Context, current_context
-from tasks.run_stage import watched_stage
+from spinreg_core.runs.loop import do_prepare
+from tasks.run_stage import run_committed
 
 
 @task(
@@ -22,26 +19,5 @@ from tasks.run_stage import watched_stage
     cache_policy=NO_CACHE,  # the store decides what is done
 )
 def prepare(run: str) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"base", "data", "summary", "reused"}: two object ids and the counts of rows."""
-    context = current_context()
-    store, session = context.store, context.session
-    base, data = session.head.get("base"), session.head.get("data")
-    if base and data:
-        manifest = read_manifest(store, data)
-        if manifest is not None and read_manifest(store, base) is not None:
-            result = {"base": base, "data": data, "summary": manifest["metrics"], "reused": True}
-            return Completed(name="Reused", message=f"committed before: {base}, {data}", data=result)
-    # Once more where `spinreg gc` marked what is taken over here, before it could see our commit (`maintenance/gc.py`).
-    while True:
-        made = _prepared(context)
-        session.commit_inputs(made["base"], made["data"])
-        manifest = read_manifest(store, made["data"])
-        if manifest is not None and read_manifest(store, made["base"]) is not None:
-            return {"base": made["base"], "data": made["data"], "summary": manifest["metrics"], "reused": False}
-
-
-def _prepared(context: Context) -> dict[str, Any]:
-    store, config, writer = context.store, context.config, context.session.writer()
-    with context.scratch("prepare", writer) as folder:
-        # The fingerprints of what this stage makes depend on contents that only the stage itself sees.
-        return watched_stage(Job("prepare", "", {}, store.url, writer, 0, {}, config, folder), "prepare")
+    """Return `Prepared`: the object ids of base and data, and the counts of rows."""
+    return run_committed("prepare", lambda c, start: do_prepare(c.store, c.session, c.config, start))

@@ -6,6 +6,7 @@ and what each of them shows (their own files).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prefect.client.schemas.objects import State, TaskRun
@@ -14,16 +15,12 @@ from prefect.tasks import Task, exponential_backoff
 
 from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput, Damaged, JudgeAway, LeaseLost, StagePreempted
-from spinreg_core.maintenance.retention import needed_by_later_stages
-from spinreg_core.runs.head import stage_object
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import read_manifest, read_record, require_manifest
-from spinreg_core.runs.plans import STAGE_PLANS
+from spinreg_core.runs.loop import Start, do_stage
 from tasks.artifacts import StageProgress, artifact_key
 from tasks.cancellation import RunCancelled
-from tasks.context import current_context
+from tasks.context import Context, current_context
 from tasks.log import run_log
-from tasks.prewarm import prepare_spare, take_spare
 from tasks.server import call_task
 from tasks.stage_process import run_stage
 
@@ -59,66 +56,40 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
     return result.result() if isinstance(result, State) else result
 
 
-def watched_stage(job: Job, *name: object) -> dict[str, Any]:
-    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`.
-
-    The process of the stage after it is started meanwhile, up to its imports.
-    """
+def watched_stage(job: Job, name: str) -> dict[str, Any]:
+    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`."""
     context = current_context()
     deadline = context.config.resources.deadline_minutes
-
-    last = job.stage in ("evaluate", "benchmark") and job.round >= context.target
     return run_stage(
         job,
-        take=take_spare,
-        on_start=(lambda: None) if last else prepare_spare,
         deadline_seconds=None if deadline is None else deadline * 60,
-        on_progress=StageProgress(artifact_key(context.config.run, *name)),
+        on_progress=StageProgress(artifact_key(context.config.run, name)),
         check=context.check,
     )
 
 
-def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Make sure that a round's stage is committed. Returns a small JSON, as the task's result.
+def run_committed(
+    name: str, do: Callable[[Context, Start], Mapping[str, Any]]
+) -> dict[str, Any] | State[dict[str, Any]]:
+    """Return the result of a stage as that of a task: a state "Reused" for work that was done before.
 
-    A stage that the head names is done, also where `spinreg gc` has removed what nothing reads any more. So is an
-    object that exists under the stage's fingerprint (another run made it, or this one was killed between publishing
-    and committing): it is taken over. Otherwise the stage's process runs; it continues from its own committed parts.
+    `do` makes sure that the stage is committed, with the function that starts its process.
     """
     context = current_context()
-    store, session, config = context.store, context.session, context.config
     context.check()
-    committed = stage_object(session.head, round_number, stage)
-    plan = STAGE_PLANS[stage](config, session.head, round_number)
-    object_id = committed or plan.object_id
-    manifest = read_manifest(store, object_id)
-    if committed and manifest is None:
-        record = read_record(store, object_id)
-        if record is None:
-            where = store.uri(f"objects/{object_id}")
-            raise Damaged(f"{where}: committed as round {round_number} {stage}, but not there")
-        if object_id not in needed_by_later_stages(config, session.head):
-            manifest = record
-    reused = manifest is not None
-    if manifest is None:
-        writer = session.writer()
-        with context.scratch(f"round-{round_number}-{stage}", writer) as folder:
-            try:
-                watched_stage(plan.job(config, store.url, writer, folder), "round", round_number, stage)
-            except StagePreempted as error:
-                return preempted(error)
-        manifest = require_manifest(store, object_id)
-    session.commit(round_number, stage, object_id)
-    result = {
-        "stage": stage,
-        "round": round_number,
-        "uri": store.uri(f"objects/{object_id}"),
-        "fingerprint": object_id.rpartition("-")[2],
-        "metrics": manifest["metrics"],
-        "seconds": manifest["seconds"],
-        "reused": reused,
-    }
-    if not reused:
-        return result
-    run_log()(f"{stage} of round {round_number} is done already: {result['uri']}")
-    return Completed(name="Reused", message=f"committed before: {object_id}", data=result)
+    try:
+        result = do(context, watched_stage)
+    except StagePreempted as error:
+        return preempted(error)
+    if not result["reused"]:
+        return dict(result)
+    run_log()(f"{name} is done already")
+    return Completed(name="Reused", message=f"{name}: committed before", data=dict(result))
+
+
+def stage_task(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
+    """Make sure that a round's stage is committed. Returns a `StageResult`, as the task's result."""
+    return run_committed(
+        f"{stage} of round {round_number}",
+        lambda c, start: do_stage(c.store, c.session, c.config, stage, round_number, start),
+    )

@@ -8,7 +8,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from tasks.run_stage import do_stage
+from tasks.run_stage import stage_task
 
 
 @task(
@@ -18,5 +18,5 @@ from tasks.run_stage import do_stage
     cache_policy=NO_CACHE,  # the store decides what is done
 )
 def train(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uri", "fingerprint", "metrics", "seconds", "reused"}."""
-    return do_stage("train", round_number)
+    """Return the stage's `StageResult`."""
+    return stage_task("train", round_number)

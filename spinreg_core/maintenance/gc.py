@@ -24,15 +24,17 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.maintenance.retention import Needs
-from spinreg_core.runs.objects import manifest_key, now, read_record, removed_keys
+from spinreg_core.runs.manifest import Manifest, Part, Removed
+from spinreg_core.runs.objects import manifest_key, now, read_record
 from spinreg_core.store import documents
 from spinreg_core.store.base import OURS, Listed, Store
 
 # What nothing names may be on its way into a manifest, and an object no run names may just have been made for one.
+D = TypeVar("D", Manifest, Part)
 GRACE_SECONDS = 7 * 86400.0
 _MEASURED = ("benchmark-", "lm-eval-", "mt-bench-", "win-rate-")  # objects that weigh little and cost much: they stay
 _WEIGHTY = ("policy/", "adapter/", "shards/")  # what rules remove of an object; the rest is small and tells of it
@@ -50,7 +52,7 @@ class Item:
     keys: tuple[str, ...] = ()
     bytes: int = 0
     orphan: bool = False  # no run may know it when it goes
-    record: dict[str, Any] | None = None
+    record: Manifest | None = None
 
 
 def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
@@ -95,12 +97,13 @@ def _behind_links(store: Store) -> Callable[[str], bool]:
 def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed], rules_only: bool) -> list[Item]:
     record, sizes = read_record(store, object_id), {entry.key: entry.size for entry in entries}
     manifest = sizes.pop(manifest_key(object_id), None)
-    marked = record is not None and record.get("removed", {}).get("marked")
+    removed = None if record is None else record.removed
+    marked = removed is not None and removed.marked
     age = min((e.age for e in entries if e.key in sizes or not marked), default=GRACE_SECONDS)  # since the last write
     entries = [entry for entry in entries if entry.key in sizes]
     orphan = object_id not in needs.known and (age >= GRACE_SECONDS or marked) and needs.complete and not rules_only
     rule = needs.freed.get(object_id) if object_id not in needs.kept else None
-    what = object_id if record is None or "stage" not in record else f"{record['stage']} of round {record['round']}"
+    what = object_id if record is None or not record.stage else f"{record.stage} of round {record.round}"
     if needs.known.get(object_id):
         what += f" of {', '.join(needs.known[object_id])}"
 
@@ -111,45 +114,46 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
 
     if marked and not rule and object_id in needs.known:
         assert record is not None
-        return [Item("unmark", object_id, what, "needed again", record=record)] if "stage" in record else []
+        return [Item("unmark", object_id, what, "needed again", record=record)] if record.stage else []
     if orphan:
         why = "no run knows it" if manifest is not None else "unfinished, and no run goes on with it"
         if marked:
-            assert record is not None
-            why = record["removed"]["why"]
+            assert removed is not None
+            why = removed.why
         return item("object", why, sizes, orphan=True)
-    if rule and (marked or (record is not None and "removed" not in record)):
+    if rule and (marked or (record is not None and removed is None)):
         assert record is not None
-        stay = {entry["key"] for entry in record["files"] if not entry["name"].startswith(_WEIGHTY)}
+        stay = {entry.key for entry in record.files if not entry.name.startswith(_WEIGHTY)}
         young = {e.key for e in entries if e.age < GRACE_SECONDS} - _named(store, object_id, record, sizes)
         keys = [key for key in sizes if key not in stay | young]
         return item("object", rule, keys) if removed_by(record, keys) else []
     return [] if rules_only else _leftovers(store, object_id, record, entries, item)
 
 
-def removed_by(record: dict[str, Any], keys: Iterable[str]) -> set[str]:
+def removed_by(record: Manifest, keys: Iterable[str]) -> set[str]:
     """Which of the files of a manifest are among these keys."""
-    return {entry["key"] for entry in record["files"]} & set(keys)
+    return {entry.key for entry in record.files} & set(keys)
 
 
 def _leftovers(
     store: Store,
     object_id: str,
-    record: dict[str, Any] | None,
+    record: Manifest | None,
     entries: list[Listed],
     item: Callable[[str, str, Iterable[str]], list[Item]],
 ) -> list[Item]:
     """Of an object that stays: what a removal that was killed left, checkpoints of a finished round, files of writers
     that died."""
-    keys, gone = {entry.key for entry in entries}, removed_keys(record or {})
-    files = {entry["key"] for entry in record["files"]} if record else set()
+    keys = {entry.key for entry in entries}
+    gone = frozenset() if record is None else record.removed_keys
+    files = {entry.key for entry in record.files} if record else set()
     found = item("files", "left of a removal", sorted(keys & gone - set(_parts(object_id, keys))))
     strange = [e for e in entries if e.key not in files | gone and f"objects/{object_id}/data/" in e.key]
     superseded: list[str] = []
-    if record is not None and "removed" not in record and strange:
-        for key, part in _read(store, _parts(object_id, keys)).items():
-            own = [entry["key"] for entry in part["files"]]
-            if part.get("void") or not files.issuperset(own):
+    if record is not None and record.removed is None and strange:
+        for key, part in _read(store, _parts(object_id, keys), Part).items():
+            own = [entry.key for entry in part.files]
+            if part.void or not files.issuperset(own):
                 superseded += [key, *(k for k in own if k in keys - files)]
     found += item("files", "checkpoints of a finished stage", dict.fromkeys(superseded))
     old = [e.key for e in strange if e.age >= GRACE_SECONDS and e.key not in superseded]
@@ -159,23 +163,23 @@ def _leftovers(
     return found
 
 
-def _named(store: Store, object_id: str, record: dict[str, Any] | None, keys: Iterable[str]) -> set[str]:
+def _named(store: Store, object_id: str, record: Manifest | None, keys: Iterable[str]) -> set[str]:
     """Keys that the manifest, a part, or a manifest that was set aside speaks of, and theirs."""
     aside = [key for key in keys if key.startswith(f"objects/{object_id}/aside/")]
     parts = _parts(object_id, keys)
-    found = [*_read(store, parts).values(), *([record] if record else [])]
+    found: list[Manifest | Part] = [*_read(store, parts, Part).values(), *([record] if record else [])]
     for key in aside:
         with contextlib.suppress(Damaged, BadInput):  # what was set aside may say nothing: that was its damage
-            found += _read(store, [key]).values()
-    return {*parts, *aside, *(entry["key"] for document in found for entry in document["files"])}
+            found += _read(store, [key], Manifest).values()
+    return {*parts, *aside, *(entry.key for document in found for entry in document.files)}
 
 
 def _parts(object_id: str, keys: Iterable[str]) -> list[str]:
     return sorted(key for key in keys if key.startswith(f"objects/{object_id}/parts/"))
 
 
-def _read(store: Store, keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    found = ((key, documents.read(store, key)) for key in keys)
+def _read(store: Store, keys: Iterable[str], kind: type[D]) -> dict[str, D]:
+    found = ((key, documents.read(store, key, kind)) for key in keys)
     return {key: document for key, document in found if document is not None}
 
 
@@ -225,18 +229,16 @@ def _mark(store: Store, item: Item) -> str | None:
     """The tag of the marked manifest; None where the object is not what it was when it was found."""
     key = manifest_key(item.object_id)
     found = store.read_tagged(key)
-    record = None if found is None else documents.parse(store, key, found[0])
+    record = None if found is None else documents.parse(store, key, found[0], Manifest)
     if record != item.record:
         return None
     # Without a manifest, a mark where it would be: what publishes later sees that parts may have gone.
-    record = record or {"schema": documents.SCHEMA, "object_id": item.object_id, "files": [], "inputs": {}}
-    old = record.get("removed")
-    if old is not None and old["marked"]:
-        old = old.get("before")
-    keys = dict.fromkeys([*removed_keys(record), *item.keys])  # what had gone before stays told
-    record["removed"] = {"marked": True, "why": item.why, "at": now(), "keys": list(keys)}
-    if old is not None:
-        record["removed"]["before"] = old
+    record = record or Manifest(object_id=item.object_id, files=[], inputs={})
+    old = record.removed
+    if old is not None and old.marked:
+        old = old.before
+    keys = dict.fromkeys([*record.removed_keys, *item.keys])  # what had gone before stays told
+    record.removed = Removed(marked=True, why=item.why, at=now(), keys=list(keys), before=old)
     try:
         if found is None:
             return store.create(key, documents.dump(record))
@@ -247,12 +249,10 @@ def _mark(store: Store, item: Item) -> str | None:
 
 def _unmark(store: Store, object_id: str, tag: str) -> None:
     key = manifest_key(object_id)
-    record = documents.read(store, key)
-    if record is None or not record.get("removed", {}).get("marked") or "stage" not in record:
+    record = documents.read(store, key, Manifest)
+    if record is None or record.removed is None or not record.removed.marked or not record.stage:
         return  # published meanwhile, or a mark on an object that had not been finished
-    before = record.pop("removed").get("before")
-    if before is not None:
-        record["removed"] = before
+    record.removed = record.removed.before
     try:
         store.replace(key, documents.dump(record), tag)
     except Conflict:
@@ -262,15 +262,14 @@ def _unmark(store: Store, object_id: str, tag: str) -> None:
 def _remove_marked(store: Store, item: Item, tag: str) -> bool:
     """Whether the object was removed; it was not where somebody published it anew."""
     key = manifest_key(item.object_id)
-    record = documents.read(store, key)
-    if record is None or not record.get("removed", {}).get("marked"):
+    record = documents.read(store, key, Manifest)
+    if record is None or record.removed is None or not record.removed.marked:
         return False
     # Parts first: whoever finds them would count on their files.
     parts = _parts(item.object_id, item.keys)
     for part in parts:
         store.delete(part)
-    record["removed"]["marked"] = False
-    record["removed"].pop("before", None)
+    record.removed.marked, record.removed.before = False, None
     try:
         store.replace(key, documents.dump(record), tag)
     except Conflict:

@@ -34,18 +34,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
-from spinreg_core.maintenance.retention import needed_by_later_stages, objects_now_and_next
 from spinreg_core.maintenance.verify import Stage, Verdict, verify
-from spinreg_core.runs.head import ROUND_STAGES, complete_round, list_runs, require_config, require_head, stage_object
+from spinreg_core.runs.head import Head, Made, Repair, list_runs, require_config, require_head
 from spinreg_core.runs.lease import RunLease, describe_lease, is_held
-from spinreg_core.runs.objects import now, read_manifest, removed_keys
+from spinreg_core.runs.manifest import Manifest, Part, Removed
+from spinreg_core.runs.objects import now, read_manifest
+from spinreg_core.runs.stages import complete_round, needed_by_later_stages, objects_now_and_next, stages_of
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
-from spinreg_core.store.documents import SCHEMA
 
 
 def begin(
@@ -66,17 +65,17 @@ def begin(
     dependents = {o: verdict.dependents[o] for o in taken if o not in verdict.opened}
     after = {stage for found in dependents.values() for stage in found}
     _require_idle(store, session.run, taken | {o for o, stage in verdict.objects.items() if stage in after})
-    repair = {
-        "to": complete_round(session.head),
-        "stages": _listed(stages),
-        "replace": _documents(verdict, taken, lambda files: files is None or not bad.isdisjoint(files)),
-        "was": {o: verdict.content.get(o) for o in dependents},
-        "dependents": {o: _listed(found) for o, found in dependents.items()},
-    }
+    repair = Repair(
+        to=complete_round(session.head),
+        stages=_listed(stages),
+        replace=_documents(verdict, taken, lambda files: files is None or not bad.isdisjoint(files)),
+        was={o: verdict.content.get(o) for o in dependents},
+        dependents={o: _listed(found) for o, found in dependents.items()},
+    )
 
-    def change(head: dict[str, Any]) -> None:
+    def change(head: Head) -> None:
         _open(head, stages)
-        head["repair"] = _both(head["repair"], repair) if "repair" in head else repair
+        head.repair = repair if head.repair is None else _both(head.repair, repair)
 
     session.update(change)
     return sorted(stages)
@@ -88,22 +87,22 @@ def stages_to_make(
     """Finish the repair that the head records, if there is one: steps 4 to 6. Yields the stages to make, in their
     order; each must be committed when the next one is asked for. Those of rounds that were not complete are left open,
     as they were. Raises as `begin`."""
-    while (repair := session.head.get("repair")) is not None:
+    while (repair := session.head.repair) is not None:
         session.check()
-        _set_aside(store, session.run, repair["replace"])
-        stages, head = _stages(repair["stages"]), session.head
-        if any(head.get(name) and read_manifest(store, head[name]) is None for name in ("base", "data")):
+        _set_aside(store, session.run, repair.replace)
+        stages, head = _stages(repair.stages), session.head
+        if any(one and read_manifest(store, one) is None for one in (head.base, head.data)):
             yield 0, "prepare"
-        for number in range(repair["to"] + 1):
-            for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
+        for number in range(repair.to + 1):
+            for stage in stages_of(number):
                 if _is_missing(store, config, session.head, (number, stage), stages):
                     yield number, stage
         _go_on(store, session, say)
 
 
-def _is_missing(store: Store, config: RunConfig, head: dict[str, Any], made: Stage, opened: Collection[Stage]) -> bool:
+def _is_missing(store: Store, config: RunConfig, head: Head, made: Stage, opened: Collection[Stage]) -> bool:
     """Whether a stage was opened by the repair, or a rule removed what it made and an open stage reads that."""
-    object_id = stage_object(head, *made)
+    object_id = head.stage(*made)
     if object_id is None:
         return made in opened
     return read_manifest(store, object_id) is None and object_id in needed_by_later_stages(config, head)
@@ -111,24 +110,22 @@ def _is_missing(store: Store, config: RunConfig, head: dict[str, Any], made: Sta
 
 def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> None:
     """Step 6."""
-    repair, verdict = session.head["repair"], verify(store, session.run, only=())
-    others = [o for o, was in repair["was"].items() if was is None or verdict.content.get(o) != was]
-    stages = _possible(verdict, {stage for o in others for stage in _stages(repair["dependents"][o])}, say)
+    repair, verdict = session.head.repair, verify(store, session.run, only=())
+    assert repair is not None
+    others = [o for o, was in repair.was.items() if was is None or verdict.content.get(o) != was]
+    stages = _possible(verdict, {stage for o in others for stage in _stages(repair.dependents[o])}, say)
     # Parts of stages that are open are made from the last rounds, and may be made from these.
     taken = {o for o, stage in verdict.objects.items() if stage in stages or (others and o in verdict.opened)}
     after = None
     if taken:
         say(f"not what it was: {', '.join(others)}")
         _require_idle(store, session.run, taken)
-        after = repair | {"stages": _listed(stages), "replace": _documents(verdict, taken, lambda files: True),
-                          "was": {}, "dependents": {}}  # fmt: skip
+        replace = _documents(verdict, taken, lambda files: True)
+        after = Repair(to=repair.to, stages=_listed(stages), replace=replace, was={}, dependents={})
 
-    def change(head: dict[str, Any]) -> None:
+    def change(head: Head) -> None:
         _open(head, stages)
-        if after is None:
-            del head["repair"]
-        else:
-            head["repair"] = after
+        head.repair = after
 
     session.update(change)
 
@@ -152,24 +149,24 @@ def _possible(verdict: Verdict, stages: set[Stage], say: Callable[[str], object]
         stages = stages - impossible.keys()
 
 
-def _open(head: dict[str, Any], stages: Collection[Stage]) -> None:
-    for entry in head["rounds"]:
-        entry["stages"] = {s: o for s, o in entry["stages"].items() if (entry["round"], s) not in stages}
+def _open(head: Head, stages: Collection[Stage]) -> None:
+    for entry in head.rounds:
+        entry.stages = {s: o for s, o in entry.stages.items() if (entry.round, s) not in stages}
 
 
-def _both(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+def _both(old: Repair, new: Repair) -> Repair:
     """The record of a repair that finds another one unfinished."""
     # What was made from the new ones may be among what the old one opened, and then is not in the head.
-    behind = _stages(old["stages"]).union(*map(_stages, old["dependents"].values()))
-    dependents = {o: _listed(_stages(found) | behind) for o, found in new["dependents"].items()}
-    return {
-        "to": max(old["to"], new["to"]),
-        "stages": _listed(_stages(old["stages"]) | _stages(new["stages"])),
-        "replace": old["replace"] | new["replace"],
-        "was": new["was"] | old["was"],
-        "dependents": dependents
-        | {o: _listed(_stages(f) | _stages(dependents.get(o, ()))) for o, f in old["dependents"].items()},
-    }
+    behind = _stages(old.stages).union(*map(_stages, old.dependents.values()))
+    dependents = {o: _listed(_stages(found) | behind) for o, found in new.dependents.items()}
+    dependents |= {o: _listed(_stages(f) | _stages(dependents.get(o, ()))) for o, f in old.dependents.items()}
+    return Repair(
+        to=max(old.to, new.to),
+        stages=_listed(_stages(old.stages) | _stages(new.stages)),
+        replace=old.replace | new.replace,
+        was=new.was | old.was,
+        dependents=dependents,
+    )
 
 
 def _documents(
@@ -192,26 +189,27 @@ def _set_aside(store: Store, run: str, replace: Mapping[str, str]) -> None:
         if key.endswith("/manifest.json"):
             name = f"{hashlib.sha256(found[0]).hexdigest()[:16]}-manifest.json"
             store.create(f"objects/{key.split('/')[1]}/aside/{name}", found[0])
-            document = _marked(store, run, key, found[0])
+            document: Manifest | Part = _marked(store, run, key, found[0])
         else:
-            document = {"schema": SCHEMA, "name": key.rpartition("/")[2].removesuffix(".json"), "files": [], "meta": {},
-                        "void": True}  # fmt: skip
+            document = Part(name=key.rpartition("/")[2].removesuffix(".json"), files=[], meta={}, void=True)
         with contextlib.suppress(Conflict):
             store.replace(key, documents.dump(document), tag)
 
 
-def _marked(store: Store, run: str, key: str, raw: bytes) -> dict[str, Any]:
+def _marked(store: Store, run: str, key: str, raw: bytes) -> Manifest:
     """A manifest that says it was set aside; of one that cannot be read, no more than that there was one."""
     try:
-        record = documents.parse(store, key, raw)
+        record = documents.parse(store, key, raw, Manifest)
     except (Damaged, BadInput):
         object_id = key.split("/")[1]
-        record = {"schema": SCHEMA, "object_id": object_id, "files": [], "inputs": {}, "metrics": {}, "seconds": 0.0,
-                  "stage": object_id.rpartition("-")[0], "round": 0,
-                  "versions": {}, "writer": "", "created": now()}  # fmt: skip
-    keys = sorted(removed_keys(record))
-    said = record["removed"] if keys else {"why": f"set aside by the repair of run {run!r}", "at": now()}
-    return record | {"removed": said | {"marked": False, "keys": keys, "repair": run}}
+        record = Manifest(
+            object_id=object_id, files=[], inputs={}, metrics={}, seconds=0.0, stage=object_id.rpartition("-")[0],
+            round=0, versions={}, writer="", created=now(),
+        )  # fmt: skip
+    keys, old = sorted(record.removed_keys), record.removed
+    why, at = (old.why, old.at) if keys and old else (f"set aside by the repair of run {run!r}", now())
+    record.removed = Removed(marked=False, why=why, at=at, keys=keys, repair=run)
+    return record
 
 
 def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
@@ -226,15 +224,15 @@ def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
             shared = sorted(objects_now_and_next(require_config(store, other), head).keys() & objects)
             if shared:
                 raise LeaseHeld(
-                    f"run {other!r} is being advanced by {describe_lease(head['lease'])} and has {shared[0]} too, "
+                    f"run {other!r} is being advanced by {describe_lease(head.lease)} and has {shared[0]} too, "
                     f"which would be made anew for run {run!r}: wait for it, or cancel it; where its machine is gone, "
                     f"`spinreg run --run {other} --until-round 0` takes the lease and gives it back"
                 )
 
 
-def _stages(listed: Iterable[dict[str, Any]]) -> set[Stage]:
-    return {(made["round"], made["stage"]) for made in listed}
+def _stages(listed: Iterable[Made]) -> set[Stage]:
+    return {(made.round, made.stage) for made in listed}
 
 
-def _listed(stages: Iterable[Stage]) -> list[dict[str, Any]]:
-    return [{"round": number, "stage": stage} for number, stage in sorted(stages)]
+def _listed(stages: Iterable[Stage]) -> list[Made]:
+    return [Made(round=number, stage=stage) for number, stage in sorted(stages)]

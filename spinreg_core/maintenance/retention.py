@@ -9,33 +9,16 @@ went on, which works because object ids are fingerprints and not hashes of what 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from spinreg_core.config import KeepConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
-from spinreg_core.runs.head import (
-    ROUND_STAGES,
-    complete_round,
-    enter_stage,
-    list_runs,
-    pending_advance,
-    require_config,
-    require_head,
-    stage_object,
-)
+from spinreg_core.runs.head import HELDOUT, Head, list_runs, require_config, require_head
 from spinreg_core.runs.lease import is_held
-from spinreg_core.runs.plans import (
-    STAGE_PLANS,
-    StagePlan,
-    average_object,
-    for_each_possible_engine,
-    heldout_objects,
-    ids_in,
-    objects_of,
-)
+from spinreg_core.runs.plans import average_object, objects_of
+from spinreg_core.runs.stages import complete_round, is_complete, needed_by_later_stages, objects_now_and_next
 from spinreg_core.store.base import Store
 
 
@@ -95,69 +78,32 @@ def _empty_folders(store: Store) -> set[str]:
     return {path.name for path in runs.iterdir() if path.is_dir() and not any(path.iterdir())}
 
 
-def waits_for(head: dict[str, Any]) -> str | None:
+def waits_for(head: Head) -> str | None:
     """Why a run may still read any of its objects; None for a finished one."""
     if is_held(head):
         return "is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends that)"
-    advance = pending_advance(head)
+    advance = head.pending_advance
     if advance is not None:
-        return f"has an unfinished advance {advance['from']} -> {advance['to']}"
-    if "repair" in head:
+        return f"has an unfinished advance {advance.from_} -> {advance.to}"
+    if head.repair is not None:
         return "has an unfinished repair"
-    last = max((entry["round"] for entry in head["rounds"]), default=0)
-    if complete_round(head) < last or stage_object(head, 0, "evaluate") is None:
-        return f"has stages to do up to round {last}"
+    if complete_round(head) < head.last_round or not is_complete(head, 0):
+        return f"has stages to do up to round {head.last_round}"
     return None
 
 
-def released_by_rules(config: RunConfig, head: dict[str, Any]) -> dict[str, str]:
+def released_by_rules(config: RunConfig, head: Head) -> dict[str, str]:
     """Objects of a finished run that its rules let go and its later rounds do not read, with the rule."""
     last, keep, found = complete_round(head), config.keep, dict[str, str]()
     if keep.policies != "all":
         rule = f"keep.policies: {keep.policies}"
         for number in range(1, last + 1 - keep.policies):
-            found[str(stage_object(head, number, "train"))] = rule
+            found[str(head.stage(number, "train"))] = rule
             if config.training.average is not None:
                 found[average_object(config, head, number)] = rule
     if keep.generations != "all":
         rule = f"keep.generations: {keep.generations}"
         for number in range(last + 1):
-            found |= dict.fromkeys(heldout_objects(config, head, number), rule)
-            if number:
-                found[str(stage_object(head, number, "generate"))] = rule
+            found |= {one: rule for stage in ("generate", HELDOUT) if (one := head.stage(number, stage))}
     later = needed_by_later_stages(config, head)
     return {object_id: rule for object_id, rule in found.items() if object_id not in later}
-
-
-def needed_by_later_stages(config: RunConfig, head: dict[str, Any]) -> set[str]:
-    """Objects that stages to come may read, of this round and of all after it."""
-    found: set[str] = set()
-    for plan in _plans(config, head)[1]:
-        inputs = [plan.inputs, plan.extra.get("scored"), plan.extra.get("generate", {}).get("inputs")]
-        found |= set(ids_in(inputs))
-    return found
-
-
-def objects_now_and_next(config: RunConfig, head: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """Objects a run has, and will make or take over next (they may be in the making now), as `objects_of` has them."""
-    found: dict[str, tuple[int, str]] = {}
-    for planned in for_each_possible_engine(config):
-        found |= objects_of(planned, _plans(planned, head)[0])
-    return found
-
-
-def _plans(config: RunConfig, head: dict[str, Any]) -> tuple[dict[str, Any], list[StagePlan]]:
-    """The head as it will be some rounds later, and the plans of the stages until then."""
-    head, plans = copy.deepcopy(head), []
-    if not head.get("base") or not head.get("data"):
-        return head, []
-    weighting, history = config.opponent.weighting, config.opponent.history
-    # An iterate that weighs nothing in the next round may weigh something in a later one, where it is further back.
-    window = max(history if isinstance(history, int) else 1, len(weighting) if isinstance(weighting, list) else 1)
-    last = max((entry["round"] for entry in head["rounds"]), default=0)
-    for number in range(max(last, complete_round(head) + window) + 1):
-        for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
-            if stage_object(head, number, stage) is None:
-                plans.append(STAGE_PLANS[stage](config, head, number))
-                enter_stage(head, number, stage, plans[-1].object_id)
-    return head, plans

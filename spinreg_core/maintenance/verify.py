@@ -16,19 +16,20 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StoreRefused
-from spinreg_core.maintenance.retention import objects_now_and_next
 from spinreg_core.runs.head import require_config, require_head
-from spinreg_core.runs.objects import manifest_key, part_key, part_names, read_record, removed_keys, why_removed
-from spinreg_core.runs.plans import heldout_objects, ids_in, objects_of
+from spinreg_core.runs.manifest import File, Manifest, Part
+from spinreg_core.runs.objects import manifest_key, part_key, part_names
+from spinreg_core.runs.plans import ids_in, objects_of
+from spinreg_core.runs.stages import objects_now_and_next
 from spinreg_core.store import documents
 from spinreg_core.store.base import NO_RIGHT, Store
 from spinreg_core.store.hashing import sha256_file
 
 Stage = tuple[int, str]  # (round, stage)
+D = TypeVar("D", Manifest, Part)
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,12 @@ def verify(
     Raises BadInput where there is no such run, Damaged where the run's own head or configuration cannot be read.
     """
     head, config = require_head(store, run), require_config(store, run)
-    committed = objects_of(config, head, lambda number, evaluation: _heldout(store, config, head, number, evaluation))
+    committed = objects_of(config, head)
     done = set(committed.values())
     ahead = {o: stage for o, stage in objects_now_and_next(config, head).items() if stage not in done}
     opened = {o: stage for o, stage in ahead.items() if store.list(f"objects/{o}/")}
     verdict = Verdict(run, committed | opened, list(opened))
-    verdict.unfinished = [(made["round"], made["stage"]) for made in head.get("repair", {}).get("stages", ())]
+    verdict.unfinished = [(made.round, made.stage) for made in (head.repair.stages if head.repair else ())]
     for object_id in verdict.objects:
         start, hashing = time.monotonic(), only is None or object_id in only
         found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
@@ -96,11 +97,11 @@ def verify(
         verdict.bytes += found.bytes
         state = "DAMAGED" if found.problems else "ok"
         if found.record is not None:
-            verdict.made_from[object_id] = sorted(set(ids_in(found.record["inputs"])))
-            if "repair" not in found.record.get("removed", {}):  # else it is still to be made anew
+            verdict.made_from[object_id] = sorted(set(ids_in(found.record.inputs)))
+            if found.record.removed is None or found.record.removed.repair is None:  # else it is still to be made anew
                 verdict.content[object_id] = _content(found.record, found.parts)
-            if removed_keys(found.record):
-                verdict.removed[object_id] = why_removed(found.record)
+            if found.record.removed_keys:
+                verdict.removed[object_id] = found.record.why_removed
                 state += f", {verdict.removed[object_id]}"
         if hashing:
             say(f"{object_id}: {found.checked} files, {state} ({time.monotonic() - start:.1f} s)")
@@ -131,22 +132,9 @@ def format_verdict(verdict: Verdict) -> str:
     return "\n".join(lines + after)
 
 
-def _heldout(store: Store, config: RunConfig, head: dict[str, Any], number: int, evaluation: str) -> list[str]:
-    """The held-out answers that an evaluation was made from, as it says itself: another machine's `engine: auto` may
-    stand for another engine. Where it cannot be read, those that are there."""
-    try:
-        record = read_record(store, evaluation)
-    except (Damaged, BadInput):
-        record = None
-    told = record["inputs"].get("heldout") if record else None
-    if isinstance(told, str):
-        return [told]
-    return [one for one in heldout_objects(config, head, number) if store.size(manifest_key(one)) is not None]
-
-
-def _strange(store: Store, object_id: str, record: dict[str, Any]) -> list[Problem]:
+def _strange(store: Store, object_id: str, record: Manifest) -> list[Problem]:
     """Files that lie in a folder of a policy and that no manifest lists: whoever loads the folder would read them."""
-    listed = {entry["key"] for entry in record["files"]}
+    listed = {entry.key for entry in record.files}
     folders = {key.rpartition("/")[0] for key in listed if key.rpartition("/")[0].endswith(("/policy", "/adapter"))}
     problems = []
     for folder in sorted(folders):
@@ -172,8 +160,8 @@ class _Examined:
     """An object: its manifest (None: there is none that can be read), its parts that can be read and are not void, and
     `documents` as of a Verdict."""
 
-    record: dict[str, Any] | None = None
-    parts: list[dict[str, Any]] = field(default_factory=list)
+    record: Manifest | None = None
+    parts: list[Part] = field(default_factory=list)
     documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     checked: int = 0
@@ -184,7 +172,7 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
     """`open_`: no manifest is asked for, and a stage goes on from the parts. Without `hashing` no problem is found."""
     found, problems, key = _Examined(), list[Problem](), manifest_key(object_id)
 
-    def read(key: str) -> dict[str, Any] | None:
+    def read(key: str, kind: type[D]) -> D | None:
         try:
             tagged = store.read_tagged(key)
         except StoreRefused as error:
@@ -197,68 +185,68 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
         if tagged is None:
             return None
         try:
-            document = documents.parse(store, key, tagged[0])
+            document = documents.parse(store, key, tagged[0], kind)
         except (Damaged, BadInput) as error:
             found.documents[key] = tagged[1], None
             if open_ or key == manifest_key(object_id):  # of a finished stage nobody reads parts
                 problems.append(Problem(object_id, key, str(error), "what spinreg wrote there"))
             return None
-        found.documents[key] = tagged[1], [entry["key"] for entry in document["files"]]
+        found.documents[key] = tagged[1], [entry.key for entry in document.files]
         return document
 
-    found.record = read(key)
+    found.record = read(key, Manifest)
     if key not in found.documents and not open_:
         problems.append(Problem(object_id, key, "nothing", "a manifest"))
-    parts = [read(part_key(object_id, name)) for name in part_names(store, object_id)]
-    found.parts = [part for part in parts if part is not None and not part.get("void")]
+    parts = [read(part_key(object_id, name), Part) for name in part_names(store, object_id)]
+    found.parts = [part for part in parts if part is not None and not part.void]
     if not hashing:
         return found
-    if found.record and "sum" in found.record and found.record["sum"] != documents.digest(found.record):
+    if found.record and found.record.sum is not None and found.record.sum != documents.digest(found.record):
         problems.append(Problem(object_id, key, "other content than its sum is of", "what spinreg wrote there"))
-    read_by = [*([found.record] if found.record else []), *(found.parts if open_ else [])]
-    if open_ and found.record and "removed" in found.record:  # whoever makes it replaces that
+    read_by: list[Manifest | Part] = [*([found.record] if found.record else []), *(found.parts if open_ else [])]
+    if open_ and found.record and found.record.removed is not None:  # whoever makes it replaces that
         read_by.remove(found.record)
-    gone = removed_keys(found.record) if found.record else frozenset()
-    for file, entry in {entry["key"]: entry for document in read_by for entry in document["files"]}.items():
+    gone = found.record.removed_keys if found.record else frozenset()
+    for file, entry in {entry.key: entry for document in read_by for entry in document.files}.items():
         if file not in gone:
             problems += _check(store, object_id, entry)
             found.checked += 1
-            found.bytes += entry["size"]
+            found.bytes += entry.size
     if found.record and not open_:
         problems += _strange(store, object_id, found.record)
     found.problems = problems
     return found
 
 
-def _content(record: dict[str, Any], parts: list[dict[str, Any]]) -> str:
+def _content(record: Manifest, parts: list[Part]) -> str:
     """Of what later stages read of an object, as manifest and parts say; of shards the answers alone. The rest (step
     metrics, say) holds times."""
     read = ("policy/", "adapter/", "shards/", "pairs.parquet", "rows.parquet", "train.parquet", "heldout.parquet")
-    found = {entry["name"]: entry["sha256"] for entry in record["files"] if entry["name"].startswith(read)}
-    keys = {entry["key"] for entry in record["files"]}
+    found = {entry.name: entry.sha256 for entry in record.files if entry.name.startswith(read)}
+    keys = {entry.key for entry in record.files}
     for part in parts:
-        if "drawn" in part["meta"]:
-            found |= {entry["name"]: part["meta"]["drawn"] for entry in part["files"] if entry["key"] in keys}
+        if "drawn" in part.meta:
+            found |= {entry.name: part.meta["drawn"] for entry in part.files if entry.key in keys}
     return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
 
-def _check(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
-    key = entry["key"]
+def _check(store: Store, object_id: str, entry: File) -> Iterator[Problem]:
+    key = entry.key
     try:
         yield from _compared(store, object_id, entry)
     except FileNotFoundError:  # removed since its size was asked for
-        yield Problem(object_id, key, "no file", f"{entry['size']} bytes")
+        yield Problem(object_id, key, "no file", f"{entry.size} bytes")
     except StoreRefused as error:
         if not _is_damage(store, key, error):
             raise
         yield Problem(object_id, key, f"what cannot be read ({error.__cause__})", "a file that can be read")
 
 
-def _compared(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[Problem]:
-    size, key = store.size(entry["key"]), entry["key"]
-    if size != entry["size"]:
+def _compared(store: Store, object_id: str, entry: File) -> Iterator[Problem]:
+    size, key = store.size(entry.key), entry.key
+    if size != entry.size:
         found = "no file" if size is None else f"{size} bytes"
-        yield Problem(object_id, key, found, f"{entry['size']} bytes")
+        yield Problem(object_id, key, found, f"{entry.size} bytes")
         return
     local = store.local_path(key)
     if local is not None:
@@ -268,8 +256,8 @@ def _compared(store: Store, object_id: str, entry: dict[str, Any]) -> Iterator[P
             path = Path(folder) / "file"
             store.download(key, path)  # not by way of the cache, which has a copy of its own
             sha256 = sha256_file(path)
-    if sha256 != entry["sha256"]:
-        yield Problem(object_id, key, f"SHA-256 {sha256}", entry["sha256"])
+    if sha256 != entry.sha256:
+        yield Problem(object_id, key, f"SHA-256 {sha256}", entry.sha256)
 
 
 def _closure(object_id: str, inputs: dict[str, list[str]]) -> set[str]:

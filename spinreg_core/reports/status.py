@@ -12,7 +12,6 @@ from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreRefused
 from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.formatting import format_bytes
 from spinreg_core.runs.head import (
-    ROUND_STAGES,
     complete_round,
     list_runs,
     pending_advance,
@@ -22,7 +21,9 @@ from spinreg_core.runs.head import (
 )
 from spinreg_core.runs.objects import part_names, read_record, removed_keys
 from spinreg_core.runs.plans import STAGE_PLANS, measured_objects
+from spinreg_core.runs.stages import stages_of
 from spinreg_core.store.base import Store
+from spinreg_core.store.documents import plain
 
 
 def run_status(store: Store, run: str) -> dict[str, Any]:
@@ -31,10 +32,10 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
     head = require_head(store, run)
     config, rounds = require_config(store, run), []
     pending = pending_advance(head)
-    last = max([entry["round"] for entry in head["rounds"]] + ([pending["to"]] if pending else [0]))
+    last = max(head.last_round, pending.to if pending else 0)
     for number in range(last + 1):
         stages: dict[str, dict[str, Any]] = {}
-        for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
+        for stage in stages_of(number):
             object_id = stage_object(head, number, stage)
             manifest = None if object_id is None else read_record(store, object_id)
             state = "open" if object_id is None else "missing from the store"
@@ -54,8 +55,8 @@ def run_status(store: Store, run: str) -> dict[str, Any]:
             }  # fmt: skip
         rounds.append({"round": number, "stages": stages, "measured": measured})
     return {
-        "run": run, "store": store.url, "complete_round": complete_round(head), "pending": pending,
-        "ended": ended_early(head), "repair": head.get("repair"), "lease": head["lease"], "rounds": rounds,
+        "run": run, "store": store.url, "complete_round": complete_round(head), "pending": plain(pending),
+        "ended": ended_early(head), "repair": plain(head.repair), "lease": plain(head.lease), "rounds": rounds,
     }  # fmt: skip
 
 

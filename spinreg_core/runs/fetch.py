@@ -11,10 +11,10 @@ import os
 import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from spinreg_core.errors import Damaged, Removed, StoreRefused
-from spinreg_core.runs.objects import removed_keys, require_manifest, why_removed
+from spinreg_core.runs.manifest import File, Manifest, Part
+from spinreg_core.runs.objects import require_manifest
 from spinreg_core.store.base import Store, os_errors_as_store_refused
 from spinreg_core.store.cache import fetch_lock, pin, reserve_space
 from spinreg_core.store.hashing import sha256_file
@@ -22,23 +22,23 @@ from spinreg_core.store.hashing import sha256_file
 _verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha256) hashed by this process
 
 
-def _verify(path: Path, entry: dict[str, Any], where: str) -> None:
+def _verify(path: Path, entry: File, where: str) -> None:
     try:
         with os_errors_as_store_refused(f"reading {path}"):
             stat = path.stat()
     except FileNotFoundError:
-        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
-    if stat.st_size != entry["size"]:
-        raise Damaged(f"{where}: found {stat.st_size} bytes; expected {entry['size']}")
-    mark = (str(path), stat.st_size, stat.st_mtime_ns, entry["sha256"])
+        raise Damaged(f"{where}: found no file; expected {entry.size} bytes") from None
+    if stat.st_size != entry.size:
+        raise Damaged(f"{where}: found {stat.st_size} bytes; expected {entry.size}")
+    mark = (str(path), stat.st_size, stat.st_mtime_ns, entry.sha256)
     if mark not in _verified:
         found = sha256_file(path)
-        if found != entry["sha256"]:
-            raise Damaged(f"{where}: found SHA-256 {found}; expected {entry['sha256']}")
+        if found != entry.sha256:
+            raise Damaged(f"{where}: found SHA-256 {found}; expected {entry.sha256}")
         _verified.add(mark)
 
 
-def _sound(path: Path, entry: dict[str, Any]) -> bool:
+def _sound(path: Path, entry: File) -> bool:
     try:
         _verify(path, entry, str(path))
     except (Damaged, StoreRefused):
@@ -46,44 +46,44 @@ def _sound(path: Path, entry: dict[str, Any]) -> bool:
     return True
 
 
-def _local(store: Store, entries: Sequence[dict[str, Any]]) -> list[Path]:
+def _local(store: Store, entries: Sequence[File]) -> list[Path]:
     """Verified local files holding the bytes of entries of one object: in place for a folder store, else in the cache.
 
     What arrives is hashed; what is there already is hashed when this process uses it first, and by size and time of
     change whenever it does again. A copy that is not what it was is ours, not the store's: it is fetched anew.
     """
-    in_place = [path for entry in entries if (path := store.local_path(entry["key"])) is not None]
+    in_place = [path for entry in entries if (path := store.local_path(entry.key)) is not None]
     if len(in_place) == len(entries):
         for path, entry in zip(in_place, entries, strict=True):
-            _verify(path, entry, store.uri(entry["key"]))
+            _verify(path, entry, store.uri(entry.key))
         return in_place
-    folder = pin(entries[0]["key"].split("/")[1])
-    wanted = {folder / entry["sha256"]: entry for entry in entries}
+    folder = pin(entries[0].key.split("/")[1])
+    wanted = {folder / entry.sha256: entry for entry in entries}
     missing = {path: entry for path, entry in wanted.items() if not _sound(path, entry)}
     if missing:
         with fetch_lock(folder):
             missing = {path: entry for path, entry in missing.items() if not _sound(path, entry)}
-            with reserve_space([entry["size"] for entry in missing.values()]) as targets:
+            with reserve_space([entry.size for entry in missing.values()]) as targets:
                 for (path, entry), target in zip(missing.items(), targets, strict=True):
                     _download(store, entry, target)
                     os.replace(target, path)
-    return [folder / entry["sha256"] for entry in entries]
+    return [folder / entry.sha256 for entry in entries]
 
 
-def _download(store: Store, entry: dict[str, Any], target: Path) -> None:
-    where = store.uri(entry["key"])
+def _download(store: Store, entry: File, target: Path) -> None:
+    where = store.uri(entry.key)
     try:
-        store.download(entry["key"], target)
+        store.download(entry.key, target)
     except FileNotFoundError:
-        raise Damaged(f"{where}: found no file; expected {entry['size']} bytes") from None
+        raise Damaged(f"{where}: found no file; expected {entry.size} bytes") from None
     _verify(target, entry, where)
 
 
 def fetch_file(store: Store, object_id: str, name: str) -> Path:
     """A verified local copy of one file of a finished object. Raises Damaged."""
     record = require_manifest(store, object_id)
-    for entry in record["files"]:
-        if entry["name"] == name:
+    for entry in record.files:
+        if entry.name == name:
             return _local(store, _present(store, record, [entry]))[0]
     raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no file {name!r} in its manifest; expected one")
 
@@ -91,30 +91,30 @@ def fetch_file(store: Store, object_id: str, name: str) -> Path:
 def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
     """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
     record = require_manifest(store, object_id)
-    return _by_name(store, _present(store, record, _below(prefix, record["files"])))
+    return _by_name(store, _present(store, record, _below(prefix, record.files)))
 
 
-def _below(prefix: str, files: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry for entry in files if entry["name"].startswith(f"{prefix}/")]
+def _below(prefix: str, files: Iterable[File]) -> list[File]:
+    return [entry for entry in files if entry.name.startswith(f"{prefix}/")]
 
 
-def _present(store: Store, record: dict[str, Any], entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _present(store: Store, record: Manifest, entries: list[File]) -> list[File]:
     """The entries, none of which may have been removed. Raises Removed."""
-    removed = removed_keys(record)
+    removed = record.removed_keys
     for entry in entries:
-        if entry["key"] in removed:
-            raise Removed(f"{store.uri(entry['key'])}: {why_removed(record)}; a run of the same configuration under "
+        if entry.key in removed:
+            raise Removed(f"{store.uri(entry.key)}: {record.why_removed}; a run of the same configuration under "
                           "another name makes it anew")  # fmt: skip
     return entries
 
 
-def fetch_part(store: Store, part: dict[str, Any]) -> dict[str, Path]:
+def fetch_part(store: Store, part: Part) -> dict[str, Path]:
     """Verified local copies of a part's files, by name. Raises Damaged."""
-    return _by_name(store, part["files"])
+    return _by_name(store, part.files)
 
 
-def _by_name(store: Store, entries: Sequence[dict[str, Any]]) -> dict[str, Path]:
-    return {entry["name"]: path for entry, path in zip(entries, _local(store, entries), strict=True)}
+def _by_name(store: Store, entries: Sequence[File]) -> dict[str, Path]:
+    return {entry.name: path for entry, path in zip(entries, _local(store, entries), strict=True)}
 
 
 def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
@@ -123,10 +123,10 @@ def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
     In place for a folder store. For a remote one the folder is made of links to the copies in the cache.
     """
     record = require_manifest(store, object_id)
-    return folder_of(store, object_id, _present(store, record, _below(prefix, record["files"])), prefix)
+    return folder_of(store, object_id, _present(store, record, _below(prefix, record.files)), prefix)
 
 
-def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], prefix: str) -> Path:
+def folder_of(store: Store, object_id: str, files: Iterable[File], prefix: str) -> Path:
     """The same, of an object whose manifest, which will list `files`, is still to be written. They must be uploaded."""
     entries = _below(prefix, files)
     if not entries:
@@ -134,7 +134,7 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
             f"{store.uri(f'objects/{object_id}')}: found no files below {prefix!r} in its manifest; expected some"
         )
     paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
-    in_place = store.local_path(entries[0]["key"].removesuffix(entries[0]["name"]) + prefix)
+    in_place = store.local_path(entries[0].key.removesuffix(entries[0].name) + prefix)
     if in_place is not None:
         # Whoever loads a model looks for files by their names: one that nobody listed would be read unverified.
         there = {path.relative_to(in_place).as_posix() for path in in_place.rglob("*") if path.is_file()}
@@ -144,7 +144,7 @@ def folder_of(store: Store, object_id: str, files: Iterable[dict[str, Any]], pre
                 f"{in_place}: found {strange[0]!r}, which no manifest lists; expected what was committed alone"
             )
         return in_place
-    digest = hashlib.sha256(json.dumps([[e["name"], e["sha256"]] for e in entries]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([[e.name, e.sha256] for e in entries]).encode()).hexdigest()[:16]
     folder = pin(object_id) / f"{prefix}-{digest}"
     for name, path in paths.items():
         link = folder / name

@@ -1,24 +1,141 @@
-"""The head of a run: who may advance it, how far it was told to go, and which objects its rounds are made of.
+"""The head of a run: its lease, how far it was told to go, and the objects its rounds are made of; its configuration.
 
-Decides: that one process at a time advances a run, that an advance is recorded before it starts, and that a
-committed stage is never replaced. Leaves out: what stages do (`stages/`), and which job they get (`plans.py`).
-
-Every change is one compare-and-swap of runs/<run>/head.json, which also holds the lease. A writer that was
-frozen while its lease was taken finds another epoch there and cannot commit, however late it wakes.
-Expiry is an unchanged tag over the watcher's own monotonic clock; clocks are never compared.
+Leaves out: taking the lease and changing a head (`lease.py`), which stages a round has (`stages.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+
+from pydantic import Field
 
 from spinreg_core.config import RunConfig, fixed_fields
 from spinreg_core.config.resolve import differences, stored_config
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
+from spinreg_core.store.documents import Count, Document, Key, Name, Number, Round
 
-ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")
+HELDOUT = "generate-heldout"  # a stage of its own since 0.2; older heads name only the evaluation made from its answers
+
+
+class Holder(Document):
+    """The process that holds a lease."""
+
+    label: str
+    host: str
+    pid: Count
+    identity: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.label} (pid {self.pid} on {self.host})"
+
+
+class Lease(Document):
+    """The right to advance a run. `epoch` counts holders, `beat` renewals; `seconds` is the holder's own patience."""
+
+    epoch: Count
+    holder: Holder | None
+    beat: Count
+    seconds: Number | None = None
+
+
+class Advance(Document):
+    """An advance of a run from one round to another, recorded before it starts.
+
+    `ended` says why it ended before its round, and `ended_by` which conditions (`until`) ended it.
+    """
+
+    by: str
+    from_: Round = Field(alias="from")
+    to: Round
+    done: bool
+    ended: str | None = None
+    ended_by: dict[str, Any] | None = None
+
+
+class Entry(Document):
+    """What a round is made of: object ids by stage, and by kind and name of benchmark."""
+
+    round: Round
+    stages: dict[str, Name]
+    measured: dict[str, Name] = Field(default_factory=dict)
+
+
+class Made(Document):
+    """A stage of a round."""
+
+    round: Round
+    stage: str
+
+
+class Repair(Document):
+    """An unfinished repair (`maintenance/repair.py`).
+
+    `to` is the round that was complete; `was` has SHA-256 sums of objects' content, None where unknown.
+    """
+
+    to: Round
+    stages: list[Made]
+    replace: dict[Key, str]
+    was: dict[Name, str | None]
+    dependents: dict[Name, list[Made]]
+
+
+class Head(Document):
+    """The head of a run: who may advance it, how far it was told to go, and the objects of its rounds."""
+
+    run: str
+    lease: Lease
+    advances: list[Advance]
+    rounds: list[Entry]
+    base: Name | None = None
+    data: Name | None = None
+    repair: Repair | None = None
+
+    def entry(self, round_number: int) -> Entry | None:
+        return next((entry for entry in self.rounds if entry.round == round_number), None)
+
+    def stage(self, round_number: int, stage: str) -> str | None:
+        """The object a round's stage was committed with, or None."""
+        entry = self.entry(round_number)
+        return None if entry is None else entry.stages.get(stage)
+
+    def measured(self, iterate: int) -> dict[str, str]:
+        """Objects with benchmarks of an iterate, by kind and name (`lm-eval gsm8k`): of each the latest asked for."""
+        entry = self.entry(iterate)
+        return {} if entry is None else dict(entry.measured)
+
+    def enter(self, round_number: int, stage: str, object_id: str) -> None:
+        """Record the object of a round's stage."""
+        entry = self.entry(round_number)
+        if entry is None:
+            entry = Entry(round=round_number, stages={})
+            self.rounds.append(entry)
+        entry.stages[stage] = object_id
+
+    @property
+    def last_round(self) -> int:
+        """The last round that has begun."""
+        return max((entry.round for entry in self.rounds), default=0)
+
+    @property
+    def pending_advance(self) -> Advance | None:
+        """The recorded advance that has not been finished, or None."""
+        return next((advance for advance in reversed(self.advances) if not advance.done), None)
+
+    @property
+    def has_begun(self) -> bool:
+        return self.base is not None or bool(self.rounds)
+
+
+class Configuration(Document):
+    """The stored configuration of a run. `epoch` is that of the lease it was written under; 0 before the first."""
+
+    config: dict[str, Any]
+    epoch: Count | None = None
 
 
 def head_key(run: str) -> str:
@@ -29,13 +146,32 @@ def config_key(run: str) -> str:
     return f"runs/{run}/run.json"
 
 
-def read_head(store: Store, run: str) -> dict[str, Any] | None:
-    """The head of a run, or None where there is no such run."""
-    return documents.read(store, head_key(run))
+def read_head(store: Store, run: str) -> Head | None:
+    """Return the head of a run, or None where there is no such run."""
+    head = documents.read(store, head_key(run), Head)
+    if head is not None:
+        name_heldout_answers(store, head)
+    return head
 
 
-def require_head(store: Store, run: str) -> dict[str, Any]:
-    """The head of a run. Raises BadInput where there is no such run, naming those that there are."""
+def name_heldout_answers(store: Store, head: Head) -> None:
+    """Enter the held-out answers that evaluations of 0.1.0 were made from, as their manifests say.
+
+    The manifest decides, not the configuration: `engine: auto` may have stood for another engine on another machine.
+    Answers of an evaluation without a readable manifest stay unnamed; `spinreg verify` reports that manifest.
+    """
+    for entry in head.rounds:
+        evaluation = entry.stages.get("evaluate")
+        if evaluation is not None and HELDOUT not in entry.stages:
+            with contextlib.suppress(Damaged, BadInput):
+                manifest = documents.read(store, f"objects/{evaluation}/manifest.json", Manifest)
+                answers = None if manifest is None else manifest.inputs.get("heldout")
+                if isinstance(answers, str):
+                    entry.stages[HELDOUT] = answers
+
+
+def require_head(store: Store, run: str) -> Head:
+    """Return the head of a run. Raises BadInput where there is no such run, naming those that exist."""
     head = read_head(store, run)
     if head is None:
         raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")
@@ -43,52 +179,34 @@ def require_head(store: Store, run: str) -> dict[str, Any]:
 
 
 def read_config(store: Store, run: str) -> RunConfig | None:
-    """The configuration a run was started with, or None where there is no such run. Raises Damaged where it is gone."""
-    document = documents.read(store, config_key(run))
+    """Return the configuration a run was started with, or None where there is no such run.
+
+    Raises Damaged where the run exists and its configuration does not.
+    """
+    document = documents.read(store, config_key(run), Configuration)
     if document is not None:
-        return stored_config(document["config"], store.uri(config_key(run)))
-    head = read_head(store, run)
-    return require_config(store, run) if head is not None and has_begun(head) else None
+        return stored_config(document.config, store.uri(config_key(run)))
+    head = documents.read(store, head_key(run), Head)
+    return require_config(store, run) if head is not None and head.has_begun else None
 
 
 def require_config(store: Store, run: str) -> RunConfig:
-    """The configuration of a run that there is. Raises Damaged where it is gone."""
+    """Return the configuration of an existing run. Raises Damaged where it is gone."""
     return read_config_with_tag(store, run)[0]
 
 
+def read_config_with_tag(store: Store, run: str) -> tuple[RunConfig, str]:
+    """Return the stored configuration of an existing run, and its tag."""
+    found = store.read_tagged(config_key(run))
+    if found is None:
+        raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
+    document = documents.parse(store, config_key(run), found[0], Configuration)
+    return stored_config(document.config, store.uri(config_key(run))), found[1]
+
+
 def list_runs(store: Store) -> list[str]:
-    """Names of the runs in a store."""
+    """Return the names of the runs in a store, sorted."""
     return sorted({key.split("/")[1] for key in store.list("runs/") if key.endswith("/head.json")})
-
-
-def stage_object(head: dict[str, Any], round_number: int, stage: str) -> str | None:
-    """The object a round's stage was committed with, or None."""
-    for entry in head["rounds"]:
-        if entry["round"] == round_number:
-            return entry["stages"].get(stage)
-    return None
-
-
-def enter_stage(head: dict[str, Any], round_number: int, stage: str, object_id: str) -> None:
-    """Say in a head which object a round's stage is."""
-    for entry in head["rounds"]:
-        if entry["round"] == round_number:
-            entry["stages"][stage] = object_id
-            return
-    head["rounds"].append({"round": round_number, "stages": {stage: object_id}})
-
-
-def complete_round(head: dict[str, Any]) -> int:
-    """The last round all of whose stages are committed (0: the base is evaluated, or nothing is yet)."""
-    done = 0
-    while all(stage_object(head, done + 1, stage) for stage in ROUND_STAGES):
-        done += 1
-    return done
-
-
-def pending_advance(head: dict[str, Any]) -> dict[str, Any] | None:
-    """The recorded advance that has not been finished, or None."""
-    return next((advance for advance in reversed(head["advances"]) if not advance["done"]), None)
 
 
 def check_config(stored: RunConfig, given: RunConfig) -> None:
@@ -98,14 +216,27 @@ def check_config(stored: RunConfig, given: RunConfig) -> None:
         raise ConfigChanged(given.run, found)
 
 
-def has_begun(head: dict[str, Any]) -> bool:
-    return head.get("base") is not None or bool(head["rounds"])
+# SHIM: goes when all rooms use the documents' own methods.
+ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")
 
 
-def read_config_with_tag(store: Store, run: str) -> tuple[RunConfig, str]:
-    """The stored configuration of an existing run, and its tag."""
-    found = store.read_tagged(config_key(run))
-    if found is None:
-        raise Damaged(f"{store.uri(config_key(run))}: found nothing; expected the configuration of run {run!r}")
-    document = documents.parse(store, config_key(run), found[0])
-    return stored_config(document["config"], store.uri(config_key(run))), found[1]
+def stage_object(head: Any, round_number: int, stage: str) -> Any:
+    return head.stage(round_number, stage)
+
+
+def enter_stage(head: Any, round_number: int, stage: str, object_id: str) -> None:
+    head.enter(round_number, stage, object_id)
+
+
+def pending_advance(head: Any) -> Any:
+    return head.pending_advance
+
+
+def has_begun(head: Any) -> Any:
+    return head.has_begun
+
+
+def complete_round(head: Any) -> int:
+    import importlib
+
+    return int(importlib.import_module("spinreg_core.runs.stages").complete_round(head))

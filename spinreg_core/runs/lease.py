@@ -6,7 +6,6 @@ Decides: by what a process of this machine is told from a later one with its num
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import secrets
 import socket
@@ -20,36 +19,36 @@ from typing import Any
 from spinreg_core.config import MOST_ROUNDS, RunConfig, fixed_fields
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.runs.head import (
+    Advance,
+    Configuration,
+    Head,
+    Holder,
+    Lease,
     check_config,
-    complete_round,
     config_key,
-    enter_stage,
-    has_begun,
     head_key,
-    pending_advance,
+    name_heldout_answers,
     read_config,
     read_config_with_tag,
-    read_head,
-    stage_object,
 )
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
-from spinreg_core.store.documents import SCHEMA
 from spinreg_core.store.probe import require_conditional_writes
 
 
-def is_held(head: dict[str, Any]) -> bool:
+def is_held(head: Head) -> bool:
     """Whether somebody may be advancing the run: its lease was not given back, and no dead process of ours holds it."""
-    holder = head["lease"]["holder"]
+    holder = head.lease.holder
     return holder is not None and not is_dead(holder)
 
 
 class RunLease:
     """The right to advance one run, renewed in the background until `close`. Made by `hold_lease`."""
 
-    def __init__(self, store: Store, run: str, head: dict[str, Any], tag: str, lease_seconds: float) -> None:
+    def __init__(self, store: Store, run: str, head: Head, tag: str, lease_seconds: float) -> None:
         self.store, self.run, self.head = store, run, head
-        self.epoch = int(head["lease"]["epoch"])
+        self.epoch = head.lease.epoch
         self._tag, self._lease_seconds = tag, lease_seconds
         self._lock, self._stop = threading.Lock(), threading.Event()
         self.lost: str | None = None
@@ -65,12 +64,12 @@ class RunLease:
         if self.lost:
             raise LeaseLost(self.lost)
 
-    def update(self, change: Callable[[dict[str, Any]], None]) -> None:
+    def update(self, change: Callable[[Head], None]) -> None:
         """Apply `change` to the head by compare-and-swap. Raises LeaseLost."""
         with self._lock:
             self.check()
             for _ in range(10):
-                head = copy.deepcopy(self.head)
+                head = self.head.model_copy(deep=True)
                 change(head)
                 try:
                     self._tag = self.store.replace(head_key(self.run), documents.dump(head), self._tag)
@@ -83,9 +82,9 @@ class RunLease:
                         self.lost = f"run {self.run!r}: its head.json vanished from the store"
                         self.check()
                     assert found is not None
-                    current = documents.parse(self.store, head_key(self.run), found[0])
-                    if current["lease"]["epoch"] != self.epoch or current["lease"]["holder"] is None:
-                        holder = describe_lease(current["lease"])
+                    current = documents.parse(self.store, head_key(self.run), found[0], Head)
+                    if current.lease.epoch != self.epoch or current.lease.holder is None:
+                        holder = describe_lease(current.lease)
                         self.lost = f"run {self.run!r} was taken over by {holder}; nothing more is committed"
                         self.check()
                     self.head, self._tag = current, found[1]
@@ -94,25 +93,25 @@ class RunLease:
     def commit(self, round_number: int, stage: str, object_id: str) -> None:
         """Record that a round's stage is this object. Raises SpinregError if it already is another one."""
 
-        def change(head: dict[str, Any]) -> None:
-            existing = stage_object(head, round_number, stage)
+        def change(head: Head) -> None:
+            existing = head.stage(round_number, stage)
             if existing not in (None, object_id):
                 raise SpinregError(f"round {round_number} {stage} is committed as {existing}; refusing {object_id}")
-            enter_stage(head, round_number, stage, object_id)
+            head.enter(round_number, stage, object_id)
 
         self.update(change)
 
     def commit_inputs(self, base: str, data: str) -> None:
         """Record the base policy and the prepared rows of the run, once."""
 
-        def change(head: dict[str, Any]) -> None:
+        def change(head: Head) -> None:
             for name, value in (("base", base), ("data", data)):
-                if head.get(name) not in (None, value):
+                if getattr(head, name) not in (None, value):
                     raise BadInput(
                         f"run {self.run!r}, {name}", f"{value} (the model or the data set changed since the run began)",
-                        f"{head[name]}",
+                        f"{getattr(head, name)}",
                     )  # fmt: skip
-                head[name] = value
+                setattr(head, name, value)
 
         self.update(change)
 
@@ -122,27 +121,27 @@ class RunLease:
         `by` names the flow run: the same one asking again (a retry) gets the same answer. An advance that was
         recorded and not finished is finished first, and `rounds` adds nothing to it.
         """
-        done, pending = complete_round(self.head), pending_advance(self.head)
-        mine = next((a for a in reversed(self.head["advances"]) if a["by"] == by), None)
+        done, pending = complete_round(self.head), self.head.pending_advance
+        mine = next((a for a in reversed(self.head.advances) if a.by == by), None)
         if mine is not None:
-            return mine["from"], mine["to"], f"retry: going on to round {mine['to']}, as recorded"
+            return mine.from_, mine.to, f"retry: going on to round {mine.to}, as recorded"
         if until_round is not None:
             target, why = until_round, f"until_round={until_round}; {done} complete"
             if target <= done:  # asks for nothing, so it says nothing about an advance of somebody else's either
                 return done, target, why
         elif pending is not None:
-            target = pending["to"]
-            why = f"finishing the advance {pending['from']} -> {target} recorded by {pending['by']}; nothing added"
+            target = pending.to
+            why = f"finishing the advance {pending.from_} -> {target} recorded by {pending.by}; nothing added"
         else:
             target = done + (rounds or 1)
             if target > MOST_ROUNDS:
                 raise BadInput("rounds", f"{rounds or 1} after round {done}", f"at most {MOST_ROUNDS} rounds of a run")
             why = f"advancing by {rounds or 1} from round {done}"
 
-        def change(head: dict[str, Any]) -> None:
-            for advance in head["advances"]:
-                advance["done"] = True  # superseded by the one being recorded
-            head["advances"].append({"by": by, "from": done, "to": target, "done": False})
+        def change(head: Head) -> None:
+            for advance in head.advances:
+                advance.done = True  # superseded by the one being recorded
+            head.advances.append(Advance(by=by, from_=done, to=target, done=False))
 
         self.update(change)
         return done, target, why
@@ -150,19 +149,19 @@ class RunLease:
     def finish_advance(self, *, ended: str | None = None, ended_by: dict[str, Any] | None = None) -> None:
         """Record which advances have reached their round, or why they ended before, by which conditions (`until`)."""
 
-        def change(head: dict[str, Any]) -> None:
-            for advance in head["advances"]:
-                if advance["to"] <= complete_round(head):
-                    advance["done"] = True
-                elif ended_by is not None and not advance["done"]:
-                    advance |= {"done": True, "ended": ended, "ended_by": ended_by}
+        def change(head: Head) -> None:
+            for advance in head.advances:
+                if advance.to <= complete_round(head):
+                    advance.done = True
+                elif ended_by is not None and not advance.done:
+                    advance.done, advance.ended, advance.ended_by = True, ended, ended_by
 
-        if pending_advance(self.head) is not None:
+        if self.head.pending_advance is not None:
             self.update(change)
 
     def _renew(self) -> None:
-        def change(head: dict[str, Any]) -> None:
-            head["lease"]["beat"] += 1
+        def change(head: Head) -> None:
+            head.lease.beat += 1
 
         while not self._stop.wait(self._lease_seconds / 3):
             try:
@@ -177,8 +176,8 @@ class RunLease:
         self._stop.set()
         self._beat.join(timeout=self._lease_seconds)
 
-        def change(head: dict[str, Any]) -> None:
-            head["lease"]["holder"] = None
+        def change(head: Head) -> None:
+            head.lease.holder = None
 
         try:
             self.update(change)
@@ -188,13 +187,12 @@ class RunLease:
             print(f"lease of run {self.run!r} not given back: {error}", file=sys.stderr, flush=True)
 
 
-def describe_lease(lease: dict[str, Any]) -> str:
+def describe_lease(lease: Lease) -> str:
     """Whose it is, for messages."""
-    holder = lease["holder"]
-    return "nobody" if holder is None else f"{holder['label']} (pid {holder['pid']} on {holder['host']})"
+    return "nobody" if lease.holder is None else str(lease.holder)
 
 
-def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: float) -> tuple[dict[str, Any], str]:
+def _acquire(store: Store, run: str, holder: Holder, lease_seconds: float) -> tuple[Head, str]:
     """Take the lease, after a holder has been silent for the longer of its own `lease_seconds` and ours.
 
     Raises LeaseHeld as soon as the holder renews it.
@@ -205,14 +203,13 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
         found = store.read_tagged(key)
         if found is None:
             raise Damaged(f"{store.uri(key)}: found nothing; expected the head of run {run!r}")
-        head, tag = documents.parse(store, key, found[0]), found[1]
-        current = head["lease"]["holder"]
+        head, tag = documents.parse(store, key, found[0], Head), found[1]
+        current = head.lease.holder
         silent = time.monotonic() - silent_since  # since `last_tag` was first seen
-        patience = max(lease_seconds, head["lease"].get("seconds", 0.0))
+        patience = max(lease_seconds, head.lease.seconds or 0.0)
         if current is None or is_dead(current) or (tag == last_tag and silent >= patience):
-            head["lease"] = {
-                "epoch": head["lease"]["epoch"] + 1, "holder": holder, "beat": 0, "seconds": lease_seconds,
-            }  # fmt: skip
+            name_heldout_answers(store, head)
+            head.lease = Lease(epoch=head.lease.epoch + 1, holder=holder, beat=0, seconds=lease_seconds)
             try:
                 return head, store.replace(key, documents.dump(head), tag)
             except Conflict:
@@ -222,7 +219,7 @@ def _acquire(store: Store, run: str, holder: dict[str, Any], lease_seconds: floa
             silent_since = time.monotonic()
         elif tag != last_tag:
             raise LeaseHeld(
-                f"run {run!r} is being advanced by {describe_lease(head['lease'])}, which renewed its lease just now. "
+                f"run {run!r} is being advanced by {describe_lease(head.lease)}, which renewed its lease just now. "
                 "Wait for it, or cancel it; only one process advances a run at a time."
             )
         last_tag = tag
@@ -245,18 +242,17 @@ def hold_lease(store: Store, config: RunConfig, label: str) -> Iterator[RunLease
         with contextlib.suppress(Conflict):  # another process created the run between our two looks
             store.create(config_key(run), _config_document(config))
     # Read before the head: an epoch is that of a head which was there (`_settle_config`), so none now is one lost.
-    settled = (documents.read(store, config_key(run)) or {}).get("epoch", 0) > 0
-    head = read_head(store, run)
+    document = documents.read(store, config_key(run), Configuration)
+    settled = document is not None and bool(document.epoch)
+    head = documents.read(store, head_key(run), Head)
     if head is None and settled:
         raise Damaged(f"{store.uri(head_key(run))}: found nothing; expected the head of run {run!r}, which was started")
     if head is None:
-        empty = {
-            "schema": SCHEMA, "run": run, "lease": {"epoch": 0, "holder": None, "beat": 0, "seconds": seconds},
-            "advances": [], "rounds": [],
-        }  # fmt: skip
+        lease = Lease(epoch=0, holder=None, beat=0, seconds=seconds)
+        empty = Head(run=run, lease=lease, advances=[], rounds=[])
         with contextlib.suppress(Conflict):
             store.create(head_key(run), documents.dump(empty))
-    elif has_begun(head):
+    elif head.has_begun:
         check_config(read_config_with_tag(store, run)[0], config)  # before waiting for a lease
     head, tag = _acquire(store, run, make_holder(label), seconds)
     session = RunLease(store, run, head, tag, seconds)
@@ -275,16 +271,16 @@ def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
     """
     while True:
         stored, tag = read_config_with_tag(store, config.run)
-        if has_begun(session.head):
+        if session.head.has_begun:
             check_config(stored, config)
             # Read outside of runs too, and gone on with by `spinreg resume`.
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "until", "tracking")}
             config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 
-        def forget(head: dict[str, Any], another: bool = another) -> None:
-            for advance in head["advances"]:  # what the other configuration was to reach is nobody's wish now
-                advance["done"] = advance["done"] or another
+        def forget(head: Head, another: bool = another) -> None:
+            for advance in head.advances:  # what the other configuration was to reach is nobody's wish now
+                advance.done = advance.done or another
 
         session.update(forget)  # also shows that the lease was still ours after the tag was read
         try:
@@ -295,7 +291,7 @@ def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
 
 
 def _config_document(config: RunConfig, epoch: int = 0) -> bytes:
-    return documents.dump({"schema": SCHEMA, "config": config.model_dump(mode="json"), "epoch": epoch})
+    return documents.dump(Configuration(config=config.model_dump(mode="json"), epoch=epoch))
 
 
 def _process_identity(pid: int) -> str | None:
@@ -309,24 +305,24 @@ def _process_identity(pid: int) -> str | None:
     return f"{boot} {namespace} {pid} {started}"
 
 
-def make_holder(label: str) -> dict[str, Any]:
-    """Who this process is, for messages and for seeing that a dead holder on this machine is dead."""
-    pid = os.getpid()
-    return {"label": label, "host": socket.gethostname(), "pid": pid, "identity": _process_identity(pid)}
+def make_holder(label: str, pid: int | None = None) -> Holder:
+    """Return a process of this machine (default: this one) as a holder that can be seen to be dead."""
+    pid = pid or os.getpid()
+    return Holder(label=label, host=socket.gethostname(), pid=pid, identity=_process_identity(pid))
 
 
-def is_dead(holder: dict[str, Any]) -> bool:
+def is_dead(holder: Holder) -> bool:
     """True only if the holder was a process of this boot and pid namespace that lives no more.
 
     That its /proc/PID/stat cannot be read proves nothing: hidepid, or no file descriptor left.
     """
-    identity, own = holder.get("identity"), _process_identity(os.getpid())
+    identity, own = holder.identity, _process_identity(os.getpid())
     if not identity or not own or identity.split()[:2] != own.split()[:2]:
         return False
     try:
-        os.kill(int(holder["pid"]), 0)
+        os.kill(holder.pid, 0)
     except ProcessLookupError:
         return True
     except (OSError, OverflowError):  # it lives and is somebody else's; or no process has such a number
         pass
-    return _process_identity(int(holder["pid"])) not in (None, identity)
+    return _process_identity(holder.pid) not in (None, identity)

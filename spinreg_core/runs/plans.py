@@ -9,7 +9,7 @@ round 1, where both references are the base, so a grid over them does round 1 on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,6 @@ from typing import Any, Literal
 from spinreg_core.config import (
     AVERAGE_FIELDS,
     LORA_FIELDS,
-    MUTABLE_FIELDS,
     RunConfig,
     TrainingConfig,
     of_round,
@@ -25,10 +24,17 @@ from spinreg_core.config import (
     sampling_dtype,
 )
 from spinreg_core.errors import SpinregError
-from spinreg_core.runs.head import stage_object
+from spinreg_core.runs.head import HELDOUT, Head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import fingerprint
 from spinreg_core.selfplay.opponent import effective_alpha, mixture_weights, references
+
+# Keys name their fields, so that a new field moves no object id. A field that came after 0.1.0 is left out of a key
+# while it has the value that equals the behaviour of 0.1.0 (CONTRIBUTING.md, "What is stored").
+SAMPLER_FIELDS = ("temperature", "top_p", "top_k", "max_new_tokens", "shard_size")
+TRAINING_FIELDS = ("optimizer", "weight_decay", "schedule", "warmup", "epochs", "batch_size", "max_grad_norm",
+                   "precision", "save_dtype")  # fmt: skip
+EVALUATION_FIELDS = ("bootstrap", "final_answer", "shown_samples")
 
 
 @dataclass(frozen=True)
@@ -52,19 +58,19 @@ class StagePlan:
         )  # fmt: skip
 
 
-def policy_object(head: dict[str, Any], iterate: int) -> str:
+def policy_object(head: Head, iterate: int) -> str:
     """The object whose `policy/` is iterate n: the base for 0, else what round n trained."""
-    found = head.get("base") if iterate == 0 else stage_object(head, iterate, "train")
+    found = head.base if iterate == 0 else head.stage(iterate, "train")
     if found is None:
-        raise SpinregError(f"run {head['run']!r} has no iterate {iterate}: round {iterate} was never trained")
+        raise SpinregError(f"run {head.run!r} has no iterate {iterate}: round {iterate} was never trained")
     return found
 
 
-def _data(head: dict[str, Any]) -> str:
+def _data(head: Head) -> str:
     """The object with the run's rows."""
-    found: str | None = head.get("data")
+    found = head.data
     if found is None:
-        raise SpinregError(f"run {head['run']!r}: found no data in its head; expected the rows of its rounds")
+        raise SpinregError(f"run {head.run!r}: found no data in its head; expected the rows of its rounds")
     return found
 
 
@@ -74,7 +80,7 @@ def average_key(training: TrainingConfig, policy: str, before: str, base: str) -
             "base": base}  # fmt: skip
 
 
-def average_object(config: RunConfig, head: dict[str, Any], iterate: int) -> str:
+def average_object(config: RunConfig, head: Head, iterate: int) -> str:
     """The average that ends with iterate n; of the base alone it is the base. Made when round n is trained."""
     found = base = policy_object(head, 0)
     for number in range(1, iterate + 1):
@@ -83,7 +89,7 @@ def average_object(config: RunConfig, head: dict[str, Any], iterate: int) -> str
 
 
 def policy_for_role(
-    config: RunConfig, head: dict[str, Any], iterate: int, role: Literal["opponent", "reference", "start"]
+    config: RunConfig, head: Head, iterate: int, role: Literal["opponent", "reference", "start"]
 ) -> str:
     """The object whose `policy/` stands for iterate n in a role: its average where the configuration says so."""
     if config.training.average is not None and role in config.training.average_as:
@@ -91,18 +97,16 @@ def policy_for_role(
     return policy_object(head, iterate)
 
 
-def _required(head: dict[str, Any], round_number: int, stage: str) -> str:
-    found = stage_object(head, round_number, stage)
+def _required(head: Head, round_number: int, stage: str) -> str:
+    found = head.stage(round_number, stage)
     if found is None:
-        raise SpinregError(f"run {head['run']!r}: round {round_number} has no committed {stage}")
+        raise SpinregError(f"run {head.run!r}: round {round_number} has no committed {stage}")
     return found
 
 
 def _sampler(config: RunConfig) -> dict[str, Any]:
-    generation = config.generation
-    engine = resolve_engine(generation.engine)
-    unread = {"tensor_parallel", "answers_per_prompt"}
-    return generation.model_dump(mode="json", exclude=unread) | {"engine": engine, "dtype": sampling_dtype(config)}
+    fields = config.generation.model_dump(mode="json", include=set(SAMPLER_FIELDS))
+    return fields | {"engine": resolve_engine(config.generation.engine), "dtype": sampling_dtype(config)}
 
 
 def _history(config: RunConfig, round_number: int) -> list[float]:
@@ -111,7 +115,7 @@ def _history(config: RunConfig, round_number: int) -> list[float]:
     return mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
 
 
-def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
+def plan_generate(config: RunConfig, head: Head, round_number: int) -> StagePlan:
     """Answers to the round's prompts, by pi_t or (source regenerate) by the drawn iterates, or by mixtures of them with
     the base."""
     t = round_number - 1
@@ -135,8 +139,8 @@ def plan_generate(config: RunConfig, head: dict[str, Any], round_number: int) ->
     return StagePlan("generate", round_number, key, {"data": _data(head), "policies": policies}, extra)
 
 
-def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> StagePlan:
-    """One answer of iterate n to every held-out prompt; part of its evaluation."""
+def plan_heldout(config: RunConfig, head: Head, iterate: int) -> StagePlan:
+    """One answer of iterate n to every held-out prompt."""
     policies = {str(iterate): policy_object(head, iterate)}
     key = {
         "rows": "heldout", "data": _data(head), "seed": config.seed, "policies": policies,
@@ -146,8 +150,10 @@ def plan_heldout(config: RunConfig, head: dict[str, Any], iterate: int) -> Stage
 
 
 def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
-    """The configuration with every engine that `auto` may stand for: it is settled by the machine that runs a stage,
-    which need not be the one that asks."""
+    """Return the configuration with every engine that `auto` may stand for.
+
+    The machine that runs a stage settles it, which need not be the one that asks.
+    """
     engines: tuple[Literal["hf", "vllm"], ...] = ("hf", "vllm")
     if config.generation.engine != "auto":
         return [config]
@@ -155,12 +161,7 @@ def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
     return [config.model_copy(update={"generation": generation}) for generation in generations]
 
 
-def heldout_objects(config: RunConfig, head: dict[str, Any], iterate: int) -> list[str]:
-    """What the held-out answers of iterate n may be named, as far as head and configuration tell."""
-    return [plan_heldout(one, head, iterate).object_id for one in for_each_possible_engine(config)]
-
-
-def plan_mix_opponent(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
+def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> StagePlan:
     """The round's pairs with their cached reference scores."""
     alpha, weights = config.objective.alpha, _history(config, round_number)
     generations = _required(head, round_number, "generate")
@@ -186,11 +187,11 @@ def plan_mix_opponent(config: RunConfig, head: dict[str, Any], round_number: int
         "precision": config.training.precision,
     }  # fmt: skip
     # Where log pi_0 of a row may stand already; it saves work and cannot change a result, so it is no part of the key.
-    scored = [found for n in range(1, round_number) if (found := stage_object(head, n, "mix-opponent"))]
+    scored = [found for n in range(1, round_number) if (found := head.stage(n, "mix-opponent"))]
     return StagePlan("mix-opponent", round_number, key, inputs, {"scored": scored})
 
 
-def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
+def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
     """Iterate n out of iterate n - 1 and the round's pairs."""
     inputs = {
         "pairs": _required(head, round_number, "mix-opponent"),
@@ -198,14 +199,13 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> St
     }
     if config.training.average is not None:
         inputs |= {"before": average_object(config, head, round_number - 1), "base": policy_object(head, 0)}
-    unread = {"learning_rate", *(name.partition(".")[2] for name in MUTABLE_FIELDS if name.startswith("training."))}
-    if config.training.average is None:
-        unread |= {"average", *AVERAGE_FIELDS}
-    if config.training.lora_rank is None:
-        unread |= {"lora_rank", *LORA_FIELDS}
-    else:
+    names = {*TRAINING_FIELDS}
+    if config.training.average is not None:
+        names |= {"average", *AVERAGE_FIELDS}
+    if config.training.lora_rank is not None:
+        names |= {"lora_rank", *LORA_FIELDS}
         inputs["base"] = policy_object(head, 0)
-    training = config.training.model_dump(mode="json", exclude=unread)
+    training = config.training.model_dump(mode="json", include=names)
     key = inputs | {
         "round": round_number, "seed": config.seed, "training": training,
         "learning_rate": of_round(config.training.learning_rate, round_number),
@@ -216,7 +216,7 @@ def plan_train(config: RunConfig, head: dict[str, Any], round_number: int) -> St
     return StagePlan("train", round_number, key, inputs, {})
 
 
-def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) -> StagePlan:
+def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan:
     """Held-out metrics of iterate n (0: the base), samples included."""
     n = round_number
     inputs = {
@@ -224,45 +224,30 @@ def plan_evaluate(config: RunConfig, head: dict[str, Any], round_number: int) ->
         "previous": policy_object(head, n - 1) if n else None,
         "evaluate_base": _required(head, 0, "evaluate") if n else None,
         "evaluate_previous": _required(head, n - 1, "evaluate") if n else None,
+        "heldout": _required(head, n, HELDOUT),
     }  # fmt: skip
-    heldout = plan_heldout(config, head, n)
-    inputs["heldout"] = heldout.object_id
     key = inputs | {
         "precision": config.training.precision, "seed": config.seed,
         "alpha": effective_alpha(config.objective.alpha, n) if n else None,
         "beta": of_round(config.objective.beta, n) if n else None,
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"alarm_real_drop"}),
+        "evaluation": config.evaluation.model_dump(mode="json", include=set(EVALUATION_FIELDS)),
     }  # fmt: skip
-    generate = {"object_id": heldout.object_id, "key": heldout.key, "inputs": heldout.inputs, "extra": heldout.extra}
-    return StagePlan("evaluate", n, key, inputs, {"generate": generate})
+    return StagePlan("evaluate", n, key, inputs, {})
 
 
-def measured_objects(head: dict[str, Any], iterate: int) -> dict[str, str]:
-    """Objects with benchmarks of iterate n, by kind and name (`lm-eval gsm8k`): of each what was asked for last."""
-    entry: dict[str, Any] = next((entry for entry in head["rounds"] if entry["round"] == iterate), {})
-    return dict(entry.get("measured", {}))
+def objects_of(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
+    """Return every object a run is made of, in the order of making, with the (round, stage) that makes it.
 
-
-def objects_of(
-    config: RunConfig, head: dict[str, Any], heldout: Callable[[int, str], Iterable[str]] | None = None
-) -> dict[str, tuple[int, str]]:
-    """Every object a run is made of, in the order of their making, and the (round, stage) that makes it; base and data
-    are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark").
-
-    heldout: the objects with the held-out answers, of a round and its evaluation; by default all that it may be.
+    Base and data are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark").
     """
-    found: dict[str, tuple[int, str]] = {head[name]: (0, "prepare") for name in ("base", "data") if head.get(name)}
-    for entry in sorted(head["rounds"], key=lambda entry: entry["round"]):
-        for stage, object_id in entry["stages"].items():
-            if stage == "train" and config.training.average is not None:
-                found.setdefault(average_object(config, head, entry["round"]), (entry["round"], stage))
-            if stage == "evaluate":
-                number = entry["round"]
-                answers = heldout(number, object_id) if heldout else heldout_objects(config, head, number)
-                found |= {one: (number, stage) for one in answers if one not in found}
-            found.setdefault(object_id, (entry["round"], stage))
-        for object_id in measured_objects(head, entry["round"]).values():
-            found.setdefault(object_id, (entry["round"], "benchmark"))
+    found: dict[str, tuple[int, str]] = {one: (0, "prepare") for one in (head.base, head.data) if one}
+    for entry in sorted(head.rounds, key=lambda entry: entry.round):
+        if entry.stages.get("train") and config.training.average is not None:
+            found.setdefault(average_object(config, head, entry.round), (entry.round, "train"))
+        for stage, object_id in entry.stages.items():
+            found.setdefault(object_id, (entry.round, stage))
+        for object_id in entry.measured.values():
+            found.setdefault(object_id, (entry.round, "benchmark"))
     return found
 
 
@@ -277,9 +262,15 @@ def ids_in(inputs: Any) -> Iterator[str]:
         yield inputs
 
 
-STAGE_PLANS = {
-    "generate": plan_generate,
-    "mix-opponent": plan_mix_opponent,
-    "train": plan_train,
-    "evaluate": plan_evaluate,
-}
+# SHIM
+def measured_objects(head: Any, iterate: int) -> dict[str, str]:
+    return head.measured(iterate)  # type: ignore[no-any-return]
+
+
+STAGE_PLANS = {"generate": plan_generate, "mix-opponent": plan_mix_opponent, "train": plan_train,
+               "generate-heldout": plan_heldout, "evaluate": plan_evaluate}  # fmt: skip
+
+
+def heldout_objects(config: RunConfig, head: Any, iterate: int) -> list[str]:
+    found = head.stage(iterate, "generate-heldout")
+    return [found] if found else []

@@ -5,9 +5,11 @@ Leaves out: how a verdict is written (`failures.py`), stages started by a flow (
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 from spinreg_core.errors import (
     EXIT_BAD_INPUT,
@@ -29,8 +31,11 @@ def raise_verdict(status: int | None, last: str) -> None:
         raise Damaged(last.removeprefix("damaged: "))
 
 
-def run_in_process(job: Job, module: str) -> None:
-    """Run a job that answers in a child process that shows its output here. Raises as its exit status says."""
+def run_in_process(job: Job, module: str) -> dict[str, Any]:
+    """Run a job in a child process that shows its output here. Returns its result.json ({} without one).
+
+    Raises as its exit status says: BadInput, Damaged, StagePreempted, StageFailed.
+    """
     folder = job.workdir / job.stage
     folder.mkdir(parents=True, exist_ok=True)
     replace(job, workdir=folder).save(folder / "job.json")
@@ -50,3 +55,5 @@ def run_in_process(job: Job, module: str) -> None:
         raise StagePreempted(f"the {job.stage} process was stopped from outside")
     if child.returncode:
         raise StageFailed(f"the {job.stage} process ended with status {child.returncode}: {last}")
+    result = folder / "result.json"
+    return dict(json.loads(result.read_text())) if result.exists() else {}

@@ -22,7 +22,7 @@ from spinreg_core.runtime.rank_watch import RankWatch
 from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigterm
 
 
-def main(run: Callable[[Job], dict[str, Any]], *, ranked: bool = False) -> NoReturn:
+def main(run: Callable[[Job], Any], *, ranked: bool = False) -> NoReturn:
     """Run one stage from the command line: `python -m spinreg_core.stages.<name> JOB.json`.
 
     `ranked`: several processes can share the stage's work. Then this one starts them, if the job's resources ask for

@@ -1,11 +1,10 @@
 """The stage `evaluate`: held-out metrics, what the game was like, and sample answers of an iterate (round 0: the base).
 
 Decides: which sequences are scored under which policy, and that nothing an earlier evaluation holds is scored
-again. Leaves out: the metrics (`evaluation/heldout.py`), sampling (`generate.py`), scoring (`logprobs/scoring.py`).
+again. Leaves out: sampling (the stage `generate`), the metrics (`spinreg_core.evaluation`), scoring (`logprobs`).
 
-A job's `inputs`: {"data", "policy", "base", "heldout": object ids, "previous", "evaluate_base", "evaluate_previous":
-object ids, null for the base}. Its `extra`: {"generate": {"object_id", "key", "inputs", "extra"}}, the job that
-samples one answer of this policy to every held-out prompt.
+A job's `inputs`: {"data", "policy", "base", "heldout" (this policy's answers to the held-out prompts): object ids,
+"previous", "evaluate_base", "evaluate_previous": object ids, null for the base}.
 
 With y the human answer, y' this policy's sample and y'' the previous one's, iterate n scores y, y', y'' under
 p_n, and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory
@@ -18,11 +17,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spinreg_core.config import of_round
-from spinreg_core.errors import BadInput, Damaged, StageFailed
+from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.diagnostics import Tokens, credit, histogram
 from spinreg_core.evaluation.final_answers import require_final_answers
 from spinreg_core.evaluation.formatting import counts, format_estimate, label
@@ -44,21 +39,20 @@ from spinreg_core.logprobs.scoring import score
 from spinreg_core.models.chat_template import Renderer
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import publish, read_manifest
+from spinreg_core.runs.manifest import Manifest
+from spinreg_core.runs.objects import publish, require_manifest
 from spinreg_core.runtime.distributed import Ranks, init_ranks
 from spinreg_core.runtime.main import main
-from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE
 from spinreg_core.runtime.progress import Progress
 from spinreg_core.selfplay.opponent import effective_alpha
-from spinreg_core.stages.generate import ensure_generations
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
 Columns = dict[str, list[Any]]
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Evaluate one iterate. Returns the manifest (empty on ranks but the first).
+def run(job: Job) -> Manifest | None:
+    """Evaluate one iterate. Returns the manifest, None on ranks but the first.
 
     Its metrics are {name: value, ..., "intervals": {name: [low, high]}}. Raises BadInput (a job without the earlier
     evaluations it needs, a policy whose scores are not finite), Damaged.
@@ -79,13 +73,13 @@ def run(job: Job) -> dict[str, Any]:
         "final_answer": data["final_answer"],
     }
     rows |= _samples(store, job, data["prompt_id"])
-    ranks = init_ranks(config.resources)  # not before the samples: nobody waits in a collective for them
+    ranks = init_ranks(config.resources)
     shown = range(min(config.evaluation.shown_samples, len(data["prompt_id"])))
     tokens = Tokens([data["prompt_ids"][i] for i in shown] * 2,
                     [ids[i] for ids in (data["answer_ids"], rows["sample_ids"]) for i in shown])  # fmt: skip
     rows |= _scores(store, job, data, rows["sample_ids"], base, previous, ranks, tokens)
     if not ranks.first:
-        return {}
+        return None
     table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
     alpha = effective_alpha(config.objective.alpha, job.round)
     beta = of_round(config.objective.beta, max(job.round, 1))
@@ -136,18 +130,16 @@ def _spoken(ids: list[int], *, finished: bool) -> list[int]:
 
 
 def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
-    """This policy's answers, in the order of the held-out rows; sampled now if they are not there."""
-    part = job.extra["generate"]
-    generate = replace(job, stage="generate", workdir=job.workdir / "generate", **part)
-    manifest = _generated(store, generate)
+    """This policy's answers, in the order of the held-out rows."""
+    object_id = job.inputs["heldout"]
     found: dict[str, dict[str, Any]] = {}
-    for entry in manifest["files"]:
-        path = fetch_file(store, generate.object_id, entry["name"])
+    for file in require_manifest(store, object_id).files:
+        path = fetch_file(store, object_id, file.name)
         columns = ["prompt_id", "answer_ids", "text", "finish", "logprobs"]
         for answer in pq.read_table(path, columns=columns).to_pylist():
             found[answer["prompt_id"]] = answer
     if found.keys() != set(prompt_ids):
-        raise Damaged(f"{generate.object_id}: found answers to {len(found)} prompts; expected {len(prompt_ids)}")
+        raise Damaged(f"{object_id}: found answers to {len(found)} prompts; expected {len(prompt_ids)}")
     answers = [found[prompt_id] for prompt_id in prompt_ids]
     return {
         "sample_ids": [a["answer_ids"] for a in answers],
@@ -158,28 +150,6 @@ def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
             distinct_bigrams(_spoken(a["answer_ids"], finished=a["finish"] == "stop")) for a in answers
         ],
     }
-
-
-def _generated(store: Store, job: Job) -> dict[str, Any]:
-    """The manifest of the samples. Of several ranks the first has them made, by a process that leaves no memory taken;
-    the others watch the store."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return ensure_generations(job)
-    if int(os.environ["RANK"]) == 0 and read_manifest(store, job.object_id) is None:
-        job.workdir.mkdir(parents=True, exist_ok=True)
-        job_file = job.workdir / "job.json"
-        # On this machine alone: the ranks of the others are in this stage already, and at its rendezvous.
-        resources = job.config.resources.model_copy(update={"nodes": 1})
-        replace(job, config=job.config.model_copy(update={"resources": resources})).save(job_file)
-        ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", ATTEMPT_VARIABLE)
-        alone = {name: value for name, value in os.environ.items() if name not in ours}
-        ended = subprocess.run([sys.executable, "-u", "-m", "spinreg_core.stages.generate", str(job_file)],
-                               env=alone | {"OMP_NUM_THREADS": str(os.cpu_count())}, check=False)  # fmt: skip
-        if ended.returncode:
-            raise StageFailed(f"the samples of the held-out prompts: exit status {ended.returncode}; see above")
-    while (manifest := read_manifest(store, job.object_id)) is None:
-        time.sleep(1.0)
-    return manifest
 
 
 def _scores(

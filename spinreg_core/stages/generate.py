@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from spinreg_core.errors import BadInput, StageFailed
+from spinreg_core.errors import BadInput
 from spinreg_core.generation.engine import Sampling
 from spinreg_core.generation.pool import answer_in_processes, devices_of, next_wave
 from spinreg_core.generation.remote_workers import offer_workers
@@ -30,36 +30,15 @@ from spinreg_core.generation.shards import Rows, Shard, Source
 from spinreg_core.generation.worker import answer_shards, engine_of, planned
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import publish, read_manifest, usable_parts
-from spinreg_core.runtime.child import run_in_process
+from spinreg_core.runs.manifest import Manifest
+from spinreg_core.runs.objects import publish, usable_parts
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE
 from spinreg_core.runtime.progress import Progress
 from spinreg_core.store.open import open_store
 
 
-def ensure_generations(job: Job) -> dict[str, Any]:
-    """The manifest of a generate job, made now if it is not there. For stages that need samples (evaluate).
-
-    With engine hf this process answers and frees the model again. With engine vllm a child process answers,
-    because only its end surely gives the GPU's memory back. Raises as `run`; StageFailed, StagePreempted for the
-    child.
-    """
-    store = open_store(job.store)
-    found = read_manifest(store, job.object_id)
-    if found is not None:
-        return found
-    job.workdir.mkdir(parents=True, exist_ok=True)
-    if _engine(job) == "hf":
-        return run(job)
-    run_in_process(job, "spinreg_core.stages.generate")
-    found = read_manifest(store, job.object_id)
-    if found is None:
-        raise StageFailed(f"the generate process ended well but left no {job.object_id}")
-    return found
-
-
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest:
     """Answer what is not committed yet, then publish. Returns the manifest.
 
     Its metrics: `prompts` (answers), `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
@@ -77,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     if unknown or not (shards or not_given):
         raise BadInput(f"generate job of round {job.round}", f"no policy for iterates {sorted(unknown)}" if unknown
                        else f"no rows in {kind}.parquet", "a policy for every iterate, and rows")  # fmt: skip
-    metas = {name: part["meta"] for name, part in usable_parts(store, job.object_id).items()}
+    metas = {name: part.meta for name, part in usable_parts(store, job.object_id).items()}
     missing = [s for s in shards if s.name not in metas]
     progress = Progress("generate", sum(len(s.rows) for s in shards), "answers",
                         done=sum(len(s.rows) for s in shards if s.name in metas))  # fmt: skip
@@ -134,10 +113,6 @@ def _waves(shards: list[Shard]) -> Iterable[list[Shard]]:
         wave = next_wave(left, 1, 0)
         del left[: len(wave)]
         yield wave
-
-
-def _engine(job: Job) -> Any:
-    return job.key["sampler"]["engine"]
 
 
 def lend(job: Job) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def run(job: Job) -> dict[str, Any]:
     base = prepare_base(job, folder)
     result = {"base": base["object_id"], "data": data["object_id"], "summary": data["metrics"]}
     (job.workdir / "result.json").write_text(json.dumps(result, indent=1))
-    return data | {"base": base["object_id"]}
+    return data
 
 
 def _largest_id(job: Job, data: str) -> int:

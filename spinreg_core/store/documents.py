@@ -1,20 +1,27 @@
-"""The small JSON documents of the store (heads, manifests, parts, orders, verdicts, ...): written and read in one way.
+"""The small JSON documents of the store (heads, manifests, parts, orders, verdicts), typed, and how they are read.
 
-Decides: the schema number they carry, the fields that whoever reads them counts on, the errors of a document that
-cannot be used, and that the files a manifest or part lists lie in its own object under names that lead nowhere else:
-stores are shared. Leaves out: what they say. A field that nobody counts on may be anything.
+Decides: the schema number and the errors of an unusable document. Undeclared fields may hold anything and are kept.
+Leaves out: what the documents of runs and objects say (`spinreg_core.runs`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from functools import cache
-from typing import Annotated, Any, NotRequired
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 import pydantic
-from pydantic import AfterValidator, Field, StringConstraints
-from typing_extensions import TypedDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.store.base import Store, valid_key
@@ -29,135 +36,82 @@ def _inside(name: str) -> str:
         raise ValueError(str(error).partition("; expected ")[2]) from None
 
 
+def _finite(value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError("a finite number that is not negative")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_inside)]
 Key = Annotated[str, StringConstraints(pattern=r"^objects/[^/]+/[^/]"), AfterValidator(_inside)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# Either kind of number stays as it was written: a manifest's sum is over its JSON.
+Number = Annotated[int | float, AfterValidator(_finite)]
 Round = Annotated[int, Field(ge=0, lt=100_000)]
 
 
-class File(TypedDict):
-    name: Name
-    key: Key
-    size: Count
-    sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
+class Document(BaseModel):
+    """A JSON document, or a part of one. Fields that nobody declared are kept as they are."""
+
+    model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        said: dict[str, Any] = handler(self)
+        absent = {info.alias or name for name, info in type(self).model_fields.items() if info.default is None}
+        return {name: value for name, value in said.items() if value is not None or name not in absent}
+
+    def check(self, where: str, key: str) -> None:
+        """Raise Damaged for a document at `key` that its declared fields alone do not refuse."""
+
+    # Index access, until every reader uses attributes.
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self, _attribute(type(self), name))
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self, _attribute(type(self), name), value)
+
+    def __contains__(self, name: object) -> bool:
+        return getattr(self, _attribute(type(self), str(name)), None) is not None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401
 
 
-class Removed(TypedDict):
-    marked: bool
-    why: str
-    at: str
-    keys: list[Key]
-    before: NotRequired[Removed]  # of a marked one: what it said before it was marked
-    repair: NotRequired[str]  # the run whose repair set the manifest aside
+def _attribute(kind: type[BaseModel], name: str) -> str:
+    return next((field for field, info in kind.model_fields.items() if info.alias == name), name)
 
 
-class Manifest(TypedDict):
-    object_id: Name
-    files: list[File]
-    inputs: dict[str, Any]
-    removed: NotRequired[Removed]
-    # All have these but one that only marks an object without any (`maintenance/gc.py`).
-    stage: NotRequired[str]
-    round: NotRequired[Round]
-    metrics: NotRequired[dict[str, Any]]
-    seconds: NotRequired[Number]
-    versions: NotRequired[dict[str, str]]
-    writer: NotRequired[str]
-    created: NotRequired[str]
-
-
-class Part(TypedDict):
-    name: Name
-    files: list[File]
-    meta: dict[str, Any]
-    void: NotRequired[bool]  # set aside by a repair: as if it were not there
-
-
-class Holder(TypedDict):
-    label: str
-    host: str
-    pid: Count
-    identity: NotRequired[str | None]
-
-
-class Lease(TypedDict):
-    epoch: Count
-    holder: Holder | None
-    beat: Count
-    seconds: NotRequired[Number]
-
-
-# `ended`: why it ended before its round, and `ended_by` which conditions (`until`) did that.
-Advance = TypedDict(
-    "Advance",
-    {
-        "by": str, "from": Round, "to": Round, "done": bool,
-        "ended": NotRequired[str | None], "ended_by": NotRequired[dict[str, Any]],
-    },
-)  # fmt: skip
-
-
-class Entry(TypedDict):
-    round: Round
-    stages: dict[str, Name]
-    measured: NotRequired[dict[str, Name]]  # benchmarks of the iterate, by kind and name
-
-
-class Made(TypedDict):
-    round: Round
-    stage: str
-
-
-class Repair(TypedDict):
-    """See `maintenance/repair.py`. `to`: the round that was complete. `was`: SHA-256 of objects' content, None where
-    unknown."""
-
-    to: Round
-    stages: list[Made]
-    replace: dict[Key, str]
-    was: dict[Name, str | None]
-    dependents: dict[Name, list[Made]]
-
-
-class Head(TypedDict):
-    run: str
-    lease: Lease
-    advances: list[Advance]
-    rounds: list[Entry]
-    base: NotRequired[Name | None]
-    data: NotRequired[Name | None]
-    repair: NotRequired[Repair]
-
-
-class Configuration(TypedDict):
-    config: dict[str, Any]
-    epoch: NotRequired[Count]  # of the lease under which it was written; 0: before the run had a head
-
-
-class Order(TypedDict):
+class Order(Document):
     attempt: str | None
     epoch: Count
-    job: NotRequired[dict[str, Any]]
+    job: dict[str, Any] | None = None
 
 
-class Failure(TypedDict):
+class Failure(Document):
     status: int
     message: str
 
 
-class Marker(TypedDict):
+class Marker(Document):
     commits: str
-    id: NotRequired[str]
+    id: str | None = None
 
 
-class Usage(TypedDict):
+class Usage(Document):
+    """Tokens of one request to a judge; counted by the server, or estimated."""
+
     prompt_tokens: Count
     answer_tokens: Count
     counted: bool
 
 
-class Verdict(TypedDict):
+class Verdict(Document):
+    """The answer of a judge to one request, and the object that paid for it."""
+
     request: dict[str, Any]
     content: str
     finish: str
@@ -165,52 +119,42 @@ class Verdict(TypedDict):
     payer: str
 
 
-_KINDS: dict[str, Any] = {
-    "head.json": Head, "run.json": Configuration, "manifest.json": Manifest, "order.json": Order,
-    "commits.json": Marker,
-}  # fmt: skip
+D = TypeVar("D", bound=Document)
 
 
-@cache
-def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(kind)
+def plain(document: Document | None) -> Any:
+    """Return a document as plain JSON values, without fields that were never set; None for None."""
+    return None if document is None else document.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def _kind(key: str) -> Any:
-    folder, _, name = key.rpartition("/")
-    if key.startswith("verdicts/"):
-        return Verdict
-    if name.endswith("-manifest.json"):  # one that was set aside
-        return Manifest
-    return Failure if folder.endswith("/failures") else _KINDS.get(name, Part)
+def fields(document: Document | Mapping[str, object]) -> dict[str, object]:
+    """Return the JSON fields of a stored document, its schema number included."""
+    return {"schema": SCHEMA, **(plain(document) if isinstance(document, Document) else document)}
 
 
-def dump(document: dict[str, Any]) -> bytes:
-    return json.dumps(document, indent=1, sort_keys=True).encode()
+def dump(document: Document | Mapping[str, object]) -> bytes:
+    """Return the bytes of a document as the store keeps them."""
+    return json.dumps(fields(document), indent=1, sort_keys=True).encode()
 
 
-def digest(document: dict[str, Any]) -> str:
-    """SHA-256 over what a manifest says of what was made, whatever was removed of it since: its field `sum`."""
-    said = {name: value for name, value in document.items() if name not in ("sum", "removed")}
-    return hashlib.sha256(json.dumps(json.loads(dump(said)), sort_keys=True).encode()).hexdigest()
+def digest(manifest: Document) -> str:
+    """Return the SHA-256 of a manifest without what was removed since: its field `sum`."""
+    said = {name: value for name, value in fields(manifest).items() if name not in ("sum", "removed")}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
-    """The document in `raw`. Raises Damaged for anything that is none, BadInput for one of another schema."""
+def parse(store: Store, key: str, raw: bytes, kind: Any = None) -> Any:
+    """Return the document in `raw`. Raises Damaged for anything else, BadInput for another schema."""
     where = store.uri(key)
     try:
-        document = json.loads(raw)
-        schema = document["schema"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        content = json.loads(raw)
+        schema = content.pop("schema")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise Damaged(f"{where}: found {len(raw)} bytes that spinreg did not write ({error}); expected JSON") from None
     if schema != SCHEMA or not isinstance(schema, int):
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
-        _adapter(_kind(key)).validate_python(document, strict=True)
-        if key.endswith("manifest.json") and (document["files"] or "removed" not in document):
-            for field in ("stage", "round", "metrics", "seconds", "versions", "writer", "created"):
-                if field not in document:
-                    raise Damaged(f"{where}: found no {field}; expected a manifest as spinreg wrote it")
+        document = (kind or _kind(key)).model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -218,20 +162,24 @@ def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
         text = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
         text = "what spinreg wrote there" if first["type"] == "missing" else text
         raise Damaged(f"{where}: found {found} as {place}; expected {text[:1].lower()}{text[1:]}") from None
-    if key.startswith("objects/"):
-        _require_own_files(where, key, document)
-    return document  # type: ignore[no-any-return]
+    document.check(where, key)
+    return document
 
 
-def _require_own_files(where: str, key: str, document: dict[str, Any]) -> None:
-    own = "/".join(key.split("/")[:2]) + "/"
-    keys = [entry["key"] for entry in document["files"]] + document.get("removed", {}).get("keys", [])
-    for found in keys:
-        if not found.startswith(own):
-            raise Damaged(f"{where}: found a file at {found!r}; expected files of {own} as spinreg lists them")
-
-
-def read(store: Store, key: str) -> dict[str, Any] | None:
-    """The document at a key, or None where there is none. Raises as `parse`."""
+def read(store: Store, key: str, kind: Any = None) -> Any:
+    """Return the document at a key, or None where there is none. Raises as `parse`."""
     raw = store.read(key)
-    return None if raw is None else parse(store, key, raw)
+    return None if raw is None else parse(store, key, raw, kind)
+
+
+def _kind(key: str) -> Any:  # SHIM
+    import importlib
+
+    folder, _, name = key.rpartition("/")
+    head, manifest = (importlib.import_module(f"spinreg_core.runs.{m}") for m in ("head", "manifest"))
+    if key.startswith("verdicts/"):
+        return Verdict
+    if name.endswith("manifest.json"):
+        return manifest.Manifest
+    kinds = {"head.json": head.Head, "run.json": head.Configuration, "order.json": Order, "commits.json": Marker}
+    return Failure if folder.endswith("/failures") else kinds.get(name, manifest.Part)

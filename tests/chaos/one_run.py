@@ -116,7 +116,7 @@ class Run:
             if self._known:
                 self.losses.append(f"{self.name}: head.json is gone")
             return
-        now: dict[str, Any] = {f"{e['round']} {s}": o for e in head["rounds"] for s, o in e["stages"].items()}
+        now: dict[str, Any] = {f"{e['round']} {s}": o for e in head.rounds for s, o in e["stages"].items()}
         for object_id in {key.split("/")[1] for key in self.store.list("objects/") if key.endswith("/manifest.json")}:
             now[manifest_key(object_id)] = read_record(self.store, object_id)
         for name, value in self._known.items():

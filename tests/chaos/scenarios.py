@@ -151,4 +151,4 @@ def _signal(pids: list[int], signum: int) -> None:
 
 def _epoch(run: Run) -> int:
     head = read_head(run.store, run.name)
-    return 0 if head is None else int(head["lease"]["epoch"])
+    return 0 if head is None else int(head.lease.epoch)

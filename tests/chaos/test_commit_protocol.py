@@ -18,7 +18,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from spinreg_core.config import KeepConfig, ResourcesConfig, RunConfig
 from spinreg_core.errors import BadInput, Conflict, LeaseLost, SpinregError, StoreFailed
 from spinreg_core.runs import lease
-from spinreg_core.runs.head import ROUND_STAGES, pending_advance, read_head, require_config
+from spinreg_core.runs.head import ROUND_STAGES, read_head, require_config
 from spinreg_core.runs.lease import RunLease, hold_lease
 from tests.chaos.test_two_writers import Clock, Memory
 
@@ -156,14 +156,14 @@ class Commits(RuleBasedStateMachine):
         if head is None:
             assert self.epoch == 0
             return
-        assert {(e["round"], s): o for e in head["rounds"] for s, o in e["stages"].items()} == self.committed
-        assert (head.get("base"), head.get("data")) == (self.inputs or (None, None))
-        pending = pending_advance(head)
+        assert {(e["round"], s): o for e in head.rounds for s, o in e["stages"].items()} == self.committed
+        assert (head.base, head.data) == (self.inputs or (None, None))
+        pending = head.pending_advance
         assert (pending and pending["to"]) == self.pending
-        assert {a["by"]: (a["from"], a["to"]) for a in head["advances"]} == self.asked
-        assert head["lease"]["epoch"] == self.epoch
+        assert {a["by"]: (a["from"], a["to"]) for a in head.advances} == self.asked
+        assert head.lease.epoch == self.epoch
         if self.holder is not None:
-            assert head["lease"]["holder"] is not None
+            assert head.lease.holder is not None
         assert require_config(self.store, "r").keep.policies == self.keep
 
 

@@ -119,7 +119,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
         if stage == "generate":
             record = read_record(found, job.object_id)
             assert record is not None
-            commit_part(found, job, "shard-00000", record["files"], {"drawn": "x"})
+            commit_part(found, job, "shard-00000", record.files, {"drawn": "x"})
         return job.object_id
 
     with hold_lease(found, config, "test") as session:

@@ -31,7 +31,7 @@ from spinreg_core.config import ResourcesConfig, RunConfig
 from spinreg_core.errors import Conflict, LeaseHeld, LeaseLost
 from spinreg_core.runs import head as heads
 from spinreg_core.runs import objects
-from spinreg_core.runs.head import config_key, head_key, stage_object
+from spinreg_core.runs.head import config_key, head_key
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 
@@ -172,7 +172,7 @@ class Memory:
         if new["lease"]["epoch"] < old["lease"]["epoch"]:
             return "the epoch fell"
         committed = [(e["round"], stage, found) for e in old["rounds"] for stage, found in e["stages"].items()]
-        if any(stage_object(new, number, stage) != found for number, stage, found in committed):
+        if any(new.stage(number, stage) != found for number, stage, found in committed):
             return "a committed stage was changed"
         if any(old.get(name) not in (None, new.get(name)) for name in ("base", "data")):
             return "a committed input was changed"
@@ -210,7 +210,7 @@ def write(store: Any, writer: int, folder: Path) -> None:
             job = Job(stage, f"{stage}-x", {}, "memory", f"{session.writer()}-{writer}", 1, {}, CONFIG, folder)
             objects.publish(store, job, folder / str(writer), metrics={})
             session.commit(1, stage, job.object_id)
-            session.update(lambda head: head["lease"].update(beat=head["lease"]["beat"] + 1))
+            session.update(lambda head: head.lease.update(beat=head.lease.beat + 1))
 
 
 @pytest.fixture
@@ -313,8 +313,8 @@ def test_no_order_of_requests_mixes_two_writers(
             patch.setattr(heads, "time", Clock(store))
             write(store, 9, folder)
         after = json.loads(data[head_key("r")])
-        assert all(stage_object(after, 1, stage) == f"{stage}-x" for stage in STAGES)
-        assert all(stage_object(before, 1, s) in (None, stage_object(after, 1, s)) for s in STAGES)
+        assert all(after.stage(1, stage) == f"{stage}-x" for stage in STAGES)
+        assert all(before.stage(1, s) in (None, after.stage(1, s)) for s in STAGES)
         writers = tuple(json.loads(data[f"objects/{stage}-x/manifest.json"])["writer"][-1] for stage in STAGES)
         for stage, writer in zip(STAGES, writers, strict=True):
             (entry,) = json.loads(data[f"objects/{stage}-x/manifest.json"])["files"]

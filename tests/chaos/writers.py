@@ -90,4 +90,4 @@ class Attempts:
 
 
 def _stage(record: dict[str, Any]) -> str:
-    return "prepare" if record["stage"] in ("data", "base", "prepare") else str(record["stage"])
+    return "prepare" if record.stage in ("data", "base", "prepare") else str(record.stage)

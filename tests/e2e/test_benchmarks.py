@@ -13,7 +13,6 @@ from spinreg_core.errors import EXIT_BAD_INPUT
 from spinreg_core.maintenance.verify import verify
 from spinreg_core.runs.head import complete_round, require_head
 from spinreg_core.runs.objects import require_manifest
-from spinreg_core.runs.plans import measured_objects
 from spinreg_core.store.open import open_store
 from tests.support.benchmark_data import write_tasks
 from tests.support.whole_runs import SMOKE, environment, run, start
@@ -41,7 +40,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
 
     text = run(arguments("colours"), env, tmp_path / "first")
     assert "colours acc ↑ (lm-eval, n 4)" in text
-    first = [measured_objects(require_head(store, "smoke"), n) for n in (0, 1)]
+    first = [require_head(store, "smoke").measured(n) for n in (0, 1)]
     assert [list(found) for found in first] == [["lm-eval colours"]] * 2
     writers = [require_manifest(store, found["lm-eval colours"])["writer"] for found in first]
 
@@ -54,7 +53,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
     head = require_head(store, "smoke")
     assert complete_round(head) == 1
     for number in (0, 1):
-        found = measured_objects(head, number)
+        found = head.measured(number)
         assert sorted(found) == ["lm-eval colours", "lm-eval letters"]
         assert found["lm-eval colours"] == first[number]["lm-eval colours"]
         assert require_manifest(store, found["lm-eval colours"])["writer"] == writers[number]
@@ -69,7 +68,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
     # They are objects of the run like all others.
     verdict = verify(store, "smoke")
     assert not verdict.problems
-    damaged = measured_objects(head, 1)["lm-eval letters"]
+    damaged = head.measured(1)["lm-eval letters"]
     place = store.local_path(require_manifest(store, damaged)["files"][0]["key"])
     assert place is not None
     place.write_bytes(b"x" * place.stat().st_size)

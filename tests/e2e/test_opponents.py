@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from spinreg_core.models.averaging import average_policy
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
-from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.runs.head import read_head
 from spinreg_core.runs.objects import require_manifest
 from spinreg_core.store.open import open_store
 from tests.support.servers import PrefectServer
@@ -37,11 +37,11 @@ def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path)
     assert head is not None
 
     def made(number: int, stage: str) -> dict[str, Any]:
-        found = stage_object(head, number, stage)
+        found = head.stage(number, stage)
         assert found is not None
         return require_manifest(store, found)
 
-    base, first = head["base"], made(1, "train")
+    base, first = head.base, made(1, "train")
     average = made(2, "mix-opponent")["inputs"]["previous"]
     assert average.startswith("average-")
     assert made(2, "train")["inputs"]["previous"] == average

@@ -56,5 +56,5 @@ def test_a_run_without_a_worker_can_be_cancelled(prefect_server: PrefectServer, 
     assert mine == [], "nothing of the stage is left"
     head = read_head(store, "cancelled")
     assert head is not None
-    assert head["lease"]["holder"] is None
+    assert head.lease.holder is None
     assert complete_round(head) == 0

@@ -22,8 +22,7 @@ from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.reports.export import export, parse_size, push, reshard
 from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
-from spinreg_core.runs.head import ROUND_STAGES, complete_round, pending_advance, read_head, stage_object
-from spinreg_core.runs.plans import measured_objects
+from spinreg_core.runs.head import ROUND_STAGES, complete_round, read_head
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.benchmark_data import write_tasks
@@ -47,10 +46,10 @@ def test_both_rounds_are_complete(finished: tuple[Store, str, Path]) -> None:
     head = read_head(store, "smoke")
     assert head is not None
     assert complete_round(head) == 2
-    assert head["lease"]["holder"] is None
+    assert head.lease.holder is None
     for number in (1, 2):
         for stage in ROUND_STAGES:
-            assert stage_object(head, number, stage)
+            assert head.stage(number, stage)
     assert "held-out NLL" in text
     assert str(store.local_path("runs/smoke/report.html")) in text
 
@@ -102,7 +101,7 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
     assert store.list("objects/") == objects
     head = read_head(store, "smoke")
     assert head is not None
-    assert pending_advance(head) is None
+    assert head.pending_advance is None
     told = "ended before round 4: the KL to the base is"
     assert any(told in note for note in json.loads(store.read("runs/smoke/report.json") or b"")["notes"])
     assert told in format_status(store, "smoke")[0]
@@ -143,7 +142,7 @@ def test_no_row_is_lost_or_doubled(finished: tuple[Store, str, Path]) -> None:
     store, _, _ = finished
     head = read_head(store, "smoke")
     assert head is not None
-    train = pq.read_table(fetch_file(store, head["data"], "train.parquet")).to_pylist()
+    train = pq.read_table(fetch_file(store, head.data, "train.parquet")).to_pylist()
     known = {row["prompt_id"]: row for row in train}
     for number in (1, 2):
         rows = generations(store, "smoke", number)
@@ -152,7 +151,7 @@ def test_no_row_is_lost_or_doubled(finished: tuple[Store, str, Path]) -> None:
         for row in rows:
             assert row["prompt_ids"] == known[row["prompt_id"]]["prompt_ids"]
         pairs = pq.read_table(
-            fetch_file(store, str(stage_object(head, number, "mix-opponent")), "pairs.parquet")
+            fetch_file(store, str(head.stage(number, "mix-opponent")), "pairs.parquet")
         ).to_pylist()
         assert len({p["pair_id"] for p in pairs}) == len(pairs)
         newest = {p["prompt_id"]: p for p in pairs if p["round"] == number}
@@ -169,8 +168,8 @@ def test_the_policy_loads_as_an_ordinary_folder(finished: tuple[Store, str, Path
     store, _, _ = finished
     head = read_head(store, "smoke")
     assert head is not None
-    folder = fetch_folder(store, str(stage_object(head, 2, "train")), "policy")
-    base = fetch_folder(store, head["base"], "policy")
+    folder = fetch_folder(store, str(head.stage(2, "train")), "policy")
+    base = fetch_folder(store, head.base, "policy")
     policy = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template
@@ -197,7 +196,7 @@ def test_the_report_holds_what_the_json_holds(finished: tuple[Store, str, Path])
 def committed(store: Store) -> Path:
     head = read_head(store, "smoke")
     assert head is not None
-    object_id = stage_object(head, 1, "train")
+    object_id = head.stage(1, "train")
     assert object_id is not None
     return fetch_folder(store, object_id, "policy")
 
@@ -245,7 +244,7 @@ def test_it_is_the_committed_policy_with_a_card(
     assert report["rounds"][0]["benchmarks"] == []
     accuracy = report["rounds"][1]["benchmarks"][0]["metrics"]["acc"]
     assert f"| colours | acc | {format_estimate(accuracy)} | 4 |" in text
-    assert list(measured_objects(read_head(store, "smoke") or {}, 1)) == ["lm-eval colours"]
+    assert list(read_head(store, "smoke") or {}.measured(1)) == ["lm-eval colours"]
     low = report["rounds"][1]["metrics"]["heldout_nll"]["low"]
     assert f"[{low:.2f}"[:4] in text
     for line in report["lineage"]:

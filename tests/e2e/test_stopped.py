@@ -90,5 +90,5 @@ def test_stopped_where_no_server_can_be_told(tmp_path: Path, interruptible: None
     assert "going on without a flow run" not in text
     head = read_head(store, name)
     assert head is not None
-    assert head["lease"]["holder"] is None
+    assert head.lease.holder is None
     assert complete_round(head) == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.runs.head import read_head
 from spinreg_core.runs.objects import read_manifest
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -37,7 +37,7 @@ def files_of(store: Store, object_id: str | None) -> list[Path]:
     assert object_id is not None
     manifest = read_manifest(store, object_id)
     assert manifest is not None
-    paths = [store.local_path(entry["key"]) for entry in manifest["files"]]
+    paths = [store.local_path(entry["key"]) for entry in manifest.files]
     return [path for path in paths if path is not None]
 
 
@@ -57,11 +57,11 @@ def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: 
 
     head = read_head(store, "smoke")
     assert head is not None
-    shards = files_of(store, stage_object(head, 1, "generate"))
+    shards = files_of(store, head.stage(1, "generate"))
     content = bytearray(shards[1].read_bytes())
     content[len(content) // 2] ^= 1
     shards[1].write_bytes(content)
-    weights = next(p for p in files_of(store, stage_object(head, 1, "train")) if p.suffix == ".safetensors")
+    weights = next(p for p in files_of(store, head.stage(1, "train")) if p.suffix == ".safetensors")
     os.truncate(weights, 1000)
     status, text = spinreg(["verify", "smoke", "--json", *where], env)
     assert status == 74, text
@@ -69,7 +69,7 @@ def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: 
     assert {problem["file"] for problem in found["problems"]} == {
         str(path.relative_to(tmp_path / "store")) for path in (shards[1], weights)
     }
-    dependents = {number_and_stage[1] for number_and_stage in found["dependents"][stage_object(head, 1, "generate")]}
+    dependents = {number_and_stage[1] for number_and_stage in found["dependents"][head.stage(1, "generate")]}
     assert dependents == {"mix-opponent", "train", "evaluate"}
     assert manifests(store) == before, "looking changes nothing"
 
@@ -80,10 +80,10 @@ def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: 
     assert outcome(store, "smoke") == expected
     after = manifests(store)
     anew = {key.split("/")[1] for key in after if after[key] != before.get(key)}
-    assert anew == {stage_object(head, 1, "generate"), stage_object(head, 1, "train")}, "and nothing else"
+    assert anew == {head.stage(1, "generate"), head.stage(1, "train")}, "and nothing else"
     kept = {key for key in store.list("objects/") if "/aside/" in key}
     assert len(kept) == 2, "the old manifests are kept"
     parts = [
-        json.loads(store.read(k) or b"") for k in store.list(f"objects/{stage_object(head, 1, 'generate')}/parts/")
+        json.loads(store.read(k) or b"") for k in store.list(f"objects/{head.stage(1, 'generate')}/parts/")
     ]
     assert len({part["writer"] for part in parts}) == 2, "sound shards were not answered again"

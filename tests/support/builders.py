@@ -7,8 +7,9 @@ from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import merge, validate
-from spinreg_core.runs.head import ROUND_STAGES
+from spinreg_core.runs.head import Entry, Head, Lease
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.stages import stages_of
 
 
 def make_config(**fields: Any) -> RunConfig:
@@ -20,11 +21,14 @@ def make_config(**fields: Any) -> RunConfig:
     return validate(nested)
 
 
-def make_head(rounds: int = 0, **fields: Any) -> dict[str, Any]:
+def make_head(rounds: int = 0, **fields: Any) -> Head:
     """Return the head of a run with so many complete rounds, the base evaluated; objects are named STAGE-ROUND."""
-    entries: list[dict[str, Any]] = [{"round": 0, "stages": {"evaluate": "evaluate-0"}}]
-    entries += [{"round": n, "stages": {s: f"{s}-{n}" for s in ROUND_STAGES}} for n in range(1, rounds + 1)]
-    return {"run": "demo", "base": "base-x", "data": "data-x", "rounds": entries} | fields
+    entries = [
+        Entry(round=number, stages={stage: f"{stage}-{number}" for stage in stages_of(number)})
+        for number in range(rounds + 1)
+    ]
+    given = {"run": "demo", "lease": Lease(epoch=1, holder=None, beat=0), "advances": [], "rounds": entries}
+    return Head(**given | {"base": "base-x", "data": "data-x"} | fields)
 
 
 def make_job(stage: str, workdir: Path, *, config: RunConfig | None = None, **fields: Any) -> Job:

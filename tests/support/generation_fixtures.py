@@ -133,8 +133,8 @@ class House:
         return folder
 
     def answers(self, manifest: dict[str, Any]) -> pa.Table:
-        names = sorted(entry["name"] for entry in manifest["files"])
-        paths = [fetch.fetch_file(self.store, manifest["object_id"], name) for name in names]
+        names = sorted(entry["name"] for entry in manifest.files)
+        paths = [fetch.fetch_file(self.store, manifest.object_id, name) for name in names]
         return pa.concat_tables([pq.read_table(path) for path in paths])
 
 

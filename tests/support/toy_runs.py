@@ -18,14 +18,13 @@ from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
 from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.runs import fetch, objects
-from spinreg_core.runs.head import ROUND_STAGES, complete_round, read_head, stage_object
+from spinreg_core.runs.head import HELDOUT, read_head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.loop import do_prepare, do_stage, run_stages
 from spinreg_core.runs.plans import average_key
+from spinreg_core.runs.stages import STAGES, complete_round
 from spinreg_core.store.base import Store
-from tasks.context import Context, current_context, use_context
-from tasks.prepare import prepare
-from tasks.run_stage import do_stage
 
 
 class Interrupted(Exception):
@@ -38,33 +37,40 @@ def config(run: str, **groups: Any) -> RunConfig:
 
 
 def advance(store: Store, config: RunConfig, until: int, *, killed_at: tuple[int, str] | None = None) -> None:
-    """As the flow `spin` does. `killed_at`: the stage in whose middle the run ends, with Interrupted."""
-
-    def check() -> None:
-        pass
-
+    """Advance a run as the flow `spin` does. `killed_at`: the stage in whose middle the run ends, with Interrupted."""
     _killed.clear()
     with hold_lease(store, config, "test") as session:
-        with use_context(Context(config, store, session, until, check)):
-            for number, stage in stages_to_make(store, session, config):
-                prepare.fn(config.run) if stage == "prepare" else do_stage(stage, number)
+
+        def start(job: Job, _name: str) -> dict[str, Any]:
+            return toy(store, job)
+
+        def call(stage: str) -> Callable[[int], object]:
+            def do(number: int) -> object:
+                if (number, stage) == killed_at:
+                    _killed.append(job_stage(stage))
+                return do_stage(store, session, config, stage, number, start)
+
+            return do
+
+        calls = {stage: call(stage) for stage in STAGES}
+        for number, stage in stages_to_make(store, session, config):
+            do_prepare(store, session, config, start) if stage == "prepare" else calls[stage](number)
         session.begin_advance(f"to {until}", None, until)
-        with use_context(Context(config, store, session, until, check)):
-            prepare.fn(config.run)
-            for number in range(until + 1):
-                for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
-                    if (number, stage) == killed_at:
-                        _killed.append(stage)
-                    do_stage(stage, number)
+        do_prepare(store, session, config, start)
+        for number in range(until + 1):
+            run_stages(number, calls)
         session.finish_advance()
+
+
+def job_stage(stage: str) -> str:
+    return "generate" if stage == HELDOUT else stage
 
 
 _killed: list[str] = []
 
 
-def toy(job: Job, *_name: object) -> dict[str, Any]:
-    """In place of a stage's process."""
-    store = current_context().store
+def toy(store: Store, job: Job) -> dict[str, Any]:
+    """Stand in for a stage's process."""
     if job.stage == "prepare":
         base = _publish(store, job, "base", {"model": job.config.model}, {"policy/weights": b"the base"})
         rows = {"train.parquet": b"rows", "heldout.parquet": b"other rows"}
@@ -120,13 +126,8 @@ def _train(store: Store, job: Job) -> None:
 
 
 def _evaluate(store: Store, job: Job) -> None:
-    part = job.extra["generate"]
-    generate = Job("generate", part["object_id"], part["key"], job.store, job.writer, job.round, part["inputs"],
-                   job.config, job.workdir / "generate", part["extra"])  # fmt: skip
-    if objects.read_manifest(store, generate.object_id) is None:
-        _generate(store, generate)
     _perhaps_killed(store, job)
-    samples = fetch.fetch_files(store, generate.object_id, "shards").values()
+    samples = fetch.fetch_files(store, job.inputs["heldout"], "shards").values()
     read = [path.read_bytes() for path in samples]
     read += [_policy(store, policy) for name in ("policy", "base", "previous") if (policy := job.inputs[name])]
     for name in ("evaluate_base", "evaluate_previous"):
@@ -185,10 +186,10 @@ def outcome(store: Store, run: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for number in range(complete_round(head) + 1):
         for stage, name in (("train", "policy/weights"), ("evaluate", "rows.parquet")):
-            object_id = stage_object(head, number, stage)
+            object_id = head.stage(number, stage)
             if object_id is not None:
                 record = objects.require_manifest(store, object_id)
-                (found[f"{name} {number}"],) = (e["sha256"] for e in record["files"] if e["name"] == name)
+                (found[f"{name} {number}"],) = (e.sha256 for e in record.files if e.name == name)
     return found
 
 
@@ -197,12 +198,9 @@ def content(store: Store) -> dict[str, bytes | None]:
 
 
 @pytest.fixture
-def toys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Stages are toys, and nothing waits for a disk, or for lists of installed packages."""
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing waits for a disk, or for lists of installed packages."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("tasks.run_stage.watched_stage", toy)
-    monkeypatch.setattr("tasks.prepare.watched_stage", toy)
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("spinreg_core.runs.objects.versions", dict)
     _killed.clear()
-    return toy

@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.runs.head import read_head
 from spinreg_core.runs.objects import read_manifest
 from spinreg_core.store.base import Store
 from tests.support.servers import PrefectServer
@@ -128,7 +128,7 @@ def outcome(store: Store, run_name: str) -> dict[str, Any]:
     head = read_head(store, run_name)
     assert head is not None
     result: dict[str, Any] = {}
-    for entry in head["rounds"]:
+    for entry in head.rounds:
         number = entry["round"]
         metrics = fetch_file(store, entry["stages"]["evaluate"], "metrics.json")
         result[f"metrics-{number}"] = json.loads(metrics.read_text())
@@ -136,7 +136,7 @@ def outcome(store: Store, run_name: str) -> dict[str, Any]:
             manifest = read_manifest(store, entry["stages"]["train"])
             assert manifest is not None
             result[f"weights-{number}"] = sorted(
-                (f["name"], f["sha256"]) for f in manifest["files"] if f["name"].startswith("policy/")
+                (f["name"], f["sha256"]) for f in manifest.files if f["name"].startswith("policy/")
             )
             pairs = pq.read_table(fetch_file(store, entry["stages"]["mix-opponent"], "pairs.parquet")).to_pylist()
             result[f"pairs-{number}"] = pairs
@@ -147,9 +147,9 @@ def generations(store: Store, run_name: str, round_number: int) -> list[dict[str
     """All generated rows of a round."""
     head = read_head(store, run_name)
     assert head is not None
-    object_id = stage_object(head, round_number, "generate")
+    object_id = head.stage(round_number, "generate")
     assert object_id is not None
     manifest = read_manifest(store, object_id)
     assert manifest is not None
-    names = [f["name"] for f in manifest["files"] if f["name"].endswith(".parquet")]
+    names = [f["name"] for f in manifest.files if f["name"].endswith(".parquet")]
     return [row for name in names for row in pq.read_table(fetch_file(store, object_id, name)).to_pylist()]

@@ -30,8 +30,9 @@ from spinreg_core.config import (
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.runs import head as heads
 from spinreg_core.runs import lease
-from spinreg_core.runs.head import ROUND_STAGES, read_head
+from spinreg_core.runs.head import Advance, Entry, Lease, read_head
 from spinreg_core.runs.lease import hold_lease, make_holder
+from spinreg_core.runs.stages import stages_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
@@ -44,7 +45,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def finish_round(session: lease.RunLease, number: int) -> None:
-    for stage in ROUND_STAGES:
+    for stage in stages_of(1):
         session.commit(number, stage, f"{stage}-{number}")
 
 
@@ -71,8 +72,8 @@ def test_until_round_changes_nothing_when_reached(store: Store) -> None:
     after = read_head(store, "demo")
     assert before is not None
     assert after is not None
-    assert before["rounds"] == after["rounds"]
-    assert before["advances"] == after["advances"]
+    assert before.rounds == after.rounds
+    assert before.advances == after.advances
 
 
 def test_a_rerun_finishes_the_recorded_advance_and_adds_nothing(store: Store) -> None:
@@ -128,7 +129,7 @@ def test_a_retry_goes_out_from_where_its_advance_began(store: Store) -> None:
 
 def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
-        for stage in ROUND_STAGES[:-1]:
+        for stage in stages_of(1)[:-1]:
             session.commit(1, stage, stage)
         assert heads.complete_round(session.head) == 0
         session.commit(1, "evaluate", "evaluate")
@@ -143,8 +144,8 @@ def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
             RunConfig(**{field: 10_001})  # type: ignore[arg-type]
     with hold_lease(store, RunConfig(), "test") as session:
         assert session.begin_advance("a", None, 9_999)[1] == 9_999
-        session.update(lambda head: head["advances"].clear())
-        session.head["rounds"] = [{"round": n, "stages": dict.fromkeys(ROUND_STAGES, "x")} for n in range(1, 9_999)]
+        session.update(lambda head: head.advances.clear())
+        session.head.rounds = [Entry(round=n, stages=dict.fromkeys(stages_of(1), "x")) for n in range(1, 9_999)]
         with pytest.raises(BadInput, match="found 5 after round 9998; expected at most 10000 rounds"):
             session.begin_advance("b", 5, None)
     assert read_head(store, "demo") is not None
@@ -161,7 +162,7 @@ def test_a_committed_stage_is_not_replaced(store: Store) -> None:
             session.commit_inputs("base-1", "data-2")
     final = read_head(store, "demo")
     assert final is not None
-    assert heads.stage_object(final, 1, "train") == "train-x"
+    assert heads.final.stage(1, "train") == "train-x"
 
 
 def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
@@ -192,7 +193,7 @@ def test_the_holders_own_patience_counts(store: Store) -> None:
         watcher.start()
         time.sleep(3 * QUICK.resources.lease_seconds)
         assert found == []
-        session.update(lambda head: head["lease"].update(beat=99))  # the holder is seen to live
+        session.update(lambda head: setattr(head.lease, "beat", 99))  # the holder is seen to live
         watcher.join(timeout=60)
         assert isinstance(found[0], LeaseHeld)
 
@@ -207,7 +208,7 @@ def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, mon
         def read_tagged(key: str) -> tuple[bytes, str] | None:
             if key == heads.head_key("demo") and slow:
                 time.sleep(slow.pop())
-                session.update(lambda head: head["lease"].update(beat=head["lease"]["beat"] + 1))
+                session.update(lambda head: setattr(head.lease, "beat", head.lease.beat + 1))
             return real(key)
 
         monkeypatch.setattr(other, "read_tagged", read_tagged)
@@ -275,7 +276,7 @@ def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
 ) -> None:
     """Taken over between its lease and its write, it wakes after the successor has committed."""
     late = QUICK.model_copy(update={"dataset": "late"})
-    real = lease.stored_with_tag
+    real = lease.read_config_with_tag
     frozen: list[int] = []
 
     def taken_over(place: Store, run: str) -> tuple[RunConfig, str]:
@@ -285,12 +286,12 @@ def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
         frozen.append(1)
         head, tag = store.read_tagged("runs/demo/head.json") or (b"", "")
         stolen = json.loads(head) | {"base": "base-1", "data": "data-1"}
-        stolen["lease"] = {"epoch": 9, "holder": make_holder("successor"), "beat": 0}
+        stolen["lease"] = Lease(epoch=9, holder=make_holder("successor"), beat=0).model_dump()
         store.replace("runs/demo/head.json", json.dumps(stolen).encode(), tag)
         store.replace("runs/demo/run.json", lease._config_document(QUICK, 9), found[1])
         return found
 
-    monkeypatch.setattr(lease, "stored_with_tag", taken_over)
+    monkeypatch.setattr(lease, "read_config_with_tag", taken_over)
     with pytest.raises(LeaseLost, match="successor"), hold_lease(store, late, "late"):
         pass
     assert heads.read_config(store, "demo") == QUICK
@@ -386,7 +387,7 @@ def test_a_frozen_holder_loses_the_run_and_cannot_commit_when_it_wakes(store: St
             out, _ = process.communicate("go\n", timeout=30)
             assert "lost: run 'demo' was taken over by next" in out
             session.check()
-            assert heads.stage_object(session.head, 1, "train") == "from the living"
+            assert session.head.stage(1, "train") == "from the living"
     finally:
         process.kill()
 
@@ -396,7 +397,7 @@ def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
         found = store.read_tagged("runs/demo/head.json")
         assert found is not None
         stolen: dict[str, Any] = json.loads(found[0])
-        stolen["lease"] = {"epoch": 9, "holder": make_holder("thief"), "beat": 0}
+        stolen["lease"] = Lease(epoch=9, holder=make_holder("thief"), beat=0).model_dump()
         for _ in range(50):  # the heartbeat may be between our read and our write
             try:
                 store.replace("runs/demo/head.json", json.dumps(stolen).encode(), found[1])
@@ -411,7 +412,7 @@ def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
             session.commit(1, "train", "x")
     final = read_head(store, "demo")
     assert final is not None
-    assert final["lease"]["epoch"] == 9
+    assert final.lease.epoch == 9
 
 
 def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -> None:
@@ -477,11 +478,11 @@ def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         session.begin_advance("first", None, 3)
         session.finish_advance(ended="far away", ended_by=until)
-        (first,) = session.head["advances"]
-        assert first == {"by": "first", "from": 0, "to": 3, "done": True, "ended": "far away", "ended_by": until}
+        (first,) = session.head.advances
+        assert first == Advance(by="first", from_=0, to=3, done=True, ended="far away", ended_by=until)
         session.begin_advance("second", None, 3)
         session.finish_advance()
-        assert session.head["advances"][-1] == {"by": "second", "from": 0, "to": 3, "done": False}
+        assert session.head.advances[-1] == Advance(by="second", from_=0, to=3, done=False)
 
 
 def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,4 +500,4 @@ def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeyp
 
         monkeypatch.setattr(store, "replace", lossy)
         session.commit(1, "train", "train-x")
-        assert heads.stage_object(session.head, 1, "train") == "train-x"
+        assert session.head.stage(1, "train") == "train-x"

@@ -12,39 +12,40 @@ from typing import Any
 
 import pytest
 
-from spinreg_core.runs.lease import _process_identity, is_dead, make_holder
+from spinreg_core.runs.head import Holder
+from spinreg_core.runs.lease import is_dead, make_holder
 
 
 @pytest.fixture
-def other() -> Iterator[dict[str, Any]]:
+def other() -> Iterator[Holder]:
     """A living process as the holder."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield make_holder("other") | {"pid": process.pid, "identity": _process_identity(process.pid)}
+    yield make_holder("other", process.pid)
     process.kill()
     process.communicate()
 
 
 @pytest.mark.parametrize("problem", [errno.EMFILE, errno.EACCES, errno.ENOENT])
 def test_a_living_holder_that_cannot_be_looked_at_is_not_dead(
-    other: dict[str, Any], problem: int, monkeypatch: pytest.MonkeyPatch
+    other: Holder, problem: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.read_text
 
     def read_text(path: Path, *args: Any, **named: Any) -> str:
-        if str(path) == f"/proc/{other['pid']}/stat":
+        if str(path) == f"/proc/{other.pid}/stat":
             raise OSError(problem, os.strerror(problem))
         return real(path, *args, **named)
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    assert _process_identity(other["pid"]) is None
+    assert make_holder("other", other.pid).identity is None
     assert not is_dead(other)
 
 
-def test_a_holder_is_dead_when_it_is_gone_or_its_number_is_another_process(other: dict[str, Any]) -> None:
+def test_a_holder_is_dead_when_it_is_gone_or_its_number_is_another_process(other: Holder) -> None:
     assert not is_dead(other)
     assert not is_dead(make_holder("me"))
-    assert is_dead(other | {"identity": f"{other['identity']}0"}), "started at another time"
-    os.kill(other["pid"], 9)
-    os.waitpid(other["pid"], 0)
+    assert is_dead(other.model_copy(update={"identity": f"{other.identity}0"})), "started at another time"
+    os.kill(other.pid, 9)
+    os.waitpid(other.pid, 0)
     assert is_dead(other)
-    assert not is_dead(other | {"identity": None}), "of another machine, for all that is known"
+    assert not is_dead(other.model_copy(update={"identity": None})), "of another machine, for all that is known"

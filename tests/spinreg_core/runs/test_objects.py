@@ -60,8 +60,8 @@ def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
         metrics={"loss": 0.5},
     )
     assert objects.read_manifest(store, j.object_id) == manifest
-    assert manifest["metrics"] == {"loss": 0.5}
-    assert {f["name"] for f in manifest["files"]} == {"policy/config", "policy/sub/weights", "notes"}
+    assert manifest.metrics == {"loss": 0.5}
+    assert {f["name"] for f in manifest.files} == {"policy/config", "policy/sub/weights", "notes"}
     assert fetch.fetch_file(store, j.object_id, "notes").read_text() == "n"
     policy = fetch.fetch_folder(store, j.object_id, "policy")
     assert (policy / "config").read_text() == "{}"
@@ -112,7 +112,7 @@ def test_damage_is_noticed_where_bytes_are_read(tmp_path: Path, damage: str) -> 
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
-    path = store.local_path(manifest["files"][0]["key"])
+    path = store.local_path(manifest.files[0]["key"])
     assert path is not None
     if damage == "missing":
         path.unlink()
@@ -132,7 +132,7 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
-    path = store.local_path(manifest["files"][0]["key"])
+    path = store.local_path(manifest.files[0]["key"])
     assert path is not None
     unreadable(path)
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
         objects.sha256_file(path)
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
-        store.size(manifest["files"][0]["key"])
+        store.size(manifest.files[0]["key"])
 
 
 @pytest.mark.slow

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 
 from spinreg_core.config import RunConfig
-from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput, SpinregError
-from spinreg_core.runs.head import ROUND_STAGES
+from spinreg_core.runs.head import Head
 from spinreg_core.runs.objects import fingerprint
 from spinreg_core.runs.plans import (
-    STAGE_PLANS,
     average_key,
     average_object,
     plan_evaluate,
@@ -22,25 +20,18 @@ from spinreg_core.runs.plans import (
     plan_train,
     policy_object,
 )
-
-
-def head(rounds: int) -> dict[str, Any]:
-    """The head of a run with so many complete rounds, the base evaluated."""
-    entries: list[dict[str, Any]] = [{"round": 0, "stages": {"evaluate": "evaluate-0"}}]
-    entries += [{"round": n, "stages": {s: f"{s}-{n}" for s in ROUND_STAGES}} for n in range(1, rounds + 1)]
-    return {"run": "demo", "base": "base-x", "data": "data-x", "rounds": entries}
+from spinreg_core.runs.stages import STAGES, stages_of
+from tests.support.builders import make_config, make_head
 
 
 def config(**changes: Any) -> RunConfig:
-    nested: dict[str, Any] = {"generation": {"engine": "hf"}}
-    for path, value in changes.items():
-        group, _, field = path.partition("__")
-        nested = merge(nested, {group: {field: value}} if field else {group: value})
-    return validate(nested)
+    return (
+        make_config(generation__engine="hf") if not changes else make_config(**{"generation__engine": "hf"} | changes)
+    )
 
 
-def object_id(stage: str, round_number: int, done: dict[str, Any] | None = None, **changes: Any) -> str:
-    return STAGE_PLANS[stage](config(**changes), done or head(round_number), round_number).object_id
+def object_id(stage: str, round_number: int, done: Head | None = None, **changes: Any) -> str:
+    return STAGES[stage].plan(config(**changes), done or make_head(round_number), round_number).object_id
 
 
 # (stage, change) -> does the change make another object of round 1? Of round 2?
@@ -92,13 +83,13 @@ def test_what_makes_another_object(stage: str, changes: dict[str, Any], first: b
         assert (object_id(stage, round_number, **changes) != object_id(stage, round_number)) is differs
 
 
-@pytest.mark.parametrize("stage", ROUND_STAGES)
+@pytest.mark.parametrize("stage", stages_of(1))
 def test_inputs_are_part_of_the_key(stage: str) -> None:
-    other = head(2) | {"data": "data-y", "base": "base-y"}
-    assert object_id(stage, 1, other) != object_id(stage, 1, head(2))
-    changed = head(2)
-    changed["rounds"][1]["stages"] |= {"train": "train-z", "generate": "generate-z", "mix-opponent": "mix-opponent-z"}
-    assert object_id(stage, 2, changed) != object_id(stage, 2, head(2))
+    other = make_head(2, data="data-y", base="base-y")
+    assert object_id(stage, 1, other) != object_id(stage, 1, make_head(2))
+    changed = make_head(2)
+    changed.rounds[1].stages |= {"train": "train-z", "generate": "generate-z", "mix-opponent": "mix-opponent-z"}
+    assert object_id(stage, 2, changed) != object_id(stage, 2, make_head(2))
 
 
 def test_the_evaluation_of_the_base_is_shared_by_every_alpha() -> None:
@@ -106,40 +97,43 @@ def test_the_evaluation_of_the_base_is_shared_by_every_alpha() -> None:
 
 
 def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
-    replay = STAGE_PLANS["mix-opponent"](config(), head(3), 3)
+    replay = STAGES["mix-opponent"].plan(config(), make_head(3), 3)
     assert [e["round"] for e in replay.inputs["earlier"]] == [2, 1]
-    assert STAGE_PLANS["generate"](config(), head(3), 3).inputs["policies"] == {"2": "train-2"}
+    assert STAGES["generate"].plan(config(), make_head(3), 3).inputs["policies"] == {"2": "train-2"}
     again = config(opponent__source="regenerate", opponent__history=2)
-    assert STAGE_PLANS["mix-opponent"](again, head(3), 3).inputs["earlier"] == []
-    assert STAGE_PLANS["generate"](again, head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
+    assert STAGES["mix-opponent"].plan(again, make_head(3), 3).inputs["earlier"] == []
+    assert STAGES["generate"].plan(again, make_head(3), 3).inputs["policies"] == {"2": "train-2", "1": "train-1"}
     both = config(opponent__source="regenerate", opponent__history=2, opponent__replay_share=0.5)
-    assert [e["round"] for e in STAGE_PLANS["mix-opponent"](both, head(3), 3).inputs["earlier"]] == [2]
-    assert STAGE_PLANS["generate"](both, head(3), 3).extra["replay_share"] == 0.5
-    assert STAGE_PLANS["generate"](both, head(3), 1).object_id == STAGE_PLANS["generate"](again, head(3), 1).object_id
+    assert [e["round"] for e in STAGES["mix-opponent"].plan(both, make_head(3), 3).inputs["earlier"]] == [2]
+    assert STAGES["generate"].plan(both, make_head(3), 3).extra["replay_share"] == 0.5
+    assert (
+        STAGES["generate"].plan(both, make_head(3), 1).object_id
+        == STAGES["generate"].plan(again, make_head(3), 1).object_id
+    )
 
 
 def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history() -> None:
     for history in (1, 2, "all"):
-        plan = STAGE_PLANS["mix-opponent"](config(opponent__history=history), head(3), 3)
+        plan = STAGES["mix-opponent"].plan(config(opponent__history=history), make_head(3), 3)
         assert plan.inputs["previous"] == "train-2"
         assert plan.inputs["base"] == "base-x"
-        assert STAGE_PLANS["train"](config(opponent__history=history), head(3), 3).inputs["previous"] == "train-2"
+        assert STAGES["train"].plan(config(opponent__history=history), make_head(3), 3).inputs["previous"] == "train-2"
 
 
 def test_an_iterate_that_was_never_trained_is_named() -> None:
-    assert policy_object(head(1), 0) == "base-x"
+    assert policy_object(make_head(1), 0) == "base-x"
     with pytest.raises(SpinregError, match="no iterate 2"):
-        policy_object(head(1), 2)
+        policy_object(make_head(1), 2)
 
 
 def test_heldout_answers_are_one_object_per_iterate() -> None:
-    ids = {plan_heldout(config(), head(2), n).object_id for n in range(3)}
+    ids = {plan_heldout(config(), make_head(2), n).object_id for n in range(3)}
     assert len(ids) == 3
-    assert plan_heldout(config(objective__alpha=1.0), head(2), 1).object_id in ids
+    assert plan_heldout(config(objective__alpha=1.0), make_head(2), 1).object_id in ids
 
 
 def test_averages_play_the_roles_they_are_given() -> None:
-    done = head(3)
+    done = make_head(3)
     policy, base = "train-2", "base-x"
     for roles in (["opponent"], ["reference"], ["start"], ["opponent", "reference", "start"]):
         own = config(training__average="ema", training__average_weight=0.25, training__average_as=roles)

@@ -20,13 +20,12 @@ from flows.cli import main
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import Removed, StageFailed, StoreRefused
 from spinreg_core.maintenance import gc as removal
-from spinreg_core.maintenance.gc import Item, find_removable, remove_items
+from spinreg_core.maintenance.gc import find_removable, remove_items
 from spinreg_core.maintenance.repair import begin
 from spinreg_core.maintenance.retention import Needs, released_by_rules, store_needs
 from spinreg_core.maintenance.verify import verify
 from spinreg_core.reports.status import run_status
 from spinreg_core.runs import fetch, objects
-from spinreg_core.runs.head import read_head, stage_object
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.plans import average_object, objects_of, plan_heldout, policy_object
@@ -34,53 +33,16 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.folder import FolderStore
 from spinreg_core.store.open import open_store
 from tests.support.servers import S3Server
-from tests.support.toy_runs import Interrupted, advance, config, content, outcome, toys
+from tests.support.toy_runs import Interrupted, advance, config, content, outcome
+from tests.support.watched_store import CHANGES, Killed, Watched, gc, head_of, sound
 
-__all__ = ["toys"]
-pytestmark = pytest.mark.usefixtures("toys")
-CHANGES = ("create", "replace", "write", "upload", "delete", "drop")
-CALLS = (*CHANGES, "read", "read_tagged", "download", "size", "list", "entries", "unfinished")
+pytestmark = pytest.mark.usefixtures("quick")
 LEAN = {"policies": 1, "generations": "needed"}
-
-
-class Watched:
-    """A store that says so before each of some calls."""
-
-    def __init__(self, store: Store, before: Callable[[], None], calls: tuple[str, ...] = CALLS) -> None:
-        self._store, self._before, self._calls = store, before, calls
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._store, name)
-        if name not in self._calls:
-            return found
-
-        def call(*arguments: Any) -> Any:
-            self._before()
-            return found(*arguments)
-
-        return call
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> FolderStore:
     return FolderStore(tmp_path / "store")
-
-
-def head_of(store: Store, run: str) -> dict[str, Any]:
-    head = read_head(store, run)
-    assert head is not None
-    return head
-
-
-def gc(store: Store, runs: list[str] | None = None) -> list[Item]:
-    def needs_now() -> Needs:
-        return store_needs(store, runs)
-
-    return remove_items(store, find_removable(store, needs_now(), rules_only=runs is not None), needs_now)
-
-
-def sound(store: Store) -> bool:
-    return all(verify(store, run).problems == [] for run in {key.split("/")[1] for key in store.list("runs/")})
 
 
 def test_everything_is_kept_unless_a_rule_says_otherwise(store: FolderStore) -> None:
@@ -129,13 +91,13 @@ def test_what_rules_let_go(store: FolderStore, groups: dict[str, Any], keep: dic
             elif kind == "heldout":
                 ids.add(plan_heldout(wanted, head, number).object_id)
             else:
-                ids.add(stage_object(head, number, kind))
+                ids.add(head.stage(number, kind))
     assert set(released_by_rules(wanted, head)) == ids
     gone = {item.object_id for item in gc(store) if item.kind == "object"}
     assert gone == ids
     for object_id in gone:
         record = objects.require_manifest(store, object_id)
-        left = {e["name"] for e in record["files"] if store.size(e["key"]) is not None}
+        left = {e["name"] for e in record.files if store.size(e["key"]) is not None}
         assert left == ({"metrics.jsonl", "summary.json"} if object_id.startswith("train") else set())
     assert gc(store) == []
 
@@ -169,11 +131,11 @@ def test_what_another_run_needs_stays(store: FolderStore) -> None:
     assert [item for item in find_removable(store, store_needs(store)) if item.kind == "object"] == []
     with hold_lease(store, taker, "or not") as session:
         session.begin_advance("y", None, 2)
-        session.update(lambda head: head.update(advances=[]))
+        session.update(lambda head: head.advances.clear())
     gone = {item.object_id for item in gc(store)}
     shared = set(objects_of(config("b"), head_of(store, "b")))
     assert {item for item in gone if not item.startswith("train")} == {
-        stage_object(head_of(store, "a"), 3, "generate"),
+        head_of(store, "a").stage(3, "generate"),
         plan_heldout(config("a"), head_of(store, "a"), 3).object_id,
     }
     assert all(objects.read_manifest(store, object_id) is not None for object_id in shared)
@@ -208,7 +170,7 @@ def test_a_shard_of_a_killed_stage_stays_and_is_used(store: FolderStore, monkeyp
     assert [key.rpartition("/")[2] for key in item.keys] == ["torn"]
     shards = [key for key in store.list("objects/") if "/shards/00000" in key]
     advance(store, config("a"), 1)
-    used = _paths(store, stage_object(head_of(store, "a"), 1, "generate"))
+    used = _paths(store, head_of(store, "a").stage(1, "generate"))
     assert len([key for key in shards if store.local_path(key) in used]) == 1
     assert sound(store)
 
@@ -367,10 +329,6 @@ def test_every_run_comes_to_the_same_whatever_is_removed_in_between(
 # --- kills and races -----------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    pass
-
-
 def littered(store: FolderStore) -> None:
     """Two runs that share, rules, a run that is gone, a stage that was killed, a write that was."""
     advance(store, config("a", keep=LEAN, opponent={"history": 1}), 2)
@@ -473,15 +431,15 @@ def test_what_a_repair_needs_is_made_anew(store: FolderStore) -> None:
     before, head = outcome(store, "a"), head_of(store, "a")
     gc(store)
     verdict = verify(store, "a")
-    record = objects.require_manifest(store, str(stage_object(head, 2, "mix-opponent")))
-    (pairs,) = (e["key"] for e in record["files"] if e["name"] == "pairs.parquet")
+    record = objects.require_manifest(store, str(head.stage(2, "mix-opponent")))
+    (pairs,) = (e["key"] for e in record.files if e["name"] == "pairs.parquet")
     store.delete(pairs)
     with hold_lease(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), "repair") as session:
         assert begin(store, session, verify(store, "a").damaged) == [(2, "mix-opponent")]
     advance(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), 3)
     assert outcome(store, "a") == before
     assert sound(store)
-    assert set(verify(store, "a").removed) == set(verdict.removed) - {stage_object(head, 2, "generate")}
+    assert set(verify(store, "a").removed) == set(verdict.removed) - {head.stage(2, "generate")}
 
 
 def came_back(store: FolderStore) -> None:
@@ -548,7 +506,7 @@ def test_what_came_back_in_part_goes_and_is_told_or_stays_as_it_was(store: Folde
     record = objects.read_record(store, item.object_id)
     assert record is not None
     assert item.record is not None
-    assert objects.removed_keys(record) >= {*item.keys, *item.record["removed"]["keys"]}
+    assert record.removed_keys >= {*item.keys, *item.record.removed.keys}
     assert [key for key in item.keys if store.size(key) is not None] == []
 
 

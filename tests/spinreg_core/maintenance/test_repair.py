@@ -23,18 +23,19 @@ from spinreg_core.reports.status import format_status
 from spinreg_core.runs import head as heads
 from spinreg_core.runs import lease, objects
 from spinreg_core.runs import plans as rounds
-from spinreg_core.runs.head import complete_round, head_key, pending_advance, require_config, stage_object
+from spinreg_core.runs.head import head_key, require_config
 from spinreg_core.runs.lease import hold_lease, make_holder
-from spinreg_core.runs.plans import STAGE_PLANS, objects_of, plan_heldout, policy_object
+from spinreg_core.runs.plans import objects_of, plan_heldout, policy_object
+from spinreg_core.runs.stages import STAGES, complete_round, stages_of
 from spinreg_core.store.base import Store
+from spinreg_core.store.documents import plain
 from spinreg_core.store.folder import FolderStore
-from tests.flows.test_retention import CHANGES, Killed, Watched, gc, head_of, sound
 from tests.support import toy_runs as retained
-from tests.support.toy_runs import Interrupted, advance, config, content, outcome, toys
+from tests.support.toy_runs import Interrupted, advance, config, content, outcome
 from tests.support.unprivileged import as_nobody
+from tests.support.watched_store import CHANGES, Killed, Watched, gc, head_of, sound
 
-__all__ = ["toys"]
-pytestmark = pytest.mark.usefixtures("toys")
+pytestmark = pytest.mark.usefixtures("quick")
 LONG = os.environ.get("SPINREG_CHAOS") == "long"
 
 
@@ -81,7 +82,7 @@ class Dice:
         self.thrown, self.read = 0, dict[bytes, list[bytes]]()
 
     def __call__(self, key: dict[str, Any], read: list[bytes]) -> bytes:
-        made = plain(key, [*read, str(self.thrown).encode()])
+        made = real_made(key, [*read, str(self.thrown).encode()])
         self.read[made] = read
         return made
 
@@ -90,11 +91,11 @@ class Dice:
         there = set[bytes]()
         for object_id in objects_of(require_config(store, run), head_of(store, run)):
             record = objects.require_manifest(store, object_id)
-            there |= {store.read(entry["key"]) or b"" for entry in record["files"]}
+            there |= {store.read(entry["key"]) or b"" for entry in record.files}
         return all(there.issuperset(self.read.get(made, ())) for made in there)
 
 
-plain = retained._made
+real_made = retained._made
 
 
 @pytest.fixture
@@ -108,21 +109,20 @@ def manifests(store: Store) -> dict[str, bytes | None]:
     return {key.split("/")[1]: store.read(key) for key in store.list("objects/") if key.endswith("/manifest.json")}
 
 
-@pytest.mark.parametrize("stage", heads.ROUND_STAGES)
+@pytest.mark.parametrize("stage", stages_of(2))
 def test_what_is_damaged_is_made_anew_and_nothing_else(store: FolderStore, stage: str) -> None:
     advance(store, config("a"), 3)
     expected, before, files = outcome(store, "a"), manifests(store), content(store).keys()
-    object_id = damage(store, stage_object(head_of(store, "a"), 2, stage))
+    object_id = damage(store, head_of(store, "a").stage(2, stage))
     verdict = verify(store, "a")
     assert verdict.damaged == [object_id]
     repair(store, "a")
     assert sound(store)
     assert outcome(store, "a") == expected
     after = manifests(store)
-    heldout = plan_heldout(config("a"), head_of(store, "a"), 2).object_id
-    assert {o for o in after if after[o] != before[o]} == {object_id} | ({heldout} if stage == "evaluate" else set())
+    assert {o for o in after if after[o] != before[o]} == {object_id}
     assert content(store).keys() >= files, "no file is removed"
-    assert "repair" not in head_of(store, "a")
+    assert head_of(store, "a").repair is None
 
 
 def find_notes(store: Store) -> list[str]:
@@ -148,8 +148,8 @@ def test_a_manifest_that_says_nothing(store: FolderStore, raw: bytes | None) -> 
 def test_base_and_data(store: FolderStore) -> None:
     advance(store, config("a"), 1)
     expected, head = outcome(store, "a"), head_of(store, "a")
-    damage(store, head["base"])
-    damage(store, head["data"])
+    damage(store, head.base)
+    damage(store, head.data)
     repair(store, "a")
     assert sound(store)
     assert outcome(store, "a") == expected
@@ -165,7 +165,7 @@ def test_what_comes_out_otherwise_takes_with_it_what_was_made_of_it(
     assert dice.of_one_piece(store, "a")
     before = outcome(store, "a")
     for number, stage in ((1, "generate"), (2, "train")):
-        damage(store, stage_object(head, number, stage))
+        damage(store, head.stage(number, stage))
     dice.thrown = 1
     repair(store, "a")
     assert sound(store)
@@ -189,12 +189,12 @@ def test_shards_of_an_open_stage_that_were_made_of_what_is_no_more(store: Folder
 def test_a_stage_of_a_round_that_was_not_complete_is_left_open(store: FolderStore, dice: Dice) -> None:
     with pytest.raises(Interrupted):
         advance(store, config("a"), 3, killed_at=(3, "evaluate"))
-    damage(store, stage_object(head_of(store, "a"), 3, "generate"))
+    damage(store, head_of(store, "a").stage(3, "generate"))
     dice.thrown = 1
     repair(store, "a")
     assert verify(store, "a").problems == []
     assert complete_round(head_of(store, "a")) == 2
-    assert stage_object(head_of(store, "a"), 3, "train") is None, "which was made of it"
+    assert head_of(store, "a").stage(3, "train") is None, "which was made of it"
     advance(store, config("a"), 3)
     assert sound(store)
     assert dice.of_one_piece(store, "a")
@@ -207,12 +207,12 @@ def test_a_repair_leaves_the_recorded_advance_as_it_was(store: FolderStore) -> N
     """Before, the same command went two rounds too far after it."""
     with hold_lease(store, config("a"), "flow 1") as session:
         assert session.begin_advance("flow 1", 4, None)[:2] == (0, 4)
-    advances = head_of(store, "a")["advances"]
+    advances = head_of(store, "a").advances
     with pytest.raises(Interrupted):
         advance_recorded(store, killed_at=(3, "train"))
     damage(store, policy_object(head_of(store, "a"), 1))
     repair(store, "a")
-    assert head_of(store, "a")["advances"] == advances
+    assert head_of(store, "a").advances == advances
     with hold_lease(store, config("a"), "flow 2") as session:
         assert session.begin_advance("flow 2", 4, None)[:2] == (2, 4)
 
@@ -246,7 +246,8 @@ def taken_over(store: Store, run: str) -> None:
     """Somebody else has the lease."""
     raw, tag = store.read_tagged(head_key(run)) or (b"", "")
     head = json.loads(raw)
-    head["lease"] = {"epoch": head["lease"]["epoch"] + 1, "holder": make_holder("second"), "beat": 0}
+    epoch = head["lease"]["epoch"] + 1
+    head["lease"] = {"epoch": epoch, "holder": plain(make_holder("second")), "beat": 0}
     store.replace(head_key(run), json.dumps(head).encode(), tag)
 
 
@@ -270,8 +271,8 @@ def test_frozen_while_it_sets_aside_it_does_not_touch_what_its_successor_made(st
     """At every call: it wakes after the run was repaired by another process, and ends without a trace."""
     advance(store, config("a"), 1)
     head = head_of(store, "a")
-    damage(store, stage_object(head, 1, "generate"))
-    damage(store, stage_object(head, 1, "train"))
+    damage(store, head.stage(1, "generate"))
+    damage(store, head.stage(1, "train"))
     number, woke = 0, 0
     for number in range(0, 200, 1 if LONG else 3):
         place = FolderStore(store.root.parent / "place")
@@ -306,13 +307,13 @@ def test_while_another_run_that_has_the_object_is_advanced_it_is_refused(store: 
     advance(store, config("a"), 1)
     other = config("b", objective={"alpha": 1.0})  # its round 1 is the same
     advance(store, other, 0)
-    damage(store, stage_object(head_of(store, "a"), 1, "generate"))
+    damage(store, head_of(store, "a").stage(1, "generate"))
     before = manifests(store)
     with hold_lease(store, other, "b's flow"):
         with pytest.raises(LeaseHeld, match=r"run 'b' is being advanced by b's flow .* and has \w+-"):
             repair(store, "a")
         assert manifests(store) == before
-        assert "repair" not in head_of(store, "a")
+        assert head_of(store, "a").repair is None
     advance(store, config("c", seed=5), 0)
     with hold_lease(store, config("c", seed=5), "has nothing of it"):
         repair(store, "a")
@@ -325,8 +326,8 @@ def test_a_run_that_shares_goes_on_while_it_is_repaired(store: FolderStore) -> N
     other = config("b", objective={"alpha": 1.0})
     advance(store, other, 1)
     expected = outcome(store, "a")
-    damage(store, stage_object(head_of(store, "a"), 1, "generate"))
-    damage(store, stage_object(head_of(store, "a"), 2, "train"))
+    damage(store, head_of(store, "a").stage(1, "generate"))
+    damage(store, head_of(store, "a").stage(2, "train"))
     alone = FolderStore(store.root.parent / "alone")
     advance(alone, other, 2)
     came, number = True, 0
@@ -360,7 +361,7 @@ def test_killed_at_any_call_it_is_not_forgotten(store: FolderStore, dice: Dice, 
     advance(store, config("a"), 2)
     head = head_of(store, "a")
     for number, stage in ((1, "generate"), (2, "mix-opponent")):
-        damage(store, stage_object(head, number, stage))
+        damage(store, head.stage(number, stage))
     calls: list[int] = []
     whole = FolderStore(store.root.parent / "whole")
     shutil.copytree(store.root, whole.root)
@@ -392,7 +393,7 @@ def test_killed_at_any_call_it_is_not_forgotten(store: FolderStore, dice: Dice, 
             advance(place, config("a"), 2)
         elif found.problems or found.unfinished:
             repair(place, "a")
-        assert "repair" not in head_of(place, "a"), number
+        assert head_of(store, "a").repair is None  # (place, "a"), number
         assert sound(place), number
         assert dice.of_one_piece(place, "a"), number
         assert complete_round(head_of(place, "a")) == 2
@@ -402,10 +403,10 @@ def test_killed_at_any_call_it_is_not_forgotten(store: FolderStore, dice: Dice, 
 
 def test_damage_found_while_a_repair_is_unfinished_is_part_of_it(store: FolderStore, dice: Dice) -> None:
     advance(store, config("a"), 3)
-    damage(store, stage_object(head_of(store, "a"), 2, "train"))
+    damage(store, head_of(store, "a").stage(2, "train"))
     with hold_lease(store, config("a"), "killed") as session:
         begin(store, session, verify(store, "a").damaged)
-    damage(store, stage_object(head_of(store, "a"), 1, "generate"))
+    damage(store, head_of(store, "a").stage(1, "generate"))
     dice.thrown = 1
     repair(store, "a")
     assert sound(store)
@@ -417,7 +418,7 @@ def test_the_commands_tell_of_an_unfinished_repair(
     store: FolderStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     advance(store, config("a"), 1)
-    damage(store, stage_object(head_of(store, "a"), 1, "evaluate"))
+    damage(store, head_of(store, "a").stage(1, "evaluate"))
     with hold_lease(store, config("a"), "killed") as session:
         begin(store, session, verify(store, "a").damaged)
     place = ["a", "--store", str(store.root)]
@@ -441,7 +442,7 @@ def test_what_rules_have_taken_the_inputs_of_is_left_and_the_run_goes_on(store: 
     advance(store, lean, 4)
     gc(store)
     head, before = head_of(store, "a"), outcome(store, "a")
-    lost, once_more = stage_object(head, 3, "evaluate"), stage_object(head, 1, "evaluate")
+    lost, once_more = head.stage(3, "evaluate"), head.stage(1, "evaluate")
     for object_id in (lost, once_more):
         damage(store, object_id)
     assert set(verify(store, "a").damaged) == {lost, once_more}
@@ -497,7 +498,7 @@ def test_a_damaged_shard_of_an_open_stage_is_made_anew(store: FolderStore) -> No
     """Before, the run was stuck: every start ended in Damaged, and `verify` said that all was well."""
     with pytest.raises(Interrupted):
         advance(store, config("a"), 1, killed_at=(1, "generate"))
-    object_id = STAGE_PLANS["generate"](config("a"), head_of(store, "a"), 1).object_id
+    object_id = STAGES["generate"].plan(config("a"), head_of(store, "a"), 1).object_id
     (key,) = store.list(f"objects/{object_id}/parts/")
     raw = store.read(key) or b""
     store.write(key, raw[:50])
@@ -517,9 +518,9 @@ def test_a_damaged_shard_of_an_open_stage_is_made_anew(store: FolderStore) -> No
 def test_a_damaged_file_of_an_open_stage_is_found(store: FolderStore) -> None:
     with pytest.raises(Interrupted):
         advance(store, config("a"), 2, killed_at=(2, "generate"))
-    object_id = STAGE_PLANS["generate"](config("a"), head_of(store, "a"), 2).object_id
+    object_id = STAGES["generate"].plan(config("a"), head_of(store, "a"), 2).object_id
     (part,) = objects.list_parts(store, object_id).values()
-    (entry,) = part["files"]
+    (entry,) = part.files
     store.write(entry["key"], b"X" * entry["size"])
     assert [problem.file for problem in verify(store, "a").problems] == [entry["key"]]
     repair(store, "a")
@@ -536,7 +537,7 @@ def test_what_was_repaired_goes_by_the_rules_again(store: FolderStore) -> None:
     shutil.copytree(store.root, again.root)
     head = head_of(store, "a")
     for number, stage in ((1, "train"), (2, "generate")):
-        damage(store, stage_object(head, number, stage))
+        damage(store, head.stage(number, stage))
     gone = gc(again)
     repair(store, "a")
     assert {item.object_id for item in gc(store) if item.kind == "object"} == {
@@ -554,7 +555,7 @@ def test_pending_is_still_pending(store: FolderStore) -> None:
         advance(store, config("a"), 3, killed_at=(3, "train"))
     damage(store, policy_object(head_of(store, "a"), 1))
     repair(store, "a")
-    pending = pending_advance(head_of(store, "a"))
+    pending = head_of(store, "a").pending_advance
     assert pending is not None
     assert pending["to"] == 3
 
@@ -566,9 +567,9 @@ def test_a_manifest_edited_by_hand_and_a_file_that_nobody_committed_are_found_an
     train = policy_object(head_of(store, "a"), 1)
     key = objects.manifest_key(train)
     record = json.loads(store.read(key) or b"")
-    record["inputs"] = {}
+    record.inputs = {}
     store.write(key, json.dumps(record).encode())
-    policy = next(e["key"] for e in record["files"] if "/policy/" in e["key"]).rpartition("/")[0]
+    policy = next(e.key for e in record.files if "/policy/" in e.key).rpartition("/")[0]
     store.write(f"{policy}/.DS_Store", b"strange")
     found = verify(store, "a")
     assert found.damaged == [train]

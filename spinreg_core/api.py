@@ -1,0 +1,172 @@
+"""The public face: advance and read runs from Python, without Prefect. `import spinreg_core` offers it lazily.
+
+import spinreg_core
+
+run = spinreg_core.run(spinreg_core.RunConfig(run="mine", model="/models/chat", dataset="rows.jsonl", until_round=2))
+run.metrics(2)["heldout_nll"]
+model = spinreg_core.load_policy(run.policy(2))
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spinreg_core.benchmarks.lm_eval import plan_check
+from spinreg_core.benchmarks.measure import do_benchmark, do_check
+from spinreg_core.benchmarks.registry import plan_benchmark
+from spinreg_core.config import RunConfig, UntilConfig
+from spinreg_core.config.resolve import resolve
+from spinreg_core.errors import BadInput
+from spinreg_core.evaluation.early_stopping import why_ended
+from spinreg_core.maintenance.repair import stages_to_make
+from spinreg_core.reports.run_report import report_data, write_report
+from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.head import Head, read_config, require_config, require_head
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, run_stages
+from spinreg_core.runs.stages import STAGES, complete_round
+from spinreg_core.runtime.child import run_in_process
+from spinreg_core.store.base import Store
+from spinreg_core.store.open import open_store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from spinreg_core.models.loading import Precision
+
+
+def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print, **fields: Any) -> Run:
+    """Advance a run in plain processes, without Prefect, and return it.
+
+    Running again what was killed finishes it and adds nothing; `until_round` reached already, it changes nothing. There
+    are no retries, trackers or pages of progress: use the flow `spin` for those.
+
+    Args:
+        config: the configuration, or the path of its file (YAML or JSON).
+        say: gets lines about the advance. What stages print goes to standard output.
+        fields: fields of the configuration that win over it, e.g. `until_round=3` or `objective={"alpha": 1.0}`.
+
+    Raises:
+        BadInput: a configuration that is not valid, or that the run was not started with.
+        LeaseHeld: another process advances the run.
+        StageFailed, Damaged, StoreFailed: as the stages fail; what was committed stays.
+    """
+    if isinstance(config, RunConfig):
+        given = config.model_dump(mode="json", exclude_unset=True) | fields
+        file = None
+    else:
+        given, file = fields, str(config)
+    wanted = resolve(given, file)
+    store = open_store(wanted.store)
+    store.check()
+    resolved = resolve(given, file, stored=read_config(store, wanted.run))
+    label = f"spinreg_core.run (pid {os.getpid()} on {socket.gethostname()})"
+    with hold_lease(store, resolved, label) as lease:
+
+        def start(job: Job, name: str) -> dict[str, Any]:
+            lease.check()
+            return run_in_process(job, f"spinreg_core.stages.{job.stage.replace('-', '_')}")
+
+        def call(stage: str) -> Callable[[int], object]:
+            return lambda number: do_stage(store, lease, resolved, stage, number, start)
+
+        def prepare() -> None:
+            if plan_check(resolved) is not None:
+                do_check(store, lease, resolved, start)
+            do_prepare(store, lease, resolved, start)
+
+        def measure(number: int) -> bool:
+            if plan_benchmark(resolved, lease.head, number) is None:
+                return False
+            return not do_benchmark(store, lease, resolved, number, start)["reused"]
+
+        def run_round(number: int) -> None:
+            run_stages(number, calls)
+            measure(number)
+
+        def ended() -> str | None:
+            if resolved.until == UntilConfig():
+                return None
+            return why_ended(resolved.until, report_data(store, resolved.run)["rounds"])
+
+        calls = {stage: call(stage) for stage in STAGES}
+        for number, stage in stages_to_make(store, lease, resolved, say):
+            prepare() if stage == "prepare" else calls[stage](number)
+        steps = Steps(prepare, calls, run_round, measure, ended, show=lambda number: None)
+        advance(lease, resolved, label, steps, say)
+        lease.check()  # a writer that was frozen leaves the report to its successor
+        write_report(store, resolved.run)
+        lease.finish_advance()
+    return Run(store, resolved.run)
+
+
+class Run:
+    """A run in a store: its configuration, metrics, samples and policies. Made by `run` and `read_run`."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        """Raises BadInput where there is no such run, Damaged where its configuration cannot be read."""
+        self.store, self.name = store, name
+        self.config = require_config(store, name) if require_head(store, name) else RunConfig()
+
+    @property
+    def head(self) -> Head:
+        """The head of the run as it is now."""
+        return require_head(self.store, self.name)
+
+    @property
+    def complete_round(self) -> int:
+        """The last complete round; 0 where only the base is evaluated, or nothing is yet."""
+        return complete_round(self.head)
+
+    def report(self) -> dict[str, Any]:
+        """Return the content of report.json, computed from what is committed now."""
+        return report_data(self.store, self.name)
+
+    def metrics(self, round_number: int) -> dict[str, Any]:
+        """Return the held-out metrics of an iterate: {"value", "low", "high", ...} by name, with 95 % intervals.
+
+        Round 0 is the base. Raises BadInput for a round that is not evaluated.
+        """
+        file = fetch_file(self.store, self._object(round_number, "evaluate"), "metrics.json")
+        return dict(json.loads(file.read_text()))
+
+    def samples(self, round_number: int) -> list[dict[str, Any]]:
+        """Return the shown held-out prompts of an iterate with the human answer and the iterate's sample."""
+        file = fetch_file(self.store, self._object(round_number, "evaluate"), "samples.json")
+        return list(json.loads(file.read_text())["samples"])
+
+    def policy(self, round_number: int) -> Path:
+        """Return a verified local folder with the policy of an iterate, in the Hugging Face layout (0: the base).
+
+        Raises BadInput for a round that is not trained, Damaged where the store's files are not those committed.
+        """
+        object_id = self.head.base if round_number == 0 else None
+        return fetch_folder(self.store, object_id or self._object(round_number, "train"), "policy")
+
+    def _object(self, round_number: int, stage: str) -> str:
+        found = self.head.stage(round_number, stage)
+        if found is None:
+            raise BadInput(f"run {self.name!r}, round {round_number}", f"no committed {stage}",
+                           f"a round from 0 to {self.complete_round}")  # fmt: skip
+        return found
+
+
+def read_run(store: Store | str, name: str) -> Run:
+    """Return a run of a store (or of its URL). Raises BadInput where there is no such run."""
+    return Run(open_store(store) if isinstance(store, str) else store, name)
+
+
+def load_policy(folder: Path | str, precision: Precision = "fp32", device: str = "cpu") -> PreTrainedModel:
+    """Return the policy in a folder, in the number format and with the attention that training and scoring use.
+
+    Only safetensors are read, and no code of the folder runs. Raises BadInput for a folder that cannot be loaded.
+    """
+    from spinreg_core.models.loading import load_policy as load
+
+    return load(folder, precision, device)

@@ -1,0 +1,186 @@
+"""The loop over rounds and stages, with one callable per stage: Prefect tasks in a flow, plain processes in `run`.
+
+Decides: the order of things in an advance, when a stage counts as done, and that a stage is committed before the next
+one starts. Leaves out: how a stage's process is started, what is shown on the way (`flows`, `spinreg_core.api`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from spinreg_core.config import RunConfig
+from spinreg_core.errors import Damaged, SpinregError
+from spinreg_core.runs.head import HELDOUT, Head
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.lease import RunLease
+from spinreg_core.runs.manifest import Manifest
+from spinreg_core.runs.objects import read_manifest, read_record, require_manifest
+from spinreg_core.runs.plans import StagePlan
+from spinreg_core.runs.stages import STAGES, complete_round, is_complete, needed_by_later_stages, stages_of
+from spinreg_core.store.base import Store
+from spinreg_core.store.cache import cache_folder
+
+# Starts the process of a job and waits for its end; raises as the process failed. The text names the attempt.
+Start = Callable[[Job, str], object]
+
+
+class StageResult(TypedDict):
+    """What a stage that is committed reports; small enough for the result of a Prefect task."""
+
+    stage: str
+    round: int
+    uri: str
+    fingerprint: str
+    metrics: dict[str, Any]
+    seconds: float
+    reused: bool
+
+
+class Prepared(TypedDict):
+    """The base and data objects of a run, and the counts of its rows."""
+
+    base: str
+    data: str
+    summary: dict[str, Any]
+    reused: bool
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The callables that `advance` is made of.
+
+    `stages` has one callable per stage of `STAGES`, called with the round. `run_round` runs all stages of a round,
+    `measure` the benchmarks of an iterate and returns whether it measured anything. `why_ended` returns the reason to
+    make no further round, or None. `show` shows a finished round.
+    """
+
+    prepare: Callable[[], object]
+    stages: Mapping[str, Callable[[int], object]]
+    run_round: Callable[[int], object]
+    measure: Callable[[int], bool]
+    why_ended: Callable[[], str | None]
+    show: Callable[[int], object]
+
+
+def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Callable[[str], object]) -> str | None:
+    """Advance a run as its configuration asks, or as an unfinished advance recorded.
+
+    `by` names the caller: the same one asking again (a retry) goes on with its own advance. Returns None, or why the
+    run ended before the round it was to reach. Raises what the steps raise.
+    """
+    start, target, why = lease.begin_advance(by, config.rounds, config.until_round)
+    done = complete_round(lease.head)
+    say(f"run {config.run!r}: {why}" if target > done else f"run {config.run!r}: round {done} is complete; {why}")
+    steps.prepare()
+    if not is_complete(lease.head, 0):
+        run_stages(0, steps.stages)
+    for earlier in range(start + 1):  # what is measured may have been changed since
+        if steps.measure(earlier) or earlier == done == 0:
+            steps.show(earlier)
+    # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their calls,
+    # and would hand round 2 the finished flow run of round 1. Finished rounds show as reused.
+    for round_number in range(start + 1, target + 1):
+        ended = steps.why_ended() if complete_round(lease.head) < round_number else None
+        if ended is not None:
+            say(f"run {config.run!r} ends before round {round_number}: {ended}")
+            lease.finish_advance(ended=ended, ended_by=config.until.model_dump(mode="json"))
+            return ended
+        steps.run_round(round_number)
+        if complete_round(lease.head) < round_number:
+            raise SpinregError(f"round {round_number} of run {config.run!r} ended without its commits")
+    return None
+
+
+def run_stages(round_number: int, stages: Mapping[str, Callable[[int], Any]]) -> dict[str, Any]:
+    """Run all stages of a round in their order. Returns their results by name."""
+    return {stage: stages[stage](round_number) for stage in stages_of(round_number)}
+
+
+def do_stage(
+    store: Store, lease: RunLease, config: RunConfig, stage: str, round_number: int, start: Start
+) -> StageResult:
+    """Make sure that a round's stage is committed.
+
+    A stage is done where its object exists, under the head's name for it or under its fingerprint: another run may have
+    made it, or this one was killed between publishing and committing. Files that `spinreg gc` removed count as there
+    unless a later stage reads them. Otherwise the stage's process runs and continues from its committed parts.
+    """
+    committed = lease.head.stage(round_number, stage)
+    plan = STAGES[stage].plan(config, lease.head, round_number)
+    object_id = committed or plan.object_id
+    manifest = read_manifest(store, object_id)
+    if manifest is None:
+        record = read_record(store, object_id)
+        if record is None and committed:
+            where = store.uri(f"objects/{object_id}")
+            raise Damaged(f"{where}: committed as round {round_number} {stage}, but not there")
+        if record is not None and not _is_read_later(store, config, lease.head, stage, round_number, object_id):
+            manifest = record
+    reused = manifest is not None
+    if manifest is None:
+        run_plan(store, lease, config, plan, f"round-{round_number}-{stage}", start)
+        manifest = require_manifest(store, object_id)
+    lease.commit(round_number, stage, object_id)
+    return {
+        "stage": stage, "round": round_number, "uri": store.uri(f"objects/{object_id}"),
+        "fingerprint": object_id.rpartition("-")[2], "metrics": manifest.metrics, "seconds": manifest.seconds,
+        "reused": reused,
+    }  # fmt: skip
+
+
+def _is_read_later(store: Store, config: RunConfig, head: Head, stage: str, round_number: int, object_id: str) -> bool:
+    """Return whether a stage to come reads an object that has lost files."""
+    head = head.model_copy(deep=True)
+    head.enter(round_number, stage, object_id)
+    if stage == HELDOUT:  # read by the evaluation alone, which another run may have made
+        evaluation = STAGES["evaluate"].plan(config, head, round_number).object_id
+        if read_manifest(store, evaluation) is not None:
+            head.enter(round_number, "evaluate", evaluation)
+    return object_id in needed_by_later_stages(config, head)
+
+
+def run_plan(store: Store, lease: RunLease, config: RunConfig, plan: StagePlan, name: str, start: Start) -> None:
+    """Run the process of a plan in a scratch folder named after the attempt."""
+    writer = lease.writer()
+    with scratch(store, config.run, name, writer) as folder:
+        start(plan.job(config, store.url, writer, folder), name)
+
+
+def do_prepare(store: Store, lease: RunLease, config: RunConfig, start: Start) -> Prepared:
+    """Make sure that the base policy and the rows of a run are committed, once per run."""
+    base, data = lease.head.base, lease.head.data
+    if base and data:
+        manifest = read_manifest(store, data)
+        if manifest is not None and read_manifest(store, base) is not None:
+            return {"base": base, "data": data, "summary": manifest.metrics, "reused": True}
+    # Once more where `spinreg gc` marked what is taken over here, before it could see our commit.
+    while True:
+        writer = lease.writer()
+        with scratch(store, config.run, "prepare", writer) as folder:
+            # The fingerprints of what this stage makes depend on contents that only the stage itself sees.
+            made: Any = start(Job("prepare", "", {}, store.url, writer, 0, {}, config, folder), "prepare")
+        lease.commit_inputs(made["base"], made["data"])
+        found: Manifest | None = read_manifest(store, made["data"])
+        if found is not None and read_manifest(store, made["base"]) is not None:
+            return {"base": made["base"], "data": made["data"], "summary": found.metrics, "reused": False}
+
+
+@contextmanager
+def scratch(store: Store, run: str, name: str, writer: str) -> Iterator[Path]:
+    """Yield an empty folder for one attempt at a stage; removed after a good end, kept for its log after a bad one.
+
+    What earlier attempts left is removed first. One that still runs (a frozen flow's, a moment after its flow was
+    killed) never shares files with this one.
+    """
+    place = hashlib.sha256(store.url.encode()).hexdigest()[:8]
+    folder = cache_folder() / "work" / f"{run}-{place}" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / writer).mkdir(parents=True)
+    yield folder / writer
+    shutil.rmtree(folder / writer, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""The one table of stages: their names, their order in a round, their jobs; and the stages a run has ahead.
+
+Leaves out: what a stage does (`spinreg_core.stages`), who starts it (`loop.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from spinreg_core.config import RunConfig
+from spinreg_core.runs.head import HELDOUT, Head
+from spinreg_core.runs.plans import (
+    StagePlan,
+    for_each_possible_engine,
+    ids_in,
+    objects_of,
+    plan_evaluate,
+    plan_generate,
+    plan_heldout,
+    plan_mix_opponent,
+    plan_train,
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a round. `of_base` stages also belong to round 0, which evaluates the base."""
+
+    name: str
+    plan: Callable[[RunConfig, Head, int], StagePlan]
+    of_base: bool = False
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("generate", plan_generate),
+        Stage("mix-opponent", plan_mix_opponent),
+        Stage("train", plan_train),
+        Stage(HELDOUT, plan_heldout, of_base=True),
+        Stage("evaluate", plan_evaluate, of_base=True),
+    )
+}
+
+
+def stages_of(round_number: int) -> list[str]:
+    """Return the names of a round's stages, in their order."""
+    return [stage.name for stage in STAGES.values() if round_number or stage.of_base]
+
+
+def is_complete(head: Head, round_number: int) -> bool:
+    """Return whether all stages of a round are committed.
+
+    Held-out answers are read by the evaluation alone, so a round is also complete without a name for them.
+    """
+    return all(head.stage(round_number, stage) for stage in stages_of(round_number) if stage != HELDOUT)
+
+
+def complete_round(head: Head) -> int:
+    """Return the last complete round (0: the base is evaluated, or nothing is yet)."""
+    done = 0
+    while is_complete(head, done + 1):
+        done += 1
+    return done
+
+
+def needed_by_later_stages(config: RunConfig, head: Head) -> set[str]:
+    """Return the objects that later stages may read, those of this round and of all rounds after it."""
+    found: set[str] = set()
+    for plan in _ahead(config, head)[1]:
+        found |= set(ids_in([plan.inputs, plan.extra.get("scored")]))
+    return found
+
+
+def objects_now_and_next(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
+    """Return the objects a run has, and those it will make or take over next, as `objects_of` does."""
+    found: dict[str, tuple[int, str]] = {}
+    for planned in for_each_possible_engine(config):
+        found |= objects_of(planned, _ahead(planned, head)[0])
+    return found
+
+
+def _ahead(config: RunConfig, head: Head) -> tuple[Head, list[StagePlan]]:
+    """The head as it will be some rounds later, and the plans of the stages until then."""
+    head, plans = head.model_copy(deep=True), list[StagePlan]()
+    if not head.base or not head.data:
+        return head, []
+    weighting, history = config.opponent.weighting, config.opponent.history
+    # An iterate that weighs nothing in the next round may weigh something in a later one, where it is further back.
+    window = max(history if isinstance(history, int) else 1, len(weighting) if isinstance(weighting, list) else 1)
+    for number in range(max(head.last_round, complete_round(head) + window) + 1):
+        for stage in stages_of(number):
+            # Answers that an older head leaves unnamed are read by no one: their evaluation is done.
+            done = stage == HELDOUT and head.stage(number, "evaluate") is not None
+            if head.stage(number, stage) is None and not done:
+                plans.append(STAGES[stage].plan(config, head, number))
+                head.enter(number, stage, plans[-1].object_id)
+    return head, plans
