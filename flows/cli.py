@@ -119,6 +119,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _existing_store(url: str) -> Store:
     """A store that can be read. Raises BadInput."""
+    from spinreg_core.store.base import require_own_commits
     from spinreg_core.store.folder import FolderStore
     from spinreg_core.store.open import open_store
 
@@ -129,6 +130,8 @@ def _existing_store(url: str) -> Store:
         store.check()
     elif Path(store.url).exists() and not Path(store.url).is_dir():
         raise BadInput("store", f"{url}, which is not a folder", "a folder or s3://bucket/prefix")
+    else:
+        require_own_commits(store)
     return store
 
 

@@ -268,8 +268,8 @@ def _make_tiny(folder: Path) -> None:
 def _from_s3(url: str, cache: Path, patterns: tuple[str, ...]) -> Path:
     found = {name: info for name, info in list_s3(url, "model").items() if _belongs(name, patterns)}
     for name, info in found.items():
-        _require_small(f"{url}/{name}", name, info["size"])
-    state = json.dumps([url, sorted((name, info["size"], info["tag"]) for name, info in found.items())])
+        _require_small(f"{url}/{name}", name, info.size)
+    state = json.dumps([url, sorted((name, info.size, info.tag) for name, info in found.items())])
     name = f"s3-{hashlib.sha256(state.encode()).hexdigest()[:32]}"
     return _made_once(cache / "models" / name, lambda folder: fetch_s3(url, sorted(found), folder, "model"))
 

@@ -1,8 +1,7 @@
-"""Bytes under keys, with the two writes that commits are made of: what every store promises, and one in a local folder.
+"""The contract of a store: bytes under keys, with the two writes that commits are made of.
 
-Decides: what create-only and compare-and-swap mean, and that a reader never sees half a file.
-Leaves out: stores on S3 (`s3.py`), what the bytes are (`runs/objects.py`, `runs/head.py`) and who may write
-(`runs/head.py`).
+Decides: the meaning of create-only and compare-and-swap, valid keys, and that a reader never sees half a file.
+Leaves out: the stores themselves (`folder.py`, `s3.py`), and the content of keys and the right to write (`runs/`).
 
 Tags are opaque: equal tags mean unchanged content.
 """
@@ -15,16 +14,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from spinreg_core.errors import BadInput, StoreRefused
+from spinreg_core.errors import BadInput, StoreRefused, problem_text
 
-OURS = ("objects", "runs", "comparisons", "probes")  # what lies beside these, in a store without a prefix, is others'
-PART_BYTES = 16 * 2**20  # multipart size: a file passes through a few of these
+# In a store without a prefix, everything else belongs to others.
+OURS = ("objects", "runs", "comparisons", "probes")
+# The key that spinreg 0.1.0 wrote into a bucket to say that its commits lie in a folder.
+COMMITS_MARKER = "commits.json"
+PART_BYTES = 16 * 2**20  # of a file that is copied: a few parts are in memory at a time
 NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
 _LONGEST_NAME = 255  # bytes, on every usual file system
 
 
 class Listed(NamedTuple):
-    """`age`: seconds since it was written, by the store's own clock."""
+    """One entry of a listing: key, size in bytes, and age in seconds since it was written, by the store's own clock."""
 
     key: str
     size: int
@@ -32,68 +34,82 @@ class Listed(NamedTuple):
 
 
 class Store(Protocol):
-    """Keys are relative, '/'-separated. Nothing is deleted but by `delete`, and `abort_unfinished`, which no key knows
-    of."""
+    """Bytes under relative, '/'-separated keys. Only `delete` removes a key, and only `abort_unfinished` a write that
+    never became one.
+
+    Every method raises StoreRefused where permissions, credentials or space do not allow it, and StoreFailed where the
+    store does not respond within the retry window.
+    """
 
     url: str
 
     def check(self) -> None:
-        """Raise BadInput where nothing can be kept: no such bucket, no permission, no server, a file in the way."""
+        """Raise BadInput for a place that cannot hold a store: no bucket, no permission, a file in the way."""
 
     def read(self, key: str) -> bytes | None:
-        """Content, or None where the key does not exist."""
+        """Return the content, or None where the key does not exist."""
 
     def read_tagged(self, key: str) -> tuple[bytes, str] | None:
-        """Content and its tag, read together."""
+        """Return content and tag, read together, or None where the key does not exist."""
 
     def create(self, key: str, data: bytes) -> str:
-        """Write a key that must not exist; returns its tag. Conflict if it holds other content."""
+        """Write a key that must not exist, and return its tag. Raises Conflict if it holds other content."""
 
     def replace(self, key: str, data: bytes, tag: str) -> str:
-        """Write a key whose tag must still be `tag`; returns the new tag. Conflict if it changed."""
+        """Write a key that must still have this tag, and return the new one. Raises Conflict if it changed."""
 
     def write(self, key: str, data: bytes) -> None:
-        """Write a key whatever it held. Only for views that can be rebuilt (reports)."""
+        """Write a key, replacing any content. Only for views that can be rebuilt, such as reports."""
 
     def upload(self, path: Path, key: str) -> None:
-        """Copy a local file of any size to a key nobody else writes; streamed in parts."""
+        """Copy a local file of any size, in parts, to a key that has no other writer."""
 
     def download(self, key: str, path: Path) -> None:
-        """Copy a key of any size to a local file; FileNotFoundError where there is none."""
+        """Copy a key of any size to a local file. Raises FileNotFoundError where the key does not exist."""
 
     def delete(self, key: str) -> None:
-        """Remove a key. Does nothing where it does not exist."""
+        """Remove a key. Does nothing where the key does not exist."""
 
     def size(self, key: str) -> int | None:
-        """Length in bytes, or None where the key does not exist."""
+        """Return the size in bytes, or None where the key does not exist."""
 
     def list(self, prefix: str) -> list[str]:
-        """All keys below a prefix ending in '/', sorted."""
+        """Return all keys below a prefix that ends in '/', sorted."""
 
     def entries(self, prefix: str) -> Sequence[Listed]:
-        """The same with sizes and ages."""
+        """Return the same keys with their sizes and ages."""
 
     def unfinished(self) -> Sequence[Listed]:
-        """Writes that were begun and not ended, by names of their own: under way, or their process was killed."""
+        """List writes that have not ended, under names of their own: in progress, or of a killed process."""
 
     def abort_unfinished(self, name: str) -> None:
-        """Remove what is there of an unfinished write. Does nothing where it has ended."""
+        """Remove the data of an unfinished write. Does nothing where the write has ended."""
 
     def local_path(self, key: str) -> Path | None:
-        """Where the bytes lie on this machine, or None for a remote store."""
+        """Return the path of a key on this machine, or None for a remote store."""
 
     def uri(self, key: str) -> str:
-        """The address a person can open."""
+        """Return the address of a key for messages and people."""
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a relative '/'-separated name is one of something inside the place it is relative to."""
+    """Return True for a relative, '/'-separated name that does not lead out of its folder."""
     return all(part not in ("", ".", "..") for part in name.split("/")) and min(name) >= " "
 
 
+def require_own_commits(store: Store) -> None:
+    """Raise BadInput for a store of spinreg 0.1.0 that holds files only, with its commits in a folder elsewhere."""
+    if store.read(COMMITS_MARKER) is not None:
+        found = f"holds {COMMITS_MARKER}: its commits lie in the folder that SPINREG_COMMITS named"
+        expected = f"run `python scripts/join_commits.py {store.url} FOLDER` once to copy them into it"
+        raise BadInput(f"store {store.url}", found, expected)
+
+
 def require_inside(folder: Path, paths: Iterable[Path], field: str) -> None:
-    """Raise BadInput, naming the configuration field, for a link that leads out of a folder somebody handed over: what
-    it shows of this machine would be stored with the run. The hub's cache of a repository is one folder with its blobs.
+    """Raise BadInput, naming the configuration field, for a link that leads out of a user's folder.
+
+    Such a link would store other files of this machine with the run. A folder of the Hugging Face cache links to the
+    `blobs` of its own repository, and these count as inside.
     """
     root = folder.resolve()
     own = (root, root.parents[1] / "blobs") if len(root.parts) > 3 and root.parent.name == "snapshots" else (root,)
@@ -105,23 +121,26 @@ def require_inside(folder: Path, paths: Iterable[Path], field: str) -> None:
 
 
 @contextlib.contextmanager
-def os_errors_as_store_refused(what: str) -> Iterator[None]:
-    """An error of the operating system, but for a file that is not there, as StoreRefused."""
+def os_errors_as_store_refused(action: str) -> Iterator[None]:
+    """Turn operating system errors inside the block into StoreRefused; FileNotFoundError passes through."""
     try:
         yield
     except FileNotFoundError:
         raise
     except OSError as error:
-        expected = "the right to do it" if error.errno in NO_RIGHT else "what belongs there, on a disk that works"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        expected = "check the path and the disk"
+        if error.errno in NO_RIGHT:
+            expected = "permission to do it"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
             expected = (
-                "room; what was committed stays. Free some (`spinreg gc` lists what no run needs any more), and the "
-                "same command goes on from there"
+                "free some space (`spinreg gc` lists objects that no run needs) and start the same command again, "
+                "which resumes from its last commit"
             )
-        raise StoreRefused(f"{what}: found {error}; expected {expected}") from error
+        raise StoreRefused(problem_text(action, error, expected)) from error
 
 
 def valid_key(key: str) -> str:
+    """Return the key. Raises BadInput for one that leads out of the store or that some file system cannot hold."""
     if not stays_inside(key.removesuffix("/")):
         raise BadInput("store key", repr(key), "a relative path without '.', '..', control characters or empty parts")
     raw = key.encode(errors="replace")

@@ -1,6 +1,6 @@
 """A store in a local or shared folder: atomic writes with locks and fsync.
 
-Decides: how create-only and compare-and-swap are done on a file system. Leaves out: the contract (`base.py`).
+Decides: create-only writes and compare-and-swap on a file system. Leaves out: the contract (`base.py`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
-from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
-from spinreg_core.store.base import OURS, PART_BYTES, Listed, os_errors_as_store_refused, valid_key
+from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused, problem_text
+from spinreg_core.store.base import OURS, PART_BYTES, Listed, os_errors_as_store_refused, require_own_commits, valid_key
 from spinreg_core.store.transfers import track_transfer
 
-_SYNC_BYTES = 256 * 2**20
-_LOCK_SECONDS = 60.0
+SYNC_BYTES = 256 * 2**20  # of a copy, after which it is written through to the disk
 
 
-def _lock(file: IO[str], path: Path) -> None:
-    """Hold the file alone. Whoever has it needs milliseconds; for one that is frozen nobody waits on and on."""
-    end = time.monotonic() + _LOCK_SECONDS
+def _lock(file: IO[str], path: Path, seconds: float) -> None:
+    """Lock the file exclusively. Holders keep the lock for milliseconds: after `seconds` the holder is frozen."""
+    end = time.monotonic() + seconds
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -35,8 +34,8 @@ def _lock(file: IO[str], path: Path) -> None:
         except BlockingIOError:
             if time.monotonic() > end:
                 raise StoreFailed(
-                    f"writing {path}: found {file.name} held by another process for {_LOCK_SECONDS:g} s; expected it "
-                    "to be let go (a frozen process? `fuser` names it)"
+                    f"writing {path}: another process has held the lock {file.name} for {seconds:g} s; end it if it is "
+                    "frozen (`fuser` names it)"
                 ) from None
         time.sleep(0.01)
 
@@ -44,24 +43,26 @@ def _lock(file: IO[str], path: Path) -> None:
 class FolderStore:
     """A local folder. Atomic by link and rename, durable by fsync, compare-and-swap under flock."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lock_seconds: float = 60.0) -> None:
         self.root = root
         self.url = str(root)
+        self.lock_seconds = lock_seconds
 
     def check(self) -> None:
         try:
             os.lstat(self.root)
-        except (ValueError, OSError) as error:  # a name with a NUL, or longer than names can be
+        except (ValueError, OSError) as error:  # a name with a NUL, or one that is too long
             if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
                 raise BadInput("store", f"{self.url!r} ({error})", "a folder that can be written to") from None
         if self.root.is_symlink() and not self.root.exists():
             raise BadInput(
-                "store", f"{self.url}, a link to what is not there", "a folder (is a file system not mounted?)"
+                "store", f"{self.url}, a link that leads nowhere", "a folder (is a file system not mounted?)"
             )
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
             found = "not a folder" if not there.is_dir() else "not writable for this user"
             raise BadInput("store", f"{self.url} ({there} is {found})", "a folder that can be written to")
+        require_own_commits(self)
 
     def _path(self, key: str) -> Path:
         return self.root / valid_key(key)
@@ -93,7 +94,8 @@ class FolderStore:
         with self._temporary(path) as temporary:
             _write_durably(temporary, data)
             try:
-                os.link(temporary, path)  # fails if the name is taken: the only atomic create-with-content
+                # A link fails if the name is taken, and the file is complete: there is no other atomic way.
+                os.link(temporary, path)
             except FileExistsError:
                 if path.read_bytes() != data:
                     raise Conflict(f"{self.uri(key)} exists with other content") from None
@@ -106,7 +108,7 @@ class FolderStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = open(path.parent / f".lock-{path.name}", "w")  # noqa: SIM115
         with lock:
-            _lock(lock, path)
+            _lock(lock, path, self.lock_seconds)
             current = self.read_tagged(key)
             if current is None or current[1] != tag:
                 raise Conflict(f"{self.uri(key)} was changed by another writer")
@@ -160,18 +162,19 @@ class FolderStore:
         self.delete(name)
 
     def _found(self, folder: Path, unfinished: bool = False) -> Iterator[tuple[str, os.stat_result]]:
-        """What is not seen may be needed by a run: a folder that cannot be listed is refused, and a link to nothing, or
-        (below `folder`) to an empty folder, which is what a place looks like where no file system is mounted."""
+        """Yield keys below a folder, or names of unfinished writes.
+
+        Raises StoreRefused rather than leave out keys that a run may need: for a folder that cannot be listed, and for
+        a link to nothing or (below `folder`) to an empty folder, as a mount point is without its file system.
+        """
 
         def missing(error: OSError) -> None:
             if isinstance(error, NotADirectoryError | FileNotFoundError) and not os.path.islink(error.filename):
-                return  # nothing was written there yet, or it was removed since
+                return  # not written yet, or removed since
             if os.path.basename(error.filename) == "lost+found":  # of a file system that is mounted here
                 return
-            raise StoreRefused(
-                f"listing {folder}: found {error}; expected folders that can be listed and links that lead somewhere "
-                "(is a file system not mounted?)"
-            ) from error
+            expected = "folders that can be listed and links that lead somewhere (is a file system not mounted?)"
+            raise StoreRefused(problem_text(f"listing {folder}", error, expected)) from error
 
         for place, folders, names in os.walk(folder, onerror=missing, followlinks=True):
             if not folders and not names and place != str(folder) and os.path.islink(place):
@@ -185,11 +188,12 @@ class FolderStore:
                         missing(error)
 
     def _aged(self, folder: Path, unfinished: bool = False) -> Sequence[Listed]:
-        now = None  # what the file system gives for it: over a network its server's clock, not ours
+        # Files have times of the clock of the file system, which over a network is not this machine's.
+        now = None
         with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=self.root, prefix=".tmp-") as file:
             now = os.fstat(file.fileno()).st_mtime
         found = list(self._found(folder, unfinished))
-        if now is None:  # a full disk, or somebody who may only read: not before the last write
+        if now is None:  # on a full disk, or without permission to write: the time of the last write at the earliest
             now = max((stat.st_mtime for _, stat in found), default=0.0)
         return sorted(Listed(key, stat.st_size, now - stat.st_mtime) for key, stat in found)
 
@@ -206,7 +210,8 @@ def _copy(source: Path, target: Path, moved: Callable[[int], None]) -> None:
         while data := reader.read(PART_BYTES):
             writer.write(data)
             copied += len(data)
-            if copied % _SYNC_BYTES < PART_BYTES:  # bytes in the page cache have moved nowhere yet
+            # Bytes in the page cache have not moved yet: a transfer to a dead disk must not look alive.
+            if copied % SYNC_BYTES < PART_BYTES:
                 writer.flush()
                 os.fsync(writer.fileno())
             moved(len(data))
@@ -220,7 +225,7 @@ def _write_durably(path: Path, data: bytes) -> None:
 
 
 def _make_folder(folder: Path) -> None:
-    """With its parents, whose names are as durable as what will be written there."""
+    """Make a folder and its parents, with names as durable as the files that will be written there."""
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in new:

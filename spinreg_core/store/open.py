@@ -13,14 +13,16 @@ from spinreg_core.store.folder import FolderStore
 def open_store(url: str) -> Store:
     """Open `s3://bucket/prefix`, `file:///path` or a local folder (created on first write).
 
-    With SPINREG_COMMITS in the environment commits of a bucket lie in the folder it names (`split.py`).
-    Raises BadInput for other schemes, and for an S3 URL without a bucket.
+    Raises BadInput for other schemes, for an S3 URL without a bucket, and for a bucket while SPINREG_COMMITS is set.
     """
     if url.startswith("s3://"):
-        if commits := os.environ.get("SPINREG_COMMITS"):
-            from spinreg_core.store.split import SplitStore
-
-            return SplitStore(url, commits)
+        # Ignoring it would hide all runs of a store that spinreg 0.1.0 kept in that folder.
+        if os.environ.get("SPINREG_COMMITS"):
+            expected = (
+                "remove it from the environment, after `python scripts/join_commits.py BUCKET FOLDER` has copied the "
+                "commits of an existing store from that folder into its bucket"
+            )
+            raise BadInput("SPINREG_COMMITS", "is set, but spinreg keeps commits in the bucket itself now", expected)
         from spinreg_core.store.s3 import S3Store
 
         return S3Store(url)
@@ -28,5 +30,5 @@ def open_store(url: str) -> Store:
         raise BadInput("store", repr(redacted(url)), "a local folder, file:///path or s3://bucket/prefix")
     try:
         return FolderStore(Path(url.removeprefix("file://")).expanduser().absolute())
-    except RuntimeError as error:  # ~NAME of nobody
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise BadInput("store", f"{url!r} ({error})", "a folder that can be found") from None

@@ -1,6 +1,7 @@
-"""Does a store's server do the two writes that commits are made of? Many answer as if they did.
+"""Probe a store for the two conditional writes that commits are made of: some servers accept and ignore conditions.
 
-Decides: how that is found out, and what is said where it does not. Leaves out: what the writes promise (`base.py`).
+Decides: the requests of the probe, and the messages for a server that fails it. Leaves out: the meaning of the writes
+(`base.py`).
 """
 
 from __future__ import annotations
@@ -12,28 +13,31 @@ from collections.abc import Callable
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
 from spinreg_core.store.base import Store
 
+_REMEDY = (
+    "use a folder store on a shared file system, or a server with conditional writes (AWS S3, MinIO, "
+    "SeaweedFS 4.48 or later)"
+)
+
 
 def require_conditional_writes(store: Store) -> None:
-    """Refuse a store whose server ignores If-None-Match or If-Match: two writers could mix there unseen.
+    """Raise BadInput for a server that ignores If-None-Match or If-Match: two writers could mix there unnoticed.
 
-    Writes a probe key of a few bytes, and removes it. Raises BadInput.
+    Writes a probe key of a few bytes, and removes it.
     """
-    name, refused = uuid.uuid4().hex, None
+    name, failure = uuid.uuid4().hex, None
     try:
         _probe(store, f"probes/{name}")
     except BadInput as error:
-        refused = error
-    for left in (name, f".lock-{name}"):  # the lock: of a folder
-        with contextlib.suppress(OSError, StoreFailed):  # a store that keeps everything is none the worse for it
+        failure = error
+    for left in (name, f".lock-{name}"):  # a folder store makes the lock
+        with contextlib.suppress(OSError, StoreFailed):  # a probe that stays behind does no harm
             store.delete(f"probes/{left}")
-    if refused is not None:
-        raise refused
+    if failure is not None:
+        raise failure
 
 
 def _probe(store: Store, key: str) -> None:
-    expected = (
-        "an S3 server with conditional writes (AWS, SeaweedFS >= 4.48, MinIO), or SPINREG_COMMITS (docs/reliability.md)"
-    )
+    where = f"store {store.url}"
 
     def overwrites(write: Callable[[], object]) -> bool:
         try:
@@ -41,19 +45,18 @@ def _probe(store: Store, key: str) -> None:
         except Conflict:
             return False
         except StoreRefused as error:
-            found = f"{store.url}, which cannot be written to: {error.__cause__}"
-            raise BadInput("store", found, "room, and the right to write") from None
+            raise BadInput(
+                where, f"cannot be written to: {error.__cause__}", "permission to write, and space"
+            ) from None
         except OSError as error:
-            raise BadInput("store", f"{store.url}, which refuses conditional writes: {error}", expected) from None
+            raise BadInput(where, f"does not support conditional writes: {error}", _REMEDY) from None
         return True
 
     overwrites(lambda: store.create(key, b"first"))
     if overwrites(lambda: store.create(key, b"second")):
-        raise BadInput("store", f"{store.url}, whose server overwrote a key in spite of If-None-Match: *", expected)
+        raise BadInput(where, "is on a server that overwrote a key despite If-None-Match: *", _REMEDY)
     tagged = store.read_tagged(key)
     assert tagged is not None
-    if overwrites(lambda: store.replace(key, b"third", tagged[1])) and not overwrites(
-        lambda: store.replace(key, b"fourth", tagged[1])
-    ):
-        return
-    raise BadInput("store", f"{store.url}, whose server does not go by If-Match", expected)
+    replaced = overwrites(lambda: store.replace(key, b"third", tagged[1]))
+    if not replaced or overwrites(lambda: store.replace(key, b"fourth", tagged[1])):
+        raise BadInput(where, "is on a server that does not honour If-Match", _REMEDY)

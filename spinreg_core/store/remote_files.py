@@ -1,47 +1,47 @@
-"""Reading other people's files on S3: data sets and base models named by an s3:// address.
+"""Read users' files on S3: data sets and base models that an s3:// address names.
 
-Decides: how an address is listed and copied, and the one error a user meets. Leaves out: requests and which of them
-are tried again (`s3.py`, whose patience these reads share: a store that is away for a while is no bad input).
+Decides: the listing and copying of an address, and the error messages. Leaves out: requests and their retries
+(`s3.py`), which these reads share: a server that is away for a while is not bad input.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
-from spinreg_core.store.s3 import S3Store
+from spinreg_core.store.s3 import RemoteFile, RetryTimes, S3Store
 
 
-def list_s3(url: str, field: str) -> dict[str, dict[str, Any]]:
-    """Objects at or below an address: name relative to it ("" for the address itself) -> size and ETag.
+def list_s3(url: str, field: str, times: RetryTimes | None = None) -> dict[str, RemoteFile]:
+    """List objects at or below an address, by their names relative to it ("" for the address itself).
 
-    Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) or the AWS
-    chain. Raises BadInput, naming the configuration field, for an address that is empty or may not be read, and
-    StoreFailed for a server that does not answer for minutes.
+    Endpoint and credentials come from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...) or the AWS chain.
+    Raises BadInput, naming the configuration field, for an address that is empty or not readable, and StoreFailed for a
+    server that does not respond within the retry window.
     """
-    bucket, remote = _split(url, field)
+    bucket, remote = _open_bucket(url, field, times)
     try:
-        found = bucket.described(remote)
-    except (StoreRefused, OSError, ValueError) as error:  # ValueError: an address that is none
+        found = bucket.find_files(remote)
+    except (StoreRefused, OSError, ValueError) as error:  # ValueError: the address is not valid
         raise BadInput(field, f"{url} cannot be read: {error}",
                        "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)") from None  # fmt: skip
     listed = {}
-    for key, (size, tag) in found.items():
+    for key, file in found.items():
         name = key[len(remote) :].lstrip("/")
-        if not (key == remote or not remote or key.startswith(f"{remote}/")) or (key.endswith("/") and not size):
-            continue  # a neighbour whose name begins alike; a folder's placeholder
+        # Skip a neighbour with the same first letters, and the empty object that stands for a folder.
+        if not (key == remote or not remote or key.startswith(f"{remote}/")) or (key.endswith("/") and not file.size):
+            continue
         if ".." in name.split("/"):
             raise BadInput(field, f"an object named {name!r} below {url}", "names that stay inside the folder")
-        listed[name] = {"size": size, "tag": tag}
+        listed[name] = file
     if not listed:
         raise BadInput(field, f"nothing at {url}", "an object, or a prefix with objects below it")
     return listed
 
 
-def fetch_s3(url: str, names: list[str], folder: Path, field: str) -> None:
-    """Copy listed objects to `folder`/name (the address itself: to `folder`/its last part). Raises as `list_s3`."""
-    bucket, remote = _split(url, field)
+def fetch_s3(url: str, names: list[str], folder: Path, field: str, times: RetryTimes | None = None) -> None:
+    """Copy listed objects to `folder`/name, and the address itself to `folder`/its last part. Raises as `list_s3`."""
+    bucket, remote = _open_bucket(url, field, times)
     for name in names:
         target = folder / (name or remote.rsplit("/", 1)[-1])
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +54,9 @@ def fetch_s3(url: str, names: list[str], folder: Path, field: str) -> None:
             raise type(error)(f"{field}: {error}") from None
 
 
-def _split(url: str, field: str) -> tuple[S3Store, str]:
+def _open_bucket(url: str, field: str, times: RetryTimes | None) -> tuple[S3Store, str]:
     name, _, remote = url.removeprefix("s3://").partition("/")
     try:
-        return S3Store(f"s3://{name}"), remote.strip("/")
+        return S3Store(f"s3://{name}", times), remote.strip("/")
     except BadInput as error:
-        raise BadInput.from_message(f"{field}{str(error).removeprefix('store')}") from None
+        raise BadInput(field, error.found, error.expected) from None

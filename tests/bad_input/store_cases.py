@@ -17,11 +17,12 @@ import botocore.session
 from s3fs import S3FileSystem
 
 from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
-from spinreg_core.store import s3 as s3_store
 from spinreg_core.store.folder import FolderStore
 from spinreg_core.store.open import open_store
 from spinreg_core.store.probe import require_conditional_writes
 from spinreg_core.store.remote_files import list_s3
+from spinreg_core.store.retries import RetryTimes
+from spinreg_core.store.s3 import S3Store
 from tests.bad_input.cases import Case, Place, table
 from tests.support.servers import free_ports
 from tests.support.unprivileged import as_nobody
@@ -176,8 +177,7 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     url = at(place)
     place.patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
-    place.patch.setattr(s3_store, "_CHECK_SECONDS", 6.0)
-    return open_store(url).check()
+    return S3Store(url, RetryTimes(check=6.0)).check()
 
 
 @case("an endpoint that is no address")
@@ -190,8 +190,7 @@ def _(place: Place) -> object:
 @case("a server that is not S3")
 def _(place: Place) -> object:
     with answering(place, 200, "", "<!DOCTYPE html><html><p>It works!</html>"):
-        place.patch.setattr(s3_store, "_CHECK_SECONDS", 6.0)
-        return open_store("s3://spinreg/runs").check()
+        return S3Store("s3://spinreg/runs", RetryTimes(check=6.0)).check()
 
 
 @case("a bucket that may not be listed")
@@ -216,6 +215,19 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     with answering(place, 501, "NotImplemented", "A header you provided implies functionality that is not implemented"):
         return require_conditional_writes(open_store("s3://spinreg/runs"))
+
+
+@case("SPINREG_COMMITS, which spinreg 0.1.0 read")
+def _(place: Place) -> object:
+    place.patch.setenv("SPINREG_COMMITS", "/shared/commits")
+    return open_store("s3://spinreg/runs")
+
+
+@case("a bucket of spinreg 0.1.0 with its commits in a folder")
+def _(place: Place) -> object:
+    bucket = place.folder / "bucket"
+    place.write("bucket/commits.json", '{"schema": 1, "commits": "/shared/commits/bucket"}')
+    return open_store(str(bucket)).check()
 
 
 @case("a data set in a bucket that is not there", BadInput, "prepare")
@@ -272,9 +284,8 @@ def _(place: Place) -> object:
 
 @case("a server whose disk is full", StoreFailed, "use")
 def _(place: Place) -> object:
-    place.patch.setattr(s3_store, "PATIENCE_SECONDS", 6.0)
     with answering(place, 507, "XMinioStorageFull", "Storage backend has reached its minimum free drive threshold."):
-        return open_store("s3://spinreg/runs").write("runs/demo/report.html", b"page")
+        return S3Store("s3://spinreg/runs", RetryTimes(patience=6.0)).write("runs/demo/report.html", b"page")
 
 
 @case("a folder on a full disk", StoreRefused, "use")

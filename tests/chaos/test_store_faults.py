@@ -14,13 +14,14 @@ import pytest
 from s3fs import S3FileSystem
 
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, StoreRefused
-from spinreg_core.store import s3 as s3_store
 from spinreg_core.store.base import PART_BYTES
 from spinreg_core.store.remote_files import fetch_s3, list_s3
-from spinreg_core.store.s3 import S3Store
+from spinreg_core.store.retries import RetryTimes
+from spinreg_core.store.s3 import S3Store, write_at
 from tests.chaos.fault_proxy import FaultProxy, fault_proxy
 from tests.support.servers import S3Server
 
+QUICK = RetryTimes(first_pause=0.02)
 ALL = {"refused": 0.2, "lost": 0.1, "torn": 0.1, "slow": 0.05, "doubled": 0.1, "stale": 0.2}
 
 Behind = Callable[..., tuple[FaultProxy, S3Store]]
@@ -31,12 +32,13 @@ def behind(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Beh
     """A store of its own behind a proxy with the given rates of faults."""
     with contextlib.ExitStack() as stack:
 
-        def make(rates: dict[str, float], seed: int = 0, prefix: str | None = None) -> tuple[FaultProxy, S3Store]:
+        def make(
+            rates: dict[str, float], seed: int = 0, prefix: str | None = None, times: RetryTimes = QUICK
+        ) -> tuple[FaultProxy, S3Store]:
             proxy = stack.enter_context(fault_proxy(s3_server.endpoint, rates, seed))
             monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
             S3FileSystem.clear_instance_cache()  # one is kept whatever the address is
-            monkeypatch.setattr(s3_store, "_FIRST_PAUSE", 0.02)
-            return proxy, S3Store(s3_server.url(prefix or uuid.uuid4().hex))
+            return proxy, S3Store(s3_server.url(prefix or uuid.uuid4().hex), times)
 
         yield make
     S3FileSystem.clear_instance_cache()
@@ -114,21 +116,20 @@ def test_a_lost_acknowledgement_of_an_upload_and_a_fault_of_the_question_after_i
     from botocore.exceptions import EndpointConnectionError
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
-    monkeypatch.setattr(s3_store, "_FIRST_PAUSE", 0.02)
     S3FileSystem.clear_instance_cache()
-    store = S3Store(s3_server.url(uuid.uuid4().hex))
-    real, asked = store._call, []
+    asked: list[str] = []
 
-    async def call(method: str, **arguments: object) -> object:
-        asked.append(method)
-        if method == "head_object" and asked.count(method) == 1:
-            raise EndpointConnectionError(endpoint_url="http://s")
-        answer = await real(method, **arguments)
-        if method == "complete_multipart_upload" and asked.count(method) == 1:
-            raise ConnectionResetError("the answer did not arrive")
-        return answer
+    class Faulty(S3Store):
+        async def call(self, method: str, **arguments: object) -> object:
+            asked.append(method)
+            if method == "head_object" and asked.count(method) == 1:
+                raise EndpointConnectionError(endpoint_url="http://s")
+            answer = await super().call(method, **arguments)
+            if method == "complete_multipart_upload" and asked.count(method) == 1:
+                raise ConnectionResetError("the answer did not arrive")
+            return answer
 
-    monkeypatch.setattr(store, "_call", call)
+    store = Faulty(s3_server.url(uuid.uuid4().hex), QUICK)
     content = os.urandom(PART_BYTES + 1)
     (tmp_path / "file").write_bytes(content)
     store.upload(tmp_path / "file", "file")
@@ -142,25 +143,21 @@ def test_a_disk_that_takes_a_part_of_what_arrives(tmp_path: Path, monkeypatch: p
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, start: real(file, data[:3], start))
     with open(tmp_path / "file", "wb") as file:
-        s3_store._write_at(file.fileno(), b"0123456789", 2)
+        write_at(file.fileno(), b"0123456789", 2)
     assert (tmp_path / "file").read_bytes() == b"\0\0" + b"0123456789"
 
 
-def test_a_store_that_stays_away_ends_in_one_error_after_its_time(
-    behind: Behind, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, store = behind({"refused": 1.0})
-    monkeypatch.setattr(s3_store, "PATIENCE_SECONDS", 2.0)
+def test_a_store_that_stays_away_ends_in_one_error_after_its_time(behind: Behind) -> None:
+    _, store = behind({"refused": 1.0}, times=RetryTimes(patience=2.0, check=1.0))
     start = time.monotonic()
-    with pytest.raises(StoreFailed, match=r"reading s3://spinreg/\S+/a: the store did not do it for 2 s: .*"):
+    with pytest.raises(StoreFailed, match=r"reading s3://spinreg/\S+/a: the store kept failing for 2 s: .*"):
         store.read("a")
     assert time.monotonic() - start >= 2.0, "it was tried for as long as it says"
-    monkeypatch.setattr(s3_store, "_CHECK_SECONDS", 1.0)
     with pytest.raises(BadInput, match="bucket 'spinreg' within reach"):
         store.check()
 
 
-def test_data_and_models_on_s3_are_waited_for(behind: Behind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_and_models_on_s3_are_waited_for(behind: Behind, tmp_path: Path) -> None:
     """A server that is away is no bad input: the same patience, and an error that a later attempt may not meet."""
     _, calm = behind({})
     contents = {f"{i}.jsonl": os.urandom(100 * i) for i in range(1, 9)}
@@ -169,19 +166,19 @@ def test_data_and_models_on_s3_are_waited_for(behind: Behind, tmp_path: Path, mo
     calm.write("rows-of-others/9.jsonl", b"x")
     _, store = behind(ALL, seed=6, prefix=calm.prefix)
     for _ in range(5):
-        listed = list_s3(f"{store.url}/rows/", "dataset")
-        sizes = {name: found["size"] for name, found in listed.items()}  # a stale listing lacks some
+        listed = list_s3(f"{store.url}/rows/", "dataset", QUICK)
+        sizes = {name: found.size for name, found in listed.items()}  # a stale listing lacks some
         assert sizes.items() <= {name: len(content) for name, content in contents.items()}.items()
-    fetch_s3(f"{store.url}/rows", list(contents), tmp_path, "dataset")
+    fetch_s3(f"{store.url}/rows", list(contents), tmp_path, "dataset", QUICK)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == contents
-    fetch_s3(f"{store.url}/rows/3.jsonl", [""], tmp_path / "one", "dataset")
+    fetch_s3(f"{store.url}/rows/3.jsonl", [""], tmp_path / "one", "dataset", QUICK)
     assert (tmp_path / "one/3.jsonl").read_bytes() == contents["3.jsonl"]
     behind({"refused": 1.0})
-    monkeypatch.setattr(s3_store, "PATIENCE_SECONDS", 0.5)
-    with pytest.raises(StoreFailed, match=r"listing s3://spinreg/\S+/rows: the store did not do it for 0.5 s"):
-        list_s3(f"{store.url}/rows", "dataset")
-    with pytest.raises(StoreFailed, match=r"dataset: asking for s3://spinreg/\S+/rows/1.jsonl: the store did not"):
-        fetch_s3(f"{store.url}/rows", ["1.jsonl"], tmp_path, "dataset")
+    times = RetryTimes(patience=0.5)
+    with pytest.raises(StoreFailed, match=r"listing s3://spinreg/\S+/rows: the store kept failing for 0.5 s"):
+        list_s3(f"{store.url}/rows", "dataset", times)
+    with pytest.raises(StoreFailed, match=r"dataset: asking for s3://spinreg/\S+/rows/1.jsonl: the store kept failing"):
+        fetch_s3(f"{store.url}/rows", ["1.jsonl"], tmp_path, "dataset", times)
 
 
 def test_what_does_not_pass_is_not_tried_again(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -283,7 +283,7 @@ def test_seaweedfs_takes_the_flags_is_healthy_and_refuses_strangers(services: di
             urllib.request.urlopen(f"http://127.0.0.1:{s3}/spinreg?list-type=2", timeout=5)
         checks = (
             "from spinreg_core.store import open_store;"
-            "from spinreg_core.conditional_writes import require_conditional_writes as r;"
+            "from spinreg_core.store.probe import require_conditional_writes as r;"
             "s = open_store('s3://spinreg/store'); r(s); s.create('a', b'x'); print(s.read('a'))"
         )
         worker = environment(services["worker"], AWS_ENDPOINT_URL=f"http://127.0.0.1:{s3}")

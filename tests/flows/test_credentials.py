@@ -14,7 +14,8 @@ from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput, Damaged, StoreFailed
 from spinreg_core.runtime.failures import describe_error
-from spinreg_core.store import s3 as s3_store
+from spinreg_core.store.retries import RetryTimes
+from spinreg_core.store.s3 import S3Store
 
 PLANTED = "planted-address-7Xq"
 
@@ -77,11 +78,10 @@ def test_credentials_in_the_servers_address_are_not_repeated(monkeypatch: pytest
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:{PLANTED}@127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-key-7Xq")
-    monkeypatch.setattr(s3_store, "_CHECK_SECONDS", 0.5)
     S3FileSystem.clear_instance_cache()
     try:
         with pytest.raises(BadInput, match="which cannot be used") as caught:
-            s3_store.S3Store("s3://bucket/x").check()
+            S3Store("s3://bucket/x", RetryTimes(check=0.5)).check()
     finally:
         S3FileSystem.clear_instance_cache()
     assert "7Xq" not in str(caught.value)

@@ -223,7 +223,7 @@ def test_a_lost_head_takes_nothing_with_it(store: FolderStore) -> None:
 
 
 def test_a_store_without_runs_is_left_alone(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its runs may lie elsewhere (SPINREG_COMMITS), or have been lost."""
+    """Its runs may lie elsewhere, or have been lost."""
     advance(store, config("a"), 1)
     shutil.rmtree(store.root / "runs")
     _aged(store.root, 8)

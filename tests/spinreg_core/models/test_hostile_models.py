@@ -19,6 +19,7 @@ from spinreg_core.models.loading import load_policy
 from spinreg_core.models.source import link_policy, resolve_model, tokenizer_folder
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.cache import cache_folder
+from spinreg_core.store.s3 import RemoteFile
 from spinreg_core.training.checkpoint_files import load_checkpoint, start_checkpoint
 from spinreg_core.training.optimizer import make_optimizer
 from tests.support.tiny_models import tiny_model, write_policy
@@ -127,7 +128,7 @@ def test_files_beside_the_weights_are_small(folder: Path, monkeypatch: pytest.Mo
 
 
 def test_sizes_on_s3_are_known_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed = {"config.json": {"size": 2**40, "tag": "x"}, "model.safetensors": {"size": 2**50, "tag": "y"}}
+    listed = {"config.json": RemoteFile(2**40, "x"), "model.safetensors": RemoteFile(2**50, "y")}
     monkeypatch.setattr(model_source, "list_s3", lambda url, field: listed)
     monkeypatch.setattr(model_source, "fetch_s3", lambda *_: pytest.fail("fetched"))
     with pytest.raises(BadInput, match=rf"s3://bucket/model/config\.json of {2**40} bytes"):

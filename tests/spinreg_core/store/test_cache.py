@@ -15,59 +15,32 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, StoreFailed
 from spinreg_core.runs import fetch, objects
-from spinreg_core.runs.job import Job
 from spinreg_core.store import cache
 from spinreg_core.store.cache import LIMIT_VARIABLE, cache_folder, cache_limit, pinned
-from spinreg_core.store.folder import FolderStore
-
-SIZE = 100_000  # bytes of an object's policy
-
-
-class Remote(FolderStore):
-    """A folder that is not of this machine, and notes what is fetched from it."""
-
-    def local_path(self, key: str) -> Path | None:
-        return None
-
-    def download(self, key: str, path: Path) -> None:
-        with open(self.root / "fetched", "a") as file:
-            file.write(f"{key.split('/')[1]}\n")
-        super().download(key, path)
-
-    def fetched(self) -> list[str]:
-        return (self.root / "fetched").read_text().split()
-
-
-def content(name: str) -> bytes:
-    return random.Random(name).randbytes(SIZE)
+from tests.support.builders import make_job
+from tests.support.cached_objects import SIZE, content, fetch_policy
+from tests.support.remote_store import RemoteStore
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Remote:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteStore:
     """Objects a to f."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_said", set())
-    store = Remote(tmp_path / "store")
+    store = RemoteStore(tmp_path / "store")
     for name in "abcdef":
         folder = tmp_path / f"made-{name}"
         (folder / "policy").mkdir(parents=True)
         (folder / "policy" / "weights").write_bytes(content(name))
-        job = Job("train", name, {}, "", "w", 1, {}, RunConfig(), tmp_path)
-        objects.publish(store, job, folder, metrics={})
+        objects.publish(store, make_job("train", tmp_path, object_id=name), folder, metrics={})
     return store
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, count: float) -> None:
     """Room for so many objects."""
     monkeypatch.setenv(LIMIT_VARIABLE, str(count * SIZE / 1e9))
-
-
-def fetch_policy(store: FolderStore, name: str) -> None:
-    with pinned():
-        assert (fetch.fetch_folder(store, name, "policy") / "weights").read_bytes() == content(name)
 
 
 def there() -> set[str]:
@@ -87,10 +60,11 @@ def start(tmp_path: Path) -> Iterator[Start]:
     begin = f"""
         import hashlib, os, random, shutil, sys, time
         from pathlib import Path
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from tests.spinreg_core.store.test_cache import Remote, content, fetch_policy
-        from spinreg_core import cache, objects
-        store = Remote(Path({str(tmp_path / "store")!r}))
+        from spinreg_core.runs import fetch
+        from spinreg_core.store import cache
+        from tests.support.cached_objects import content, fetch_policy
+        from tests.support.remote_store import RemoteStore
+        store = RemoteStore(Path({str(tmp_path / "store")!r}))
     """
     started: list[subprocess.Popen[str]] = []
 
@@ -110,7 +84,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def test_what_nobody_uses_goes_unused_for_longest_first(store: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_uses_goes_unused_for_longest_first(store: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     limit(monkeypatch, 3)
     for name in "abc":
         fetch_policy(store, name)
@@ -122,7 +96,7 @@ def test_what_nobody_uses_goes_unused_for_longest_first(store: Remote, monkeypat
     assert left() == []
 
 
-def test_without_a_limit_everything_stays(store: Remote) -> None:
+def test_without_a_limit_everything_stays(store: RemoteStore) -> None:
     for name in "abcdef":
         fetch_policy(store, name)
     assert there() == set("abcdef")
@@ -131,7 +105,7 @@ def test_without_a_limit_everything_stays(store: Remote) -> None:
 
 
 def test_what_another_process_uses_stays_until_it_ends(
-    store: Remote, monkeypatch: pytest.MonkeyPatch, start: Start
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     limit(monkeypatch, 2)
     user = start(
@@ -160,7 +134,7 @@ def test_what_another_process_uses_stays_until_it_ends(
 
 
 def test_a_limit_below_what_is_in_use_is_said_once_and_stops_nothing(
-    store: Remote, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1.5)
     with pinned():
@@ -187,7 +161,7 @@ def test_a_limit_is_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cache_limit() is None
 
 
-def test_two_processes_that_need_the_same_fetch_it_once(store: Remote, start: Start) -> None:
+def test_two_processes_that_need_the_same_fetch_it_once(store: RemoteStore, start: Start) -> None:
     slow = """
         real = store.download
         def download(key, path):
@@ -204,7 +178,7 @@ def test_two_processes_that_need_the_same_fetch_it_once(store: Remote, start: St
 
 
 def test_a_frozen_process_does_not_hold_up_who_needs_the_same(
-    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+    store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(
         "store.download = lambda *_: (print('fetching', flush=True), time.sleep(600)); fetch_policy(store, 'a')",
@@ -224,7 +198,7 @@ HOLDS = """
 
 
 def test_a_process_frozen_while_it_makes_room_holds_nobody_up(
-    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1)
     monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
@@ -240,7 +214,7 @@ def test_a_process_frozen_while_it_makes_room_holds_nobody_up(
 
 
 def test_a_process_frozen_while_it_removes_what_we_need_is_told(
-    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+    store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
     fetch_policy(store, "a")
@@ -254,7 +228,7 @@ def test_a_process_frozen_while_it_removes_what_we_need_is_told(
 
 
 def test_an_error_from_outside_ends_waiting_for_a_lock(
-    store: Remote, start: Start, monkeypatch: pytest.MonkeyPatch
+    store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TimeoutError of a signal's handler is an OSError too, and was taken for a file system without locks."""
     fetch_policy(store, "a")
@@ -274,7 +248,7 @@ def test_an_error_from_outside_ends_waiting_for_a_lock(
 
 
 def test_a_process_killed_while_it_fetches_leaves_nothing_to_read(
-    store: Remote, monkeypatch: pytest.MonkeyPatch, start: Start
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     limit(monkeypatch, 2)
     process = start(
@@ -301,7 +275,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_to_read(
 
 
 def test_a_process_killed_while_it_removes_leaves_nothing_to_read(
-    store: Remote, monkeypatch: pytest.MonkeyPatch, start: Start
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     fetch_policy(store, "a")
     limit(monkeypatch, 1)
@@ -326,7 +300,7 @@ def test_a_process_killed_while_it_removes_leaves_nothing_to_read(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_copy_that_is_not_what_it_was_is_fetched_anew(store: Remote, damage: str) -> None:
+def test_a_copy_that_is_not_what_it_was_is_fetched_anew(store: RemoteStore, damage: str) -> None:
     folder = fetch.fetch_folder(store, "a", "policy")
     copy = cache_folder() / "objects" / "a" / hashlib.sha256(content("a")).hexdigest()
     if damage == "gone":
@@ -340,7 +314,7 @@ def test_a_copy_that_is_not_what_it_was_is_fetched_anew(store: Remote, damage: s
     assert store.fetched() == ["a", "a"]
 
 
-def test_a_byte_flipped_between_two_processes_is_found(store: Remote, start: Start) -> None:
+def test_a_byte_flipped_between_two_processes_is_found(store: RemoteStore, start: Start) -> None:
     """With size and times as they were: only the hash tells."""
     assert start("fetch_policy(store, 'a')").wait(timeout=60) == 0
     copy = cache_folder() / "objects" / "a" / hashlib.sha256(content("a")).hexdigest()
@@ -352,7 +326,7 @@ def test_a_byte_flipped_between_two_processes_is_found(store: Remote, start: Sta
     assert store.fetched() == ["a", "a"]
 
 
-def test_many_processes_killed_at_random(store: Remote, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
+def test_many_processes_killed_at_random(store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
     """Three processes, replaced when killed, fetch and read at random with room for two objects of six."""
     limit(monkeypatch, 2)
     script = """

@@ -23,24 +23,19 @@ from spinreg_core.store import remote_files as s3_files
 from spinreg_core.store.cache import cache_folder
 from spinreg_core.store.folder import FolderStore
 from spinreg_core.store.open import open_store
-from spinreg_core.store.s3 import S3Store
-
-
-class Remote(FolderStore):
-    """A store whose files are fetched into the cache, as those of S3 are."""
-
-    def local_path(self, key: str) -> Path | None:
-        return None
+from spinreg_core.store.s3 import RemoteFile, S3Store
+from tests.support.builders import make_job
+from tests.support.remote_store import RemoteStore
 
 
 @pytest.fixture(params=["remote", "folder"])
 def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderStore:
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
-    return (Remote if request.param == "remote" else FolderStore)(tmp_path / "store")
+    return (RemoteStore if request.param == "remote" else FolderStore)(tmp_path / "store")
 
 
 def job(tmp_path: Path) -> Job:
-    return Job("train", objects.fingerprint("train", {}), {}, "", "e0001-aaaa", 1, {}, RunConfig(), tmp_path)
+    return make_job("train", tmp_path, object_id=objects.fingerprint("train", {}))
 
 
 def published(store: FolderStore, tmp_path: Path) -> dict[str, Any]:
@@ -197,7 +192,7 @@ def test_jobs_whose_names_lead_elsewhere(tmp_path: Path, field: str, name: str) 
 def test_objects_of_other_peoples_buckets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Names on S3 are any text."""
 
-    monkeypatch.setattr(S3Store, "described", lambda self, start: {f"{start}/{name}": (1, "x")})
+    monkeypatch.setattr(S3Store, "find_files", lambda self, start: {f"{start}/{name}": RemoteFile(1, "x")})
     for field in ("model", "dataset"):
         with pytest.raises(BadInput, match=f"{field}: found an object named .* names that stay inside the folder"):
             s3_files.list_s3("s3://bucket/folder", field)
@@ -206,7 +201,7 @@ def test_objects_of_other_peoples_buckets(monkeypatch: pytest.MonkeyPatch, name:
 def test_a_link_in_a_cache_is_made_inside_its_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side of the hostile names: what an honest manifest gives."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
-    store = Remote(tmp_path / "store")
+    store = RemoteStore(tmp_path / "store")
     folder = fetch.fetch_folder(store, published(store, tmp_path)["object_id"], "policy")
     assert folder.is_relative_to(cache_folder() / "objects")
     assert os.listdir(folder) == ["config.json"]

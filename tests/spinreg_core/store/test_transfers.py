@@ -60,7 +60,7 @@ def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: py
 def test_what_is_copied_goes_to_the_disk_as_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all of a large file would go there at once at the end, which would look like standing still."""
     synced: list[int] = []
-    monkeypatch.setattr(folder, "_SYNC_BYTES", 2 * PART_BYTES)
+    monkeypatch.setattr(folder, "SYNC_BYTES", 2 * PART_BYTES)
     monkeypatch.setattr(folder.os, "fsync", lambda number: synced.append(folder.os.fstat(number).st_size))
     (tmp_path / "file").write_bytes(bytes(5 * PART_BYTES))
     folder._copy(tmp_path / "file", tmp_path / "copy", lambda _bytes: None)
