@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Modules are compiled when they are first imported, not all at the installation, which takes a minute and a half; the
-# many processes of a run then find them compiled. (An image, whose user writes nothing, compiles all: docker/Dockerfile.)
+# Compiling all modules at the installation takes a minute and a half, so they are compiled at their first import. An
+# image compiles all of them, because its user cannot write (docker/Dockerfile).
 export PIP_COMPILE := 0
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -12,15 +12,16 @@ export PYTHONDONTWRITEBYTECODE :=
 demo: install  ## two rounds of regularised self-play on a real 135M chat model
 	$(BIN)/python -m flows.spin --config deployments/configs/demo.yaml
 
-install:  ## make or complete the virtual environment; does nothing when nothing is missing
+install:  ## make or complete the virtual environment; does nothing if it is complete
 	@PYTHON=$(PYTHON) sh scripts/install.sh cpu $(VENV)
 
-# Two at a time: much of the time goes into starting processes. Files that share servers stay together (tests/conftest.py).
+# Two processes, because tests often wait for other processes to start. Files that share servers stay together
+# (tests/conftest.py). CONTRIBUTING.md says which tests run when.
 test: install  ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# CHAOS="--kills 10 --minutes 20" makes it shorter.
-chaos: install  ## whole runs under at least 50 kills, faults, a full disk and second flows; half an hour or more
+# A shorter form: make chaos CHAOS="--kills 10 --minutes 20".
+chaos: install  ## whole runs under at least 50 kills, faults, a full disk and second flows; an hour or more
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.harness $(CHAOS)
 
 lint: install  ## formatter, linter, type checker
@@ -32,8 +33,8 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install  ## write the configuration reference anew
+docs: install  ## write the configuration reference again
 	$(BIN)/python scripts/config_reference.py
 
-audit: install  ## known vulnerabilities of what is installed; needs PyPI's advisories (or AUDIT_SERVICE=osv)
+audit: install  ## known vulnerabilities of the installed packages; needs PyPI's advisories (or AUDIT_SERVICE=osv)
 	sh scripts/audit.sh $(VENV)

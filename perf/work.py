@@ -1,7 +1,7 @@
-"""What the benchmarks of training measure with: models of random weights, pairs, model FLOPs, the machine's peak.
+"""Shared parts of the training measurements: random models, pairs, model FLOPs, the machine's peak.
 
 Lengths are drawn like those of chat data (log-normal, seed 0): prompts around 100 tokens, human answers 150, generated
-ones 200 and at most 256. Token ids are random, and so are the weights: neither changes the work.
+ones 200 and at most 256. Token ids and weights are random, which does not change the work.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = {
 def rows(
     prompts: int, answers: int, vocabulary: int, *, lengths: tuple[int, int, int] | None = None
 ) -> list[dict[str, Any]]:
-    """Pairs, `answers` of each prompt one after another, in an order that no batching improves on by luck.
+    """Return pairs, `answers` of each prompt one after another, in random order of lengths.
 
     `lengths`: of every prompt, human and generated answer; unset: drawn like those of chat data.
     """
@@ -52,14 +52,14 @@ def rows(
              "generated_truncated": False, "base_real": None, "base_generated": None}
             for k in range(answers)
         ]  # fmt: skip
-    for pair in found:  # what a policy that knows nothing says, so that margins start near zero as in a real round
+    for pair in found:  # scores of a uniform policy, so that margins start near zero as in a real round
         for which in ("real", "generated"):
             pair[f"previous_{which}"] = -math.log(vocabulary) * len(pair[f"{which}_ids"])
     return found
 
 
 def model_flops(batch: list[dict[str, Any]], config: Any) -> float:
-    """Forward and backward of one step: prompts and answers once, the vocabulary projection on answer tokens only."""
+    """Return the FLOPs of a step, forward and backward: prompts and answers once, the projection on answer tokens."""
     d, f, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     width = d // config.num_attention_heads
     kv = width * config.num_key_value_heads
@@ -81,20 +81,20 @@ def load_config(folder: str) -> Any:
 
 
 def processor() -> str:
-    """What these figures were measured on, where there is no GPU."""
+    """Name the processor and the number of threads, for machines without a GPU."""
     names = re.findall(r"^model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text(), re.M)
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def memory() -> float:
-    """Peak memory of this process: the GPU's where there is one, else the resident set (GiB)."""
+    """Return the peak memory of this process in GiB: of the GPU if there is one, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measured_peak() -> dict[str, float]:
-    """Best rate of a square matrix product (FLOP/s), by number format."""
+    """Return the best rate of a square matrix product in FLOP/s, by number format."""
     found = {}
     size = 8192 if torch.cuda.is_available() else 3072
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,7 +112,7 @@ def measured_peak() -> dict[str, float]:
 
 
 def write_model(shape: str, folder: Path) -> str:
-    """A folder with random weights, and a tokenizer that TRL wants to see."""
+    """Write a folder with random weights and with the tokenizer that TRL requires."""
     from tokenizers import Tokenizer, models
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

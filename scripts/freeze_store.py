@@ -1,10 +1,10 @@
-"""Freeze stores of this version for tests/data, so that later versions can be held to reading and resuming them.
+"""Freeze stores of this version for tests/data, so that tests can make later versions read and continue them.
 
     python scripts/freeze_store.py 0.1.0 tests/data
 
 Writes `store-VERSION.tar.gz` (two finished runs of two rounds), `interrupted-VERSION.tar.gz` (the same configuration,
 killed in the middle of `generate` and of `train`) and `ids-VERSION.json` (object ids and manifest sums, by stage).
-The pages of reports are left out: they are views, and most of their bytes are plotly's.
+The pages of reports are left out, because they are views and most of their bytes are plotly's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def finish(store: Path, cache: Path, *arguments: str) -> None:
 
 
 def kill_when(reached: Callable[[], bool], store: Path, cache: Path) -> None:
-    """Start the run and kill its whole process group at once when `reached` is true."""
+    """Start the run, and kill its flow process when `reached` is true."""
     process = start(store, cache)
     while not reached():
         if process.poll() is not None:
@@ -51,7 +51,7 @@ def kill_when(reached: Callable[[], bool], store: Path, cache: Path) -> None:
 
 
 def unfinished(store: Path, stage: str, pattern: str) -> list[Path]:
-    """Committed parts of objects of a stage that have no manifest yet."""
+    """Return the committed parts of objects of a stage that have no manifest yet."""
     found = store.glob(f"objects/{stage}-*/parts/{pattern}.json")
     return [path for path in found if not (path.parents[1] / "manifest.json").exists()]
 
@@ -78,7 +78,7 @@ def pack(folder: Path, archive: Path) -> None:
 
 
 def ids(store: Path) -> dict[str, Any]:
-    """Object id and manifest sum of every stage of every run, by run and `round/stage`."""
+    """Return object id and manifest sum of every stage, by run and `round/stage`."""
     found: dict[str, Any] = {}
     for path in sorted(store.glob("runs/*/head.json")):
         head = json.loads(path.read_text())

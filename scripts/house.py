@@ -1,4 +1,4 @@
-"""Measure the house: files outside of packages, import cycles, untyped documents, product lines, patches in tests.
+"""Measure the house: files outside packages, import cycles, untyped documents, product lines, patches in tests.
 
     python scripts/house.py [FOLDER]
 
@@ -23,7 +23,7 @@ def module(path: Path, root: Path) -> str:
 
 
 def imports(tree: ast.AST, modules: Iterable[str]) -> set[str]:
-    """The product's modules that a file imports, anywhere in it but under TYPE_CHECKING."""
+    """Return the product's modules that a file imports anywhere, except under TYPE_CHECKING."""
     known, found = set(modules), set()
     typing_only = {
         child
@@ -45,7 +45,7 @@ def imports(tree: ast.AST, modules: Iterable[str]) -> set[str]:
 
 
 def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
-    """Strongly connected components of more than one node (Tarjan)."""
+    """Return the strongly connected components of more than one node (Tarjan 1972)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -74,12 +74,12 @@ def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def package(name: str) -> str:
-    """The room of a module: `spinreg_core.store.s3` -> `spinreg_core.store`."""
+    """Return the package of a module: `spinreg_core.store.s3` -> `spinreg_core.store`."""
     return ".".join(name.split(".")[:2]) if name.startswith("spinreg_core.") else name.split(".")[0]
 
 
 def takes_untyped_documents(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether an annotation of a parameter or of the result says `dict[str, Any]`."""
+    """Check if an annotation of a parameter or of the result contains `dict[str, Any]`."""
     arguments = function.args
     every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
     annotations = [argument.annotation for argument in every if argument is not None] + [function.returns]
@@ -127,7 +127,7 @@ def measure(root: Path) -> dict[str, int]:
         for token in tokenize.generate_tokens(io.StringIO(text).readline)
     )
     return {
-        "files of spinreg_core outside of packages": len(list((root / "spinreg_core").glob("*.py"))),
+        "files of spinreg_core outside packages": len(list((root / "spinreg_core").glob("*.py"))),
         "package cycles": len(cycles(rooms)),
         "file cycles": len(cycles(graph)),
         "functions": len(functions),

@@ -1,11 +1,11 @@
-"""The pictures of README and docs, taken from a real server and Chromium.
+"""Take the pictures of README and docs from a real server with Chromium.
 
     python scripts/screenshots.py [--config deployments/configs/smoke.yaml] [--chromium /usr/bin/chromium]
     python scripts/screenshots.py --comparison grid-store/comparisons/alpha-history/report.html
 
-The first starts a Prefect server and a worker of its own in a temporary folder, deploys, runs the configuration to its
-end and writes docs/images/prefect-ui.png and docs/images/report.png; the second docs/images/comparison.png. A picture
-ends before a page's sample answers: no row of anybody's data set comes into the project.
+The first form starts a Prefect server and a worker in a temporary folder, deploys, runs the configuration to its end,
+and writes docs/images/prefect-ui.png and docs/images/report.png. The second writes docs/images/comparison.png. A
+picture ends before a page's sample answers, so that no row of a data set enters the project.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="deployments/configs/smoke.yaml")
     parser.add_argument("--chromium", default="/usr/bin/chromium")
-    parser.add_argument("--comparison", type=Path, help="page of a comparison to take a picture of, instead")
+    parser.add_argument("--comparison", type=Path, help="page of a comparison; take its picture instead")
     arguments = parser.parse_args()
     images = ROOT / "docs/images"
     if arguments.comparison is not None:

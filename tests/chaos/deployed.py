@@ -1,8 +1,8 @@
-"""A run by a Prefect worker: the same flow as a deployment, whose worker can be a victim too.
+"""A run as a deployment, started by a Prefect worker that can be a victim too.
 
-Starting it again is a new flow run with the same parameters, by a new worker where the old one is gone. What is asked
-of a process elsewhere (`poll`, `wait`) is answered by the state of the flow run, and by whether its process lives:
-where worker and flow die together, nobody tells the server for minutes (`deployments/automations.py`).
+A restart is a new flow run with the same parameters, with a new worker if the old one is gone. `poll` and `wait` use
+the state of the flow run and the life of its process. If worker and flow die together, the server learns of it only
+after minutes (deployments/automations.py).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _START_SECONDS = 60.0
 
 
 def deploy(server: PrefectServer) -> None:
-    """`spin/iterate`, as prefect.yaml says."""
+    """Deploy `spin/iterate` from prefect.yaml."""
     for command in ("work-pool create local --type process", "--no-prompt deploy --name spin/iterate"):
         done = server.cli(*command.split(), cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -56,7 +56,7 @@ class FlowRun:
             self.seen = self.seen or "flow" in alive
             try:
                 state = self.run.server.flow_run(self.id)["state_type"]
-            except OSError:  # killed just now
+            except OSError:  # the server was just killed
                 return None
             late = time.monotonic() - self.begin > _START_SECONDS
             gone = "flow" not in alive and (self.seen or ("worker" not in alive and late))

@@ -1,19 +1,19 @@
-"""Whole runs under kills, faults, a full disk and second flows; each must end as the undisturbed run did.
+"""Run whole runs under kills, faults, a full disk and second flows; each must end like the undisturbed run.
 
     python tests/chaos/harness.py [--kills 50] [--minutes N] [--store folder|s3] [--seed 0] [--only SCENE] [--short]
 
 `make chaos` is the long form. `--short` (CI; at most 90 s on an idle machine): one round, killed three times, behind a
-bad network. A run is the smoke configuration with more to do in every stage. The harness needs no network and leaves
-nothing; what it does is drawn from the seed, when it falls on what is up to the machine.
+bad network. A run is the smoke configuration with more work in every stage. The harness needs no network and leaves
+nothing behind. The seed determines its actions; their exact instants depend on the machine.
 
 The last line is one JSON object:
 
-    kills                  processes that lived, were sent SIGKILL or SIGTERM, and did not live afterwards
+    kills                  processes that were alive, got SIGKILL or SIGTERM, and ended
     faults                 faulty requests between runs and their store
-    bad_inputs             wrong inputs fed to what reads them (tests/bad_input); null where that was left out
-    losses                 results, commits and ends that were not as promised; `lost` says which
-    work_repeated_percent  of the seconds of all attempts at stages in killed runs, those in vain: after the last shard
-                           or checkpoint of an attempt that was not committed, or all of it where it left none
+    bad_inputs             wrong inputs fed to their readers (tests/bad_input); null if that scene was left out
+    losses                 results, commits and ends that broke a promise; `lost` names them
+    work_repeated_percent  repeated share of the seconds of all attempts at stages in killed runs: the time after the
+                           last shard or checkpoint of an uncommitted attempt, or all of its time without one
     seconds, runs, ...     of the harness
 """
 
@@ -61,8 +61,8 @@ class Harness:
         self.runs: list[Run] = []
         self.faults: Counter[str] = Counter()
         self.skipped: list[str] = []
-        self.bad_inputs: int | None = None  # tried
-        self.lost: list[str] = []  # besides what runs lost
+        self.bad_inputs: int | None = None  # number of tried cases
+        self.lost: list[str] = []  # losses outside runs
         self.pool = ThreadPoolExecutor(1)
         self.expected: dict[int, Future[dict[str, Any]]] = {}  # by number of processes
         self.seconds: Counter[str] = Counter()
@@ -79,7 +79,7 @@ class Harness:
         return False
 
     def run(self, what: str, *, url: str | None = None, s3: S3Server | None = None, processes: int = 1) -> Run:
-        """A run that was not started yet: in a folder of its own, at `url`, or in a store on S3."""
+        """Return a run that is not started yet: in a folder of its own, at `url`, or in a store on S3."""
         name = f"{what}-{len(self.runs)}"
         folder = self.folder / name
         url = s3.url(name) if s3 is not None else url or str(folder / "store")
@@ -88,7 +88,7 @@ class Harness:
         return run
 
     def see(self, run: Run, scene: Callable[[], Any]) -> Any:
-        """Go through a scene and compare; what is lost is told and counted, and the next scene begins."""
+        """Play a scene, compare its run with the undisturbed one, and print and count losses."""
         before, found = len(run.losses), None
         with run.attempts:
             try:
@@ -99,12 +99,12 @@ class Harness:
         for line in run.losses[before:]:
             say(f"LOST {line}")
         if any(kill.victim != "store" for kill in run.kills):
-            with contextlib.suppress(OSError, SpinregError):  # it is told already
+            with contextlib.suppress(OSError, SpinregError):  # reported above already
                 self.seconds.update(run.attempts.seconds(run.store))
         return found
 
     def undisturbed(self, processes: int) -> Future[dict[str, Any]]:
-        """What the run leaves that nothing is done to, once for every number of processes."""
+        """Return the result of the undisturbed run, made once for every number of processes."""
         if processes not in self.expected:
             run = self.run("calm", processes=processes)
             self.expected[processes] = self.pool.submit(self._undisturbed, run)
@@ -131,7 +131,7 @@ class Harness:
             plan = self.killer.plan(run.places(), min(KILLS_PER_RUN, self.arguments.kills - self.kills))
             say(f"{len(plan)} kills, {processes} processes, on {on}")
             self.see(run, lambda run=run, plan=plan: kill_through(run, self.killer, plan, say))
-            if not run.kills:  # none ever will be
+            if not run.kills:  # no kill hits here, so none ever will
                 break
             number += 1
 
@@ -229,7 +229,7 @@ class Harness:
 
 @contextlib.contextmanager
 def in_environment(env: dict[str, str]) -> Iterator[None]:
-    """The harness looks at stores as the runs do; s3fs keeps one connection whatever the address is."""
+    """Set the runs' environment in the harness too; s3fs would reuse a connection to another address."""
     from s3fs import S3FileSystem
 
     before = {name: os.environ.get(name) for name in env}
@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("--short", action="store_true", help="what CI runs")
     arguments = parser.parse_args()
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers, mounts and folders go with it
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that servers, mounts and folders are cleaned up
     with (
         tempfile.TemporaryDirectory(prefix="spinreg-chaos-") as name,
         s3_server(Path(name) / "s3") as s3,
@@ -273,7 +273,7 @@ def main() -> int:
         harness = Harness(arguments, Path(name), server, s3, begin)
         try:
             if arguments.short:
-                harness.undisturbed(1)  # meanwhile: there are two cores
+                harness.undisturbed(1)  # in a thread, because there are two cores
                 harness.faulty(0.1, 3)
             else:
                 harness.undisturbed(1).result()

@@ -1,7 +1,7 @@
-"""One run, started again and again until it is complete, and compared with the undisturbed one.
+"""Start one run repeatedly until it is complete, and compare it with the undisturbed one.
 
-Decides: what the run is, when a kill falls (in every stage, and before the first), who is its victim, and what counts
-as a loss. Leaves out: what else is done to a run (`scenes.py`), which runs there are (`benchmarks/lm_eval_model.py`).
+Decides: the run, the instants of kills (in every stage, and before the first), their victims, and the definition of a
+loss. Leaves out: other disturbances (scenarios), and the list of runs (harness).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from tests.chaos.writers import Attempts
 from tests.support.servers import PrefectServer
 from tests.support.whole_runs import SMOKE, environment, generations, outcome, start
 
-# As in the smoke configuration, with more to do in every stage: kills are to fall into work, too.
+# The smoke configuration with more work in every stage, so that kills hit stages at work.
 WORK = {"data.prompts_per_round": 24, "generation.max_new_tokens": 48, "training.epochs": 10,
         "evaluation.bootstrap": 100, "resources.retry_delay_seconds": 0.5}  # fmt: skip
-PATIENCE = 900.0  # seconds until one start of a run is given up
+PATIENCE = 900.0  # seconds to wait for one start of a run
 
 
 class Started(Protocol):
-    """One start of a run: a process, or what is asked like one."""
+    """One start of a run: a process, or an object with the same methods."""
 
     returncode: int | None
 
@@ -42,7 +42,7 @@ class Started(Protocol):
 
 
 class Lost(Exception):
-    """A promise that was not kept."""
+    """A promise was broken."""
 
 
 @dataclass
@@ -50,12 +50,12 @@ class Kill:
     place: str
     victim: str
     signal: str
-    hit: bool  # it lived, and then it did not
+    hit: bool  # the victim was alive before and not after
 
 
 @dataclass
 class Run:
-    """A run in a store and a cache of its own, by the same command every time."""
+    """A run in a store and a cache of its own, started by the same command every time."""
 
     name: str
     folder: Path
@@ -64,7 +64,7 @@ class Run:
     rounds: int
     processes: int = 1
     env: dict[str, str] = field(default_factory=dict)
-    starter: Callable[[Run], Started] | None = None  # where it is not the command `python -m flows.spin`
+    starter: Callable[[Run], Started] | None = None  # unset: the command `python -m flows.spin`
     starts: int = 0
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class Run:
             raise Lost(f"{self.name}: nothing after {PATIENCE:.0f} s: {self.said()}") from None
 
     def to_the_end(self, process: Started, disturbed: bool = False) -> None:
-        """Wait, and start again what ended early. Without a disturbance a start must not fail."""
+        """Wait, and start the run again if it ended early. Without a disturbance a start must not fail."""
         while (status := self.wait(process)) != 0:
             if not disturbed:
                 raise Lost(f"{self.name}: ended by itself with status {status}: {self.said()}")
@@ -110,7 +110,7 @@ class Run:
             process, disturbed = self.start(), False
 
     def check_committed(self) -> None:
-        """What was seen to be committed before is there, and as it was."""
+        """Add commits that were seen before and are gone or changed to the losses."""
         head = read_head(self.store, self.name)
         if head is None:
             if self._known:
@@ -125,7 +125,7 @@ class Run:
         self._known = now
 
     def compare(self, expected: dict[str, Any]) -> None:
-        """Add what differs from the undisturbed run, and what is damaged, to the losses."""
+        """Add differences from the undisturbed run, and damage, to the losses."""
         self.check_committed()
         found = result(self)
         for name in sorted(expected.keys() | found.keys()):
@@ -139,7 +139,7 @@ class Run:
 
 
 def result(run: Run) -> dict[str, Any]:
-    """What must not depend on disturbances: SHA-256 of the weights, pairs, answers and metrics of every round."""
+    """Return the SHA-256 of the weights, pairs, answers and metrics of every round; no disturbance may change it."""
     head = read_head(run.store, run.name)
     if head is None or complete_round(head) != run.rounds:
         raise Lost(f"{run.name}: it ended well, but {run.rounds} rounds are not complete")
@@ -153,7 +153,7 @@ def result(run: Run) -> dict[str, Any]:
 
 @dataclass
 class Killer:
-    """Draws instants and victims; every place comes up before one comes up again, and so do kinds of victims."""
+    """Draws instants and victims. Every place, and every kind of victim, comes up before one comes up again."""
 
     draw: random.Random
     stage_seconds: dict[str, float] = field(default_factory=dict)  # of the undisturbed run
@@ -161,7 +161,7 @@ class Killer:
     struck: dict[str, int] = field(default_factory=dict)
 
     def plan(self, places: Sequence[str], count: int) -> list[str]:
-        """`count` places, in the order in which a run comes to them. "start": right after a start."""
+        """Return `count` places in the order of a run. "start" is the instant right after a start."""
         chosen: list[str] = []
         while len(chosen) < count:
             if not (usable := [place for place in self.deck if place in ("start", *places)]):
@@ -175,18 +175,18 @@ class Killer:
         return self.draw.uniform(0, 1.2 * self.stage_seconds.get(place, 4.0))
 
     def victim(self, kinds: Sequence[str]) -> tuple[str, signal.Signals]:
-        """A kind among those that live, of those that came up least so far."""
+        """Return one of the living kinds that came up least so far, and a signal."""
         least = min(self.struck.get(kind, 0) for kind in kinds)
         kind = self.draw.choice([kind for kind in sorted(kinds) if self.struck.get(kind, 0) == least])
         self.struck[kind] = self.struck.get(kind, 0) + 1
-        # Everything at once is what a machine does that goes down: nobody asks first.
-        # A worker that is asked waits for its flow runs.
+        # A machine that goes down kills all its processes at once, without SIGTERM. A worker waits for its flow runs
+        # after SIGTERM.
         at_once = kind in ("all", "prefect", "worker")
         return kind, signal.SIGKILL if at_once else self.draw.choice(SIGNALS)
 
 
 def kill_through(run: Run, killer: Killer, places: Sequence[str], say: Callable[[str], None]) -> None:
-    """Start the run, kill at each of `places` in turn, start again what ended, and see it to its end."""
+    """Start the run, kill at each of `places` in turn, restart it after each end, and wait until it is complete."""
     process, since, disturbed = run.start(), time.monotonic(), False
     try:
         for place in places:
@@ -195,7 +195,7 @@ def kill_through(run: Run, killer: Killer, places: Sequence[str], say: Callable[
             while later and (now := run.attempts.begun(later, since)) is None:
                 if (status := process.poll()) is not None:
                     if status == 0:
-                        return  # it was complete before its time
+                        return  # the run was complete before the next kill
                     if not disturbed:
                         raise Lost(f"{run.name}: ended by itself with status {status}: {run.said()}")
                     process, disturbed = run.start(), False
@@ -215,7 +215,7 @@ def kill_through(run: Run, killer: Killer, places: Sequence[str], say: Callable[
 
 
 def strike_one(run: Run, killer: Killer, process: Started, place: str) -> Kill | None:
-    """Kill something of the run that lives, or its Prefect server. None where nothing of the run does any more."""
+    """Kill a living process of the run, or its Prefect server. Return None if the run has no living process."""
     alive = living(run.cache)
     alive.pop("other", None)
     if process.poll() is not None or "flow" not in alive:

@@ -1,7 +1,7 @@
-"""The processes of a run, told apart by what they are, and how one is killed.
+"""Find the processes of a run by kind, and kill them.
 
-Decides: who belongs to a run (all that inherited its SPINREG_CACHE), what each process is, and that a kill counts only
-where its victim lived before and does not live after. Leaves out: when, and what is looked at afterwards (`trial.py`).
+Decides: that all processes with the run's SPINREG_CACHE belong to it, the kind of each, and that a kill counts only if
+its victim was alive before and not after. Leaves out: the instants of kills, and the checks afterwards (one_run).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _lives(pid: int) -> bool:
 
 
 def strike(pids: list[int], signum: int) -> bool:
-    """Signal processes. Whether any of them lived, and none does afterwards."""
+    """Signal processes. Return True if at least one was alive before and none is afterwards."""
     hit = False
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
@@ -85,6 +85,6 @@ def wait_gone(pids: list[int], seconds: float) -> bool:
 
 
 def end_all(cache: Path) -> None:
-    """Leave nothing of a run."""
+    """Kill all processes of a run."""
     for pids in living(cache).values():
         strike(pids, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""What else is done to a run: a bad network, a store's server that dies, a full disk, a second flow, a frozen one.
+"""Disturb a run: a bad network, a dying store server, a full disk, a second flow, a frozen flow.
 
-Each scene takes a run that was not started yet, sees it to its end, and leaves losses in it. Leaves out: kills of the
-run's own processes (`trial.py`).
+Each scene takes a run that is not started yet, waits for its end, and records losses in it. Leaves out: kills of the
+run's own processes (one_run).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.support.whole_runs import wait_until
 
 Say = Callable[[str], None]
 FULL = "free some space (`spinreg gc` lists"
-HELD = 75  # exit status of a flow that found another one at work
+HELD = 75  # exit status of a flow if another one advances the run
 MIDDLE = ("round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
 
 
 def rates(highest: float) -> dict[str, float]:
-    """Of every fault; refusals and stale listings come most."""
+    """Return the rate of every fault; refusals and stale listings are the most frequent."""
     half = highest / 2
     return {"refused": highest, "lost": half, "torn": half, "slow": half, "doubled": half, "stale": highest,
             "flipped": half / 2}  # fmt: skip
@@ -36,14 +36,14 @@ def rates(highest: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def bad_network(run: Run, server: S3Server, faults: dict[str, float], seed: int = 0) -> Iterator[FaultProxy]:
-    """The run reaches its store through a proxy; the harness looks at the store directly."""
+    """Put a proxy between the run and its store; the harness reads the store directly."""
     with fault_proxy(server.endpoint, faults, seed) as proxy:
         run.env |= server.env | {"AWS_ENDPOINT_URL": proxy.endpoint}
         yield proxy
 
 
 def under_faults(run: Run, killer: Killer, server: S3Server, highest: float, kills: int, say: Say) -> FaultProxy:
-    """All faults at once, and kills as well."""
+    """Complete a run under all faults and kills."""
     with bad_network(run, server, rates(highest), killer.draw.randrange(2**31)) as proxy:
         kill_through(run, killer, killer.plan(run.places(), kills), say)
     say(f"  {run.name}: {sum(proxy.happened.values())} faults in {proxy.requests} requests, {dict(proxy.happened)}")
@@ -51,9 +51,9 @@ def under_faults(run: Run, killer: Killer, server: S3Server, highest: float, kil
 
 
 def server_killed(run: Run, killer: Killer, server: S3Server, servers: contextlib.ExitStack, say: Say) -> None:
-    """SIGKILL to the store's server while files are on their way to it, in several stages; back seconds later.
+    """Kill the store's server during uploads, in several stages, and restart it seconds later.
 
-    The server is this scene's own; the one that runs last ends with `servers`.
+    The server belongs to this scene; the last one ends with `servers`.
     """
     environment = os.environ | {name: server.env[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
     with bad_network(run, server, {}) as proxy:
@@ -75,7 +75,7 @@ def server_killed(run: Run, killer: Killer, server: S3Server, servers: contextli
 
 
 def may_mount(folder: Path) -> bool:
-    """Whether this user can make a file system of a few MB."""
+    """Check if this user can mount a file system of 1 MB."""
     folder.mkdir(parents=True, exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
         return False
@@ -84,7 +84,7 @@ def may_mount(folder: Path) -> bool:
 
 
 def full_disk(run: Run, mounted: Path, size: int, say: Say) -> None:
-    """The store's file system (`mounted`) holds `size` bytes at first, which do not do; later there is room."""
+    """Start on a file system (`mounted`) of `size` bytes, which are too few, and continue after it has grown."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mounted)], check=True)
     try:
         status = run.wait(run.start())
@@ -104,7 +104,7 @@ def unmount(mounted: Path) -> None:
 
 
 def two_at_once(run: Run, say: Say) -> None:
-    """Two flows on one run: one advances it, the other ends and names it."""
+    """Start two flows on one run: one advances it, the other ends and names the first."""
     flows = [run.start(), run.start()]
     try:
         statuses = [run.wait(flow) for flow in flows]
@@ -116,7 +116,7 @@ def two_at_once(run: Run, say: Say) -> None:
 
 
 def frozen(run: Run, killer: Killer, with_stages: bool, say: Say) -> None:
-    """A flow is frozen in the middle of a stage, alone or with all its processes; another takes its lease; it wakes."""
+    """Freeze a flow during a stage, alone or with its processes, let another take its lease, and wake it."""
     place = killer.draw.choice(MIDDLE)
     first, begin = run.start(), time.monotonic()
     assert isinstance(first, subprocess.Popen)

@@ -1,5 +1,7 @@
-"""Whatever stands in a document of the store, a configuration or a data set: what comes out is an error of ours, or
-none. Few examples by default; many with SPINREG_CHAOS=long."""
+"""Random documents, configurations and data sets raise errors of spinreg or none.
+
+There are few examples by default, and many with SPINREG_CHAOS=long.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ VALUES = st.recursive(
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Paths to everything in a document."""
+    """Return the paths of all values in a document."""
     found = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
@@ -65,7 +67,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def edited(document: Any, path: tuple[Any, ...], value: Any, *, gone: bool) -> Any:
-    """The document with another value at a path, or none."""
+    """Return the document with another value at a path, or without one."""
     document = json.loads(json.dumps(document))
     place = document
     for key in path[:-1]:
@@ -78,7 +80,7 @@ def edited(document: Any, path: tuple[Any, ...], value: Any, *, gone: bool) -> A
 
 
 def broken(raw: bytes, draw: st.DataObject) -> bytes:
-    """Bytes cut, with some of them changed, or with others in their middle."""
+    """Return the bytes cut, changed in places, or with others inserted."""
     seed = random.Random(draw.draw(st.integers(0, 2**32)))
     for _ in range(seed.randint(1, 3)):
         at = seed.randrange(len(raw) + 1)
@@ -104,7 +106,7 @@ READ_BY_REPORT = {
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
-    """A run of one round: small files, made by the real writers."""
+    """Return a store with a run of one round: small files, made by the real writers."""
     folder = tmp_path_factory.mktemp("fuzz")
     found = FolderStore(folder / "store")
     config = RunConfig(store=str(found.root))
@@ -133,7 +135,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
 
 
 def readers(store: FolderStore) -> list[Callable[[], object]]:
-    """Everything that reads the documents of a run."""
+    """Return all functions that read the documents of a run."""
     return [
         lambda: read_head(store, "demo"),
         lambda: read_config(store, "demo"),
@@ -146,8 +148,8 @@ def readers(store: FolderStore) -> list[Callable[[], object]]:
     ]
 
 
-def test_readers_read_what_is_sound(store: FolderStore) -> None:
-    """Else the tests below would see nothing but refusals."""
+def test_readers_of_sound_documents_raise_nothing(store: FolderStore) -> None:
+    """Otherwise the tests below would see only refusals."""
     for reader in readers(store):
         reader()
 
@@ -167,7 +169,7 @@ DOCUMENTS = (
 @pytest.mark.parametrize("key", DOCUMENTS)
 @examples(20)
 @given(draw=st.data())
-def test_documents(store: FolderStore, key: str, draw: st.DataObject) -> None:
+def test_readers_of_edited_documents_raise_only_own_errors(store: FolderStore, key: str, draw: st.DataObject) -> None:
     path = store.root / key
     sound = path.read_bytes()
     try:
@@ -185,7 +187,7 @@ def test_documents(store: FolderStore, key: str, draw: st.DataObject) -> None:
 
 @examples(40)
 @given(value=VALUES)
-def test_anything_in_place_of_a_document(store: FolderStore, value: Any) -> None:
+def test_parse_of_any_value_raises_only_own_errors(store: FolderStore, value: Any) -> None:
     for key in DOCUMENTS:
         for found in (value, {"schema": value}, {"schema": documents.SCHEMA, "files": value, "lease": value}):
             with contextlib.suppress(SpinregError):
@@ -194,7 +196,7 @@ def test_anything_in_place_of_a_document(store: FolderStore, value: Any) -> None
 
 @examples(50)
 @given(draw=st.data())
-def test_configurations(draw: st.DataObject) -> None:
+def test_resolve_of_edited_values_raises_only_own_errors(draw: st.DataObject) -> None:
     sound = RunConfig().model_dump(mode="json")
     values: Any = sound
     for _ in range(draw.draw(st.integers(1, 2))):
@@ -209,7 +211,7 @@ def test_configurations(draw: st.DataObject) -> None:
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 @examples(8)
 @given(draw=st.data())
-def test_configuration_files(tmp_path: Path, suffix: str, draw: st.DataObject) -> None:
+def test_resolve_of_broken_files_raises_only_own_errors(tmp_path: Path, suffix: str, draw: st.DataObject) -> None:
     sound = RunConfig().model_dump(mode="json")
     text = json.dumps(sound) if suffix == "json" else yaml.safe_dump(sound)
     (tmp_path / f"run.{suffix}").write_bytes(broken(text.encode(), draw))
@@ -219,7 +221,7 @@ def test_configuration_files(tmp_path: Path, suffix: str, draw: st.DataObject) -
 
 @examples(50)
 @given(items=st.lists(st.text('abc.=1[]{}"', max_size=12) | ODD_TEXTS, max_size=4))
-def test_parameters(items: list[str]) -> None:
+def test_assignments_of_odd_texts_raise_only_own_errors(items: list[str]) -> None:
     with contextlib.suppress(SpinregError):
         resolve(assignments(items))
 
@@ -272,14 +274,14 @@ def load(path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 @examples(25)
 @given(draw=st.data())
-def test_data_files(tmp_path: Path, name: str, draw: st.DataObject) -> None:
+def test_load_rows_of_broken_files_raises_only_own_errors(tmp_path: Path, name: str, draw: st.DataObject) -> None:
     (tmp_path / name).write_bytes(broken(FILES[name], draw))
     load(tmp_path / name)
 
 
 @examples(50)
 @given(draw=st.data())
-def test_records(tmp_path: Path, draw: st.DataObject) -> None:
+def test_load_rows_of_edited_records_raises_only_own_errors(tmp_path: Path, draw: st.DataObject) -> None:
     records = []
     for record in (ROWS[0], TURNS[0], TURNS[1]):
         where = draw.draw(st.sampled_from(places(record)))

@@ -1,4 +1,4 @@
-"""The fault harness: it sees what it is there to see, and its short form finds nothing lost."""
+"""The fault harness detects kills and losses, and its short form finds no loss."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ MANIFEST = {
 SLEEP = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)", "-m flows.spin"]
 
 
-def test_a_kill_counts_only_where_its_victim_lived(tmp_path: Path) -> None:
+def test_strike_at_a_dead_process_does_not_count(tmp_path: Path) -> None:
     with subprocess.Popen(SLEEP, env={"SPINREG_CACHE": str(tmp_path)}, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert living(tmp_path) == {"flow": [process.pid]}
         assert strike([process.pid], signal.SIGTERM)
         assert living(tmp_path) == {}
-        assert not strike([process.pid], signal.SIGKILL), "it waits to be asked how it ended, but does not live"
+        assert not strike([process.pid], signal.SIGKILL), "a zombie is not alive"
     assert not strike([process.pid], signal.SIGKILL)
 
 
-def test_what_was_committed_and_changes_is_a_loss(tmp_path: Path) -> None:
+def test_check_committed_after_a_changed_commit_reports_a_loss(tmp_path: Path) -> None:
     run = Run("r", tmp_path / "r", str(tmp_path / "store"), PrefectServer(0, tmp_path, {}), rounds=1)
     head = HEAD | {"rounds": [{"round": 1, "stages": {"train": "train-a"}}]}
     run.store.create(manifest_key("train-a"), documents.dump(MANIFEST))
@@ -61,19 +61,19 @@ def test_what_was_committed_and_changes_is_a_loss(tmp_path: Path) -> None:
     assert run.losses[-1] == "r: head.json is gone"
 
 
-def test_seconds_in_vain_are_those_after_the_last_part(tmp_path: Path) -> None:
+def test_attempt_seconds_after_the_last_part_count_as_repeated(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
     store.create(manifest_key("train-a"), documents.dump(MANIFEST | {"writer": "second"}))
     attempts = Attempts(tmp_path / "cache")
     attempts.all = {
         Path("1"): Attempt("round-1-train", "first", begin=0, end=10, kept=7),
         Path("2"): Attempt("round-1-train", "second", begin=11, end=15, kept=14),
-        Path("3"): Attempt("round-1-evaluate", "second", begin=16, end=18),  # it has the other's name, not its stage
+        Path("3"): Attempt("round-1-evaluate", "second", begin=16, end=18),  # the same writer at another stage
     }
     assert attempts.seconds(store) == {"all": 16, "repeated": 3 + 2, "uncommitted": 10 + 2}
 
 
-def test_attempts_are_seen_while_their_folders_are_there(tmp_path: Path) -> None:
+def test_attempts_with_a_work_folder_are_seen(tmp_path: Path) -> None:
     log = tmp_path / "work/run-1/round-1-train/e0001-a/log.txt"
     log.parent.mkdir(parents=True)
     log.write_text("")
@@ -89,7 +89,7 @@ def test_attempts_are_seen_while_their_folders_are_there(tmp_path: Path) -> None
     assert attempts.all[log].over
 
 
-def test_every_place_and_kind_comes_up() -> None:
+def test_killer_over_many_draws_picks_every_place_and_kind() -> None:
     killer, places = Killer(random.Random(1)), ["prepare", "round-1-generate", "round-1-train"]
     chosen = [place for _ in range(4) for place in killer.plan(places, 3)]
     assert {chosen.count(place) for place in ["start", *places]} == {3}
@@ -100,14 +100,14 @@ def test_every_place_and_kind_comes_up() -> None:
 
 
 @pytest.mark.slow
-def test_the_short_form_loses_nothing() -> None:
+def test_short_harness_run_loses_nothing() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.chaos.harness", "--short"], capture_output=True, text=True, timeout=360
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     figures = json.loads(done.stdout.strip().splitlines()[-1])
     assert figures["losses"] == 0, figures["lost"]
-    assert figures["kills"] == 3, "each victim lived, and did not afterwards"
+    assert figures["kills"] == 3, "each victim was alive before and not after"
     assert figures["missed"] == 0
     assert figures["faults"] > 20
     assert figures["runs"] == 2

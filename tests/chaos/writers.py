@@ -1,8 +1,8 @@
-"""Which attempts at stages there were in a run, and how much of their time was in vain.
+"""Record the attempts at stages of a run, and the share of their time that was repeated.
 
-Looks at the work folders of the run's cache (`<run>/<place>/<writer>/log.txt`, where a place is `round-1-train`), from
-outside and while they are there. An attempt counts from the appearance of its folder to its end. Repeated is, of an
-attempt that was not committed, the time after the last shard or checkpoint it left; where it left none, all of it.
+Reads the work folders of the run's cache (`<run>/<place>/<writer>/log.txt`, where a place is `round-1-train`), from
+outside, while they exist. An attempt lasts from the appearance of its folder to its end. The repeated time of an
+uncommitted attempt is the time after its last shard or checkpoint, or all of its time if it left none.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class Attempt:
     end: float
     size: int = 0
     parts: int = 0
-    kept: float | None = None  # when its last part was seen to be committed
+    kept: float | None = None  # when the commit of its last part was seen
     over: bool = False
 
 
 class Attempts:
-    """Watches in a thread from `__enter__` to `__exit__`."""
+    """The attempts of a run, watched in a thread from `__enter__` to `__exit__`."""
 
     def __init__(self, cache: Path) -> None:
         self.cache, self.all = cache, dict[Path, Attempt]()
@@ -52,7 +52,7 @@ class Attempts:
     def _watch(self) -> None:
         while not self._over.wait(0.05):
             for log in self.cache.glob("work/*/*/*/log.txt"):
-                with contextlib.suppress(FileNotFoundError):  # removed since
+                with contextlib.suppress(FileNotFoundError):  # removed after the listing
                     self._look(log, log.stat().st_size)
 
     def _look(self, log: Path, size: int) -> None:
@@ -67,17 +67,17 @@ class Attempts:
                 attempt.parts, attempt.kept = parts, now
 
     def ended(self) -> None:
-        """The stages under way have just been killed; their folders stay."""
+        """Close all attempts: their stages were just killed, and their folders stay."""
         for attempt in list(self.all.values()):
             attempt.over = True
 
     def begun(self, places: list[str], since: float) -> str | None:
-        """The newest attempt at any of `places` begun since, by its place."""
+        """Return the place of the newest attempt at any of `places` that began since then."""
         found = [a for a in list(self.all.values()) if a.begin >= since and a.place in places]
         return max(found, key=lambda a: a.begin).place if found else None
 
     def seconds(self, store: Store) -> dict[str, float]:
-        """Seconds of all attempts, of what of them was repeated, and of those that were not committed as a whole."""
+        """Return the seconds of all attempts, their repeated seconds, and the seconds of uncommitted attempts."""
         records = [read_record(store, name) for name in {key.split("/")[1] for key in store.list("objects/")}]
         done = {(_stage(r), r["writer"]) for r in records if r is not None}
         attempts = list(self.all.values())

@@ -1,4 +1,4 @@
-"""docs/configuration.md is what scripts/config_reference.py makes of the models, and says what a reader needs."""
+"""docs/configuration.md equals the output of scripts/config_reference.py and covers every field."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRIPT: dict[str, Any] = runpy.run_path(str(ROOT / "scripts/config_reference.py"
 
 
 def rows() -> dict[str, list[str]]:
-    """Cells of every field's row, by `group.field` (the run's own fields without a group)."""
+    """Return the cells of every field's row, by `group.field` (the run's own fields without a group)."""
     found = {}
     group = ""
     for line in PAGE.splitlines():
@@ -31,11 +31,11 @@ def rows() -> dict[str, list[str]]:
     return found
 
 
-def test_the_page_is_up_to_date() -> None:
+def test_page_equals_the_output_of_the_script() -> None:
     assert SCRIPT["page"]() == PAGE, "run `make docs`"
 
 
-def test_every_field_has_one_row_with_all_cells() -> None:
+def test_page_for_every_field_has_one_row_with_all_cells() -> None:
     expected = set()
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.default, Group):
@@ -58,16 +58,16 @@ def test_every_field_has_one_row_with_all_cells() -> None:
         ("rounds", "whole number ≥ 1, ≤ 10 000, or unset", "unset"),
     ],
 )
-def test_types_ranges_and_defaults_read_well(field: str, kind: str, default: str) -> None:
+def test_row_of_a_field_shows_type_range_and_default(field: str, kind: str, default: str) -> None:
     assert rows()[field][:2] == [kind, default]
 
 
-def test_the_mutable_fields_are_named() -> None:
-    paragraph = PAGE.split("## Going on with a run")[1].split("Any other")[0]
+def test_page_names_all_mutable_fields() -> None:
+    paragraph = PAGE.split("## Continuing a run")[1].split("Any other")[0]
     assert set(re.findall(r"`([\w.]+)`", paragraph)) == set(MUTABLE_FIELDS)
 
 
-def test_the_example_is_valid() -> None:
+def test_example_is_a_valid_configuration() -> None:
     (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
     config = validate(yaml.safe_load(example))
     assert isinstance(config.objective.beta, list)

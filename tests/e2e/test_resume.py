@@ -1,4 +1,4 @@
-"""SIGKILL in every stage, and the run ends as an undisturbed one on a fresh server: same weights, rows, metrics."""
+"""A run killed in every stage ends like an undisturbed one: the same weights, rows and metrics."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Undisturbed(NamedTuple):
 def undisturbed(
     prefect_server: PrefectServer, s3_server: S3Server, tmp_path_factory: pytest.TempPathFactory
 ) -> Undisturbed:
-    """A run on S3, with secrets in its environment; what the others leave in folders is held to it."""
+    """Return a run on S3 with secrets in its environment; runs in folders are compared with it."""
     tmp, url = tmp_path_factory.mktemp("calm"), s3_server.url(uuid.uuid4().hex)
     env = environment(tmp, prefect_server, **s3_server.env | PLANTED)
     text = run([*ONE_ROUND, "--store", url], env, tmp / "log")
@@ -59,7 +59,7 @@ def undisturbed(
 
 
 @pytest.mark.long
-def test_a_run_on_s3(prefect_server: PrefectServer, undisturbed: Undisturbed) -> None:
+def test_run_on_s3_is_complete_and_leaves_no_secret(prefect_server: PrefectServer, undisturbed: Undisturbed) -> None:
     store = open_store(undisturbed.url)
     assert f"{undisturbed.url}/runs/smoke/report.html" in undisturbed.text
     assert len(store.list("objects/")) > 20
@@ -70,7 +70,9 @@ EVERY = ("prepare", "round-0-evaluate", "round-1-generate", "round-1-mix-opponen
 
 
 @pytest.mark.long  # kills at random instants are in the short form of tests/chaos
-def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undisturbed, tmp_path: Path) -> None:
+def test_run_killed_in_every_stage_equals_the_undisturbed_one(
+    prefect_server: PrefectServer, undisturbed: Undisturbed, tmp_path: Path
+) -> None:
     env = environment(tmp_path, prefect_server)
     store, log = open_store(str(tmp_path / "killed")), tmp_path / "killed.log"
     arguments = [*ONE_ROUND, "--store", store.url]
@@ -79,7 +81,7 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undis
         process = start(arguments, env, log)
 
         def begun(stage: str = stage) -> bool:
-            if stage == "round-1-generate":  # in the middle: some shards committed, others not
+            if stage == "round-1-generate":  # halfway: some shards committed, others not
                 parts = [k for k in store.list("objects/") if "/parts/shard-" in k]
                 done = {k.split("/")[1] for k in store.list("objects/") if k.endswith("manifest.json")}
                 return any(
@@ -94,10 +96,10 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undis
         while any(str(tmp_path) in command for _, command in stage_processes()):
             assert time.monotonic() < gone, f"the stage process outlived its killed flow: {stage_processes()}"
             time.sleep(0.1)
-        for key, content in kept.items():  # what was committed stays as it is
+        for key, content in kept.items():  # commits do not change
             assert store.read(key) == content, key
         kept = {key: store.read(key) for key in store.list("objects/") if key.endswith(".json")}
-    # Nothing depends on Prefect's memory: the last start has an empty Prefect home and its own embedded server.
+    # The last start has an empty Prefect home and its own embedded server, because only the store may matter.
     text = run(arguments, environment(tmp_path), tmp_path / "last.log")
     assert outcome(store, "smoke") == undisturbed.outcome
     for key, content in kept.items():
@@ -107,7 +109,7 @@ def test_killed_in_every_stage(prefect_server: PrefectServer, undisturbed: Undis
 
 
 @pytest.mark.long
-def test_a_changed_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_run_with_changed_configuration_is_refused_with_differences(tmp_path: Path) -> None:
     from spinreg_core.config import RunConfig
     from spinreg_core.config.resolve import load_config_file, validate
     from spinreg_core.runs.lease import hold_lease

@@ -1,4 +1,4 @@
-"""No secret of the environment in anything that a run writes, also where it fails. (A whole run: `test_resume.py`.)"""
+"""A failing run writes no secret of the environment anywhere; test_resume.py checks a whole run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ pytestmark = pytest.mark.slow
 
 
 def ended(arguments: list[str], env: dict[str, str], log: Path) -> str:
-    """What a run that fails said."""
+    """Return the output of a run that fails."""
     assert start(arguments, env, log).wait(timeout=300) != 0
     return log.read_text(errors="replace")
 
 
-def test_a_stage_that_fails_leaves_its_job_and_log_and_no_secret(
+def test_failed_stage_leaves_its_job_and_log_and_no_secret(
     prefect_server: PrefectServer, s3_server: S3Server, tmp_path: Path
 ) -> None:
     url = s3_server.url(uuid.uuid4().hex)
@@ -34,7 +34,7 @@ def test_a_stage_that_fails_leaves_its_job_and_log_and_no_secret(
     store = open_store(url)
     assert store.list("runs/")
     assert secrets_found([tmp_path, prefect_server.home], store, env) == []
-    # It finds what is there: in a file, in base64, in an object.
+    # The search finds planted secrets: in a file, in base64, in an object.
     (tmp_path / "control").write_text(PLANTED["HF_TOKEN"])
     store.create("runs/control", b"Basic c29tZWJvZHk6cGxhbnRlZC1wcmVmZWN0LTdYcQ==")
     assert len(secrets_found([tmp_path], store, env)) == 2

@@ -1,4 +1,4 @@
-"""The Prefect server away while stages begin and end, and cancellation when no worker acts on it: real runs."""
+"""Real runs while the Prefect server is away, and cancellation of a run without a worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.long
-def test_a_run_goes_on_through_stages_and_rounds_while_the_server_is_away(tmp_path: Path) -> None:
+def test_run_without_a_reachable_server_completes_stages_and_rounds(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with prefect_server(tmp_path / "prefect") as server:
         env = environment(tmp_path, server)
@@ -36,12 +36,12 @@ def test_a_run_goes_on_through_stages_and_rounds_while_the_server_is_away(tmp_pa
 
 
 def cancel(server: PrefectServer, run_id: str) -> None:
-    """As the UI does it."""
+    """Cancel a flow run as the UI does."""
     server.api("POST", f"flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
 
 
 @pytest.mark.long
-def test_a_run_without_a_worker_can_be_cancelled(prefect_server: PrefectServer, tmp_path: Path) -> None:
+def test_run_without_a_worker_when_cancelled_ends(prefect_server: PrefectServer, tmp_path: Path) -> None:
     server, log = prefect_server, tmp_path / "log"
     env = environment(tmp_path, server)
     store = open_store(str(tmp_path / "store"))

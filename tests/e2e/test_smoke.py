@@ -1,5 +1,4 @@
-"""A whole run with the smoke configuration on Prefect's embedded server, what it must leave behind, and what can be
-made of it afterwards."""
+"""A whole run of the smoke configuration on Prefect's embedded server: its output, its objects and its exports."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, str, Path
     return open_store(str(tmp / "store")), text, tmp
 
 
-def test_both_rounds_are_complete(finished: tuple[Store, str, Path]) -> None:
+def test_smoke_run_completes_both_rounds(finished: tuple[Store, str, Path]) -> None:
     store, text, _ = finished
     head = read_head(store, "smoke")
     assert head is not None
@@ -54,14 +53,14 @@ def test_both_rounds_are_complete(finished: tuple[Store, str, Path]) -> None:
     assert str(store.local_path("runs/smoke/report.html")) in text
 
 
-def test_it_shows_progress(finished: tuple[Store, str, Path]) -> None:
+def test_smoke_run_prints_progress(finished: tuple[Store, str, Path]) -> None:
     _, text, _ = finished
     for stage in ("generate", "train"):
         assert f"[{stage}]" in text
     assert "left" in text
 
 
-def test_every_round_was_shown_in_the_tracker_when_it_ended(finished: tuple[Store, str, Path]) -> None:
+def test_tracker_at_the_end_of_a_round_shows_it(finished: tuple[Store, str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     store, text, tmp = finished
@@ -76,11 +75,11 @@ def test_every_round_was_shown_in_the_tracker_when_it_ended(finished: tuple[Stor
     assert "is not shown in" not in text
     written = [path.stat().st_mtime for path in sorted(folder.iterdir())]
     trained = {line["round"]: line["created"] for line in data["lineage"] if line["stage"] == "train"}
-    for number in (1, 2):  # a file whose numbers stay is left alone
+    for number in (1, 2):  # a file with unchanged numbers is not written again
         assert written[number - 1] < datetime.fromisoformat(trained[number]).timestamp() + 1
 
 
-def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> None:
+def test_smoke_run_started_again_changes_nothing(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), store.list("objects/")
     text = run(["--config", SMOKE, "--store", str(tmp / "store")], environment(tmp), tmp / "again")
@@ -90,7 +89,7 @@ def test_running_it_again_changes_nothing(finished: tuple[Store, str, Path]) -> 
 
 
 @pytest.mark.long
-def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, Path]) -> None:
+def test_run_meeting_its_condition_ends_before_the_next_round(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), store.list("objects/")
     more = ["--until-round", "4", "-p", "until.kl_base_above=1e-6"]
@@ -108,7 +107,7 @@ def test_a_condition_ends_it_before_the_next_round(finished: tuple[Store, str, P
 
 
 @pytest.mark.long
-def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tuple[Store, str, Path]) -> None:
+def test_grid_with_a_failing_member_makes_only_missing_objects(finished: tuple[Store, str, Path]) -> None:
     store, _, tmp = finished
     before, objects = outcome(store, "smoke"), set(store.list("objects/"))
     different = {
@@ -124,7 +123,7 @@ def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tup
     assert re.search(r"small-broken-s0 failed: training of .*expected finite numbers", done.stderr), done.stderr
     assert outcome(store, "smoke") == before
     made = {key.split("/")[1].split("-")[0] for key in set(store.list("objects/")) - objects}
-    assert made == {"train", "evaluate", "generate"}, "of round 1, by the member that trains longer"
+    assert made == {"train", "evaluate", "generate"}, "of round 1, by the member with more epochs"
     data = json.loads(store.read("comparisons/small/report.json") or b"")
     assert [one["run"] for one in data["runs"]] == ["small-as-it-was-s0", "small-longer-s0"]
     assert list(data["failed"]) == ["small-broken-s0"]
@@ -133,12 +132,12 @@ def test_a_grid_makes_only_what_is_not_there_and_survives_a_member(finished: tup
     assert data["verdict"]["headline"] in done.stdout + done.stderr
 
 
-def test_no_stage_process_is_left(finished: tuple[Store, str, Path]) -> None:
+def test_finished_run_leaves_no_stage_process(finished: tuple[Store, str, Path]) -> None:
     _, _, tmp = finished
     assert [command for _, command in stage_processes() if str(tmp) in command] == []
 
 
-def test_no_row_is_lost_or_doubled(finished: tuple[Store, str, Path]) -> None:
+def test_smoke_run_neither_loses_nor_doubles_rows(finished: tuple[Store, str, Path]) -> None:
     store, _, _ = finished
     head = read_head(store, "smoke")
     assert head is not None
@@ -164,7 +163,7 @@ def test_no_row_is_lost_or_doubled(finished: tuple[Store, str, Path]) -> None:
     assert {p["round"] for p in pairs} == {1, 2}
 
 
-def test_the_policy_loads_as_an_ordinary_folder(finished: tuple[Store, str, Path]) -> None:
+def test_trained_policy_loads_as_an_ordinary_folder(finished: tuple[Store, str, Path]) -> None:
     store, _, _ = finished
     head = read_head(store, "smoke")
     assert head is not None
@@ -181,7 +180,7 @@ def test_the_policy_loads_as_an_ordinary_folder(finished: tuple[Store, str, Path
     assert all(moved)
 
 
-def test_the_report_holds_what_the_json_holds(finished: tuple[Store, str, Path]) -> None:
+def test_report_is_self_contained_and_its_json_has_the_metrics(finished: tuple[Store, str, Path]) -> None:
     store, _, _ = finished
     html = (store.read("runs/smoke/report.html") or b"").decode()
     data = json.loads(store.read("runs/smoke/report.json") or b"")
@@ -190,7 +189,7 @@ def test_the_report_holds_what_the_json_holds(finished: tuple[Store, str, Path])
     assert len(html) > 10_000
 
 
-# Its policies as model folders that others use without spinreg
+# Exports of its policies: model folders for use without spinreg
 
 
 def committed(store: Store) -> Path:
@@ -201,7 +200,7 @@ def committed(store: Store) -> Path:
     return fetch_folder(store, object_id, "policy")
 
 
-def test_it_is_the_committed_policy_with_a_card(
+def test_export_equals_the_committed_policy_and_adds_a_card(
     finished: tuple[Store, str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store, _, _ = finished
@@ -255,7 +254,7 @@ def test_it_is_the_committed_policy_with_a_card(
             assert line.count("|") in (3, 4, 5, 7), line
 
 
-def test_in_small_files_it_computes_the_same(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
+def test_export_in_small_files_holds_the_same_weights(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
     store, _, _ = finished
     folder = tmp_path / "small"
     folder.mkdir()
@@ -275,7 +274,7 @@ def test_in_small_files_it_computes_the_same(finished: tuple[Store, str, Path], 
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def test_the_base_in_one_file_of_a_chosen_size(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
+def test_export_of_the_base_below_the_shard_size_is_one_file(finished: tuple[Store, str, Path], tmp_path: Path) -> None:
     store, _, _ = finished
     export(store, "smoke", tmp_path / "base", round_number=0, shard_size="1MB")
     (weights,) = (tmp_path / "base").glob("*.safetensors*")
@@ -284,7 +283,7 @@ def test_the_base_in_one_file_of_a_chosen_size(finished: tuple[Store, str, Path]
     AutoModelForCausalLM.from_pretrained(tmp_path / "base")
 
 
-def test_what_it_refuses(
+def test_export_with_bad_arguments_is_refused_and_writes_nothing(
     finished: tuple[Store, str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -305,12 +304,12 @@ def test_what_it_refuses(
         push(tmp_path / "full", str(tmp_path / "full"))
     asked = ["export", "smoke", "--store", store.url, "--to", str(tmp_path / "none"), "--push"]
     assert main([*asked, "somewhere"]) == EXIT_BAD_INPUT, "before anything is written"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a closed port
     with pytest.raises(BadInput, match=r"--push: found nobody/model, which the hub does not take: .*refused"):
         push(tmp_path / "full", "nobody/model")
     capsys.readouterr()
     assert main(["export", "nobody", "--store", store.url, "--to", str(tmp_path / "none")]) == EXIT_BAD_INPUT
     assert "one of the runs of" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "nothing half written is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"], "no half-written folder is left"
     assert (parse_size("5GB"), parse_size("1.5 mib")) == (5 * 10**9, 3 * 2**19)

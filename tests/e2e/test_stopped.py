@@ -1,4 +1,4 @@
-"""SIGTERM, to a run or to one of its stages, is shown as what it is, and what was committed is gone on from."""
+"""SIGTERM to a run or to one of its stages gives the right state in Prefect, and the next start resumes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def states(server: PrefectServer, name: str) -> dict[str, str]:
-    """State names of the flow runs and task runs of a run, by name."""
+    """Return the state names of the flow runs and task runs of a run, by name."""
     found: list[dict[str, Any]] = []
     for kind in ("flow_runs", "task_runs"):
         found += server.api("POST", f"{kind}/filter", {"sort": "EXPECTED_START_TIME_ASC"})
@@ -29,7 +29,9 @@ def states(server: PrefectServer, name: str) -> dict[str, str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("whom", ["run", "stage"])
-def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer, tmp_path: Path, whom: str) -> None:
+def test_sigterm_to_run_or_stage_is_shown_and_the_next_start_resumes(
+    prefect_server: PrefectServer, tmp_path: Path, whom: str
+) -> None:
     name, log = f"stopped-{whom}", tmp_path / "log"
     store = open_store(str(tmp_path / "store"))
     env = environment(tmp_path, prefect_server)
@@ -63,9 +65,10 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
 
 @pytest.mark.long
 @pytest.mark.parametrize("where", ["embedded", "ctrl-c", "ctrl-c twice", "killed before"])
-def test_stopped_where_no_server_can_be_told(tmp_path: Path, interruptible: None, where: str) -> None:
-    """To the whole process group, as `timeout`, systemd and a terminal send it, it reaches the embedded server too; or
-    the server was away already. The run ends all the same, within the time people give it, and its lease is free."""
+def test_run_stopped_without_a_reachable_server_ends_and_frees_lease(
+    tmp_path: Path, interruptible: None, where: str
+) -> None:
+    """`timeout`, systemd and a terminal signal the whole process group, so the embedded server gets the signal too."""
     name, log = "group", tmp_path / "log"
     store = open_store(str(tmp_path / "store"))
     arguments = ["--config", SMOKE, "--run", name, "--until-round", "2", "--store", store.url,

@@ -1,4 +1,4 @@
-"""Damage to a finished run is named with what depends on it, and repair makes exactly that anew: the same run again."""
+"""Verify names damage to a finished run and the dependent stages; repair makes exactly those again."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def files_of(store: Store, object_id: str | None) -> list[Path]:
 
 
 @pytest.mark.long
-def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: Path) -> None:
+def test_repair_of_a_damaged_run_remakes_exactly_the_damage(prefect_server: PrefectServer, tmp_path: Path) -> None:
     env = environment(tmp_path, prefect_server)
     where = ["--store", str(tmp_path / "store")]
     run(["--config", SMOKE, "--until-round", "1", "-p", "generation.shard_size=3", *where], env, tmp_path / "log")
@@ -71,7 +71,7 @@ def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: 
     }
     dependents = {number_and_stage[1] for number_and_stage in found["dependents"][head.stage(1, "generate")]}
     assert dependents == {"mix-opponent", "train", "evaluate"}
-    assert manifests(store) == before, "looking changes nothing"
+    assert manifests(store) == before, "verify changes nothing"
 
     status, text = spinreg(["verify", "smoke", "--repair", *where], env)
     assert status == 0, text
