@@ -1,10 +1,7 @@
-"""The parameters of `spin` as the form in the Prefect UI wants them: all fields shown, none of them filled in.
+"""The parameters of `spin`: the fields of `RunConfig`, as the form of the Prefect UI needs them.
 
-Decides: how the groups of `RunConfig` become parameters of a deployment. Measured with Prefect 3.7.7: the form
-submits every default it is shown, so that a group with defaults would override a configuration file or a stored
-run with each of them, and an optional group (`DataConfig | None`) shows no field until it is opened, and then
-does the same. A field without a default in the schema stays empty and is not submitted unless it is filled in.
-Leaves out: the checks across fields, which only the resolved configuration can be held to.
+Decides: that the form shows every field and fills none of them in.
+Leaves out: checks across fields, which only the resolved configuration can pass or fail.
 """
 
 from __future__ import annotations
@@ -12,82 +9,96 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, create_model, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    create_model,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from spinreg_core.config import Group, RunConfig
-from spinreg_core.config import run as config
+from spinreg_core.config.versions import without_removed
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _nothing_filled_in(schema: dict[str, Any]) -> None:
-    for field in schema["properties"].values():
-        field.pop("default", None)
-
-
 class Form(BaseModel):
-    """Base of all groups of the form. `model_dump()` has the fields that were said, and no others."""
+    """Base of all groups of the form. `model_dump()` has the fields that were given, and no others.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, json_schema_extra=_nothing_filled_in)
+    The form of Prefect 3.7.7 submits every default that it shows. A group with defaults would therefore override the
+    fields of a configuration file or of a stored run. An optional group (`DataConfig | None`) shows no field until it
+    is opened, and then does the same. A field without a default in the schema is submitted only when it is filled in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    group: ClassVar[str]  # its name in RunConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, values: object) -> object:
+        # Schedules and automations of an earlier deployment still send the fields of its form.
+        return without_removed(values, cls.group) if isinstance(values, dict) else values
 
     @model_serializer(mode="wrap")
-    def _only_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _only_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, object]:
         return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
 
 
-def form_of(group: type[Group]) -> type[Form]:
-    """The fields of `group` with their ranges; their defaults are in the descriptions only."""
+def form_of(name: str) -> type[Form]:
+    """Return the form of a group of `RunConfig`: its fields and ranges, with the defaults in the descriptions."""
+    group = type(RunConfig.model_fields[name].default)
     fields: dict[str, Any] = {}
-    for name, field in group.model_fields.items():
+    for inner, field in group.model_fields.items():
         shown = copy.copy(field)
         default = "unset" if field.default is None else field.default
         shown.description = f"{field.description} Default: {default}."
-        shown.default = None
-        fields[name] = (field.annotation, shown)
-    return create_model(group.__name__, __doc__=group.__doc__, __base__=Form, **fields)
+        # A factory is a default that pydantic leaves out of the schema.
+        shown.default, shown.default_factory = PydanticUndefined, lambda: None
+        fields[inner] = (field.annotation, shown)
+    form = create_model(group.__name__, __doc__=group.__doc__, __base__=Form, **fields)
+    form.group = name
+    return form
 
 
-def document_parameters(function: F) -> F:
-    """Append an `Args:` section with the descriptions of `RunConfig`: it is where Prefect looks for them.
+def run_parameters(function: F) -> F:
+    """Give a function the fields of `RunConfig` as keyword parameters, and their descriptions in its docstring.
 
-    (Prefect drops the description of `Annotated[..., Field(description=...)]`, and the range of
-    `= Field(..., ge=1)`; so the range stays in Annotated and the description comes from here.)
+    The function takes `**parameters`. Its own parameters, and their lines under `Args:`, come after `store`, where the
+    form shows the other addresses.
     """
-    lines = []
-    for name, field in RunConfig.model_fields.items():
-        if field.description:  # groups have none; their class docstring is shown
-            default = "" if field.default is None else f" Default: {field.default}."
-            lines.append(f"    {name}: {field.description}{default}")
+    # Prefect reads parameters from the signature. All of them are keywords, so that it hands them over by name.
+    own = inspect.signature(function, eval_str=True)
+    parameters = [_parameter(name, field) for name, field in RunConfig.model_fields.items()]
+    place = list(RunConfig.model_fields).index("store") + 1
+    parameters[place:place] = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in own.parameters.values()
+        if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    function.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    # Prefect takes descriptions from the docstring, and drops that of `Annotated[..., Field(description=...)]`.
+    lines = [
+        f"    {name}: {field.description}{'' if field.default is None else f' Default: {field.default}.'}"
+        for name, field in RunConfig.model_fields.items()
+        if field.description  # groups have none; the form shows the docstring of their class
+    ]
     text = inspect.getdoc(function) or ""
     function.__doc__ = "\n".join([text, *([] if "Args:" in text else ["", "Args:"]), *lines])
     return function
 
 
-if TYPE_CHECKING:  # for the type checker a form is its group: the same fields
-    from spinreg_core.config import BenchmarksConfig as BenchmarksForm
-    from spinreg_core.config import DataConfig as DataForm
-    from spinreg_core.config import EvaluationConfig as EvaluationForm
-    from spinreg_core.config import GenerationConfig as GenerationForm
-    from spinreg_core.config import JudgeConfig as JudgeForm
-    from spinreg_core.config import KeepConfig as KeepForm
-    from spinreg_core.config import ObjectiveConfig as ObjectiveForm
-    from spinreg_core.config import OpponentConfig as OpponentForm
-    from spinreg_core.config import ResourcesConfig as ResourcesForm
-    from spinreg_core.config import TrackingConfig as TrackingForm
-    from spinreg_core.config import TrainingConfig as TrainingForm
-    from spinreg_core.config import UntilConfig as UntilForm
-else:
-    DataForm = form_of(config.DataConfig)
-    OpponentForm = form_of(config.OpponentConfig)
-    ObjectiveForm = form_of(config.ObjectiveConfig)
-    GenerationForm = form_of(config.GenerationConfig)
-    TrainingForm = form_of(config.TrainingConfig)
-    EvaluationForm = form_of(config.EvaluationConfig)
-    ResourcesForm = form_of(config.ResourcesConfig)
-    KeepForm = form_of(config.KeepConfig)
-    BenchmarksForm = form_of(config.BenchmarksConfig)
-    JudgeForm = form_of(config.JudgeConfig)
-    UntilForm = form_of(config.UntilConfig)
-    TrackingForm = form_of(config.TrackingConfig)
+def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
+    """The parameter for a field of `RunConfig`: an empty form for a group; None, unless it is given, for any other."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    if isinstance(field.default, Group):
+        form = form_of(name)
+        return inspect.Parameter(name, keyword, annotation=form, default=form())
+    # Prefect drops the range of `= Field(..., ge=1)`, and keeps that of Annotated.
+    annotation = Annotated[(field.annotation | None, *field.metadata)] if field.metadata else field.annotation | None  # type: ignore[operator]
+    return inspect.Parameter(name, keyword, annotation=annotation, default=None)

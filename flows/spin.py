@@ -13,36 +13,21 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
-from pydantic import Field
 
 from flows.artifacts import show_end, show_round, track
 from flows.checks import END_PATIENCE_SECONDS, require_usable, resolve_parameters
-from flows.parameters import (
-    BenchmarksForm,
-    DataForm,
-    EvaluationForm,
-    GenerationForm,
-    JudgeForm,
-    KeepForm,
-    ObjectiveForm,
-    OpponentForm,
-    ResourcesForm,
-    TrackingForm,
-    TrainingForm,
-    UntilForm,
-    document_parameters,
-)
+from flows.parameters import run_parameters
 from flows.round import finish_repair, measure, round_, stage_calls
 from flows.terminal import run_command, signals_ignored, stop_message
 from spinreg_core.benchmarks.lm_eval import plan_check
-from spinreg_core.config import RUN_NAME, RunConfig, UntilConfig
+from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import show
 from spinreg_core.errors import StagePreempted
 from spinreg_core.evaluation.early_stopping import why_ended
@@ -76,29 +61,8 @@ def _flow_run_name() -> str:
 
 # Results are in the store; one that Prefect kept could end a retry before it looks there.
 @flow(name="spin", flow_run_name=_flow_run_name, persist_result=False)
-@document_parameters
-def spin(
-    run: Annotated[str | None, Field(pattern=RUN_NAME)] = None,
-    rounds: Annotated[int | None, Field(ge=1)] = None,
-    until_round: Annotated[int | None, Field(ge=0)] = None,
-    model: Annotated[str | None, Field(min_length=1)] = None,
-    dataset: Annotated[str | None, Field(min_length=1)] = None,
-    store: Annotated[str | None, Field(min_length=1)] = None,
-    config: str | None = None,
-    seed: Annotated[int | None, Field(ge=0, lt=2**31)] = None,
-    data: DataForm = DataForm(),
-    opponent: OpponentForm = OpponentForm(),
-    objective: ObjectiveForm = ObjectiveForm(),
-    generation: GenerationForm = GenerationForm(),
-    training: TrainingForm = TrainingForm(),
-    evaluation: EvaluationForm = EvaluationForm(),
-    resources: ResourcesForm = ResourcesForm(),
-    keep: KeepForm = KeepForm(),
-    benchmarks: BenchmarksForm = BenchmarksForm(),
-    judge: JudgeForm = JudgeForm(),
-    until: UntilForm = UntilForm(),
-    tracking: TrackingForm = TrackingForm(),
-) -> dict[str, Any] | State[Any]:
+@run_parameters
+def spin(config: str | None = None, **parameters: Any) -> dict[str, Any] | State[Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
     Everything left empty comes from `config`, from the existing run of that name, or from the defaults,
@@ -107,12 +71,6 @@ def spin(
     Args:
         config: Path or URI of a run configuration file (YAML or JSON). Single parameters win over it.
     """
-    parameters = {
-        "run": run, "rounds": rounds, "until_round": until_round, "model": model, "dataset": dataset, "store": store,
-        "seed": seed, "data": data, "opponent": opponent, "objective": objective, "generation": generation,
-        "training": training, "evaluation": evaluation, "resources": resources, "keep": keep,
-        "benchmarks": benchmarks, "judge": judge, "until": until, "tracking": tracking,
-    }  # fmt: skip
     end_embedded_server_with_us()
     try:
         return _advance(config, parameters)

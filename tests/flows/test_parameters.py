@@ -1,47 +1,51 @@
-"""The form says nothing that nobody said, refuses what the configuration refuses, and describes every field."""
+"""The parameters of `spin`: their form, order, types and descriptions, and their way to the configuration."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
+from prefect import flow
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter, ValidationError
 
-from flows.parameters import document_parameters, form_of
-from spinreg_core.config import DataConfig, Group, RunConfig
+from flows.parameters import form_of, run_parameters
+from flows.spin import spin
+from spinreg_core.config import Group, RunConfig, versions
 from spinreg_core.config.resolve import resolve
+from spinreg_core.config.versions import RemovedField
+from spinreg_core.errors import BadInput
 
 GROUPS: dict[str, type[Group]] = {
     name: type(field.default) for name, field in RunConfig.model_fields.items() if isinstance(field.default, Group)
 }
 
 
-def said(group: type[Group], values: dict[str, Any]) -> dict[str, Any]:
-    """What is left of `values` after the way through the form."""
+def given(group: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what is left of `values` after the way through the form."""
     return form_of(group).model_validate(values).model_dump(mode="json")
 
 
-@pytest.mark.parametrize("group", GROUPS.values())
-def test_an_untouched_form_says_nothing(group: type[Group]) -> None:
+@pytest.mark.parametrize("group", GROUPS)
+def test_form_untouched_gives_nothing(group: str) -> None:
     assert form_of(group)().model_dump() == {}
-    assert said(group, {}) == {}
+    assert given(group, {}) == {}
 
 
-@pytest.mark.parametrize("group", GROUPS.values())
-def test_what_was_said_arrives_whatever_its_value(group: type[Group]) -> None:
-    defaults = group().model_dump(mode="json")
-    assert said(group, defaults) == defaults
+@pytest.mark.parametrize("group", GROUPS)
+def test_form_keeps_given_fields_whatever_their_value(group: str) -> None:
+    defaults = GROUPS[group]().model_dump(mode="json")
+    assert given(group, defaults) == defaults
     for name, value in defaults.items():
-        assert said(group, {name: value}) == {name: value}
+        assert given(group, {name: value}) == {name: value}
 
 
-def test_null_is_said_where_it_is_a_value() -> None:
-    assert said(DataConfig, {"prompts_per_round": None}) == {"prompts_per_round": None}
+def test_form_keeps_null_where_it_is_a_value() -> None:
+    assert given("data", {"prompts_per_round": None}) == {"prompts_per_round": None}
 
 
-def test_the_form_has_no_switches() -> None:
-    """One has no empty state in the UI: it would always say something."""
+def test_form_has_no_boolean_fields() -> None:
+    """A switch has no empty state in the UI, so it would always be given."""
     assert not [n for group in GROUPS.values() for n, field in group.model_fields.items() if field.annotation is bool]
 
 
@@ -56,47 +60,83 @@ def test_the_form_has_no_switches() -> None:
         ("training", {"optimizer": "sgd"}),
     ],
 )
-def test_refuses_what_the_group_refuses(group: str, values: dict[str, Any]) -> None:
+def test_form_refuses_what_the_group_refuses(group: str, values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         GROUPS[group].model_validate(values)
     with pytest.raises(ValidationError):
-        form_of(GROUPS[group]).model_validate(values)
+        form_of(group).model_validate(values)
 
 
-def test_checks_across_fields_wait_for_the_other_fields() -> None:
-    """A length that only fits the prompt length of the file must not be held against the default's."""
-    partial = said(DataConfig, {"max_length": 128})
+def test_form_leaves_checks_across_fields_to_the_configuration() -> None:
+    """A length that fits the prompt length of the file may be too small for the default's."""
+    partial = given("data", {"max_length": 128})
     with pytest.raises(ValidationError, match="must exceed"):
-        DataConfig.model_validate(partial)
+        GROUPS["data"].model_validate(partial)
     found = resolve({"data": partial | {"max_prompt_tokens": 20}, "generation": {"max_new_tokens": 30}})
     assert found.data.max_length == 128
 
 
-@pytest.mark.parametrize("group", GROUPS.values())
-def test_schema_has_ranges_and_descriptions_but_no_defaults(group: type[Group]) -> None:
-    form, real = (TypeAdapter(model).json_schema() for model in (form_of(group), group))
-    assert form["description"] == real["description"]
+def test_form_removed_field_passes_at_its_old_default_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(versions.REMOVED, "opponent.tempo", RemovedField("slow", "use opponent.decay"))
+    assert given("opponent", {"tempo": "slow", "decay": 0.25}) == {"decay": 0.25}
+    with pytest.raises(BadInput, match=r"opponent\.tempo.*use opponent\.decay"):
+        given("opponent", {"tempo": "fast"})
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_form_schema_has_ranges_and_descriptions_but_no_defaults(group: str) -> None:
+    form, real = (TypeAdapter(model).json_schema() for model in (form_of(group), GROUPS[group]))
+    assert (form["title"], form["description"]) == (real["title"], real["description"])
     assert list(form["properties"]) == list(real["properties"])
+    assert "required" not in form
     for name, field in real["properties"].items():
-        shown = form["properties"][name]
-        assert shown.get("default") is None, name
-        assert ("default" in shown) == (field.get("type") == "boolean"), name
         default = "unset" if field["default"] is None else field["default"]
-        assert shown["description"] == f"{field['description']} Default: {default}."
-        kept = {key: value for key, value in field.items() if key not in ("default", "description", "title")}
-        if field.get("type") != "boolean":
-            assert kept.items() <= shown.items(), name
+        described = {"description": f"{field['description']} Default: {default}."}
+        assert form["properties"][name] == {k: v for k, v in field.items() if k != "default"} | described, name
 
 
-def test_prefect_finds_the_descriptions() -> None:
-    def function(rounds: int | None = None, config: str | None = None, seed: int | None = None) -> None:
-        """Do something.
+def test_spin_schema_is_made_of_the_configuration() -> None:
+    """Its order, titles, types, ranges, defaults and descriptions: a new field or group needs no line in flows/."""
+    schema = parameter_schema(spin)
+    names = [name for name in RunConfig.model_fields if name not in GROUPS]
+    assert names == ["run", "rounds", "until_round", "model", "dataset", "store", "seed"]
+    order = ["run", "rounds", "until_round", "model", "dataset", "store", "config", "seed", *GROUPS]
+    assert [(name, field["position"], field["title"]) for name, field in schema.properties.items()] == [
+        (name, position, name) for position, name in enumerate(order)
+    ]
+    assert not schema.required
+    real = RunConfig.model_json_schema()["properties"]
+    for name in names:
+        shown, default = schema.properties[name], RunConfig.model_fields[name].default
+        types = real[name].get("anyOf") or [{"type": real[name]["type"]}]
+        assert [kind["type"] for kind in shown["anyOf"]] == [*(k["type"] for k in types if k["type"] != "null"), "null"]
+        ranges = {key: value for kind in (*types, real[name]) for key, value in kind.items()}
+        kept = ("minimum", "maximum", "exclusiveMaximum", "pattern", "minLength")
+        assert {k: v for k, v in shown["anyOf"][0].items() if k in kept} == {
+            k: v for k, v in ranges.items() if k in kept
+        }
+        assert shown["default"] is None
+        told = "" if default is None else f" Default: {default}."
+        assert shown["description"] == f"{real[name]['description']}{told}"
+    assert schema.properties["config"]["description"].startswith("Path or URI of a run configuration file")
+    assert schema.definitions is not None
+    for name, group in GROUPS.items():
+        shown = {k: v for k, v in schema.properties[name].items() if k not in ("position", "title")}
+        reference = {"$ref": f"#/definitions/{group.__name__}"}
+        assert shown in ({"default": {}} | reference, {"default": {}, "allOf": [reference]}), name
+        assert list(schema.definitions[group.__name__]["properties"]) == list(group.model_fields)
 
-        Args:
-            config: A file.
-        """
 
-    properties = parameter_schema(document_parameters(function)).properties
-    assert properties["config"]["description"] == "A file."
-    assert properties["rounds"]["description"] == RunConfig.model_fields["rounds"].description
+def test_run_parameters_reach_the_function_by_name() -> None:
+    @flow
+    @run_parameters
+    def echo(config: str | None = None, **parameters: Any) -> list[Any]:
+        """Do something."""
+        return [config, parameters]
+
+    properties = parameter_schema(echo).properties
     assert properties["seed"]["description"] == f"{RunConfig.model_fields['seed'].description} Default: 0."
+    checked = echo.validate_parameters({"seed": "4", "data": {"heldout_rows": 5}, "config": "a.yaml"})
+    config, parameters = echo.fn(**checked)
+    assert (config, parameters["seed"]) == ("a.yaml", 4)
+    assert parameters["data"].model_dump() == {"heldout_rows": 5}
