@@ -147,8 +147,8 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
     with hold_lease(opened, resolved, label) as session, cancellation(str(flow_run.id)) as check:
-        if (unfinished := session.head.get("repair")) is not None:  # before anybody counts complete rounds
-            with use_context(Context(resolved, opened, session, unfinished["to"], check)):
+        if session.head.get("repair") is not None:  # before anybody counts complete rounds
+            with use_context(Context(resolved, opened, session, check)):
                 finish_repair()
         start, target, why = session.begin_advance(str(flow_run.id), resolved.rounds, resolved.until_round)
         done = complete_round(session.head)
@@ -157,7 +157,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
             if target > done
             else f"run {resolved.run!r}: round {done} is complete; {why}"
         )
-        with use_context(Context(resolved, opened, session, target, check)) as context:
+        with use_context(Context(resolved, opened, session, check)) as context:
             if plan_check(resolved) is not None:
                 run_task(check_benchmarks, resolved.resources, resolved.run)
             run_task(prepare, resolved.resources, resolved.run)

@@ -19,7 +19,6 @@ from spinreg_core.errors import SpinregError
 from spinreg_core.runs.lease import RunLease
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
-from tasks.prewarm import discard_spare
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,6 @@ class Context:
     config: RunConfig
     store: Store
     session: RunLease
-    target: int = 0  # the round this flow run goes to
     cancelled: Callable[[], None] = lambda: None  # raises once the flow run is cancelled
     failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
 
@@ -61,10 +59,9 @@ def current_context() -> Context:
 
 @contextmanager
 def use_context(context: Context) -> Iterator[Context]:
-    """Makes `context` the current one inside the block; no spare process is left after it."""
+    """Makes `context` the current one inside the block."""
     token = _current.set(context)
     try:
         yield context
     finally:
         _current.reset(token)
-        discard_spare()

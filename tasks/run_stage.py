@@ -23,7 +23,6 @@ from tasks.artifacts import StageProgress, artifact_key
 from tasks.cancellation import RunCancelled
 from tasks.context import current_context
 from tasks.log import run_log
-from tasks.prewarm import prepare_spare, take_spare
 from tasks.server import call_task
 from tasks.stage_process import run_stage
 
@@ -60,18 +59,11 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
 
 
 def watched_stage(job: Job, *name: object) -> dict[str, Any]:
-    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`.
-
-    The process of the stage after it is started meanwhile, up to its imports.
-    """
+    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`."""
     context = current_context()
     deadline = context.config.resources.deadline_minutes
-
-    last = job.stage in ("evaluate", "benchmark") and job.round >= context.target
     return run_stage(
         job,
-        take=take_spare,
-        on_start=(lambda: None) if last else prepare_spare,
         deadline_seconds=None if deadline is None else deadline * 60,
         on_progress=StageProgress(artifact_key(context.config.run, *name)),
         check=context.check,

@@ -45,11 +45,11 @@ def advance(store: Store, config: RunConfig, until: int, *, killed_at: tuple[int
 
     _killed.clear()
     with hold_lease(store, config, "test") as session:
-        with use_context(Context(config, store, session, until, check)):
+        with use_context(Context(config, store, session, check)):
             for number, stage in stages_to_make(store, session, config):
                 prepare.fn(config.run) if stage == "prepare" else do_stage(stage, number)
         session.begin_advance(f"to {until}", None, until)
-        with use_context(Context(config, store, session, until, check)):
+        with use_context(Context(config, store, session, check)):
             prepare.fn(config.run)
             for number in range(until + 1):
                 for stage in ("evaluate",) if number == 0 else ROUND_STAGES:
