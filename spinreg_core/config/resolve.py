@@ -17,6 +17,7 @@ import yaml
 
 from spinreg_core.config.groups import Group
 from spinreg_core.config.run import RunConfig
+from spinreg_core.config.versions import complete_stored, without_removed
 from spinreg_core.errors import BadInput, Damaged, redacted
 from spinreg_core.input_limits import require_plain
 
@@ -118,6 +119,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def validate(values: dict[str, Any]) -> RunConfig:
     """A RunConfig, or one BadInput that lists every wrong field with what was found and expected."""
     _require_bounded(values)
+    values = without_removed(values)
     data = values.get("data")
     addresses = {name: values.get(name) for name in ("store", "model", "dataset")}
     if isinstance(data, dict):
@@ -145,9 +147,9 @@ def validate(values: dict[str, Any]) -> RunConfig:
 
 
 def stored_config(values: dict[str, Any], where: str) -> RunConfig:
-    """The configuration in a run's run.json. Raises Damaged."""
+    """The configuration in a run's run.json, completed where an earlier version wrote it. Raises Damaged."""
     try:
-        return validate(values)
+        return validate(complete_stored(values))
     except BadInput as error:
         raise Damaged(
             f"{where}: found what is no configuration (edited, or of a newer spinreg?); expected one as spinreg wrote "
