@@ -56,14 +56,11 @@ def run_stage(
     on_line: Callable[[str], None] | None = None,
     on_progress: Callable[[ProgressLine], None] | None = None,
     check: Callable[[], None] | None = None,
-    take: Callable[[str, Path], subprocess.Popen[bytes] | None] = lambda module, job_file: None,
-    on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Run `python -m spinreg_core.stages.<name> JOB.json` to its end.
 
     Writes `job.json` and `log.txt` (everything the stage printed) into `job.workdir`. See `run_process`
-    for the callbacks. `take` may hand over a process that is that command already (`tasks.spare`). Returns
-    `result.json` of the workdir if the stage left one, else {}.
+    for the callbacks. Returns `result.json` of the workdir if the stage left one, else {}.
 
     Raises: as `run_process`.
     """
@@ -72,7 +69,7 @@ def run_stage(
     job.save(job_file)
     module = f"spinreg_core.stages.{job.stage.replace('-', '_')}"
     run_process(
-        take(module, job_file) or start_process([sys.executable, "-m", module, str(job_file)]),
+        start_process([sys.executable, "-m", module, str(job_file)]),
         job.workdir / "log.txt",
         name=job.stage,
         deadline_seconds=deadline_seconds,
@@ -80,19 +77,16 @@ def run_stage(
         on_progress=on_progress,
         check=check,
         grace_seconds=job.config.resources.stop_seconds,
-        on_start=on_start,
     )
     result = job.workdir / "result.json"
     return json.loads(result.read_text()) if result.exists() else {}
 
 
-def start_process(
-    command: list[str], stdin: int = subprocess.DEVNULL, environment: Mapping[str, str] | None = None
-) -> subprocess.Popen[bytes]:
+def start_process(command: list[str], environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
     """Start `command` as the leader of a session of its own, its output in one pipe."""
     return subprocess.Popen(
         command,
-        stdin=stdin,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -110,15 +104,13 @@ def run_process(
     on_progress: Callable[[ProgressLine], None] | None = None,
     check: Callable[[], None] | None = None,
     grace_seconds: float = 20.0,
-    on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
 
     `grace_seconds`: time between SIGTERM and SIGKILL. `on_line` gets the output line by line and `on_progress` the
     parsed progress lines (both: progress at most every 5 s). They run in a thread of their own, their errors are
     ignored, and lines are left out when they are too slow: the process never waits for them. `check` is called about
-    twice a second by the waiting thread; what it raises ends the process (a lost lease, say). So does what `on_start`
-    raises, which is called once.
+    twice a second by the waiting thread; what it raises ends the process (a lost lease, say).
 
     Must be called by a thread that lives until it returns: the process watches that thread.
 
@@ -136,7 +128,6 @@ def run_process(
     try:
         reader.start()
         viewer.start()
-        on_start()
         while True:
             try:
                 # Short waits rather than one long one: an exception set on a thread other than the main one

@@ -17,39 +17,26 @@ _GONE_SECONDS = 40.0  # more than resources.stop_seconds, which a stage may take
 
 
 def living(cache: Path) -> dict[str, list[int]]:
-    """Process ids of a run by kind: flow, worker, stage, rank, engine, spare, other."""
+    """Process ids of a run by kind: flow, worker, stage, rank, engine, other."""
     found: dict[str, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             environ = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
             if f"SPINREG_CACHE={cache}" in environ and _lives(int(folder.name)):
                 command = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
-                found.setdefault(_kind(int(folder.name), command, environ), []).append(int(folder.name))
+                found.setdefault(_kind(command, environ), []).append(int(folder.name))
     return found
 
 
-def _kind(pid: int, command: str, environ: list[str]) -> str:
+def _kind(command: str, environ: list[str]) -> str:
     if "spinreg_core.generation.worker" in command:
         return "engine"
     if "spinreg_core.stages." in command:
-        if any(name.startswith("RANK=") for name in environ):
-            return "rank"
-        # A spare that was given its stage keeps its command line; its parent has closed the pipe it was told through.
-        return "spare" if "runtime.prewarmed" in command and _is_waiting(pid) else "stage"
+        return "rank" if any(name.startswith("RANK=") for name in environ) else "stage"
     if "prefect worker start" in command:
         return "worker"
     is_flow = "-m flows.spin" in command or "prefect.engine" in command or "prefect.flow_engine" in command
     return "flow" if is_flow else "other"
-
-
-def _is_waiting(pid: int) -> bool:
-    pipe = os.readlink(f"/proc/{pid}/fd/0")
-    held = Path(f"/proc/{_stat(pid)[1]}/fd")
-    for handle in held.iterdir():
-        with contextlib.suppress(OSError):
-            if os.readlink(handle) == pipe:
-                return True
-    return False
 
 
 def _stat(pid: int) -> list[str]:

@@ -149,9 +149,7 @@ def test_smoke_run_neither_loses_nor_doubles_rows(finished: tuple[Store, str, Pa
         assert len(ids) == len(set(ids))
         for row in rows:
             assert row["prompt_ids"] == known[row["prompt_id"]]["prompt_ids"]
-        pairs = pq.read_table(
-            fetch_file(store, str(head.stage(number, "mix-opponent")), "pairs.parquet")
-        ).to_pylist()
+        pairs = pq.read_table(fetch_file(store, str(head.stage(number, "mix-opponent")), "pairs.parquet")).to_pylist()
         assert len({p["pair_id"] for p in pairs}) == len(pairs)
         newest = {p["prompt_id"]: p for p in pairs if p["round"] == number}
         assert set(newest) == set(ids)

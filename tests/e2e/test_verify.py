@@ -83,7 +83,5 @@ def test_repair_of_a_damaged_run_remakes_exactly_the_damage(prefect_server: Pref
     assert anew == {head.stage(1, "generate"), head.stage(1, "train")}, "and nothing else"
     kept = {key for key in store.list("objects/") if "/aside/" in key}
     assert len(kept) == 2, "the old manifests are kept"
-    parts = [
-        json.loads(store.read(k) or b"") for k in store.list(f"objects/{head.stage(1, 'generate')}/parts/")
-    ]
+    parts = [json.loads(store.read(k) or b"") for k in store.list(f"objects/{head.stage(1, 'generate')}/parts/")]
     assert len({part["writer"] for part in parts}) == 2, "sound shards were not answered again"

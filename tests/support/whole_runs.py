@@ -87,7 +87,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def stage_processes() -> list[tuple[int, str]]:
-    """(pid, command line and environment) of every living stage process of this machine, spares included."""
+    """(pid, command line and environment) of every living stage process of this machine."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -97,7 +97,7 @@ def stage_processes() -> list[tuple[int, str]]:
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
             except OSError:
                 continue
-            if ("spinreg_core.stages." in command or "spinreg_core.runtime.prewarmed" in command) and state != "Z":
+            if "spinreg_core.stages." in command and state != "Z":
                 found.append((int(entry.name), command))
     return found
 

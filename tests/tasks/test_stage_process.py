@@ -96,7 +96,7 @@ def run(command: list[str], tmp_path: Path, **options: object) -> list[str]:
 def test_a_stage_gets_its_job_and_its_output_result_and_progress_come_back(toy_stage: Callable[[str], Job]) -> None:
     job = toy_stage("""
         import json
-        from spinreg_core.progress import Progress
+        from spinreg_core.runtime.progress import Progress
         from spinreg_core.runtime.main import main
 
         def run(job):
@@ -239,16 +239,6 @@ def test_what_check_raises_ends_the_process(script: Callable[[str], list[str]], 
     assert [alive(pid) for pid in pids_in(tmp_path, 2)] == [False, False]
 
 
-def test_what_on_start_raises_ends_the_process(script: Callable[[str], list[str]], tmp_path: Path) -> None:
-    def fail() -> None:
-        raise OSError("no more processes")
-
-    begin = time.monotonic()
-    with pytest.raises(OSError, match="no more processes"):
-        run(script("import time; time.sleep(300)"), tmp_path, on_start=fail)
-    assert time.monotonic() - begin < 10
-
-
 def test_a_lingering_grandchild_ends_with_a_good_stage(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     start = time.monotonic()
     run(script(f"{FAMILY}\nprint('done')"), tmp_path)
@@ -313,7 +303,7 @@ def test_one_endless_line_and_carriage_returns(script: Callable[[str], list[str]
 def test_progress_lines_are_thinned_but_the_last_is_kept(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     progress: list[ProgressLine] = []
     body = """
-        from spinreg_core.progress import Progress
+        from spinreg_core.runtime.progress import Progress
         p = Progress("toy", 1000, "rows", every=0)
         for _ in range(1000):
             p.update()
@@ -339,7 +329,7 @@ def driver(tmp_path: Path, job: Job) -> subprocess.Popen[str]:
     code = f"""
 import pathlib, signal
 from spinreg_core.runs.job import Job
-from tasks.process import run_stage
+from tasks.stage_process import run_stage
 class TerminationSignal(BaseException): pass
 def handler(*_): raise TerminationSignal
 signal.signal(signal.SIGTERM, handler)
@@ -411,7 +401,7 @@ def test_the_embedded_server_ends_with_a_killed_flow(tmp_path: Path) -> None:
 import sys, time
 from prefect import flow
 from prefect.server.api.server import SubprocessASGIServer
-from tasks.process import end_embedded_server_with_us
+from tasks.stage_process import end_embedded_server_with_us
 
 @flow
 def waiting():
