@@ -1,8 +1,8 @@
-"""The small JSON documents of the store (heads, manifests, parts, orders, verdicts, ...): written and read in one way.
+"""Small JSON documents of the store: heads, manifests, parts, orders, verdicts and others.
 
-Decides: the schema number they carry, the fields that whoever reads them counts on, the errors of a document that
-cannot be used, and that the files a manifest or part lists lie in its own object under names that lead nowhere else:
-stores are shared. Leaves out: what they say. A field that nobody counts on may be anything.
+Decides: their schema number, the fields that readers rely on, and the errors of an unusable document. Stores are
+shared, so the files of a manifest or part must lie in its own object. Leaves out: the meaning of documents. A field
+that no reader relies on may hold anything.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Removed(TypedDict):
     why: str
     at: str
     keys: list[Key]
-    before: NotRequired[Removed]  # of a marked one: what it said before it was marked
+    before: NotRequired[Removed]  # of a marked manifest: its record before it was marked
     repair: NotRequired[str]  # the run whose repair set the manifest aside
 
 
@@ -57,7 +57,7 @@ class Manifest(TypedDict):
     files: list[File]
     inputs: dict[str, Any]
     removed: NotRequired[Removed]
-    # All have these but one that only marks an object without any (`maintenance/gc.py`).
+    # A manifest that only marks an object without files (`maintenance/`) has none of these.
     stage: NotRequired[str]
     round: NotRequired[Round]
     metrics: NotRequired[dict[str, Any]]
@@ -71,7 +71,7 @@ class Part(TypedDict):
     name: Name
     files: list[File]
     meta: dict[str, Any]
-    void: NotRequired[bool]  # set aside by a repair: as if it were not there
+    void: NotRequired[bool]  # set aside by a repair, and ignored
 
 
 class Holder(TypedDict):
@@ -88,7 +88,7 @@ class Lease(TypedDict):
     seconds: NotRequired[Number]
 
 
-# `ended`: why it ended before its round, and `ended_by` which conditions (`until`) did that.
+# `ended`: the reason for ending before round `to`. `ended_by`: the conditions (`until`) that were met.
 Advance = TypedDict(
     "Advance",
     {
@@ -110,8 +110,10 @@ class Made(TypedDict):
 
 
 class Repair(TypedDict):
-    """See `maintenance/repair.py`. `to`: the round that was complete. `was`: SHA-256 of objects' content, None where
-    unknown."""
+    """A repair in progress (`maintenance/`).
+
+    `to`: the last complete round. `was`: SHA-256 of each object's content, None if unknown.
+    """
 
     to: Round
     stages: list[Made]
@@ -180,7 +182,7 @@ def _kind(key: str) -> Any:
     folder, _, name = key.rpartition("/")
     if key.startswith("verdicts/"):
         return Verdict
-    if name.endswith("-manifest.json"):  # one that was set aside
+    if name.endswith("-manifest.json"):  # set aside by a repair
         return Manifest
     return Failure if folder.endswith("/failures") else _KINDS.get(name, Part)
 
@@ -190,13 +192,13 @@ def dump(document: dict[str, Any]) -> bytes:
 
 
 def digest(document: dict[str, Any]) -> str:
-    """SHA-256 over what a manifest says of what was made, whatever was removed of it since: its field `sum`."""
+    """Return the SHA-256 of a manifest as it was made, without later records of removal: its field `sum`."""
     said = {name: value for name, value in document.items() if name not in ("sum", "removed")}
     return hashlib.sha256(json.dumps(json.loads(dump(said)), sort_keys=True).encode()).hexdigest()
 
 
 def parse(store: Store, key: str, raw: bytes) -> dict[str, Any]:
-    """The document in `raw`. Raises Damaged for anything that is none, BadInput for one of another schema."""
+    """Return the document in `raw`. Raises Damaged for other content, and BadInput for another schema."""
     where = store.uri(key)
     try:
         document = json.loads(raw)
@@ -232,6 +234,6 @@ def _require_own_files(where: str, key: str, document: dict[str, Any]) -> None:
 
 
 def read(store: Store, key: str) -> dict[str, Any] | None:
-    """The document at a key, or None where there is none. Raises as `parse`."""
+    """Return the document at a key, or None where the key does not exist. Raises as `parse`."""
     raw = store.read(key)
     return None if raw is None else parse(store, key, raw)

@@ -28,7 +28,7 @@ from tests.support.remote_store import RemoteStore
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteStore:
     """Objects a to f."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_said", set())
+    monkeypatch.setattr(cache, "_warned", set())
     store = RemoteStore(tmp_path / "store")
     for name in "abcdef":
         folder = tmp_path / f"made-{name}"
@@ -141,7 +141,7 @@ def test_a_limit_below_what_is_in_use_is_said_once_and_stops_nothing(
         for name in "abc":
             assert (fetch.fetch_folder(store, name, "policy") / "weights").read_bytes() == content(name)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == "cache: 0.0002 GB are in use at once, more than SPINREG_CACHE_GB=0.00015; going on"
+    assert line == "cache: 0.0002 GB are in use at once, more than SPINREG_CACHE_GB=0.00015; continuing"
     fetch_policy(store, "d")
     assert there() == {"d"}
 
@@ -184,7 +184,7 @@ def test_a_frozen_process_does_not_hold_up_who_needs_the_same(
         "store.download = lambda *_: (print('fetching', flush=True), time.sleep(600)); fetch_policy(store, 'a')",
         "fetching",
     )
-    monkeypatch.setattr(cache, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(cache, "SILENCE_SECONDS", 0.5)
     fetch_policy(store, "a")
 
 
@@ -201,12 +201,12 @@ def test_a_process_frozen_while_it_makes_room_holds_nobody_up(
     store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1)
-    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.3)
     fetch_policy(store, "a")
     frozen = start(HOLDS.format(name=".room"), "holding")
     fetch_policy(store, "b")
     assert there() == {"a", "b"}
-    assert "going on without making room" in capsys.readouterr().out
+    assert "continuing without making room" in capsys.readouterr().out
     frozen.kill()
     frozen.wait()
     fetch_policy(store, "c")
@@ -216,10 +216,10 @@ def test_a_process_frozen_while_it_makes_room_holds_nobody_up(
 def test_a_process_frozen_while_it_removes_what_we_need_is_told(
     store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.3)
     fetch_policy(store, "a")
     frozen = start(HOLDS.format(name="objects/a/.used"), "holding")
-    with pytest.raises(StoreFailed, match=r"objects/a: found that its \.used was held"):
+    with pytest.raises(StoreFailed, match=r"objects/a: another process has held its \.used for a minute"):
         fetch_policy(store, "a")
     frozen.kill()
     frozen.wait()
