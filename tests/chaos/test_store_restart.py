@@ -29,7 +29,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_restart_in_the_middle_of_files(server: S3Server, tmp_path: Path) -> None:
+def test_server_restarted_during_transfers_loses_nothing(server: S3Server, tmp_path: Path) -> None:
     store = S3Store(server.url("restart"))
     content = os.urandom(12 * PART_BYTES + 5)
     (tmp_path / "file").write_bytes(content)

@@ -290,7 +290,7 @@ LONG = os.environ.get("SPINREG_CHAOS") == "long"  # some minutes; without it, so
      pytest.param(1, "lose", begun, 30, marks=pytest.mark.long),
      pytest.param(1, "kill", dict, 30, marks=pytest.mark.long)],
 )  # fmt: skip
-def test_no_order_of_requests_mixes_two_writers(
+def test_two_writers_in_any_order_never_mix(
     folder: Path, switches: int, faults: str, start: Callable[[], dict[str, bytes]], least: int
 ) -> None:
     data_before, walked, outcomes = start(), 0, set()
@@ -325,7 +325,7 @@ def test_no_order_of_requests_mixes_two_writers(
         assert {("0", "0"), ("1", "1"), ("0", "1")} <= outcomes, "the lease does change hands in the middle"
 
 
-def test_the_walk_would_see_a_commit_without_a_lease(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk_finds_a_commit_without_a_lease(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check itself: with a head that is written whatever its tag, orders are found that mix writers."""
 
     def careless(self: Memory, key: str, data: bytes, expected: str) -> str:

@@ -14,7 +14,7 @@ from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.transfers import Transfer, main_thread_waits_for, track_transfer, watched_transfers
 
 
-def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
+def test_end_of_an_inner_operation_moves_its_outer_one() -> None:
     assert watched_transfers() == []
     with track_transfer("outer"):
         with track_transfer("inner") as moved:
@@ -27,7 +27,7 @@ def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
     assert watched_transfers() == []
 
 
-def test_another_thread_counts_while_it_is_waited_for() -> None:
+def test_transfer_of_an_awaited_thread_is_watched() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -47,7 +47,7 @@ def test_another_thread_counts_while_it_is_waited_for() -> None:
     thread.join()
 
 
-def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_of_a_file_moves_its_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(2 * PART_BYTES + 1))
     store, told = FolderStore(tmp_path / "store"), list[int]()
     monkeypatch.setattr(Transfer, "moved", lambda _self, n=0: told.append(n))
@@ -57,7 +57,7 @@ def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: py
     assert [n for n in told if n] == 4 * [PART_BYTES, PART_BYTES, 1]
 
 
-def test_what_is_copied_goes_to_the_disk_as_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_is_synced_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all of a large file would go there at once at the end, which would look like standing still."""
     synced: list[int] = []
     monkeypatch.setattr(folder, "SYNC_BYTES", 2 * PART_BYTES)
