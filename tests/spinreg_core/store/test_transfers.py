@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def test_copy_is_synced_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.M
     """Else all of a large file would go there at once at the end, which would look like standing still."""
     synced: list[int] = []
     monkeypatch.setattr(folder, "SYNC_BYTES", 2 * PART_BYTES)
-    monkeypatch.setattr(folder.os, "fsync", lambda number: synced.append(folder.os.fstat(number).st_size))
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
     (tmp_path / "file").write_bytes(bytes(5 * PART_BYTES))
-    folder._copy(tmp_path / "file", tmp_path / "copy", lambda _bytes: None)
+    FolderStore(tmp_path).download("file", tmp_path / "copy")
     assert [size // PART_BYTES for size in synced] == [2, 4]
