@@ -1,4 +1,4 @@
-"""The S3 store behind a network that loses, doubles, delays and garbles: every promise holds."""
+"""S3 store behind a faulty network: every promise of the store holds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def behind(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Beh
 
 
 def test_documents_under_all_faults_keep_their_promises(behind: Behind) -> None:
-    """Create-only and compare-and-swap decide as they do without faults, whatever acknowledgements are lost."""
+    """Create-only and compare-and-swap decide as without faults, however many replies are lost."""
     proxy, store = behind(ALL, seed=3)
     for i in range(40):
         store.create(f"parts/{i}.json", f"part {i}".encode())
@@ -63,7 +63,7 @@ def test_documents_under_all_faults_keep_their_promises(behind: Behind) -> None:
 
 @pytest.mark.slow
 def test_files_under_all_faults_arrive_unchanged(behind: Behind, tmp_path: Path) -> None:
-    """Parts are tried again one by one; what arrives is what was sent."""
+    """Parts are retried separately, and the bytes arrive unchanged."""
     proxy, store = behind(ALL, seed=4)
     for size in (0, 1, PART_BYTES, PART_BYTES + 1, 9 * PART_BYTES + 12345):
         content = os.urandom(size)
@@ -112,7 +112,7 @@ def test_bytes_flipped_on_their_way_up_are_sent_again(
 def test_upload_with_a_lost_reply_and_a_fault_after_it_succeeds(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The upload was completed, the reply lost; then whether it was cannot be asked at first."""
+    """The upload was completed and its reply lost. The first request to find out fails too."""
     from botocore.exceptions import EndpointConnectionError
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
@@ -158,7 +158,7 @@ def test_store_that_stays_away_fails_after_its_patience(behind: Behind) -> None:
 
 
 def test_users_files_on_a_faulty_s3_are_retried(behind: Behind, tmp_path: Path) -> None:
-    """A server that is away is no bad input: the same patience, and an error that a later attempt may not meet."""
+    """A server that is away is not bad input: it is retried, and its error is one that a later attempt may not meet."""
     _, calm = behind({})
     contents = {f"{i}.jsonl": os.urandom(100 * i) for i in range(1, 9)}
     for name, content in contents.items():

@@ -1,4 +1,4 @@
-"""The store's server is killed and started again in the middle of uploads and downloads: nothing fails, all arrives."""
+"""Restart of the S3 server during uploads and downloads: no transfer fails or loses bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.servers import S3Server, process, s3_server, stop, wait_for
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """One of its own, because it is killed."""
+    """A server for this test alone, because it is killed."""
     S3FileSystem.clear_instance_cache()
     with s3_server(tmp_path / "s3") as running:
         for name, value in running.env.items():

@@ -1,4 +1,4 @@
-"""Copies of objects: within the limit, whole or not there, never taken from a process that uses them."""
+"""Cache of objects: stays within its limit, holds whole objects only, and keeps those in use."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a process with the store of the test and a script, and returns once it has said something."""
+    """Start a process with the store of the test and a script, and return after its first line of output."""
     begin = f"""
         import hashlib, os, random, shutil, sys, time
         from pathlib import Path

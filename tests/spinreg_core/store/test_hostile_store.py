@@ -1,4 +1,4 @@
-"""What a store that somebody else wrote says: nothing of it leads out of the store, the cache or the work folder."""
+"""Hostile stores: no document of another writer leads out of the store, the cache or the work folder."""
 
 from __future__ import annotations
 

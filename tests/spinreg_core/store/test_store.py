@@ -1,4 +1,4 @@
-"""Both backends keep the promises commits rest on: create-only, compare-and-swap, never half a file."""
+"""Contract of a store, for folder and S3: create-only, compare-and-swap, never half a file."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_new_folders_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_entries_have_ages_by_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours may be wrong: a week ahead, everything would look old enough to be removed."""
+    """The clock of this machine may be wrong: a week ahead, all keys would look old enough for removal."""
     store = FolderStore(tmp_path / "store")
     store.create("objects/x/young", b"1")
     store.create("objects/x/old", b"1")
@@ -227,7 +227,7 @@ def test_entries_of_a_read_only_store_count_from_the_last_write(tmp_path: Path) 
 
 
 def test_unfinished_write_is_listed_and_aborted(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a killed process leaves one: nobody ended it."""
+    """A killed process leaves such a write."""
     key, content = "objects/x/data/w/f", b"123"
     (tmp_path / "file").write_bytes(content)
     if isinstance(store, S3Store):

@@ -1,4 +1,4 @@
-"""What counts as movement, and of which threads."""
+"""Registry of transfers: movement, and the threads that count."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_part_of_a_file_moves_its_transfer(tmp_path: Path, monkeypatch: py
 
 
 def test_copy_is_synced_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else all of a large file would go there at once at the end, which would look like standing still."""
+    """Otherwise a large file would be synced at the end only, which would look like a hang."""
     synced: list[int] = []
     monkeypatch.setattr(folder, "SYNC_BYTES", 2 * PART_BYTES)
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
