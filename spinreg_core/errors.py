@@ -1,15 +1,16 @@
-"""The errors a user can meet, and the exit status each one ends a stage process with.
+"""Errors that a user can meet, and the exit statuses of the stage processes that they end.
 
-Decides: which failures are worth a retry. Leaves out: catching them; whoever can act does that.
+Decides: the failures that are worth a retry, and the sentence of an error about input. Leaves out: catching errors,
+which is up to the caller that can act on them.
 """
 
 from __future__ import annotations
 
 import re
 
-EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so nobody retries it
-EXIT_JUDGE_AWAY = 69  # EX_UNAVAILABLE: it was waited for already
-EXIT_DAMAGED = 74  # EX_IOERR: the same file is damaged for the next attempt too
+EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so it is not retried
+EXIT_JUDGE_AWAY = 69  # EX_UNAVAILABLE: the stage has waited for it already
+EXIT_DAMAGED = 74  # EX_IOERR: the next attempt would find the same damaged file
 EXIT_INTERRUPTED = 130  # 128 + SIGINT: Ctrl-C
 EXIT_PREEMPTED = 143  # 128 + SIGTERM: stopped from outside, resumable
 _CREDENTIALS = re.compile(r"://(?:[^\s/@:]*:[^\s@]*|[^\s/@]+)@")
@@ -25,13 +26,15 @@ _INSTRUCTIONS = {
 
 
 def without_credentials(text: str) -> str:
-    """A text without the user, password and signature of any address in it: those that people put into
-    AWS_ENDPOINT_URL or a proxy's address come back in the messages of libraries."""
+    """Return a text without the user, password and signature of any address in it.
+
+    Libraries quote addresses in their messages, and AWS_ENDPOINT_URL or the address of a proxy may hold credentials.
+    """
     return _SIGNED.sub(r"\1***", _CREDENTIALS.sub("://***@", text))
 
 
 class SpinregError(Exception):
-    """Base of every error spinreg raises on purpose; its text is one message for a person, without credentials."""
+    """Base of the errors that spinreg raises deliberately. The text is a message for a person, without credentials."""
 
     def __init__(self, *texts: object) -> None:
         super().__init__(*(without_credentials(text) if isinstance(text, str) else text for text in texts))
@@ -70,7 +73,7 @@ class BadInput(SpinregError):
 
     @classmethod
     def from_message(cls, message: str) -> BadInput:
-        """The error a stage process ended with, from the message it printed."""
+        """Return the error of a stage process that has ended, from the message that it printed."""
         error = cls.__new__(cls)
         SpinregError.__init__(error, message)
         return error
@@ -89,11 +92,11 @@ class ConfigChanged(BadInput):
 
 
 class LeaseHeld(SpinregError):
-    """Another process advances this run; the text names it."""
+    """Another process holds the lease of this run. The text names it."""
 
 
 class LeaseLost(SpinregError):
-    """This process no longer owns the run and must not commit."""
+    """This process no longer holds the lease of the run, and must not commit."""
 
 
 class Damaged(SpinregError):
@@ -101,7 +104,7 @@ class Damaged(SpinregError):
 
 
 class Removed(Damaged):
-    """A committed file was removed by the retention rules that the user set."""
+    """The user's retention rules removed a committed file."""
 
 
 class StageFailed(SpinregError):
@@ -109,27 +112,27 @@ class StageFailed(SpinregError):
 
 
 class JudgeAway(StageFailed):
-    """The judge's endpoint did not answer for as long as it is waited for; a later start may find it there."""
+    """The judge's endpoint did not respond within the time that a stage waits for it. A later start may succeed."""
 
 
 class StagePreempted(StageFailed):
-    """A stage process was stopped from outside; a retry continues from what it committed."""
+    """A stage process was stopped from outside. A retry resumes from its last commit."""
 
 
 class StoreFailed(SpinregError):
-    """The store did not do for minutes what it was asked to; a later attempt may find it well again."""
+    """The store did not respond within the retry window. A later attempt may succeed."""
 
 
 class StoreRefused(StoreFailed):
-    """The store, or its disk, does not let us: no permission, credentials that expired, a wrong clock, no space."""
+    """The store or its disk refused: missing permission, expired credentials, a wrong clock, no space."""
 
 
 class Conflict(SpinregError):
-    """A create-only key exists with other content, or a compare-and-swap lost."""
+    """A create-only key exists with other content, or another writer won a compare-and-swap."""
 
 
 def redacted(url: str) -> str:
-    """An address without the user and password some people put into it, and without a query, which signs some."""
-    # A secret key may hold slashes: everything from a user name with its colon up to the "@".
+    """Return an address without user, password and query, which may hold a signature."""
+    # A secret key may contain slashes: remove everything from a user name with its colon up to the "@".
     url = re.sub(r"://(?:[^/@:]*:[^@]*|[^/@]*)@", "://***@", url)
     return re.sub(r"(://[^?]*)\?.+", r"\1?***", url, flags=re.DOTALL)

@@ -1,16 +1,16 @@
-"""Where spinreg keeps copies it can make again: files of remote stores, converted and downloaded models.
+"""Cache of this machine: copies of remote objects, and converted or downloaded models.
 
-Decides: the folder; that copies of objects stay within $SPINREG_CACHE_GB, those unused for longest leaving first, and
-never one that a process uses. Leaves out: what a copy must be (`runs/objects.py`); models (`models/source.py`: not
-counted).
+Decides: the folder, and the removal of copies of objects, least recently used first, to stay within $SPINREG_CACHE_GB.
+An object in use is never removed. Leaves out: verification of copies (`runs/`), and models (`models/`), which do not
+count towards the limit.
 
-    objects/<object id>/   copies of one object; who uses it holds a shared lock on `.used`, whose mtime says since when
-    arriving/<random>/     files on their way, in the size they will have; who fetches them holds a lock on `.used`
-    leaving/<random>/      was an object until it was renamed to be removed
+    objects/<object id>/   copies of one object; a user holds a shared lock on `.used`, whose mtime is its last use
+    arriving/<random>/     files in transfer, at their final size; the fetching process holds a lock on `.used`
+    leaving/<random>/      an object that was renamed to be removed
 
-The locks are flocks, which end with their process. Who removes an object's folder holds its lock alone and renames it
-first, so that half an object is never found under its name; what killed processes left in `reserve_space` and `leaving`
-goes when something is fetched next. Without locks (some network file systems) nothing is removed.
+The locks are flocks, which end with their process. A process that removes an object's folder locks it exclusively and
+renames it first, so that half an object is never found under its name. Leftovers of killed processes in `arriving` and
+`leaving` are removed by the next fetch. Without flock (some network file systems) nothing is removed.
 """
 
 from __future__ import annotations
@@ -31,23 +31,25 @@ from pathlib import Path
 from spinreg_core.errors import BadInput, StoreFailed
 
 LIMIT_VARIABLE = "SPINREG_CACHE_GB"
-_SILENCE_SECONDS = 60.0  # of a process that fetches what we need too, after which we fetch it ourselves
-_LOCK_SECONDS = 60.0  # after which another process that holds a lock counts as frozen
-_HELD = "was held by another process for a minute"
-_FROZEN = "a frozen one? `fuser` names it"
+SILENCE_SECONDS = 60.0  # without a byte from another process that fetches the same object; then fetch it here
+LOCK_SECONDS = 60.0  # after which another process that holds a lock counts as frozen
+_HELD = "another process has held"
+_FROZEN = "for a minute; end it if it is frozen (`fuser` names it)"
 _POLL_SECONDS = 0.2
-_in_use: dict[Path, int] = {}  # the open lock of each object's folder this process uses
-_said: set[str] = set()
+_in_use: dict[Path, int] = {}  # the open lock of each object's folder that this process uses
+_warned: set[str] = set()  # limits whose excess was reported
 
 
 def cache_folder() -> Path:
-    """`$SPINREG_CACHE`, else ~/.cache/spinreg; created if missing. Safe to delete between runs. Raises BadInput for a
-    limit that is none, before there is anything to limit, and for a place where no folder can be."""
+    """Return `$SPINREG_CACHE`, or ~/.cache/spinreg; created if missing, and safe to delete between runs.
+
+    Raises BadInput for a place that cannot hold a folder, and early for an invalid limit.
+    """
     cache_limit()
     given = os.environ.get("SPINREG_CACHE") or "~/.cache/spinreg"
     try:
         folder = Path(given).expanduser().absolute()
-    except RuntimeError as error:  # ~NAME of nobody
+    except RuntimeError as error:  # ~NAME of an unknown user
         raise BadInput("SPINREG_CACHE", f"{given!r} ({error})", "a folder that can be found") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def cache_folder() -> Path:
 
 
 def require_cache() -> None:
-    """Raise BadInput where there is no cache, or none that can be written to."""
+    """Raise BadInput for a cache folder that cannot be made or written to."""
     folder = cache_folder()
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -67,7 +69,7 @@ def require_cache() -> None:
 
 
 def cache_limit() -> int | None:
-    """Bytes that copies of objects may take on this machine (`$SPINREG_CACHE_GB`), or None. Raises BadInput."""
+    """Return the limit on copies of objects (`$SPINREG_CACHE_GB`) in bytes, or None. Raises BadInput."""
     text = os.environ.get(LIMIT_VARIABLE)
     if not text:
         return None
@@ -81,7 +83,7 @@ def cache_limit() -> int | None:
 
 
 def pin(object_id: str) -> Path:
-    """The folder for copies of an object, which stays until this process ends or the block of `pinned` does."""
+    """Return the folder for copies of an object, kept until this process or the block of `pinned` ends."""
     folder = cache_folder() / "objects" / object_id
     handle = _in_use.get(folder)
     while handle is None or not _is_lock_of(handle, folder):
@@ -95,8 +97,8 @@ def pin(object_id: str) -> Path:
             handle = None
             continue
         try:
-            if _flock(handle, fcntl.LOCK_SH, _LOCK_SECONDS) is False:
-                raise StoreFailed(f"using {folder}: found that its .used {_HELD}; expected it to be let go ({_FROZEN})")
+            if _flock(handle, fcntl.LOCK_SH, LOCK_SECONDS) is False:
+                raise StoreFailed(f"using {folder}: {_HELD} its .used {_FROZEN}")
         except BaseException:
             os.close(handle)
             raise
@@ -107,7 +109,7 @@ def pin(object_id: str) -> Path:
 
 @contextlib.contextmanager
 def pinned() -> Iterator[None]:
-    """What is fetched inside is in use until the end of the block only: for processes that live for days."""
+    """Release objects that were fetched inside the block at its end: for processes that live for days."""
     before = set(_in_use)
     try:
         yield
@@ -118,24 +120,23 @@ def pinned() -> Iterator[None]:
 
 @contextlib.contextmanager
 def fetch_lock(folder: Path) -> Iterator[None]:
-    """One process at a time fetches into an object's folder; the others wait as long as bytes arrive."""
-    handle = os.open(folder / ".fetching", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
+    """Let one process at a time fetch into an object's folder. The others wait as long as bytes arrive."""
+    with _opened(folder / ".fetching") as handle:
         seen, since = None, time.monotonic()
-        while _flock(handle, fcntl.LOCK_EX) is False and time.monotonic() - since < _SILENCE_SECONDS:
+        while _flock(handle, fcntl.LOCK_EX) is False and time.monotonic() - since < SILENCE_SECONDS:
             now = _newest(cache_folder() / "arriving")
             if now != seen:
                 seen, since = now, time.monotonic()
             time.sleep(_POLL_SECONDS)
         yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def reserve_space(sizes: Sequence[int]) -> Iterator[list[Path]]:
-    """Empty files of these sizes, to be filled and moved into an object's folder; there is room for them, if there can
-    be. What is left of them at the end is removed."""
+    """Yield files of these sizes, to be filled and moved into an object's folder, after making room for them.
+
+    Files that are still there at the end of the block are removed.
+    """
     cache = cache_folder()
     folder = cache / "arriving" / uuid.uuid4().hex
     with _alone(cache) as alone:
@@ -144,9 +145,10 @@ def reserve_space(sizes: Sequence[int]) -> Iterator[list[Path]]:
             _make_room(cache, sum(sizes))
         folder.mkdir(parents=True)
         handle = os.open(folder / ".used", os.O_RDWR | os.O_CREAT, 0o666)
-        _flock(handle, fcntl.LOCK_EX, _LOCK_SECONDS)
+        _flock(handle, fcntl.LOCK_EX, LOCK_SECONDS)
         paths = [folder / str(number) for number in range(len(sizes))]
-        for path, size in zip(paths, sizes, strict=True):  # so that the next one knows what will be there
+        # At their final size, so that other processes count the space that they will take.
+        for path, size in zip(paths, sizes, strict=True):
             path.touch()
             os.truncate(path, size)
     try:
@@ -157,11 +159,11 @@ def reserve_space(sizes: Sequence[int]) -> Iterator[list[Path]]:
 
 
 def _make_room(cache: Path, needed: int) -> None:
-    """Remove objects nobody uses, those unused for longest first, until there is room for so many bytes."""
+    """Remove unused objects, least recently used first, until so many bytes fit within the limit."""
     limit = cache_limit()
     if limit is None:
         return
-    # What arrives is counted first: a file that moves into its object meanwhile counts twice, which does no harm.
+    # Count arriving files first: one that moves into its object between the two counts is counted twice, never missed.
     total = needed + _bytes(cache / "arriving")
     found = []
     for folder in _folders(cache / "objects"):
@@ -174,32 +176,29 @@ def _make_room(cache: Path, needed: int) -> None:
             return
         if _removed(cache, folder):
             total -= size
-    if total > limit and LIMIT_VARIABLE not in _said:
-        _said.add(LIMIT_VARIABLE)
-        print(f"cache: {total / 1e9:.3g} GB are in use at once, more than {LIMIT_VARIABLE}={limit / 1e9:g}; going on",
+    if total > limit and LIMIT_VARIABLE not in _warned:
+        _warned.add(LIMIT_VARIABLE)
+        print(f"cache: {total / 1e9:.3g} GB are in use at once, more than {LIMIT_VARIABLE}={limit / 1e9:g}; continuing",
               flush=True)  # fmt: skip
 
 
 def _removed(cache: Path, folder: Path) -> bool:
-    """Whether a folder that nobody uses was removed; False where it is in use."""
+    """Remove the folder of an unused object. Return False if it is in use."""
     gone = cache / "leaving" / uuid.uuid4().hex
     gone.parent.mkdir(exist_ok=True)
     try:
-        handle = os.open(folder / ".used", os.O_RDWR | os.O_CREAT, 0o666)
-    except FileNotFoundError:
+        with _opened(folder / ".used") as handle:
+            if not _flock(handle, fcntl.LOCK_EX) or not _is_lock_of(handle, folder):
+                return False
+            os.rename(folder, gone)
+    except FileNotFoundError:  # another process was faster
         return False
-    try:
-        if not _flock(handle, fcntl.LOCK_EX) or not _is_lock_of(handle, folder):
-            return False
-        os.rename(folder, gone)
-    finally:
-        os.close(handle)
     shutil.rmtree(gone, ignore_errors=True)
     return True
 
 
 def _sweep(cache: Path) -> None:
-    """Remove what processes left that were killed while they fetched or removed."""
+    """Remove leftovers of processes that were killed while they fetched or removed an object."""
     for folder in _folders(cache / "arriving"):
         _removed(cache, folder)
     for folder in _folders(cache / "leaving"):
@@ -208,19 +207,26 @@ def _sweep(cache: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(cache: Path) -> Iterator[bool]:
-    """One process of the machine at a time, for as long as room is made; False where a frozen one does not end."""
-    handle = os.open(cache / ".room", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        alone = _flock(handle, fcntl.LOCK_EX, _LOCK_SECONDS) is not False
+    """Let one process of the machine at a time make room. Yields False if a frozen one does not let go."""
+    with _opened(cache / ".room") as handle:
+        alone = _flock(handle, fcntl.LOCK_EX, LOCK_SECONDS) is not False
         if not alone:
-            print(f"cache: {cache / '.room'} {_HELD} ({_FROZEN}); going on without making room", flush=True)
+            print(f"cache: {_HELD} {cache / '.room'} {_FROZEN}; continuing without making room", flush=True)
         yield alone
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """Open a lock file, made if missing. Closing it releases the lock."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield handle
     finally:
         os.close(handle)
 
 
 def _flock(handle: int, how: int, seconds: float = 0.0) -> bool | None:
-    """Whether the lock is ours; False where another process has held it for so long, None where there are no locks."""
+    """Take a lock. Return False if another process has held it for `seconds`, and None if flock is not supported."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -233,11 +239,11 @@ def _flock(handle: int, how: int, seconds: float = 0.0) -> bool | None:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             return None
-        time.sleep(0.02)  # who is not frozen needs milliseconds
+        time.sleep(0.02)  # a holder that is not frozen needs milliseconds
 
 
 def _is_lock_of(handle: int, folder: Path) -> bool:
-    """Whether what we have open is still the lock of the folder, which may have been removed and made anew before."""
+    """Return False if the folder was removed, or removed and made again, since its lock was opened."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder / ".used"))
     except FileNotFoundError:
@@ -256,7 +262,7 @@ def _stats(folder: Path) -> Iterator[os.stat_result]:
 
 
 def _bytes(folder: Path) -> int:
-    """Of all files, each counted once however many names it has."""
+    """Return the size of all files. A file with several names counts once."""
     return sum({s.st_ino: s.st_size for s in _stats(folder) if stat.S_ISREG(s.st_mode)}.values())
 
 

@@ -1,4 +1,4 @@
-"""SHA-256 of files, counted as a transfer while it reads."""
+"""SHA-256 of files. Reading a file counts as a transfer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spinreg_core.store.transfers import track_transfer
 
 
 def sha256_file(path: Path) -> str:
-    """Raises StoreRefused for a file that is there and cannot be read."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises StoreRefused for a file that cannot be read."""
     digest = hashlib.sha256()
     with (
         os_errors_as_store_refused(f"reading {path}"),

@@ -73,9 +73,7 @@ class S3Store:
         first = {"Prefix": f"{self.prefix}/" if self.prefix else "", "MaxKeys": 1}
         try:
             # List instead of HEAD: error responses to HEAD have no body.
-            self._run(
-                lambda: self.call("list_objects_v2", **first), f"asking for bucket {self.bucket!r}", self.times.check
-            )
+            self._run(f"asking for bucket {self.bucket!r}", "list_objects_v2", patience=self.times.check, **first)
         except Exception as error:
             # botocore has an error family of its own, and a ValueError for wrong addresses.
             if not isinstance(error, StoreFailed | OSError | ValueError) and library(error) != "botocore":
@@ -93,7 +91,7 @@ class S3Store:
 
     def read_tagged(self, key: str) -> tuple[bytes, str] | None:
         try:
-            return self._run(lambda: self._get(self._key(key)), f"reading {self.uri(key)}")
+            return self._sync(lambda: self._get(f"reading {self.uri(key)}", self._key(key)))
         except FileNotFoundError:
             return None
 
@@ -105,7 +103,8 @@ class S3Store:
 
     def _put_if(self, key: str, data: bytes, **condition: str) -> str:
         try:
-            return self._run(lambda: self._put(self._key(key), data, **condition), f"writing {self.uri(key)}")
+            reply = self._run(f"writing {self.uri(key)}", "put_object", Key=self._key(key), Body=data, **condition)
+            return str(reply["ETag"])
         except OSError as error:
             if response(error)[1] not in ("PreconditionFailed", "NoSuchKey"):
                 raise
@@ -116,16 +115,16 @@ class S3Store:
         raise Conflict(f"{self.uri(key)} was written by another writer")
 
     def write(self, key: str, data: bytes) -> None:
-        self._run(lambda: self._put(self._key(key), data), f"writing {self.uri(key)}")
+        self._run(f"writing {self.uri(key)}", "put_object", Key=self._key(key), Body=data)
 
     def upload(self, path: Path, key: str) -> None:
         size = path.stat().st_size
         part = max(PART_BYTES, -(-size // _MOST_PARTS))
         with track_transfer(f"storing {path.name} in {self.url}") as moved:
             if size <= part:
-                self._run(lambda: self._put(self._key(key), path.read_bytes()), f"storing {self.uri(key)}")
-                return
-            self._sync(lambda: self._upload(path, self._key(key), size, part, moved))
+                self._run(f"storing {self.uri(key)}", "put_object", Key=self._key(key), Body=path.read_bytes())
+            else:
+                self._sync(lambda: self._upload(path, self._key(key), size, part, moved))
 
     def download(self, key: str, path: Path) -> None:
         with (
@@ -140,14 +139,13 @@ class S3Store:
                 self._sync(lambda: self._download(self._key(key), file.fileno(), size, moved))
 
     def delete(self, key: str) -> None:
-        self._run(lambda: self.call("delete_object", Key=self._key(key)), f"deleting {self.uri(key)}")
+        self._run(f"deleting {self.uri(key)}", "delete_object", Key=self._key(key))
 
     def size(self, key: str) -> int | None:
         try:
-            reply = self._run(lambda: self.call("head_object", Key=self._key(key)), f"asking for {self.uri(key)}")
+            return int(self._run(f"asking for {self.uri(key)}", "head_object", Key=self._key(key))["ContentLength"])
         except FileNotFoundError:
             return None
-        return int(reply["ContentLength"])
 
     def list(self, prefix: str) -> list[str]:
         return [entry.key for entry in self.entries(prefix)]
@@ -165,12 +163,12 @@ class S3Store:
     def _objects(self, start: str) -> Iterator[tuple[Any, datetime]]:
         """Yield the entries of a listing, each with the server's time."""
         following = {"ContinuationToken": "NextContinuationToken"}
-        for page, now in self._pages("list_objects_v2", f"listing s3://{self.bucket}/{start}", following, Prefix=start):
+        for page, now in self._pages(f"listing s3://{self.bucket}/{start}", "list_objects_v2", following, Prefix=start):
             for entry in page.get("Contents", ()):
                 yield entry, now
 
     def unfinished(self) -> Sequence[Listed]:
-        pages = self._pages("list_multipart_uploads", f"listing the unfinished uploads of {self.url}",
+        pages = self._pages(f"listing the unfinished uploads of {self.url}", "list_multipart_uploads",
                             {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"},
                             Prefix=f"{self.prefix}/" if self.prefix else "")  # fmt: skip
         return sorted(
@@ -181,11 +179,11 @@ class S3Store:
     def abort_unfinished(self, name: str) -> None:
         key, _, upload = name.rpartition("?")
         with contextlib.suppress(FileNotFoundError):
-            self._run(lambda: self.call("abort_multipart_upload", Key=self._key(key), UploadId=upload),
-                      f"ending the upload of {self.uri(key)}")  # fmt: skip
+            action = f"ending the upload of {self.uri(key)}"
+            self._run(action, "abort_multipart_upload", Key=self._key(key), UploadId=upload)
 
     def _pages(
-        self, method: str, what: str, following: dict[str, str], **arguments: Any
+        self, action: str, method: str, following: dict[str, str], **arguments: Any
     ) -> Iterator[tuple[Any, datetime]]:
         """Yield the pages of a listing, each with the server's time.
 
@@ -193,7 +191,7 @@ class S3Store:
         """
         more: dict[str, Any] = {}
         while True:
-            page = self._run(lambda more=more: self.call(method, **arguments, **more), what)  # type: ignore[misc]
+            page = self._run(action, method, **arguments, **more)
             date = page.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
             yield page, parsedate_to_datetime(date) if date else datetime.now(UTC)
             more = {argument: page[field] for argument, field in following.items() if page.get(field)}
@@ -220,11 +218,11 @@ class S3Store:
         found: T = sync(self._fs.loop, work)
         return found
 
-    def _run(self, attempt: Callable[[], Awaitable[T]], what: str, patience: float | None = None) -> T:
-        return self._sync(lambda: with_retries(attempt, what, self.times, patience))
+    def _run(self, action: str, method: str, **arguments: Any) -> Any:
+        return self._sync(lambda: self._request(action, method, **arguments))
 
-    def _retried(self, attempt: Callable[[], Awaitable[T]], what: str) -> Awaitable[T]:
-        return with_retries(attempt, what, self.times)
+    async def _request(self, action: str, method: str, patience: float | None = None, **arguments: Any) -> Any:
+        return await with_retries(lambda: self.call(method, **arguments), action, self.times, patience)
 
     async def call(self, method: str, **arguments: Any) -> Any:
         """Send one request. Raises the OSError that s3fs makes of the server's error, with that as its cause."""
@@ -238,18 +236,22 @@ class S3Store:
             failure = translate_boto_error(error)
         raise failure
 
-    async def _get(self, key: str, **arguments: Any) -> tuple[bytes, str]:
-        reply = await self.call("get_object", Key=key, **arguments)
-        async with reply["Body"] as body:
-            return await body.read(), reply["ETag"]
+    async def _get(self, action: str, key: str, size: int | None = None, **arguments: Any) -> tuple[bytes, str]:
+        """Return content and tag of a key, or of a range of `size` bytes. A body of another size is asked for again."""
 
-    async def _put(self, key: str, data: bytes, **condition: str) -> str:
-        reply = await self.call("put_object", Key=key, Body=data, **condition)
-        return str(reply["ETag"])
+        async def attempt() -> tuple[bytes, str]:
+            reply = await self.call("get_object", Key=key, **arguments)
+            async with reply["Body"] as body:
+                data = await body.read()
+            if size is not None and len(data) != size:
+                raise ConnectionError(f"{len(data)} bytes instead of {size}")
+            return data, reply["ETag"]
+
+        return await with_retries(attempt, action, self.times)
 
     async def _upload(self, path: Path, key: str, size: int, part: int, moved: Callable[[int], None]) -> None:
         where = f"s3://{self.bucket}/{key}"
-        begun = await self._retried(lambda: self.call("create_multipart_upload", Key=key), f"storing {where}")
+        begun = await self._request(f"storing {where}", "create_multipart_upload", Key=key)
         upload = {"Key": key, "UploadId": begun["UploadId"]}
         numbers = iter(range(1, -(-size // part) + 1))
         tags: dict[int, str] = {}
@@ -257,12 +259,8 @@ class S3Store:
         async def send() -> None:
             for number in numbers:  # shared: each task takes the next part
                 data = await asyncio.to_thread(read_at, path, (number - 1) * part, part)
-                reply = await self._retried(
-                    lambda number=number, data=data: self.call(  # type: ignore[misc]
-                        "upload_part", PartNumber=number, Body=data, **upload
-                    ),
-                    f"storing part {number} of {where}",
-                )
+                action = f"storing part {number} of {where}"
+                reply = await self._request(action, "upload_part", PartNumber=number, Body=data, **upload)
                 tags[number] = reply["ETag"]
                 moved(len(data))
 
@@ -281,7 +279,7 @@ class S3Store:
         try:
             await _together(send)
             parts += [{"PartNumber": number, "ETag": tags[number]} for number in sorted(tags)]
-            await self._retried(complete, f"storing {where}")
+            await with_retries(complete, f"storing {where}", self.times)
         except BaseException:
             try:
                 await asyncio.wait_for(self.call("abort_multipart_upload", **upload), self.times.check)
@@ -295,15 +293,8 @@ class S3Store:
 
         async def fetch() -> None:
             for start in starts:
-                end = min(start + PART_BYTES, size)
-
-                async def get(start: int = start, end: int = end) -> bytes:
-                    data, _ = await self._get(key, Range=f"bytes={start}-{end - 1}")
-                    if len(data) != end - start:
-                        raise ConnectionError(f"{len(data)} bytes instead of {end - start}")
-                    return data
-
-                data = await self._retried(get, f"fetching {where}")
+                count = min(PART_BYTES, size - start)
+                data, _ = await self._get(f"fetching {where}", key, count, Range=f"bytes={start}-{start + count - 1}")
                 await asyncio.to_thread(write_at, file, data, start)
                 moved(len(data))
 

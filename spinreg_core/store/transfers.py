@@ -1,8 +1,8 @@
-"""Which files of the store the main thread waits for, and whether their bytes move.
+"""Registry of the transfers that the main thread waits for, and of the movement of their bytes.
 
-Decides: what counts as movement. Leaves out: for how long none is too long, and what follows (`runtime/rank_watch.py`:
-a rank that the others wait for ends). Other threads count while the main one waits for them: a checkpoint that cannot
-be stored meanwhile costs a checkpoint, not the stage.
+Decides: the meaning of movement. Leaves out: the timeout, and ending a rank that the others wait for (`runtime/`).
+Transfers of another thread count while the main thread waits for it. Otherwise a checkpoint that cannot be stored costs
+that checkpoint, not the stage.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(eq=False)
 class Transfer:
-    """`moves` is counted up whenever bytes have moved; who watches looks whether it changes, not at a clock, because a
-    process that was suspended has not been idle."""
+    """An operation of the store. `moves` increases whenever bytes have moved.
+
+    A watcher compares `moves` and reads no clock here, because a process that was suspended has not been idle.
+    """
 
     what: str
     thread: threading.Thread
@@ -26,13 +28,13 @@ class Transfer:
         self.moves += 1
 
 
-_under_way: list[Transfer] = []  # inner ones after outer ones
+_under_way: list[Transfer] = []  # an inner operation comes after its outer one
 _awaited: list[threading.Thread] = [threading.main_thread()]
 
 
 @contextmanager
 def track_transfer(what: str) -> Iterator[Callable[[int], None]]:
-    """Around an operation of the store. The function given is to be called whenever bytes have moved."""
+    """Register an operation of the store. Call the function that this yields whenever bytes have moved."""
     operation = Transfer(what, threading.current_thread())
     _under_way.append(operation)
     try:
@@ -46,7 +48,7 @@ def track_transfer(what: str) -> Iterator[Callable[[int], None]]:
 
 @contextmanager
 def main_thread_waits_for(thread: threading.Thread) -> Iterator[None]:
-    """While the main thread waits for another one."""
+    """Count the transfers of a thread inside the block, in which the main thread waits for it."""
     _awaited.append(thread)
     try:
         yield
@@ -55,6 +57,6 @@ def main_thread_waits_for(thread: threading.Thread) -> Iterator[None]:
 
 
 def watched_transfers() -> list[Transfer]:
-    """The innermost operation of each thread that the main one is or waits for."""
+    """Return the innermost operation of the main thread and of each thread that it waits for."""
     innermost = {operation.thread: operation for operation in list(_under_way)}
     return [operation for thread, operation in innermost.items() if thread in _awaited]

@@ -1,5 +1,8 @@
-"""Stores that are not there, that refuse, and that have no room. S3 is a real server but for what that cannot be
-made to do: expired tokens, a full disk, writes without conditions, which a few lines answer as AWS does."""
+"""Stores that are missing, refuse or are full.
+
+S3 is a real server. A few lines answer as AWS does for expired tokens, full disks and ignored conditions, which the
+real server cannot produce.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ case = table(CASES, "start")
 
 
 def at(place: Place, bucket: str = "spinreg") -> str:
-    """Address of a store on the real server."""
+    """Return the address of a store on the real server, and set its credentials."""
     server = place.server()
     S3FileSystem.clear_instance_cache()  # one is kept whatever the credentials are
     for name, value in server.env.items():
@@ -42,7 +45,7 @@ def at(place: Place, bucket: str = "spinreg") -> str:
 
 @contextlib.contextmanager
 def answering(place: Place, status: int, code: str, text: str) -> Iterator[None]:
-    """A server that gives every request one answer; with status 200 an empty listing, and a tag for what is written."""
+    """Run a server that gives every request the same response: an error, or with status 200 success and an ETag."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -78,7 +81,7 @@ def answering(place: Place, status: int, code: str, text: str) -> Iterator[None]
 
 
 def denied(place: Place, action: str) -> str:
-    """A bucket whose policy denies an action to everybody."""
+    """Return the address of a bucket with a policy that denies an action to all users."""
     server = place.server()
     client = botocore.session.get_session().create_client(
         "s3", endpoint_url=server.endpoint, region_name="us-east-1",
@@ -93,7 +96,7 @@ def denied(place: Place, action: str) -> str:
 
 
 def skewed(place: Place) -> None:
-    """An hour behind."""
+    """Set the clock that signs requests an hour back."""
     real: Callable[..., datetime.datetime] = botocore.auth.get_current_datetime
     place.patch.setattr(
         botocore.auth, "get_current_datetime", lambda *a, **n: real(*a, **n) - datetime.timedelta(hours=1)
@@ -101,7 +104,7 @@ def skewed(place: Place) -> None:
 
 
 def full(place: Place) -> FolderStore:
-    """A store whose next file is on a full disk."""
+    """Return a store that writes its next file to a full disk."""
     store = FolderStore(place.folder / "store")
     store.create("runs/demo/head.json", b"{}")
     place.patch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
@@ -109,7 +112,7 @@ def full(place: Place) -> FolderStore:
     return store
 
 
-@case("a bucket that is not there")
+@case("a bucket that does not exist")
 def _(place: Place) -> object:
     return open_store(at(place, "nowhere")).check()
 
@@ -153,7 +156,7 @@ def _(place: Place) -> object:
     return open_store(url).check()
 
 
-@case("a profile there is none of")
+@case("a profile that does not exist")
 def _(place: Place) -> object:
     url = at(place)
     place.patch.setenv("AWS_PROFILE", "nobody")
@@ -173,14 +176,14 @@ def _(place: Place) -> object:
         return open_store("s3://spinreg/runs").check()
 
 
-@case("a server that is not there")
+@case("a server that does not respond")
 def _(place: Place) -> object:
     url = at(place)
     place.patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_ports(1)[0]}")
     return S3Store(url, RetryTimes(check=6.0)).check()
 
 
-@case("an endpoint that is no address")
+@case("an endpoint that is not an address")
 def _(place: Place) -> object:
     url = at(place)
     place.patch.setenv("AWS_ENDPOINT_URL", "localhost:8333")
@@ -205,7 +208,7 @@ def _(place: Place) -> object:
     return require_conditional_writes(store)
 
 
-@case("a server that overwrites what is there")
+@case("a server that ignores If-None-Match")
 def _(place: Place) -> object:
     with answering(place, 200, "", ""):
         return require_conditional_writes(open_store("s3://spinreg/runs"))
@@ -230,12 +233,12 @@ def _(place: Place) -> object:
     return open_store(str(bucket)).check()
 
 
-@case("a data set in a bucket that is not there", BadInput, "prepare")
+@case("a data set in a bucket that does not exist", BadInput, "prepare")
 def _(place: Place) -> object:
     return list_s3(at(place, "nowhere") + "/rows.jsonl", "dataset")
 
 
-@case("a data set at an address with nothing", BadInput, "prepare")
+@case("a data set at an empty address", BadInput, "prepare")
 def _(place: Place) -> object:
     return list_s3(at(place) + "/rows.jsonl", "dataset")
 
@@ -263,19 +266,19 @@ def _(place: Place) -> object:
     return FolderStore(place.folder).read("runs/../../secrets")
 
 
-# Where it was well when the run began.
-@case("a token that expired meanwhile", StoreRefused, "use")
+# The store was usable at the start of the run.
+@case("a token that expired during the run", StoreRefused, "use")
 def _(place: Place) -> object:
     with answering(place, 400, "ExpiredToken", "The provided token has expired."):
         return open_store("s3://spinreg/runs").read("runs/demo/head.json")
 
 
-@case("a right to read that was taken away meanwhile", StoreRefused, "use")
+@case("a permission to read that was withdrawn during the run", StoreRefused, "use")
 def _(place: Place) -> object:
     return open_store(denied(place, "GetObject")).read("runs/demo/head.json")
 
 
-@case("a clock that went wrong meanwhile", StoreRefused, "use")
+@case("a clock that went wrong during the run", StoreRefused, "use")
 def _(place: Place) -> object:
     store = open_store(at(place))
     skewed(place)
@@ -305,20 +308,20 @@ def _(place: Place) -> object:
     return FolderStore(place.folder / "store").read("runs/demo/head.json")
 
 
-@case("a copy of a file for which this machine has no room", StoreRefused, "use")
+@case("a copy of a file that does not fit on this machine", StoreRefused, "use")
 def _(place: Place) -> object:
     store = FolderStore(place.folder / "store")
     store.write("objects/a/weights", b"w")
     return store.download("objects/a/weights", Path("/dev/full"))
 
 
-@case("a folder of the store that may not be listed", StoreRefused, "use")
+@case("a folder of the store without permission to list", StoreRefused, "use")
 def _(place: Place) -> object:
     with as_nobody(lambda folder: (folder / "runs/one").mkdir(parents=True, mode=0)) as place.folder:
         return FolderStore(place.folder).list("runs/")
 
 
-@case("a link in the store to what is not there", StoreRefused, "use")
+@case("a link in the store that leads nowhere", StoreRefused, "use")
 def _(place: Place) -> object:
     (place.folder / "store/runs").mkdir(parents=True)
     (place.folder / "store/runs/one").symlink_to(place.folder / "not-mounted/one")

@@ -1,16 +1,16 @@
-"""A proxy in front of a real S3 server that does to requests what networks and overloaded servers do.
+"""A proxy in front of a real S3 server that injects the faults of networks and overloaded servers.
 
-Faults, each drawn independently per request with a rate of its own, from a seed:
+Each fault is drawn independently for every request, from a seed, at its own rate:
 
-    refused    the server never sees the request; the answer is 500, 503 or 429
-    lost       the server does what it is asked, and the connection ends before the answer
-    torn       the connection ends in the middle of the request's body, or of the answer's
-    slow       the answer comes seconds late
-    doubled    the server gets the request twice, and the second answer is returned
-    stale      a listing is answered as it was some requests ago
+    refused    the server never sees the request; the response is 500, 503 or 429
+    lost       the server carries out the request, and the connection ends before the response
+    torn       the connection ends in the middle of the request's body, or of the response's
+    slow       the response comes seconds late
+    doubled    the server gets the request twice, and the second response is returned
+    stale      a listing shows the state of some requests ago
     flipped    a bit of the request's body changes on its way
 
-The host header and the path reach the server as the client signed them.
+Host header and path reach the server as the client signed them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ _REFUSALS = ((500, "InternalError"), (503, "SlowDown"), (503, "ServiceUnavailabl
 
 
 class FaultProxy:
-    """`rates`: fault -> probability. `happened` counts them, `requests` all, `writing` the uploads that the server has
-    not answered yet."""
+    """The proxy. `rates` maps faults to probabilities.
+
+    Counts: `happened` the faults, `requests` all requests, `writing` those with a body that still wait for the server.
+    """
 
     def __init__(self, target: str, rates: dict[str, float], seed: int = 0, slow_seconds: float = 1.0) -> None:
         assert rates.keys() <= set(FAULTS), rates
@@ -54,7 +56,7 @@ class FaultProxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         try:
             return await self._answer(request)
-        except aiohttp.ClientError:  # there is no server behind us just now
+        except aiohttp.ClientError:  # the server is down at the moment
             if request.transport is not None:
                 request.transport.abort()
             return web.Response(status=502)
@@ -136,7 +138,7 @@ class FaultProxy:
 
 @contextlib.contextmanager
 def fault_proxy(target: str, rates: dict[str, float], seed: int = 0, **more: Any) -> Iterator[FaultProxy]:
-    """A running proxy in front of `target`; `endpoint` is its address."""
+    """Run a proxy in front of `target`. Its `endpoint` is the address for clients."""
     proxy = FaultProxy(target, rates, seed, **more)
     ready, loop, over = threading.Event(), asyncio.new_event_loop(), asyncio.Event()
     thread = threading.Thread(target=lambda: loop.run_until_complete(proxy._serve(ready, over)), daemon=True)

@@ -1,4 +1,4 @@
-"""The S3 store behind a network that loses, doubles, delays and garbles: every promise holds."""
+"""S3 store behind a faulty network: every promise of the store holds."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def behind(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Beh
     S3FileSystem.clear_instance_cache()
 
 
-def test_documents_under_all_faults(behind: Behind) -> None:
-    """Create-only and compare-and-swap decide as they do without faults, whatever acknowledgements are lost."""
+def test_documents_under_all_faults_keep_their_promises(behind: Behind) -> None:
+    """Create-only and compare-and-swap decide as without faults, however many replies are lost."""
     proxy, store = behind(ALL, seed=3)
     for i in range(40):
         store.create(f"parts/{i}.json", f"part {i}".encode())
@@ -62,8 +62,8 @@ def test_documents_under_all_faults(behind: Behind) -> None:
 
 
 @pytest.mark.slow
-def test_files_under_all_faults(behind: Behind, tmp_path: Path) -> None:
-    """Parts are tried again one by one; what arrives is what was sent."""
+def test_files_under_all_faults_arrive_unchanged(behind: Behind, tmp_path: Path) -> None:
+    """Parts are retried separately, and the bytes arrive unchanged."""
     proxy, store = behind(ALL, seed=4)
     for size in (0, 1, PART_BYTES, PART_BYTES + 1, 9 * PART_BYTES + 12345):
         content = os.urandom(size)
@@ -75,7 +75,7 @@ def test_files_under_all_faults(behind: Behind, tmp_path: Path) -> None:
     assert sum(proxy.happened.values()) > 10, proxy.happened
 
 
-def test_a_listing_is_complete_once_it_is_no_longer_stale(behind: Behind) -> None:
+def test_listing_that_was_stale_becomes_complete(behind: Behind) -> None:
     proxy, store = behind({"refused": 0.2, "lost": 0.1, "torn": 0.1, "stale": 0.5}, seed=5)
     keys: list[str] = []
     seen = []
@@ -93,7 +93,7 @@ def test_a_listing_is_complete_once_it_is_no_longer_stale(behind: Behind) -> Non
 
 
 @pytest.mark.slow
-def test_bytes_that_change_on_their_way_up_are_refused_and_sent_again(
+def test_bytes_flipped_on_their_way_up_are_sent_again(
     behind: Behind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")  # as people set it for other servers
@@ -109,10 +109,10 @@ def test_bytes_that_change_on_their_way_up_are_refused_and_sent_again(
     assert proxy.happened["flipped"] > 5
 
 
-def test_a_lost_acknowledgement_of_an_upload_and_a_fault_of_the_question_after_it(
+def test_upload_with_a_lost_reply_and_a_fault_after_it_succeeds(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The upload was completed, the reply lost; then whether it was cannot be asked at first."""
+    """The upload was completed and its reply lost. The first request to find out fails too."""
     from botocore.exceptions import EndpointConnectionError
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
@@ -139,7 +139,7 @@ def test_a_lost_acknowledgement_of_an_upload_and_a_fault_of_the_question_after_i
     assert "abort_multipart_upload" not in asked
 
 
-def test_a_disk_that_takes_a_part_of_what_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_at_a_nearly_full_disk_writes_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, start: real(file, data[:3], start))
     with open(tmp_path / "file", "wb") as file:
@@ -147,7 +147,7 @@ def test_a_disk_that_takes_a_part_of_what_arrives(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "file").read_bytes() == b"\0\0" + b"0123456789"
 
 
-def test_a_store_that_stays_away_ends_in_one_error_after_its_time(behind: Behind) -> None:
+def test_store_that_stays_away_fails_after_its_patience(behind: Behind) -> None:
     _, store = behind({"refused": 1.0}, times=RetryTimes(patience=2.0, check=1.0))
     start = time.monotonic()
     with pytest.raises(StoreFailed, match=r"reading s3://spinreg/\S+/a: the store kept failing for 2 s: .*"):
@@ -157,8 +157,8 @@ def test_a_store_that_stays_away_ends_in_one_error_after_its_time(behind: Behind
         store.check()
 
 
-def test_data_and_models_on_s3_are_waited_for(behind: Behind, tmp_path: Path) -> None:
-    """A server that is away is no bad input: the same patience, and an error that a later attempt may not meet."""
+def test_users_files_on_a_faulty_s3_are_retried(behind: Behind, tmp_path: Path) -> None:
+    """A server that is away is not bad input: it is retried, and its error is one that a later attempt may not meet."""
     _, calm = behind({})
     contents = {f"{i}.jsonl": os.urandom(100 * i) for i in range(1, 9)}
     for name, content in contents.items():
@@ -181,7 +181,7 @@ def test_data_and_models_on_s3_are_waited_for(behind: Behind, tmp_path: Path) ->
         fetch_s3(f"{store.url}/rows", ["1.jsonl"], tmp_path, "dataset", times)
 
 
-def test_what_does_not_pass_is_not_tried_again(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_request_is_not_retried(behind: Behind, monkeypatch: pytest.MonkeyPatch) -> None:
     proxy, _ = behind({})
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     S3FileSystem.clear_instance_cache()

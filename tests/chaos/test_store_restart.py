@@ -1,4 +1,4 @@
-"""The store's server is killed and started again in the middle of uploads and downloads: nothing fails, all arrives."""
+"""Restart of the S3 server during uploads and downloads: no transfer fails or loses bytes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.servers import S3Server, process, s3_server, stop, wait_for
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """One of its own, because it is killed."""
+    """A server for this test alone, because it is killed."""
     S3FileSystem.clear_instance_cache()
     with s3_server(tmp_path / "s3") as running:
         for name, value in running.env.items():
@@ -29,7 +29,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_a_restart_in_the_middle_of_files(server: S3Server, tmp_path: Path) -> None:
+def test_server_restarted_during_transfers_loses_nothing(server: S3Server, tmp_path: Path) -> None:
     store = S3Store(server.url("restart"))
     content = os.urandom(12 * PART_BYTES + 5)
     (tmp_path / "file").write_bytes(content)

@@ -1,4 +1,4 @@
-"""Copies of objects: within the limit, whole or not there, never taken from a process that uses them."""
+"""Cache of objects: stays within its limit, holds whole objects only, and keeps those in use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.remote_store import RemoteStore
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemoteStore:
     """Objects a to f."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_said", set())
+    monkeypatch.setattr(cache, "_warned", set())
     store = RemoteStore(tmp_path / "store")
     for name in "abcdef":
         folder = tmp_path / f"made-{name}"
@@ -56,7 +56,7 @@ Start = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a process with the store of the test and a script, and returns once it has said something."""
+    """Start a process with the store of the test and a script, and return after its first line of output."""
     begin = f"""
         import hashlib, os, random, shutil, sys, time
         from pathlib import Path
@@ -84,7 +84,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.communicate()
 
 
-def test_what_nobody_uses_goes_unused_for_longest_first(store: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_over_its_limit_removes_least_recently_used(store: RemoteStore, monkeypatch: pytest.MonkeyPatch) -> None:
     limit(monkeypatch, 3)
     for name in "abc":
         fetch_policy(store, name)
@@ -96,7 +96,7 @@ def test_what_nobody_uses_goes_unused_for_longest_first(store: RemoteStore, monk
     assert left() == []
 
 
-def test_without_a_limit_everything_stays(store: RemoteStore) -> None:
+def test_cache_without_a_limit_keeps_everything(store: RemoteStore) -> None:
     for name in "abcdef":
         fetch_policy(store, name)
     assert there() == set("abcdef")
@@ -104,7 +104,7 @@ def test_without_a_limit_everything_stays(store: RemoteStore) -> None:
     assert store.fetched() == list("abcdef")
 
 
-def test_what_another_process_uses_stays_until_it_ends(
+def test_object_in_use_stays_until_its_process_ends(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     limit(monkeypatch, 2)
@@ -133,7 +133,7 @@ def test_what_another_process_uses_stays_until_it_ends(
     assert there() == {"b", "c"}
 
 
-def test_a_limit_below_what_is_in_use_is_said_once_and_stops_nothing(
+def test_limit_below_the_objects_in_use_warns_once(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1.5)
@@ -141,27 +141,27 @@ def test_a_limit_below_what_is_in_use_is_said_once_and_stops_nothing(
         for name in "abc":
             assert (fetch.fetch_folder(store, name, "policy") / "weights").read_bytes() == content(name)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == "cache: 0.0002 GB are in use at once, more than SPINREG_CACHE_GB=0.00015; going on"
+    assert line == "cache: 0.0002 GB are in use at once, more than SPINREG_CACHE_GB=0.00015; continuing"
     fetch_policy(store, "d")
     assert there() == {"d"}
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "10GB"])
-def test_a_limit_that_is_none_is_bad_input(value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_invalid_limit_is_bad_input(value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path))
     monkeypatch.setenv(LIMIT_VARIABLE, value)
     with pytest.raises(BadInput, match=rf"SPINREG_CACHE_GB: found '{value}'; expected a positive number"):
         cache_folder()
 
 
-def test_a_limit_is_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_is_read_in_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(LIMIT_VARIABLE, "1.5")
     assert cache_limit() == 1_500_000_000
     monkeypatch.setenv(LIMIT_VARIABLE, "")
     assert cache_limit() is None
 
 
-def test_two_processes_that_need_the_same_fetch_it_once(store: RemoteStore, start: Start) -> None:
+def test_two_processes_with_the_same_object_fetch_it_once(store: RemoteStore, start: Start) -> None:
     slow = """
         real = store.download
         def download(key, path):
@@ -177,14 +177,14 @@ def test_two_processes_that_need_the_same_fetch_it_once(store: RemoteStore, star
     assert store.fetched() == ["a"]
 
 
-def test_a_frozen_process_does_not_hold_up_who_needs_the_same(
+def test_fetch_beside_a_frozen_process_continues_alone(
     store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start(
         "store.download = lambda *_: (print('fetching', flush=True), time.sleep(600)); fetch_policy(store, 'a')",
         "fetching",
     )
-    monkeypatch.setattr(cache, "_SILENCE_SECONDS", 0.5)
+    monkeypatch.setattr(cache, "SILENCE_SECONDS", 0.5)
     fetch_policy(store, "a")
 
 
@@ -197,29 +197,29 @@ HOLDS = """
 """
 
 
-def test_a_process_frozen_while_it_makes_room_holds_nobody_up(
+def test_process_frozen_while_making_room_does_not_block_others(
     store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit(monkeypatch, 1)
-    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.3)
     fetch_policy(store, "a")
     frozen = start(HOLDS.format(name=".room"), "holding")
     fetch_policy(store, "b")
     assert there() == {"a", "b"}
-    assert "going on without making room" in capsys.readouterr().out
+    assert "continuing without making room" in capsys.readouterr().out
     frozen.kill()
     frozen.wait()
     fetch_policy(store, "c")
     assert there() == {"c"}
 
 
-def test_a_process_frozen_while_it_removes_what_we_need_is_told(
+def test_process_frozen_while_removing_is_reported(
     store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.3)
     fetch_policy(store, "a")
     frozen = start(HOLDS.format(name="objects/a/.used"), "holding")
-    with pytest.raises(StoreFailed, match=r"objects/a: found that its \.used was held"):
+    with pytest.raises(StoreFailed, match=r"objects/a: another process has held its \.used for a minute"):
         fetch_policy(store, "a")
     frozen.kill()
     frozen.wait()
@@ -227,7 +227,7 @@ def test_a_process_frozen_while_it_removes_what_we_need_is_told(
     assert not [folder for folder in cache._in_use if folder.is_relative_to(cache.cache_folder())]
 
 
-def test_an_error_from_outside_ends_waiting_for_a_lock(
+def test_error_of_a_signal_handler_ends_the_wait_for_a_lock(
     store: RemoteStore, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """TimeoutError of a signal's handler is an OSError too, and was taken for a file system without locks."""
@@ -247,7 +247,7 @@ def test_an_error_from_outside_ends_waiting_for_a_lock(
         signal.signal(signal.SIGALRM, before)
 
 
-def test_a_process_killed_while_it_fetches_leaves_nothing_to_read(
+def test_process_killed_while_fetching_leaves_no_object(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     limit(monkeypatch, 2)
@@ -274,7 +274,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_to_read(
     fetch_policy(store, "a")
 
 
-def test_a_process_killed_while_it_removes_leaves_nothing_to_read(
+def test_process_killed_while_removing_leaves_no_object(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     fetch_policy(store, "a")
@@ -300,7 +300,7 @@ def test_a_process_killed_while_it_removes_leaves_nothing_to_read(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
-def test_a_copy_that_is_not_what_it_was_is_fetched_anew(store: RemoteStore, damage: str) -> None:
+def test_damaged_copy_is_fetched_again(store: RemoteStore, damage: str) -> None:
     folder = fetch.fetch_folder(store, "a", "policy")
     copy = cache_folder() / "objects" / "a" / hashlib.sha256(content("a")).hexdigest()
     if damage == "gone":
@@ -314,7 +314,7 @@ def test_a_copy_that_is_not_what_it_was_is_fetched_anew(store: RemoteStore, dama
     assert store.fetched() == ["a", "a"]
 
 
-def test_a_byte_flipped_between_two_processes_is_found(store: RemoteStore, start: Start) -> None:
+def test_byte_flipped_between_two_processes_is_found(store: RemoteStore, start: Start) -> None:
     """With size and times as they were: only the hash tells."""
     assert start("fetch_policy(store, 'a')").wait(timeout=60) == 0
     copy = cache_folder() / "objects" / "a" / hashlib.sha256(content("a")).hexdigest()
@@ -326,7 +326,9 @@ def test_a_byte_flipped_between_two_processes_is_found(store: RemoteStore, start
     assert store.fetched() == ["a", "a"]
 
 
-def test_many_processes_killed_at_random(store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start) -> None:
+def test_cache_under_random_kills_holds_whole_objects(
+    store: RemoteStore, monkeypatch: pytest.MonkeyPatch, start: Start
+) -> None:
     """Three processes, replaced when killed, fetch and read at random with room for two objects of six."""
     limit(monkeypatch, 2)
     script = """
@@ -356,7 +358,7 @@ def test_many_processes_killed_at_random(store: RemoteStore, monkeypatch: pytest
     assert cache._bytes(cache_folder()) <= 2 * SIZE
 
 
-def test_a_cache_where_no_folder_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_that_cannot_be_a_folder_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/spinreg")):
         monkeypatch.setenv("SPINREG_CACHE", str(place))

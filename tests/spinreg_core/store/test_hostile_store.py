@@ -1,4 +1,4 @@
-"""What a store that somebody else wrote says: nothing of it leads out of the store, the cache or the work folder."""
+"""Hostile stores: no document of another writer leads out of the store, the cache or the work folder."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ HOSTILE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("entry", HOSTILE, ids=[f"{i}-{next(iter(entry))}" for i, entry in enumerate(HOSTILE)])
-def test_files_that_a_manifest_lists_outside_of_its_object(
+def test_manifest_with_files_of_another_object_is_damaged(
     store: FolderStore, tmp_path: Path, entry: dict[str, Any]
 ) -> None:
     (tmp_path / "victim").write_text("before")
@@ -105,20 +105,20 @@ def test_files_that_a_manifest_lists_outside_of_its_object(
 @pytest.mark.parametrize(
     "change", [lambda m: m.pop("files"), lambda m: m.update(files=[7]), lambda m: m.update(files=7)]
 )
-def test_a_manifest_without_a_list_of_files(store: FolderStore, tmp_path: Path, change: Any) -> None:
+def test_manifest_without_files_is_damaged(store: FolderStore, tmp_path: Path, change: Any) -> None:
     object_id = rewritten(store, published(store, tmp_path), change)
     with pytest.raises(Damaged, match=r"manifest\.json: found .* as files"):
         objects.read_manifest(store, object_id)
 
 
-def test_what_a_manifest_says_was_removed_is_its_own_too(store: FolderStore, tmp_path: Path) -> None:
+def test_manifest_with_removed_keys_of_another_object_is_damaged(store: FolderStore, tmp_path: Path) -> None:
     gone = {"marked": True, "why": "", "at": "", "keys": ["runs/other/head.json"]}
     object_id = rewritten(store, published(store, tmp_path), lambda m: m.update(removed=gone))
     with pytest.raises(Damaged, match=r"found .runs/other/head\.json. as (removed\.keys\.0|files\.0\.key)"):
         objects.read_record(store, object_id)
 
 
-def test_a_part_cannot_have_another_objects_files_deleted(store: FolderStore, tmp_path: Path) -> None:
+def test_part_cannot_delete_files_of_another_object(store: FolderStore, tmp_path: Path) -> None:
     """`delete_part` removes what a part lists."""
     entry = {"name": "x", "key": "runs/other/head.json", "size": 0, "sha256": hashlib.sha256(b"").hexdigest()}
     store.create("runs/other/head.json", b"")
@@ -128,7 +128,7 @@ def test_a_part_cannot_have_another_objects_files_deleted(store: FolderStore, tm
         objects.list_parts(store, "train-1")
 
 
-def test_a_policy_is_what_its_manifest_lists_and_nothing_besides(tmp_path: Path) -> None:
+def test_fetched_policy_holds_the_listed_files_only(tmp_path: Path) -> None:
     """A library that loads a folder looks for names: an adapter, say, or weights in another format."""
     store = open_store(str(tmp_path / "store"))
     manifest = published(store, tmp_path)  # type: ignore[arg-type]
@@ -141,25 +141,25 @@ def test_a_policy_is_what_its_manifest_lists_and_nothing_besides(tmp_path: Path)
 
 
 @pytest.mark.parametrize("object_id", ["../../victim", "..", "a/../../b", "/etc", ""])
-def test_object_ids_that_lead_elsewhere(store: FolderStore, object_id: str) -> None:
+def test_object_id_that_leads_elsewhere_is_refused(store: FolderStore, object_id: str) -> None:
     for use in (lambda: fetch.fetch_folder(store, object_id, "policy"), lambda: objects.list_parts(store, object_id)):
         with pytest.raises(BadInput, match="store key"):
             use()
 
 
-def test_a_document_that_nests_too_deeply_is_damaged(store: FolderStore) -> None:
+def test_document_that_nests_too_deeply_is_damaged(store: FolderStore) -> None:
     store.create("runs/x/head.json", b'{"schema": 1, "x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}")
     with pytest.raises(Damaged, match="expected JSON"):
         read_head(store, "x")
 
 
 @pytest.mark.parametrize("run", ["../x", "a/b", "/x", ".x", "x\n", "x y", "X", "..", "", "é", "a\\b", "a" * 65])
-def test_run_names_that_are_no_plain_names(run: str) -> None:
+def test_run_name_that_is_no_plain_name_is_refused(run: str) -> None:
     with pytest.raises(ValidationError):
         RunConfig(run=run)
 
 
-def test_runs_that_are_named_on_the_command_line(tmp_path: Path) -> None:
+def test_run_name_of_the_command_line_cannot_lead_elsewhere(tmp_path: Path) -> None:
     """They need not pass the configuration."""
     store = open_store(str(tmp_path / "store"))
     (tmp_path / "victim").mkdir()
@@ -171,7 +171,7 @@ def test_runs_that_are_named_on_the_command_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/./b", "a/../b", "a\x00b", "a\nb", "", "/", "."])
 @pytest.mark.parametrize("url", ["folder", "s3://bucket/prefix"])
-def test_no_store_takes_a_key_that_leads_elsewhere(tmp_path: Path, url: str, key: str) -> None:
+def test_store_refuses_keys_that_lead_elsewhere(tmp_path: Path, url: str, key: str) -> None:
     store = open_store(str(tmp_path) if url == "folder" else url)
     for use in (store.read, store.size, store.delete, store.uri, store.list, lambda k: store.create(k, b"")):
         with pytest.raises(BadInput, match="store key"):
@@ -180,7 +180,7 @@ def test_no_store_takes_a_key_that_leads_elsewhere(tmp_path: Path, url: str, key
 
 @pytest.mark.parametrize("field", ["stage", "object_id", "writer"])
 @pytest.mark.parametrize("name", ["../../x", "/x", "a/b", "..", "a\x00"])
-def test_jobs_whose_names_lead_elsewhere(tmp_path: Path, field: str, name: str) -> None:
+def test_job_with_names_that_lead_elsewhere_is_refused(tmp_path: Path, field: str, name: str) -> None:
     """They name folders and modules, and machines that join a run read them from its store."""
     fields = json.loads(json.dumps(job(tmp_path).fields()))
     assert Job.from_fields(fields) == job(tmp_path)
@@ -189,7 +189,7 @@ def test_jobs_whose_names_lead_elsewhere(tmp_path: Path, field: str, name: str) 
 
 
 @pytest.mark.parametrize("name", ["../x", "a/../../x"])
-def test_objects_of_other_peoples_buckets(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_s3_object_with_a_name_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Names on S3 are any text."""
 
     monkeypatch.setattr(S3Store, "find_files", lambda self, start: {f"{start}/{name}": RemoteFile(1, "x")})
@@ -198,7 +198,7 @@ def test_objects_of_other_peoples_buckets(monkeypatch: pytest.MonkeyPatch, name:
             s3_files.list_s3("s3://bucket/folder", field)
 
 
-def test_a_link_in_a_cache_is_made_inside_its_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_in_the_cache_stays_inside_its_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The other side of the hostile names: what an honest manifest gives."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     store = RemoteStore(tmp_path / "store")

@@ -80,9 +80,7 @@ def mark(bucket: Store, commits: FolderStore, identity: dict[str, str]) -> None:
         commits.delete("commits.json")
 
 
-def test_split_store_is_refused_by_a_message_that_names_the_script(
-    split: Split, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_split_store_is_refused_and_the_script_is_named(split: Split, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadInput) as refused:
         open_store(split.url).check()
     assert str(refused.value) == (

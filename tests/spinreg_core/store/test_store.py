@@ -1,4 +1,4 @@
-"""Both backends keep the promises commits rest on: create-only, compare-and-swap, never half a file."""
+"""Contract of a store, for folder and S3: create-only, compare-and-swap, never half a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -37,21 +36,21 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return open_store(f"s3://{server.bucket}/{uuid.uuid4().hex}")
 
 
-def test_read_of_what_is_not_there(store: Store) -> None:
+def test_read_of_a_missing_key_returns_none(store: Store) -> None:
     assert store.read("runs/x/head.json") is None
     assert store.read_tagged("runs/x/head.json") is None
     assert store.size("runs/x/head.json") is None
     assert store.list("runs/") == []
 
 
-def test_create_is_create_only(store: Store) -> None:
+def test_create_of_an_existing_key_conflicts(store: Store) -> None:
     store.create("a/b.json", b"one")
     with pytest.raises(Conflict):
         store.create("a/b.json", b"two")
     assert store.read("a/b.json") == b"one"
 
 
-def test_create_of_the_same_bytes_is_a_lost_acknowledgement(store: Store) -> None:
+def test_create_of_the_same_bytes_again_succeeds(store: Store) -> None:
     assert store.create("a", b"one") == store.create("a", b"one")
 
 
@@ -72,7 +71,7 @@ def test_replace_of_a_missing_key_conflicts(store: Store) -> None:
 
 
 @pytest.mark.parametrize("operation", ["create", "replace"])
-def test_of_many_racing_writers_one_wins(store: Store, operation: str) -> None:
+def test_replace_by_racing_writers_lets_one_win(store: Store, operation: str) -> None:
     tag = store.create("race-start", b"start") if operation == "create" else store.create("race", b"start")
     winners, barrier = [], threading.Barrier(8)
 
@@ -96,7 +95,7 @@ def test_of_many_racing_writers_one_wins(store: Store, operation: str) -> None:
     assert store.read("race") == f"writer {winners[0]}".encode()
 
 
-def test_files_go_up_and_down_unchanged(store: Store, tmp_path: Path) -> None:
+def test_upload_and_download_keep_the_bytes(store: Store, tmp_path: Path) -> None:
     content = os.urandom(3 * 2**20 + 17)
     (tmp_path / "file").write_bytes(content)
     store.upload(tmp_path / "file", "objects/x/data/e1/file")
@@ -113,7 +112,7 @@ def test_list_is_recursive_sorted_and_exact(store: Store) -> None:
     assert store.list("runs/") == ["runs/a/deep/er/y", "runs/a/head.json", "runs/b/head.json"]
 
 
-def test_what_lies_behind_a_link_is_listed(tmp_path: Path) -> None:
+def test_list_follows_links(tmp_path: Path) -> None:
     """Runs or objects may have been moved to another disk; `spinreg gc` removes what no run that it sees needs."""
     store = FolderStore(tmp_path / "store")
     store.create("runs/one/head.json", b"{}")
@@ -134,7 +133,7 @@ def test_what_lies_behind_a_link_is_listed(tmp_path: Path) -> None:
         store.list("runs/")
 
 
-def test_what_a_file_system_puts_into_its_root_is_passed_over() -> None:
+def test_list_skips_lost_and_found() -> None:
     def fill(folder: Path) -> None:
         FolderStore(folder).create("runs/one/head.json", b"{}")
         (folder / "runs/lost+found").mkdir(mode=0)
@@ -143,13 +142,13 @@ def test_what_a_file_system_puts_into_its_root_is_passed_over() -> None:
         assert FolderStore(folder).list("runs/") == ["runs/one/head.json"]
 
 
-def test_a_store_that_is_a_link_to_nothing_is_bad_input(tmp_path: Path) -> None:
+def test_store_at_a_link_to_nothing_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "store").symlink_to(tmp_path / "not-mounted")
     with pytest.raises(BadInput, match="a link that leads nowhere"):
         FolderStore(tmp_path / "store").check()
 
 
-def test_a_folder_that_may_not_be_listed_is_not_taken_for_an_empty_one() -> None:
+def test_list_of_an_unreadable_folder_is_refused() -> None:
     def fill(folder: Path) -> None:
         FolderStore(folder).create("runs/one/head.json", b"{}")
         (folder / "runs/one").chmod(0)
@@ -172,7 +171,7 @@ def test_entries_have_sizes_and_ages(store: Store) -> None:
 
 
 @pytest.mark.parametrize("write", ["create", "write", "upload"])
-def test_the_names_of_new_folders_are_durable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+def test_new_folders_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
     store, synced = FolderStore(tmp_path / "new" / "store"), list[Path]()
     plain = os.fsync
 
@@ -193,8 +192,8 @@ def test_the_names_of_new_folders_are_durable_too(tmp_path: Path, monkeypatch: p
         assert folders == {"new/store/objects/x"} | above
 
 
-def test_a_folder_tells_ages_by_its_own_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours may be wrong: a week ahead, everything would look old enough to be removed."""
+def test_entries_have_ages_by_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock of this machine may be wrong: a week ahead, all keys would look old enough for removal."""
     store = FolderStore(tmp_path / "store")
     store.create("objects/x/young", b"1")
     store.create("objects/x/old", b"1")
@@ -212,26 +211,23 @@ def test_a_folder_tells_ages_by_its_own_clock(tmp_path: Path, monkeypatch: pytes
     assert sorted(path.name for path in (tmp_path / "store").iterdir()) == ["objects", "others"]
 
 
-def test_where_nothing_can_be_written_the_last_write_is_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk, or somebody who may only read: nothing looks older than it is."""
-    store = FolderStore(tmp_path / "store")
-    for name, ago in (("first", 3000), ("last", 1000)):
-        store.create(f"a/{name}", b"1")
-        os.utime(tmp_path / "store" / "a" / name, (1e9 - ago,) * 2)
+def test_entries_of_a_read_only_store_count_from_the_last_write(tmp_path: Path) -> None:
+    """Without permission to write there is no clock of the file system: nothing looks older than it is."""
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fill(folder: Path) -> None:
+        for name, ago in (("first", 3000), ("last", 1000)):
+            FolderStore(folder).create(f"a/{name}", b"1")
+            os.utime(folder / "a" / name, (1e9 - ago,) * 2)
 
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    assert [(entry.key, entry.age) for entry in store.entries("a/")] == [("a/first", 2000), ("a/last", 0)]
-    assert store.list("a/") == ["a/first", "a/last"]
+    with as_nobody(fill) as folder:
+        store = FolderStore(folder)
+        assert [(entry.key, entry.age) for entry in store.entries("a/")] == [("a/first", 2000), ("a/last", 0)]
+        assert store.list("a/") == ["a/first", "a/last"]
     assert FolderStore(tmp_path / "none").entries("a/") == []
 
 
-def test_a_write_that_was_not_ended_is_listed_and_dropped(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a killed process leaves one: nobody ended it."""
+def test_unfinished_write_is_listed_and_aborted(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process leaves such a write."""
     key, content = "objects/x/data/w/f", b"123"
     (tmp_path / "file").write_bytes(content)
     if isinstance(store, S3Store):
@@ -254,14 +250,14 @@ def test_a_write_that_was_not_ended_is_listed_and_dropped(
     assert store.size(key) == len(content)
 
 
-def test_the_probe_accepts_a_store_with_conditional_writes(store: Store) -> None:
+def test_probe_accepts_a_store_with_conditional_writes(store: Store) -> None:
     require_conditional_writes(store)
     assert store.list("probes/") == []
     if isinstance(store, FolderStore):
         assert list((store.root / "probes").iterdir()) == [], "not even a lock"
 
 
-def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path) -> None:
+def test_probe_refuses_a_store_that_ignores_conditions(tmp_path: Path) -> None:
     class Overwriting(FolderStore):
         def create(self, key: str, data: bytes) -> str:
             self.write(key, data)
@@ -286,12 +282,12 @@ def test_the_probe_refuses_a_store_that_overwrites(tmp_path: Path) -> None:
         require_conditional_writes(Refusing(tmp_path))
 
 
-def test_a_store_that_can_be_used_is_checked_without_writing(store: Store) -> None:
+def test_check_of_a_usable_store_writes_nothing(store: Store) -> None:
     store.check()
     assert store.list("runs/") == []
 
 
-def test_a_file_in_the_way_of_the_store(tmp_path: Path) -> None:
+def test_store_at_a_file_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for place in ("file", "file/below"):
         with pytest.raises(BadInput, match=r"file is not a folder"):
@@ -299,7 +295,7 @@ def test_a_file_in_the_way_of_the_store(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_not_there_is_bad_input(s3_server: S3Server) -> None:
+def test_missing_bucket_is_bad_input(s3_server: S3Server) -> None:
     with pytest.raises(BadInput, match="bucket 'nowhere' within reach"):
         open_store("s3://nowhere/x").check()
 
@@ -316,19 +312,19 @@ def test_wrong_credentials_are_bad_input(s3_server: S3Server, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/./b", ""])
-def test_keys_cannot_leave_the_store(tmp_path: Path, key: str) -> None:
+def test_key_that_leaves_the_store_is_bad_input(tmp_path: Path, key: str) -> None:
     with pytest.raises(BadInput):
         open_store(str(tmp_path)).write(key, b"x")
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/x", "s3://", "s3://key:secret@bucket/x"])
-def test_urls_that_are_no_store(url: str) -> None:
+def test_url_of_no_store_is_bad_input(url: str) -> None:
     with pytest.raises(BadInput, match="store") as caught:
         open_store(url)
     assert "secret" not in str(caught.value)
 
 
-def test_a_killed_upload_leaves_no_file(tmp_path: Path) -> None:
+def test_killed_process_leaves_whole_keys_only(tmp_path: Path) -> None:
     """SIGKILL in the middle of writing: the key does not exist, or holds everything."""
     script = textwrap.dedent(
         """
@@ -357,7 +353,7 @@ def test_a_killed_upload_leaves_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_gigabytes_pass_through_s3_in_parts(s3_server: object, tmp_path: Path) -> None:
+def test_gigabytes_through_s3_take_little_memory(s3_server: object, tmp_path: Path) -> None:
     """2 GiB up and down: equal bytes, and the process never holds a fifth of them."""
     script = textwrap.dedent(
         """
@@ -385,7 +381,7 @@ def test_gigabytes_pass_through_s3_in_parts(s3_server: object, tmp_path: Path) -
         assert hashlib.file_digest(file, "sha256").hexdigest() == digest.hexdigest()
 
 
-def test_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_refused_and_keeps_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FolderStore(tmp_path / "store")
     tag = store.create("head.json", b"one")
 

@@ -1,7 +1,8 @@
-"""What counts as movement, and of which threads."""
+"""Registry of transfers: movement, and the threads that count."""
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.transfers import Transfer, main_thread_waits_for, track_transfer, watched_transfers
 
 
-def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
+def test_end_of_an_inner_operation_moves_its_outer_one() -> None:
     assert watched_transfers() == []
     with track_transfer("outer"):
         with track_transfer("inner") as moved:
@@ -27,7 +28,7 @@ def test_the_innermost_operation_counts_and_its_end_is_movement() -> None:
     assert watched_transfers() == []
 
 
-def test_another_thread_counts_while_it_is_waited_for() -> None:
+def test_transfer_of_an_awaited_thread_is_watched() -> None:
     inside, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -47,7 +48,7 @@ def test_another_thread_counts_while_it_is_waited_for() -> None:
     thread.join()
 
 
-def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_part_of_a_file_moves_its_transfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_bytes(bytes(2 * PART_BYTES + 1))
     store, told = FolderStore(tmp_path / "store"), list[int]()
     monkeypatch.setattr(Transfer, "moved", lambda _self, n=0: told.append(n))
@@ -57,11 +58,11 @@ def test_every_part_of_a_file_counts_as_movement(tmp_path: Path, monkeypatch: py
     assert [n for n in told if n] == 4 * [PART_BYTES, PART_BYTES, 1]
 
 
-def test_what_is_copied_goes_to_the_disk_as_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else all of a large file would go there at once at the end, which would look like standing still."""
+def test_copy_is_synced_while_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a large file would be synced at the end only, which would look like a hang."""
     synced: list[int] = []
     monkeypatch.setattr(folder, "SYNC_BYTES", 2 * PART_BYTES)
-    monkeypatch.setattr(folder.os, "fsync", lambda number: synced.append(folder.os.fstat(number).st_size))
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_size))
     (tmp_path / "file").write_bytes(bytes(5 * PART_BYTES))
-    folder._copy(tmp_path / "file", tmp_path / "copy", lambda _bytes: None)
+    FolderStore(tmp_path).download("file", tmp_path / "copy")
     assert [size // PART_BYTES for size in synced] == [2, 4]
