@@ -32,11 +32,11 @@ from spinreg_core.reports.run_report import report_data
 from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_folder, fetch_part
 from spinreg_core.runs.head import ROUND_STAGES, read_config, read_head
-from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import commit_part, list_parts, publish, read_record
 from spinreg_core.store import documents
 from spinreg_core.store.folder import FolderStore
+from tests.support.builders import make_job
 
 MANY = 30 if os.environ.get("SPINREG_CHAOS") == "long" else 1
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -116,7 +116,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
         (folder / "made" / name).write_text(content)
 
     def make(stage: str, number: int) -> str:
-        job = Job(stage, f"{stage}-{number}", {}, found.url, "e1-test", number, {"data": "data-0"}, config, folder)
+        job = make_job(stage, folder, config=config, object_id=f"{stage}-{number}", store=found.url, writer="e1-test",
+                       round=number, inputs={"data": "data-0"})  # fmt: skip
         publish(found, job, folder / "made", metrics={}, seconds=1.0)
         if stage == "generate":
             record = read_record(found, job.object_id)
