@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from spinreg_core.config import RunConfig
-from spinreg_core.config.resolve import resolve
-from spinreg_core.data.__main__ import main
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import BadInput
 
@@ -65,15 +61,3 @@ def test_bad_rows_of_a_mixture_are_shown_and_not_refused(dataset: str, tmp_path:
 def test_no_such_data() -> None:
     with pytest.raises(BadInput, match="dataset"):
         inspect(RunConfig(dataset="./nowhere.jsonl", model="random:tiny"))
-
-
-def test_it_is_a_command_without_prefect(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", dataset, "--json", "-p", "data.heldout_rows=1", "--model", "random:tiny"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    _, expected = inspect(resolve({"dataset": dataset, "model": "random:tiny", "data": {"heldout_rows": 1}}))
-    assert document == json.loads(json.dumps(expected))
-    assert main(["inspect", dataset, "-p", "data.heldout_rows=0"]) == 65
-    assert "data.heldout_rows" in capsys.readouterr().err
-    code = "import sys, spinreg_core.data.__main__; print('prefect' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
