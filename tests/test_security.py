@@ -21,11 +21,10 @@ RUNNERS = {
     "torch.load", "np.load", "numpy.load", "pd.read_pickle", "pandas.read_pickle", "yaml.load", "yaml.unsafe_load",
     "yaml.full_load", "eval", "exec", "compile", "os.system", "os.popen", "torch.jit.load", "torch.hub.load",
 }  # fmt: skip
-# The rows of a data set on their way through a file without a name, which nobody else can write to; and YAML's safe
-# loader, made to notice a key that is given twice (asserted below).
+# YAML's safe loader, made to notice a key that is given twice (asserted below).
 YAML = {"spinreg_core/resolve.py": "yaml.load(text, _Loader)",
         "spinreg_core/benchmarks/lm_eval.py": "yaml.load(path.read_bytes(), _TaskFile)"}  # fmt: skip
-ALLOWED = {("spinreg_core/data/spool.py", "pickle"), *((file, "yaml.load") for file in YAML)}
+ALLOWED = {(file, "yaml.load") for file in YAML}
 LOADERS = {"from_pretrained", "from_config"}
 
 

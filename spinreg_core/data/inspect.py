@@ -88,16 +88,16 @@ def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any
                 rejected.append(record)
                 continue
             counts["rows"] += 1
-            counts["truncated_answers"] += record["answer_truncated"]
-            counts["final_answers"] += record["final_answer"] is not None
-            counts["shortened_prompts"] += record["row"] is not row
+            counts["truncated_answers"] += record.answer_truncated
+            counts["final_answers"] += record.final_answer is not None
+            counts["shortened_prompts"] += record.dropped_turns > 0
             for name, found in tokens.items():
-                found.append(len(record[name]))
+                found.append(len(getattr(record, name)))
             if len(examples) < EXAMPLES:
                 examples.append({
                     "row": row.source_row,
-                    "prompt": renderer.text(record["prompt_ids"]),
-                    "answer": renderer.text(record["answer_ids"]),
+                    "prompt": renderer.text(record.prompt_ids),
+                    "answer": renderer.text(record.answer_ids),
                 })  # fmt: skip
         lengths |= {
             "prompt_tokens": length_distribution(tokens["prompt_ids"]),

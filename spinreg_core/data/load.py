@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -20,7 +20,7 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
 from spinreg_core.data.messages import RowProblem
 from spinreg_core.data.readers import Record
-from spinreg_core.data.row_file import Spool, take_rows
+from spinreg_core.data.row_file import take_rows, write_rows
 from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
 
@@ -92,17 +92,21 @@ def load_rows(
         raise BadInput(where, f"{len(first)} rows and no record among them (row {first[0].row}: {bad})",
                        "records with named fields")  # fmt: skip
     layout = choose_layout(columns, config, where)
-    rows, rejected = Spool(), list[Rejected]()
+    rejected: list[Rejected] = []
     count = last = 0
-    for record in chain(first, records):
-        count, last = count + 1, record.row
-        try:
-            if record.problem is not None:
-                raise record.problem
-            for row in read_rows(record.content, record.row, layout, config.turns):
-                rows.append(row)
-        except RowProblem as problem:
-            rejected.append(Rejected(record.row, problem.reason, problem.detail))
+
+    def good_rows() -> Iterator[Row]:
+        nonlocal count, last
+        for record in chain(first, records):
+            count, last = count + 1, record.row
+            try:
+                if record.problem is not None:
+                    raise record.problem
+                yield from read_rows(record.content, record.row, layout, config.turns)
+            except RowProblem as problem:
+                rejected.append(Rejected(record.row, problem.reason, problem.detail))
+
+    rows = write_rows(good_rows())
     kept, duplicates = exact_duplicates(rows)
     return Loaded(dataset, layout.format, count, take_rows(rows, kept), rejected, duplicates, {dataset: last})
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, exact_duplicates, load_rows, require_usable
-from spinreg_core.data.row_file import Spool, take_rows
+from spinreg_core.data.row_file import take_rows, write_rows
 from spinreg_core.errors import BadInput
 
 
@@ -33,16 +33,18 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
         return found[0]
     alike = config.model_copy(update={"subset": None})  # the first one's
     found += [load_rows(name, alike, most=config.max_records) for name in config.mixed_datasets]
-    rows = Spool()
     rejected: list[Rejected] = []
     last: dict[str, int] = {}
-    for one in found:
-        require_usable(one, one.rejected, config.max_bad_share)
-        first = max(last.values(), default=0)
-        for row in one.rows:
-            rows.append(replace(row, source_row=first + row.source_row))
-        rejected += [replace(bad, row=first + bad.row) for bad in one.rejected]
-        last[one.dataset] = first + one.last[one.dataset]
+
+    def numbered_rows() -> Iterator[Row]:
+        for one in found:
+            require_usable(one, one.rejected, config.max_bad_share)
+            first = max(last.values(), default=0)
+            yield from (replace(row, source_row=first + row.source_row) for row in one.rows)
+            rejected.extend(replace(bad, row=first + bad.row) for bad in one.rejected)
+            last[one.dataset] = first + one.last[one.dataset]
+
+    rows = write_rows(numbered_rows())
     kept, duplicates = exact_duplicates(rows)
     return Loaded(
         " + ".join(names),

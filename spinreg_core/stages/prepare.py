@@ -25,11 +25,19 @@ import pyarrow.parquet as pq
 import torch
 
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_row, length_distribution, prompt_ids_of, write_part, write_records
+from spinreg_core.data.encode import (
+    EncodedRow,
+    encode_row,
+    length_distribution,
+    prompt_ids_of,
+    without_oldest_turns,
+    write_encoded,
+    write_part,
+)
 from spinreg_core.data.filters import Selected, load_training
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, exact_duplicates, load_heldout, require_usable
-from spinreg_core.data.row_file import Spool, take_rows
+from spinreg_core.data.row_file import take_rows, write_rows
 from spinreg_core.data.split import IntArray, alike, given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.final_answers import require_final_answers
@@ -199,10 +207,9 @@ class _Encoded:
 
 def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -> _Encoded:
     progress = Progress("prepare", len(loaded.rows), "rows")
-    rejected, usable, changed, shortened = list(loaded.rejected), array("q"), Spool(), 0
+    rejected, usable, dropped = list(loaded.rejected), array("q"), array("q")
 
-    def records() -> Iterator[dict[str, Any]]:
-        nonlocal shortened
+    def encoded() -> Iterator[EncodedRow]:
         for index, row in enumerate(loaded.rows):
             progress.update()
             found = encode_row(row, renderer, config.data, config.evaluation.final_answer)
@@ -210,15 +217,18 @@ def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -
                 rejected.append(found)
                 continue
             usable.append(index)
-            if config.data.long_prompts == "drop_oldest":
-                changed.append(found["row"])
-                shortened += found["row"] is not row
+            dropped.append(found.dropped_turns)
             yield found
 
-    write_records(path, records())
+    write_encoded(path, encoded())
     require_usable(loaded, rejected, config.data.max_bad_share)
+    rows, shortened = take_rows(loaded.rows, usable), int(np.count_nonzero(dropped))
     if not shortened:
-        return _Encoded(take_rows(loaded.rows, usable), np.arange(len(usable)), path, rejected, 0, 0)
+        return _Encoded(rows, np.arange(len(rows)), path, rejected, 0, 0)
+    changed = write_rows(
+        replace(row, messages=tuple(without_oldest_turns(row.messages, turns)))
+        for row, turns in zip(rows, dropped, strict=True)
+    )
     places, duplicates = exact_duplicates(changed)
     return _Encoded(take_rows(changed, places), places, path, rejected, shortened, duplicates.exact)
 

@@ -244,9 +244,9 @@ def test_a_clone_of_the_hub_shows_its_own_files_only(tmp_path: Path, monkeypatch
 
 def test_the_limits_are_looked_at_in_one_place() -> None:
     """What these tests lower is what is used: no limit was copied elsewhere by `from ... import`."""
-    for name in ("sources.py", "files.py"):
+    for name in ("sources.py", "readers.py"):
         source = (Path(limits.__file__).parent / "data" / name).read_text()
-        assert "from spinreg_core.limits import" not in source
+        assert "from spinreg_core.input_limits import" not in source
 
 
 def test_any_size_of_rows_is_fine_when_it_is_not_packed(tmp_path: Path) -> None:
