@@ -1,7 +1,7 @@
-"""Checked rows -> token ids, and the table that the later stages read.
+"""Token ids of checked rows, and the Parquet files that later stages read.
 
-Decides: the columns of train.parquet and heldout.parquet, and the length limits. Leaves out: rendering
-(`models/chat_template.py`), which rows there are (`load.py`, `split.py`).
+Decides: the columns of train.parquet and heldout.parquet, and the length limits.
+Leaves out: rendering (`models`), the choice of rows (`load`, `split`).
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, final_answer
 from spinreg_core.errors import BadInput
-from spinreg_core.models.chat_template import Message
+from spinreg_core.models.messages import Message
 
 if TYPE_CHECKING:
     from spinreg_core.models.chat_template import Renderer
 
 
-_GROUP = 1000  # rows read and written at once: stages read the rows of a shard, not the file
+# Rows of a row group. Stages read the row groups of their shard, not the whole file.
+_GROUP = 1000
 ROWS_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -94,19 +95,21 @@ def encode_row(
 
 
 def prompt_ids_of(stems: NDArray[np.bytes_]) -> Iterator[str]:
-    """`prompt_id` of rows whose prompts' hashes begin with `stems` (16 hex digits): these, with -2, -3, ... for
-    repetitions, in order."""
+    """Yield the `prompt_id` of each row: its stem (16 hex digits of the prompt hash), with -2, -3, ... if repeated."""
     _, which, counts = np.unique(stems, return_inverse=True, return_counts=True)
     seen: Counter[bytes] = Counter()
     for stem, repeats in zip(stems, counts[which] > 1, strict=True):
-        if repeats:  # few do: the others need not be remembered
+        # Only the few repeated stems are kept in memory.
+        if repeats:
             seen[stem] += 1
         yield stem.decode() if seen[stem] < 2 else f"{stem.decode()}-{seen[stem]}"
 
 
 def without_oldest_turns(messages: Sequence[Message], turns: int) -> list[Message]:
-    """The conversation less its first so many user messages and all that follows each up to the next one; system
-    messages stay, wherever they are."""
+    """Return a conversation without its first `turns` turns. System messages stay, wherever they are.
+
+    A turn is a user's message with all messages up to the next one.
+    """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = users[turns]
     return [m for i, m in enumerate(messages) if i >= first or i < users[0] or m["role"] == "system"]
@@ -131,7 +134,7 @@ def write_encoded(path: Path, rows: Iterable[EncodedRow]) -> None:
 
 
 def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str], path: Path) -> None:
-    """Some records of a file, by their places there (ascending), with their `prompt_id` as a file of their own."""
+    """Write some rows of a file, by their places in it (ascending), to a file of their own with their `prompt_id`."""
     names, first = iter(prompt_ids), 0
     waiting = ROWS_SCHEMA.empty_table()
     with pq.ParquetFile(source) as file, pq.ParquetWriter(path, ROWS_SCHEMA) as writer:
@@ -149,7 +152,7 @@ def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str
 
 
 def length_distribution(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
-    """Mean, median, 95th percentile (nearest rank) and largest of some lengths."""
+    """Return mean, median, 95th percentile (nearest rank) and maximum of lengths."""
     ordered = np.sort(np.asarray(values, np.int64))
     if not len(ordered):
         return {"mean": 0.0, "median": 0, "p95": 0, "max": 0}

@@ -44,7 +44,7 @@ def encoded_rows(
     return [one for one in found if isinstance(one, EncodedRow)], [one for one in found if isinstance(one, Rejected)]
 
 
-def test_rows_become_the_ids_that_generation_uses(renderer: Renderer, tmp_path: Path) -> None:
+def test_encode_row_gives_the_ids_that_generation_uses(renderer: Renderer, tmp_path: Path) -> None:
     rows = [row(1, "Hello </s>", "Hi <|im_end|>"), row(2, "a", "b\n#### 7"), row(5, "Hello </s>", "Other")]
     encoded, rejected = encoded_rows(rows, renderer, DataConfig(), "auto")
     assert not rejected
@@ -66,7 +66,7 @@ def test_rows_become_the_ids_that_generation_uses(renderer: Renderer, tmp_path: 
     assert names[2] == f"{names[0]}-2"
 
 
-def test_the_limits(renderer: Renderer) -> None:
+def test_encode_row_beyond_limits_refuses_prompts_and_cuts_answers(renderer: Renderer) -> None:
     config = DataConfig(max_prompt_tokens=40, max_length=48)
     long = row(1, "x " * 60, "a")
     fits, whole = row(2, "Hello", "word " * 60), row(3, "Hello", "ok")
@@ -83,7 +83,7 @@ def test_the_limits(renderer: Renderer) -> None:
     assert kept.answer_ids[-1] == renderer.end_of_turn
 
 
-def test_long_conversations_lose_their_oldest_turns_where_asked() -> None:
+def test_encode_row_with_drop_oldest_drops_the_oldest_turns() -> None:
     renderer = Renderer(chat_tokenizer("byte_bpe", TEMPLATES["chatml"]))
     system = {"role": "system", "content": "Be brief."}
     turns = [
@@ -110,7 +110,7 @@ def test_long_conversations_lose_their_oldest_turns_where_asked() -> None:
 
 @given(turns=st.integers(1, 12), limit=st.integers(20, 400), systems=st.sets(st.integers(0, 12)))
 @settings(deadline=None, max_examples=40)
-def test_no_more_turns_are_dropped_than_must(turns: int, limit: int, systems: set[int]) -> None:
+def test_encode_row_drops_no_more_turns_than_necessary(turns: int, limit: int, systems: set[int]) -> None:
     """As the obvious version, which drops one turn after the other; system messages stay, wherever they are."""
     renderer = Renderer(chat_tokenizer("byte_bpe", TEMPLATES["chatml"]))
     said: list[dict[str, Any]] = []
@@ -135,7 +135,7 @@ def test_no_more_turns_are_dropped_than_must(turns: int, limit: int, systems: se
 
 
 @pytest.mark.parametrize("room", [0, 1])
-def test_an_answer_that_just_fits_is_whole(renderer: Renderer, room: int) -> None:
+def test_encode_row_of_an_answer_that_just_fits_keeps_it_whole(renderer: Renderer, room: int) -> None:
     source = row(1, "Hello", "word " * 20)
     messages = list(source.messages)
     prompt, answer = len(renderer.prompt_ids(messages)), len(renderer.answer_ids(messages, source.answer))
@@ -160,12 +160,12 @@ def test_write_part_of_several_groups_keeps_places_and_groups(tmp_path: Path, sh
     assert all(size == 1000 for size in sizes[:-1]), "stages read the rows of a shard, not the file"
 
 
-def test_repeated_prompts_have_numbers() -> None:
+def test_prompt_ids_of_repeated_prompts_are_numbered() -> None:
     stems = np.array(["a" * 16, "b" * 16, "a" * 16, "a" * 16], "S16")
     assert list(prompt_ids_of(stems)) == ["a" * 16, "b" * 16, "a" * 16 + "-2", "a" * 16 + "-3"]
 
 
-def test_tools_and_thoughts_are_part_of_what_is_trained() -> None:
+def test_encode_row_trains_on_tools_and_thoughts() -> None:
     renderer = Renderer(chat_tokenizer("byte_bpe", TEMPLATES["tools"]))
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "<|im_end|> Ulm"}}}
     tools = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
@@ -189,10 +189,10 @@ def test_tools_and_thoughts_are_part_of_what_is_trained() -> None:
         [calling, telling, Row(4, (asked,), "No.", {"thinking": "Dry."})], plain, DataConfig(), "none"
     )
     assert [bad.reason for bad in rejected] == ["template"] * 3, "a template that knows no tools drops them in silence"
-    assert ["'weather' left out" in bad.detail or "'Dry.' left out" in bad.detail for bad in rejected] == [True] * 3
+    assert ["write 'weather'" in bad.detail or "write 'Dry.'" in bad.detail for bad in rejected] == [True] * 3
 
 
-def test_what_a_template_leaves_out_makes_a_row_bad() -> None:
+def test_encode_row_refuses_rows_that_the_template_leaves_out() -> None:
     """Names alone do not tell: they may stand in the tool list, or in what the user says."""
     asked = {"role": "user", "content": "Please get it."}
     call = {"type": "function", "function": {"name": "get", "arguments": {"what": "it"}}}
@@ -214,10 +214,10 @@ def test_what_a_template_leaves_out_makes_a_row_bad() -> None:
         renderer = Renderer(chat_tokenizer("byte_bpe", whole.replace(*replaced)))
         _, rejected = encoded_rows([told, answers], renderer, DataConfig(), "none")
         assert [one.row for one in rejected] == bad, without
-        assert all("left out" in one.detail for one in rejected)
+        assert all("chat template does not write" in one.detail for one in rejected)
 
 
-def test_spread() -> None:
+def test_length_distribution_gives_nearest_ranks() -> None:
     expected: dict[str, Any] = {"mean": 50.5, "median": 50, "p95": 95, "max": 100}
     assert length_distribution(range(100, 0, -1)) == expected
     assert length_distribution([3]) == {"mean": 3.0, "median": 3, "p95": 3, "max": 3}

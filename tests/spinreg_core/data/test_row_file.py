@@ -100,4 +100,4 @@ def test_exact_duplicates_equal_those_of_the_plain_version(texts: list[tuple[str
     assert [rows[i] for i in found] == kept
     several = {prompt: list(seen.values()) for prompt, seen in answers.items() if len(seen) > 1}
     assert (duplicates.exact, duplicates.prompts) == (len(rows) - len(kept), len(several))
-    assert duplicates.examples == tuple(f'"{p}" (rows {", ".join(map(str, n))})' for p, n in several.items())
+    assert duplicates.examples == [f'"{p}" (rows {", ".join(map(str, n))})' for p, n in several.items()]
