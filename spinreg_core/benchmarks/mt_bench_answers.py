@@ -34,6 +34,7 @@ from spinreg_core.store.open import open_store
 
 if TYPE_CHECKING:
     from spinreg_core.models.chat_template import Renderer
+    from spinreg_core.models.messages import Message
 
 
 ANSWERS_SCHEMA = pa.schema(
@@ -123,8 +124,8 @@ def sampler(temperature: float, max_tokens: int, stop_ids: list[int]) -> Samplin
     return Sampling(1.0 if greedy else temperature, 1.0, 1 if greedy else 0, max_tokens, tuple(stop_ids))
 
 
-def _messages(question: Question, turn: int, texts: dict[tuple[str, int], str]) -> list[dict[str, str]]:
-    messages = [{"role": "user", "content": question.turns[0]}]
+def _messages(question: Question, turn: int, texts: dict[tuple[str, int], str]) -> list[Message]:
+    messages: list[Message] = [{"role": "user", "content": question.turns[0]}]
     if turn == 2:
         messages.append({"role": "assistant", "content": texts[question.question_id, 1]})
         messages.append({"role": "user", "content": question.turns[1]})

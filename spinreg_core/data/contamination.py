@@ -1,7 +1,7 @@
-"""The contamination guard: which texts share words with the prompts of an evaluation.
+"""Contamination guard: texts that share words with the prompts of an evaluation set.
 
-Decides: what of an evaluation set counts as a prompt, what a word is, and what overlap is.
-Leaves out: what is done with a row that overlaps (`filters.py`).
+Decides: the prompts of an evaluation set, the meaning of a word, and the meaning of overlap.
+Leaves out: the treatment of rows that overlap (`filters`).
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from spinreg_core.data.readers import Record
 from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
 
-# Evaluation prompts of fewer words match only as a whole, and not at all below this: "What is it?" is in many prompts.
+# Prompts of fewer words are not guarded: many innocent prompts contain "What is it?".
 _FEWEST_WORDS = 5
-# Scripts that put no spaces between words (Thai, Lao, Burmese, Khmer, kana, Han): every character is a word.
+# Scripts without spaces between words (Thai, Lao, Burmese, Khmer, kana, Han). Each of their characters is a word.
 _UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 
 
 class Guard:
-    """Runs of words to look for. known: prompts by the name of their evaluation set; length: words in a row that count,
-    a shorter prompt counting as a whole."""
+    """Word n-grams of the prompts of evaluation sets."""
 
     def __init__(self, known: dict[str, list[str]], length: int) -> None:
+        """`known`: prompts by the name of their set; `length`: words of an n-gram. Shorter prompts count as a whole."""
         self._grams: dict[tuple[str, ...], str] = {}
         for name, prompts in known.items():
             for words in map(_words, prompts):
@@ -38,7 +38,7 @@ class Guard:
         self._lengths = sorted({len(gram) for gram in self._grams})
 
     def shared(self, text: str) -> str | None:
-        """The evaluation set that a text shares words with, and the first of these words; None where it shares none."""
+        """Return the first evaluation set that shares an n-gram with a text, with the n-gram; or None."""
         words = _words(text) if self._grams else []
         for length in self._lengths:
             for gram in _runs(words, length):
@@ -48,11 +48,10 @@ class Guard:
 
 
 def evaluation_prompts(name: str) -> list[str]:
-    """What users say in an evaluation set, whether or not it has answers. `name`: as of any data set, for one on the
-    hub also `owner/name:subset`. Its layout is found by its columns; of its splits the first there is of `test`,
-    `validation` and `train`.
+    """Return the user's texts in an evaluation set, with or without answers.
 
-    Raises BadInput for a set that cannot be read, or has no prompt.
+    `name` is that of any data set, or `owner/name:subset` on the hub. The columns decide the layout. The first existing
+    split of `test`, `validation` and `train` is read. Raises BadInput for a set that cannot be read or has no prompt.
     """
     dataset, subset = name, None
     if ":" in name and "://" not in name and not Path(name).expanduser().exists() and not name.startswith("builtin:"):
@@ -62,7 +61,7 @@ def evaluation_prompts(name: str) -> list[str]:
     layout = choose_layout(columns, DataConfig(), f"evaluation set {name}", prompts_only=True)
     found = [text for record in records for text in user_texts(record.content, layout)]
     if not found:
-        raise BadInput(f"data.evaluation_sets, {name}", f"{len(records)} records and no prompt", "prompts to guard")
+        raise BadInput(f"data.evaluation_sets, {name}", f"has {len(records)} records and no prompt", "prompts to guard")
     return found
 
 
@@ -71,17 +70,18 @@ def _read_any(dataset: str, subset: str | None) -> list[Record]:
         try:
             return list(read_records(dataset, split, subset))
         except BadInput as error:
+            # The hub's error for an absent split names the field as the remedy, that of a local file as the place.
             if "data.split" not in str(error):
                 raise
     return list(read_records(dataset, "train", subset))
 
 
 def guarded(name: str, prompts: Sequence[str]) -> dict[str, int]:
-    """How many prompts of a set are looked for, and how many are too short to be. Raises BadInput where all are."""
+    """Count the prompts of a set that are guarded, and those too short for it. Raises BadInput if all are too short."""
     short = sum(len(_words(prompt)) < _FEWEST_WORDS for prompt in prompts)
     if short == len(prompts):
-        raise BadInput(f"data.evaluation_sets, {name}", f"{short} prompts, all of fewer than {_FEWEST_WORDS} words",
-                       "prompts to guard")  # fmt: skip
+        raise BadInput(f"data.evaluation_sets, {name}", f"has {short} prompts, all of fewer than {_FEWEST_WORDS} words",
+                       "longer prompts to guard")  # fmt: skip
     return {"prompts": len(prompts) - short, "too_short": short}
 
 
@@ -90,5 +90,5 @@ def _runs(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
 
 
 def _words(text: str) -> list[str]:
-    """Without case and punctuation."""
+    """Return the words of a text without case and punctuation."""
     return _WORD.findall(text.lower())

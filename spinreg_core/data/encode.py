@@ -1,7 +1,7 @@
-"""Checked rows -> token ids, and the table that the later stages read.
+"""Token ids of checked rows, and the Parquet files that later stages read.
 
-Decides: the columns of train.parquet and heldout.parquet, and the length limits. Leaves out: rendering
-(`models/chat_template.py`), which rows there are (`load.py`, `split.py`).
+Decides: the columns of train.parquet and heldout.parquet, and the length limits.
+Leaves out: rendering (`models`), the choice of rows (`load`, `split`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, final_answer
 from spinreg_core.errors import BadInput
-from spinreg_core.models.chat_template import Message
+from spinreg_core.models.messages import Message
 
 if TYPE_CHECKING:
     from spinreg_core.models.chat_template import Renderer
 
 
-_GROUP = 1000  # rows read and written at once: stages read the rows of a shard, not the file
+# Rows of a row group. Stages read the row groups of their shard, not the whole file.
+_GROUP = 1000
 ROWS_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -44,21 +45,35 @@ ROWS_SCHEMA = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row as token ids: the columns of ROWS_SCHEMA but `prompt_id`, and how many of its oldest turns were dropped."""
+
+    source_row: int
+    messages: str
+    answer: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answer_truncated: bool
+    final_answer: str | None
+    dropped_turns: int
+
+
 def encode_row(
     row: Row, renderer: Renderer, config: DataConfig, mode: Literal["auto", "gsm8k", "none"]
-) -> dict[str, Any] | Rejected:
-    """A row's record (columns of ROWS_SCHEMA but `prompt_id`; and `row`, with the messages that stayed), or why it is
-    refused.
+) -> EncodedRow | Rejected:
+    """Return a row as token ids, or the reason why it is refused.
 
-    Refused are rows whose prompt is too long (with `long_prompts: drop_oldest` only where no turn is left to drop; the
-    record's `messages` are those that stayed) or which the template does not render. A human answer that does not fit
-    `max_length` is cut, without an end-of-turn, and marked as truncated.
+    A row is refused if its prompt is too long or if the template does not render it. With `long_prompts: drop_oldest`,
+    a long prompt first loses as many of its oldest turns as it can. A human answer that does not fit `max_length` is
+    cut, gets no end-of-turn token, and is marked as truncated.
     """
-    messages = list(row.messages)
+    messages, dropped = list(row.messages), 0
     try:
         prompt = renderer.prompt_ids(messages, row.tools)
         if len(prompt) > config.max_prompt_tokens and config.long_prompts == "drop_oldest":
-            messages = _that_fit(row, renderer, config.max_prompt_tokens)
+            dropped = _turns_to_drop(row, renderer, config.max_prompt_tokens)
+            messages = without_oldest_turns(messages, dropped)
             prompt = renderer.prompt_ids(messages, row.tools)
         answer = renderer.answer_ids(messages, row.reply, row.tools)
     except BadInput as error:
@@ -67,57 +82,59 @@ def encode_row(
         detail = f"{len(prompt)} tokens; at most {config.max_prompt_tokens}"
         return Rejected(row.source_row, "prompt_too_long", detail)
     room = config.max_length - len(prompt)
-    return {
-        "source_row": row.source_row,
-        "messages": json.dumps(messages, ensure_ascii=False),
-        "answer": row.answer,
-        "prompt_ids": prompt,
-        "answer_ids": answer[:room],
-        "answer_truncated": len(answer) > room,
-        "final_answer": final_answer(row.answer, mode),
-        "row": row if len(messages) == len(row.messages) else replace(row, messages=tuple(messages)),
-    }
+    return EncodedRow(
+        source_row=row.source_row,
+        messages=json.dumps(messages, ensure_ascii=False),
+        answer=row.answer,
+        prompt_ids=prompt,
+        answer_ids=answer[:room],
+        answer_truncated=len(answer) > room,
+        final_answer=final_answer(row.answer, mode),
+        dropped_turns=dropped,
+    )
 
 
 def prompt_ids_of(stems: NDArray[np.bytes_]) -> Iterator[str]:
-    """`prompt_id` of rows whose prompts' hashes begin with `stems` (16 hex digits): these, with -2, -3, ... for
-    repetitions, in order."""
+    """Yield the `prompt_id` of each row: its stem (16 hex digits of the prompt hash), with -2, -3, ... if repeated."""
     _, which, counts = np.unique(stems, return_inverse=True, return_counts=True)
     seen: Counter[bytes] = Counter()
     for stem, repeats in zip(stems, counts[which] > 1, strict=True):
-        if repeats:  # few do: the others need not be remembered
+        # Only the few repeated stems are kept in memory.
+        if repeats:
             seen[stem] += 1
         yield stem.decode() if seen[stem] < 2 else f"{stem.decode()}-{seen[stem]}"
 
 
 def without_oldest_turns(messages: Sequence[Message], turns: int) -> list[Message]:
-    """The conversation less its first so many user messages and all that follows each up to the next one; system
-    messages stay, wherever they are."""
+    """Return a conversation without its first `turns` turns. System messages stay, wherever they are.
+
+    A turn is a user's message with all messages up to the next one.
+    """
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     first = users[turns]
     return [m for i, m in enumerate(messages) if i >= first or i < users[0] or m["role"] == "system"]
 
 
-def _that_fit(row: Row, renderer: Renderer, limit: int) -> list[Message]:
-    """The conversation less as few of its oldest turns as make it fit, or all but the last where none do."""
+def _turns_to_drop(row: Row, renderer: Renderer, limit: int) -> int:
+    """Return the smallest number of turns without which the prompt fits, or all but the last turn if none does."""
     most = sum(message["role"] == "user" for message in row.messages) - 1
 
     def fits(turns: int) -> bool:
         return len(renderer.prompt_ids(without_oldest_turns(row.messages, turns), row.tools)) <= limit
 
-    return without_oldest_turns(row.messages, min(bisect_left(range(most + 1), True, key=fits), most))
+    return min(bisect_left(range(most + 1), True, key=fits), most)
 
 
-def write_records(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """A Parquet file of ROWS_SCHEMA; `prompt_id` is null where a record has none."""
-    records = iter(records)
+def write_encoded(path: Path, rows: Iterable[EncodedRow]) -> None:
+    """Write a Parquet file of ROWS_SCHEMA in which `prompt_id` is null."""
+    remaining = iter(rows)
     with pq.ParquetWriter(path, ROWS_SCHEMA) as writer:
-        while group := list(islice(records, _GROUP)):
+        while group := [vars(row) for row in islice(remaining, _GROUP)]:
             writer.write_table(pa.Table.from_pylist(group, schema=ROWS_SCHEMA))
 
 
 def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str], path: Path) -> None:
-    """Some records of a file, by their places there (ascending), with their `prompt_id` as a file of their own."""
+    """Write some rows of a file, by their places in it (ascending), to a file of their own with their `prompt_id`."""
     names, first = iter(prompt_ids), 0
     waiting = ROWS_SCHEMA.empty_table()
     with pq.ParquetFile(source) as file, pq.ParquetWriter(path, ROWS_SCHEMA) as writer:
@@ -135,7 +152,7 @@ def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str
 
 
 def length_distribution(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
-    """Mean, median, 95th percentile (nearest rank) and largest of some lengths."""
+    """Return mean, median, 95th percentile (nearest rank) and maximum of lengths."""
     ordered = np.sort(np.asarray(values, np.int64))
     if not len(ordered):
         return {"mean": 0.0, "median": 0, "p95": 0, "max": 0}

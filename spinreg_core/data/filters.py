@@ -1,8 +1,7 @@
-"""Which good rows are left out of training on purpose: by length, by pattern, because an evaluation would know them.
+"""Filters of the training rows: by length, by pattern, and by overlap with an evaluation set.
 
-Decides: the reasons and their order (a row is left out for the first that applies).
-Leaves out: what overlap with an evaluation is (`contamination.py`), bad rows and exact duplicates (`load.py`), what
-does not fit in tokens (`encode.py`).
+Decides: the reasons to leave a good row out, and their order; the first one that applies counts.
+Leaves out: the meaning of overlap (`contamination`), bad rows and exact duplicates (`load`), token limits (`encode`).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from spinreg_core.data.load import Loaded
 from spinreg_core.data.mixing import load_mixture, take_shares
 from spinreg_core.data.row_file import take_rows
 from spinreg_core.errors import BadInput
-from spinreg_core.models.chat_template import THOUGHTS
+from spinreg_core.models.messages import THOUGHTS
 
 REASONS = {
     "answer_too_short": "the answer has fewer than data.min_answer_characters characters",
@@ -33,7 +32,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row that is not trained on: its number (from 1), a key of REASONS, and what was found there."""
+    """A row that is left out of training: its number (from 1), a key of REASONS, and the details."""
 
     row: int
     reason: str
@@ -42,8 +41,10 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Selected:
-    """The rows to train on, and what was left out: one by one, and counted by reason (each pattern and each data set by
-    itself). Rows beyond a share are only counted: they can be millions, and nothing is wrong with any of them."""
+    """The rows to train on, and those left out: as a list, and counted by reason, pattern and data set.
+
+    Rows beyond a share are counted and not listed. They can be millions, and nothing is wrong with them.
+    """
 
     loaded: Loaded
     left_out: list[LeftOut]
@@ -51,7 +52,7 @@ class Selected:
 
 
 def load_training(dataset: str, config: DataConfig) -> Selected:
-    """The training data set without the rows that the configuration leaves out, and those. Raises BadInput."""
+    """Load the training data set without the rows that the configuration leaves out. Raises BadInput."""
     loaded = load_mixture(dataset, config)
     known = {name: evaluation_prompts(name) for name in config.evaluation_sets}
     guards = {name: guarded(name, prompts) for name, prompts in known.items()}
@@ -62,12 +63,12 @@ def load_training(dataset: str, config: DataConfig) -> Selected:
         counts |= {f"beyond_share {name}": count for name, count in beyond.items()}
     if len(loaded.rows) and not len(kept):
         found = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        raise BadInput(f"dataset {dataset}", f"no row that is not left out ({found})", "filters that leave some")
+        raise BadInput(f"dataset {dataset}", f"has no row that the filters keep ({found})", "filters that keep some")
     return Selected(replace(loaded, rows=kept, guards=guards), left_out, counts)
 
 
 def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[Sequence[Row], list[LeftOut]]:
-    """Rows to train on, and the others. known: prompts of the evaluation sets, by name of the set."""
+    """Return the rows to train on, and the others. `known`: prompts of the evaluation sets, by name of the set."""
     patterns = [re.compile(pattern) for pattern in config.drop_patterns]
     guard = Guard(known, config.contamination_words)
     kept = array("q")
@@ -82,6 +83,7 @@ def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]])
 
 
 def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
+    """Count rows by reason, and by pattern where that is the reason."""
     found: dict[str, int] = {}
     for one in left_out:
         name = f"{one.reason} {one.detail}" if one.reason == "pattern" else one.reason
@@ -90,6 +92,7 @@ def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
 
 
 def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:
+    # Thoughts count: they are part of the answer that is trained on.
     size = len(row.answer) + sum(len(row.extras[name]) for name in THOUGHTS if name in row.extras)
     most = config.max_answer_characters
     if size < config.min_answer_characters and "tool_calls" not in row.extras:
@@ -108,7 +111,7 @@ def _overlap(row: Row, guard: Guard) -> tuple[str, str] | None:
 
 
 def _texts(row: Row) -> Iterator[str]:
-    """All that is said in a row, thoughts and the arguments of calls included."""
+    """Yield every text of a row, including thoughts and the arguments of calls."""
     for message in (*row.messages, row.reply):
         yield message["content"]
         yield from (message[name] for name in THOUGHTS if name in message)

@@ -1,8 +1,8 @@
-"""One record of a data set -> the rows it gives, or the reason why it gives none.
+"""Rows of the records of a data set.
 
-Decides: the four layouts, how `auto` picks one, which assistant turns are trained on, what a bad row is, and
-what counts as a final answer. Leaves out: what a turn may hold (`messages.py`), where records come from (`sources.py`),
-tokens (`encode.py`).
+Decides: the four layouts, the choice of `auto`, the assistant turns that give a row, the reasons for a bad row, and the
+form of a final answer.
+Leaves out: the content of turns (`messages`), the source of records (`sources`), tokens (`encode`).
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.messages import RowProblem, read_tools, read_turns, text_of, user_turns
 from spinreg_core.errors import BadInput
-from spinreg_core.models.chat_template import THOUGHTS, Message
+from spinreg_core.models.messages import THOUGHTS, Extras, Message
 
-# Every reason a row can be refused for. docs/data.md explains each.
+# Every reason for which a row can be refused. docs/data.md explains each.
 REASONS = {
     "broken_json": "the line is not valid JSON",
     "broken_utf8": "the text is not valid UTF-8",
-    "wrong_type": "a field holds something else than text, or the row is no record",
+    "wrong_type": "a field is not text, or the row is not a record",
     "missing_column": "the row lacks a column of its format",
     "missing_role": "a turn has no role",
-    "unknown_role": "a turn's role is none of system, user, assistant, tool (or other names of these)",
+    "unknown_role": "a turn's role is not system, user, assistant, tool or another name of these",
     "empty_prompt": "the user's turn before the answer is empty",
-    "empty_answer": "the assistant's turn is empty, and calls no tool",
+    "empty_answer": "the assistant's turn is empty and calls no tool",
     "no_assistant_turn": "the conversation has no assistant turn",
-    "prompt_not_user": "what precedes the answer does not end in a user's turn or a tool's, or no user has spoken",
+    "prompt_not_user": "the turn before the answer is not a user's or a tool's, or no user has spoken",
     "prompt_too_long": "the prompt alone exceeds data.max_prompt_tokens",
     "template": "the model's chat template refuses the conversation, or leaves out its tools or the answer's thought",
 }
@@ -47,41 +47,43 @@ _FORMAT_COLUMNS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with its human answer. `source_row` counts records of the source from 1.
+    """A prompt with its human answer.
 
-    `answer` is its text; `extras` what else it has: "tool_calls", a thought. `tools`: the record's own descriptions.
+    `source_row` is the number of its record, from 1. `answer` is the text of the answer, `extras` its tool calls and
+    thought. `tools` are the descriptions of tools in the record.
     """
 
     source_row: int
     messages: tuple[Message, ...]
     answer: str
-    extras: Message = field(default_factory=dict)
-    tools: list[dict[str, Any]] | None = None
+    extras: Extras = field(default_factory=Extras)
+    tools: list[Mapping[str, Any]] | None = None
 
     @property
     def prompt_hash(self) -> str:
-        """SHA-256 (hex) of the canonical prompt messages; `prompt_id` starts with its first 16 digits."""
+        """SHA-256 (hex) of the prompt messages in canonical form; `prompt_id` starts with its first 16 digits."""
         return _sha256(self.messages, self.tools)
 
     @property
     def reply(self) -> Message:
-        return {"role": "assistant", "content": self.answer} | self.extras
+        """The answer as a message."""
+        return {"role": "assistant", "content": self.answer, **self.extras}
 
     @property
     def content(self) -> list[Any]:
-        """Prompt and answer, for hashes: rows of text alone have but these two."""
+        """Prompt and answer, for hashes; extras and tools only where there are any."""
         return [self.messages, self.answer, *([[self.extras, self.tools]] if self.extras or self.tools else [])]
 
     @property
     def opening_hash(self) -> str:
-        """SHA-256 (hex) of the messages up to the first user turn: what the split keeps on one side."""
+        """SHA-256 (hex) of the messages up to the first user turn. The split keeps equal openings on one side."""
         first_user = next(i for i, message in enumerate(self.messages) if message["role"] == "user")
         return _sha256(self.messages[: first_user + 1], None)
 
 
 @dataclass(frozen=True)
 class Rejected:
-    """A bad row: its number (from 1), a key of REASONS, and what was found there."""
+    """A bad row: the number of its record (from 1), a key of REASONS, and the details of the problem."""
 
     row: int
     reason: str
@@ -90,31 +92,35 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Layout:
-    """A format and the columns it is read from."""
+    """A format and its columns: (conversation,), (instruction, input, output) or (prompt, response)."""
 
     format: Literal["messages", "conversations", "instruction", "prompt_response"]
-    columns: tuple[str, ...]  # (conversation,) or (instruction, input, output) or (prompt, response)
+    columns: tuple[str, ...]
 
 
-def _sha256(messages: Iterable[Message], tools: list[dict[str, Any]] | None) -> str:
-    said: list[Any] = [
-        [m["role"], m["content"], *([more] if (more := {k: m[k] for k in m if k not in ("role", "content")}) else [])]
-        for m in messages
-    ]
-    said += [{"tools": tools}] if tools else []
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
+def _sha256(messages: Iterable[Message], tools: list[Mapping[str, Any]] | None) -> str:
+    # Messages of text alone are hashed as [role, content], so that fields added later leave known hashes as they are.
+    hashed: list[Any] = []
+    for message in messages:
+        more = {name: value for name, value in message.items() if name not in ("role", "content")}
+        hashed.append([message["role"], message["content"], *([more] if more else [])])
+    hashed += [{"tools": tools}] if tools else []
+    return hashlib.sha256(json.dumps(hashed, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
 def choose_layout(columns: set[str], config: DataConfig, where: str, *, prompts_only: bool = False) -> Layout:
-    """The layout of a data set with these columns; `prompts_only`: it may lack the column of the answers.
+    """Return the layout of a data set with these columns.
 
-    Raises BadInput naming the columns found.
+    With `prompts_only`, the column of the answers may be absent. Raises BadInput that lists the columns.
     """
     listed = ", ".join(sorted(columns)) or "(none)"
     if config.prompt_column is not None and config.response_column is not None:
         missing = [name for name in (config.prompt_column, config.response_column) if name not in columns]
         if missing:
-            raise BadInput(where, f"columns {listed}", f"the named column {' and '.join(missing)}")
+            raise BadInput(
+                where, f"has the columns {listed} and not {' and '.join(missing)}",
+                "set data.prompt_column and data.response_column to columns of the data set",
+            )  # fmt: skip
         return Layout("prompt_response", (config.prompt_column, config.response_column))
     candidates = [
         Layout("messages", ("messages",)),
@@ -128,15 +134,14 @@ def choose_layout(columns: set[str], config: DataConfig, where: str, *, prompts_
             needed = set(layout.columns[:1])
         if config.format in ("auto", layout.format) and needed <= columns:
             return layout
-    known = "; ".join(f"{name} ({what})" for name, what in _FORMAT_COLUMNS.items())
-    expected = f"one of these layouts: {known}"
+    expected = "one of these layouts: " + "; ".join(f"{name} ({names})" for name, names in _FORMAT_COLUMNS.items())
     if config.format != "auto":
-        expected = f"format {config.format}: {_FORMAT_COLUMNS[config.format]}"
-    raise BadInput(where, f"columns {listed}", expected)
+        expected = f"the columns of data.format {config.format}: {_FORMAT_COLUMNS[config.format]}"
+    raise BadInput(where, f"has the columns {listed}", expected)
 
 
 def read_rows(record: object, number: int, layout: Layout, turns: Literal["last", "first", "all"]) -> list[Row]:
-    """The rows of one record, in order of its turns. Raises RowProblem."""
+    """Return the rows of one record, in the order of its turns. Raises RowProblem."""
     if not isinstance(record, dict):
         raise RowProblem("wrong_type", f"{type(record).__name__} instead of a record")
     if layout.format in ("messages", "conversations"):
@@ -152,7 +157,7 @@ def read_rows(record: object, number: int, layout: Layout, turns: Literal["last"
 
 
 def user_texts(record: object, layout: Layout) -> list[str]:
-    """What users say in a record, whatever else is wrong with it."""
+    """Return the texts of the user in a record, even if the record has other problems."""
     if not isinstance(record, dict):
         return []
     texts: list[object]
@@ -164,7 +169,7 @@ def user_texts(record: object, layout: Layout) -> list[str]:
     return [text for text in texts if isinstance(text, str) and text.strip()]
 
 
-def _row(messages: list[Message], at: int, number: int, tools: list[dict[str, Any]] | None) -> Row:
+def _row(messages: list[Message], at: int, number: int, tools: list[Mapping[str, Any]] | None) -> Row:
     prompt, reply = messages[:at], messages[at]
     if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         raise RowProblem("prompt_not_user", f"turn {at + 1} answers {prompt[-1]['role'] if prompt else 'nothing'}")
@@ -172,13 +177,18 @@ def _row(messages: list[Message], at: int, number: int, tools: list[dict[str, An
         raise RowProblem("prompt_not_user", f"no user has spoken before turn {at + 1}")
     if prompt[-1]["role"] == "user" and not prompt[-1]["content"].strip():
         raise RowProblem("empty_prompt", f"turn {at} has no text")
-    extras = {name: reply[name] for name in ("tool_calls", *THOUGHTS) if name in reply}
+    extras: Extras = {}
+    if "tool_calls" in reply:
+        extras["tool_calls"] = reply["tool_calls"]
+    for name in THOUGHTS:
+        if name in reply:
+            extras[name] = reply[name]
     if not reply["content"].strip() and "tool_calls" not in extras:
         raise RowProblem("empty_answer", f"turn {at + 1} has no text")
     return Row(number, tuple(prompt), reply["content"], extras, tools)
 
 
-def _single_turn(record: dict[str, Any], layout: Layout) -> list[Message]:
+def _single_turn(record: Mapping[str, object], layout: Layout) -> list[Message]:
     if layout.format == "instruction":
         instruction, context, output = layout.columns
         prompt = text_of(_field(record, instruction), instruction, "user")
@@ -192,7 +202,7 @@ def _single_turn(record: dict[str, Any], layout: Layout) -> list[Message]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def _field(record: dict[str, Any], column: str) -> Any:
+def _field(record: Mapping[str, object], column: str) -> object:
     if column not in record:
         raise RowProblem("missing_column", f"no {column!r}; found {', '.join(map(str, record)) or 'nothing'}")
     return record[column]
@@ -203,9 +213,9 @@ _NUMBER = re.compile(r"-?\$?-?[0-9][0-9.,]*%?")
 
 
 def final_answer(answer: str, mode: Literal["auto", "gsm8k", "none"]) -> str | None:
-    """What follows `####` on the last line (GSM8K), or None.
+    """Return the text after `####` on the last line, the form of GSM8K, or None.
 
-    `auto` takes numbers only: `####` also begins a fourth-level heading in Markdown.
+    `auto` accepts numbers only, because `####` also begins a fourth-level heading in Markdown.
     """
     match = None if mode == "none" else _LAST_MARK.search(answer)
     if match is None:

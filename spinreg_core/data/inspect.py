@@ -1,62 +1,94 @@
-"""What a data set looks like to spinreg, before a run: counts, lengths, examples, bad rows.
+"""Report on a data set before a run: counts, lengths, examples and bad rows.
 
-Decides: what `spinreg data inspect` shows. Leaves out: judging it; the stage `prepare` applies the limits.
+Decides: the content of `spinreg data inspect`. Leaves out: enforcing limits; the stage `prepare` does that.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import encode_row, length_distribution
 from spinreg_core.data.filters import load_training
 from spinreg_core.data.formats import REASONS, Rejected
-from spinreg_core.data.load import Loaded, bad_share, by_reason, load_heldout, shorten
+from spinreg_core.data.load import Duplicates, Loaded, bad_share, by_reason, load_heldout, shorten
 from spinreg_core.errors import BadInput
+from spinreg_core.models.chat_template import Renderer
+from spinreg_core.models.source import tokenizer_folder
 from spinreg_core.store.cache import cache_folder
 
-EXAMPLES = 2
-LISTED = 10  # rejected rows that the text names; the JSON has all of them
+_EXAMPLES = 2
+# Rows that the text lists; the JSON document lists all of them.
+_LISTED = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row as the model sees it, or its plain texts without a tokenizer."""
+
+    row: int
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class PartReport:
+    """Report on the training or the held-out rows. Fields that need a tokenizer are None without one."""
+
+    dataset: str
+    format: str
+    records: int
+    last_records: dict[str, int]
+    rows: int
+    duplicates: Duplicates
+    truncated_answers: int | None
+    final_answers: int | None
+    shortened_prompts: int | None
+    examples: list[Example]
+    written_before_answers: str | None
+    lengths: dict[str, dict[str, float]]
+    bad_share: float
+    bad_rows: dict[str, int]
+    rejected: list[Rejected]
 
 
 def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
-    """A text for people and the same as a JSON-able mapping, for `config.dataset` and its held-out data set.
+    """Return a text for people and the same as JSON, for `config.dataset` and its held-out data set.
 
-    Token counts and rendered examples need the tokenizer of `config.model`; where it cannot be had, lengths
-    are in characters only and the text says why. Raises BadInput for a data set that cannot be read.
+    Token counts and rendered examples need the tokenizer of `config.model`. Without it, lengths are in characters and
+    the text gives the reason. Raises BadInput for a data set that cannot be read.
     """
     renderer, reason = _renderer(config)
-    # Too many bad rows are to be shown, and not refused, in a mixture as well.
+    # Too many bad rows are shown, not refused, in a mixture as well.
     selected = load_training(config.dataset, config.data.model_copy(update={"max_bad_share": 1.0}))
-    parts = {"train": selected.loaded}
     heldout = load_heldout(config.dataset, config.data)
-    if heldout is not None:
-        parts["heldout"] = heldout
-    document: dict[str, Any] = {name: _describe(part, config, renderer) for name, part in parts.items()}
-    lines = [line for name, part in document.items() for line in _lines(name, part, config.data.max_bad_share)]
-    told = selected.left_out
-    document |= {"left_out": {"counts": selected.counts, "rows": [asdict(row) for row in told]}}
-    document |= {"guarded": selected.loaded.guards}
-    lines += [f"{guard['prompts']} prompts of {name} looked for, {guard['too_short']} too short for that"
-              for name, guard in selected.loaded.guards.items()]  # fmt: skip
+    parts = {"train": selected.loaded} | ({} if heldout is None else {"heldout": heldout})
+    reports = {name: _report(part, config, renderer) for name, part in parts.items()}
+    left_out, guards = selected.left_out, selected.loaded.guards
+    lines = [line for name, report in reports.items() for line in _lines(name, report, config.data.max_bad_share)]
+    lines += [f"{guard['prompts']} prompts of {name} are guarded, {guard['too_short']} are too short for that"
+              for name, guard in guards.items()]  # fmt: skip
     lines += [f"left out of training: {count} {reason}" for reason, count in selected.counts.items()]
-    lines += [f"  row {row.row}: {row.reason} ({shorten(row.detail, 120)})" for row in told[:LISTED]]
-    if len(told) > LISTED:
-        lines.append(f"  ... and {len(told) - LISTED} more (--json lists all)")
-    if reason:
+    lines += _listed([(row.row, row.reason, row.detail) for row in left_out], "  ")
+    if renderer is None:
         lines.append(f"no token counts: {reason}")
     elif renderer.written_before:
         lines.append(f"warning: {renderer.written_before_warning}")
-    return "\n".join(lines), document | {"tokenizer": None if reason else config.model}
+    document: dict[str, Any] = {
+        name: {field: value for field, value in asdict(report).items() if value is not None}
+        for name, report in reports.items()
+    }
+    document["left_out"] = {"counts": selected.counts, "rows": [asdict(row) for row in left_out]}
+    document |= {"guarded": guards, "tokenizer": None if renderer is None else config.model}
+    return "\n".join(lines), document
 
 
-def _renderer(config: RunConfig) -> tuple[Any, str]:
-    from spinreg_core.models.chat_template import Renderer
-    from spinreg_core.models.source import tokenizer_folder
-
+def _renderer(config: RunConfig) -> tuple[Renderer | None, str]:
+    """Return the renderer of the model, or None and the reason."""
     try:
         folder = tokenizer_folder(config.model, cache_folder())
         return Renderer.from_folder(folder, config.data.template_arguments), ""
@@ -64,86 +96,78 @@ def _renderer(config: RunConfig) -> tuple[Any, str]:
         return None, str(error)
 
 
-def _describe(loaded: Loaded, config: RunConfig, renderer: Any) -> dict[str, Any]:
+def _report(loaded: Loaded, config: RunConfig, renderer: Renderer | None) -> PartReport:
     rows, rejected = loaded.rows, list(loaded.rejected)
     lengths = {
         "prompt_characters": length_distribution([sum(len(m["content"]) for m in row.messages) for row in rows]),
         "answer_characters": length_distribution([len(row.answer) for row in rows]),
     }
-    document: dict[str, Any] = {
-        "dataset": loaded.dataset,
-        "format": loaded.format,
-        "records": loaded.records,
-        "last_records": loaded.last,
-        "rows": len(rows),
-        "duplicates": asdict(loaded.duplicates) | {"examples": list(loaded.duplicates.examples)},
-    }
-    if renderer is not None:
-        counts = Counter[str]()
-        tokens: dict[str, array[int]] = {"prompt_ids": array("q"), "answer_ids": array("q")}
-        examples: list[dict[str, Any]] = []
+    counts: Counter[str] | None = None
+    if renderer is None:
+        examples = [Example(row.source_row, row.messages[-1]["content"], row.answer) for row in rows[:_EXAMPLES]]
+    else:
+        counts, examples = Counter(), []
+        prompts, answers = array("q"), array("q")
         for row in rows:
-            record = encode_row(row, renderer, config.data, config.evaluation.final_answer)
-            if isinstance(record, Rejected):
-                rejected.append(record)
+            encoded = encode_row(row, renderer, config.data, config.evaluation.final_answer)
+            if isinstance(encoded, Rejected):
+                rejected.append(encoded)
                 continue
             counts["rows"] += 1
-            counts["truncated_answers"] += record["answer_truncated"]
-            counts["final_answers"] += record["final_answer"] is not None
-            counts["shortened_prompts"] += record["row"] is not row
-            for name, found in tokens.items():
-                found.append(len(record[name]))
-            if len(examples) < EXAMPLES:
-                examples.append({
-                    "row": row.source_row,
-                    "prompt": renderer.text(record["prompt_ids"]),
-                    "answer": renderer.text(record["answer_ids"]),
-                })  # fmt: skip
-        lengths |= {
-            "prompt_tokens": length_distribution(tokens["prompt_ids"]),
-            "answer_tokens": length_distribution(tokens["answer_ids"]),
-        }
-        names = ("rows", "truncated_answers", "final_answers", "shortened_prompts")
-        document |= {name: counts[name] for name in names} | {"examples": examples}
-        document |= {"written_before_answers": renderer.written_before}
-    else:
-        document["examples"] = [
-            {"row": row.source_row, "prompt": row.messages[-1]["content"], "answer": row.answer}
-            for row in rows[:EXAMPLES]
-        ]
-    return document | {
-        "lengths": lengths,
-        "bad_share": bad_share(loaded.records, rejected),
-        "bad_rows": by_reason(rejected),
-        "rejected": [asdict(bad) for bad in rejected],
-    }
+            counts["truncated_answers"] += encoded.answer_truncated
+            counts["final_answers"] += encoded.final_answer is not None
+            counts["shortened_prompts"] += encoded.dropped_turns > 0
+            prompts.append(len(encoded.prompt_ids))
+            answers.append(len(encoded.answer_ids))
+            if len(examples) < _EXAMPLES:
+                prompt, answer = renderer.text(encoded.prompt_ids), renderer.text(encoded.answer_ids)
+                examples.append(Example(row.source_row, prompt, answer))
+        lengths |= {"prompt_tokens": length_distribution(prompts), "answer_tokens": length_distribution(answers)}
+    return PartReport(
+        dataset=loaded.dataset,
+        format=loaded.format,
+        records=loaded.records,
+        last_records=loaded.last,
+        rows=len(rows) if counts is None else counts["rows"],
+        duplicates=loaded.duplicates,
+        truncated_answers=None if counts is None else counts["truncated_answers"],
+        final_answers=None if counts is None else counts["final_answers"],
+        shortened_prompts=None if counts is None else counts["shortened_prompts"],
+        examples=examples,
+        written_before_answers=None if renderer is None else renderer.written_before,
+        lengths=lengths,
+        bad_share=bad_share(loaded.records, rejected),
+        bad_rows=by_reason(rejected),
+        rejected=rejected,
+    )
 
 
-def _lines(name: str, part: dict[str, Any], max_bad_share: float) -> list[str]:
-    duplicates = part["duplicates"]
-    lines = [
-        f"{name}: {part['dataset']} ({part['format']})",
-        f"  records {part['records']}, usable rows {part['rows']}",
-        *(f"    up to {last}: {name}" for name, last in part["last_records"].items() if len(part["last_records"]) > 1),
-        f"  duplicates: {duplicates['exact']} exact, left out; {duplicates['prompts']} prompts with several answers",
-        *(f"    {example}" for example in duplicates["examples"]),
-    ]
-    if "truncated_answers" in part:
-        lines.append(f"  answers cut at data.max_length: {part['truncated_answers']}")
-        lines.append(f"  answers with a final answer (####): {part['final_answers']}")
-        lines.append(f"  prompts that lost their oldest turns (data.long_prompts): {part['shortened_prompts']}")
-    for what, found in part["lengths"].items():
+def _lines(name: str, report: PartReport, max_bad_share: float) -> Iterator[str]:
+    duplicates = report.duplicates
+    yield f"{name}: {report.dataset} ({report.format})"
+    yield f"  records {report.records}, usable rows {report.rows}"
+    if len(report.last_records) > 1:
+        yield from (f"    up to {last}: {dataset}" for dataset, last in report.last_records.items())
+    yield f"  duplicates: {duplicates.exact} exact, left out; {duplicates.prompts} prompts with several answers"
+    yield from (f"    {example}" for example in duplicates.examples)
+    if report.truncated_answers is not None:
+        yield f"  answers cut at data.max_length: {report.truncated_answers}"
+        yield f"  answers with a final answer (####): {report.final_answers}"
+        yield f"  prompts that lost their oldest turns (data.long_prompts): {report.shortened_prompts}"
+    for measure, found in report.lengths.items():
         values = ", ".join(f"{key} {value:g}" for key, value in found.items())
-        lines.append(f"  {what.replace('_', ' in ')}: {values}")
-    verdict = "within" if part["bad_share"] <= max_bad_share else "ABOVE"
-    lines.append(f"  bad rows: {part['bad_share']:.2%}, {verdict} data.max_bad_share ({max_bad_share:.2%})")
-    lines += [f"    {count} {reason}: {REASONS[reason]}" for reason, count in part["bad_rows"].items()]
-    shown = part["rejected"][:LISTED]
-    lines += [f"    row {bad['row']}: {bad['reason']} ({shorten(bad['detail'], 120)})" for bad in shown]
-    if len(part["rejected"]) > LISTED:
-        lines.append(f"    ... and {len(part['rejected']) - LISTED} more (--json lists all)")
-    for example in part["examples"]:
-        lines.append(f"  example, row {example['row']}; what is trained on follows the bar")
-        text = f"{example['prompt']}|{example['answer']}"
-        lines += [f"    {line}" for line in text.splitlines()]
-    return lines
+        yield f"  {measure.replace('_', ' in ')}: {values}"
+    verdict = "within" if report.bad_share <= max_bad_share else "ABOVE"
+    yield f"  bad rows: {report.bad_share:.2%}, {verdict} data.max_bad_share ({max_bad_share:.2%})"
+    yield from (f"    {count} {reason}: {REASONS[reason]}" for reason, count in report.bad_rows.items())
+    yield from _listed([(bad.row, bad.reason, bad.detail) for bad in report.rejected], "    ")
+    for example in report.examples:
+        yield f"  example, row {example.row}; the part after the bar is trained on"
+        yield from (f"    {line}" for line in f"{example.prompt}|{example.answer}".splitlines())
+
+
+def _listed(rows: Sequence[tuple[int, str, str]], indent: str) -> Iterator[str]:
+    for number, reason, detail in rows[:_LISTED]:
+        yield f"{indent}row {number}: {reason} ({shorten(detail, 120)})"
+    if len(rows) > _LISTED:
+        yield f"{indent}... and {len(rows) - _LISTED} more (--json lists all)"

@@ -1,7 +1,7 @@
-"""Reading a data set into checked rows, and the verdict on how many of them are bad.
+"""Checked rows of a data set.
 
-Decides: that a bad row is listed and never silently dropped, that exact duplicates count once, and when there are
-too many bad rows to go on. Leaves out: the layouts (`formats.py`), the files (`sources.py`), tokens (`encode.py`).
+Decides: that every bad row is listed, that exact duplicates count once, and the share of bad rows that is too large.
+Leaves out: layouts (`formats`), files (`sources`), tokens (`encode`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -20,30 +20,38 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
 from spinreg_core.data.messages import RowProblem
 from spinreg_core.data.readers import Record
-from spinreg_core.data.row_file import Spool, take_rows
+from spinreg_core.data.row_file import take_rows, write_rows
 from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
 
-SHOWN = 5  # rows and examples that a message names
-_LOOKED_AT = 1000  # records whose columns decide on the layout
-_DIGITS = 32  # of a SHA-256 (hex) by which rows are compared: 128 bits
+# Rows and examples in a message.
+SHOWN = 5
+# Records whose columns decide the layout.
+_LOOKED_AT = 1000
+# Hex digits of a SHA-256 by which rows are compared. 128 bits make a collision of two rows practically impossible.
+_DIGITS = 32
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """`exact`: rows left out because the same prompt with the same answer came before. `prompts`: prompts
-    that have several different answers, all kept. `examples`: a few of those, with their row numbers.
+    """Repeated prompts of a data set.
+
+    `exact`: rows left out because an earlier row has the same prompt and answer. `prompts`: prompts with several
+    different answers, all kept. `examples`: a few of those, with their row numbers.
     """
 
     exact: int
     prompts: int
-    examples: tuple[str, ...]
+    examples: list[str]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One or several data sets after the checks that need no model. `records` counts their records, good and bad;
-    `last` is the number of the last record of each (from 1, going on from one to the next)."""
+    """One or several data sets after the checks that need no model.
+
+    `records` counts good and bad records. `last` holds the number of each data set's last record; records are numbered
+    from 1 across all data sets. `guards` holds the counts of `contamination.guarded` by evaluation set.
+    """
 
     dataset: str
     format: str
@@ -52,10 +60,10 @@ class Loaded:
     rejected: list[Rejected]
     duplicates: Duplicates
     last: dict[str, int]
-    guards: dict[str, dict[str, int]] = field(default_factory=dict)  # evaluation set -> prompts looked for, and not
+    guards: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def content_hash(self) -> str:
-        """SHA-256 (hex) of the rows and the rejected rows: equal for equal content, whatever the file's layout."""
+        """Return the SHA-256 (hex) of the rows and the rejected rows, equal for equal content in any file layout."""
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(json.dumps([row.source_row, *row.content]).encode())
@@ -67,62 +75,70 @@ class Loaded:
 def load_rows(
     dataset: str, config: DataConfig, *, split: str | None = None, subset: str | None = None, most: int | None = None
 ) -> Loaded:
-    """Read and check a data set: hub id, local or s3:// file or folder, or builtin:demo.
+    """Read and check a data set: a hub id, a local or s3:// file or folder, or builtin:demo.
 
-    `split` and `subset` override those of `config` (for a held-out data set); `most`: records to read. Bad rows are
-    listed in `.rejected`; `require_usable` says whether there are too many. Raises BadInput for what concerns the whole
-    data set: a missing file, split or column, or no records at all.
+    `split` and `subset` override those of `config`; `most` limits the records that are read. Bad rows are listed in
+    `.rejected`, and `require_usable` checks their number. Raises BadInput for problems of the whole data set: a missing
+    file, split or column, or no records at all.
     """
-    # A data set named as split= of its own (held-out) has no use for the training set's subset.
+    # A held-out data set has a split of its own, and the training set's subset does not apply to it.
     records = read_records(dataset, split or config.split, config.subset if split is None else subset, most)
     where = f"dataset {dataset}"
     columns: set[str] = set()
-    first: list[Record] = []  # one row may lack a column, most rows do not
+    # One row may lack a column, so that the first alone does not show the layout.
+    first: list[Record] = []
     for record in records:
         first.append(record)
         columns |= {str(name) for name in record.content} if isinstance(record.content, dict) else set()
         if columns and len(first) >= _LOOKED_AT:
             break
     if not first:
-        raise BadInput(
-            where, f"no rows in split {split or config.split!r}", "at least one row for training and one to hold out"
-        )
+        raise BadInput(where, f"has no rows in split {split or config.split!r}",
+                       "at least one row for training and one to hold out")  # fmt: skip
     if not columns:
         bad = first[0].problem or RowProblem("wrong_type", type(first[0].content).__name__)
-        raise BadInput(where, f"{len(first)} rows and no record among them (row {first[0].row}: {bad})",
+        raise BadInput(where, f"has {len(first)} rows, and none of them is a record (row {first[0].row}: {bad})",
                        "records with named fields")  # fmt: skip
     layout = choose_layout(columns, config, where)
-    rows, rejected = Spool(), list[Rejected]()
+    rejected: list[Rejected] = []
     count = last = 0
-    for record in chain(first, records):
-        count, last = count + 1, record.row
-        try:
-            if record.problem is not None:
-                raise record.problem
-            for row in read_rows(record.content, record.row, layout, config.turns):
-                rows.append(row)
-        except RowProblem as problem:
-            rejected.append(Rejected(record.row, problem.reason, problem.detail))
+
+    def good_rows() -> Iterator[Row]:
+        nonlocal count, last
+        for record in chain(first, records):
+            count, last = count + 1, record.row
+            try:
+                if record.problem is not None:
+                    raise record.problem
+                yield from read_rows(record.content, record.row, layout, config.turns)
+            except RowProblem as problem:
+                rejected.append(Rejected(record.row, problem.reason, problem.detail))
+
+    rows = write_rows(good_rows())
     kept, duplicates = exact_duplicates(rows)
     return Loaded(dataset, layout.format, count, take_rows(rows, kept), rejected, duplicates, {dataset: last})
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:
-    """The held-out data set if the configuration names one or the demo brings its own, else None."""
+    """Return the held-out data set of the configuration or of the demo, or None. Raises BadInput."""
     if config.heldout_dataset is not None:
         try:
             return load_rows(config.heldout_dataset, config, split=config.heldout_split)
         except BadInput as error:
-            raise BadInput.from_message(f"data.heldout_dataset, {error}") from None
+            raise BadInput(f"data.heldout_dataset, {error.where}", error.found, error.expected) from None
     if dataset == "builtin:demo":
         return load_rows(dataset, config, split="heldout")
     return None
 
 
 def exact_duplicates(rows: Sequence[Row]) -> tuple[NDArray[np.int64], Duplicates]:
-    """Indices of the rows that are none (the first of those that are alike), ascending, and what the others are."""
+    """Return the indices of the rows without exact duplicates, ascending, and a report on the duplicates.
+
+    Of equal rows, the first one stays.
+    """
     names = (row.prompt_hash[:_DIGITS] + _digest([row.answer, row.extras]) for row in rows)
-    both = np.fromiter(names, f"S{2 * _DIGITS}", len(rows))  # prompt, answer
+    # The hash of the prompt, then that of the answer.
+    both = np.fromiter(names, f"S{2 * _DIGITS}", len(rows))
     kept = np.sort(np.unique(both, return_index=True)[1])
     prompts = both[kept].astype(f"S{_DIGITS}")
     _, first, which, counts = np.unique(prompts, return_index=True, return_inverse=True, return_counts=True)
@@ -132,7 +148,7 @@ def exact_duplicates(rows: Sequence[Row]) -> tuple[NDArray[np.int64], Duplicates
         alike = take_rows(rows, kept[which == prompt])
         numbers = ", ".join(str(row.source_row) for row in alike)
         examples.append(f"{shorten(alike[0].messages[-1]['content'])} (rows {numbers})")
-    return kept, Duplicates(len(rows) - len(kept), len(repeated), tuple(examples))
+    return kept, Duplicates(len(rows) - len(kept), len(repeated), examples)
 
 
 def _digest(content: object) -> str:
@@ -140,33 +156,33 @@ def _digest(content: object) -> str:
 
 
 def shorten(text: str, length: int = 60) -> str:
-    """One line of at most `length` characters, in quotes."""
+    """Return a text as one quoted line of at most `length` characters."""
     line = " ".join(text.split())
     return f'"{line}"' if len(line) <= length else f'"{line[: length - 1]}…"'
 
 
 def by_reason(rejected: Sequence[Rejected]) -> dict[str, int]:
-    """Counts by reason, most frequent first."""
+    """Count rows by reason, most frequent first."""
     return dict(Counter(bad.reason for bad in rejected).most_common())
 
 
 def bad_share(records: int, rejected: Sequence[Rejected]) -> float:
-    """Share of the source's records that gave a bad row (0..1)."""
+    """Return the share of the records (0..1) that gave a bad row."""
     return len({bad.row for bad in rejected}) / records
 
 
 def require_usable(loaded: Loaded, rejected: Sequence[Rejected], max_bad_share: float) -> None:
-    """Raise BadInput if more than `max_bad_share` of the records are bad, or none is good.
+    """Raise BadInput if more than `max_bad_share` of the records are bad, or all of them.
 
-    `rejected` is all that was refused so far: `loaded.rejected`, later with what tokenising refused.
+    `rejected` lists all rows refused so far: `loaded.rejected`, and later also those refused by `encode`.
     """
     share = bad_share(loaded.records, rejected)
-    if share <= max_bad_share and len({bad.row for bad in rejected}) < loaded.records:
+    if share <= max_bad_share and share < 1:
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items())
     shown = "; ".join(f"row {bad.row}: {bad.reason} ({bad.detail})" for bad in list(rejected)[:SHOWN])
     raise BadInput(
         f"dataset {loaded.dataset}",
-        f"{share:.1%} bad rows ({len({bad.row for bad in rejected})} of {loaded.records}: {counts}). First: {shown}",
+        f"has {share:.1%} bad rows ({round(share * loaded.records)} of {loaded.records}: {counts}). First: {shown}",
         f"at most {max_bad_share:.1%} (data.max_bad_share)",
     )

@@ -1,8 +1,7 @@
-"""Reading data files: lines of JSON, JSON arrays, CSV, Parquet, Arrow, packed or not.
+"""Readers of data files: JSON lines, JSON arrays, CSV, Parquet and Arrow, compressed or not.
 
-Decides: how each kind of file is read so that one broken line costs one row, as a stream and within the limits of
-`input_limits.py`. Leaves out: where files come from and which of them belong together (`sources.py`), what a record
-means (`formats.py`).
+Decides: that one broken line costs one row, and that files are read as a stream within the limits of `input_limits`.
+Leaves out: the source of files (`sources`), the meaning of a record (`formats`).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _COMPRESSED = (".gz", ".bz2", ".xz")
 
 @dataclass(frozen=True)
 class Record:
-    """One record as it was read: its number (from 1) and its content, or the problem that reading met."""
+    """A record as read from a file: its number (from 1) and its content, or the problem of reading it."""
 
     row: int
     content: object
@@ -34,7 +33,7 @@ class Record:
 
 
 def kind_of(path: Path) -> str:
-    """Suffix that says how to read a file, compression aside: `.jsonl` for rows.jsonl.gz."""
+    """Return the suffix of a file without that of its compression: `.jsonl` for rows.jsonl.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
@@ -42,23 +41,24 @@ def kind_of(path: Path) -> str:
 
 
 def read_file(path: Path, shown: str) -> Iterable[Record]:
+    """Yield the records of a file; `shown` is its name in messages. Raises BadInput."""
     reader = READERS.get(kind_of(path))
     if reader is None:
-        raise BadInput("dataset", f"{shown} with suffix {kind_of(path)!r}", f"a file ending in {', '.join(READERS)}")
+        raise BadInput(
+            f"dataset {shown}", f"has the suffix {kind_of(path)!r}", f"a file ending in {', '.join(READERS)}"
+        )
     try:
         yield from reader(path)
     except EOFError:
-        raise BadInput("dataset", f"{path}, which ends in the middle of its compressed data", "a whole file") from None
+        raise BadInput(f"dataset {path}", "is cut off in its compressed data", "a complete file") from None
     except PermissionError as error:
-        raise BadInput("dataset", f"{path}, which cannot be read ({error})", "a file this user may read") from None
+        raise BadInput(f"dataset {path}", f"cannot be read ({error})", "a file that this user may read") from None
     except (OSError, lzma.LZMAError, zlib.error, zipfile.BadZipFile) as error:
-        raise BadInput(
-            "dataset", f"{path}, which cannot be read ({error})", "a file of the kind its name says"
-        ) from None
+        raise BadInput(f"dataset {path}", f"cannot be read ({error})", "content that matches its suffix") from None
 
 
 def _open_text(path: Path) -> Any:
-    """Text of a possibly compressed file; bytes that are no UTF-8 stay visible as lone surrogates."""
+    """Open a possibly compressed file as text. Bytes that are not UTF-8 become lone surrogates."""
     import fsspec
 
     return fsspec.open(
@@ -67,15 +67,15 @@ def _open_text(path: Path) -> Any:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines with their ends. Raises BadInput for one that is too long, and where a packed file gives too much."""
+    """Yield lines with their ends. Raises BadInput for a line that is too long or a file that expands too much."""
     unpacked = number = 0
     with _open_text(path) as file:
         while line := file.readline(limits.LONGEST_LINE + 1):
             number, unpacked = number + 1, unpacked + len(line)
             limits.require_expansion(path, unpacked)
             if len(line) > limits.LONGEST_LINE:
-                raise BadInput("dataset", f"{path}, line {number}, of more than {limits.LONGEST_LINE} characters",
-                               "a line per record")  # fmt: skip
+                raise BadInput(f"dataset {path}", f"has more than {limits.LONGEST_LINE} characters in line {number}",
+                               "one record a line")  # fmt: skip
             yield line
 
 
@@ -89,7 +89,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
 
 
 def _json(path: Path) -> Iterator[Record]:
-    """One array of records; a file with one object per line is read as JSONL."""
+    """Read an array of records, or JSON lines under this suffix."""
     with _open_text(path) as file:
         first, unpacked = file.read(1), 0
         while first.isspace():
@@ -100,20 +100,24 @@ def _json(path: Path) -> Iterator[Record]:
             try:
                 records = json.loads(first + text)
             except (ValueError, RecursionError) as error:
-                raise BadInput("dataset", f"{path} is broken: {error}", "a JSON array of records") from None
+                raise BadInput(f"dataset {path}", f"is not valid JSON: {error}", "a JSON array of records") from None
             yield from (Record(number, content) for number, content in enumerate(records, start=1))
             return
     if first not in ("{", ""):
-        raise BadInput("dataset", f"{path} beginning with {first!r}", "a JSON array, or one object per line, in UTF-8")
+        raise BadInput(f"dataset {path}", f"{first!r} at its beginning",
+                       "a JSON array, or one object per line, in UTF-8")  # fmt: skip
     records = list(_jsonl(path))
     if records and all(record.problem is not None for record in records):
-        raise BadInput("dataset", f"{path}, one JSON object over several lines or broken lines throughout",
+        raise BadInput(f"dataset {path}", "has no valid line, as if one JSON object went over several lines",
                        "a JSON array of records, or one object per line")  # fmt: skip
     yield from records
 
 
 def _array_text(path: Path, file: Any) -> str:
-    """What follows the bracket of a JSON array, read in pieces: a packed file does not say how much it is."""
+    """Return the text after the opening bracket of an array.
+
+    It is read in pieces, because a compressed file does not show its size in advance.
+    """
     pieces, size = [], 0
     while piece := file.read(2**20):
         size += len(piece)
@@ -124,7 +128,8 @@ def _array_text(path: Path, file: Any) -> str:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(limits.LONGEST_LINE)  # answers are longer than the default 128 KiB at times
+    # Answers can be longer than the default of 128 KiB.
+    csv.field_size_limit(limits.LONGEST_LINE)
     reader = csv.DictReader(_lines(path), restkey="")
     number = 0
     while True:
@@ -144,8 +149,10 @@ def _csv(path: Path) -> Iterator[Record]:
 
 
 def _pieces(batches: Iterable[Any], path: Path) -> Iterator[Any]:
-    """Batches of at most 1000 rows. Raises BadInput where too much comes out of a file: columns are packed, and a
-    value that repeats, or a row without any, takes next to nothing."""
+    """Yield batches of at most 1000 rows. Raises BadInput for a file that expands too much.
+
+    Columns are compressed: repeated or absent values take almost no space in a file.
+    """
     import pyarrow as pa
 
     unpacked = 0
@@ -153,15 +160,17 @@ def _pieces(batches: Iterable[Any], path: Path) -> Iterator[Any]:
         for start in range(0, batch.num_rows, 1000):
             piece = batch.slice(start, 1000)
             for i, column in enumerate(piece.schema):
-                if pa.types.is_dictionary(column.type):  # each piece would count the whole dictionary
+                # A slice of a dictionary column would count the whole dictionary as its size.
+                if pa.types.is_dictionary(column.type):
                     piece = piece.set_column(i, column.name, piece.column(i).dictionary_decode())
+            # Eight bytes a row, so that rows without any value count too.
             unpacked += piece.nbytes + 8 * piece.num_rows
             limits.require_expansion(path, unpacked)
             yield piece
 
 
 def table_records(batches: Iterable[Any]) -> Iterator[Record]:
-    """Records of pyarrow tables or batches. Arrow does not check text, so a broken one shows on reading."""
+    """Yield the records of pyarrow tables or batches. Arrow does not validate text, so invalid text shows here."""
     number = 0
     for batch in batches:
         try:
@@ -182,36 +191,39 @@ def _parquet(path: Path) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with open(path, "rb") as raw:  # its last eight bytes: how long the footer is, and the mark
+    # The last eight bytes are the length of the footer and the magic number. pyarrow would trust that length.
+    with open(path, "rb") as raw:
         raw.seek(max(path.stat().st_size - 8, 0))
         footer, mark = (end := raw.read(8))[:4], end[4:]
     if mark == b"PAR1":
         size = int.from_bytes(footer, "little")
-        limits.require_size("dataset", f"{path} with a footer", size, limits.LARGEST_FOOTER, "one")
+        limits.require_size("dataset", f"{path} with a footer", size, limits.LARGEST_FOOTER, "a footer")
     try:
         with pq.ParquetFile(path) as file:
             about = file.metadata
             limits.require_expansion(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
             yield from table_records(_pieces(file.iter_batches(1000), path))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
-        raise BadInput("dataset", f"{path} cannot be read: {error}", "a Parquet file") from None
+    # UnicodeDecodeError: the name of a column is not UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"dataset {path}", f"cannot be read: {error}", "a Parquet file") from None
 
 
 def _validated(batch: Any) -> Any:
-    """A batch whose offsets stay inside its buffers, which nothing has looked at yet. Raises ArrowInvalid."""
+    """Return a batch after a check that its offsets stay inside its buffers. Raises ArrowInvalid."""
     import pyarrow as pa
 
     for column in batch.columns:
         try:
             column.validate(full=True)
         except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):  # costs a row, and shows on reading it
+            # Invalid text costs one row, in `table_records`.
+            if "UTF8" not in str(error):
                 raise
     return batch
 
 
 def _arrow(path: Path) -> Iterator[Record]:
-    """Arrow IPC, as a file or (what `datasets` writes) a stream."""
+    """Read Arrow IPC, as a file or as the stream that `datasets` writes."""
     import pyarrow as pa
 
     try:
@@ -224,8 +236,9 @@ def _arrow(path: Path) -> Iterator[Record]:
                 reader = pa.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             yield from table_records(_pieces((_validated(batch) for batch in batches), path))
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a column's name
-        raise BadInput("dataset", f"{path} cannot be read: {error}", "an Arrow file") from None
+    # UnicodeDecodeError: the name of a column is not UTF-8.
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"dataset {path}", f"cannot be read: {error}", "an Arrow file") from None
 
 
 READERS = {

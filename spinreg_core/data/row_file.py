@@ -1,69 +1,95 @@
-"""Rows on disk, for data sets larger than memory.
+"""Rows of a data set in a temporary Arrow file.
 
-Decides: that a row costs eight bytes of memory while it is not looked at. Leaves out: what rows are (`formats.py`).
+Decides: that rows stay on disk, so that memory does not grow with the texts of a data set.
+Leaves out: the meaning of a row (`formats`).
 """
 
 from __future__ import annotations
 
-import os
-import pickle
+import json
+import mmap
 import tempfile
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import Any, overload
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from spinreg_core.data.formats import Row
 
+# Rows that are in memory at once while they are written.
+_BATCH = 256
+# Messages, extras and tools are JSON: a column of records would give every row the keys of all others.
+_SCHEMA = pa.schema(
+    [
+        ("source_row", pa.int64()),
+        ("messages", pa.large_string()),
+        ("answer", pa.large_string()),
+        ("extras", pa.large_string()),
+        ("tools", pa.large_string()),
+    ]
+)
 
-class Spool(Sequence[Row]):
-    """Rows in a file without a name (in TMPDIR) that is gone with the last view of it. Only the first takes more."""
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
-        self._file = tempfile.TemporaryFile(prefix="spinreg-rows-")  # noqa: SIM115
-        self._ends = array("q", [0])  # shared with all views
-        self._chosen: NDArray[np.int64] | None = None
-        for row in rows:
-            self.append(row)
+class RowFile(Sequence[Row]):
+    """Read-only view of the rows in a memory-mapped file, or of some of them. It costs eight bytes of memory a row."""
 
-    def append(self, row: Row) -> None:
-        assert self._chosen is None, "rows are added to a whole spool, not to a view"
-        self._ends.append(self._ends[-1] + self._file.write(pickle.dumps(row, protocol=5)))
+    def __init__(self, reader: Any, places: NDArray[np.int64]) -> None:
+        """`reader`: a RecordBatchFileReader of batches of `_BATCH` rows; `places`: the rows of this view, in order."""
+        self._reader, self._places = reader, places
+        self._batch_number, self._columns = -1, list[Any]()
 
-    def take(self, indices: Iterable[int] | NDArray[np.int64]) -> Spool:
-        """A view of some rows, in the order of `indices`."""
-        view = object.__new__(Spool)
-        own = np.fromiter(indices, np.int64)
-        view._file, view._ends = self._file, self._ends
-        view._chosen = own if self._chosen is None else self._chosen[own]
-        return view
+    def take(self, indices: Iterable[int] | NDArray[np.int64]) -> RowFile:
+        """Return a view of some rows, in the order of `indices`."""
+        return RowFile(self._reader, self._places[np.fromiter(indices, np.int64)])
 
     def __len__(self) -> int:
-        return len(self._ends) - 1 if self._chosen is None else len(self._chosen)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, index: slice) -> Spool: ...
-    def __getitem__(self, index: int | slice) -> Row | Spool:
+    def __getitem__(self, index: slice) -> RowFile: ...
+    def __getitem__(self, index: int | slice) -> Row | RowFile:
         if isinstance(index, slice):
-            return self.take(range(len(self))[index])
-        return self._read(range(len(self))[index])
+            return RowFile(self._reader, self._places[index])
+        batch, offset = divmod(int(self._places[index]), _BATCH)
+        # Rows are mostly read in order, so that one batch serves many of them.
+        if batch != self._batch_number:
+            self._batch_number, self._columns = batch, self._reader.get_batch(batch).columns
+        source_row, messages, answer, extras, tools = (column[offset].as_py() for column in self._columns)
+        return Row(source_row, tuple(json.loads(messages)), answer, json.loads(extras), json.loads(tools))
 
-    def __iter__(self) -> Iterator[Row]:
-        for index in range(len(self)):
-            yield self._read(index)
 
-    def _read(self, index: int) -> Row:
-        place = index if self._chosen is None else int(self._chosen[index])
-        self._file.flush()
-        begin = self._ends[place]
-        row: Row = pickle.loads(os.pread(self._file.fileno(), self._ends[place + 1] - begin, begin))
-        return row
+def write_rows(rows: Iterable[Row]) -> RowFile:
+    """Write rows to a file in TMPDIR and return a view of all of them.
+
+    The file has no name. The operating system removes it with its last view, or with the process.
+    """
+    remaining, count = iter(rows), 0
+    with tempfile.TemporaryFile(prefix="spinreg-rows-") as file:
+        with pa.ipc.new_file(file, _SCHEMA) as writer:
+            while group := list(islice(remaining, _BATCH)):
+                writer.write_batch(pa.RecordBatch.from_pylist([_columns(row) for row in group], schema=_SCHEMA))
+                count += len(group)
+        file.flush()
+        # A mapping keeps the file alive after its descriptor is closed.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return RowFile(pa.ipc.open_file(pa.py_buffer(mapped)), np.arange(count))
+
+
+def _columns(row: Row) -> dict[str, int | str]:
+    return {
+        "source_row": row.source_row,
+        "messages": json.dumps(row.messages),
+        "answer": row.answer,
+        "extras": json.dumps(row.extras),
+        "tools": json.dumps(row.tools),
+    }
 
 
 def take_rows(rows: Sequence[Row], indices: Iterable[int] | NDArray[np.int64]) -> Sequence[Row]:
-    """Some of the rows, in the order of `indices`: of a spool a view."""
-    return rows.take(indices) if isinstance(rows, Spool) else [rows[int(i)] for i in indices]
+    """Return some of the rows, in the order of `indices`: a view where the rows are in a file."""
+    return rows.take(indices) if isinstance(rows, RowFile) else [rows[int(i)] for i in indices]

@@ -1,7 +1,7 @@
-"""Where records come from: the hub, a local or s3:// file or folder, the bundled demo.
+"""Sources of records: the hub, a local or s3:// file or folder, the bundled demo.
 
-Decides: which files of a folder make up a split, and how rows are numbered (from 1; lines of a JSONL file).
-Leaves out: how a file is read (`readers.py`), what a record means (`formats.py`).
+Decides: the files of a split in a folder, and the numbers of records (from 1; in JSON lines the line numbers).
+Leaves out: reading a file (`readers`), the meaning of a record (`formats`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from spinreg_core.store.base import require_inside, stays_inside
 from spinreg_core.store.remote_files import fetch_s3, list_s3
 
 DEMO = Path(__file__).parent / "demo"
-# Layouts of the hub that hold rows and nothing else; tar archives (webdataset) may hold tensors that are unpickled.
+# Layouts of the hub that hold only rows. Tar archives (webdataset) may hold tensors, which `datasets` unpickles.
 _HUB_KINDS = ("json", "csv", "parquet", "arrow", "text", "cache")
-# Split names as `datasets` finds them, as whole words of a file's or folder's name; heldout is the demo's.
+# Split names as in `datasets`: whole words in the name of a file or folder. Only the demo has `heldout`.
 _SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -33,16 +33,16 @@ _SPLIT_WORDS = {
 
 
 def read_records(dataset: str, split: str, subset: str | None = None, most: int | None = None) -> Iterator[Record]:
-    """The records of a split of a data set, in the order of the source, as they are read. Raises BadInput, at any time.
+    """Yield the records of a split, in the order of the source. Raises BadInput, possibly after the first records.
 
-    most: only so many from its beginning, read as a stream: of a hub data set no more is fetched, of a local one (lines
-    of text, Parquet, Arrow) no more read.
+    `most` limits the records. Then a hub data set is streamed, and no more of a local file is read than needed.
     """
     if subset is not None and (dataset.startswith(("builtin:", "s3://")) or _path(dataset).is_file()):
-        raise BadInput("data.subset", f"{subset!r} of {dataset}", "no subset: only data sets of the hub have some")
+        raise BadInput("data.subset", f"is {subset!r}, but {dataset} has no subsets",
+                       "remove it; only data sets of the hub have subsets")  # fmt: skip
     if dataset.startswith("builtin:"):
         if dataset != "builtin:demo":
-            raise BadInput("dataset", repr(dataset), "builtin:demo, the only bundled data set")
+            raise BadInput("dataset", f"is {dataset!r}", "builtin:demo, the only bundled data set")
         yield from _read_local(DEMO, split, dataset, most)
         return
     if dataset.startswith("s3://"):
@@ -53,23 +53,26 @@ def read_records(dataset: str, split: str, subset: str | None = None, most: int 
             yield from _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), split, dataset, most)
         return
     path = _path(dataset)
-    if path.is_dir() and subset is not None:  # a clone of a hub repository, which names its subsets itself
+    # A folder with subsets is a clone of a hub repository, whose card names them.
+    if path.is_dir() and subset is not None:
         yield from _read_hub(str(path), split, subset, most)
     elif path.exists():
         yield from _read_local(path, split, dataset, most)
     elif not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", dataset) or kind_of(path) in READERS:
-        raise BadInput("dataset", f"no file or folder {dataset!r}", "a path that exists, s3://..., or a hub id")
+        raise BadInput("dataset", f"no file or folder {dataset!r}", "an existing path, s3://..., or a hub id")
     else:
         yield from _read_hub(dataset, split, subset, most)
 
 
 def _path(dataset: str) -> Path:
-    """Of something that may also be a name on the hub. Raises BadInput for what cannot be looked up."""
+    """Return the path of a data set that may also be a hub id. Raises BadInput for a path that cannot exist."""
     try:
         path = Path(dataset).expanduser()
         limits.require_plain("dataset", path)
-    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
-        raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub id") from None
+    # OSError: the name is too long; RuntimeError: ~NAME without such a user.
+    except (OSError, RuntimeError) as error:
+        raise BadInput("dataset", f"is {dataset!r}, which is no valid path ({error})",
+                       "an existing path, s3://..., or a hub id") from None  # fmt: skip
     return path
 
 
@@ -84,12 +87,12 @@ def _read_local(path: Path, split: str, shown: str, most: int | None) -> Iterato
 def _split_name(split: str, splits: Iterable[str], shown: str) -> str:
     name = re.split(r"[\[+(]", split, maxsplit=1)[0].strip()
     if name not in splits:
-        raise BadInput("data.split", f"{split!r} of {shown}", f"one of its splits: {', '.join(splits)}")
+        raise BadInput("data.split", f"is {split!r}, which {shown} does not have", f"one of {', '.join(splits)}")
     return name
 
 
 def _part(split: str, name: str, read: Callable[[], Iterator[Record]], most: int | None) -> Iterator[Record]:
-    """What the notation of `split` takes of its records; a part of them is counted first, and read again."""
+    """Yield the records that the notation of `split` selects. For a part of them, the records are first counted."""
     if split == name:
         yield from islice(read(), most)
         return
@@ -107,18 +110,19 @@ def _read_files(files: Sequence[Path], shown: str) -> Iterator[Record]:
 
 
 def _slices(split: str, name: str, rows: int) -> list[tuple[int, int]]:
-    """Ranges of a split in the notation of `datasets`, e.g. train[:80%] or train[:10]+train[20:30]."""
+    """Return the ranges of a split in the notation of `datasets`, e.g. train[:80%] or train[:10]+train[20:30]."""
     from datasets import ReadInstruction
 
     try:
         found = ReadInstruction.from_spec(split).to_absolute({name: rows})
     except (ValueError, AssertionError) as error:
-        raise BadInput("data.split", f"{split!r} ({error})", "the notation of `datasets`, e.g. train[:1000]") from None
+        raise BadInput("data.split", f"is {split!r} ({error})",
+                       "the notation of `datasets`, e.g. train[:1000]") from None  # fmt: skip
     return [(part.from_ or 0, part.to if part.to is not None else rows) for part in found]
 
 
 def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
-    """Files of a folder by split: by the words in their names, or all of them `train` where none has any."""
+    """Return the files of a folder by split, from the words in their names; all are `train` if none has such a word."""
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -129,7 +133,7 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
     )
     require_inside(folder, files, "dataset")
     if not files:
-        raise BadInput("dataset", f"{shown} without data files", f"files ending in {', '.join(READERS)}")
+        raise BadInput(f"dataset {shown}", "has no data files", f"files ending in {', '.join(READERS)}")
     splits: dict[str, list[Path]] = {}
     for split, words in _SPLIT_WORDS.items():
         pattern = re.compile(rf"(^|[-._ 0-9/])({'|'.join(words)})([-._ 0-9/]|$)")
@@ -139,9 +143,10 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
     splits = splits or {"train": files}
     for split, members in splits.items():
         kinds = {kind_of(path) for path in members}
-        if len(kinds) > 1:  # most likely the same rows twice
-            raise BadInput("dataset", f"{shown}, split {split}, with files of kinds {', '.join(sorted(kinds))}",
-                           "one kind of file per split; name one file instead")  # fmt: skip
+        # They most likely hold the same rows twice.
+        if len(kinds) > 1:
+            raise BadInput(f"dataset {shown}", f"has files of kinds {', '.join(sorted(kinds))} in split {split}",
+                           "name one file, or keep one kind of file per split")  # fmt: skip
     return splits
 
 
@@ -150,16 +155,17 @@ def _dataset_records(dataset: Any, most: int | None) -> Iterator[Record]:
 
 
 def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterator[Record]:
-    """A folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    """Read a folder written by `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
     from datasets import Dataset, load_from_disk
 
-    for state in path.rglob("state.json"):  # it names the files that are read
+    # `state.json` names the files that `datasets` opens.
+    for state in path.rglob("state.json"):
         _require_own_files(state)
     require_inside(path, path.rglob("*"), "dataset")
     try:
         found = load_from_disk(str(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput("dataset", f"{shown}, which cannot be read ({error})",
+        raise BadInput(f"dataset {shown}", f"cannot be read ({error})",
                        "a folder written by `save_to_disk`, or one without state.json and dataset_dict.json"
                        ) from None  # fmt: skip
     splits = {"train": found} if isinstance(found, Dataset) else dict(found)
@@ -168,18 +174,18 @@ def _read_saved(path: Path, split: str, shown: str, most: int | None) -> Iterato
 
 
 def _require_own_files(state: Path) -> None:
-    limits.require_size("dataset", state, state.stat().st_size, limits.LARGEST_MODEL_FILE, "one")
+    limits.require_size("dataset", state, state.stat().st_size, limits.LARGEST_MODEL_FILE, "a file")
     try:
         names = [str(file["filename"]) for file in json.loads(state.read_text())["_data_files"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise BadInput("dataset", f"{state}, which cannot be read ({error})", "what save_to_disk writes") from None
+        raise BadInput(f"dataset {state}", f"cannot be read ({error})", "a file written by `save_to_disk`") from None
     for name in names:
         if not stays_inside(name):
-            raise BadInput("dataset", f"{state}, which names {name!r}", "names that stay inside the folder")
+            raise BadInput(f"dataset {state}", f"names {name!r}", "names that stay inside the folder")
 
 
 def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) -> Iterator[Record]:
-    """A hub data set, or what the local cache of the hub has of it where the hub cannot be reached."""
+    """Read a hub data set, from the local cache if the hub cannot be reached."""
     from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError, DefunctDatasetError
 
@@ -187,18 +193,22 @@ def _read_hub(dataset: str, split: str, subset: str | None, most: int | None) ->
         builder = load_dataset_builder(dataset, subset)
         kind = builder.info.builder_name
         if kind not in _HUB_KINDS:
-            raise BadInput("dataset", f"{dataset!r}, of kind {kind}", f"one of {', '.join(_HUB_KINDS)}")
+            raise BadInput(f"dataset {dataset!r}", f"is of kind {kind}", f"one of {', '.join(_HUB_KINDS)}")
         named = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-        here = [Path(file) for file in named if not re.match("(hf|https?|s3)://", file)]  # its card may name any file
+        # The card of a data set can name any file of this machine.
+        here = [Path(file) for file in named if not re.match("(hf|https?|s3)://", file)]
         require_inside(Path(dataset), here, "dataset")
         yield from _dataset_records(load_dataset(dataset, subset, split=split, streaming=most is not None), most)
     except (DatasetNotFoundError, DefunctDatasetError, FileNotFoundError) as error:
-        raise BadInput("dataset", f"{dataset!r} ({error})", "a path that exists, s3://..., or a hub data set") from None
+        raise BadInput("dataset", f"no data set {dataset!r} ({error})",
+                       "an existing path, s3://..., or a hub id") from None  # fmt: skip
     except ConnectionError as error:
         raise BadInput(
-            "dataset", f"{dataset!r}, no local path, and the hub cannot be reached ({error})",
-            "a path that exists, or a hub id while the hub (or HF_HOME's cache of it) can be reached",
+            f"dataset {dataset!r}", f"is not a local path, and the hub cannot be reached ({error})",
+            "an existing path, or a hub id that is in the cache (HF_HOME) or can be downloaded",
         ) from None  # fmt: skip
-    except (ValueError, DatasetGenerationError, RuntimeError) as error:  # unknown split or subset, or a broken file
-        raise BadInput("dataset", f"{dataset!r}, subset {subset!r}, split {split!r}: {error}",
-                       "an existing data.split and data.subset, in a layout `datasets` reads") from None  # fmt: skip
+    # The split or the subset does not exist, or a file is broken.
+    except (ValueError, DatasetGenerationError, RuntimeError) as error:
+        raise BadInput(f"dataset {dataset!r}", f"cannot be read (subset {subset!r}, split {split!r}): {error}",
+                       "an existing data.split and data.subset, in a layout that `datasets` reads"
+                       ) from None  # fmt: skip

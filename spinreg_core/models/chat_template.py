@@ -1,16 +1,17 @@
-"""Conversation -> token ids, the one place where that happens.
+"""Token ids of conversations, through a model's chat template.
 
-Decides: that a prompt has the same ids wherever it is used, where an answer begins and ends, which token ends a
-turn, and that text stays text even if it spells a special token. Leaves out: length limits (`data/encode.py`).
+Decides: the ids of a prompt, the beginning and end of an answer, the token that ends a turn, and that text stays text
+even if it spells a special token. No other module renders conversations.
+Leaves out: length limits (`data`).
 
-How an answer is found. The template renders the prompt with its generation prompt, and the conversation with the
-answer; the second text must begin with the first. What follows, up to the template's own end of the turn, is the
-answer as the template writes it (a template may put a blank before it, or strip it).
+Finding the answer. The template renders the prompt with its generation prompt, then the conversation with the answer.
+The second text must begin with the first. The rest, up to the template's end of the turn, is the answer as the template
+writes it: a template may strip it, or put a blank before it.
 
-How text stays text. Where no message spells a special token, the rendered text is tokenised in one go, exactly as
-`apply_chat_template` does. Where one does, the spelling is masked while the template renders; then the
-template's own special tokens are respelled in names that occur in no text, and the whole is tokenised in one go by
-a copy of the tokenizer that knows its special tokens by those names only.
+Keeping text as text. If no message spells a special token, the rendered text is tokenised in one go, exactly as
+`apply_chat_template` does. Otherwise such spellings are masked while the template renders. The template's own special
+tokens then get names that occur in no text. A copy of the tokenizer that knows its special tokens only by those names
+tokenises the result in one go.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
 from spinreg_core.models.json_files import read_json
+from spinreg_core.models.messages import Marks, Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 # Unicode noncharacters: valid in a string, and reserved for uses like this one.
 _MASK, _NAME = "\ufdd0", "\ufdd1"
 _PROBE_USER, _PROBE_ANSWER = "spinregquestion", "spinreganswer"
-# For models that bring no template: plain headings, so nothing has to be added to the vocabulary.
+# For models without a template. Plain headings need no new tokens in the vocabulary.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
@@ -47,29 +49,32 @@ DEFAULT_TEMPLATE = (
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder, with a chat template: its own, or DEFAULT_TEMPLATE.
+    """Return the tokenizer of a Hugging Face folder, with its own chat template or DEFAULT_TEMPLATE.
 
-    Raises BadInput for a folder without a usable (fast) tokenizer.
+    Raises BadInput for a folder without a usable fast tokenizer.
     """
     from transformers import AutoTokenizer
 
     read_json(folder / "config.json")
     longest = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    if longest is not None and type(longest) not in (int, float):  # transformers writes 1e30 for "no limit"
-        raise BadInput("model", f"model_max_length {_short(longest)} in {folder / 'tokenizer_config.json'}",
+    # A float is accepted because transformers writes 1e30 for "no limit".
+    if longest is not None and type(longest) not in (int, float):
+        raise BadInput("model", f"has model_max_length {_short(longest)} in {folder / 'tokenizer_config.json'}",
                        "a number of tokens")  # fmt: skip
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises nothing more special
+    # The tokenizers library raises plain Exceptions.
+    except Exception as error:
         raise BadInput(
-            "model", f"no usable tokenizer in {folder} ({first_line(error)})",
-            "tokenizer.json beside the model, and a config.json that transformers takes",
+            "model", f"has no usable tokenizer in {folder} ({first_line(error)})",
+            "a tokenizer.json next to the weights, and a config.json that transformers accepts",
         ) from None  # fmt: skip
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise BadInput("model", f"{type(tokenizer).__name__} in {folder}", "a fast tokenizer (tokenizer.json)")
+        raise BadInput("model", f"has a {type(tokenizer).__name__} in {folder}", "a fast tokenizer (tokenizer.json)")
     if not tokenizer.chat_template:
         if tokenizer.eos_token is None:
-            raise BadInput("model", f"neither a chat template nor an end-of-sequence token in {folder}", "one of them")
+            raise BadInput("model", f"has neither a chat template nor an end-of-sequence token in {folder}",
+                           "one of them")  # fmt: skip
         adds_bos = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + DEFAULT_TEMPLATE
     return tokenizer
@@ -81,23 +86,25 @@ def _short(found: object) -> str:
 
 
 class Renderer:
-    """Renders conversations for one model.
+    """Renderer of conversations for one model.
 
-    `end_of_turn`: the id that ends an answer. `stop_ids`: every id that generation stops at, that one first.
-    `pad_id`: for padding only, it carries no meaning. `written_before`: what the template writes before every answer
-    that is no part of the prompt (an empty thought, say), or "": an answer begins with it, and the policy has to sample
-    it.
+    `end_of_turn`: the id that ends an answer. `stop_ids`: every id that ends generation, `end_of_turn` first.
+    `pad_id`: for padding only, without a meaning. `written_before`: text of the template that begins every answer and
+    is not part of the prompt, such as an empty thought, or "". The policy has to sample it.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Iterable[int] = (), arguments: Mapping[str, Any] | None = None) -> None:
-        """`eos_ids`: further ends of generation, from the model's generation_config. `arguments`: what the template is
-        given besides the messages (`data.template_arguments`). Raises BadInput for a template in which the place of an
-        answer cannot be found.
+        """Find the place of an answer in the template of `tokenizer`.
+
+        `eos_ids`: further ids that end generation, from the model's generation_config. `arguments`: arguments of the
+        template next to the messages (`data.template_arguments`). Raises BadInput for a template without a place for
+        the answer.
         """
         self.tokenizer = tokenizer
         self._arguments = dict(arguments or {})
         added = tokenizer.added_tokens_decoder
-        self._header = ""  # what such templates as ignore add_generation_prompt put before an answer
+        # The text before an answer in templates that ignore add_generation_prompt.
+        self._header = ""
         self._controls = {token.content: i for i, token in added.items() if token.special and token.content.strip()}
         before, tail = self._probe()
         ends = {token.content: i for i, token in added.items() if token.content.strip()}
@@ -109,8 +116,9 @@ class Renderer:
             at, self.end_of_turn, self._end_text = 0, tokenizer.eos_token_id, tokenizer.eos_token
         else:
             raise BadInput(
-                "chat template", f"no special token after the answer ({tail!r}), nor an eos token", "one of them"
-            )
+                "chat template", f"has no special token after the answer ({tail!r}), and there is no eos token",
+                "one of them",
+            )  # fmt: skip
         self._tail, self._tail_text = tail, tail[:at]
         self._controls |= {self._end_text: self.end_of_turn}
         prompt_text = self._template([{"role": "user", "content": _PROBE_USER}], generation_prompt=True)
@@ -125,42 +133,45 @@ class Renderer:
 
     @property
     def written_before_warning(self) -> str:
-        """What follows from `written_before`, where there is some."""
+        """Warning about the consequences of a `written_before` that is not empty."""
         return (
-            f"the chat template writes {self.written_before!r} before every answer. It is trained on as the answer's "
-            "beginning, whatever the model itself writes there (a thought, say), and so is easy to tell from its "
-            "answers; data.template_arguments may put it into the prompt (enable_thinking: false for Qwen3)"
+            f"the chat template writes {self.written_before!r} before every answer. Human answers are trained with it, "
+            "but the model may begin its own answers otherwise (with a thought, say), which makes the two easy to tell "
+            "apart; data.template_arguments may put it into the prompt (enable_thinking: false for Qwen3)"
         )
 
     @classmethod
     def from_folder(cls, path: Path, arguments: Mapping[str, Any] | None = None) -> Renderer:
-        """The renderer of a Hugging Face folder (tokenizer files suffice). Raises BadInput."""
-        file = Path(path) / "generation_config.json"
+        """Return the renderer of a Hugging Face folder; tokenizer files suffice. Raises BadInput."""
+        file = path / "generation_config.json"
         eos = read_json(file).get("eos_token_id")
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(i) is int for i in ends):
-            raise BadInput("model", f"eos_token_id {_short(eos)} in {file}", "a token id, or a list of them")
-        return cls(load_tokenizer(Path(path)), ends, arguments)
+            raise BadInput("model", f"has eos_token_id {_short(eos)} in {file}", "a token id, or a list of them")
+        return cls(load_tokenizer(path), ends, arguments)
 
     def prompt_ids(self, messages: Sequence[Message], tools: Tools = None) -> list[int]:
-        """Ids a policy is sampled with and trained on; ends where the answer begins. `tools`: descriptions of the
-        conversation's own. Raises BadInput, also for tools and calls that the template does not write.
+        """Return the ids of a prompt, for sampling and training alike. They end where the answer begins.
+
+        `tools`: descriptions of the conversation's own tools. Raises BadInput, also for tools and calls that the
+        template does not write.
         """
         protect = self._spells_control([messages, tools])
         if protect:
             messages, tools = self._masked([messages, tools])
         text = self._template(messages, tools, generation_prompt=True)
-        marked, marks = _marked([*messages, {"tools": tools or []}])
-        if marks:
-            _require_written(marks, self._template(marked[:-1], marked[-1]["tools"], generation_prompt=True))
+        marks = Marks()
+        marked, marked_tools = marks.messages(messages), marks.functions(tools or ())
+        if marks.texts:
+            marks.require_written(self._template(marked, marked_tools, generation_prompt=True))
         return self._encode_protected(text) if protect else self._encode(text)
 
     def answer_ids(self, messages: Sequence[Message], reply: str | Message, tools: Tools = None) -> list[int]:
-        """Ids of a finished answer to `prompt_ids(messages, tools)`; the last one, and no other, is `end_of_turn`.
+        """Return the ids of a finished answer to `prompt_ids(messages, tools)`. Only the last one is `end_of_turn`.
 
-        reply: its text, or the message with tool calls and a thought. They are the answer's ids in the context of the
-        prompt, or on its own where the tokenizer would merge its first letters with the prompt's last. Raises BadInput,
-        also for calls and a thought that the template does not write.
+        `reply`: the text, or the message with its tool calls and thought. The answer is tokenised in the context of the
+        prompt, or alone if the tokenizer would merge its first letters with the prompt's last. Raises BadInput, also
+        for calls and a thought that the template does not write.
         """
         prompt_ids = self.prompt_ids(messages, tools)
         said: Message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
@@ -169,30 +180,32 @@ class Renderer:
             messages, said, tools = self._masked([messages, said, tools])
         encode = self._encode_protected if protect else self._encode
         prompt, text = self._answer_text(messages, said, tools)
-        (marked,), marks = _marked([said], whole=True)
-        if marks:
-            _require_written(marks, self._answer_text(messages, marked, tools)[1])
+        marks = Marks()
+        (marked,) = marks.messages([said], whole=True)
+        if marks.texts:
+            marks.require_written(self._answer_text(messages, marked, tools)[1])
         ids = encode(prompt + text + self._end_text)
         if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids) + 1:
             ids = ids[len(prompt_ids) :]
         else:
             ids = encode(text + self._end_text)
         if ids.count(self.end_of_turn) != 1 or ids[-1] != self.end_of_turn:
-            raise BadInput("chat template", f"{ids.count(self.end_of_turn)} end-of-turn tokens in an answer", "one")
+            raise BadInput("chat template", f"has {ids.count(self.end_of_turn)} end-of-turn tokens in an answer",
+                           "exactly one, at the end")  # fmt: skip
         return ids
 
     def decode(self, answer_ids: Sequence[int]) -> str:
-        """Text of an answer, without special tokens and without what the template puts before every answer."""
+        """Return the text of an answer without special tokens and without `written_before`."""
         ids = [i for i in answer_ids if i != self.end_of_turn]
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.removeprefix(self._before)
 
     def text(self, ids: Sequence[int]) -> str:
-        """Text of ids with every special token spelled out, for people."""
+        """Return the text of ids with every special token spelled out, for people."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over everything that decides the ids of a row: tokenizer, template, end of turn."""
+        """Return the SHA-256 (hex) of everything that decides the ids of a row: tokenizer, template, end of turn."""
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         template = self.tokenizer.get_chat_template()
         parts = [spec, template, dict(self.tokenizer.special_tokens_map), self.end_of_turn]
@@ -200,23 +213,24 @@ class Renderer:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def _probe(self) -> tuple[str, str]:
-        """What the template writes between the generation prompt and an answer, and after it."""
-        user = [{"role": "user", "content": _PROBE_USER}]
+        """Return the template's text between the generation prompt and an answer, and after the answer."""
+        user: list[Message] = [{"role": "user", "content": _PROBE_USER}]
         prompt = self._template(user, generation_prompt=True)
         full = self._template([*user, {"role": "assistant", "content": _PROBE_ANSWER}], generation_prompt=False)
         where = "chat template"
         if _PROBE_USER not in prompt:
-            raise BadInput(where, f"the user's text missing from {prompt!r}", "a template that shows it")
+            raise BadInput(where, f"does not write the user's text into {prompt!r}", "a template that does")
         if full.count(_PROBE_ANSWER) != 1:
-            raise BadInput(where, f"an answer written {full.count(_PROBE_ANSWER)} times in {full!r}", "once")
+            raise BadInput(where, f"has an answer {full.count(_PROBE_ANSWER)} times in {full!r}", "exactly once")
         if not full.startswith(prompt):
             raise BadInput(
-                where, f"the generation prompt {prompt!r} is no beginning of the conversation {full!r}",
-                "a template whose conversation begins with its generation prompt, so that the answer's place is known",
+                where, f"has a generation prompt {prompt!r} that does not begin the conversation {full!r}",
+                "a template whose conversations begin with its generation prompt, so that the answer's place is known",
             )  # fmt: skip
         before, tail = full[len(prompt) :].split(_PROBE_ANSWER)
         if before.strip() and prompt == self._template(user, generation_prompt=False):
-            self._header, before = before, ""  # the header belongs to the prompt, or the policy would have to write it
+            # The header belongs to the prompt: the policy should not have to write it.
+            self._header, before = before, ""
         return before, tail
 
     def _template(self, messages: Sequence[Message], tools: Tools = None, *, generation_prompt: bool) -> str:
@@ -225,18 +239,21 @@ class Renderer:
             text: str = self.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=generation_prompt, **self._arguments | own
             )
-        except Exception as error:  # a template is a program, and fails like one
+        # A template is a program, and can raise anything.
+        except Exception as error:
             roles = ", ".join(message["role"] for message in messages)
-            raise BadInput("chat template", f"roles {roles}: {error}", "a conversation it accepts") from None
+            raise BadInput(
+                "chat template", f"cannot render the roles {roles}: {error}", "a conversation that it accepts"
+            ) from None
         return text + self._header if generation_prompt else text
 
     def _answer_text(self, messages: Sequence[Message], reply: Message, tools: Tools) -> tuple[str, str]:
-        """Rendered prompt, and the answer as the template writes it after that prompt."""
+        """Return the rendered prompt, and the answer as the template writes it after that prompt."""
         prompt = self._template(messages, tools, generation_prompt=True)
         full = self._template([*messages, reply], tools, generation_prompt=False)
         if not full.startswith(prompt) or not full.endswith(self._tail):
             raise BadInput(
-                "chat template", f"the answer has no place of its own in {full[-200:]!r}",
+                "chat template", f"has no place for the answer in {full[-200:]!r}",
                 f"{prompt[-60:]!r}, the answer, {self._tail!r}",
             )  # fmt: skip
         return prompt, full[len(prompt) : len(full) - len(self._tail)] + self._tail_text
@@ -250,13 +267,13 @@ class Renderer:
     def _masked(self, said: Any) -> Any:
         def mask(text: str) -> str:
             if _MASK in text or _NAME in text:
-                raise BadInput("row", "the noncharacter U+FDD0 or U+FDD1 in a text", "text without it")
+                raise BadInput("row", "holds the noncharacter U+FDD0 or U+FDD1 in a text", "text without it")
             return self._pattern.sub(lambda m: f"{_MASK}{self._controls[m[0]]}{_MASK}", text)
 
         return _mapped(said, mask)
 
     def _encode_protected(self, rendered: str) -> list[int]:
-        """Ids of a text rendered from masked messages: only the template's own special tokens are special."""
+        """Return the ids of a text rendered from masked messages: only the template's special tokens are special."""
         spelling = {str(i): name for name, i in self._controls.items()}
         text = self._pattern.sub(lambda m: f"{_NAME}{self._controls[m[0]]}{_NAME}", rendered)
         text = re.sub(f"{_MASK}([0-9]+){_MASK}", lambda m: spelling[m[1]], text)
@@ -264,7 +281,7 @@ class Renderer:
 
     @cached_property
     def _respelled(self) -> Any:
-        """A copy of the tokenizer in which each control token is spelled _NAME id _NAME."""
+        """Copy of the tokenizer in which each control token is spelled _NAME id _NAME."""
         from tokenizers import Tokenizer
 
         spec = json.loads(self.tokenizer.backend_tokenizer.to_str())
@@ -273,22 +290,26 @@ class Renderer:
             token["content"] = names.get(token["content"], token["content"])
         if isinstance(model["vocab"], dict):
             model["vocab"] = {names.get(name, name): i for name, i in model["vocab"].items()}
-        else:  # Unigram: [piece, score] by id
+        # The vocabulary of a Unigram model is a list of [piece, score] by id.
+        else:
             model["vocab"] = [[names.get(name, name), score] for name, score in model["vocab"]]
         if model.get("unk_token") in names:
             model["unk_token"] = names[model["unk_token"]]
-        if "merges" in model:  # a control token that could also be merged from pieces must not be
+        # A control token must not be merged from pieces, even if the vocabulary would allow it.
+        if "merges" in model:
             model["merges"] = [pair for pair in model["merges"] if "".join(pair) not in names]
         spec["truncation"] = spec["padding"] = None
         copy = Tokenizer.from_str(json.dumps(spec))
         for name, i in self._controls.items():
             if copy.token_to_id(names[name]) != i:
-                raise BadInput("model", f"token {name!r} with an id of its own making", "an ordinary tokenizer.json")
+                raise BadInput(
+                    "model", f"has a token {name!r} whose id depends on its spelling", "an ordinary tokenizer.json"
+                )
         return copy
 
 
 def _texts(said: Any) -> Iterator[str]:
-    """Every text in messages or descriptions of tools, at any depth."""
+    """Yield every text in messages or descriptions of tools, at any depth."""
     if isinstance(said, str):
         yield said
     elif isinstance(said, dict):
@@ -301,7 +322,7 @@ def _texts(said: Any) -> Iterator[str]:
 
 
 def _mapped(said: Any, change: Callable[[str], str]) -> Any:
-    """Messages or descriptions of tools with every text in them changed, at any depth."""
+    """Return messages or descriptions of tools with every text in them changed, at any depth."""
     if isinstance(said, str):
         return change(said)
     if isinstance(said, dict):
@@ -311,51 +332,7 @@ def _mapped(said: Any, change: Callable[[str], str]) -> Any:
     return said
 
 
-def _marked(messages: Sequence[Message], *, whole: bool = False) -> tuple[list[Message], dict[str, str]]:
-    """Messages with marks in place of what a template may leave out without a word, and what each mark stands for:
-    names of tools, calls with their arguments, what tools say; with `whole` also texts and thoughts, where there are
-    calls or thoughts. A `tools` among the messages' fields is a list of descriptions."""
-    marks: dict[str, str] = {}
-
-    def mark(text: object) -> str:
-        marks[f"spinregmark{len(marks)}x"] = str(text)
-        return f"spinregmark{len(marks) - 1}x"
-
-    def named(record: Mapping[str, Any]) -> dict[str, Any]:
-        function = dict(record.get("function") or record)
-        function["name"] = mark(function["name"])
-        if isinstance(function.get("arguments"), dict):
-            function["arguments"] = {key: mark(value) for key, value in function["arguments"].items()}
-        return {**record, "function": function} if record.get("function") else function
-
-    found = []
-    for message in messages:
-        changed = message | {
-            key: [named(one) for one in message[key]] for key in ("tool_calls", "tools") if key in message
-        }
-        written = [name for name in THOUGHTS if name in message]
-        if whole and (written or "tool_calls" in message):
-            written += ["content"] if message["content"].strip() else []
-        else:
-            written = ["content"] if message.get("role") == "tool" and message["content"].strip() else []
-        found.append(changed | {name: mark(message[name]) for name in written})
-    return found, marks
-
-
-def _require_written(marks: Mapping[str, str], text: str) -> None:
-    missing = next((what for mark, what in marks.items() if mark not in text), None)
-    if missing is not None:
-        raise BadInput("chat template", f"{missing.strip()[:60]!r} left out",
-                       "a template that writes tools, calls and thoughts, or rows without them")  # fmt: skip
-
-
 def _first_of(names: Iterable[str], text: str) -> tuple[int, str] | None:
-    """Position and name of the first of several strings in a text, the longest where several begin there."""
+    """Return position and name of the first of several strings in a text; of several at one position, the longest."""
     found = [(text.find(name), -len(name), name) for name in names if name in text]
     return None if not found else (min(found)[0], min(found)[2])
-
-
-# {"role": "system" | "user" | "assistant" | "tool", "content": text}; of an assistant also "tool_calls" and a thought
-# under one of THOUGHTS, of a tool also "tool_call_id" and "name".
-Message = dict[str, Any]
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # templates differ in what they call it

@@ -1,10 +1,11 @@
-"""The stage `prepare`: checked, split, tokenised rows and the base model go into the store, once per run.
+"""Stage `prepare`: publishes the tokenised rows and the base model of a run, once per run.
 
-Decides: the order of the checks (rows before any model, token lengths with the tokenizer alone, weights last),
-and what the fingerprints of `data` and `base` cover. Leaves out: reading (`data/`), rendering, model sources.
+Decides: the order of the checks (rows before any model, token lengths with the tokenizer alone, weights last), and the
+fingerprints of `data` and `base`.
+Leaves out: reading rows (`data`), rendering and the sources of models (`models`).
 
-Its two objects are named by contents that only this stage sees, so the job carries no object id. It leaves
-`result.json` in the workdir: {"base": object id, "data": object id, "summary": counts of rows}.
+Only this stage sees the contents that name its two objects, so its job has no object id. It writes `result.json` to
+the workdir: {"base": object id, "data": object id, "summary": counts of rows}.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
@@ -25,12 +26,20 @@ import pyarrow.parquet as pq
 import torch
 
 from spinreg_core.config import RunConfig
-from spinreg_core.data.encode import encode_row, length_distribution, prompt_ids_of, write_part, write_records
+from spinreg_core.data.encode import (
+    EncodedRow,
+    encode_row,
+    length_distribution,
+    prompt_ids_of,
+    without_oldest_turns,
+    write_encoded,
+    write_part,
+)
 from spinreg_core.data.filters import Selected, load_training
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded, by_reason, exact_duplicates, load_heldout, require_usable
-from spinreg_core.data.row_file import Spool, take_rows
-from spinreg_core.data.split import IntArray, alike, given_heldout, split_rows
+from spinreg_core.data.row_file import take_rows, write_rows
+from spinreg_core.data.split import IntArray, any_share_openings, given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.final_answers import require_final_answers
 from spinreg_core.models.chat_template import Renderer
@@ -47,19 +56,19 @@ from spinreg_core.training.checkpoint_files import copy_rest
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Publish both objects. Returns the manifest of `data` with both ids. Raises BadInput."""
+    """Publish both objects and return the manifest of `data` with both ids. Raises BadInput."""
     config = job.config
     selected = load_training(config.dataset, config.data)
     loaded = selected.loaded
     heldout = load_heldout(config.dataset, config.data)
     for part in (loaded, heldout):
         if part is not None:
-            _tell(part)
+            _print_counts(part)
             require_usable(part, part.rejected, config.data.max_bad_share)
     renderer = Renderer.from_folder(tokenizer_folder(config.model, cache_folder()), config.data.template_arguments)
     for name, guard in loaded.guards.items():
-        print(f"{guard['prompts']} prompts of {name} are looked for in the training rows, {guard['too_short']} are too "
-              "short for that", flush=True)  # fmt: skip
+        print(f"{guard['prompts']} prompts of {name} are guarded, {guard['too_short']} are too short for that",
+              flush=True)  # fmt: skip
     if selected.counts:
         print(f"left out of training: {', '.join(f'{n} {reason}' for reason, n in selected.counts.items())}",
               flush=True)  # fmt: skip
@@ -79,7 +88,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _largest_id(job: Job, data: str) -> int:
-    """The largest token id in the rows of an object."""
+    """Return the largest token id in the rows of an object."""
     store, largest = open_store(job.store), 0
     for name in ("train", "heldout"):
         with pq.ParquetFile(fetch_file(store, data, f"{name}.parquet")) as file:
@@ -88,55 +97,77 @@ def _largest_id(job: Job, data: str) -> int:
     return largest
 
 
-def _tell(loaded: Loaded) -> None:
+def _print_counts(loaded: Loaded) -> None:
     first = 1
     for name, last in loaded.last.items() if len(loaded.last) > 1 else ():
         print(f"records {first} to {last}: {name}")
         first = last + 1
     print(
         f"{loaded.dataset} ({loaded.format}): {loaded.records} records, {len(loaded.rows)} rows; "
-        f"bad rows: {_counts(loaded.rejected)}; {loaded.duplicates.exact} exact duplicates left out; "
+        f"bad rows: {_format_reasons(loaded.rejected)}; {loaded.duplicates.exact} exact duplicates left out; "
         f"{loaded.duplicates.prompts} prompts with several answers",
         flush=True,
     )
 
 
-def _counts(rejected: list[Rejected]) -> str:
+def _format_reasons(rejected: list[Rejected]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items()) or "none"
 
 
-def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
-    """What the `data` object is fingerprinted by. (Format, split and turns show in the rows; filters in what they
-    removed, which the object tells of.)"""
-    loaded = selected.loaded
-    key: dict[str, Any] = {
+class DataKey(TypedDict):
+    """Everything that decides the content of a `data` object.
+
+    The hash of the rows covers format, split and turns. That of the rows left out covers the filters. Optional fields
+    mark behaviour that 0.1.0's first objects did not have, so that the ids of unaffected objects stay as they were.
+    """
+
+    rows: str
+    heldout: str | None
+    limits: dict[str, int | str]
+    final_answer: str
+    seed: int
+    rendering: str
+    held: NotRequired[str]
+    left_out: NotRequired[str]
+    split_by: NotRequired[str]
+
+
+def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> DataKey:
+    """Return the key by which the `data` object is fingerprinted."""
+    loaded, data = selected.loaded, config.data
+    key: DataKey = {
         "rows": loaded.content_hash(),
         "heldout": None if heldout is None else heldout.content_hash(),
-        "limits": config.data.model_dump(
-            mode="json", include={"max_prompt_tokens", "long_prompts", "max_length", "heldout_rows"}
-        ),
+        "limits": {
+            "max_prompt_tokens": data.max_prompt_tokens,
+            "long_prompts": data.long_prompts,
+            "max_length": data.max_length,
+            "heldout_rows": data.heldout_rows,
+        },
         "final_answer": config.evaluation.final_answer,
         "seed": config.seed,
         "rendering": renderer.fingerprint(),
     }
-    if alike(loaded.rows if heldout is None else heldout.rows):
-        key["held"] = "one row of each opening"  # before, all of it, as if turns of a conversation were independent
+    if any_share_openings(loaded.rows if heldout is None else heldout.rows):
+        # Earlier objects held out all rows of an opening, as if the turns of a conversation were independent.
+        key["held"] = "one row of each opening"
     if selected.counts or loaded.guards:
-        told = [selected.counts, [asdict(row) for row in selected.left_out], loaded.guards]
-        key["left_out"] = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-    if config.data.long_prompts == "drop_oldest":
-        key["split_by"] = "messages that stay"  # before, by those that were dropped too
+        removed = [selected.counts, [asdict(row) for row in selected.left_out], loaded.guards]
+        key["left_out"] = hashlib.sha256(json.dumps(removed).encode()).hexdigest()
+    if data.long_prompts == "drop_oldest":
+        # Earlier objects were split by the dropped messages too.
+        key["split_by"] = "messages that stay"
     return key
 
 
 def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
-    """Split and tokenise the rows and publish the object `data`; returns its manifest. Raises BadInput.
+    """Split and tokenise the rows, publish the object `data`, and return its manifest. Raises BadInput.
 
-    Rows and records are on disk; of every row a few hundred bytes are in memory, whatever its length.
+    Rows are on disk. Memory holds a few hundred bytes of each row, whatever its length.
     """
     config, store, start = job.config, open_store(job.store), time.monotonic()
     loaded = selected.loaded
-    key = data_key(config, selected, heldout, renderer)
+    key = dict(data_key(config, selected, heldout, renderer))
     job = replace(job, stage="data", key=key, object_id=fingerprint("data", key))
     found = read_manifest(store, job.object_id)
     if found is not None:
@@ -158,36 +189,34 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
     shutil.rmtree(scratch)
     dropped = len(train.rows) - len(chosen[0]) - (len(chosen[1]) if heldout is None else 0)
     bad = {"train": train.rejected, "heldout": [] if heldout is None else held.rejected}
-    summary = _summary(loaded, folder, bad) | {
-        "train_rows_dropped_as_heldout": dropped,
-        "shortened_prompts": train.shortened + (held.shortened if heldout is not None else 0),
-        "alike_when_shortened": train.alike + (held.alike if heldout is not None else 0),
-        "left_out": selected.counts,
-        "guarded": loaded.guards,
-    }
+    encoded = [train] if heldout is None else [train, held]
+    summary = _summary(selected, folder, bad, encoded, dropped)
     answers = pq.read_table(folder / "heldout.parquet", columns=["final_answer"])["final_answer"]
     require_final_answers(config.evaluation.final_answer, answers.to_pylist())
-    told = [asdict(row) for row in selected.left_out]
-    refused = [{"part": name} | asdict(row) for name, part in bad.items() for row in part]
-    (folder / "rejected.json").write_text(json.dumps(refused, indent=1, ensure_ascii=False))
-    (folder / "left_out.json").write_text(json.dumps(told, indent=1, ensure_ascii=False))
-    (folder / "summary.json").write_text(
-        json.dumps(summary | {"duplicates": asdict(loaded.duplicates)}, indent=1, ensure_ascii=False)
-    )
+    documents = {
+        "rejected": [{"part": name} | asdict(row) for name, part in bad.items() for row in part],
+        "left_out": [asdict(row) for row in selected.left_out],
+        "summary": asdict(summary) | {"duplicates": asdict(loaded.duplicates)},
+    }
+    for name, document in documents.items():
+        (folder / f"{name}.json").write_text(json.dumps(document, indent=1, ensure_ascii=False))
     print(
-        f"{summary['train_rows']} rows to train on, {summary['heldout_rows']} held out, {dropped} dropped because they "
-        f"open like these; {summary['truncated_answers']} answers cut at {config.data.max_length} tokens, "
-        f"{summary['shortened_prompts']} prompts without their oldest turns; bad rows by now: "
-        f"{_counts(bad['train'] + bad['heldout'])}",
+        f"{summary.train_rows} rows to train on, {summary.heldout_rows} held out, {dropped} dropped because they have "
+        f"the same openings; {summary.truncated_answers} answers cut at {config.data.max_length} tokens, "
+        f"{summary.shortened_prompts} prompts without their oldest turns; bad rows so far: "
+        f"{_format_reasons(bad['train'] + bad['heldout'])}",
         flush=True,
     )
-    return publish(store, job, folder, metrics=summary, seconds=time.monotonic() - start)
+    return publish(store, job, folder, metrics=asdict(summary), seconds=time.monotonic() - start)
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The rows that fit, with the messages that stayed; the places of their records in the file `path`; all rows
-    refused until now; how many prompts lost their oldest turns, and how many rows were exact duplicates after that."""
+    """Rows that fit, with the messages that stayed, and their places in the file `path`.
+
+    `rejected`: rows refused so far; `shortened`: prompts that lost their oldest turns; `alike`: rows that were exact
+    duplicates after that.
+    """
 
     rows: Sequence[Row]
     places: IntArray
@@ -199,10 +228,9 @@ class _Encoded:
 
 def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -> _Encoded:
     progress = Progress("prepare", len(loaded.rows), "rows")
-    rejected, usable, changed, shortened = list(loaded.rejected), array("q"), Spool(), 0
+    rejected, usable, dropped = list(loaded.rejected), array("q"), array("q")
 
-    def records() -> Iterator[dict[str, Any]]:
-        nonlocal shortened
+    def encoded() -> Iterator[EncodedRow]:
         for index, row in enumerate(loaded.rows):
             progress.update()
             found = encode_row(row, renderer, config.data, config.evaluation.final_answer)
@@ -210,20 +238,48 @@ def _encode(loaded: Loaded, renderer: Renderer, config: RunConfig, path: Path) -
                 rejected.append(found)
                 continue
             usable.append(index)
-            if config.data.long_prompts == "drop_oldest":
-                changed.append(found["row"])
-                shortened += found["row"] is not row
+            dropped.append(found.dropped_turns)
             yield found
 
-    write_records(path, records())
+    write_encoded(path, encoded())
     require_usable(loaded, rejected, config.data.max_bad_share)
+    rows, shortened = take_rows(loaded.rows, usable), int(np.count_nonzero(dropped))
     if not shortened:
-        return _Encoded(take_rows(loaded.rows, usable), np.arange(len(usable)), path, rejected, 0, 0)
+        return _Encoded(rows, np.arange(len(rows)), path, rejected, 0, 0)
+    changed = write_rows(
+        replace(row, messages=tuple(without_oldest_turns(row.messages, turns)))
+        for row, turns in zip(rows, dropped, strict=True)
+    )
     places, duplicates = exact_duplicates(changed)
     return _Encoded(take_rows(changed, places), places, path, rejected, shortened, duplicates.exact)
 
 
-def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class DataSummary:
+    """Counts of a `data` object: its metrics, and `summary.json` with the duplicates."""
+
+    records: int
+    last_records: dict[str, int]
+    train_rows: int
+    heldout_rows: int
+    bad_rows: dict[str, int]
+    exact_duplicates: int
+    prompts_with_several_answers: int
+    truncated_answers: int
+    final_answers: int
+    prompt_tokens: dict[str, float]
+    answer_tokens: dict[str, float]
+    train_rows_dropped_as_heldout: int
+    shortened_prompts: int
+    alike_when_shortened: int
+    left_out: dict[str, int]
+    guarded: dict[str, dict[str, int]]
+
+
+def _summary(
+    selected: Selected, folder: Path, bad: dict[str, list[Rejected]], encoded: list[_Encoded], dropped: int
+) -> DataSummary:
+    loaded = selected.loaded
     lengths: dict[str, list[Any]] = {"prompt_ids": [], "answer_ids": []}
     rows, truncated, final = dict.fromkeys(("train", "heldout"), 0), 0, 0
     for name in rows:
@@ -234,23 +290,31 @@ def _summary(loaded: Loaded, folder: Path, bad: dict[str, list[Rejected]]) -> di
                 final += batch.num_rows - batch["final_answer"].null_count if name == "heldout" else 0
                 for column, found in lengths.items():
                     found.append(pc.list_value_length(batch[column]).to_numpy())
-    return {
-        "records": loaded.records,
-        "last_records": loaded.last,
-        "train_rows": rows["train"],
-        "heldout_rows": rows["heldout"],
-        "bad_rows": by_reason(bad["train"] + bad["heldout"]),
-        "exact_duplicates": loaded.duplicates.exact,
-        "prompts_with_several_answers": loaded.duplicates.prompts,
-        "truncated_answers": truncated,
-        "final_answers": final,
-        "prompt_tokens": length_distribution(np.concatenate(lengths["prompt_ids"])),
-        "answer_tokens": length_distribution(np.concatenate(lengths["answer_ids"])),
-    }
+    return DataSummary(
+        records=loaded.records,
+        last_records=loaded.last,
+        train_rows=rows["train"],
+        heldout_rows=rows["heldout"],
+        bad_rows=by_reason(bad["train"] + bad["heldout"]),
+        exact_duplicates=loaded.duplicates.exact,
+        prompts_with_several_answers=loaded.duplicates.prompts,
+        truncated_answers=truncated,
+        final_answers=final,
+        prompt_tokens=length_distribution(np.concatenate(lengths["prompt_ids"])),
+        answer_tokens=length_distribution(np.concatenate(lengths["answer_ids"])),
+        train_rows_dropped_as_heldout=dropped,
+        shortened_prompts=sum(part.shortened for part in encoded),
+        alike_when_shortened=sum(part.alike for part in encoded),
+        left_out=selected.counts,
+        guarded=loaded.guards,
+    )
 
 
 def require_adaptable(folder: Path, config: RunConfig) -> None:
-    """Raise BadInput now for what training with an adapter would refuse after a round was generated and scored."""
+    """Raise BadInput for a model or settings that training with an adapter would refuse.
+
+    Training would notice it only after a round was generated and scored.
+    """
     from spinreg_core.models.fsdp import empty_policy, require_weights
     from spinreg_core.models.lora import add_adapter
     from spinreg_core.models.quantization import require_library
@@ -264,11 +328,11 @@ def require_adaptable(folder: Path, config: RunConfig) -> None:
         require_library(bits)
         ranks = processes_here(resources) * resources.nodes
         if ranks > 1:
-            raise BadInput("resources.processes", f"{ranks} in all, with training.lora_quantize {bits}", "1")
+            raise BadInput("resources.processes", f"is {ranks} in all, with training.lora_quantize {bits}", "1")
 
 
 def prepare_base(job: Job, source: Path) -> dict[str, Any]:
-    """Publish the object `base`, a model folder; returns its manifest. Raises BadInput."""
+    """Publish the object `base`, a model folder, and return its manifest. Raises BadInput."""
     store, start = open_store(job.store), time.monotonic()
     bits = job.config.training.lora_quantize
     key = {"model": model_fingerprint(source)} | ({} if bits is None else {"rounded_to": bits})

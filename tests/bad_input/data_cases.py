@@ -14,6 +14,7 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data.filters import load_training
 from spinreg_core.data.load import load_heldout, load_rows, require_usable
 from tests.bad_input.cases import ROWS, Case, Place, table
+from tests.support.hub import disconnect
 
 CASES: list[Case] = []
 case = table(CASES, "prepare")
@@ -140,11 +141,7 @@ def _(place: Place) -> object:
 
 @case("a data set of the hub, which is out of reach")
 def _(place: Place) -> object:
-    import datasets.config
-
-    place.patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    place.patch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    place.patch.setattr(datasets.config, "HF_DATASETS_CACHE", place.folder)
+    disconnect(place.folder, place.patch)
     return load("nobody/nothing")
 
 

@@ -27,6 +27,7 @@ from spinreg_core.models.source import resolve_model
 from spinreg_core.store.cache import cache_folder
 from tests.bad_input.cases import Case, Place, table
 from tests.support.chat_models import CHATML, USELESS
+from tests.support.hub import disconnect
 
 CASES: list[Case] = []
 case = table(CASES, "prepare")
@@ -72,10 +73,7 @@ for what, name in {
 
 @case("model: a name on the hub, which is out of reach")
 def _(place: Place) -> object:
-    from huggingface_hub import constants
-
-    place.patch.setattr(constants, "HF_HUB_OFFLINE", True)
-    place.patch.setattr(constants, "HF_HUB_CACHE", str(place.folder))
+    disconnect(place.folder, place.patch)
     return place.prepare(model="nobody/nothing")
 
 

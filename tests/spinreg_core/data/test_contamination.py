@@ -35,7 +35,7 @@ def written(path: Path, records: list[dict[str, Any]]) -> str:
         {"conversations": json.dumps([{"from": "human", "value": PROMPT}])},
     ],
 )
-def test_prompts_are_guarded_whether_or_not_they_have_answers(tmp_path: Path, record: dict[str, Any]) -> None:
+def test_evaluation_prompts_without_answers_are_guarded(tmp_path: Path, record: dict[str, Any]) -> None:
     bench = written(tmp_path / "bench.jsonl", [record])
     assert evaluation_prompts(bench) == [PROMPT]
     train = written(tmp_path / "train.jsonl", [{"prompt": f"Well. {PROMPT}", "response": "x"},
@@ -47,19 +47,19 @@ def test_prompts_are_guarded_whether_or_not_they_have_answers(tmp_path: Path, re
     assert loaded.guards == {bench: {"prompts": 1, "too_short": 0}}
 
 
-def test_a_guard_that_would_guard_nothing_is_refused(tmp_path: Path) -> None:
+def test_guarded_of_a_set_without_usable_prompts_raises(tmp_path: Path) -> None:
     short = written(tmp_path / "short.jsonl", [{"question": "What is it?", "answer": "x"}] * 3)
-    with pytest.raises(BadInput, match=r"short\.jsonl: found 3 prompts, all of fewer than 5 words"):
+    with pytest.raises(BadInput, match=r"short\.jsonl has 3 prompts, all of fewer than 5 words"):
         guarded(short, evaluation_prompts(short))
     empty = written(tmp_path / "empty.jsonl", [{"question": None, "answer": "x"}])
-    with pytest.raises(BadInput, match=r"empty\.jsonl: found 1 records and no prompt"):
+    with pytest.raises(BadInput, match=r"empty\.jsonl has 1 records and no prompt"):
         evaluation_prompts(empty)
     other = written(tmp_path / "other.jsonl", [{"text": "x"}])
-    with pytest.raises(BadInput, match=r"evaluation set \S+other\.jsonl: found columns text"):
+    with pytest.raises(BadInput, match=r"evaluation set \S+other\.jsonl has the columns text"):
         evaluation_prompts(other)
 
 
-def test_a_subset_of_a_set_on_the_hub_is_named_behind_a_colon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_prompts_of_a_hub_subset_reads_that_subset(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[Any, ...]] = []
 
     def read(*arguments: Any) -> Any:
@@ -77,7 +77,7 @@ def test_a_subset_of_a_set_on_the_hub_is_named_behind_a_colon(monkeypatch: pytes
     (["train", "validation"], "validation"), (["validation"], "validation"), (["train"], "train"),
     (["train", "validation", "test"], "test"),
 ])  # fmt: skip
-def test_the_split_that_is_guarded(tmp_path: Path, splits: list[str], read: str) -> None:
+def test_evaluation_prompts_reads_the_first_split_in_order(tmp_path: Path, splits: list[str], read: str) -> None:
     for split in splits:
         written(tmp_path / f"{split}.jsonl", [{"prompt": f"What is in {split}, and why?"}])
     assert evaluation_prompts(str(tmp_path)) == [f"What is in {read}, and why?"]
@@ -92,7 +92,7 @@ def test_the_split_that_is_guarded(tmp_path: Path, splits: list[str], read: str)
         ("안나는 화요일 아침에 오리 몇", "그런데 안나는 화요일 아침에 오리 몇", "안나는 수요일 아침에 고양이 몇"),
     ],
 )  # fmt: skip
-def test_scripts_with_and_without_spaces(known: str, contaminated: str, clean: str) -> None:
+def test_guard_finds_overlap_in_any_script(known: str, contaminated: str, clean: str) -> None:
     assert guarded("bench", [known]) == {"prompts": 1, "too_short": 0}
     guard = Guard({"bench": [known]}, 13)
     assert (guard.shared(contaminated) or "").startswith("bench: ")

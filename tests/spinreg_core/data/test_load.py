@@ -22,7 +22,7 @@ def pair(prompt: str, answer: str) -> dict[str, str]:
     return {"prompt": prompt, "response": answer}
 
 
-def test_bad_rows_are_listed_with_numbers_and_reasons(tmp_path: Path) -> None:
+def test_load_rows_lists_bad_rows_with_numbers_and_reasons(tmp_path: Path) -> None:
     rows = [pair("a", "1"), "{broken", pair("b", ""), {"prompt": "c"}, pair("d", "4"), [1]]
     loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig())
     assert loaded.records == 6
@@ -37,7 +37,7 @@ def test_bad_rows_are_listed_with_numbers_and_reasons(tmp_path: Path) -> None:
     require_usable(loaded, loaded.rejected, 0.67)
 
 
-def test_the_share_counts_records_not_turns(tmp_path: Path) -> None:
+def test_require_usable_counts_records_and_not_turns(tmp_path: Path) -> None:
     good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 5
     rows = [{"messages": good}, {"messages": good[:1]}]
     loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig(turns="all"))
@@ -47,29 +47,29 @@ def test_the_share_counts_records_not_turns(tmp_path: Path) -> None:
         require_usable(loaded, loaded.rejected, 0.49)
 
 
-def test_no_good_row_is_never_usable(tmp_path: Path) -> None:
+def test_require_usable_without_a_good_row_raises(tmp_path: Path) -> None:
     loaded = load_rows(save(tmp_path / "x.jsonl", [pair("a", "")]), DataConfig())
     with pytest.raises(BadInput, match=r"100\.0% bad rows"):
         require_usable(loaded, loaded.rejected, 1.0)
 
 
-def test_an_empty_data_set(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="found no rows"):
+def test_load_rows_without_records_raises(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="has no rows"):
         load_rows(save(tmp_path / "x.jsonl", []), DataConfig())
-    with pytest.raises(BadInput, match=r"no record among them \(row 1: broken_json"):
+    with pytest.raises(BadInput, match=r"none of them is a record \(row 1: broken_json"):
         load_rows(save(tmp_path / "y.jsonl", ["{", "["]), DataConfig())
 
 
-def test_duplicates(tmp_path: Path) -> None:
+def test_load_rows_leaves_out_exact_duplicates(tmp_path: Path) -> None:
     rows = [pair("a", "1"), pair("b", "1"), pair("a", "1"), pair("a", "2"), pair("c", "1")]
     loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig())
     assert [row.source_row for row in loaded.rows] == [1, 2, 4, 5]
     assert loaded.duplicates.exact == 1
     assert loaded.duplicates.prompts == 1
-    assert loaded.duplicates.examples == ('"a" (rows 1, 4)',)
+    assert loaded.duplicates.examples == ['"a" (rows 1, 4)']
 
 
-def test_content_hashes_follow_the_content(tmp_path: Path) -> None:
+def test_content_hash_depends_on_content_alone(tmp_path: Path) -> None:
     rows = [pair("a", "1"), pair("b", "2")]
     first = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig()).content_hash()
     (tmp_path / "y.json").write_text(json.dumps(rows, indent=3))
@@ -78,7 +78,7 @@ def test_content_hashes_follow_the_content(tmp_path: Path) -> None:
         assert load_rows(save(tmp_path / "z.jsonl", other), DataConfig()).content_hash() != first
 
 
-def test_heldout_data(tmp_path: Path) -> None:
+def test_load_heldout_prefers_the_configured_data_set(tmp_path: Path) -> None:
     path = save(tmp_path / "x.jsonl", [pair("a", "1")])
     assert load_heldout(path, DataConfig()) is None
     found = load_heldout("builtin:demo", DataConfig(heldout_dataset=path, split="train[:5]"))
@@ -90,14 +90,14 @@ def test_heldout_data(tmp_path: Path) -> None:
     assert not demo.rejected
 
 
-def test_reasons_are_counted_most_frequent_first(tmp_path: Path) -> None:
+def test_by_reason_counts_most_frequent_first(tmp_path: Path) -> None:
     loaded = load_rows(
         save(tmp_path / "x.jsonl", ["{", pair("", "x"), pair("a", ""), "{", pair("b", "1")]), DataConfig()
     )
     assert next(iter(by_reason(loaded.rejected).items())) == ("broken_json", 2)
 
 
-def test_hostile_lines_cost_one_row_each(tmp_path: Path) -> None:
+def test_load_rows_of_hostile_lines_loses_one_row_each(tmp_path: Path) -> None:
     deep = '{"a":' * 5000 + "1" + "}" * 5000
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": deep}]}
     lines = [
@@ -114,6 +114,6 @@ def test_hostile_lines_cost_one_row_each(tmp_path: Path) -> None:
         save(tmp_path / "y.jsonl", [lines[3], {"messages": [{"role": "user", "content": "x"}]}]), DataConfig()
     )
     assert [bad.reason for bad in loaded.rejected] == ["wrong_type", "no_assistant_turn"]
-    with pytest.raises(BadInput, match=r"found columns \\ud800y") as error:
+    with pytest.raises(BadInput, match=r"has the columns \\ud800y") as error:
         load_rows(save(tmp_path / "z.jsonl", [lines[2]]), DataConfig())
     str(error.value).encode()

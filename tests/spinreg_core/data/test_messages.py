@@ -36,7 +36,7 @@ def rows(record: dict[str, Any], turns: Any = "last") -> list[Row]:
     return read_rows(record, 1, choose_layout(set(record), DataConfig(), "dataset"), turns)
 
 
-def test_an_answer_after_a_tool() -> None:
+def test_read_rows_keeps_tool_calls_and_thoughts() -> None:
     (row,) = rows({"messages": OPENAI, "tools": TOOLS})
     said = {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": "c1"}]}
     assert row.messages == (ASKED, said, {"role": "tool", "content": "dry", "tool_call_id": "c1"})
@@ -44,7 +44,7 @@ def test_an_answer_after_a_tool() -> None:
     assert row.tools == TOOLS
 
 
-def test_a_call_is_an_answer_of_its_own() -> None:
+def test_read_rows_makes_a_call_an_answer() -> None:
     calling, telling = rows({"messages": OPENAI}, "all")
     assert calling.messages == (ASKED,)
     assert (calling.answer, calling.extras) == ("", {"tool_calls": [CALL | {"id": "c1"}]})
@@ -53,7 +53,7 @@ def test_a_call_is_an_answer_of_its_own() -> None:
     assert calling.opening_hash == telling.opening_hash
 
 
-def test_sharegpt_has_calls_as_texts() -> None:
+def test_read_rows_parses_calls_of_sharegpt() -> None:
     calling, telling = rows({"conversations": SHAREGPT}, "all")
     assert calling.extras == {"tool_calls": [CALL]}
     assert [m["role"] for m in telling.messages] == ["user", "assistant", "tool"]
@@ -61,14 +61,14 @@ def test_sharegpt_has_calls_as_texts() -> None:
 
 
 @pytest.mark.parametrize("absent", [None, "", [], "[]"])
-def test_what_parquet_writes_for_absent_fields(absent: Any) -> None:
+def test_read_rows_ignores_nulls_of_parquet(absent: Any) -> None:
     """Every turn has every field there, most of them null."""
     empty = {"tool_calls": None, "tool_call_id": None, "reasoning_content": None, "name": ""}
     record = {"messages": [empty | turn for turn in OPENAI], "tools": absent}
     assert rows(record, "all") == rows({"messages": OPENAI}, "all")
 
 
-def test_records_that_arrow_has_made_alike(tmp_path: Path) -> None:
+def test_load_rows_of_arrow_records_removes_added_nulls(tmp_path: Path) -> None:
     """Two calls in one column get each other's arguments as nulls, and a bare tool beside a wrapped one a null too."""
     calls = [{"name": "weather", "arguments": {"city": "Ulm"}}, {"name": "add", "arguments": {"a": 1, "b": 2}}]
     tools = [TOOLS[0], {"name": "add", "parameters": {"type": "object"}}]
@@ -90,12 +90,12 @@ def test_records_that_arrow_has_made_alike(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("none", ["", "[]", "null", None, []])
-def test_no_calls_are_no_calls(none: Any) -> None:
+def test_read_rows_with_empty_calls_gives_a_plain_answer(none: Any) -> None:
     (row,) = rows({"messages": [ASKED, {"role": "assistant", "content": "No.", "tool_calls": none}]})
     assert (row.answer, row.extras) == ("No.", {})
 
 
-def test_rows_differ_by_all_that_they_hold() -> None:
+def test_row_hashes_cover_tools_calls_and_thoughts() -> None:
     other = json.loads(json.dumps(OPENAI).replace("Ulm", "Bonn"))
     plain, tools, call = (
         rows(r)[0] for r in ({"messages": OPENAI}, {"messages": OPENAI, "tools": TOOLS}, {"messages": other})

@@ -31,7 +31,7 @@ def rows(name: str, n: int, first: int) -> list[Row]:
 
 
 @given(st.lists(st.tuples(st.integers(1, 40), st.floats(0.1, 10)), min_size=2, max_size=4))
-def test_shares(sources: list[tuple[int, float]]) -> None:
+def test_take_shares_keeps_every_share_within_one_row(sources: list[tuple[int, float]]) -> None:
     """No data set is off its share by more than a row; one at least is taken whole; nothing is lost."""
     shares = {f"set {i}": weight for i, (_, weight) in enumerate(sources)}
     ends = [sum(n for n, _ in sources[: i + 1]) for i in range(len(sources))]
@@ -48,7 +48,7 @@ def test_shares(sources: list[tuple[int, float]]) -> None:
     assert all(beyond.get(f"set {i}", 0) == n - counts[f"set {i}"] for i, (n, _) in enumerate(sources))
 
 
-def test_a_larger_share_contains_a_smaller_one_whatever_the_order() -> None:
+def test_take_shares_of_a_larger_share_contains_the_smaller() -> None:
     both = rows("a", 4, 0) + rows("b", 40, 4)
     found = [{id(r) for r in take_shares(both, {"a": 4, "b": 44}, {"a": 1.0, "b": w})[0]} for w in (1.0, 3.0, 10.0)]
     assert [len(ids) for ids in found] == [8, 16, 44]
@@ -57,7 +57,7 @@ def test_a_larger_share_contains_a_smaller_one_whatever_the_order() -> None:
     assert {id(r) for r in again} == found[1]
 
 
-def test_records_are_numbered_on_and_a_repeated_row_counts_once(tmp_path: Path) -> None:
+def test_load_mixture_numbers_records_on_and_drops_duplicates(tmp_path: Path) -> None:
     first = save(tmp_path / "a.jsonl", [*pairs("a", 2), "", "{broken", *pairs("a", 1)])  # line 5 is a duplicate
     second = save(tmp_path / "b.jsonl", [*pairs("a", 1), *pairs("b", 2), {"prompt": "", "response": "x"}])
     third = save(tmp_path / "c.jsonl", [{"instruction": "c", "output": "answer"}])
@@ -70,7 +70,7 @@ def test_records_are_numbered_on_and_a_repeated_row_counts_once(tmp_path: Path) 
     assert loaded.format == "prompt_response, instruction"
 
 
-def test_a_training_set_in_shares(tmp_path: Path) -> None:
+def test_load_training_applies_filters_before_shares(tmp_path: Path) -> None:
     """Filters come first: the shares are those of what they leave."""
     first = save(tmp_path / "a.jsonl", pairs("a", 10))
     second = save(tmp_path / "b.jsonl", pairs("b", 100))
@@ -82,17 +82,17 @@ def test_a_training_set_in_shares(tmp_path: Path) -> None:
     assert len(found.left_out) == 5, "rows beyond a share are not listed"
 
 
-def test_bad_mixtures(tmp_path: Path) -> None:
+def test_load_mixture_that_cannot_be_mixed_raises(tmp_path: Path) -> None:
     first = save(tmp_path / "a.jsonl", pairs("a", 3))
     with pytest.raises(BadInput, match="which is the dataset itself"):
         load_mixture(first, DataConfig(mixed_datasets={first: 1}))
     copy = save(tmp_path / "b.jsonl", pairs("a", 3))
-    with pytest.raises(BadInput, match=r"b\.jsonl without a row that is new and not left out"):
+    with pytest.raises(BadInput, match=r"b\.jsonl, which has no row that is new and not left out"):
         load_training(first, DataConfig(mixed_datasets={copy: 1}))
     with pytest.raises(BadInput, match=r"no file or folder .*none\.jsonl"):
         load_training(first, DataConfig(mixed_datasets={str(tmp_path / "none.jsonl"): 1}))
     broken = save(tmp_path / "c.jsonl", [*pairs("c", 2), "{broken"])
-    with pytest.raises(BadInput, match=r"dataset \S+c\.jsonl: found 33\.3% bad rows"):
+    with pytest.raises(BadInput, match=r"dataset \S+c\.jsonl has 33\.3% bad rows"):
         load_mixture(first, DataConfig(mixed_datasets={broken: 1}))
     for weight in (0, -1, float("inf"), "x"):
         with pytest.raises(ValueError, match="mixed_datasets"):

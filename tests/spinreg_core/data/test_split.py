@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
-from spinreg_core.data.split import alike, given_heldout, split_rows
+from spinreg_core.data.split import any_share_openings, given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.shards import round_prompts
 
@@ -47,10 +47,10 @@ openings = st.lists(st.integers(0, 30), min_size=2, max_size=60)
 
 @settings(deadline=None)
 @given(openings=openings, heldout=st.integers(1, 20), seed=st.integers(0, 5))
-def test_split(openings: list[int], heldout: int, seed: int) -> None:
+def test_split_rows_equals_the_plain_version(openings: list[int], heldout: int, seed: int) -> None:
     rows = [row(i, f"prompt {o}") for i, o in enumerate(openings)]
     if len(set(openings)) <= heldout:
-        with pytest.raises(BadInput, match=f"open in {len(set(openings))} ways"):
+        with pytest.raises(BadInput, match=f"only {len(set(openings))} different openings"):
             sides(rows, heldout, seed)
         return
     train, held = sides(rows, heldout, seed)
@@ -63,14 +63,14 @@ def test_split(openings: list[int], heldout: int, seed: int) -> None:
     assert {r.source_row for r in again[1]} == {r.source_row for r in held}
 
 
-def test_another_seed_holds_out_others() -> None:
+def test_split_rows_with_another_seed_holds_out_others() -> None:
     rows = [row(i, f"prompt {i}") for i in range(100)]
     held = [frozenset(r.source_row for r in sides(rows, 20, seed)[1]) for seed in range(5)]
     assert len(set(held)) == 5
     assert sides(rows, 20, 0) == sides(rows, 20, 0)
 
 
-def test_turns_of_one_conversation_stay_on_one_side() -> None:
+def test_split_rows_keeps_a_conversation_on_one_side() -> None:
     rows = [r for i in range(40) for r in (row(2 * i, f"a{i}"), row(2 * i + 1, f"a{i}", "x", "more"))]
     train, held = sides(rows, 11, 0)
     assert len(held) == 11
@@ -79,14 +79,14 @@ def test_turns_of_one_conversation_stay_on_one_side() -> None:
     assert {len(r.messages) for r in held} == {1, 3}, "a first turn of some and a second of others"
 
 
-def test_nothing_left_to_train_on_is_refused() -> None:
+def test_split_rows_with_nothing_to_train_on_raises() -> None:
     rows = [row(i, f"prompt {i}") for i in range(5)]
     with pytest.raises(BadInput, match=r"data\.heldout_rows"):
         split_rows(rows, 5, 0)
     assert len(split_rows(rows, 4, 0)[0]) == 1
 
 
-def test_a_heldout_set_of_its_own() -> None:
+def test_given_heldout_leaves_out_training_rows_with_its_openings() -> None:
     rows = [row(i, f"prompt {i}") for i in range(50)]
     other = [row(i, f"prompt {i}") for i in range(40, 60)]
     twice = [*other, *(row(100 + i, f"prompt {i}", "and", "then?") for i in range(40, 60))]
@@ -107,7 +107,7 @@ def test_a_heldout_set_of_its_own() -> None:
 
 @settings(deadline=None)
 @given(n=st.integers(1, 40), m=st.integers(1, 45), seed=st.integers(0, 3))
-def test_fresh_rounds_walk_through_all_rows_again_and_again(n: int, m: int, seed: int) -> None:
+def test_round_prompts_fresh_passes_through_all_rows(n: int, m: int, seed: int) -> None:
     rounds = [round_prompts(n, m, r, "fresh", seed).tolist() for r in range(1, 12)]
     if m >= n:
         assert all(found == list(range(n)) for found in rounds)
@@ -121,25 +121,25 @@ def test_fresh_rounds_walk_through_all_rows_again_and_again(n: int, m: int, seed
     assert round_prompts(n, m, 7, "fresh", seed).tolist() == rounds[6]
 
 
-def test_same_rounds_are_the_first_fresh_round() -> None:
+def test_round_prompts_same_repeats_the_first_round() -> None:
     first = round_prompts(100, 30, 1, "fresh", 0).tolist()
     assert [round_prompts(100, 30, r, "same", 0).tolist() for r in (1, 2, 9)] == [first] * 3
     assert first != round_prompts(100, 30, 1, "fresh", 1).tolist()
     assert first != sorted(first)
 
 
-def test_unset_means_all_rows() -> None:
+def test_round_prompts_unset_takes_all_rows() -> None:
     assert round_prompts(7, None, 3, "fresh", 0).tolist() == list(range(7))
 
 
-def test_passes_differ() -> None:
+def test_round_prompts_fresh_shuffles_every_pass() -> None:
     rounds = [round_prompts(20, 10, r, "fresh", 0).tolist() for r in range(1, 5)]
     assert rounds[0] + rounds[1] != rounds[2] + rounds[3]
 
 
-def test_rows_that_are_their_openings_keep_the_ids_of_their_data_objects() -> None:
+def test_any_share_openings_of_single_turns_is_false() -> None:
     """Only where the split differs from that of earlier versions are they others."""
     plain = [row(i, f"prompt {i}") for i in range(5)]
-    assert not alike(plain)
-    assert alike([*plain, row(5, "prompt 0")])
-    assert alike([*plain, row(5, "prompt 5", "and", "then?")])
+    assert not any_share_openings(plain)
+    assert any_share_openings([*plain, row(5, "prompt 0")])
+    assert any_share_openings([*plain, row(5, "prompt 5", "and", "then?")])

@@ -39,7 +39,7 @@ def vectors(seed: int) -> tuple[Tensor, Tensor]:
 
 @given(seed=st.integers(0, 50))
 @pytest.mark.parametrize("function", [lerp, slerp])
-def test_the_ends_are_the_policies(function: object, seed: int) -> None:
+def test_averages_at_the_ends_are_the_policies(function: object, seed: int) -> None:
     a, b = vectors(seed)
     torch.testing.assert_close(function(a, b, 0.0), a, rtol=1e-6, atol=0)  # type: ignore[operator]
     torch.testing.assert_close(function(a, b, 1.0), b, rtol=1e-6, atol=0)  # type: ignore[operator]
@@ -47,14 +47,14 @@ def test_the_ends_are_the_policies(function: object, seed: int) -> None:
 
 @given(seed=st.integers(0, 50), weight=WEIGHTS)
 @pytest.mark.parametrize("function", [lerp, slerp])
-def test_the_order_does_not_matter(function: object, seed: int, weight: float) -> None:
+def test_averages_are_symmetric(function: object, seed: int, weight: float) -> None:
     a, b = vectors(seed)
     one, other = function(a, b, weight), function(b, a, 1 - weight)  # type: ignore[operator]
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @given(weight=WEIGHTS)
-def test_orthogonal_vectors_of_one_length_keep_it(weight: float) -> None:
+def test_slerp_of_orthogonal_vectors_keeps_their_length(weight: float) -> None:
     a, b = torch.zeros(2, 6)
     a[1], b[4] = 3.0, 3.0
     found = slerp(a, b, weight)
@@ -63,7 +63,7 @@ def test_orthogonal_vectors_of_one_length_keep_it(weight: float) -> None:
     assert float(found[4]) == pytest.approx(3 * math.sin(weight * math.pi / 2), abs=1e-5)
 
 
-def test_without_an_arc_it_is_the_straight_line() -> None:
+def test_slerp_of_parallel_vectors_is_the_straight_line() -> None:
     a = torch.tensor([1.0, 2.0, -3.0])
     for b in (2 * a, -a, torch.zeros(3), a * (1 + 1e-7)):
         torch.testing.assert_close(slerp(a, b, 0.25), 0.75 * a + 0.25 * b)
@@ -82,7 +82,7 @@ def policies(root: Path, dtype: torch.dtype = torch.float32) -> list[Path]:
 
 
 @pytest.mark.parametrize("method", ["ema", "liti", "slerp"])
-def test_a_folder_holds_the_definition_tensor_by_tensor(tmp_path: Path, method: Method) -> None:
+def test_average_policy_matches_the_definition_by_tensor(tmp_path: Path, method: Method) -> None:
     base, before, policy = policies(tmp_path)
     average_policy(method, 0.3, base, before, policy, tmp_path / "out")
     zero, old, new = (load_file(folder / "model.safetensors") for folder in (base, before, policy))
@@ -106,14 +106,14 @@ def test_a_folder_holds_the_definition_tensor_by_tensor(tmp_path: Path, method: 
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_the_first_slerp_is_the_first_policy(tmp_path: Path) -> None:
+def test_average_policy_of_the_first_slerp_is_the_policy(tmp_path: Path) -> None:
     base, _, policy = policies(tmp_path)
     average_policy("slerp", 0.3, base, base, policy, tmp_path / "out")
     found, new = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", policy))
     assert all(torch.equal(found[name], new[name]) for name in new)
 
 
-def test_sums_are_float32_and_formats_are_kept(tmp_path: Path) -> None:
+def test_average_policy_rounds_once_and_keeps_formats(tmp_path: Path) -> None:
     """In bfloat16, adding a hundredth of a small difference would lose it; here it is rounded once, at the end."""
     base, before, policy = policies(tmp_path, torch.bfloat16)
     average_policy("ema", 0.01, base, before, policy, tmp_path / "out")
@@ -124,7 +124,7 @@ def test_sums_are_float32_and_formats_are_kept(tmp_path: Path) -> None:
         assert torch.equal(found[name], exact.float().bfloat16()), name
 
 
-def test_other_shapes_are_refused_by_name(tmp_path: Path) -> None:
+def test_average_policy_of_other_shapes_raises(tmp_path: Path) -> None:
     base, before, policy = policies(tmp_path)
     tensors = load_file(before / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:5].contiguous()
@@ -133,7 +133,7 @@ def test_other_shapes_are_refused_by_name(tmp_path: Path) -> None:
         average_policy("ema", 0.5, base, before, policy, tmp_path / "out")
 
 
-def test_a_tensor_that_stood_still_so_far_does_not_jump(tmp_path: Path) -> None:
+def test_average_policy_of_an_unmoved_tensor_is_the_limit(tmp_path: Path) -> None:
     """Where the average has not left the base, the next one leaves it by the weight's share, as one that hardly has."""
     found = []
     for name, moved in (("still", 0.0), ("hardly", 1e-20)):
@@ -164,7 +164,7 @@ print(peak() - before)
 """
 
 
-def test_memory_is_that_of_a_tensor_not_of_a_file_or_a_model(tmp_path: Path) -> None:
+def test_average_policy_holds_one_tensor_in_memory(tmp_path: Path) -> None:
     """One file of 12 tensors of 16 MB takes no more than one of a single tensor; 192 MB of it are written."""
     sets = []
     for tensors in (1, 12):
@@ -187,7 +187,7 @@ def test_memory_is_that_of_a_tensor_not_of_a_file_or_a_model(tmp_path: Path) -> 
     assert (tmp_path / "large-out" / "model.safetensors").stat().st_size > 12 * 16e6
 
 
-def test_a_large_tensor_goes_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_average_policy_of_a_large_tensor_reads_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same numbers whatever the pieces, and scalars and whole numbers as they are."""
     folders = []
     for seed in range(3):

@@ -66,7 +66,7 @@ def by_template(r: Renderer, messages: list[dict[str, str]], *, generation_promp
 
 
 @pytest.mark.parametrize(("kind", "template"), CASES)
-def test_a_prompt_has_the_ids_of_the_models_own_template(kind: str, template: str) -> None:
+def test_prompt_ids_equal_those_of_the_template(kind: str, template: str) -> None:
     r = renderer(kind, template)
     for messages in CONVERSATIONS:
         found = r.prompt_ids(messages)
@@ -80,7 +80,7 @@ def test_a_prompt_has_the_ids_of_the_models_own_template(kind: str, template: st
 
 
 @pytest.mark.parametrize(("kind", "template"), CASES)
-def test_the_conversation_begins_with_prompt_and_answer(kind: str, template: str) -> None:
+def test_conversation_begins_with_prompt_and_answer(kind: str, template: str) -> None:
     r = renderer(kind, template)
     for messages in CONVERSATIONS:
         full = by_template(r, [*messages, {"role": "assistant", "content": ANSWER}], generation_prompt=False)
@@ -98,7 +98,7 @@ def test_the_conversation_begins_with_prompt_and_answer(kind: str, template: str
 
 
 @pytest.mark.parametrize(("kind", "template"), CASES)
-def test_a_finished_answer_has_exactly_one_end_of_turn(kind: str, template: str) -> None:
+def test_answer_ids_have_exactly_one_end_of_turn(kind: str, template: str) -> None:
     r = renderer(kind, template)
     assert r.end_of_turn == r.tokenizer.convert_tokens_to_ids(ENDS[template])
     assert r.stop_ids[0] == r.end_of_turn
@@ -112,7 +112,7 @@ def test_a_finished_answer_has_exactly_one_end_of_turn(kind: str, template: str)
 @pytest.mark.parametrize(("kind", "template"), CASES)
 @settings(max_examples=25, deadline=None)
 @given(question=tricky, answer=tricky)
-def test_special_tokens_inside_text_stay_text(kind: str, template: str, question: str, answer: str) -> None:
+def test_prompt_ids_keep_special_tokens_in_text_as_text(kind: str, template: str, question: str, answer: str) -> None:
     r = renderer(kind, template)
     specials = {r.tokenizer.convert_tokens_to_ids(name) for name in SPECIAL if name != "<unk>"}
 
@@ -132,19 +132,19 @@ def test_special_tokens_inside_text_stay_text(kind: str, template: str, question
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(alphabet=st.sampled_from("ab é☃\n.,1<|>/_[]Helo"), max_size=40))
-def test_both_ways_of_tokenising_agree_on_ordinary_text(kind: str, text: str) -> None:
+def test_prompt_ids_agree_with_and_without_protection(kind: str, text: str) -> None:
     r = renderer(kind, "default_system")
     rendered = r._template(user(text), generation_prompt=True)
     assert r._encode_protected(rendered) == r._encode(rendered)
 
 
 @pytest.mark.parametrize("name", USELESS)
-def test_a_template_without_a_place_for_the_answer_is_refused(name: str) -> None:
+def test_renderer_without_a_place_for_the_answer_raises(name: str) -> None:
     with pytest.raises(BadInput, match="chat template: found"):
         Renderer(chat_tokenizer("byte_bpe", USELESS[name]))
 
 
-def test_a_conversation_that_the_template_refuses() -> None:
+def test_prompt_ids_of_a_refused_conversation_raises() -> None:
     system = [{"role": "system", "content": "Be brief."}, *user("Hello")]
     with pytest.raises(BadInput, match="System role not supported"):
         renderer("byte_bpe", "no_system").prompt_ids(system)
@@ -153,19 +153,19 @@ def test_a_conversation_that_the_template_refuses() -> None:
     assert "Be brief." in renderer("byte_bpe", "llama3").text(renderer("byte_bpe", "llama3").prompt_ids(system))
 
 
-def test_what_a_template_puts_before_an_answer_is_trained_on_but_not_shown() -> None:
+def test_answer_ids_include_the_text_before_answers() -> None:
     r = renderer("byte_bpe", "empty_thoughts")
     ids = r.answer_ids(user("Hello"), "Hi.")
     assert r.text(ids) == "<think>\n\n</think>\n\nHi.<|im_end|>"
     assert r.decode(ids) == "Hi."
 
 
-def test_a_template_that_strips_strips_the_answer_that_is_trained_on() -> None:
+def test_answer_ids_of_a_stripping_template_are_stripped() -> None:
     r = renderer("byte_bpe", "llama3")
     assert r.text(r.answer_ids(user("Hello"), "  Hi. \n")) == "Hi.<|eot_id|>"
 
 
-def test_the_default_template_is_recorded_where_others_find_it(tmp_path: Path) -> None:
+def test_default_template_is_written_with_the_tokenizer(tmp_path: Path) -> None:
     chat_tokenizer("byte_bpe", None).save_pretrained(tmp_path)
     r = Renderer(load_tokenizer(tmp_path))
     messages = [{"role": "system", "content": "Be brief."}, *CONVERSATIONS[1]]
@@ -179,7 +179,7 @@ def test_the_default_template_is_recorded_where_others_find_it(tmp_path: Path) -
     assert r.tokenizer.eos_token_id not in ids
 
 
-def test_the_default_template_begins_as_the_tokenizer_does(tmp_path: Path) -> None:
+def test_default_template_begins_as_the_tokenizer_does(tmp_path: Path) -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = chat_tokenizer("byte_bpe", None)
@@ -199,12 +199,12 @@ def test_stop_ids_include_those_of_the_generation_config(tmp_path: Path) -> None
     assert r.stop_ids == [r.end_of_turn, r.tokenizer.eos_token_id, 2, 7]
 
 
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_from_folder_without_a_tokenizer_raises(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="model: found"):
         Renderer.from_folder(tmp_path)
 
 
-def test_fingerprints_tell_tokenizers_and_templates_apart(tmp_path: Path) -> None:
+def test_fingerprint_differs_by_tokenizer_and_template(tmp_path: Path) -> None:
     chat_tokenizer("byte_bpe", CHATML).save_pretrained(tmp_path)
     prints = {renderer(kind, template).fingerprint() for kind, template in CASES}
     assert len(prints) == len(CASES)
@@ -253,7 +253,7 @@ WHOLE = THINKING.replace(
 )
 
 
-def test_the_template_is_given_what_the_user_says() -> None:
+def test_template_arguments_reach_the_template() -> None:
     tokenizer = chat_tokenizer("byte_bpe", WHOLE)
     messages = [{"role": "user", "content": "Why?"}]
     plain, quiet, loud = (
@@ -275,7 +275,7 @@ def test_the_template_is_given_what_the_user_says() -> None:
 
 
 @pytest.mark.parametrize(("kind", "template"), CASES)
-def test_what_is_written_before_answers_is_told(kind: str, template: str) -> None:
+def test_written_before_is_the_text_before_answers(kind: str, template: str) -> None:
     found = renderer(kind, template)
     assert found.written_before == ("<think>\n\n</think>\n\n" if template == "empty_thoughts" else "")
     if found.written_before:
@@ -291,6 +291,6 @@ def test_tools_reach_the_template() -> None:
     assert '"weather"' in renderer.text(renderer.prompt_ids([{"role": "user", "content": "Rain?"}]))
 
 
-def test_arguments_that_are_ours_are_refused() -> None:
+def test_data_config_with_reserved_template_arguments_raises() -> None:
     with pytest.raises(ValueError, match="found tokenize; expected other names: spinreg itself says these"):
         DataConfig(template_arguments={"tokenize": True})

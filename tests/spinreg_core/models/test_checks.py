@@ -33,7 +33,7 @@ def configure(folder: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_tensors_nobody_knows_are_told_by_name(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_require_loadable_prints_unknown_tensors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require_loadable(folder)
     assert "warning" not in capsys.readouterr().out
     add(folder, "score.weight", "model.layers.0.mlp.strange", "model.layers.1.self_attn.rotary_emb.inv_freq")
@@ -44,7 +44,7 @@ def test_tensors_nobody_knows_are_told_by_name(folder: Path, capsys: pytest.Capt
                     "model.layers.0.mlp.strange, score.weight"]  # fmt: skip
 
 
-def test_layers_by_another_name(tmp_path: Path) -> None:
+def test_require_loadable_finds_layers_by_another_name(tmp_path: Path) -> None:
     """GPT-2's are `h`, counted by n_layer, and its checkpoints name them without the model's prefix."""
     model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64, n_positions=32))
     model.save_pretrained(tmp_path)
@@ -59,7 +59,7 @@ def test_layers_by_another_name(tmp_path: Path) -> None:
         require_loadable(tmp_path)
 
 
-def test_layers_that_predict_further_ahead_are_no_layers_too_many(
+def test_require_loadable_accepts_multi_token_prediction_layers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = DeepseekV3Config(
@@ -78,7 +78,7 @@ def test_layers_that_predict_further_ahead_are_no_layers_too_many(
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_one_number_that_is_none(folder: Path, kind: torch.dtype) -> None:
+def test_require_finite_of_one_nan_names_the_tensor(folder: Path, kind: torch.dtype) -> None:
     path, name = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     tensors = {key: value.to(kind) for key, value in load_file(path).items()}
     tensors |= {"empty": torch.zeros(0, 3, dtype=kind), "ids": torch.arange(3)}

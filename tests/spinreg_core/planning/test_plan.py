@@ -254,5 +254,5 @@ def test_held_out_rows_are_those_that_the_run_will_have(tmp_path: Path) -> None:
     data = {"heldout_dataset": few, "heldout_rows": 60}
     sizes, _ = read_sizes(configured(dataset=many, data=data), tiny_folder())
     assert (sizes.heldout_rows, sizes.train_rows) == (5, 35)
-    with pytest.raises(BadInput, match=r"data\.heldout_rows: .* open in 5 ways"):
+    with pytest.raises(BadInput, match=r"data\.heldout_rows is 8, .* only 5 different openings"):
         read_sizes(configured(dataset=few, data={"heldout_rows": 8, "prompts_per_round": 12}), tiny_folder())

@@ -53,7 +53,7 @@ def table(store: FolderStore, data: str, part: str) -> Any:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
-def test_a_rounded_base_is_a_float32_policy_and_says_so(tmp_path: Path) -> None:
+def test_prepare_with_quantized_base_publishes_float32(tmp_path: Path) -> None:
     rows = save(tmp_path / "x.jsonl", ROWS)
     plain = prepare.run(job(tmp_path, rows, "plain"))
     rounded = prepare.run(job(tmp_path, rows, "rounded", training={"lora_rank": 4, "lora_quantize": "4bit"}))
@@ -68,7 +68,7 @@ def test_a_rounded_base_is_a_float32_policy_and_says_so(tmp_path: Path) -> None:
     assert not all(torch.equal(weights[name].float(), changed[name]) for name in weights)
 
 
-def test_both_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_publishes_data_and_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = job(tmp_path, save(tmp_path / "x.jsonl", [*ROWS, ROWS[0], {"prompt": "?"}]), data={"max_bad_share": 0.1})
     manifest = prepare.run(work)
     store = FolderStore(tmp_path / "store")
@@ -106,7 +106,7 @@ def test_both_objects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "bad rows: 1 missing_column" in shown
 
 
-def test_a_second_time_nothing_is_made_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_again_publishes_nothing_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = save(tmp_path / "x.jsonl", ROWS)
     first = prepare.run(job(tmp_path, dataset))
     files = sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file())
@@ -116,7 +116,7 @@ def test_a_second_time_nothing_is_made_anew(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.count("in the store already") == 2
 
 
-def test_what_changes_the_rows_changes_their_object(tmp_path: Path) -> None:
+def test_data_id_follows_everything_that_changes_rows(tmp_path: Path) -> None:
     dataset = save(tmp_path / "x.jsonl", ROWS)
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
     other = shutil.copytree(toy, tmp_path / "other")
@@ -139,7 +139,7 @@ def test_what_changes_the_rows_changes_their_object(tmp_path: Path) -> None:
     assert len({m["base"] for m in made.values()}) == 1
 
 
-def test_a_template_that_thinks_for_the_human_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prepare_warns_of_text_before_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
     other = shutil.copytree(toy, tmp_path / "other")
     (other / "chat_template.jinja").write_text(TEMPLATES["empty_thoughts"])
@@ -153,7 +153,7 @@ def test_a_template_that_thinks_for_the_human_is_told_of(tmp_path: Path, capsys:
     assert warning in inspect(config)[0]
 
 
-def test_prompts_that_lose_turns_are_counted(tmp_path: Path) -> None:
+def test_prepare_counts_shortened_prompts(tmp_path: Path) -> None:
     def chat(i: int, turns: int) -> dict[str, Any]:
         said = [{"role": r, "content": f"{r} {i} " + "w" * 50} for _ in range(turns) for r in ("user", "assistant")]
         return {"messages": said}
@@ -166,7 +166,7 @@ def test_prompts_that_lose_turns_are_counted(tmp_path: Path) -> None:
     assert inspect(config)[1]["train"]["shortened_prompts"] == 3
 
 
-def test_what_stays_of_long_prompts_is_on_one_side(tmp_path: Path) -> None:
+def test_prepare_splits_by_the_messages_that_stay(tmp_path: Path) -> None:
     """A question alone and the same at the end of a long conversation are the same prompt once turns are dropped."""
     lost = [{"role": r, "content": "w" * 60} for _ in range(6) for r in ("user", "assistant")]
     asked = [
@@ -185,7 +185,7 @@ def test_what_stays_of_long_prompts_is_on_one_side(tmp_path: Path) -> None:
     assert sorted(names) == [min(names), f"{min(names)}-2"]
 
 
-def test_what_filters_removed_is_told_of_by_the_object_itself(tmp_path: Path) -> None:
+def test_data_id_covers_what_filters_removed(tmp_path: Path) -> None:
     """Two configurations that leave the same rows for different reasons."""
     dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "Long?", "answer": "long " * 50}])
     bench = save(tmp_path / "bench.jsonl", [{"prompt": "one two three four five six", "answer": "x"}])
@@ -201,7 +201,7 @@ def test_what_filters_removed_is_told_of_by_the_object_itself(tmp_path: Path) ->
     assert len({m["object_id"] for m in made.values()}) == 3
 
 
-def test_heldout_data_of_its_own(tmp_path: Path) -> None:
+def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
     other = save(
         tmp_path / "heldout.jsonl", [*ROWS[:10], *[{"prompt": f"New {i}?", "answer": "Yes."} for i in range(10)]]
     )
@@ -216,7 +216,7 @@ def test_heldout_data_of_its_own(tmp_path: Path) -> None:
     assert not set(train["messages"].to_pylist()) & set(heldout["messages"].to_pylist())
 
 
-def test_bad_rows_end_the_run_before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_with_bad_rows_raises_before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("a model was asked for")
 
@@ -229,7 +229,7 @@ def test_bad_rows_end_the_run_before_any_model(tmp_path: Path, monkeypatch: pyte
         prepare.run(job(tmp_path, dataset, "lenient", data={"max_bad_share": 0.03}))
 
 
-def test_long_prompts_end_the_run_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> None:
         raise AssertionError("weights were asked for")
 
@@ -240,19 +240,19 @@ def test_long_prompts_end_the_run_before_any_weights(tmp_path: Path, monkeypatch
     assert not (tmp_path / "store").exists()
 
 
-def test_rows_beyond_the_model(tmp_path: Path) -> None:
+def test_prepare_with_rows_beyond_the_model_raises(tmp_path: Path) -> None:
     dataset = save(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(BadInput, match="found 4096 tokens; expected at most 2048"):
         prepare.run(job(tmp_path, dataset, data={"max_length": 4096}))
 
 
-def test_exact_match_without_final_answers(tmp_path: Path) -> None:
+def test_prepare_without_final_answers_raises(tmp_path: Path) -> None:
     dataset = save(tmp_path / "x.jsonl", [{"prompt": f"{i}?", "answer": "yes"} for i in range(20)])
     with pytest.raises(BadInput, match=r"evaluation\.final_answer"):
         prepare.run(job(tmp_path, dataset, evaluation={"final_answer": "gsm8k"}))
 
 
-def test_long_answers_are_cut_and_counted(tmp_path: Path) -> None:
+def test_prepare_cuts_and_counts_long_answers(tmp_path: Path) -> None:
     rows = [*ROWS, {"prompt": "Long?", "answer": "x" * 2000}]
     made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", rows)))
     assert made["metrics"]["truncated_answers"] == 1
@@ -265,7 +265,7 @@ def test_long_answers_are_cut_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_as_a_process(tmp_path: Path) -> None:
+def test_prepare_as_a_process_reports_by_exit_status(tmp_path: Path) -> None:
     good = job(tmp_path, save(tmp_path / "x.jsonl", ROWS))
     good.save(tmp_path / "good.json")
     bad = job(tmp_path, str(tmp_path / "nowhere.jsonl"), "bad")
@@ -284,7 +284,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert ended["bad"].stdout.strip().splitlines()[-1].startswith("bad input: dataset: found no file or folder")
 
 
-def test_the_base_is_named_by_its_contents(tmp_path: Path) -> None:
+def test_base_id_covers_the_model_files(tmp_path: Path) -> None:
     made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", ROWS)))
     base = read_manifest(FolderStore(tmp_path / "store"), made["base"])
     assert base is not None
