@@ -7,6 +7,7 @@ from typing import Any
 from spinreg_core.config import RunConfig
 from spinreg_core.reports.figures import run_figures
 from spinreg_core.reports.run_report import report_data
+from spinreg_core.reports.schema import Report
 from spinreg_core.reports.tables import link, metrics_markdown, metrics_rows
 from spinreg_core.reports.trackers import send
 from spinreg_core.store.base import Store
@@ -66,7 +67,7 @@ def show_end(summary: dict[str, Any], markdown: str) -> None:
 def track(store: Store, config: RunConfig) -> None:
     """Give the trackers of the configuration all there is of the run. Best effort, as `show_round`: what a tracker did
     not get now it gets with the next round."""
-    data: dict[str, Any] | None = None
+    data: Report | None = None
     for tracker in config.tracking.to:
         try:
             data = data or report_data(store, config.run)

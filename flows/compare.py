@@ -30,11 +30,10 @@ from spinreg_core.comparison.grid import (
     require_two,
     rounds_open,
 )
-from spinreg_core.comparison.text import comparison_markdown, comparison_rows, comparison_table
+from spinreg_core.comparison.text import comparison_figures, comparison_markdown, comparison_rows, comparison_table
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import load_config_file, merge, show, validate
 from spinreg_core.errors import BadInput
-from spinreg_core.reports.figures import comparison_figures
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.store.probe import require_conditional_writes

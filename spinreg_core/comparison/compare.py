@@ -1,18 +1,18 @@
-"""Finished runs of one store against each other: every number of the comparison, as plain JSON values.
+"""The comparison of finished runs: every number of it, as plain JSON values.
 
-Decides: which differences are looked at, in which families they are corrected for being many, and what is said of
-each variant besides (stability, cost, lineage, configuration). Leaves out: the statistics (`evaluation/paired.py`),
-the reading (`runs.py`), the sentences (`text.py`), the page (`page.py`).
+Decides: the differences that are tested, the families in which they are corrected for multiple testing, and the other
+content (stability, cost, lineage, configuration). Leaves out: the statistics (`evaluation`), reading runs (`runs`),
+sentences (`text`) and the page (`page`).
 
-Three families, each corrected by Holm's procedure, so that in each the chance of any false claim is about 5 % at most
-(`evaluation/paired.py` says how good the p-values are):
+Holm's procedure (Holm 1979) corrects each of three families, so that in each the chance of any false claim is about 5 %
+at most (`evaluation/paired.py` says how good the p-values are):
 
     verdict   the primary metric at the last round that all variants have: each variant against the reference, and each
-              against its base. The sentences of the verdict speak about these alone.
+              against its base. The sentences of the verdict are about these alone.
     table     all other metrics at that round: the marks of the table.
-    rounds    everything at all other rounds: the marks of the table by round.
+    rounds    everything at all other rounds: the marks of the tables by round.
 
-A comparison is a view: it can be written again at any time.
+A comparison is a view. It can be written again at any time.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from spinreg_core.comparison.runs import (
+    Evaluated,
     Variant,
     alarms_of,
-    costs_of,
+    cost_of,
     definitions_of,
     lineage_of,
     one_per_seed,
@@ -35,14 +36,15 @@ from spinreg_core.comparison.runs import (
     variants_of,
     why_unpaired,
 )
+from spinreg_core.comparison.schema import Comparison, Difference, Numbers, RunEntry, Step, Unpaired, Value
 from spinreg_core.comparison.text import grid_of, notes, plane_of, verdict
-from spinreg_core.config import RUN_NAME, variant_fields
+from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.evaluation.metrics import PRIMARY
 from spinreg_core.evaluation.paired import Resampled, Scores, apply_holm, difference, estimate
-from spinreg_core.runs.head import stage_object
+from spinreg_core.reports.schema import Definition
 from spinreg_core.runs.objects import versions
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import pinned
@@ -50,14 +52,16 @@ from spinreg_core.store.cache import pinned
 SCHEMA = 1
 FAMILIES = ("verdict", "table", "rounds")
 BASE = "base"
-STEADY = ("heldout_nll", "kl_base", "margin")  # whose change from round to round is the stability figure
-_ZERO_FOR_BASE = "kl_base"  # by definition: its difference from the base is itself
+# Metrics of the stability figure, which shows their change from round to round.
+STEADY = ("heldout_nll", "kl_base", "margin")
+# It is zero for the base by definition, so its difference from the base is the metric itself.
+_ZERO_FOR_BASE = "kl_base"
 
 
 def comparison_name(runs: Sequence[str], name: str | None = None) -> str:
-    """`name`, or the runs' names joined; shortened with a hash where that is longer than a name may be.
+    """Return `name`, or the runs' names joined and, if that is too long for a name, shortened with a hash.
 
-    Raises BadInput for a name that could not be a run's.
+    Raises BadInput for a name that a run could not have.
     """
     if name is None:
         name = "-vs-".join(runs)
@@ -65,22 +69,31 @@ def comparison_name(runs: Sequence[str], name: str | None = None) -> str:
             digest = hashlib.sha256("\n".join(runs).encode()).hexdigest()[:12]
             name = f"{runs[0][:32]}-and-{len(runs) - 1}-more-{digest}"
     if not re.fullmatch(RUN_NAME, name):
-        raise BadInput("name of the comparison", repr(name), f"one that matches {RUN_NAME}")
+        raise BadInput("name of the comparison", repr(name), f"a name that matches {RUN_NAME}")
     return name
 
 
-def comparison_data(
+def compare(
     store: Store,
     runs: Sequence[str],
     against: str | None = None,
     name: str | None = None,
     failed: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Everything the comparison says. against: the run whose variant is the reference (default: the first); failed:
-    runs of the comparison whose flow run failed, compared or not, and why.
+) -> Comparison:
+    """Compare finished runs of one store and return every number and sentence of the comparison.
 
-    Raises BadInput for fewer than two runs or one named twice, a run that is not in the store, and where nothing can
-    be compared: no round beyond the base is evaluated in all, or no two variants share held-out rows.
+    runs: names of at least two runs. Runs that differ in their seed alone form one variant.
+    against: the run with the reference variant; default the first.
+    name: name of the comparison; default the runs' names joined.
+    failed: runs of the comparison with a failed flow run, and the reason.
+
+    Estimates carry their unit and 95 % interval; `seconds` are wall-clock seconds. NaN and infinities stay as they are.
+
+    Raises:
+        BadInput: fewer than two runs, a run named twice or missing, or nothing to compare: no round beyond the base is
+            evaluated in all runs, or no two variants share held-out rows.
+        Removed: `spinreg gc` removed a file that the comparison needs.
+        Damaged: a file or document of a run is missing or altered.
     """
     name = comparison_name(runs, name)
     if len(runs) < 2 or len(set(runs)) < len(runs):
@@ -96,7 +109,11 @@ def comparison_data(
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
         alarmed = alarms_of(store, members)
     reference = next(v for v in variants if against in [member.run for member in v.members])
-    unpaired = _unpaired(variants, reference)
+    unpaired: list[Unpaired] = [
+        {"variant": variant.label, "why": why_unpaired(variant, reference)}
+        for variant in variants
+        if not reference.data & variant.data
+    ]
     if len(variants) > 1 and len(unpaired) == len(variants) - 1:
         found = "; ".join(f"{one['variant']}: {one['why']}" for one in unpaired)
         raise BadInput(
@@ -112,25 +129,20 @@ def comparison_data(
     resampled = _Resampled(variants, config.evaluation.bootstrap, config.seed)
     metrics = definitions_of(members)
     comparisons = _comparisons(variants, reference, metrics, last, resampled)
-    own = variant_fields(reference.members[0].config)
-    data: dict[str, Any] = {
+    tests = [one["family"] for one in comparisons if not one["same"] and one["repeats"] is None]
+    numbers: Numbers = {
         "schema": SCHEMA,
         "spinreg": versions().get("spinreg"),
         "name": name,
         "store": store.url,
-        "runs": [
-            {"run": m.run, "variant": v.label, "seed": m.config.seed, "data": m.head["data"], "rounds": m.rounds,
-             "ended": ended_early(m.head),
-             "sampler": m.config.generation.model_dump(include={"temperature", "top_p", "top_k"})}
-            for v in variants for m in v.members
-        ],
+        "runs": [_run_entry(member, variant) for variant in variants for member in variant.members],
         "variants": [
             {
                 "label": variant.label,
                 "runs": [member.run for member in variant.members],
                 "seeds": [member.config.seed for member in variant.members],
                 "rounds": variant.rounds,
-                "differences": differences(own, variant_fields(variant.members[0].config)),
+                "differences": differences(reference.fields, variant.fields),
             }
             for variant in variants
         ],
@@ -147,24 +159,35 @@ def comparison_data(
         "benchmarks": [one for member in members for one in member.measured],
         "no_items": sorted(set().union(*(member.no_items for member in members))),
         "alarms": alarmed,
-        "families": {
-            family: sum(one["family"] == family and not one["same"] and one["repeats"] is None for one in comparisons)
-            for family in FAMILIES
-        },
+        "families": {family: tests.count(family) for family in FAMILIES},
         "stability": _stability(variants, metrics, resampled),
-        "cost": costs_of(variants, lineage),
+        "cost": [cost_of(variant, lineage) for variant in variants],
         "grid": grid_of([(v.label, v.members[0].config.objective) for v in variants]),
         "plane": plane_of([(v.label, v.members[0].config) for v in variants]),
         "samples": samples,
         "lineage": lineage,
         "config": config.model_dump(mode="json"),
-    }  # fmt: skip
-    data |= {"verdict": verdict(data), "notes": notes(data)}
-    return data
+    }
+    return {**numbers, "verdict": verdict(numbers), "notes": notes(numbers)}
+
+
+def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
+    return {
+        "run": member.run,
+        "variant": variant.label,
+        "seed": member.config.seed,
+        "data": member.data,
+        "rounds": member.rounds,
+        "ended": ended_early(member.head),
+        "sampler": member.config.generation.model_dump(include={"temperature", "top_p", "top_k"}),
+    }
 
 
 class _Resampled:
-    """The bootstrap draws of every score: questions of held-out rows together, those of each benchmark together."""
+    """The bootstrap draws of every score.
+
+    All metrics of held-out rows share their draws, and so do the runs measured with one benchmark.
+    """
 
     def __init__(self, variants: list[Variant], resamples: int, seed: int) -> None:
         scores: dict[str, list[Scores]] = {}
@@ -183,18 +206,8 @@ class _Resampled:
         return self._of[metric if "/" in metric else ""]
 
 
-def _unpaired(variants: list[Variant], reference: Variant) -> list[dict[str, str]]:
-    ours = {str(member.head["data"]) for member in reference.members}
-    return [
-        {"variant": variant.label, "why": why_unpaired(variant, reference)}
-        for variant in variants
-        if not ours & {str(member.head["data"]) for member in variant.members}
-    ]
-
-
-def _values(variants: list[Variant], metrics: dict[str, Any], resampled: _Resampled) -> list[dict[str, Any]]:
-    """Every metric of every variant and round, over its seeds."""
-    return [
+def _values(variants: list[Variant], metrics: dict[str, Definition], resampled: _Resampled) -> list[Value]:
+    found = [
         {"variant": variant.label, "round": number, "metric": metric}
         | estimate(scores, resampled[metric], metrics[metric]["unit"])
         for variant in variants
@@ -202,68 +215,61 @@ def _values(variants: list[Variant], metrics: dict[str, Any], resampled: _Resamp
         for metric in metrics
         if (scores := variant.scores(metric, number))
     ]
+    return cast(list[Value], found)
 
 
 def _comparisons(
-    variants: list[Variant], reference: Variant, metrics: dict[str, Any], last: int, resampled: _Resampled
-) -> list[dict[str, Any]]:
-    """Every paired difference from the reference and from the base, corrected family by family.
+    variants: list[Variant], reference: Variant, metrics: dict[str, Definition], last: int, resampled: _Resampled
+) -> list[Difference]:
+    """Return every paired difference from the reference and from the base, corrected family by family.
 
-    Variants that share a policy share its differences: one of them is a test, and the others (`repeats`: whose) are
-    what it is.
+    Variants that share a policy share its differences. One of them is a test, and the others copy its results.
     """
     found: list[dict[str, Any]] = []
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
     repeated: list[tuple[dict[str, Any], dict[str, Any]]] = []
-    for metric in metrics:
-        for variant in variants:
-            for number in [n for n in variant.rounds if n]:
-                ours = variant.scores(metric, number)
-                pairs = [(BASE, variant.scores(metric, 0), False)] if metric != _ZERO_FOR_BASE else []
-                if variant is not reference:
-                    pairs.insert(0, (reference.label, reference.scores(metric, number),
-                                     _objects(variant, number) == _objects(reference, number)))  # fmt: skip
-                for against, theirs, same in pairs:
-                    content = (metric, number, _content(ours), _content(theirs))
-                    known = None if same else first.get(content)
-                    one = known or difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
-                    if one is None:
-                        continue
-                    family = "rounds" if number != last else "verdict" if metric == PRIMARY else "table"
-                    found.append({**one, "family": family, "metric": metric, "round": number, "variant": variant.label,
-                                  "against": against, "to_base": against is BASE, "same": same,
-                                  "repeats": known and known["variant"]})  # fmt: skip
-                    if known is not None:
-                        repeated.append((found[-1], known))
-                    elif not same:
-                        first[content] = found[-1]
+    for metric, variant in itertools.product(metrics, variants):
+        for number in [n for n in variant.rounds if n]:
+            ours = variant.scores(metric, number)
+            pairs = [(BASE, variant.scores(metric, 0), False)] if metric != _ZERO_FOR_BASE else []
+            if variant is not reference:
+                same = variant.evaluations(number) == reference.evaluations(number)
+                pairs.insert(0, (reference.label, reference.scores(metric, number), same))
+            for against, theirs, same in pairs:
+                content = (metric, number, _content(ours), _content(theirs))
+                known = None if same else first.get(content)
+                one = known or difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
+                if one is None:
+                    continue
+                family = "rounds" if number != last else "verdict" if metric == PRIMARY else "table"
+                found.append({**one, "family": family, "metric": metric, "round": number, "variant": variant.label,
+                              "against": against, "to_base": against is BASE, "same": same,
+                              "repeats": known and known["variant"]})  # fmt: skip
+                if known is not None:
+                    repeated.append((found[-1], known))
+                elif not same:
+                    first[content] = found[-1]
     for family in FAMILIES:
         apply_holm([one for one in found if one["family"] == family and one["repeats"] is None])
     for one, original in repeated:
         one |= {name: original[name] for name in ("p_holm", "corrected_low", "corrected_high", "supported")}
     for one in found:
         better = {"lower": -1, "higher": 1, None: 0}[metrics[one["metric"]]["better"]]
-        one["better"] = one["supported"] * better  # 1 better, -1 worse, 0: not supported, or neither
-    return found
+        one["better"] = one["supported"] * better
+    return cast(list[Difference], found)
 
 
 def _content(scores: list[Scores]) -> tuple[Any, ...]:
     return tuple(sorted((one.block, one.ids, one.num.tobytes(), one.den.tobytes()) for one in scores))
 
 
-def _objects(variant: Variant, number: int) -> set[str | None]:
-    return {stage_object(member.head, number, "evaluate") for member in variant.members}
-
-
-def _stability(variants: list[Variant], metrics: dict[str, Any], resampled: _Resampled) -> list[dict[str, Any]]:
-    """Paired change of NLL, KL to base and margin from each round to the next, over the variant's seeds."""
+def _stability(variants: list[Variant], metrics: dict[str, Definition], resampled: _Resampled) -> list[Step]:
+    """Return the paired change of each `STEADY` metric from every round to the next, over the variant's seeds."""
     found = []
-    for variant, metric in itertools.product(variants, STEADY):
-        if metric not in metrics:
-            continue
+    for variant, metric in itertools.product(variants, [name for name in STEADY if name in metrics]):
         for before, after in itertools.pairwise(variant.rounds):
-            one = difference(variant.scores(metric, after), variant.scores(metric, before), resampled[metric],
-                             metrics[metric]["unit"])  # fmt: skip
+            ours, theirs = variant.scores(metric, after), variant.scores(metric, before)
+            one = difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
             if one is not None and after == before + 1:
                 found.append({"variant": variant.label, "metric": metric, "round": after} | one)
-    return found
+    return cast(list[Step], found)

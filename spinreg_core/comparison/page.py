@@ -1,7 +1,7 @@
 """The comparison of runs as one self-contained HTML page, as JSON and as a table, written to the store.
 
-Decides: where they lie (`comparisons/<name>/`), the table's columns, and how its files get into the page.
-Leaves out: every number and sentence (`compare.py`, `text.py`) and the looks (`comparison.html.jinja`).
+Decides: the place of the files (`comparisons/<name>/`), the columns of the table, and its download links in the page.
+Leaves out: every number and sentence (`compare`, `text`) and the look of the page (`reports/templates`).
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinreg_core.comparison.compare import comparison_data
+from spinreg_core.comparison.compare import compare
+from spinreg_core.comparison.schema import Comparison, Numbers, WrittenComparison
 from spinreg_core.comparison.text import cells, counts_at, mark
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.formatting import format_duration, json_safe
 from spinreg_core.reports.templating import template
 from spinreg_core.store.base import Store
 
-_LARGEST_LINK = 2 * 2**20  # bytes of a table that the page carries
+_LARGEST_LINK = 2 * 2**20  # bytes
 # One row for every value (`against` empty) and every paired difference.
 TABLE_SCHEMA = pa.schema(
     [("metric", pa.string()), ("round", pa.int64()), ("variant", pa.string()), ("against", pa.string()),
@@ -40,33 +40,40 @@ def write_comparison(
     name: str | None = None,
     against: str | None = None,
     failed: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> WrittenComparison:
     """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over what was there.
 
-    Returns their keys as `html`, `json`, `csv`, `parquet`, and the `data`. Raises as `comparison_data`.
+    Return their keys and the comparison, with None in place of NaN and infinities. Arguments and errors as `compare`.
     """
-    data = json_safe(comparison_data(store, runs, against, name, failed))
+    data: Comparison = json_safe(compare(store, runs, against, name, failed))
     place = f"comparisons/{data['name']}"
-    named = {"html": "report.html", "json": "report.json", "csv": "table.csv", "parquet": "table.parquet"}
-    keys = {kind: f"{place}/{file}" for kind, file in named.items()}
     table = table_of(data)
     files = {"csv": csv_of(table), "parquet": parquet_of(table)}
-    store.write(keys["csv"], files["csv"])
-    store.write(keys["parquet"], files["parquet"])
-    store.write(keys["json"], json.dumps(data, indent=1, allow_nan=False).encode())
-    store.write(keys["html"], render(data, files).encode())
-    return {**keys, "data": data}
+    store.write(f"{place}/table.csv", files["csv"])
+    store.write(f"{place}/table.parquet", files["parquet"])
+    store.write(f"{place}/report.json", json.dumps(data, indent=1, allow_nan=False).encode())
+    store.write(f"{place}/report.html", render(data, files).encode())
+    return {
+        "html": f"{place}/report.html",
+        "json": f"{place}/report.json",
+        "csv": f"{place}/table.csv",
+        "parquet": f"{place}/table.parquet",
+        "data": data,
+    }
 
 
-def table_of(data: dict[str, Any]) -> pa.Table:
-    """Values and differences of every metric, round and variant, with `TABLE_SCHEMA`."""
-    rows = [{**one, "against": "", "seeds": len(one["values"])} for one in data["values"]]
-    rows += [{**one, "seeds": len(one["values"])} for one in data["comparisons"]]
+def table_of(data: Numbers) -> pa.Table:
+    """Return the values and differences of every metric, round and variant, with `TABLE_SCHEMA`."""
+    numbers = [*data["values"], *data["comparisons"]]
+    rows = [{"against": "", **one, "seeds": len(one["values"])} for one in numbers]
     return pa.Table.from_pylist([{name: row.get(name) for name in TABLE_SCHEMA.names} for row in rows], TABLE_SCHEMA)
 
 
 def csv_of(table: pa.Table) -> bytes:
-    """RFC 4180, UTF-8, floats in full. A text that a spreadsheet would take for a formula gets a quote before it."""
+    """Return a table as CSV: RFC 4180, UTF-8, floats in full.
+
+    A quote is put before text that a spreadsheet would run as a formula.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(table.column_names)
@@ -82,8 +89,11 @@ def parquet_of(table: pa.Table) -> bytes:
     return content
 
 
-def render(data: dict[str, Any], files: dict[str, bytes]) -> str:
-    """The page: loads nothing from anywhere, and every text from the runs stays text. files: csv, parquet."""
+def render(data: Comparison, files: dict[str, bytes]) -> str:
+    """Return the page. It loads nothing from anywhere, and every text from the runs is escaped.
+
+    files: content of the table by kind (csv, parquet); small ones become links in the page.
+    """
     from plotly.offline import get_plotlyjs
 
     page = template("comparison.html.jinja", estimate=format_estimate, duration=format_duration, mark=mark)

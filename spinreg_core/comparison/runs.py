@@ -1,22 +1,23 @@
-"""What a comparison reads of its runs: scores question by question, sample answers, costs.
+"""The runs of a comparison: scores question by question, sample answers, costs.
 
-Decides: which metrics are compared question by question, what makes two sets of questions the same (`block`), which
-runs are one variant. Leaves out: the statistics (`evaluation/paired.py`) and what is said (`compare.py`).
+Decides: the metrics that are compared question by question, when two sets of questions are the same (`block`), and
+which runs form one variant. Leaves out: the statistics (`evaluation`) and the sentences (`text`).
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.registry import results_of
+from spinreg_core.comparison.schema import BenchmarkEntry, Cost, Sample, SharedAlarm, SharedObject
 from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
@@ -24,11 +25,11 @@ from spinreg_core.evaluation.heldout import row_scores
 from spinreg_core.evaluation.metrics import GAME, METRICS
 from spinreg_core.evaluation.paired import Scores
 from spinreg_core.formatting import flatten
-from spinreg_core.reports.run_report import HELDOUT_ANSWERS, alarms, read_run, tokens_of
+from spinreg_core.reports.lineage import BENCHMARK, HELDOUT_ANSWERS, objects_of_run, tokens_of
+from spinreg_core.reports.run_report import heldout_alarms, read_json
+from spinreg_core.reports.schema import Definition, Measured
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import ROUND_STAGES, stage_object
-from spinreg_core.runs.objects import read_record
-from spinreg_core.runs.plans import measured_objects
+from spinreg_core.runs.head import ROUND_STAGES, require_config, require_head, stage_object
 from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.store.base import Store
 
@@ -36,44 +37,49 @@ HELDOUT = (
     "heldout_nll", "reward_accuracy", "exact_match", "kl_base", "kl_previous", "answer_length", "end_of_turn_rate",
     "distinct_2", "margin", "real_change", "generated_change", "entropy",
 )  # fmt: skip
-BENCHMARK = "benchmark"
 COST_STAGES = (*ROUND_STAGES, HELDOUT_ANSWERS, BENCHMARK)
-# Of a benchmark's settings, what says nothing about what was asked and how it was judged: how it was computed, what of
-# it is the policy's own, and what `fingerprints` and `prompts` say better.
-_NOT_ASKED = frozenset(
-    (
-        "backend",
-        "batch_size",
-        "bootstrap",
-        "engine",
-        "identical",
-        "include_path",
-        "limit",
-        "precision",
-        "processes",
-        "seed",
-    )
-)
-_ANSWERS = ("policy", "evaluate", "answers")  # of its fingerprints, those of what was measured
+# Settings of a benchmark that do not change its questions or its judge: they say how it was computed, or belong to the
+# policy, or are covered by `fingerprints` and `prompts`.
+_NOT_ASKED = {
+    "backend", "batch_size", "bootstrap", "engine", "identical", "include_path", "limit", "precision", "processes",
+    "seed",
+}  # fmt: skip
+# Fingerprints of the measured policy, which differ between policies that answered the same questions.
+_ANSWERS = ("policy", "evaluate", "answers")
 
 
 @dataclass
 class Evaluated:
-    """One run. scores: {round: {metric: Scores}}, evaluated rounds only; definitions: of its benchmarks' metrics;
-    no_items: its benchmarks whose primary metric is no mean over questions; measured: its benchmarks, with what their
-    figures rest on."""
+    """A run with the scores of its evaluated rounds: {round: {metric: Scores}}.
+
+    `definitions` are those of its benchmarks' metrics. `no_items` names benchmarks with a primary metric that is not a
+    mean over questions.
+    """
 
     run: str
     config: RunConfig
     head: dict[str, Any]
     scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
-    definitions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    definitions: dict[str, Definition] = field(default_factory=dict)
     no_items: set[str] = field(default_factory=set)
-    measured: list[dict[str, Any]] = field(default_factory=list)
+    measured: list[BenchmarkEntry] = field(default_factory=list)
 
     @property
     def rounds(self) -> list[int]:
         return sorted(self.scores)
+
+    @property
+    def data(self) -> str:
+        """The object with its rows."""
+        return str(self.head["data"])
+
+    def evaluation(self, number: int) -> str | None:
+        """Return the object of a round's evaluation."""
+        return stage_object(self.head, number, "evaluate")
+
+    def read(self, store: Store, number: int, name: str) -> Any:
+        """Return a JSON file of the evaluation of an evaluated round. Raises Damaged."""
+        return read_json(store, str(self.evaluation(number)), name)
 
 
 @dataclass
@@ -85,109 +91,125 @@ class Variant:
 
     @property
     def rounds(self) -> list[int]:
-        """Those that every seed has evaluated."""
+        """The rounds that every seed has evaluated."""
         return sorted(set.intersection(*(set(member.scores) for member in self.members)))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        return variant_fields(self.members[0].config)
+
+    @property
+    def data(self) -> set[str]:
+        """The objects with the rows of its runs."""
+        return {member.data for member in self.members}
 
     def scores(self, metric: str, number: int) -> list[Scores]:
         found = [member.scores.get(number, {}).get(metric) for member in self.members]
         return [one for one in found if one is not None]
 
+    def evaluations(self, number: int) -> set[str | None]:
+        return {member.evaluation(number) for member in self.members}
+
 
 def read_evaluated(store: Store, run: str) -> Evaluated:
-    """A run with its scores. Raises BadInput where there is no such run, or nothing of it is evaluated, Removed or
-    Damaged where a file is gone."""
-    head, config = read_run(store, run)
+    """Return a run with its scores.
+
+    Raises BadInput for a missing run or one without evaluation, Removed or Damaged for a missing or altered file.
+    """
+    head, config = require_head(store, run), require_config(store, run)
     if not head.get("data"):
-        raise BadInput(
-            "runs to compare", f"{run!r}, of which nothing is evaluated yet", "at least round 1 of every run"
-        )
+        raise BadInput(f"run {run!r}", "has no evaluated round yet", "run it to round 1 at least, then compare it")
     member = Evaluated(run, config, head)
     for number in sorted(entry["round"] for entry in head["rounds"]):
-        object_id = stage_object(head, number, "evaluate")
+        object_id = member.evaluation(number)
         if object_id is None:
             continue
         rows = pq.read_table(fetch_file(store, object_id, "rows.parquet"))
-        scores = heldout_scores(rows, str(head["data"]), effective_alpha(config.objective.alpha, number))
-        for document in results_of(store, config, head, number):
-            found = read_benchmark(store, document, member.definitions)
-            scores |= found
+        scores = heldout_scores(rows, member.data, effective_alpha(config.objective.alpha, number))
+        for part in cast(list[Measured], results_of(store, config, head, number)):
+            key = f"{part['name']}/{part['primary']}"
+            found = benchmark_scores(store, part)
+            if found is None:
+                member.no_items.add(key)
+            else:
+                scores[key] = found
+                member.definitions[key] = {
+                    "label": key,
+                    "unit": part["metrics"][part["primary"]]["unit"],
+                    "better": part["better"],
+                    "definition": f"Benchmark of kind {part['kind']}: its primary metric, item by item.",
+                }
             told = ("object_id", "kind", "name", "settings", "fingerprints", "versions", "cost")
-            member.measured.append({"run": run, "round": number} | {name: document.get(name) for name in told})
-            if not found:
-                member.no_items.add(f"{document['name']}/{document['primary']}")
+            entry = {"run": run, "round": number} | {name: part.get(name) for name in told}
+            member.measured.append(cast(BenchmarkEntry, entry))
         member.scores[number] = scores
     return member
 
 
 def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores]:
-    """Of an evaluate object's rows, the metrics that are compared row by row."""
+    """Return the metrics that are compared row by row, from an evaluation's rows."""
     ids, found = tuple(rows["prompt_id"].to_pylist()), row_scores(rows, alpha)
     return {name: Scores(block, ids, *found[name]) for name in HELDOUT if name in found}
 
 
-def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
-    """The primary metric of a benchmark's part, item by item; nothing where it is not the mean of its items."""
-    name, primary = document["name"], document["primary"]
-    rows = pq.read_table(fetch_file(store, document["object_id"], "items.parquet")).to_pylist()
+def benchmark_scores(store: Store, part: Measured) -> Scores | None:
+    """Return a benchmark's primary metric item by item, or None if it is not the mean of its items."""
+    primary = part["primary"]
+    rows = pq.read_table(fetch_file(store, part["object_id"], "items.parquet")).to_pylist()
     items = {row["item"]: row["value"] for row in rows if row["metric"] == primary}
-    values, metric = np.array([*items.values()], np.float64), document["metrics"][primary]
-    if not items or not math.isclose(values.mean(), metric["value"], rel_tol=1e-9, abs_tol=1e-9):
-        return {}
-    key = f"{name}/{primary}"
-    definitions[key] = {
-        "label": key, "unit": metric["unit"], "better": document["better"],
-        "definition": f"Benchmark of kind {document['kind']}: its primary metric, item by item.",
-    }  # fmt: skip
-    return {key: Scores(asked_of(document), tuple(items), values, np.ones(len(values)))}
+    values = np.array([*items.values()], np.float64)
+    # The tolerance covers the order of summation only.
+    if not items or not math.isclose(values.mean(), part["metrics"][primary]["value"], rel_tol=1e-9, abs_tol=1e-9):
+        return None
+    return Scores(asked_of(part), tuple(items), values, np.ones(len(values)))
 
 
-def asked_of(document: dict[str, Any]) -> str:
-    """All of a benchmark's results that two policies must have in common to be compared by it: the questions and their
-    prompts, the judge, and the answers that theirs were held against.
+def asked_of(part: Measured) -> str:
+    """Return what two policies must have in common to be compared by a benchmark.
 
-    Win rates against the previous iterate have other such answers in every run, but for round 1: they are not paired.
+    That is its questions and prompts, the judge, and the opponent's answers. Win rates against the previous iterate
+    have other opponents in every run, except in round 1; so they are not paired.
     """
     common = {
-        "kind": document["kind"], "name": document["name"], "primary": document["primary"],
-        "settings": {k: v for k, v in document.get("settings", {}).items() if k not in _NOT_ASKED},
-        "fingerprints": {k: v for k, v in document.get("fingerprints", {}).items() if k not in _ANSWERS},
-        "lm-eval": document.get("versions", {}).get("lm-eval"),
-    }  # fmt: skip
+        "kind": part["kind"],
+        "name": part["name"],
+        "primary": part["primary"],
+        "settings": {k: v for k, v in part.get("settings", {}).items() if k not in _NOT_ASKED},
+        "fingerprints": {k: v for k, v in part.get("fingerprints", {}).items() if k not in _ANSWERS},
+        "lm-eval": part.get("versions", {}).get("lm-eval"),
+    }
     return json.dumps(common, sort_keys=True)
 
 
-def alarms_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
-    """The alarms of the runs' held-out rows, each once, with the runs that raised it (which share its round)."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+def alarms_of(store: Store, members: list[Evaluated]) -> list[SharedAlarm]:
+    """Return the alarms of the runs' held-out rows, each once, with the runs that raised it (which share its round)."""
+    found: dict[tuple[int, str, str], SharedAlarm] = {}
     for member in members:
-        rounds = []
         for number in member.rounds:
-            path = fetch_file(store, str(stage_object(member.head, number, "evaluate")), "metrics.json")
-            rounds.append({"round": number, "metrics": json.loads(path.read_bytes()), "training": None})
-        for one in alarms(rounds, member.config.evaluation.alarm_real_drop):
-            found.setdefault(tuple(one.values()), one | {"runs": []})["runs"].append(member.run)
+            metrics = member.read(store, number, "metrics.json")
+            for one in heldout_alarms(number, metrics, member.config.evaluation.alarm_real_drop):
+                key = (one["round"], one["where"], one["text"])
+                found.setdefault(key, {**one, "runs": []})["runs"].append(member.run)
     return list(found.values())
 
 
-def definitions_of(members: list[Evaluated]) -> dict[str, dict[str, Any]]:
-    """How each metric that any run has is shown, in the order of the page."""
+def definitions_of(members: list[Evaluated]) -> dict[str, Definition]:
+    """Return how each metric that any run has is shown, in the order of the page."""
     there = {name for member in members for scores in member.scores.values() for name in scores}
-    found: dict[str, dict[str, Any]] = {}
-    for name in HELDOUT:
-        metric = METRICS.get(name) or GAME[name]
-        if name in there:
-            found[name] = {"label": metric.label, "unit": metric.unit, "better": metric.better,
-                           "definition": metric.definition}  # fmt: skip
+    found = {name: cast(Definition, asdict(METRICS.get(name) or GAME[name])) for name in HELDOUT if name in there}
     for member in members:
         found |= member.definitions
     return found
 
 
 def one_per_seed(members: list[Evaluated], against: str | None) -> tuple[list[Evaluated], dict[str, str]]:
-    """Without runs that repeat another's configuration and seed (plain SPIN in two grids, say), which are no further
-    seed; and of each such run which it repeats: the run `against`, or the one that went furthest."""
+    """Return the runs without those that repeat another's configuration and seed, and the run that each repeats.
+
+    A repeated run (plain SPIN in two grids, for example) is no further seed. The run `against` stays, otherwise the one
+    with the most rounds.
+    """
     first: dict[str, str] = {}
-    keys = {m.run: json.dumps([variant_fields(m.config), m.config.seed], sort_keys=True) for m in members}
+    keys = {m.run: _key([variant_fields(m.config), m.config.seed]) for m in members}
     for member in sorted(members, key=lambda one: (one.run != against, -max(one.rounds, default=-1))):
         first.setdefault(keys[member.run], member.run)
     repeats = {run: first[key] for run, key in keys.items() if first[key] != run}
@@ -195,35 +217,33 @@ def one_per_seed(members: list[Evaluated], against: str | None) -> tuple[list[Ev
 
 
 def variants_of(members: list[Evaluated]) -> list[Variant]:
-    """Runs whose variant fields are equal are one variant; in the order in which they were named.
+    """Return the variants (runs with equal variant fields), in the order in which their runs were named.
 
-    A variant's label is what tells it from the others where that is one to three fields, else its first run's name.
+    A label names the one to three fields in which the variants differ; otherwise it is the first run's name.
     """
-    groups: list[list[Evaluated]] = []
+    groups: dict[str, Variant] = {}
     for member in members:
-        for group in groups:
-            if variant_fields(group[0].config) == variant_fields(member.config):
-                group.append(member)
-                break
-        else:
-            groups.append([member])
-    fields = [dict(flatten(variant_fields(group[0].config))) for group in groups]
+        groups.setdefault(_key(variant_fields(member.config)), Variant(member.run, [])).members.append(member)
+    variants = list(groups.values())
+    fields = [dict(flatten(variant.fields)) for variant in variants]
     telling = [name for name in dict.fromkeys(n for one in fields for n in one)
                if len({one.get(name) for one in fields}) > 1]  # fmt: skip
     labels = [", ".join(f"{name.rpartition('.')[2]} {one.get(name, '-')}" for name in telling) for one in fields]
-    if not 1 <= len(telling) <= 3 or len(set(labels)) < len(labels) or max(map(len, labels)) > 60:
-        labels = [group[0].run for group in groups]
-    return [Variant(label, group) for label, group in zip(labels, groups, strict=True)]
+    if 1 <= len(telling) <= 3 and len(set(labels)) == len(labels) and max(map(len, labels)) <= 60:
+        for variant, label in zip(variants, labels, strict=True):
+            variant.label = label
+    return variants
+
+
+def _key(values: Any) -> str:
+    return json.dumps(values, sort_keys=True)
 
 
 def why_unpaired(ours: Variant, theirs: Variant) -> str:
-    """Why no held-out rows are common to two variants."""
+    """Return why two variants have no held-out rows in common."""
     seeds = [sorted({member.config.seed for member in variant.members}) for variant in (ours, theirs)]
-    fields: list[dict[str, Any]] = [
-        {name: variant_fields(variant.members[0].config)[name] for name in ("model", "dataset", "data")}
-        for variant in (ours, theirs)
-    ]
-    told = differences(fields[1], fields[0])
+    old, new = ({name: one.fields[name] for name in ("model", "dataset", "data")} for one in (theirs, ours))
+    told = differences(old, new)
     if told:
         return "their held-out rows are of other data objects: " + "; ".join(told)
     if not set(seeds[0]) & set(seeds[1]):
@@ -234,90 +254,67 @@ def why_unpaired(ours: Variant, theirs: Variant) -> str:
     return "their held-out rows are of other data objects with the same configuration: the data or the model changed"
 
 
-def samples_of(store: Store, variants: list[Variant]) -> list[dict[str, Any]]:
-    """The first held-out prompts of every run, each with the human answer and what every variant and round answered."""
-    found: dict[str, dict[str, Any]] = {}
+def samples_of(store: Store, variants: list[Variant]) -> list[Sample]:
+    """Return the first held-out prompts of every run, each with the human answer and all sampled answers."""
+    found: dict[str, Sample] = {}
     for variant in variants:
         for member in variant.members:
             for number in member.rounds:
-                object_id = stage_object(member.head, number, "evaluate")
-                assert object_id is not None
-                shown = json.loads(fetch_file(store, object_id, "samples.json").read_bytes())["samples"]
-                for sample in shown:
-                    key = f"{member.head['data']} {sample['prompt_id']}"
+                for one in member.read(store, number, "samples.json")["samples"]:
                     row = found.setdefault(
-                        key, {"messages": sample["messages"], "answer": sample["answer"], "answers": []}
+                        f"{member.data} {one['prompt_id']}",
+                        {"messages": one["messages"], "answer": one["answer"], "answers": []},
                     )
-                    row["answers"].append({"variant": variant.label, "run": member.run, "round": number,
-                                           "text": sample["sample"], "finish": sample["finish"]})  # fmt: skip
+                    place = {"variant": variant.label, "run": member.run, "round": number}
+                    row["answers"].append(place | {"text": one["sample"], "finish": one["finish"]})
     return list(found.values())
 
 
-def lineage_of(store: Store, members: list[Evaluated]) -> list[dict[str, Any]]:
-    """Every object of the runs once, with the runs that it is part of and what it took: seconds (of the attempt that
-    finished it), tokens, and `paid` to a judge."""
-    found: dict[str, dict[str, Any]] = {}
+def lineage_of(store: Store, members: list[Evaluated]) -> list[SharedObject]:
+    """Return every object of the runs once, with the runs that it is part of and its cost."""
+    found: dict[str, SharedObject] = {}
     for member in members:
         paid = {one["object_id"]: (one["cost"] or {}).get("paid", 0.0) for one in member.measured}
-        named: list[tuple[int, str, str | None]] = [(0, name, member.head.get(name)) for name in ("base", "data")]
-        for entry in sorted(member.head["rounds"], key=lambda entry: int(entry["round"])):
-            named += [(entry["round"], stage, entry["stages"].get(stage)) for stage in ROUND_STAGES]
-            measured = measured_objects(member.head, entry["round"])
-            named += [(entry["round"], BENCHMARK, object_id) for object_id in measured.values()]
-        for number, stage, object_id in _with_heldout(store, named):
-            if object_id is None:
-                continue
-            if object_id in found:
-                found[object_id]["runs"].append(member.run)
-                continue
-            record = read_record(store, object_id) or {}
-            found[object_id] = {
-                "round": number, "stage": stage, "object_id": object_id, "uri": store.uri(f"objects/{object_id}"),
-                "seconds": record.get("seconds"), "created": record.get("created"), "runs": [member.run],
-                "tokens": tokens_of(stage, record.get("metrics", {})), "paid": paid.get(object_id, 0.0),
-                "inputs": record.get("inputs"), "versions": record.get("versions"),
-            }  # fmt: skip
+        for made in objects_of_run(store, member.head):
+            if made.object_id not in found:
+                found[made.object_id] = {
+                    "round": made.round,
+                    "stage": made.stage,
+                    "object_id": made.object_id,
+                    "uri": store.uri(f"objects/{made.object_id}"),
+                    "seconds": made.record.get("seconds"),
+                    "created": made.record.get("created"),
+                    "runs": [],
+                    "tokens": tokens_of(made),
+                    "paid": paid.get(made.object_id, 0.0),
+                    "inputs": made.record.get("inputs"),
+                    "versions": made.record.get("versions"),
+                }
+            found[made.object_id]["runs"].append(member.run)
     return list(found.values())
 
 
-def _with_heldout(store: Store, named: Sequence[tuple[int, str, str | None]]) -> Iterator[tuple[int, str, str | None]]:
-    """The same, with the object of its held-out answers before each evaluation."""
-    for number, stage, object_id in named:
-        if stage == "evaluate" and object_id is not None:
-            yield number, HELDOUT_ANSWERS, (read_record(store, object_id) or {}).get("inputs", {}).get("heldout")
-        yield number, stage, object_id
+def cost_of(variant: Variant, lineage: Sequence[SharedObject]) -> Cost:
+    """Return what a variant cost, as means over its runs. Time of attempts that did not finish is not included."""
+    runs = {member.run for member in variant.members}
+    stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in COST_STAGES}
 
+    def per_run(lines: Sequence[SharedObject], key: Literal["seconds", "tokens", "paid"]) -> float:
+        return sum((line[key] or 0.0) * len(runs & set(line["runs"])) for line in lines) / len(runs)
 
-def costs_of(variants: list[Variant], lineage: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Per variant, the mean over its runs: seconds in each stage, tokens sampled and trained on, what judges were
-    paid, and how much of the seconds is in objects that other runs of this comparison use too (`shared_seconds`; it
-    was spent once). What an attempt took that was stopped is in none of the seconds."""
-    found = []
-    for variant in variants:
-        runs = {member.run for member in variant.members}
+    def tokens(stage: str) -> float | None:
+        own = [line for line in stages[stage] if runs & set(line["runs"])]
+        return None if any(line["tokens"] is None for line in own) else per_run(own, "tokens")
 
-        def per_run(lines: list[dict[str, Any]], key: str, runs: set[str] = runs) -> float:
-            return sum((line[key] or 0.0) * len(runs & set(line["runs"])) for line in lines) / len(runs)
-
-        def counted(lines: list[dict[str, Any]], runs: set[str] = runs) -> float | None:
-            own = [line for line in lines if runs & set(line["runs"])]
-            return None if any(line["tokens"] is None for line in own) else per_run(own, "tokens", runs)
-
-        stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in COST_STAGES}
-        seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
-        shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
-        found.append(
-            {
-                "variant": variant.label,
-                "runs": len(runs),
-                "rounds": max(max(member.rounds, default=0) for member in variant.members),
-                "seconds": seconds,
-                "total_seconds": sum(seconds.values()),
-                "shared_seconds": per_run(shared, "seconds"),
-                "tokens": {
-                    stage: counted(stages[stage]) for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")
-                },
-                "paid": per_run(stages[BENCHMARK], "paid"),
-            }
-        )
-    return found
+    seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
+    shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
+    return {
+        "variant": variant.label,
+        "runs": len(runs),
+        "rounds": max(max(member.rounds, default=0) for member in variant.members),
+        "seconds": seconds,
+        "total_seconds": sum(seconds.values()),
+        "shared_seconds": per_run(shared, "seconds"),
+        "tokens": {stage: tokens(stage) for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")},
+        "paid": per_run(stages[BENCHMARK], "paid"),
+    }

@@ -1,32 +1,35 @@
-"""What a comparison's numbers say, in plain sentences and as a table for the terminal.
+"""A comparison in plain sentences, as a table for the terminal and as artifacts for Prefect.
 
-Decides: the words; a difference is claimed where `supported` says so and nowhere else. Leaves out: the numbers
-(`compare.py`), and how a number and its interval are written (`reports/tables.py`).
+Decides: the words. A difference is claimed if it is `supported`, and not otherwise. Leaves out: the numbers (`compare`)
+and the form of a number with its interval (`evaluation`).
 """
 
 from __future__ import annotations
 
 import math
-import textwrap
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from spinreg_core.comparison.schema import Comparison, Difference, Numbers, Plane, Value, Verdict
 from spinreg_core.config import ObjectiveConfig, RunConfig, variant_fields
 from spinreg_core.config.resolve import merge
 from spinreg_core.evaluation.formatting import ARROWS, counts, format_estimate, format_number
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import PRIMARY
-from spinreg_core.formatting import format_duration
-from spinreg_core.reports.run_report import HELDOUT_ANSWERS, sample_notes
+from spinreg_core.formatting import format_duration, markdown_table, text_table, wrap
+from spinreg_core.reports.figures import Curves, curves_markdown
+from spinreg_core.reports.lineage import HELDOUT_ANSWERS
+from spinreg_core.reports.run_report import sample_notes
 from spinreg_core.reports.tables import link
 
-_COLUMNS = 110  # of a terminal
-_PER_BLOCK = 3  # variants side by side
 MARKS = {1: "better", -1: "worse", 0: ""}
 
 
-def verdict(data: dict[str, Any]) -> dict[str, Any]:
-    """Sentences about the primary metric at the last common round, from the corrected paired intervals of the family
-    `verdict`. claims: the supported differences, as [variant, against, lower | higher]."""
+def verdict(data: Numbers) -> Verdict:
+    """Return sentences about the primary metric at the last common round.
+
+    They rest on the corrected paired intervals of the family `verdict`.
+    """
     number, reference, shown = data["round"], data["reference"], data["metrics"][data["primary"]]
     what = f"{shown['label']} at round {number}"
     family = [one for one in data["comparisons"] if one["family"] == "verdict"]
@@ -43,7 +46,7 @@ def verdict(data: dict[str, Any]) -> dict[str, Any]:
         headline = f"In {what}, no difference between the variants and {reference} is supported."
     else:
         headline = f"One variant, {reference}: its seeds are averaged and compared with the base."
-    sentences = [_sentence(one, data) for one in sorted(family, key=lambda one: (not one["supported"], one["to_base"]))]
+    sentences = [_sentence(one) for one in sorted(family, key=lambda one: (not one["supported"], one["to_base"]))]
     for one in data["unpaired"]:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
     sentences.append(
@@ -59,12 +62,12 @@ def _many(comparisons: int) -> str:
     return "This is one comparison" if comparisons == 1 else f"These are {comparisons} comparisons"
 
 
-def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
+def _sentence(one: Difference) -> str:
     against = "its base model" if one["to_base"] else one["against"]
     if one["same"]:
         return f"{one['variant']} and {against} are the same policy up to round {one['round']}: nothing to compare."
     low, high = one["corrected_low"], one["corrected_high"]
-    if low is None:
+    if low is None or high is None:
         return f"{one['variant']} against {against}: one row has no interval, and supports nothing."
     corrected: Estimate = {"value": one["value"], "low": low, "high": high, "n": one["n"], "unit": one["unit"]}
 
@@ -74,7 +77,11 @@ def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
     tail = (
         f"(corrected interval of the difference [{written(low)}, {written(high)}], "
         f"p {_p(one['p_holm'])} after correction, {one['n']} rows"
-        + (f", {_agreeing(one)} of {len(one['values'])} seeds of one sign" if len(one["values"]) > 1 else "")
+        + (
+            f", {agreeing_seeds(one['value'], one['values'])} of {len(one['values'])} seeds of one sign"
+            if len(one["values"]) > 1
+            else ""
+        )
         + ")"
     )
     if one["supported"]:
@@ -86,12 +93,12 @@ def _sentence(one: dict[str, Any], data: dict[str, Any]) -> str:
     return f"{one['variant']} against {against}: {by}, which these rows cannot tell from no difference {tail}."
 
 
-def _agreeing(one: dict[str, Any]) -> int:
-    """Seeds whose difference has the sign of the mean: one without a difference has neither."""
-    return sum(value * one["value"] > 0 for value in one["values"])
+def agreeing_seeds(value: float, values: Sequence[float]) -> int:
+    """Return the number of seeds with a difference of the mean's sign; a difference of zero has no sign."""
+    return sum(one * value > 0 for one in values)
 
 
-def _about_seeds(data: dict[str, Any]) -> str:
+def _about_seeds(data: Numbers) -> str:
     most = max(len(variant["runs"]) for variant in data["variants"])
     if most == 1:
         return "Every variant has one seed: another training seed would move the numbers by an amount not known here."
@@ -111,8 +118,11 @@ def _listed(names: list[str]) -> str:
 
 
 def grid_of(objectives: list[tuple[str, ObjectiveConfig]]) -> dict[str, str]:
-    """Which family of alpha the variants walk: alpha at fixed total beta, or KL of weight beta_0 to the base added to
-    a fixed beta_prev = alpha beta (docs/concepts.md). Told from the values, whatever was meant."""
+    """Return the family of alphas that the variants form, judged by their values alone.
+
+    Either alpha varies at a fixed total beta, or a KL to the base of weight beta_0 is added to a fixed beta_prev =
+    alpha * beta (docs/concepts.md).
+    """
     alphas = sorted({objective.alpha for _, objective in objectives})
     betas = {str(objective.beta) for _, objective in objectives}
     if len(alphas) == 1:
@@ -135,9 +145,11 @@ def grid_of(objectives: list[tuple[str, ObjectiveConfig]]) -> dict[str, str]:
     }
 
 
-def plane_of(variants: list[tuple[str, RunConfig]]) -> dict[str, Any] | None:
-    """Where variants differ in alpha and history alone (beta may go with alpha) and in both: the values of the two, and
-    `labels`, a row for each alpha with a variant or None for each history."""
+def plane_of(variants: list[tuple[str, RunConfig]]) -> Plane | None:
+    """Return the variants by alpha and history, or None unless they differ in these two alone and in both.
+
+    Beta may differ too if each alpha has one beta.
+    """
     found: dict[tuple[float, int | str], str] = {}
     for label, config in variants:
         found[config.objective.alpha, config.opponent.history] = label
@@ -162,8 +174,8 @@ def _close(a: list[float], b: list[float]) -> bool:
     return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-6) for x, y in zip(a, b, strict=True))
 
 
-def notes(data: dict[str, Any]) -> list[str]:
-    """What limits the numbers of this comparison."""
+def notes(data: Numbers) -> list[str]:
+    """Return what limits the numbers of a comparison."""
     found = [data["grid"]["text"][0].upper() + data["grid"]["text"][1:]]
     rows = min((one["n"] for one in data["comparisons"] if one["metric"] == PRIMARY), default=0)
     found += sample_notes([one["sampler"] for one in data["runs"]], rows)
@@ -172,7 +184,7 @@ def notes(data: dict[str, Any]) -> list[str]:
     known, number, reference = cells(data), data["round"], data["reference"]
     for metric in (name for name in data["metrics"] if (name, reference, number) in known):
         own = {v["label"]: cell for v in data["variants"] if (cell := known.get((metric, v["label"], number)))}
-        apart = [name for name, cell in own.items() if name != reference and cell["reference"] is None]
+        apart = [name for name, cell in own.items() if name != reference and cell.reference is None]
         if "/" in metric and apart:
             found.append(
                 f"{metric} of {_listed(apart)} is not compared with that of {data['reference']}: it has other "
@@ -194,96 +206,99 @@ def notes(data: dict[str, Any]) -> list[str]:
     return found
 
 
-def cells(data: dict[str, Any]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """(metric, variant, round) -> `value`, its `text` with interval and the spread over seeds, and the differences
-    from the reference and the base (`reference`, `base`; None where there is none)."""
+@dataclass
+class Cell:
+    """A value with its text, and the differences from the reference and the base, or None.
+
+    The text has the interval and the spread over seeds.
+    """
+
+    value: Value
+    text: str
+    reference: Difference | None = None
+    base: Difference | None = None
+
+
+def cells(data: Numbers) -> dict[tuple[str, str, int], Cell]:
+    """Return the cells of all tables by (metric, variant, round)."""
     found = {}
     for value in data["values"]:
         text = format_estimate(value)
         if value["spread"] is not None:
             text += f", ± {format_number(value['spread'], value)} over {len(value['values'])} seeds"
-        place = (value["metric"], value["variant"], value["round"])
-        found[place] = {"value": value, "text": text, "reference": None, "base": None}
+        found[value["metric"], value["variant"], value["round"]] = Cell(value, text)
     for one in data["comparisons"]:
-        place = (one["metric"], one["variant"], one["round"])
-        found[place]["base" if one["to_base"] else "reference"] = one
+        cell = found[one["metric"], one["variant"], one["round"]]
+        if one["to_base"]:
+            cell.base = one
+        else:
+            cell.reference = one
     return found
 
 
-def mark(one: dict[str, Any] | None) -> str:
-    """`▲` supported higher, `▼` supported lower, with ` better` or ` worse` where a direction is; else nothing."""
+def mark(one: Difference | None) -> str:
+    """Return `▲` or `▼` for a supported difference, with ` better` or ` worse` if the metric has a direction."""
     if one is None or not one["supported"]:
         return ""
     return f"{'▲' if one['supported'] > 0 else '▼'} {MARKS[one['better']]}".rstrip()
 
 
-def comparison_table(data: dict[str, Any]) -> str:
-    """Plain text: one line per metric, one column per variant at the last common round; then the verdict."""
-    variants, number, known = [v["label"] for v in data["variants"]], data["round"], cells(data)
-    lines = []
-    for start in range(0, len(variants), _PER_BLOCK):
-        block = variants[start : start + _PER_BLOCK]
-        rows = [[f"round {number}", *(f"{name} (reference)" if name == data["reference"] else name for name in block)]]
-        for metric, shown in data["metrics"].items():
-            star = " *" if metric == data["primary"] else ""
-            title = f"{shown['label']}{star} {ARROWS[shown['better']]}".rstrip()
-            rows.append(
-                [
-                    f"{title} ({shown['unit']}, {counts_at(data, metric, number)})",
-                    *(_cell_text(known.get((metric, name, number))) for name in block),
-                ]
-            )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.append("")
+def counts_at(data: Numbers, metric: str, number: int) -> str:
+    """Return the number of rows or questions of a metric at a round, as `n 64`."""
+    return counts(one for one in data["values"] if (one["metric"], one["round"]) == (metric, number))
+
+
+def comparison_rows(data: Numbers) -> list[dict[str, str]]:
+    """Return the table as rows for an artifact: a row per metric, a column per variant, at the last common round."""
+    known, number, found = cells(data), data["round"], []
+    for metric, shown in data["metrics"].items():
+        title = f"{shown['label']}{' *' if metric == data['primary'] else ''} {ARROWS[shown['better']]}".rstrip()
+        row = {"metric": f"{title} ({shown['unit']}, {counts_at(data, metric, number)})"}
+        for variant in data["variants"]:
+            cell = known.get((metric, variant["label"], number))
+            row[variant["label"]] = f"{cell.text} {mark(cell.reference)[:1]}".rstrip() if cell else "-"
+        found.append(row)
+    return found
+
+
+def comparison_table(data: Comparison) -> str:
+    """Return plain text: the table with a line per metric and a column per variant, then the verdict and the notes."""
+    labels = [variant["label"] for variant in data["variants"]]
+    head = [f"{label} (reference)" if label == data["reference"] else label for label in labels]
+    rows = [[f"round {data['round']}", *head], *([*row.values()] for row in comparison_rows(data))]
     texts = [
         "↓ lower is better, ↑ higher is better. [ ] 95 % interval over rows, not corrected. ▲ ▼ a paired difference "
         f"from {data['reference']} that is supported after Holm's correction over the table. * primary metric.",
         "", data["verdict"]["headline"], *data["verdict"]["sentences"], *data["notes"],
     ]  # fmt: skip
-    return "\n".join([*lines, *(textwrap.fill(text, _COLUMNS) for text in texts)])
+    return "\n".join([*text_table(rows), *wrap(texts)])
 
 
-def counts_at(data: dict[str, Any], metric: str, number: int) -> str:
-    """How many rows or questions a metric's numbers of a round are about."""
-    return counts(one for one in data["values"] if (one["metric"], one["round"]) == (metric, number))
-
-
-def _cell_text(cell: dict[str, Any] | None) -> str:
-    return "-" if cell is None else f"{cell['text']} {mark(cell['reference'])[:1]}".rstrip()
-
-
-def comparison_rows(data: dict[str, Any]) -> list[dict[str, str]]:
-    """The same table as rows for an artifact: one per metric, a column per variant."""
-    known, number, found = cells(data), data["round"], []
-    for metric, shown in data["metrics"].items():
-        title = f"{shown['label']}{' *' if metric == data['primary'] else ''} {ARROWS[shown['better']]}".rstrip()
-        found.append(
-            {"metric": f"{title} ({shown['unit']}, {counts_at(data, metric, number)})"}
-            | {v["label"]: _cell_text(known.get((metric, v["label"], number))) for v in data["variants"]}
-        )
-    return found
-
-
-def _count(*counts: float | None) -> str:
-    """Their sum; a dash where nobody counted one of them."""
-    return "-" if None in counts else f"{sum(one or 0.0 for one in counts):,.0f}"
-
-
-def comparison_markdown(data: dict[str, Any], places: dict[str, str]) -> str:
-    """The verdict, what limits it, what each variant cost, and where the page and its files lie. places: addresses by
-    kind."""
+def comparison_markdown(data: Comparison, places: dict[str, str]) -> str:
+    """Return the verdict, the notes, the cost of each variant, and links to the files. places: addresses by kind."""
     lines = [f"# {data['name']}", "", f"**{data['verdict']['headline']}**", ""]
     lines += [f"- {sentence}" for sentence in data["verdict"]["sentences"]]
     lines += ["", *(f"- {note}" for note in data["notes"]), ""]
-    lines += ["| mean of its runs | took | of it shared | tokens sampled | tokens trained on | paid to judges |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
+    rows = [["mean of its runs", "took", "of it shared", "tokens sampled", "tokens trained on", "paid to judges"]]
     for one in data["cost"]:
-        sampled = _count(one["tokens"]["generate"], one["tokens"][HELDOUT_ANSWERS])
-        trained = _count(one["tokens"]["train"])
-        took = f"{format_duration(one['total_seconds'])} | {format_duration(one['shared_seconds'])}"
-        name = one["variant"].replace("|", "\\|")
-        lines.append(f"| {name} | {took} | {sampled} | {trained} | {one['paid']:.2f} |")
-    lines.append("")
-    lines += [f"- {kind}: {link(place)}" for kind, place in places.items()]
+        sampled = _total(one["tokens"]["generate"], one["tokens"][HELDOUT_ANSWERS])
+        took = [format_duration(one["total_seconds"]), format_duration(one["shared_seconds"])]
+        rows.append([one["variant"], *took, sampled, _total(one["tokens"]["train"]), f"{one['paid']:.2f}"])
+    lines += [*markdown_table(rows), "", *(f"- {kind}: {link(place)}" for kind, place in places.items())]
     return "\n".join(lines)
+
+
+def comparison_figures(data: Comparison) -> str:
+    """Return Markdown with the metrics, and their changes from the round before, a curve per variant."""
+    drawn: Curves = {}
+    for title, numbers in (("{}", data["values"]), ("change of {} from the round before", data["stability"])):
+        for one in numbers:
+            metric = data["metrics"][one["metric"]]
+            curves = drawn.setdefault((title.format(metric["label"]), metric["unit"]), {})
+            curves.setdefault(one["variant"], []).append((one["round"], one))
+    return curves_markdown(drawn)
+
+
+def _total(*counts: float | None) -> str:
+    """Return the sum of counts, or a dash if one of them is unknown."""
+    return "-" if None in counts else f"{sum(one or 0.0 for one in counts):,.0f}"

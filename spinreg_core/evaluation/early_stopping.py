@@ -8,7 +8,7 @@ Values are compared, not intervals: a condition that waited for support would en
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spinreg_core.config import RunConfig, UntilConfig
@@ -45,7 +45,7 @@ def _benchmarks(config: RunConfig) -> list[str]:
     return wanted.lm_eval_tasks() + judged + [name for name in wanted.win_rate if name != "previous"]
 
 
-def why_ended(until: UntilConfig, rounds: Sequence[dict[str, Any]]) -> str | None:
+def why_ended(until: UntilConfig, rounds: Sequence[Mapping[str, Any]]) -> str | None:
     """The reason why no further round is made, or None. Raises BadInput where the benchmark of `until.metric` is
     measured and has no such metric.
 
@@ -78,13 +78,13 @@ def ended_early(head: dict[str, Any]) -> str | None:
     return f"ended before round {last['to']}: {last['ended']}" if last.get("ended") else None
 
 
-def _heldout(metric: str, done: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+def _heldout(metric: str, done: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """(round, value) where it was measured, with the sign that makes less better."""
     sign = 1 if METRICS[metric].better == "lower" else -1
     return [(entry["round"], sign * entry["metrics"][metric]["value"]) for entry in done if metric in entry["metrics"]]
 
 
-def _of_benchmark(metric: str, done: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+def _of_benchmark(metric: str, done: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
     """The same of a benchmark. Raises BadInput as `why_ended`."""
     values: list[tuple[int, float]] = []
     has: dict[str, None] = {}

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from spinreg_core.errors import BadInput, Conflict, Damaged
+from spinreg_core.formatting import format_bytes, format_duration
 from spinreg_core.maintenance.retention import Needs
 from spinreg_core.runs.manifest import Manifest, Part, Removed
 from spinreg_core.runs.objects import manifest_key, now, read_record
@@ -77,7 +78,7 @@ def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> l
         ours = tuple(f"{name}/" for name in OURS)
         old = [entry for entry in store.unfinished()
                if entry.age > GRACE_SECONDS and entry.key.startswith(ours) and not linked(entry.key)]  # fmt: skip
-        items += [Item("upload", "", e.key, f"a write that never ended, {_days(e.age)} old", (e.key,), e.size)
+        items += [Item("upload", "", e.key, f"a write that never ended, {format_duration(e.age)} old", (e.key,), e.size)
                   for e in old]  # fmt: skip
     return items
 
@@ -288,10 +289,10 @@ def format_items(items: Sequence[Item], notes: Sequence[str], where: str, *, rem
         return "\n".join([*lines, f"{where}: nothing to remove"])
     for item in sorted(items, key=lambda item: -item.bytes):
         files = f"{len(item.keys)} file{'s' if len(item.keys) != 1 else ''}"
-        lines.append(f"  {_size(item.bytes):>9}  {files:>10}  {item.what}: {item.why}")
+        lines.append(f"  {format_bytes(item.bytes):>9}  {files:>10}  {item.what}: {item.why}")
         if item.object_id and item.object_id != item.what:
             lines[-1] += f" ({item.object_id})"
-    total = f"{_size(sum(item.bytes for item in items))} in {sum(len(item.keys) for item in items)} files"
+    total = f"{format_bytes(sum(item.bytes for item in items))} in {sum(len(item.keys) for item in items)} files"
     verb = "removed" if removed else "would be removed"
     lines.append(f"{total} {verb} from {where}" + ("" if removed else "; --delete removes it"))
     return "\n".join(lines)
@@ -304,16 +305,3 @@ def as_json(items: Sequence[Item], notes: Sequence[str], *, removed: bool) -> di
          "bytes": item.bytes} for item in items if item.kind != "unmark"
     ]  # fmt: skip
     return {"removed": removed, "bytes": sum(item.bytes for item in items), "items": listed, "notes": list(notes)}
-
-
-def _size(count: int) -> str:
-    size, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _days(seconds: float) -> str:
-    return f"{seconds / 86400:.0f} days"

@@ -1,10 +1,9 @@
 """The report of a run: one self-contained HTML page and the same as JSON, rebuilt from the store alone.
 
-Decides: what is shown of a run, the sentences of the verdict, and what raises an alarm. Leaves out: the
-metrics' definitions (`evaluation/metrics.py`), tables as text (`tables.py`), and the page's looks
-(`report.html.jinja`).
+Decides: the content of a report, the sentences of its verdict, and what raises an alarm. Leaves out: the metrics'
+definitions (`evaluation`), tables as text (`tables`), and the look of the page (`templates`).
 
-A report is a view: it can be written again at any time, also while the run goes on.
+A report is a view. It can be written again at any time, also while the run is in progress.
 """
 
 from __future__ import annotations
@@ -12,47 +11,42 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from spinreg_core.benchmarks.registry import results_of
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput
+from spinreg_core.config.groups import GenerationConfig
 from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.evaluation.formatting import format_estimate, format_number
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY, PRIMARY_REASON
 from spinreg_core.formatting import flatten, format_bytes, format_duration, json_safe
+from spinreg_core.reports.lineage import HELDOUT_ANSWERS, INPUTS, objects_of_run, tokens_of
+from spinreg_core.reports.schema import Alarm, Lineage, Measured, Report, Round, Sample, Verdict, WrittenReport
 from spinreg_core.reports.tables import benchmark_of, benchmarks, counted
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import ROUND_STAGES, list_runs, read_config, read_head, stage_object
-from spinreg_core.runs.objects import read_manifest, read_record, removed_keys, versions
+from spinreg_core.runs.head import ROUND_STAGES, require_config, require_head, stage_object
+from spinreg_core.runs.objects import read_manifest, removed_keys, versions
 from spinreg_core.selfplay import REMEDIES
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import pinned
 
 SCHEMA = 1
-HELDOUT_ANSWERS = "generate (held-out)"  # what the tables call the answers that an evaluation sampled
 HUMAN = {"answer_length": "human_answer_length", "distinct_2": "human_distinct_2"}
 
 
-def write_report(store: Store, run: str) -> dict[str, Any]:
-    """Write runs/<run>/report.html and report.json; returns their keys as `html`, `json`, and the `data`."""
-    html, data = build_report(store, run)
-    keys = {"html": f"runs/{run}/report.html", "json": f"runs/{run}/report.json"}
-    store.write(keys["html"], html.encode())
-    store.write(keys["json"], json.dumps(data, indent=1, allow_nan=False).encode())
-    return {**keys, "data": data}
-
-
-def build_report(store: Store, run: str) -> tuple[str, dict[str, Any]]:
-    """The page and its data. Raises BadInput where there is no such run, Damaged where a file is."""
+def write_report(store: Store, run: str) -> WrittenReport:
+    """Write runs/<run>/report.html and report.json. Raises as `report_data`."""
     data = report_data(store, run)
-    return render(data), data
+    keys = {"html": f"runs/{run}/report.html", "json": f"runs/{run}/report.json"}
+    store.write(keys["html"], render(data).encode())
+    store.write(keys["json"], json.dumps(data, indent=1, allow_nan=False).encode())
+    return {"html": keys["html"], "json": keys["json"], "data": data}
 
 
-def render(data: dict[str, Any]) -> str:
-    """The page: loads nothing from anywhere, and every text from the run stays text."""
+def render(data: Report) -> str:
+    """Return the page. It loads nothing from anywhere, and every text from the run is escaped."""
     from plotly.offline import get_plotlyjs
 
     plotly = get_plotlyjs()
@@ -68,117 +62,113 @@ def render(data: dict[str, Any]) -> str:
     )
 
 
-def read_run(store: Store, run: str) -> tuple[dict[str, Any], RunConfig]:
-    """Head and configuration of a run. Raises BadInput where there is no such run."""
-    head, config = read_head(store, run), read_config(store, run)
-    if head is None or config is None:
-        known = ", ".join(list_runs(store)) or "none"
-        raise BadInput(f"run {run!r} in {store.url}", "no such run", f"one of the store's runs ({known})")
-    return head, config
+def report_data(store: Store, run: str) -> Report:
+    """Return the report of a run as plain JSON values.
 
+    Estimates carry their unit (nats, tokens, shares) and 95 % interval. `seconds` are wall-clock seconds of the attempt
+    that finished an object, `bytes` the size of its files. NaN and infinities become None.
 
-def report_data(store: Store, run: str) -> dict[str, Any]:
-    """Everything the report says, as plain JSON values (no NaN). Raises BadInput where there is no such run."""
-    head, config = read_run(store, run)
+    Raises:
+        BadInput: the store has no such run.
+        Removed: `spinreg gc` removed a file that the report needs.
+        Damaged: a file or document of the run is missing or altered.
+    """
+    head, config = require_head(store, run), require_config(store, run)
     last = max((entry["round"] for entry in head["rounds"]), default=0)
-    with pinned():  # a flow's process shows reports for days
+    # A flow's process shows reports for days; files that it has read must be free to leave the cache.
+    with pinned():
         rounds = [_round(store, config, head, number) for number in range(last + 1)]
-        samples = _samples(store, head, last)
+        samples = _samples(store, rounds)
     base = rounds[0]["metrics"] or {}
     human = {name: base.pop(source) for name, source in HUMAN.items() if source in base}
-    data = {
+    data: Report = {
         "schema": SCHEMA,
         "spinreg": versions().get("spinreg"),
         "run": run,
         "store": store.url,
         "config": config.model_dump(mode="json"),
         "primary": {"metric": PRIMARY, "reason": PRIMARY_REASON},
-        "definitions": {name: asdict(metric) for name, metric in METRICS.items()},
-        "game": {name: asdict(metric) for name, metric in GAME.items()},
+        "definitions": {name: asdict(metric) for name, metric in METRICS.items()},  # type: ignore[misc]
+        "game": {name: asdict(metric) for name, metric in GAME.items()},  # type: ignore[misc]
         "verdict": verdict(rounds),
         "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
-        "notes": notes(config.model_dump(mode="json"), rounds, ended_early(head)),
+        "notes": notes(config.generation, rounds, ended_early(head)),
         "rounds": rounds,
         "human": human,
         "samples": samples,
-        "lineage": _lineage(store, head, last),
+        "lineage": _lineage(store, head),
     }
-    return json_safe(data)
+    return cast(Report, json_safe(data))
 
 
-def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> dict[str, Any]:
-    """What one round left: its objects, held-out metrics, benchmarks, pairs and training curve; None for what is not
-    there yet."""
+def read_json(store: Store, object_id: str, name: str) -> Any:
+    """Return the content of a JSON file of a finished object. Raises Damaged."""
+    return json.loads(fetch_file(store, object_id, name).read_bytes())
+
+
+def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> Round:
     stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
-    metrics = training = pairs = margins = None
+    found: Round = {
+        "round": number,
+        "stages": stages,
+        "metrics": None,
+        "benchmarks": [
+            cast(Measured, part | {"uri": store.uri(f"objects/{part['object_id']}")})
+            for part in results_of(store, config, head, number)
+        ],
+        "pairs": None,
+        "training": None,
+        "margins": None,
+    }
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
-        pairs = manifest["metrics"]
+        found["pairs"] = manifest["metrics"]
     if "evaluate" in stages:
-        metrics = json.loads(fetch_file(store, stages["evaluate"], "metrics.json").read_bytes())
-        margins = json.loads(fetch_file(store, stages["evaluate"], "samples.json").read_bytes()).get("margins")
+        found["metrics"] = read_json(store, stages["evaluate"], "metrics.json")
+        found["margins"] = read_json(store, stages["evaluate"], "samples.json").get("margins")
     if "train" in stages:
         lines = fetch_file(store, stages["train"], "metrics.jsonl").read_text().splitlines()
-        summary = json.loads(fetch_file(store, stages["train"], "summary.json").read_bytes())
-        training = {"steps": [json.loads(line) for line in lines], "summary": summary}
-    measured = [
-        found | {"uri": store.uri(f"objects/{found['object_id']}")} for found in results_of(store, config, head, number)
-    ]
-    return {
-        "round": number, "stages": stages, "metrics": metrics, "benchmarks": measured, "pairs": pairs,
-        "training": training, "margins": margins,
-    }  # fmt: skip
+        summary = read_json(store, stages["train"], "summary.json")
+        found["training"] = {"steps": [json.loads(line) for line in lines], "summary": summary}
+    return found
 
 
-def _samples(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:
-    """The base's sample prompts, each with the human answer and the answer of every iterate."""
-    found: dict[str, dict[str, Any]] = {}
-    for number in range(last + 1):
-        object_id = stage_object(head, number, "evaluate")
-        if object_id is None:
+def _samples(store: Store, rounds: Sequence[Round]) -> list[Sample]:
+    """Return the sample prompts in the order of the data, each with the answer of every evaluated iterate."""
+    found: dict[str, Sample] = {}
+    for entry in rounds:
+        if "evaluate" not in entry["stages"]:
             continue
-        for sample in json.loads(fetch_file(store, object_id, "samples.json").read_bytes())["samples"]:
+        for one in read_json(store, entry["stages"]["evaluate"], "samples.json")["samples"]:
+            prompt_id = one["prompt_id"]
             row = found.setdefault(
-                sample["prompt_id"],
-                {
-                    "prompt_id": sample["prompt_id"],
-                    "messages": sample["messages"],
-                    "answer": sample["answer"],
-                    "rounds": [],
-                },
+                prompt_id,
+                {"prompt_id": prompt_id, "messages": one["messages"], "answer": one["answer"], "rounds": []},
             )
-            row["rounds"].append(
-                {"round": number, "text": sample["sample"], "finish": sample["finish"], "credit": sample.get("credit")}
-            )
+            told = {"text": one["sample"], "finish": one["finish"], "credit": one.get("credit")}
+            row["rounds"].append({"round": entry["round"]} | told)
     return list(found.values())
 
 
-def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, Any]]:
-    """One line per object of the run, in the order they were made from each other."""
-    named: list[tuple[int | None, str, str | None]] = [(None, name, head.get(name)) for name in ("base", "data")]
-    for number in range(last + 1):
-        named += [(number, stage, stage_object(head, number, stage)) for stage in ROUND_STAGES]
-    lines: list[dict[str, Any]] = []
-    while named:
-        made_in, stage, object_id = named.pop(0)
-        manifest = read_record(store, object_id) if object_id else None
-        if manifest is None:
-            continue
-        removed = removed_keys(manifest)
+def _lineage(store: Store, head: dict[str, Any]) -> list[Lineage]:
+    lines: list[Lineage] = []
+    # Readers of report.json find the held-out answers after the evaluation that sampled them.
+    order = (*INPUTS, *ROUND_STAGES, HELDOUT_ANSWERS)
+    found = [made for made in objects_of_run(store, head) if made.record and made.stage in order]
+    for made in sorted(found, key=lambda made: (made.round, order.index(made.stage))):
+        manifest, removed = made.record, removed_keys(made.record)
         files = [entry for entry in manifest["files"] if entry["key"] not in removed]
-        if stage == "evaluate":
-            named.insert(0, (made_in, HELDOUT_ANSWERS, manifest["inputs"].get("heldout")))
         lines.append(
             {
-                "round": made_in,
-                "stage": stage,
-                "object_id": object_id,
-                "uri": store.uri(f"objects/{object_id}"),
+                "round": None if made.stage in INPUTS else made.round,
+                "stage": made.stage,
+                "object_id": made.object_id,
+                "uri": store.uri(f"objects/{made.object_id}"),
                 "inputs": manifest["inputs"],
                 "files": len(files),
                 "removed": len(manifest["files"]) - len(files),
                 "bytes": sum(entry["size"] for entry in files),
                 "seconds": manifest["seconds"],
-                "tokens": tokens_of(stage, manifest["metrics"]),
+                "tokens": tokens_of(made),
                 "created": manifest["created"],
                 "writer": manifest["writer"],
                 "versions": manifest["versions"],
@@ -187,20 +177,8 @@ def _lineage(store: Store, head: dict[str, Any], last: int) -> list[dict[str, An
     return lines
 
 
-def tokens_of(stage: str, metrics: dict[str, Any]) -> float | None:
-    """Tokens sampled by a generate object, passed through by a train object, or of answers that an evaluation scored;
-    None where nobody counted."""
-    if stage in ("generate", HELDOUT_ANSWERS):
-        return metrics.get("tokens")
-    if stage == "evaluate":
-        return metrics.get("tokens_scored")
-    if stage == "train" and {"tokens_per_second", "seconds"} <= metrics.keys():
-        return float(round(metrics["tokens_per_second"] * metrics["seconds"]))
-    return None
-
-
 def _supported(estimate: Estimate) -> int:
-    """Sign of a difference whose 95 % interval excludes zero; 0 where it does not."""
+    """Return the sign of a difference if its 95 % interval excludes zero, else 0."""
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None:
         return 0
@@ -208,7 +186,7 @@ def _supported(estimate: Estimate) -> int:
 
 
 def _difference(estimate: Estimate) -> str:
-    """`lower by 0.15 nats/token, 95 % interval [0.12, 0.18]`, with the sign turned to fit the word."""
+    """Return `lower by 0.15 nats/token, 95 % interval [0.12, 0.18]`, with the sign turned to fit the word."""
     sign = -1 if estimate["value"] < 0 else 1
     word = "lower" if sign < 0 else "higher"
     low, high = estimate["low"], estimate["high"]
@@ -219,27 +197,25 @@ def _difference(estimate: Estimate) -> str:
     return f"{by}, 95 % interval [{format_number(bounds[0], estimate)}, {format_number(bounds[1], estimate)}]"
 
 
-def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the primary metric says about the last evaluated round against the base, in plain sentences.
+def verdict(rounds: Sequence[Round]) -> Verdict:
+    """Return what the primary metric says about the last evaluated round compared with the base, in sentences.
 
-    outcome: `improved` or `worse` where the paired 95 % interval excludes zero, `no difference` where it does
-    not, `none` before the first round is evaluated.
+    `outcome` is `improved` or `worse` if the paired 95 % interval excludes zero, `no difference` if it does not, and
+    `none` before the first round is evaluated.
     """
-    evaluated = [entry for entry in rounds if entry["metrics"]]
-    if not evaluated or evaluated[-1]["round"] == 0:
+    evaluated = [(entry["round"], metrics) for entry in rounds if (metrics := entry["metrics"])]
+    if not evaluated or evaluated[-1][0] == 0:
         text = "Only the base model has been evaluated so far." if evaluated else "Nothing has been evaluated yet."
         return {"outcome": "none", "round": None, "headline": text, "sentences": []}
-    last = evaluated[-1]
-    number, metrics = last["round"], last["metrics"]
+    number, metrics = evaluated[-1]
     change, value = metrics["nll_vs_base"], metrics[PRIMARY]
     sign = _supported(change)
-    outcome = {-1: "improved", 1: "worse", 0: "no difference"}[sign]
-    headline = {
-        -1: f"Round {number} predicts held-out human answers better than the base model.",
-        1: f"Round {number} predicts held-out human answers worse than the base model.",
-        0: f"No difference between round {number} and the base model is supported.",
+    outcome, headline = {
+        -1: ("improved", f"Round {number} predicts held-out human answers better than the base model."),
+        1: ("worse", f"Round {number} predicts held-out human answers worse than the base model."),
+        0: ("no difference", f"No difference between round {number} and the base model is supported."),
     }[sign]
-    # The base's value is the last one's without the paired change: both come from the same rows.
+    # Both values come from the same rows, so the base's value is the last round's without the paired change.
     base = format_number(value["value"] - change["value"], value)
     sentences = [
         f"Held-out negative log-likelihood after round {number} is {format_estimate(value)} {value['unit']}, against "
@@ -259,51 +235,57 @@ def verdict(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     return {"outcome": outcome, "round": number, "headline": headline, "sentences": sentences}
 
 
-def alarms(rounds: list[dict[str, Any]], level: float = 0.0) -> list[dict[str, Any]]:
-    """What a user must see: human answers that became less likely, held out or while training.
+def alarms(rounds: Sequence[Round], level: float = 0.0) -> list[Alarm]:
+    """Return what a user must see: human answers became less likely in training or held out, or a KL is negative.
 
-    level: rise of the held-out NLL in one round that is put up with (nats/token).
+    level: rise of the held-out NLL in one round that is tolerated (nats/token).
     """
-    found = []
+    found: list[Alarm] = []
     for entry in rounds:
-        number, metrics, training = entry["round"], entry["metrics"] or {}, entry["training"] or {}
-        for text in training.get("summary", {}).get("alarms", []):
-            found.append({"round": number, "where": "training", "text": text})
-        step = metrics.get("nll_vs_previous")
-        if step is not None and step["low"] is not None and step["low"] > level:
-            against = "the base model" if number == 1 else f"round {number - 1}"
-            text = (
-                f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "
-                f"This is the instability that regularisation is for: {REMEDIES}."
-            )
-            found.append({"round": number, "where": "held-out rows", "text": text})
-        for name, against in (("kl_base", "base"), ("kl_previous", "previous")):
-            kl = metrics.get(name)
-            if kl is not None and _supported(kl) < 0:
-                text = (
-                    f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which a "
-                    "policy's own samples hardly ever do: unless it is next to nothing, the sampled policy is not the "
-                    "scored one. Look at generation.dtype (bfloat16 rounds small steps away), temperature, top_p and "
-                    "top_k."
-                )
-                found.append({"round": number, "where": "samples", "text": text})
+        number, training = entry["round"], entry["training"]
+        told = training["summary"].get("alarms", []) if training else []
+        found += [{"round": number, "where": "training", "text": text} for text in told]
+        found += heldout_alarms(number, entry["metrics"] or {}, level)
     return found
 
 
-def notes(config: dict[str, Any], rounds: list[dict[str, Any]], ended: str | None) -> list[str]:
-    """What limits the numbers of this run, and why it ended early."""
-    sampler = config["generation"]
-    rows = next((entry["metrics"][PRIMARY]["n"] for entry in rounds if entry["metrics"]), None)
+def heldout_alarms(number: int, metrics: Mapping[str, Estimate], level: float) -> list[Alarm]:
+    """Return the alarms that a round's held-out metrics raise. level: as for `alarms`."""
+    found: list[Alarm] = []
+    step = metrics.get("nll_vs_previous")
+    if step is not None and step["low"] is not None and step["low"] > level:
+        against = "the base model" if number == 1 else f"round {number - 1}"
+        text = (
+            f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "
+            f"This is the instability that regularisation is for: {REMEDIES}."
+        )
+        found.append({"round": number, "where": "held-out rows", "text": text})
+    for against in ("base", "previous"):
+        kl = metrics.get(f"kl_{against}")
+        if kl is not None and _supported(kl) < 0:
+            text = (
+                f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which a "
+                "policy's own samples hardly ever do: unless it is next to nothing, the sampled policy is not the "
+                "scored one. Look at generation.dtype (bfloat16 rounds small steps away), temperature, top_p and "
+                "top_k."
+            )
+            found.append({"round": number, "where": "samples", "text": text})
+    return found
+
+
+def notes(sampler: GenerationConfig, rounds: Sequence[Round], ended: str | None) -> list[str]:
+    """Return what limits the numbers of a run. ended: why it ended early, or None."""
+    rows = next((metrics[PRIMARY]["n"] for entry in rounds if (metrics := entry["metrics"])), None)
     return [
         *([] if ended is None else [f"The run {ended}."]),
-        *sample_notes([sampler], rows),
-        f"Sampled answers end after {sampler['max_new_tokens']} tokens at the latest: answer length and KL are "
+        *sample_notes([sampler.model_dump()], rows),
+        f"Sampled answers end after {sampler.max_new_tokens} tokens at the latest: answer length and KL are "
         "those of answers cut there. Reward accuracy compares them with whole human answers.",
     ]
 
 
 def sample_notes(samplers: Sequence[Mapping[str, Any]], rows: int | None) -> list[str]:
-    """What limits numbers about answers that were sampled so (temperature, top_p, top_k), on so many held-out rows."""
+    """Return what limits numbers about sampled answers. samplers: temperature, top_p and top_k; rows: held-out rows."""
     found = []
     odd = [one for one in samplers if (one["temperature"], one["top_p"], one["top_k"]) != (1, 1, 0)]
     if odd:

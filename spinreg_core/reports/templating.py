@@ -1,7 +1,6 @@
 """The package's Jinja templates: pages (HTML) and the model card (Markdown).
 
-Decides: that text in pages is escaped, that a name which is not given is an error, and where the templates lie. Leaves
-out: what they say.
+Decides: text in pages is escaped, and a name that is not given is an error. Leaves out: the text of the templates.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def template(name: str, **filters: Callable[..., Any]) -> jinja2.Template:
-    """The template `<name>` of this package: `*.html.jinja` escapes, `*.md.jinja` cuts the lines of its own tags."""
+    """Return a template of this package. `*.html.jinja` escapes; `*.md.jinja` drops the lines of its own tags."""
     import jinja2
 
     page = name.endswith(".html.jinja")
@@ -22,6 +21,7 @@ def template(name: str, **filters: Callable[..., Any]) -> jinja2.Template:
         loader=jinja2.PackageLoader("spinreg_core.reports"), undefined=jinja2.StrictUndefined,
         autoescape=page, trim_blocks=not page, lstrip_blocks=not page,
     )  # fmt: skip
-    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # metrics and variants have an order
+    # Jinja sorts keys by default, but metrics and variants have an order.
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     environment.filters |= filters
     return environment.get_template(name)

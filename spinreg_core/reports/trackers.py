@@ -1,11 +1,11 @@
-"""Shows a run in a tracker: TensorBoard, MLflow or Weights & Biases, a few lines over the vendor's library each.
+"""Trackers of a run: TensorBoard, MLflow and Weights & Biases, each in a few lines over the vendor's library.
 
-Decides: what a tracker is given of a run, and that giving it again adds nothing. Leaves out: when that happens
-(`flows/show.py`), and where servers and keys are: the vendors' own environment variables say it.
+Decides: the numbers that a tracker gets; sending them again adds nothing. Leaves out: when that happens (`flows`), and
+the addresses and keys of servers, which the vendors read from their own environment variables.
 
-A tracker is always given the whole run, and finds out itself what is new: nothing has to be remembered about it, and
-what it missed while it was away comes with the next round. It is served by a process of its own, with which the
-library's threads, questions and minutes of trying end. By hand, for any run that has a report:
+A tracker always gets the whole run and keeps what is new. So nothing has to be remembered about it, and what it missed
+during an outage arrives with the next round. Each call runs in a process of its own, because the libraries start
+threads, ask questions and retry for minutes; all of that ends with the process. By hand, for any run with a report:
 
     python -m spinreg_core.reports.trackers mlflow < spinreg-store/runs/demo/report.json
 """
@@ -26,26 +26,33 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from spinreg_core.config import RunConfig, TrackingConfig, fixed_fields
 from spinreg_core.errors import BadInput, SpinregError, without_credentials
+from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.formatting import flatten
+from spinreg_core.reports.schema import Report
 
-# What a tracker may take, one round after the other: one that is away must not hold up a run.
+# Time for one call; a tracker that does not answer must not hold up a run.
 PATIENCE_SECONDS = 120.0
-_SAID = 500  # characters of an error
-_METRICS_AT_ONCE, _PARAMETERS_AT_ONCE = 1000, 100  # MLflow's limits of one request
+_LONGEST_ERROR = 500  # characters
+# MLflow's limits for one request.
+_METRICS_AT_ONCE, _PARAMETERS_AT_ONCE = 1000, 100
 
 
 @dataclass(frozen=True)
 class Row:
-    """The numbers of one training step, or of a round's evaluation and benchmarks."""
+    """The numbers of one training step, or of a round's evaluation and benchmarks.
+
+    `step` is the place on the axis: the round, or the training step counted through all rounds. `seconds` is the time
+    of the commit, since 1970.
+    """
 
     round: int
-    axis: Literal["round", "step"]  # along which it is drawn
-    step: int  # the place on it: the round, or the training step, counted through all rounds
-    seconds: float  # since 1970, when the numbers were committed
+    axis: Literal["round", "step"]
+    step: int
+    seconds: float
     values: dict[str, float]
 
 
@@ -53,30 +60,33 @@ def require_trackers(wanted: TrackingConfig) -> None:
     """Raise BadInput where the package of a tracker is not installed."""
     for tracker in wanted.to:
         found = importlib.util.find_spec(tracker)
-        if found is None or found.origin is None:  # without origin it is a folder that has the name by chance
-            expected = f"one that is, or `pip install 'spinreg[{tracker}]'`"
-            raise BadInput("tracking.to", f"{tracker}, which is not installed here", expected)
+        # A spec without origin is a folder of that name, such as the one that W&B leaves next to a run.
+        if found is None or found.origin is None:
+            expected = f"run `pip install 'spinreg[{tracker}]'`"
+            raise BadInput("tracking.to", f"names {tracker}, which is not installed here", expected)
 
 
-def send(tracker: str, data: dict[str, Any]) -> None:
-    """Give a tracker everything there is of a run. Raises SpinregError with what the tracker's library said.
+def send(tracker: str, data: Report, patience: float = PATIENCE_SECONDS) -> None:
+    """Send a run to a tracker, with the experiment and folder that its configuration names.
 
-    data: as `report.report_data`, also below; its configuration says which experiment and folder.
+    patience: seconds after which the call is given up.
+
+    Raises SpinregError with the message of the tracker's library.
     """
     command = [sys.executable, "-m", "spinreg_core.reports.trackers", tracker]
     try:
         done = subprocess.run(
-            command, input=json.dumps(data), capture_output=True, text=True, errors="replace", timeout=PATIENCE_SECONDS
+            command, input=json.dumps(data), capture_output=True, text=True, errors="replace", timeout=patience
         )
     except subprocess.TimeoutExpired:
-        raise SpinregError(f"it took more than {PATIENCE_SECONDS:g} s") from None
+        raise SpinregError(f"it took more than {patience:g} s") from None
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise SpinregError(without_credentials(lines[-1]))
 
 
-def rows(data: dict[str, Any]) -> list[Row]:
-    """The numbers of a run in the order in which they came to be; what is not finite is left out."""
+def rows(data: Report) -> list[Row]:
+    """Return the numbers of a run in the order in which they were measured, without those that are not finite."""
     seconds = {
         (line["round"], line["stage"]): datetime.fromisoformat(line["created"]).timestamp() for line in data["lineage"]
     }
@@ -86,7 +96,7 @@ def rows(data: dict[str, Any]) -> list[Row]:
         steps = entry["training"]["steps"] if entry["training"] else []
         for step in steps:
             numbers = {f"training/{k}": float(v) for k, v in step.items() if k != "step" and isinstance(v, int | float)}
-            found.append(Row(number, "step", before + step["step"], seconds[number, "train"], numbers))
+            found.append(Row(number, "step", before + int(step["step"]), seconds[number, "train"], numbers))
         before += len(steps)
         if entry["metrics"] is None:
             continue
@@ -97,34 +107,35 @@ def rows(data: dict[str, Any]) -> list[Row]:
     return found
 
 
-def _estimates(group: str, metrics: dict[str, Any]) -> dict[str, float]:
-    """Values and the ends of their 95 % intervals, as `group/name`, `group/name_low`, `group/name_high`."""
+def _estimates(group: str, metrics: dict[str, Estimate]) -> dict[str, float]:
+    """Return values and the ends of their 95 % intervals, as `group/name`, `group/name_low`, `group/name_high`."""
     return {
-        f"{group}/{_plain(name)}{end}": float(estimate[key])
-        for name, estimate in metrics.items()
-        for key, end in (("value", ""), ("low", "_low"), ("high", "_high"))
-        if estimate[key] is not None
+        f"{group}/{_plain(name)}{end}": float(value)
+        for name, one in metrics.items()
+        for end, value in (("", one["value"]), ("_low", one["low"]), ("_high", one["high"]))
+        if value is not None
     }
 
 
 def _plain(name: str) -> str:
-    """A name that every tracker takes: MLflow refuses commas, and what looks like no path."""
+    """Return a name that every tracker accepts. MLflow refuses commas and anything that is not path-like."""
     return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
-def identity(data: dict[str, Any]) -> str:
-    """What a run is found again by: its name and its store, of which another one may have a run of the same name."""
+def identity(data: Report) -> str:
+    """Return a run's id in a tracker. It depends on the store too, because two stores may have runs of one name."""
     return f"{data['run']}-{hashlib.sha256(data['store'].encode()).hexdigest()[:8]}"
 
 
-def _report(data: dict[str, Any]) -> str:
+def _report(data: Report) -> str:
     return f"{data['store']}/runs/{data['run']}/report.html"
 
 
-def to_tensorboard(data: dict[str, Any]) -> None:
-    """One file of events per round, always the same bytes for the same numbers; the base's has the configuration.
+def to_tensorboard(data: Report) -> None:
+    """Write one file of events per round, with the same bytes for the same numbers; the base's has the configuration.
 
-    A file that has to change is replaced; those of rounds that are no more (another run of that name) go.
+    A file with other content is replaced. Files of rounds that no longer exist (of another run of that name) are
+    deleted.
     """
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
@@ -142,7 +153,8 @@ def to_tensorboard(data: dict[str, Any]) -> None:
         events = [Event(wall_time=start, file_version="brain.Event:2")]
         if not written:
             hparams = hparams_pb(dict(flatten(data["config"])), start_time_secs=start)
-            plugin = hparams.value[0].metadata.plugin_data  # a mapping, in another order in every process
+            # The plugin's content is a protobuf map, which is serialised in another order in every process.
+            plugin = hparams.value[0].metadata.plugin_data
             plugin.content = HParamsPluginData.FromString(plugin.content).SerializeToString(deterministic=True)
             events += [Event(wall_time=start, summary=one) for one in (hparams, text_pb("report", _report(data)))]
         for row in made:
@@ -162,11 +174,11 @@ def to_tensorboard(data: dict[str, Any]) -> None:
         path.unlink()
 
 
-def to_mlflow(data: dict[str, Any]) -> None:
-    """A run of the experiment, found again by a tag. Only numbers that it does not have are logged; one that was made
-    anew becomes the newest of its step, as MLflow forgets none.
+def to_mlflow(data: Report) -> None:
+    """Log to a run of the experiment, found by its tag, the numbers that it does not have.
 
-    MLflow's parameters never change, so the fields of the configuration that may change are not among them.
+    MLflow deletes no number, so one that was computed again is logged with the time of now and becomes the newest of
+    its step. Its parameters never change, so mutable fields of the configuration are not among them.
     """
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
@@ -197,9 +209,11 @@ def to_mlflow(data: dict[str, Any]) -> None:
     client.set_terminated(run_id)
 
 
-def to_wandb(data: dict[str, Any]) -> None:
-    """A run with an id of its own that is resumed. W&B's step is the number of the row, and it takes none twice; what
-    is measured later of a round that it has is not added. Offline every folder has the whole run.
+def to_wandb(data: Report) -> None:
+    """Log to a W&B run that is resumed by its id.
+
+    W&B's step is the number of the row, and it accepts none twice. So a benchmark that is measured after its round was
+    sent is not added. Offline, every folder has the whole run.
     """
     import wandb
 
@@ -218,12 +232,13 @@ def to_wandb(data: dict[str, Any]) -> None:
                 run.log(row.values | {row.axis: row.step}, step=number)
 
 
-TRACKERS: dict[str, Callable[[dict[str, Any]], None]] = {
+TRACKERS: dict[str, Callable[[Report], None]] = {
     "tensorboard": to_tensorboard, "mlflow": to_mlflow, "wandb": to_wandb,
 }  # fmt: skip
 
 if __name__ == "__main__":
     try:
         TRACKERS[sys.argv[1]](json.load(sys.stdin))
-    except Exception as error:  # each library has errors of its own; `send` passes on the last line
-        sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:_SAID])
+    # Each library has errors of its own; `send` passes on the last line.
+    except Exception as error:
+        sys.exit(" ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_ERROR])

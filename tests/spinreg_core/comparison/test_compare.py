@@ -11,9 +11,9 @@ import pytest
 
 from spinreg_core.benchmarks.registry import record_measured
 from spinreg_core.benchmarks.results import write_part
-from spinreg_core.comparison.compare import BASE, comparison_data, comparison_name
-from spinreg_core.comparison.runs import HELDOUT, asked_of, heldout_scores, read_benchmark
-from spinreg_core.comparison.text import _agreeing, cells, comparison_table, grid_of, plane_of
+from spinreg_core.comparison.compare import BASE, compare, comparison_name
+from spinreg_core.comparison.runs import HELDOUT, asked_of, benchmark_scores, heldout_scores
+from spinreg_core.comparison.text import agreeing_seeds, cells, comparison_table, grid_of, plane_of
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput
@@ -63,7 +63,7 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
     make_run(store, tmp_path, "spin", [0.0, 0.0], objective={"alpha": 1.0})
     make_run(store, tmp_path, "kl", [-0.1, -0.2, -0.3], objective={"alpha": 0.5})
     make_run(store, tmp_path, "dpo", [0.1, 0.2], objective={"alpha": 0.0})
-    data = comparison_data(store, ["spin", "kl", "dpo"])
+    data = compare(store, ["spin", "kl", "dpo"])
     assert [v["label"] for v in data["variants"]] == ["alpha 1.0", "alpha 0.5", "alpha 0.0"]
     assert (data["reference"], data["round"], data["against"]) == ("alpha 1.0", 2, "spin")
     assert claims(data) == [
@@ -99,13 +99,15 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
     assert not [run for run, _ in alarmed if run == "kl"]
     assert "Alarm of dpo, round 2, held-out rows: Held-out human answers became less likely" in " ".join(table.split())
     found = cells(data)[("heldout_nll", "alpha 0.5", 2)]
-    assert (found["reference"]["better"], found["base"]["better"]) == (1, 1)
+    assert found.reference is not None
+    assert found.base is not None
+    assert (found.reference["better"], found.base["better"]) == (1, 1)
 
 
 def test_against_turns_the_comparison_round(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [-0.2], objective={"alpha": 1.0})
     make_run(store, tmp_path, "b", [0.0], objective={"alpha": 0.5})
-    one, other = comparison_data(store, ["a", "b"]), comparison_data(store, ["a", "b"], against="b")
+    one, other = compare(store, ["a", "b"]), compare(store, ["a", "b"], against="b")
     assert claims(one)[:1] == [["alpha 1.0", BASE, "lower"]]
     assert ["alpha 0.5", "alpha 1.0", "higher"] in claims(one)
     assert claims(other) == [["alpha 1.0", "alpha 0.5", "lower"], ["alpha 1.0", BASE, "lower"]]
@@ -116,7 +118,7 @@ def test_no_claim_is_made_where_there_is_no_difference(store: Store, tmp_path: P
     for trial in range(8):
         for name, alpha in (("a", 1.0), ("b", 0.5), ("c", 0.0)):
             make_run(store, tmp_path, f"{name}{trial}", [0.0], objective={"alpha": alpha}, data=100 + trial)
-        data = comparison_data(store, [f"{name}{trial}" for name in "abc"])
+        data = compare(store, [f"{name}{trial}" for name in "abc"])
         false += bool(claims(data))
         assert data["verdict"]["headline"].endswith("is supported.") is not bool(
             [c for c in claims(data) if c[1] != BASE]
@@ -130,7 +132,7 @@ def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: P
         make_run(store, tmp_path, f"spin{seed}", [0.02 * seed], objective={"alpha": 1.0}, seed=seed, data=seed)
     for seed in range(2):
         make_run(store, tmp_path, f"kl{seed}", [-0.2], objective={"alpha": 0.5}, seed=seed, data=seed)
-    data = comparison_data(store, ["spin0", "spin1", "spin2", "kl0", "kl1"])
+    data = compare(store, ["spin0", "spin1", "spin2", "kl0", "kl1"])
     assert [(v["runs"], v["seeds"]) for v in data["variants"]] == [
         (["spin0", "spin1", "spin2"], [0, 1, 2]),
         (["kl0", "kl1"], [0, 1]),
@@ -144,7 +146,7 @@ def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: P
     assert data["verdict"]["headline"] == "In held-out NLL at round 1, alpha 0.5 is better than alpha 1.0."
     assert any("2 of 2 seeds of one sign" in sentence for sentence in data["verdict"]["sentences"])
     assert "spread between seeds" in data["verdict"]["sentences"][-1]
-    alone = comparison_data(store, ["spin0", "spin1"])
+    alone = compare(store, ["spin0", "spin1"])
     assert alone["verdict"]["headline"].startswith("One variant, spin0")
     assert {c["against"] for c in alone["comparisons"]} == {BASE}
 
@@ -153,18 +155,18 @@ def test_a_run_that_repeats_another_is_no_further_seed(store: Store, tmp_path: P
     """Plain SPIN in two grids, say. Before, it was "2 seeds" with a spread of 0, and one policy was two tests."""
     make_run(store, tmp_path, "spin", [0.0], objective={"alpha": 1.0})
     make_run(store, tmp_path, "kl", [-0.2], objective={"alpha": 0.5})
-    expected = comparison_data(store, ["spin", "kl"], name="x")
+    expected = compare(store, ["spin", "kl"], name="x")
     share_policies(store, "again", "spin", 1.0)
-    data = comparison_data(store, ["spin", "again", "kl"], name="x")
+    data = compare(store, ["spin", "again", "kl"], name="x")
     assert data["repeats"] == {"again": "spin"}
     assert any(note.startswith("again is left out") for note in data["notes"])
     for part in ("values", "comparisons", "variants", "verdict", "cost"):
         assert data[part] == expected[part], part
     make_run(store, tmp_path, "further", [0.0, 0.0], objective={"alpha": 1.0})
-    assert comparison_data(store, ["spin", "further", "kl"])["repeats"] == {"spin": "further"}, "which went further"
+    assert compare(store, ["spin", "further", "kl"])["repeats"] == {"spin": "further"}, "which went further"
     with pytest.raises(BadInput, match="of one configuration and seed"):
-        comparison_data(store, ["spin", "again"])
-    turned = comparison_data(store, ["spin", "again", "kl"], against="again", name="x")
+        compare(store, ["spin", "again"])
+    turned = compare(store, ["spin", "again", "kl"], against="again", name="x")
     assert (turned["repeats"], turned["variants"][0]["runs"]) == ({"spin": "again"}, ["again"])
 
 
@@ -172,8 +174,8 @@ def test_a_run_that_has_not_begun_is_bad_input(store: Store, tmp_path: Path) -> 
     make_run(store, tmp_path, "spin", [0.0])
     with hold_lease(store, RunConfig(run="new"), "test"):
         pass
-    with pytest.raises(BadInput, match="found 'new', of which nothing is evaluated yet"):
-        comparison_data(store, ["spin", "new"])
+    with pytest.raises(BadInput, match="run 'new' has no evaluated round yet; run it"):
+        compare(store, ["spin", "new"])
 
 
 def share_policies(store: Store, run: str, source: str, alpha: float) -> None:
@@ -190,12 +192,12 @@ def test_a_policy_that_runs_share_is_compared_once(store: Store, tmp_path: Path)
     make_run(store, tmp_path, "a", [-0.1], objective={"alpha": 1.0})
     for run, alpha in (("b", 0.5), ("c", 0.25), ("d", 0.0)):  # alpha says nothing in round 1
         share_policies(store, run, "a", alpha)
-    data = comparison_data(store, ["a", "b"])
+    data = compare(store, ["a", "b"])
     assert data["families"]["verdict"] == 1
     assert any("are the same policy up to round 1" in sentence for sentence in data["verdict"]["sentences"])
     cost = data["cost"][0]
     assert cost["shared_seconds"] == cost["total_seconds"] > 0
-    many = comparison_data(store, ["a", "b", "c", "d"])
+    many = compare(store, ["a", "b", "c", "d"])
     assert many["families"] == data["families"]
     for metric in ("heldout_nll", "entropy", "distinct_2"):
         once = picked(data["comparisons"], metric=metric, variant="alpha 1.0", against=BASE)
@@ -205,7 +207,7 @@ def test_a_policy_that_runs_share_is_compared_once(store: Store, tmp_path: Path)
             for name in ("p", "p_holm", "supported", "corrected_low", "better"):
                 assert one[name] == once[name], "however many variants it is part of"
     make_run(store, tmp_path, "e", [0.1], objective={"alpha": 0.75})
-    other = comparison_data(store, ["e", "a", "b"])
+    other = compare(store, ["e", "a", "b"])
     assert other["families"]["verdict"] == 3, "e and the shared one against the base, and one against the other"
     assert len([c for c in claims(other) if c[1] == "alpha 0.75"]) == 2
 
@@ -217,13 +219,13 @@ def test_runs_on_other_rows_are_named_with_the_reason(store: Store, tmp_path: Pa
     make_run(store, tmp_path, "a", [0.0], objective={"alpha": 1.0})
     make_run(store, tmp_path, "b", [0.0], objective={"alpha": 0.5})
     make_run(store, tmp_path, "odd", [0.0], objective={"alpha": 0.0}, seed=5, data=9)
-    data = comparison_data(store, ["a", "b", "odd"])
+    data = compare(store, ["a", "b", "odd"])
     assert [one["variant"] for one in data["unpaired"]] == ["alpha 0.0"]
     assert "depend on the seed" in data["unpaired"][0]["why"]
     assert {c["against"] for c in data["comparisons"] if c["variant"] == "alpha 0.0"} == {BASE}
     assert any("is not compared with alpha 1.0 row by row" in s for s in data["verdict"]["sentences"])
     with pytest.raises(BadInput, match=r"none that answered the questions of 'alpha 1\.0'.*depend on the seed"):
-        comparison_data(store, ["a", "odd"])
+        compare(store, ["a", "odd"])
 
 
 def test_bad_input_is_named(store: Store, tmp_path: Path) -> None:
@@ -232,13 +234,13 @@ def test_bad_input_is_named(store: Store, tmp_path: Path) -> None:
     for runs, against, name, message in [
         (["a"], None, None, "at least two different runs"),
         (["a", "a"], None, None, "at least two different runs"),
-        (["a", "gone"], None, None, "no such run"),
+        (["a", "gone"], None, None, "gone"),
         (["a", "young"], None, None, r"no round that all have evaluated \(last evaluated: a: 1, young: 0\)"),
         (["a", "young"], "other", None, "--against: found 'other'"),
         (["a", "young"], None, "../up", "name of the comparison"),
     ]:
         with pytest.raises(BadInput, match=message):
-            comparison_data(store, runs, against, name)
+            compare(store, runs, against, name)
 
 
 def test_names() -> None:
@@ -290,7 +292,7 @@ def test_variants_of_alpha_and_history_alone_make_a_plane() -> None:
 def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [-0.1, 0.3], objective={"alpha": 1.0})
     make_run(store, tmp_path, "b", [-0.1, -0.1], objective={"alpha": 0.5})
-    data = comparison_data(store, ["a", "b"])
+    data = compare(store, ["a", "b"])
     step = picked(data["stability"], variant="alpha 1.0", metric="heldout_nll", round=2)
     assert step["value"] == pytest.approx(0.4, abs=0.03)
     assert step["low"] > 0.3
@@ -348,13 +350,11 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def test_a_benchmark_is_compared_item_by_item(store: Store, tmp_path: Path) -> None:
-    definitions: dict[str, Any] = {}
-    ((name, found),) = read_benchmark(store, measured(store, tmp_path, LM_EVAL, [1.0, 0.0]), definitions).items()
-    assert name == "gsm8k/exact"
+    found = benchmark_scores(store, measured(store, tmp_path, LM_EVAL, [1.0, 0.0]))
+    assert found is not None
     assert (found.ids, found.value) == (("q0", "q1"), 0.5)
-    assert (definitions["gsm8k/exact"]["better"], definitions["gsm8k/exact"]["unit"]) == ("higher", "share")
     perplexity = changed(LM_EVAL, "metrics.exact.value", 12.2)
-    assert read_benchmark(store, measured(store, tmp_path, perplexity, [-2.0, -3.0], "x"), definitions) == {}
+    assert benchmark_scores(store, measured(store, tmp_path, perplexity, [-2.0, -3.0], "x")) is None
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
         assert config is not None
         with hold_lease(store, config, "test") as session:
             record_measured(session, 1, {f"{p['kind']} {p['name']}": p["object_id"] for p in parts})
-    data = comparison_data(store, ["a", "b", "c"])
+    data = compare(store, ["a", "b", "c"])
     found = [one for one in data["comparisons"] if one["metric"] == "mt-bench/score"]
     assert [(one["variant"], one["against"], one["supported"], one["n"]) for one in found] == [
         ("alpha 0.5", "alpha 1.0", 1, 40)
@@ -419,6 +419,8 @@ def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
     assert "mt-bench/score of alpha 0.0 is not compared with that of alpha 1.0" in " ".join(data["notes"])
     assert "gsm8k/exact is no mean over questions, and is not compared" in " ".join(data["notes"])
     assert "gsm8k/exact" not in data["metrics"]
+    shown = data["metrics"]["mt-bench/score"]
+    assert (shown["better"], shown["unit"]) == ("higher", "of 10")
     assert [cost["paid"] for cost in data["cost"]] == [2.5] * 3
     graded = [one for one in data["benchmarks"] if one["kind"] == "mt-bench"]
     assert [(one["run"], one["round"], one["settings"]["judge"]["model"]) for one in graded] == [
@@ -439,5 +441,5 @@ def test_any_members_sampler_is_told_of() -> None:
 
 
 def test_a_seed_without_a_difference_has_no_sign() -> None:
-    assert _agreeing({"value": -0.1, "values": [-0.4, 0.0, 0.1]}) == 1
-    assert _agreeing({"value": 0.1, "values": [0.4, 0.0, -0.1]}) == 1
+    assert agreeing_seeds(-0.1, [-0.4, 0.0, 0.1]) == 1
+    assert agreeing_seeds(0.1, [0.4, 0.0, -0.1]) == 1

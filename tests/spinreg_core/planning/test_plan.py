@@ -17,7 +17,8 @@ from spinreg_core.errors import BadInput
 from spinreg_core.models.chat_template import Renderer
 from spinreg_core.models.source import resolve_model
 from spinreg_core.planning.cost_model import Sizes, round_store
-from spinreg_core.planning.plan import UTILISATION, measured_tflops, plan, read_machine, read_shape, read_sizes
+from spinreg_core.planning.inputs import measured_tflops, read_machine, read_shape, read_sizes
+from spinreg_core.planning.plan import UTILISATION, plan
 from spinreg_core.store.cache import cache_folder
 
 
@@ -234,7 +235,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="model"):
         plan(configured(model=str(tmp_path / "nothing")), tflops=1.0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BadInput, match="whose shape cannot be read"):
+    with pytest.raises(BadInput, match="shape that cannot be read"):
         plan(configured(model=str(tmp_path / "empty")), tflops=1.0)
 
 

@@ -14,7 +14,7 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.store.open import open_store
-from tests.spinreg_core.reports.test_run_report import make_run
+from tests.support.reported_runs import make_run
 
 JUDGE = {"endpoint": "host/v1", "model": "a|b", "temperature": 0.0, "max_tokens": 9, "tries": 1}
 

@@ -9,7 +9,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spinreg_core.reports.figures import comparison_figures, run_figures
+from spinreg_core.comparison.text import comparison_figures
+from spinreg_core.reports.figures import run_figures
 
 
 def estimate(value: float, half: float | None = 0.1) -> dict[str, Any]:
@@ -50,6 +51,8 @@ def test_a_run_by_round() -> None:
         {"round": 2, "metrics": {"heldout_nll": estimate(2.5), "kl_base": estimate(2.0), "margin": None}},
         {"round": 3, "metrics": None},
     ]
+    for entry in rounds:
+        entry["benchmarks"] = []
     data = {"run": "r", "rounds": rounds, "definitions": DEFINITIONS, "game": {}}
     found = pictures(run_figures(data))
     assert [title for title, _ in found] == ["held-out NLL by round", "KL to base by round"], "one point is no curve"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -16,162 +14,25 @@ from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
 from spinreg_core.formatting import flatten, format_bytes, format_duration
-from spinreg_core.reports.run_report import alarms, build_report, render, report_data, verdict, write_report
+from spinreg_core.reports.run_report import alarms, heldout_alarms, render, report_data, verdict, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
-from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
-from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.browser import needs_chromium, new_page
-
-HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)"> {{ 7*7 }} <!-- & \u2028 "quote"'
-
-
-def estimate(value: float, half: float, unit: str, n: int = 64) -> dict[str, Any]:
-    return {"value": value, "low": value - half, "high": value + half, "n": n, "unit": unit}
-
-
-def metrics(number: int, nll: list[float], half: float = 0.02) -> dict[str, Any]:
-    """Plausible held-out metrics of iterate `number` when `nll` is the list of all iterates' NLL."""
-    found = {
-        "heldout_nll": estimate(nll[number], 0.08, "nats/token"),
-        "kl_base": estimate(3.0 * number, 0.4 * number, "nats/answer"),
-        "answer_length": estimate(70.0 - 9 * number, 5, "tokens"),
-        "end_of_turn_rate": estimate(0.5 + 0.1 * number, 0.1, "share"),
-        "distinct_2": estimate(0.9, 0.02, "share"),
-    }
-    if number == 0:
-        found["human_answer_length"] = estimate(48.0, 4, "tokens")
-        found["human_distinct_2"] = estimate(0.97, 0.01, "share")
-    else:
-        found["nll_vs_base"] = estimate(nll[number] - nll[0], half, "nats/token")
-        found["nll_vs_previous"] = estimate(nll[number] - nll[number - 1], half, "nats/token")
-        found["reward_accuracy"] = estimate(0.8, 0.08, "share")
-        found["kl_previous"] = estimate(3.0, 0.4, "nats/answer")
-        found["margin"] = estimate(6.0 * number, 0.5, "nats")
-        found["separated"] = estimate(0.25, 0.1, "share")
-        found["length_bias"] = estimate(0.31, 0.2, "correlation")
-    return found
-
-
-def steps(number: int, count: int = 8) -> list[dict[str, Any]]:
-    return [
-        {
-            "step": i + 1,
-            "loss": 0.69 * math.exp(-i / 9),
-            "margin": 2.0 * i,
-            "accuracy": min(1.0, 0.5 + i / 10),
-            "real_logp": -80.0 + i - 9 * (number - 1),
-            "generated_logp": -70.0 - 4 * i,
-            "log_ratio_previous_real": 1.0 * i,
-            "log_ratio_previous_generated": -4.0 * i,
-            "grad_norm": math.nan if i == 0 else 20.0 / i,
-            "learning_rate": 5e-6 * (1 - i / count),
-            "tokens_per_second": 900.0,
-        }
-        for i in range(count)
-    ]
-
-
-def summary(number: int, text: str) -> dict[str, Any]:
-    """As `training.Round.summary` writes it; human answers lose in round 2."""
-    change = -3.21 if number == 2 else 4.56
-    return {
-        "steps": 8, "pairs": 64, "first_loss": 0.693, "last_loss": 0.319, "loss": 0.5, "accuracy": 0.875,
-        "margin": 6.0, "real_logprob_change": change, "real_logprob_change_error": 0.54, "watched_pairs": 32,
-        "seconds": 61.0, "tokens_per_second": 900.4,
-        "alarms": [f"log p of real answers fell {text}"] if change < 0 else [],
-    }  # fmt: skip
-
-
-def pairs(number: int) -> dict[str, Any]:
-    """The metrics of the stage `mix-opponent`, in the second round with scores of the engine."""
-    engine = {"engine_checked": 8, "engine_mean_difference": 0.0123, "engine_worst_difference": -0.0456,
-              "engine_shards": 2, "engine_shards_refused": 1}  # fmt: skip
-    return {
-        "pairs": 64, "by_iterate": {str(k): 64 // number for k in range(number)}, "generated_truncated": 3,
-        "clipped": 2, "dropped": 0, "empty_generated": 1, "scores_computed": 100, "scores_reused": 28,
-        "scores_of_engine": 10 * (number - 1),
-    } | (engine if number == 2 else {})  # fmt: skip
-
-
-def make_run(
-    store: Store,
-    tmp_path: Path,
-    nll: list[float],
-    text: str = "fine",
-    run: str = "demo",
-    config: RunConfig | None = None,
-) -> Store:
-    """A run with len(nll) - 1 rounds, published and committed as stages do it."""
-    config = config or RunConfig(run=run)
-
-    def put(stage: str, number: int, files: dict[str, str], found: dict[str, Any] | None = None) -> str:
-        key = {"stage": stage, "round": number, "run": run, "text": text}
-        folder = tmp_path / "out" / run / f"{stage}-{number}"
-        folder.mkdir(parents=True)
-        for name, content in files.items():
-            (folder / name).write_text(content)
-        job = Job(stage, fingerprint(stage, key), key, store.url, "e0001-aa", number, {"from": text}, config, tmp_path)
-        return publish(store, job, folder, metrics=found or {}, seconds=12.5 + 60 * number)["object_id"]
-
-    with hold_lease(store, config, "test") as session:
-        session.commit_inputs(put("base", 0, {"weights": "w" * 2000}), put("data", 0, {"train.parquet": "p"}))
-        for number in range(len(nll)):
-            if number:
-                session.commit(number, "generate", put("generate", number, {"shard": "s"}))
-                session.commit(number, "mix-opponent", put("mix-opponent", number, {"pairs": "p"}, pairs(number)))
-                lines = "\n".join(json.dumps(step) for step in steps(number))
-                files = {"metrics.jsonl": lines, "summary.json": json.dumps(summary(number, text))}
-                session.commit(number, "train", put("train", number, files))
-            samples = [
-                {
-                    "prompt_id": f"{i:016x}",
-                    "messages": [{"role": "user", "content": f"question {i} {text}"}],
-                    "answer": f"human answer {i} {text}",
-                    "sample": f"iterate {number} answers {i} {text}",
-                    "finish": "length" if i else "stop",
-                }
-                for i in range(3)
-            ]
-            shown: dict[str, Any] = {"samples": samples}
-            if number:
-                for sample in samples:
-                    tokens = [[f"{text} ", 0.25], ["token", -0.5 * number], ["", 0.0]]
-                    sample["credit"] = {"answer": tokens, "sample": tokens[:1]}
-                shown["margins"] = {"edges": [-1.0, 0.0, 1.0], "counts": [20, 44], "quantiles": {"0.5": 0.3}}
-            files = {"metrics.json": json.dumps(metrics(number, nll)), "samples.json": json.dumps(shown)}
-            session.commit(number, "evaluate", put("evaluate", number, files))
-    return store
-
-
-class Reader(HTMLParser):
-    """Tags, attributes and visible text of a page, as a browser's parser splits them."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.scripts: list[str] = []
-        self._in: str | None = None
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._in = tag if tag in ("script", "style") else None
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in = None
-
-    def handle_data(self, data: str) -> None:
-        (self.scripts if self._in == "script" else self.text).append(data)
+from tests.support.pages import HOSTILE, Reader
+from tests.support.reported_runs import estimate, make_run, metrics, pairs, steps, summary
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
+
+
+def page_of(store: Store, run: str) -> tuple[str, Any]:
+    """The page of a run, and its data."""
+    data = report_data(store, run)
+    return render(data), data
 
 
 def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Path) -> None:
@@ -182,16 +43,16 @@ def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Pa
     assert data == written["data"]
     assert write_report(store, "demo") == written
     page = (store.read(written["html"]) or b"").decode()
-    assert page == build_report(store, "demo")[0]
+    assert page == page_of(store, "demo")[0]
 
 
 def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) -> None:
-    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
+    page, _ = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(" ".join(Reader(page).text).split())
     assert "100 / 28 / 10" in text
     assert "+0.0123, -0.0456 (8 checked); 1 of 2" in text
     assert "0: 32, 1: 32" in text
-    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10], run="plain"), "plain")
+    page, data = page_of(make_run(store, tmp_path, [1.25, 1.10], run="plain"), "plain")
     assert "engine's scores" not in page
     engine = {"engine_checked": 4, "engine_mean_difference": None, "engine_worst_difference": None,
               "engine_shards": 1, "engine_shards_refused": 1}  # fmt: skip
@@ -204,7 +65,7 @@ def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) 
 
 
 def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -> None:
-    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
+    page, data = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(Reader(page).text)
     for number, entry in enumerate(data["rounds"]):
         expected = metrics(number, [1.25, 1.10, 1.00])
@@ -240,7 +101,7 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
 
 
 def test_the_page_loads_nothing(store: Store, tmp_path: Path) -> None:
-    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10]), "demo")
+    page, _ = page_of(make_run(store, tmp_path, [1.25, 1.10]), "demo")
     reader = Reader(page)
     for tag, attributes in reader.tags:
         for name in ("src", "href", "data", "action", "srcset", "poster"):
@@ -257,8 +118,8 @@ def test_the_page_loads_nothing(store: Store, tmp_path: Path) -> None:
 
 
 def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
-    honest, _ = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.2], run="honest"), "honest")
-    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.2], HOSTILE, run="hostile"), "hostile")
+    honest, _ = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.2], run="honest"), "honest")
+    page, data = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.2], HOSTILE, run="hostile"), "hostile")
     reader = Reader(page)
     # The same elements as with harmless text, attributes included: nothing in the text became markup.
     assert reader.tags == Reader(honest).tags
@@ -275,20 +136,20 @@ def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
 def test_a_run_that_goes_on_can_be_reported(store: Store, tmp_path: Path) -> None:
     with hold_lease(store, RunConfig(run="young"), "test"):
         pass
-    page, data = build_report(store, "young")
+    page, data = page_of(store, "young")
     assert data["verdict"]["outcome"] == "none"
     assert "None yet." in page
     assert metrics_rows(data) == []
     assert "Nothing has been evaluated yet." in metrics_table(data)
     make_run(store, tmp_path, [1.25])
-    page, data = build_report(store, "demo")
+    page, data = page_of(store, "demo")
     assert data["verdict"]["headline"] == "Only the base model has been evaluated so far."
     assert "1.25" in page
 
 
 def test_an_unknown_run_is_named_with_the_known_ones(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, [1.25])
-    with pytest.raises(BadInput, match=r"'other'.*found no such run; expected .*demo"):
+    with pytest.raises(BadInput, match=r"'other'.*demo"):
         report_data(store, "other")
 
 
@@ -428,7 +289,8 @@ def test_sizes_and_durations() -> None:
         "500 MiB",
         "3072 GiB",
     ]
-    assert [format_duration(s) for s in (4.21, 187, 7500)] == ["4.2 s", "3:07 min", "2:05 h"]
+    durations = [format_duration(s) for s in (4.21, 187, 7500, 8.4 * 86400)]
+    assert durations == ["4.2 s", "3:07 min", "2:05 h", "8 days"]
 
 
 # --- a real browser ----------------------------------------------------------------------------------
@@ -465,6 +327,6 @@ def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path:
 
 def test_a_negative_kl_is_an_alarm_that_claims_no_certainty() -> None:
     kl = {"heldout_nll": estimate(2.0, 0.1, "nats/token"), "kl_base": estimate(-1.0, 0.5, "nats/answer")}
-    (alarm,) = alarms([{"round": 1, "metrics": kl, "training": None}])
+    (alarm,) = heldout_alarms(1, kl, level=0.0)
     assert "hardly ever do" in alarm["text"]
     assert "can do" not in alarm["text"]

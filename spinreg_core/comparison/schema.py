@@ -1,0 +1,197 @@
+"""The fields of a comparison, as its `report.json` holds them.
+
+Decides: the names and types that readers of a comparison rely on. Leaves out: where the values come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypedDict
+
+from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.reports.schema import Alarm, Definition
+
+
+class RunEntry(TypedDict):
+    run: str
+    variant: str
+    seed: int
+    data: str
+    rounds: list[int]
+    ended: str | None
+    sampler: dict[str, float]
+
+
+class VariantEntry(TypedDict):
+    """Runs that differ in their seed alone. `differences` are those from the reference, as `field: old -> new`."""
+
+    label: str
+    runs: list[str]
+    seeds: list[int]
+    rounds: list[int]
+    differences: list[str]
+
+
+class Unpaired(TypedDict):
+    variant: str
+    why: str
+
+
+class Value(Estimate):
+    """A metric of a variant at a round. `values`: per run; `spread`: their standard deviation, None for one run."""
+
+    variant: str
+    round: int
+    metric: str
+    values: list[float]
+    spread: float | None
+
+
+class Step(Estimate):
+    """A paired change from the round before. `evaluation/paired.py` defines `se`, `skew`, `p` and `values`."""
+
+    variant: str
+    round: int
+    metric: str
+    values: list[float]
+    se: float | None
+    skew: float
+    p: float
+
+
+class Difference(Step):
+    """A paired difference from the reference or the base, corrected by Holm's procedure within its family.
+
+    `supported` is the sign of a difference that is claimed, else 0. `better` is 1, -1 or 0. `same`: both are one
+    policy. `repeats`: the variant with the same policy that has this test already.
+    """
+
+    family: str
+    against: str
+    to_base: bool
+    same: bool
+    repeats: str | None
+    p_holm: float
+    corrected_low: float | None
+    corrected_high: float | None
+    supported: int
+    better: int
+
+
+class BenchmarkEntry(TypedDict):
+    """What the figures of a benchmark rest on."""
+
+    run: str
+    round: int
+    object_id: str
+    kind: str
+    name: str
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    versions: dict[str, str] | None
+    cost: dict[str, float] | None
+
+
+class SharedAlarm(Alarm):
+    runs: list[str]
+
+
+class Cost(TypedDict):
+    """Means over a variant's runs: seconds by stage, tokens by stage (None if uncounted), payments to judges.
+
+    `shared_seconds` are those of objects that other runs of the comparison use too; they were spent once.
+    """
+
+    variant: str
+    runs: int
+    rounds: int
+    seconds: dict[str, float]
+    total_seconds: float
+    shared_seconds: float
+    tokens: dict[str, float | None]
+    paid: float
+
+
+class Plane(TypedDict):
+    """Variants by alpha (rows) and history (columns); None where there is no variant."""
+
+    alpha: list[float]
+    history: list[int | str]
+    labels: list[list[str | None]]
+
+
+class Sample(TypedDict):
+    messages: list[dict[str, str]]
+    answer: str
+    answers: list[dict[str, Any]]
+
+
+class SharedObject(TypedDict):
+    """An object of the runs. `seconds` are those of the attempt that finished it."""
+
+    round: int
+    stage: str
+    object_id: str
+    uri: str
+    seconds: float | None
+    created: str | None
+    runs: list[str]
+    tokens: float | None
+    paid: float
+    inputs: dict[str, Any] | None
+    versions: dict[str, str] | None
+
+
+class Verdict(TypedDict):
+    """`claims` are the supported differences, as [variant, against, lower | higher]."""
+
+    headline: str
+    sentences: list[str]
+    claims: list[list[str]]
+    round: int
+
+
+class Numbers(TypedDict):
+    """A comparison without its sentences. `families` counts the tests that are corrected together."""
+
+    schema: int
+    spinreg: str | None
+    name: str
+    store: str
+    runs: list[RunEntry]
+    variants: list[VariantEntry]
+    reference: str
+    against: str
+    round: int
+    primary: str
+    metrics: dict[str, Definition]
+    unpaired: list[Unpaired]
+    repeats: dict[str, str]
+    failed: dict[str, str]
+    values: list[Value]
+    comparisons: list[Difference]
+    benchmarks: list[BenchmarkEntry]
+    no_items: list[str]
+    alarms: list[SharedAlarm]
+    families: dict[str, int]
+    stability: list[Step]
+    cost: list[Cost]
+    grid: dict[str, str]
+    plane: Plane | None
+    samples: list[Sample]
+    lineage: list[SharedObject]
+    config: dict[str, Any]
+
+
+class Comparison(Numbers):
+    verdict: Verdict
+    notes: list[str]
+
+
+class WrittenComparison(TypedDict):
+    """Keys of the files in the store, and the comparison itself."""
+
+    html: str
+    json: str
+    csv: str
+    parquet: str
+    data: Comparison

@@ -1,0 +1,120 @@
+"""The fields of a run's report, as `report.json` holds them.
+
+Decides: the names and types that readers of a report rely on. Leaves out: where the values come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict
+
+from spinreg_core.evaluation.intervals import Estimate
+
+
+class Alarm(TypedDict):
+    round: int
+    where: str  # training, held-out rows or samples
+    text: str
+
+
+class Verdict(TypedDict):
+    outcome: str  # improved, worse, no difference or none
+    round: int | None
+    headline: str
+    sentences: list[str]
+
+
+class Measured(TypedDict):
+    """Results of one benchmark for one iterate. `metrics[primary]` is the number that counts."""
+
+    kind: str  # lm-eval, mt-bench or win-rate
+    name: str
+    primary: str
+    better: str
+    metrics: dict[str, Estimate]
+    settings: dict[str, Any]
+    fingerprints: dict[str, str]
+    versions: NotRequired[dict[str, str]]
+    cost: NotRequired[dict[str, float]]
+    object_id: str
+    uri: str
+
+
+class Training(TypedDict):
+    steps: list[dict[str, float]]
+    summary: dict[str, Any]
+
+
+class Round(TypedDict):
+    """What one round left; None where it is not there yet. `metrics` holds estimates over held-out rows."""
+
+    round: int
+    stages: dict[str, str]
+    metrics: dict[str, Estimate] | None
+    benchmarks: list[Measured]
+    pairs: dict[str, Any] | None
+    training: Training | None
+    margins: dict[str, Any] | None
+
+
+class Sample(TypedDict):
+    """A held-out prompt with the human answer and one sampled answer per round."""
+
+    prompt_id: str
+    messages: list[dict[str, str]]
+    answer: str
+    rounds: list[dict[str, Any]]
+
+
+class Lineage(TypedDict):
+    """One object of the run. `seconds` are those of the attempt that finished it."""
+
+    round: int | None
+    stage: str
+    object_id: str
+    uri: str
+    inputs: dict[str, Any]
+    files: int
+    removed: int
+    bytes: int
+    seconds: float
+    tokens: float | None
+    created: str
+    writer: str
+    versions: dict[str, str]
+
+
+class Definition(TypedDict):
+    """How a metric is shown. `better` is lower, higher or None."""
+
+    label: str
+    unit: str
+    better: str | None
+    definition: str
+
+
+class Report(TypedDict):
+    """A run's report. Every value is plain JSON; NaN and infinities are None."""
+
+    schema: int
+    spinreg: str | None
+    run: str
+    store: str
+    config: dict[str, Any]
+    primary: dict[str, str]
+    definitions: dict[str, Definition]
+    game: dict[str, Definition]
+    verdict: Verdict
+    alarms: list[Alarm]
+    notes: list[str]
+    rounds: list[Round]
+    human: dict[str, Estimate]
+    samples: list[Sample]
+    lineage: list[Lineage]
+
+
+class WrittenReport(TypedDict):
+    """Keys of the files in the store, and the report itself."""
+
+    html: str
+    json: str
+    data: Report
