@@ -121,7 +121,7 @@ def test_a_data_set_without_what_an_evaluation_asks(tmp_path: Path) -> None:
 
 
 def test_a_pattern_that_is_none_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"regular expressions; '\(' is not one"):
         DataConfig(drop_patterns=["("])
 
 
@@ -137,6 +137,6 @@ def test_the_beginning_of_the_training_set(tmp_path: Path) -> None:
     assert heldout is not None
     assert heldout.records == 6
     with pytest.raises(
-        ValueError, match=r"max_records reads from the beginning of a whole split, found split 'train\[:5\]'"
+        ValueError, match=r"max_records needs a whole split, but split is 'train\[:5\]'"
     ):
         DataConfig(max_records=3, split="train[:5]")

@@ -257,12 +257,12 @@ def test_what_cannot_be_adapted_is_refused_before_the_first_round(tmp_path: Path
 
 def test_a_rounded_sum_is_refused() -> None:
     """It would be another policy than base and adapter, which the next round starts from."""
-    with pytest.raises(ValueError, match="save_dtype bfloat16 with lora_rank"):
+    with pytest.raises(ValueError, match="save_dtype bfloat16 cannot be combined with lora_rank"):
         settings(save_dtype="bfloat16")
 
 
 def test_lora_settings_without_lora_are_refused() -> None:
-    with pytest.raises(ValueError, match="lora_alpha without lora_rank, which switches LoRA on"):
+    with pytest.raises(ValueError, match="lora_alpha needs lora_rank, which switches LoRA on"):
         RunConfig.model_validate({"training": {"lora_alpha": 8}})
     assert (
         RunConfig.model_validate({"training": {"lora_alpha": 16}}).training.lora_rank is None
