@@ -1,4 +1,4 @@
-"""Write docs/configuration.md, the reference of every field, from the models in spinreg_core/config.
+"""Write docs/configuration.md, the reference of every field, from the models in spinreg_core/config/.
 
 Decides: the page's introduction and the text of types. Leaves out: fields, defaults and descriptions (the models). Run
 it after changing them (`make docs`); a test fails if the page is out of date.
@@ -36,32 +36,38 @@ opponent:
 """
 
 INTRODUCTION = f"""\
-<!-- Made by scripts/config_reference.py (`make docs`). Change spinreg_core/config or that script, not this page. -->
+<!-- Made by scripts/config_reference.py (`make docs`). Change spinreg_core/config/ or that script, not this page. -->
 # Configuration
 
-After this page you can set every field of a run. One tree defines a run, `spinreg_core.config.RunConfig`. It holds the
-only defaults, listed below. Together they are the demo.
+One tree, `spinreg_core.config.RunConfig`, defines a run. It holds every default; together they are the demo.
 
 ## Where values come from
 
 1. A **parameter** wins: `-p rounds=3` or `-p objective='{{"alpha": 1}}'` of `prefect deployment run`, a field of the
-   form in the Prefect UI, an option such as `--model` or `-p objective.alpha=1` of the command `spinreg`.
-2. Then the **file** named by `config` (`--config`): YAML, or JSON if the name ends in `.json`; a path or a URI
-   (`s3://…`). A group in a parameter replaces the fields of the file's group one by one; a list replaces a list.
-3. Then, without a file, the **existing run** of that name: `-p run=NAME -p rounds=1` continues NAME with its stored
-   configuration. With a file, the file and the defaults are the whole configuration.
-4. Then the **defaults**.
+   form in the Prefect UI, or an option such as `--model` or `-p objective.alpha=1` of the command `spinreg`.
+2. Next comes the **file** named by `config` (`--config`), at a path or a URI (`s3://…`). It is YAML, or JSON if its
+   name ends in `.json`. Parameters of a group replace single fields of the file's group; a list replaces a list.
+3. Without a file, the **existing run** of that name comes next: `-p run=NAME -p rounds=1` advances NAME unchanged.
+   A file and the defaults together are a whole configuration, so that with a file the existing run gives no values.
+4. Last come the **defaults**.
 
-`rounds` and `until_round` are two ways to set the same goal, so either of them as a parameter replaces both in the
-file. The resolved configuration is printed, shown in Prefect and stored with the run. A value out of range, an unknown
-field, or two fields that contradict each other end the run before anything is loaded, with one line per field.
+`rounds` and `until_round` are two ways to set the target, so either of them as a parameter replaces both in the file.
+The resulting configuration is printed, shown in Prefect and stored with the run. A value out of range, an unknown
+field or two fields that contradict each other end the run before anything is loaded, with one line per field.
 
-## Continuing a run
+## Changing an existing run
 
-A run keeps the configuration it was started with. Only the following fields may have other values later. They decide
-how far to go, how to run and what to keep, and change results by no more than the rounding of sums: {{mutable}}.
-Any other difference is refused, with a list of the differences; use another run name for another experiment. Runs in one
-store share their common objects, so a grid over alpha and history prepares the data and does the first round once.
+A run keeps the configuration it was started with. Only these fields may change later:
+
+{{mutable}}.
+
+They set how far and how to run and what to keep, and change results by no more than the rounding of sums. Any other difference is refused
+with the list of differences; use another run name for another experiment. Runs in one store share their common
+objects, so a grid over alpha and history prepares the data and runs the first round once.
+
+A later version of spinreg may add fields and remove fields. An existing run then keeps its behaviour: an added field
+gets the value that equals the behaviour of before, whatever its default is. A removed field in a file or a parameter is
+accepted if it is null or at its old default; any other value is refused with the name of its replacement.
 
 ## Values that change from round to round
 
@@ -74,18 +80,18 @@ holds from there on.
 {EXAMPLE}```
 
 ```
-spinreg plan --config my.yaml                          # what it will need
+spinreg plan --config my.yaml                          # memory, disk and time that it needs
 spinreg run --config my.yaml -p objective.alpha=1      # one field changed
 prefect deployment run spin/iterate -p config=s3://runs/my.yaml -p rounds=1
 ```
 
-On the command line values are JSON, or text if they are not valid JSON: `-p training.learning_rate='[5e-7, 1e-7]'`.
+Values on the command line are JSON, or text if they are not valid JSON: `-p training.learning_rate='[5e-7, 1e-7]'`.
 
 """
 
 
 def type_text(annotation: Any) -> str:
-    """Return the text of a type with its ranges, e.g. `number > 0, or list of numbers > 0`."""
+    """Return a type as a person reads it, ranges included, e.g. `number > 0, or list of numbers > 0`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_text(arguments[0]) + bounds(arguments[1:])
@@ -101,7 +107,7 @@ def type_text(annotation: Any) -> str:
 
 
 def bounds(metadata: typing.Iterable[Any]) -> str:
-    """Return the range of constraints, e.g. ` ≥ 0, < 1`."""
+    """Return the range that constraints stand for, e.g. ` ≥ 0, < 1`."""
     parts: list[str] = []
     for item in metadata:
         for constraint in item.metadata if isinstance(item, FieldInfo) else [item]:
@@ -116,7 +122,7 @@ def bounds(metadata: typing.Iterable[Any]) -> str:
 
 def table(model: type[Group]) -> str:
     """Return a Markdown table of the fields of one group."""
-    lines = ["| field | type and range | default | what it is |", "|---|---|---|---|"]
+    lines = ["| field | type and range | default | description |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         if isinstance(field.default, Group):
             continue

@@ -1,8 +1,6 @@
-"""The groups of the configuration that say how iterates are measured besides held-out rows, when a run ends early, and
-which trackers show it.
+"""The groups for benchmarks, the judge, early stopping and trackers.
 
-Decides: what one group can say by itself. Leaves out: the other groups (`groups.py`), the measuring
-(`benchmarks/`). All of them may change between starts of a run: they change no policy.
+All of them may change between starts of a run, because they change no policy.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from pydantic import Field, model_validator
 from spinreg_core.config.groups import Group, NonNegativeFloat, PositiveFloat, Time
 
 Count = Annotated[int, Field(ge=1)]
-# The six tasks of the Open LLM Leaderboard (its first version) and their numbers of solved examples.
+# The six tasks of the Open LLM Leaderboard (its first version) with their numbers of few-shot examples.
 LEADERBOARD = {
     "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5,
 }  # fmt: skip
@@ -24,22 +22,22 @@ class BenchmarksConfig(Group):
     """Benchmark tasks, MT-Bench and win rates of the base and of iterates. May change between starts of a run."""
 
     rounds: Literal["all"] | list[Annotated[int, Field(ge=0)]] = Field(
-        "all", description="Iterates that are measured: all, or a list of rounds (0 is the base)."
+        "all", description="Iterates to measure: all, or a list of rounds (0 is the base)."
     )
     tasks: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
         description="Tasks of EleutherAI's lm-eval (extra `eval`), by name. `leaderboard` stands for the six of the "
-        "Open LLM Leaderboard with its numbers of examples: arc_challenge 25, hellaswag 10, mmlu 5, truthfulqa_mc2 0, "
+        "Open LLM Leaderboard with their few-shot examples: arc_challenge 25, hellaswag 10, mmlu 5, truthfulqa_mc2 0, "
         "winogrande 5, gsm8k 5.",
     )
     fewshot: dict[str, Annotated[int, Field(ge=0)]] = Field(
         {},
-        description="Solved examples in front of each question, by task, in place of the task's own number or the "
-        "Leaderboard's.",
+        description="Few-shot examples before each question, by task; they replace the number of the task or of the "
+        "Leaderboard (examples).",
     )
     limit: Count | dict[str, Count] | None = Field(
         None,
-        description="Questions per task, the first ones (of a group: of each of its subtasks); or by task "
+        description="Use only the first questions: their number per task (for a group: per subtask), or by task "
         "(questions). Unset: all.",
     )
     include_path: str | None = Field(
@@ -48,34 +46,35 @@ class BenchmarksConfig(Group):
         description="Folder with task files of lm-eval (YAML): tasks of your own, or data on this machine.",
     )
     backend: Literal["auto", "hf", "vllm"] = Field(
-        "auto", description="What runs lm-eval's tasks; auto is vllm on GPUs where it is installed, else hf."
+        "auto", description="Backend of lm-eval; auto is vllm on GPUs where it is installed, else hf."
     )
     batch_size: int = Field(8, ge=1, description="Sequences that the hf backend scores together (sequences).")
     questions_as: Literal["plain", "chat"] = Field(
         "plain",
-        description="lm-eval's questions as plain text, as the Leaderboard has them, or in the model's chat template.",
+        description="Form of lm-eval's questions: plain text, as on the Leaderboard, or in the model's chat template.",
     )
     mt_bench: str | None = Field(
         None,
         min_length=1,
-        description="Questions of MT-Bench: `hub`, or a file as FastChat's question.jsonl. A judge grades the answers.",
+        description="Questions of MT-Bench: `hub`, or a file like FastChat's question.jsonl. A judge grades the "
+        "answers.",
     )
     mt_bench_references: str | None = Field(
         None,
         min_length=1,
-        description="Reference answers to them, a file as FastChat's reference_answer/gpt-4.jsonl, for maths, "
-        "reasoning and coding. With `hub` they come along.",
+        description="Reference answers to the questions of MT-Bench on maths, reasoning and coding: a file like "
+        "FastChat's reference_answer/gpt-4.jsonl. `hub` includes them.",
     )
     mt_bench_max_tokens: int = Field(1024, ge=1, description="Longest answer in each of the two turns (tokens).")
     win_rate: list[Literal["base", "previous", "human"]] = Field(
-        [], description="What a judge compares the iterate's held-out samples with, in both orders."
+        [], description="Answers that a judge compares the iterate's held-out samples with, in both orders."
     )
     win_rate_prompts: Count | None = Field(
-        None, description="Held-out prompts that are judged, the first ones (prompts). Unset: all."
+        None, description="Judge only this many held-out prompts, the first ones (prompts). Unset: all."
     )
 
     def lm_eval_tasks(self) -> list[str]:
-        """The names of `tasks`, those of `leaderboard` in its place."""
+        """Return the names of `tasks`, with `leaderboard` replaced by its six."""
         return [name for task in self.tasks for name in (LEADERBOARD if task == "leaderboard" else [task])]
 
     @model_validator(mode="after")
@@ -83,13 +82,15 @@ class BenchmarksConfig(Group):
         tasks = self.lm_eval_tasks()
         for name, values in (("tasks", tasks), ("win_rate", self.win_rate)):
             if len(set(values)) < len(values):
-                raise ValueError(f"{name} lists something twice: {', '.join(values)}")
+                raise ValueError(f"{name} lists an entry twice: {', '.join(values)}")
         for name, by_task in (("fewshot", self.fewshot), ("limit", self.limit)):
             strange = sorted(set(by_task) - set(tasks)) if isinstance(by_task, dict) else []
             if strange:
-                raise ValueError(f"{name} names {', '.join(strange)}, but tasks has {', '.join(tasks) or 'nothing'}")
+                raise ValueError(
+                    f"{name} names {', '.join(strange)}, which tasks does not ({', '.join(tasks) or 'it is empty'})"
+                )
         if self.mt_bench_references is not None and self.mt_bench is None:
-            raise ValueError("mt_bench_references without mt_bench, the questions they answer")
+            raise ValueError("mt_bench_references needs mt_bench, the questions they answer; set mt_bench")
         return self
 
 
@@ -98,42 +99,42 @@ class JudgeConfig(Group):
 
     base_url: str | None = Field(
         None,
-        pattern=r"^https?://[^\s\x40]+$",  # no "@": as \x40, or the message would show it cut out, like a password
+        pattern=r"^https?://[^\s\x40]+$",  # "@" is written \x40: messages cut out what looks like a password
         description="Address of the endpoint, e.g. https://api.openai.com/v1 or http://127.0.0.1:8000/v1, without "
         "credentials.",
     )
     model: str | None = Field(None, min_length=1, description="The judge's name at that endpoint.")
     key_variable: str = Field(
         "OPENAI_API_KEY",
-        pattern="^[A-Z_][A-Z0-9_]*$",  # no key looks so, should somebody write that here
-        description="Environment variable that holds the key, in capitals; the key itself is never stored.",
+        pattern="^[A-Z_][A-Z0-9_]*$",  # refuses most keys, should one be put here
+        description="Environment variable that holds the key, in capitals; the key is never stored.",
     )
     prompts: str | None = Field(
         None,
         min_length=1,
-        description="File with the judge's prompts (YAML, or FastChat's judge_prompts.jsonl) in place of spinreg's. "
-        "Its hash is part of the result.",
+        description="File with the judge's prompts (YAML, or FastChat's judge_prompts.jsonl) to use instead of "
+        "spinreg's. Its hash is part of the result.",
     )
     temperature: NonNegativeFloat = Field(0.0, description="Sampling temperature of the judge; 0 is greedy.")
-    max_tokens: int = Field(2048, ge=1, description="Longest verdict, its explanation included (tokens).")
-    at_once: int = Field(8, ge=1, description="Requests under way together (requests).")
+    max_tokens: int = Field(2048, ge=1, description="Longest verdict, including its explanation (tokens).")
+    at_once: int = Field(8, ge=1, description="Requests sent at the same time (requests).")
     timeout_seconds: Time = Field(120.0, gt=0, description="Silence after which a request is sent again (seconds).")
     patience_seconds: Time = Field(
         600.0,
         gt=0,
-        description="Time for which rate limits and errors of the endpoint are waited out; the stage fails after "
-        "that, and goes on from the verdicts it has (seconds).",
+        description="Longest wait for rate limits and errors of the endpoint to pass; then the stage fails, and "
+        "resumes later from the verdicts it has (seconds).",
     )
     tries: int = Field(
-        3, ge=1, description="Answers of the judge in which a verdict is looked for; after that it counts as malformed."
+        3, ge=1, description="Answers of the judge to search for a verdict before it counts as malformed (answers)."
     )
     max_requests: Count | None = Field(
         None,
-        description="Requests of one benchmark at most (one iterate's MT-Bench, say), all its attempts together; those "
-        "that the endpoint refuses do not count. Unset: no limit.",
+        description="Most requests of one benchmark (one iterate's MT-Bench, say), over all its attempts; requests "
+        "that the endpoint refuses do not count (requests). Unset: no limit.",
     )
     max_cost: PositiveFloat | None = Field(
-        None, description="Cost of one benchmark at most, in the currency of the prices. Unset: no limit."
+        None, description="Highest cost of one benchmark, in the currency of the prices. Unset: no limit."
     )
     price_prompt: NonNegativeFloat = Field(0.0, description="Price of a million prompt tokens.")
     price_answer: NonNegativeFloat = Field(0.0, description="Price of a million tokens of the judge's answers.")
@@ -142,57 +143,59 @@ class JudgeConfig(Group):
     def _costs_something(self) -> JudgeConfig:
         if self.max_cost is not None and not self.price_prompt and not self.price_answer:
             raise ValueError(
-                f"max_cost is {self.max_cost:g} but price_prompt and price_answer are 0: say what tokens cost"
+                f"max_cost is {self.max_cost:g} but price_prompt and price_answer are 0; set what tokens cost"
             )
         return self
 
 
 class UntilConfig(Group):
-    """What ends a run before the round it was to reach. May change between starts of a run."""
+    """Early stopping: conditions that end a run before its target round. May change between starts of a run."""
 
     metric: str | None = Field(
         None,
         min_length=1,
-        description="Held-out metric that must get better (heldout_nll, reward_accuracy, exact_match), or a "
+        description="Metric that must improve: a held-out one (heldout_nll, reward_accuracy, exact_match), or a "
         "benchmark's, as NAME/METRIC (gsm8k/exact_match).",
     )
     rounds_without_gain: Count | None = Field(
-        None, description="Rounds in a row without a new best value of that metric after which the run ends (rounds)."
+        None,
+        description="The run ends after this many rounds in a row without a new best value of that metric (rounds).",
     )
     kl_base_above: PositiveFloat | None = Field(
-        None, description="KL to the base above which the run ends (nats/answer)."
+        None, description="The run ends when the KL to the base exceeds this (nats/answer)."
     )
 
     @model_validator(mode="after")
     def _both(self) -> UntilConfig:
         if (self.metric is None) != (self.rounds_without_gain is None):
-            raise ValueError("metric and rounds_without_gain belong together: give both or neither")
+            raise ValueError("metric and rounds_without_gain belong together; set both or neither")
         return self
 
 
 class TrackingConfig(Group):
-    """Trackers that show the run besides Prefect and the report. May change between starts of a run."""
+    """Trackers that show the run in addition to Prefect and the report. May change between starts of a run."""
 
     to: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
         [],
-        description="Trackers that get all metrics after every round (extras of these names). Servers and keys are "
-        "those of the vendors' environment variables (MLFLOW_TRACKING_URI, WANDB_API_KEY, ...).",
+        description="Trackers that get all metrics after every round (extras of these names). They take servers and "
+        "keys from their own environment variables (MLFLOW_TRACKING_URI, WANDB_API_KEY, ...).",
     )
     project: str = Field(
-        "spinreg", min_length=1, description="MLflow's experiment and Weights & Biases' project that the run is in."
+        "spinreg", min_length=1, description="MLflow experiment or Weights & Biases project of the run."
     )
     folder: str = Field(
         "spinreg-tensorboard",
         min_length=1,
-        description="Local folder that TensorBoard is to show (its --logdir), with a folder in it for each run.",
+        description="Local folder for TensorBoard (its --logdir), with a folder in it for each run.",
     )
 
     @model_validator(mode="after")
     def _usable(self) -> TrackingConfig:
         if len(set(self.to)) < len(self.to):
-            raise ValueError(f"tracking.to lists something twice: {', '.join(self.to)}")
+            raise ValueError(f"tracking.to lists an entry twice: {', '.join(self.to)}")
         if "://" in self.folder:
             raise ValueError(
-                f"tracking.folder is {self.folder}, an address; give a folder of the machine that runs the flow"
+                f"tracking.folder is {self.folder}, which is an address; give a local folder of the machine that runs "
+                "the flow"
             )
         return self

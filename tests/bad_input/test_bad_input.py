@@ -38,9 +38,11 @@ def test_one_clear_error(case: Case, fed: Fed) -> None:
     assert case.noticed in NOTICED
     if isinstance(error, BadInput) and text.startswith("the run configuration is not valid"):
         for line in text.splitlines()[1:]:
-            assert re.match(r"  - [\w.]+: \S", line), "where"
-            assert "found" in line or re.match(
-                r"  - (benchmarks|configuration|data|judge|opponent|tracking|training): .*\w[._]\w", line
+            assert re.match(r"  - [\w.]+(:| is not) \S", line), "where"
+            assert (
+                "found" in line
+                or " is not " in line
+                or re.match(r"  - (benchmarks|configuration|data|judge|opponent|tracking|training): .*\w[._]\w", line)
             )
     elif not isinstance(error, LeaseHeld | LeaseLost) and case.error.__name__ not in ("ConfigChanged", "Removed"):
         sentence = r"\S.*: .*kept failing" if case.error is StoreFailed else rf"\S.*({PROBLEM}) .*\S; \S"

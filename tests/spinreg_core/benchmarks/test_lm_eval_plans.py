@@ -174,9 +174,9 @@ def test_an_include_path_without_tasks(content: str | None, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tasks": ["leaderboard", "gsm8k"]}, "tasks lists something twice"),
-        ({"fewshot": {"gms8k": 5}}, "fewshot names gms8k, but tasks has gsm8k"),
-        ({"limit": {"mmlu": 5}}, "limit names mmlu, but tasks has gsm8k"),
+        ({"tasks": ["leaderboard", "gsm8k"]}, "tasks lists an entry twice"),
+        ({"fewshot": {"gms8k": 5}}, "fewshot names gms8k, which tasks does not"),
+        ({"limit": {"mmlu": 5}}, "limit names mmlu, which tasks does not"),
     ],
 )
 def test_fields_that_do_not_fit_each_other(fields: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""From file, parameters and stored run to one configuration: who wins, and what a wrong value is told."""
+"""From file, parameters and stored run to one configuration: precedence, and the message for a wrong value."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def refusal(values: dict[str, Any]) -> list[str]:
 # Precedence
 
 
-def test_nothing_said_is_the_demo() -> None:
+def test_resolve_nothing_gives_the_defaults() -> None:
     assert resolve({}) == RunConfig()
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "run.yml", "run.json"])
-def test_a_parameter_wins_over_the_file_and_the_file_over_the_defaults(tmp_path: Path, name: str) -> None:
+def test_resolve_parameter_wins_over_file_and_file_over_defaults(tmp_path: Path, name: str) -> None:
     file = written(
         tmp_path / name, {"run": "of-file", "seed": 5, "objective": {"alpha": 0.25, "beta": 0.7}, "rounds": 3}
     )
@@ -51,34 +51,36 @@ def test_a_parameter_wins_over_the_file_and_the_file_over_the_defaults(tmp_path:
     assert config.training == RunConfig().training
 
 
-def test_groups_are_merged_and_lists_are_replaced(tmp_path: Path) -> None:
+def test_resolve_merges_groups_and_replaces_lists(tmp_path: Path) -> None:
     file = written(tmp_path / "a.yaml", {"training": {"learning_rate": [1e-6, 2e-6, 3e-6], "epochs": 2}})
     config = resolve({"training": {"learning_rate": [9e-6]}}, file)
     assert config.training.learning_rate == [9e-6]
     assert config.training.epochs == 2
 
 
-def test_a_stored_run_goes_on_as_it_is() -> None:
+def test_resolve_stored_run_keeps_its_fields() -> None:
     stored = RunConfig.model_validate({"run": "r", "seed": 3, "objective": {"alpha": 0.1}, "until_round": 4})
     config = resolve({"run": "r", "rounds": 1}, stored=stored)
     assert (config.seed, config.objective.alpha) == (3, 0.1)
     assert (config.rounds, config.until_round) == (1, None)
 
 
-def test_the_store_is_the_one_the_run_was_found_in() -> None:
+def test_resolve_stored_run_keeps_the_store_it_was_found_in() -> None:
     stored = RunConfig(run="r", store="/where/it/was")
     assert resolve({"run": "r"}, stored=stored).store == RunConfig().store
     assert resolve({"run": "r", "store": "/now"}, stored=stored).store == "/now"
 
 
 @pytest.mark.parametrize("field", ["store", "model", "dataset"])
-def test_credentials_in_an_address_are_refused_and_not_repeated(field: str) -> None:
-    with pytest.raises(BadInput, match=rf"{field}: found s3://\*\*\*@bucket/x") as caught:
+def test_validate_refuses_credentials_without_repeating_them(field: str) -> None:
+    with pytest.raises(
+        BadInput, match=rf"{field} has credentials or a query in its address s3://\*\*\*@bucket/x; put"
+    ) as caught:
         validate({field: "s3://me:hush@bucket/x"})
     assert "hush" not in str(caught.value)
 
 
-def test_credentials_with_slashes_and_of_held_out_rows_are_refused_too() -> None:
+def test_validate_refuses_credentials_with_slashes_and_in_groups() -> None:
     for values in ({"store": "s3://me:hu/sh@bucket/x"}, {"data": {"heldout_dataset": "s3://me:hu/sh@bucket/x"}}):
         with pytest.raises(BadInput, match=r"s3://\*\*\*@bucket/x") as caught:
             validate(values)
@@ -86,30 +88,30 @@ def test_credentials_with_slashes_and_of_held_out_rows_are_refused_too() -> None
     assert validate({"dataset": "hf://datasets/user/rows@main"}).dataset == "hf://datasets/user/rows@main"
 
 
-def test_how_far_a_stored_run_went_is_not_a_wish_of_this_call() -> None:
+def test_resolve_stored_run_gives_no_target_round() -> None:
     stored = RunConfig(until_round=4)
     assert resolve({}, stored=stored).until_round is None
 
 
-def test_a_parameter_changes_a_stored_run_which_the_head_then_refuses() -> None:
+def test_resolve_parameter_wins_over_stored_run() -> None:
     assert resolve({"seed": 8}, stored=RunConfig(seed=3)).seed == 8
 
 
-def test_with_a_file_the_stored_run_says_nothing(tmp_path: Path) -> None:
+def test_resolve_with_a_file_ignores_the_stored_run(tmp_path: Path) -> None:
     file = written(tmp_path / "a.yaml", {"run": "r"})
     assert resolve({}, file, stored=RunConfig(run="r", seed=3)).seed == RunConfig().seed
 
 
 @pytest.mark.parametrize(("given_", "left"), [({"rounds": 2}, (2, None)), ({"until_round": 7}, (None, 7))])
 @pytest.mark.parametrize("in_file", [{"rounds": 1}, {"until_round": 5}])
-def test_either_way_to_say_how_far_replaces_either_way_in_the_file(
+def test_resolve_rounds_parameter_replaces_both_fields_of_the_file(
     tmp_path: Path, given_: dict[str, int], left: tuple[int | None, int | None], in_file: dict[str, int]
 ) -> None:
     config = resolve(given_, written(tmp_path / "a.yaml", in_file))
     assert (config.rounds, config.until_round) == left
 
 
-def test_both_in_one_file_are_an_error(tmp_path: Path) -> None:
+def test_resolve_both_rounds_fields_in_one_file_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not both"):
         resolve({}, written(tmp_path / "a.yaml", {"rounds": 1, "until_round": 5}))
 
@@ -123,7 +125,7 @@ mappings = st.dictionaries(st.text(max_size=2), json_values, max_size=4)
 
 
 @given(mappings, mappings, mappings)
-def test_merging_has_an_identity_and_is_associative(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> None:
+def test_merge_has_an_identity_and_is_associative(a: dict[str, Any], b: dict[str, Any], c: dict[str, Any]) -> None:
     assert merge(a, {}) == a
     assert merge({}, a) == a
     assert merge(a, a) == a
@@ -132,13 +134,13 @@ def test_merging_has_an_identity_and_is_associative(a: dict[str, Any], b: dict[s
     assert merge(merge(a, flat_b), flat_c) == merge(a, merge(flat_b, flat_c))
 
 
-def test_merging_changes_neither_argument() -> None:
+def test_merge_changes_neither_argument() -> None:
     a, b = {"g": {"x": 1}}, {"g": {"y": 2}}
     assert merge(a, b) == {"g": {"x": 1, "y": 2}}
     assert (a, b) == ({"g": {"x": 1}}, {"g": {"y": 2}})
 
 
-def test_what_is_shown_resolves_to_the_same_configuration(tmp_path: Path) -> None:
+def test_show_resolves_to_the_same_configuration(tmp_path: Path) -> None:
     config = RunConfig.model_validate(
         {"run": "r", "objective": {"beta": [0.1, 5.0]}, "opponent": {"weighting": [1, 0.5]}}
     )
@@ -149,30 +151,30 @@ def test_what_is_shown_resolves_to_the_same_configuration(tmp_path: Path) -> Non
 # Files
 
 
-def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+def test_load_config_file_empty_gives_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("# nothing yet\n")
     assert load_config_file(str(tmp_path / "a.yaml")) == {}
 
 
-def test_a_file_uri(tmp_path: Path) -> None:
+def test_load_config_file_reads_a_file_uri(tmp_path: Path) -> None:
     file = written(tmp_path / "a.yaml", {"seed": 4})
     assert resolve({}, f"file://{file}").seed == 4
 
 
-def test_a_missing_file_names_it_and_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_config_file_missing_names_file_and_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match=r"config 'no/such.yaml': found no readable file") as caught:
+    with pytest.raises(BadInput, match=r"config 'no/such.yaml' cannot be read") as caught:
         load_config_file("no/such.yaml")
     assert f"looked in {tmp_path}" in str(caught.value)
 
 
 @pytest.mark.parametrize("location", ["nosuch://bucket/a.yaml", "gs://bucket/a.yaml"])
-def test_a_location_nothing_here_can_read(location: str) -> None:
-    with pytest.raises(BadInput, match="found no readable file"):
+def test_load_config_file_refuses_unknown_kinds_of_address(location: str) -> None:
+    with pytest.raises(BadInput, match="is neither a path nor an address"):
         load_config_file(location)
 
 
-def test_an_s3_server_that_is_not_there_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_config_file_unreachable_s3_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b",
         "AWS_MAX_ATTEMPTS": "1",
@@ -187,27 +189,27 @@ def test_an_s3_server_that_is_not_there_is_bad_input(monkeypatch: pytest.MonkeyP
         S3FileSystem.clear_instance_cache()
 
 
-def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="expected a YAML or JSON file"):
+def test_load_config_file_refuses_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"cannot be read .* give a YAML or JSON file"):
         load_config_file(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.yaml", b"- run: x\n", "found a list; expected a mapping of field names to values"),
-        ("a.yaml", b"just text\n", "found text; expected a mapping"),
-        ("a.json", b"[1, 2]", "found a list; expected a mapping"),
-        ("a.yaml", b"run: [unclosed\n", "found text that does not parse"),
-        ("a.yaml", b"run: x\n\tseed: 1\n", "found text that does not parse"),
-        ("a.json", b'{"run": "x",}', "found text that does not parse"),
-        ("a.json", b"run: x\n", "found text that does not parse"),
-        ("a.yaml", b"run: \xff\xfe\n", "found text that does not parse"),
-        ("a.yaml", b"!!python/object/apply:os.system ['true']\n", "found text that does not parse"),
-        ("a.yaml", b"#" * (LARGEST_FILE + 1), f"found more than {LARGEST_FILE} bytes"),
+        ("a.yaml", b"- run: x\n", "holds a list; write a mapping of field names to values"),
+        ("a.yaml", b"just text\n", "holds text; write a mapping"),
+        ("a.json", b"[1, 2]", "holds a list; write a mapping"),
+        ("a.yaml", b"run: [unclosed\n", "does not parse"),
+        ("a.yaml", b"run: x\n\tseed: 1\n", "does not parse"),
+        ("a.json", b'{"run": "x",}', "does not parse"),
+        ("a.json", b"run: x\n", "does not parse"),
+        ("a.yaml", b"run: \xff\xfe\n", "does not parse"),
+        ("a.yaml", b"!!python/object/apply:os.system ['true']\n", "does not parse"),
+        ("a.yaml", b"#" * (LARGEST_FILE + 1), f"has more than {LARGEST_FILE} bytes"),
     ],
 )
-def test_files_that_are_no_configuration(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+def test_load_config_file_refuses_other_content(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput) as caught:
         load_config_file(str(tmp_path / name))
@@ -215,15 +217,15 @@ def test_files_that_are_no_configuration(tmp_path: Path, name: str, content: byt
     assert name in str(caught.value)
 
 
-def test_the_largest_file_allowed_is_read(tmp_path: Path) -> None:
+def test_load_config_file_reads_the_largest_file(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_bytes(b"seed: 1\n" + b"#" * (LARGEST_FILE - 8))
     assert load_config_file(str(tmp_path / "a.yaml")) == {"seed": 1}
 
 
-# What wrong values are told
+# Messages for wrong values
 
 
-def test_every_wrong_field_has_one_line_with_what_was_found_and_expected() -> None:
+def test_validate_gives_one_line_for_each_wrong_field() -> None:
     lines = refusal(
         {
             "run": "No Good",
@@ -242,12 +244,10 @@ def test_every_wrong_field_has_one_line_with_what_was_found_and_expected() -> No
         assert line.startswith(f"  - {field}: found {found}; expected ")
 
 
-def test_a_field_of_several_types_is_told_all_of_them_in_one_line() -> None:
-    assert refusal({"opponent": {"history": 0}}) == [
-        "  - opponent.history: found 0; expected greater than or equal to 1; or 'all'"
-    ]
+def test_validate_joins_the_types_of_a_field_in_one_line() -> None:
+    assert refusal({"opponent": {"history": 0}}) == ["  - opponent.history: found 0; expected at least 1, or 'all'"]
     [line] = refusal({"objective": {"beta": -1}})
-    assert "expected greater than 0; or a valid list" in line
+    assert "expected more than 0, or a list" in line
     [line] = refusal({"opponent": {"weighting": [1, -1]}})
     assert line.startswith("  - opponent.weighting: found [1, -1]; expected 'uniform' or 'recency'")
 
@@ -260,24 +260,27 @@ def test_a_field_of_several_types_is_told_all_of_them_in_one_line() -> None:
         ({"group": {"x": 1}}, "group"),
     ],
 )
-def test_an_unknown_field_is_named(values: dict[str, Any], field: str) -> None:
-    assert refusal(values) == [f"  - {field}: found a field of this name; expected one that exists"]
+def test_validate_names_an_unknown_field(values: dict[str, Any], field: str) -> None:
+    assert refusal(values) == [f"  - {field} is not a field; check its name"]
 
 
-def test_a_check_across_fields_speaks_for_itself() -> None:
+def test_validate_check_across_fields_names_its_fields() -> None:
     assert refusal({"rounds": 1, "until_round": 2}) == [
         "  - configuration: give rounds (advance by) or until_round (advance to), not both"
     ]
     [line] = refusal({"data": {"max_length": 100, "max_prompt_tokens": 100}})
-    assert line.startswith("  - data: max_length (100) must exceed max_prompt_tokens (100), or the longest prompt")
+    assert line.startswith("  - data: max_length (100) must exceed max_prompt_tokens (100): the longest prompt")
 
 
-def test_a_group_that_is_no_mapping() -> None:
-    [line] = refusal({"data": 5})
-    assert line.startswith("  - data: found what is not shown; expected a valid dictionary")
+def test_validate_hides_a_value_in_place_of_a_group() -> None:
+    assert refusal({"data": 5}) == [
+        '  - data is not a mapping (its value is not shown); give its fields, such as {format: "auto"}'
+    ]
+    [line] = refusal({"judge": {"key_variable": "planted"}})
+    assert line.startswith("  - judge.key_variable: found a value that is not shown; expected text that matches")
 
 
-def test_no_message_shows_pydantics_own_words_for_itself() -> None:
+def test_validate_hides_the_words_of_pydantic() -> None:
     for values in ({"objective": {"beta": []}}, {"rounds": 0}, {"data": {"prompt_column": "a"}}, {"seed": None}):
         text = "\n".join(refusal(values))
         for word in ("pydantic", "constrained", "literal[", "list[", "Value error", "type="):
@@ -285,28 +288,28 @@ def test_no_message_shows_pydantics_own_words_for_itself() -> None:
 
 
 @pytest.mark.parametrize("location", ["http://127.0.0.1:1/a.yaml", "simplecache::s3://b/a.yaml", "zip://a::/x.zip"])
-def test_configurations_come_from_files_and_s3_only(location: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fsspec.open", lambda *_: pytest.fail("opened"))
-    with pytest.raises(BadInput, match="found no readable file: neither a path nor file:// or s3://"):
+def test_load_config_file_opens_files_and_s3_only(location: str) -> None:
+    """Any other one is refused by its form; opening it would end with "cannot be read"."""
+    with pytest.raises(BadInput, match="is neither a path nor an address of the form file:// or s3://"):
         load_config_file(location)
 
 
-def test_a_file_that_is_no_configuration_is_not_quoted(tmp_path: Path) -> None:
+def test_load_config_file_does_not_quote_the_file(tmp_path: Path) -> None:
     """The message is shown in logs, and the path may be any file of the machine."""
     (tmp_path / "credentials").write_text("[default]\naws_secret_access_key = planted: x: y\n")
-    with pytest.raises(BadInput, match=r"text that does not parse: .*\(line 2, column 1\)") as caught:
+    with pytest.raises(BadInput, match=r"does not parse: .*\(line 2, column 1\)") as caught:
         load_config_file(str(tmp_path / "credentials"))
     assert "planted" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a.yaml", "a.json"])
-def test_a_configuration_that_nests_too_deeply(tmp_path: Path, name: str) -> None:
+def test_load_config_file_refuses_deep_nesting(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("[" * 100_000)
-    with pytest.raises(BadInput, match="text that does not parse"):
+    with pytest.raises(BadInput, match="does not parse: it is nested too deeply"):
         load_config_file(str(tmp_path / name))
 
 
-def test_aliases_that_stand_for_more_than_a_file_may_hold(tmp_path: Path) -> None:
+def test_resolve_refuses_aliases_for_too_many_values(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 30)]
     (tmp_path / "a.yaml").write_text("\n".join(lines))
@@ -316,7 +319,7 @@ def test_aliases_that_stand_for_more_than_a_file_may_hold(tmp_path: Path) -> Non
     assert load_config_file(str(tmp_path / "b.yaml"))["objective"] == {"history": "all"}
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run.yaml")
     with pytest.raises(BadInput, match="which is a pipe, a socket or a device"):
         resolve({}, str(tmp_path / "run.yaml"))

@@ -1,4 +1,4 @@
-"""The configuration tree: what is refused and in which words, that it is frozen, that every field is described."""
+"""The configuration: values that are refused, with which message, and the description of every field."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def refusal(values: dict[str, Any]) -> str:
             {"data": {"max_prompt_tokens": 100, "max_length": 140}, "generation": {"max_new_tokens": 41}},
             "generation.max_new_tokens (41) exceeds data.max_length - data.max_prompt_tokens (40)",
         ),
-        ({"data": {"prompt_column": "q"}}, "name both prompt_column and response_column"),
+        ({"data": {"prompt_column": "q"}}, "prompt_column and response_column belong together; set both or neither"),
         (
             {"data": {"prompt_column": "q", "response_column": "a", "format": "messages"}},
-            "need format prompt_response, found 'messages'",
+            "need format prompt_response, but format is messages",
         ),
         ({"opponent": {"weighting": [1, 1], "history": 3}}, "lists 2 weights but opponent.history is 3"),
         ({"opponent": {"weighting": [0, 1], "history": 2}}, "the first of them positive"),
@@ -55,7 +55,7 @@ def refusal(values: dict[str, Any]) -> str:
         ({"resources": {"nodes": 2, "rendezvous": "a"}}, "resources.rendezvous\n  String should match pattern"),
     ],
 )
-def test_cross_checks_name_the_fields_and_the_values(values: dict[str, Any], words: str) -> None:
+def test_cross_checks_name_their_fields_and_values(values: dict[str, Any], words: str) -> None:
     assert words in refusal(values)
 
 
@@ -72,7 +72,7 @@ def test_cross_checks_name_the_fields_and_the_values(values: dict[str, Any], wor
         {"objective": {"alpha": 1, "beta": [0.1, 1.0]}},
     ],
 )
-def test_what_the_checks_let_through(values: dict[str, Any]) -> None:
+def test_cross_checks_accept_what_fits_together(values: dict[str, Any]) -> None:
     config = RunConfig.model_validate(values)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 
@@ -91,22 +91,22 @@ def test_what_the_checks_let_through(values: dict[str, Any]) -> None:
         ("resources", "deadline_minutes", 0), ("resources", "lease_seconds", 0),
     ],
 )  # fmt: skip
-def test_values_out_of_range_are_refused(group: str, field: str, value: object) -> None:
+def test_fields_refuse_values_out_of_range(group: str, field: str, value: object) -> None:
     text = refusal({group: {field: value}})
     assert f"{group}.{field}" in text
 
 
 @pytest.mark.parametrize("name", ["", "Demo", "-x", "a/b", "a b", "ä", "x" * 65, "../x", "a\n"])
-def test_run_names_that_are_no_file_names_are_refused(name: str) -> None:
+def test_run_refuses_names_that_are_not_file_names(name: str) -> None:
     assert "run" in refusal({"run": name})
 
 
 @pytest.mark.parametrize("name", ["a", "0", "x" * 64, "alpha-0.5_h.all"])
-def test_run_names(name: str) -> None:
+def test_run_accepts_file_names(name: str) -> None:
     assert RunConfig(run=name).run == name
 
 
-def test_nothing_can_be_set_afterwards() -> None:
+def test_run_config_is_frozen() -> None:
     config = RunConfig()
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.run = "other"  # type: ignore[misc]
@@ -118,7 +118,7 @@ def test_nothing_can_be_set_afterwards() -> None:
 
 
 @pytest.mark.parametrize("values", [{"alpha": 1}, *({name: {"no_such_field": 1}} for name in GROUPS)])
-def test_unknown_fields_are_refused_everywhere(values: dict[str, Any]) -> None:
+def test_groups_refuse_unknown_fields(values: dict[str, Any]) -> None:
     assert "Extra inputs are not permitted" in refusal(values)
 
 
@@ -127,7 +127,7 @@ def described(schema: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{model}.{name}", field) for model, s in models.items() for name, field in s["properties"].items()]
 
 
-def test_every_field_is_described_and_has_a_default() -> None:
+def test_fields_have_a_description_and_a_default() -> None:
     fields = described(RunConfig.model_json_schema())
     assert len(fields) > 50
     for name, field in fields:
@@ -136,12 +136,12 @@ def test_every_field_is_described_and_has_a_default() -> None:
         assert "default" in field, name
 
 
-def test_every_group_says_what_it_is_for() -> None:
+def test_groups_have_a_docstring() -> None:
     for name in GROUPS:
         assert type(getattr(RunConfig(), name)).__doc__, name
 
 
-def test_tokens_seconds_bytes_and_shares_have_their_unit() -> None:
+def test_descriptions_state_the_unit() -> None:
     units = {
         "tokens": "tokens)", "_seconds": "s)", "_minutes": "(minutes)", "_gib": "(GiB)", "_share": "(0..1",
         "utilization": "(0..1)", "heldout_rows": "(rows)", "max_length": "(tokens)",
@@ -163,7 +163,7 @@ def test_mutable_fields_exist() -> None:
         assert field in type(RunConfig.model_fields[group].default).model_fields, name
 
 
-def test_everything_else_is_fixed() -> None:
+def test_fixed_fields_are_all_but_the_mutable_ones() -> None:
     fixed = fixed_fields(RunConfig())
     assert set(fixed) == set(RunConfig.model_fields) - MUTABLE_FIELDS
     assert set(TrainingConfig.model_fields) - set(fixed["training"]) == {
@@ -173,21 +173,21 @@ def test_everything_else_is_fixed() -> None:
     assert set(EvaluationConfig.model_fields) - set(fixed["evaluation"]) == {"alarm_real_drop"}
 
 
-def test_defaults_are_valid_and_can_be_written_as_json() -> None:
+def test_defaults_survive_json() -> None:
     config = RunConfig()
     assert RunConfig.model_validate_json(config.model_dump_json()) == config
 
 
 @given(st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=6), st.integers(1, 12))
-def test_schedules_give_the_rounds_in_order_and_their_last_entry_goes_on(values: list[float], n: int) -> None:
+def test_of_round_list_holds_its_last_entry(values: list[float], n: int) -> None:
     assert of_round(values, n) == (values[n - 1] if n <= len(values) else values[-1])
 
 
-def test_a_single_value_holds_in_every_round() -> None:
+def test_of_round_single_value_holds_in_every_round() -> None:
     assert [of_round(0.1, n) for n in (1, 2, 9)] == [0.1, 0.1, 0.1]
 
 
-def test_spin_changes_learning_rate_and_beta_between_rounds() -> None:
+def test_of_round_follows_the_schedule_of_spin() -> None:
     config = RunConfig.model_validate(
         {"training": {"learning_rate": [5e-7, 5e-7, 1e-7]}, "objective": {"beta": [0.1, 0.1, 5.0]}}
     )
@@ -195,7 +195,7 @@ def test_spin_changes_learning_rate_and_beta_between_rounds() -> None:
     assert [of_round(config.objective.beta, n) for n in (2, 3, 8)] == [0.1, 5.0, 5.0]
 
 
-def test_differences_names_every_leaf_that_differs_and_no_other() -> None:
+def test_differences_names_each_leaf_that_differs_and_no_other() -> None:
     old = RunConfig()
     new = RunConfig.model_validate(
         {"seed": 1, "objective": {"beta": [0.1, 0.2]}, "training": {"learning_rate": 1e-5}, "data": {"subset": "x"}}
@@ -208,7 +208,7 @@ def test_differences_names_every_leaf_that_differs_and_no_other() -> None:
     ]
 
 
-def test_equal_configurations_do_not_differ() -> None:
+def test_differences_equal_configurations_have_none() -> None:
     values = RunConfig().model_dump(mode="json")
     assert differences(values, RunConfig.model_validate(values).model_dump(mode="json")) == []
     assert differences({"a": 1}, {"a": 1.0}) == []  # what JSON does to 1.0
@@ -223,5 +223,5 @@ def test_differences_sees_fields_that_one_side_lacks() -> None:
 
 
 @given(st.floats(allow_nan=False), st.floats(allow_nan=False))
-def test_the_smallest_difference_between_numbers_is_one(a: float, b: float) -> None:
+def test_differences_sees_the_smallest_difference_of_numbers(a: float, b: float) -> None:
     assert bool(differences({"x": a}, {"x": b})) == (a != b)

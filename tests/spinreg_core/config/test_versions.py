@@ -39,7 +39,7 @@ def stored(**changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("epochs_are_new")
-def test_a_stored_configuration_without_a_field_gets_its_value_of_then() -> None:
+def test_stored_config_missing_field_gets_the_value_before_it_existed() -> None:
     old = stored()
     del old["seed"], old["training"]["epochs"]
     config = stored_config(old, "here")
@@ -48,12 +48,12 @@ def test_a_stored_configuration_without_a_field_gets_its_value_of_then() -> None
 
 
 @pytest.mark.usefixtures("epochs_are_new")
-def test_a_stored_configuration_with_a_field_keeps_its_value() -> None:
+def test_stored_config_present_field_keeps_its_value() -> None:
     assert stored_config(stored(seed=1), "here") == RunConfig(seed=1)
 
 
 @pytest.mark.usefixtures("epochs_are_new")
-def test_a_stored_configuration_without_a_group_gets_its_added_fields() -> None:
+def test_stored_config_missing_group_gets_its_added_fields() -> None:
     old = stored()
     del old["training"]
     assert stored_config(old, "here").training.epochs == 3
@@ -65,13 +65,13 @@ def test_check_config_compares_the_completed_configuration() -> None:
     del old["training"]["epochs"]
     run = stored_config(old, "here")
     check_config(run, validate({"training": {"epochs": 3}}))
-    with pytest.raises(ConfigChanged, match="training.epochs: 3 -> 1"):
+    with pytest.raises(ConfigChanged, match=r"training\.epochs: 3 -> 1"):
         check_config(run, RunConfig())
     check_config(run, resolve({"rounds": 1}, stored=run))
 
 
 @pytest.mark.usefixtures("epochs_are_new")
-def test_complete_stored_damaged_group_is_left_to_validation() -> None:
+def test_stored_config_damaged_group_is_left_to_validation() -> None:
     assert complete_stored({"training": 5, "seed": 0}) == {"training": 5, "seed": 0}
     with pytest.raises(Damaged, match="training"):
         stored_config({"training": 5}, "here")
@@ -79,13 +79,13 @@ def test_complete_stored_damaged_group_is_left_to_validation() -> None:
 
 @pytest.mark.usefixtures("tempo_is_gone")
 @pytest.mark.parametrize("value", ["slow", "fast", None])
-def test_a_removed_field_is_dropped_from_stored_configurations(value: str | None) -> None:
+def test_stored_config_removed_field_is_dropped(value: str | None) -> None:
     assert stored_config(stored(opponent={"tempo": value}, tempo=4), "here") == RunConfig()
 
 
 @pytest.mark.usefixtures("tempo_is_gone")
 @pytest.mark.parametrize("value", ["slow", None])
-def test_a_removed_field_that_says_nothing_is_accepted(value: str | None) -> None:
+def test_validate_removed_field_at_its_old_default_is_accepted(value: str | None) -> None:
     given = {"opponent": {"tempo": value, "decay": 0.25}, "tempo": None}
     assert validate(given).opponent.decay == 0.25
     assert given["opponent"] == {"tempo": value, "decay": 0.25}
@@ -99,7 +99,7 @@ def test_a_removed_field_that_says_nothing_is_accepted(value: str | None) -> Non
         ({"tempo": 4}, "tempo", "use seed"),
     ],
 )
-def test_a_removed_field_with_a_value_names_its_replacement(
+def test_validate_removed_field_with_a_value_names_its_replacement(
     values: dict[str, Any], field: str, replacement: str
 ) -> None:
     with pytest.raises(BadInput) as caught:
@@ -128,7 +128,7 @@ def paths(values: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("run", ["smoke", "smoke-spin"])
-def test_a_configuration_of_0_1_0_is_read_field_by_field(run: str) -> None:
+def test_stored_config_of_0_1_0_keeps_every_field(run: str) -> None:
     """Each of its fields has the value of then; every field that it lacks is in ADDED, every other one in REMOVED."""
     with tarfile.open(DATA / "store-0.1.0.tar.gz") as archive:
         raw = archive.extractfile(f"runs/{run}/run.json")
@@ -142,7 +142,7 @@ def test_a_configuration_of_0_1_0_is_read_field_by_field(run: str) -> None:
         assert (read[group][field], path) == (old[group][field], path) if group else read[field] == old[field]
 
 
-def test_the_tables_name_fields_that_exist_and_fields_that_do_not() -> None:
+def test_tables_name_fields_that_exist_and_fields_that_do_not() -> None:
     fields = paths(RunConfig().model_dump(mode="json"))
     assert set(versions.ADDED) <= fields
     assert not set(versions.REMOVED) & fields

@@ -101,7 +101,7 @@ def test_load_training_leaves_out_contaminated_rows(tmp_path: Path) -> None:
 
 
 def test_data_config_with_an_invalid_pattern_raises() -> None:
-    with pytest.raises(ValueError, match=r"'\(' is no regular expression"):
+    with pytest.raises(ValueError, match=r"regular expressions; '\(' is not one"):
         DataConfig(drop_patterns=["("])
 
 
@@ -117,6 +117,6 @@ def test_load_training_with_max_records_reads_only_the_beginning(tmp_path: Path)
     assert heldout is not None
     assert heldout.records == 6
     with pytest.raises(
-        ValueError, match=r"max_records reads from the beginning of a whole split, found split 'train\[:5\]'"
+        ValueError, match=r"max_records needs a whole split, but split is 'train\[:5\]'"
     ):
         DataConfig(max_records=3, split="train[:5]")

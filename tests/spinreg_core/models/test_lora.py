@@ -257,12 +257,12 @@ def test_require_adaptable_refuses_models_without_linear_layers(tmp_path: Path) 
 
 def test_lora_in_bf16_raises() -> None:
     """It would be another policy than base and adapter, which the next round starts from."""
-    with pytest.raises(ValueError, match="save_dtype bfloat16 with lora_rank"):
+    with pytest.raises(ValueError, match="save_dtype bfloat16 cannot be combined with lora_rank"):
         settings(save_dtype="bfloat16")
 
 
 def test_lora_settings_without_lora_rank_raise() -> None:
-    with pytest.raises(ValueError, match="lora_alpha without lora_rank, which switches LoRA on"):
+    with pytest.raises(ValueError, match="lora_alpha needs lora_rank, which switches LoRA on"):
         RunConfig.model_validate({"training": {"lora_alpha": 8}})
     assert (
         RunConfig.model_validate({"training": {"lora_alpha": 16}}).training.lora_rank is None

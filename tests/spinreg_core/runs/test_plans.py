@@ -157,7 +157,7 @@ def test_averages_play_the_roles_they_are_given() -> None:
 
 
 def test_averages_and_adapters_do_not_go_together() -> None:
-    with pytest.raises(BadInput, match="average with lora_rank"):
+    with pytest.raises(BadInput, match="average cannot be combined with lora_rank"):
         config(training__average="ema", training__lora_rank=4)
-    with pytest.raises(BadInput, match="average_weight without average"):
+    with pytest.raises(BadInput, match="average_weight needs average"):
         config(training__average_weight=0.3)
