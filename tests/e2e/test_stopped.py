@@ -55,7 +55,7 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
         assert {seen[f"{name}/{what}"] for what in ("spin", "round-1", "round-1/train")} == {"Preempted"}
     assert "checkpoint step-" in text
     again = run(arguments, env, tmp_path / "again")
-    assert "going on from the checkpoint of step" in again
+    assert "resuming from the checkpoint of step" in again
     head = read_head(store, name)
     assert head is not None
     assert complete_round(head) == 1

@@ -171,7 +171,7 @@ def test_nothing_is_unpickled_to_load_a_policy_or_a_checkpoint(tmp_path: Path) -
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    start_checkpoint(tmp_path / "step", model, optimizer, {"done": 1}, ranks).result()
+    start_checkpoint(tmp_path / "step", model, optimizer, '{"done": 1}', ranks).result()
     write_policy(tmp_path / "policy")
     _listening = True
     try:

@@ -86,14 +86,11 @@ def summary(number: int, text: str) -> dict[str, Any]:
 
 
 def pairs(number: int) -> dict[str, Any]:
-    """The metrics of the stage `mix-opponent`, in the second round with scores of the engine."""
-    engine = {"engine_checked": 8, "engine_mean_difference": 0.0123, "engine_worst_difference": -0.0456,
-              "engine_shards": 2, "engine_shards_refused": 1}  # fmt: skip
+    """The metrics of the stage `mix-opponent`."""
     return {
         "pairs": 64, "by_iterate": {str(k): 64 // number for k in range(number)}, "generated_truncated": 3,
         "clipped": 2, "dropped": 0, "empty_generated": 1, "scores_computed": 100, "scores_reused": 28,
-        "scores_of_engine": 10 * (number - 1),
-    } | (engine if number == 2 else {})  # fmt: skip
+    }  # fmt: skip
 
 
 def make_run(
@@ -185,21 +182,13 @@ def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Pa
     assert page == build_report(store, "demo")[0]
 
 
-def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) -> None:
-    page, _ = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
+def test_report_opponent_shows_scores_iterates_and_missing_pairs(store: Store, tmp_path: Path) -> None:
+    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(" ".join(Reader(page).text).split())
-    assert "100 / 28 / 10" in text
-    assert "+0.0123, -0.0456 (8 checked); 1 of 2" in text
+    assert "100 / 28" in text
     assert "0: 32, 1: 32" in text
-    page, data = build_report(make_run(store, tmp_path, [1.25, 1.10], run="plain"), "plain")
-    assert "engine's scores" not in page
-    engine = {"engine_checked": 4, "engine_mean_difference": None, "engine_worst_difference": None,
-              "engine_shards": 1, "engine_shards_refused": 1}  # fmt: skip
-    odd = data["rounds"][1]["pairs"] | engine | {"replay_short": 3}
-    del odd["scores_of_engine"]  # a run of an older spinreg
-    data["rounds"][1]["pairs"] = odd
+    data["rounds"][1]["pairs"] = data["rounds"][1]["pairs"] | {"replay_short": 3}
     text = " ".join(" ".join(Reader(render(data)).text).split())
-    assert "not finite, not finite (4 checked)" in text
     assert "3 to replay were not there" in text
 
 
