@@ -1,6 +1,6 @@
-"""Run a stage in a child process of the current one, and raise its verdict here.
+"""Run a stage in a child process of the current one, and raise its error here.
 
-Leaves out: how a verdict is written (`failures.py`), stages started by a flow (`tasks/stage_process.py`).
+Leaves out: how a process reports an error (`runtime.failures`), stages of a flow (`tasks.stage_process`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from spinreg_core.runs.job import Job
 
 
 def raise_verdict(status: int | None, last: str) -> None:
-    """Raise what a process said with its last line, where its exit status says that trying again is of no use."""
+    """Raise the error in a process's last line, where its exit status tells that a retry cannot help."""
     if status == EXIT_BAD_INPUT:
         raise BadInput.from_message(last.removeprefix("bad input: "))
     if status == EXIT_DAMAGED:
@@ -30,7 +30,13 @@ def raise_verdict(status: int | None, last: str) -> None:
 
 
 def run_in_process(job: Job, module: str) -> None:
-    """Run a job that answers in a child process that shows its output here. Raises as its exit status says."""
+    """Run a job in a child process, and print its output here.
+
+    Raises:
+        BadInput, Damaged: with the child's own message.
+        StagePreempted: the child got SIGTERM.
+        StageFailed: any other failure.
+    """
     folder = job.workdir / job.stage
     folder.mkdir(parents=True, exist_ok=True)
     replace(job, workdir=folder).save(folder / "job.json")
@@ -42,7 +48,8 @@ def run_in_process(job: Job, module: str) -> None:
             for line in child.stdout:
                 print(line, end="", flush=True)
                 last = line.strip() or last
-        except BaseException:  # SIGTERM: what the child has committed stays
+        except BaseException:
+            # SIGTERM, say. The child needs no warning: its committed parts stay.
             child.kill()
             raise
     raise_verdict(child.returncode, last)
