@@ -61,12 +61,6 @@ class OpponentConfig(Group):
         le=1,
         description="Weight of the iterate in that mixture; the base has the rest. Unset: objective.alpha.",
     )
-    scores: Literal["scorer", "engine"] = Field(
-        "scorer",
-        description="Where log-probabilities of generated answers under the policy that sampled them come from: our "
-        "own scorer; or the engine that sampled them, shard by shard, where its numbers agree with the scorer's on a "
-        "sample of the shard (neutral sampler only).",
-    )
     replay_share: float = Field(
         0.0,
         ge=0,

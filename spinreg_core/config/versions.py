@@ -21,7 +21,11 @@ class RemovedField(NamedTuple):
 
 # The value that equals the behaviour before the field existed. A default may differ from it, and may change later.
 ADDED: dict[str, object] = {}
-REMOVED: dict[str, RemovedField] = {}
+REMOVED: dict[str, RemovedField] = {
+    "opponent.scores": RemovedField(
+        "scorer", "remove it: spinreg scores every answer itself, since reusing the engine's scores saved too little"
+    ),
+}
 
 
 def complete_stored(values: Mapping[str, object]) -> dict[str, object]:

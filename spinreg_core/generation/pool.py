@@ -22,7 +22,7 @@ from typing import Any
 
 from spinreg_core.errors import StageFailed
 from spinreg_core.generation.remote_workers import BEGIN, Guests, remote_workers
-from spinreg_core.generation.shards import Shard, Source
+from spinreg_core.generation.shards import Shard, ShardMeta, Source
 from spinreg_core.generation.worker_process import EngineProcess, start_engine
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_part
@@ -76,7 +76,7 @@ def answer_in_processes(
     devices: list[dict[str, str]],
     *,
     on_answer: Callable[[int], None],
-    on_commit: Callable[[int, dict[str, Any]], None],
+    on_commit: Callable[[int, ShardMeta], None],
 ) -> None:
     """Have all shards committed, by one kind of engine. devices: for each engine of this machine, what its environment
     says of its GPUs.
@@ -104,7 +104,7 @@ class _Pool:
         devices: list[dict[str, str]],
         waiting: Guests,
         on_answer: Callable[[int], None],
-        on_commit: Callable[[int, dict[str, Any]], None],
+        on_commit: Callable[[int, ShardMeta], None],
     ) -> None:
         self.job, self.store, self.devices, self.waiting = job, store, devices, waiting
         self.on_answer, self.on_commit = on_answer, on_commit
@@ -225,7 +225,7 @@ class _Pool:
         elif status:
             engine.status, engine.last = int(status), json.loads(last)
 
-    def _committed(self, engine: _Engine, number: int, meta: dict[str, Any]) -> None:
+    def _committed(self, engine: _Engine, number: int, meta: ShardMeta) -> None:
         engine.open.remove(number)
         if not engine.again:
             engine.uncommitted -= len(self.by_number[number].rows)
@@ -238,7 +238,7 @@ class _Pool:
         if engine.own is not None:  # what another machine lacks does not end the run
             raise_verdict(engine.status, engine.last[-1] if engine.last else "")
         for number in list(engine.open):  # committed, and not told of any more
-            part = read_part(self.store, self.job.object_id, self.by_number[number].name)
+            part: Any = read_part(self.store, self.job.object_id, self.by_number[number].name)
             if part is not None:
                 self._committed(engine, number, part["meta"])
         self._count(-engine.uncommitted)

@@ -1,11 +1,11 @@
-"""Who answers what: the answers of a round, dealt out to policies and cut into shards.
+"""The answers of a round, assigned to policies and cut into shards.
 
 Decides: the policy behind each (prompt, answer), the seed of each answer, which answers form a shard, and the columns
 of a shard's file. Every choice is a function of the run's seed and of names, so that a restart, another machine or
-another order makes the same.
-Leaves out: decoding (`engines/`), committing (`stages/generate.py`), weights (`selfplay/opponent.py`).
+another order gives the same result.
+Leaves out: decoding (`generation.engine`), committing (`generation.worker`), weights (`selfplay.opponent`).
 
-Nothing here holds the prompts: a round's answers are a few bytes each, and a shard's prompts are read when it is taken.
+Prompts are not held in memory: an answer takes a few bytes here, and a shard's prompts are read when it begins.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -29,12 +29,12 @@ from spinreg_core.selfplay.opponent import draw_iterate, draws_mixture, draws_re
 SHARD_SCHEMA = pa.schema(
     [
         ("prompt_id", pa.string()),
-        ("answer", pa.int32()),  # which of several to the prompt, from 0
+        ("answer", pa.int32()),  # number of the answer to its prompt, from 0
         ("iterate", pa.int32()),
         ("geometric", pa.bool_()),  # sampled from the iterate's token-level mixture with the base
         ("prompt_ids", pa.list_(pa.int32())),
         ("answer_ids", pa.list_(pa.int32())),
-        ("logprobs", pa.list_(pa.float32())),  # of the sampled tokens, in nats; see engines.Answer
+        ("logprobs", pa.list_(pa.float32())),  # nats, of each sampled token; see `engine.Answer`
         ("text", pa.string()),
         ("finish", pa.string()),
         ("policy", pa.string()),  # object id
@@ -43,9 +43,44 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
+class Mixture(TypedDict):
+    """A token-level mixture: object ids of the policies, and their weights."""
+
+    policies: list[str]
+    weights: list[float]
+
+
+class ShardCounts(TypedDict):
+    """Counts of a shard's answers.
+
+    drawn           SHA-256 of the sampled tokens, without log-probabilities: their last digits depend on the batch
+    prompts         answers (a prompt may have several)
+    tokens          sampled tokens
+    truncated       answers cut off by the length limit
+    empty           answers without text other than blanks
+    invalid_text    answers that are not valid UTF-8
+    """
+
+    drawn: str
+    prompts: int
+    tokens: int
+    truncated: int
+    empty: int
+    invalid_text: int
+
+
+class ShardMeta(ShardCounts):
+    """The `meta` of a committed shard: its counts, its source, and the seconds of answering and of loading policies."""
+
+    iterate: int
+    geometric: bool
+    seconds: float
+    startup_seconds: float
+
+
 @dataclass(frozen=True, order=True)
 class Source:
-    """What answers: an iterate, or its geometric mixture with the base."""
+    """The sampler of an answer: an iterate, or its geometric mixture with the base."""
 
     iterate: int
     geometric: bool
@@ -57,7 +92,8 @@ class Shard:
 
     number: int
     source: Source
-    rows: NDArray[np.int64]  # of the rows file, ascending; a prompt with several answers repeats
+    # Indices into the rows file, ascending; a prompt with several answers repeats.
+    rows: NDArray[np.int64]
     answers: NDArray[np.int64]
 
     @property
@@ -66,7 +102,7 @@ class Shard:
 
 
 def answer_seed(*, seed: int, round_number: int, kind: str, prompt_id: str, answer: int) -> int:
-    """Seed of one answer, in [0, 2**63). Not of the policy: equal policies give equal answers."""
+    """Return the seed of one answer, in [0, 2**63). It leaves the policy out, so equal policies give equal answers."""
     text = json.dumps(["spinreg answer", seed, round_number, kind, prompt_id, answer])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
@@ -81,10 +117,13 @@ def drawn_sources(
     round_number: int,
     seed: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
-    """([prompts, answers] iterates, geometric, replayed): who answers in a round, counted from 1, and which of these
-    answers are not given, because a pair of an earlier round stands for them.
+    """Draw the sources of a round's answers. Rounds count from 1.
 
     Iterate round - 1 - k has probability weights[k]. The base's mixture with itself is the base.
+
+    Returns:
+        Three arrays [prompts, answers]: iterate; geometric; and replayed, true where a pair of an earlier round
+        replaces the answer.
     """
     t = round_number - 1
     iterates = np.empty((len(prompt_ids), answers), np.int64)
@@ -108,7 +147,7 @@ def make_shards(
 ) -> list[Shard]:
     """Cut the answers into shards of at most `size`, each of one source: sources ascending, rows ascending.
 
-    rows [prompts]; iterates, geometric and replayed (answers that are not given) [prompts, answers].
+    rows: [prompts]. iterates, geometric, replayed: [prompts, answers]; replayed answers are in no shard.
     """
     count, answers = iterates.shape
     which = np.repeat(rows, answers), np.tile(np.arange(answers), count), iterates.ravel(), geometric.ravel()
@@ -127,7 +166,7 @@ def make_shards(
 
 
 class Rows:
-    """Reads the prompts of shards from a rows file, row group by row group; holds one group."""
+    """Reads the prompts of shards from a rows file. Holds one row group of the file in memory."""
 
     def __init__(self, path: Path) -> None:
         self._file = pq.ParquetFile(path)
@@ -140,13 +179,13 @@ class Rows:
         return int(self._starts[-1])
 
     def names(self, rows: NDArray[np.int64]) -> list[str]:
-        """prompt_id of rows, in their order."""
+        """Return the prompt_id of each row, in the given order."""
         table = self._file.read(columns=["prompt_id"])
         found: list[str] = table["prompt_id"].take(pa.array(rows)).to_pylist()
         return found
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
-        """prompt_id and prompt_ids of rows, which ascend."""
+        """Return prompt_id and prompt_ids of rows, which must ascend."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         parts = []
         for number in np.unique(groups):
@@ -166,9 +205,9 @@ def write_shard(
     *,
     policy: str,
     sampling: Sampling,
-    mixture: dict[str, Any] | None,
+    mixture: Mixture | None,
 ) -> None:
-    """The file of a shard: SHARD_SCHEMA, and under `spinreg` in its metadata the sampler's settings as JSON."""
+    """Write a shard's file: SHARD_SCHEMA, with the sampler's settings as JSON under `spinreg` in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
     count = len(answers)
     columns = {
@@ -194,10 +233,8 @@ def write_shard(
     pq.write_table(table, path)
 
 
-def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, Any]:
-    """Counts of a shard: `prompts` (answers, in fact: one prompt may have several), sampled `tokens`, `truncated`
-    (cut off by the limit), `empty` (no text, or nothing but blanks), `invalid_text` (ids that are no valid UTF-8); and
-    `drawn`, a SHA-256 of what was drawn, without the log-probabilities, whose last digits depend on the batch."""
+def shard_counts(answers: list[Answer], texts: list[str]) -> ShardCounts:
+    """Count a shard's answers."""
     drawn = json.dumps([[a.token_ids, a.finish] for a in answers]).encode()
     return {
         "drawn": hashlib.sha256(drawn).hexdigest(),
@@ -212,18 +249,21 @@ def shard_meta(answers: list[Answer], texts: list[str]) -> dict[str, Any]:
 def round_prompts(
     n: int, prompts_per_round: int | None, round_number: int, mode: Literal["fresh", "same"], seed: int
 ) -> IntArray:
-    """Indices (into the n training rows) of the prompts of a round, counted from 1; int64.
+    """Return the indices of a round's prompts among the n training rows, int64. Rounds count from 1.
 
-    fresh: consecutive pieces of one seeded permutation after another, each a full pass over the rows. A round
-    that straddles two passes takes no row twice, because the next pass puts the rows that the round has
-    already at its end. same: the first piece, every round. All n rows where so many or more are asked for.
+    fresh   Consecutive pieces of one seeded permutation after another, each a full pass over the rows. A round that
+            spans two passes takes no row twice: the next pass moves the rows of that round to its end.
+    same    The first piece, in every round.
+
+    `prompts_per_round` of None, or of n and more, gives all n rows.
     """
     if prompts_per_round is None or prompts_per_round >= n:
         return np.arange(n)
     m = prompts_per_round
     begin = 0 if mode == "same" else (round_number - 1) * m
     taken: list[IntArray] = []
-    straddling = np.zeros(n, bool)  # what the round across the last boundary took before it
+    # The rows that a round across two passes took from the first of them.
+    straddling = np.zeros(n, bool)
     for number in range((begin + m - 1) // n + 1):
         ranks = np.fromiter((int.from_bytes(seeded_order(seed, number, i)[:8]) for i in range(n)), np.uint64, n)
         order = np.lexsort((ranks, straddling))

@@ -1,20 +1,20 @@
-"""One engine answers and commits shards; run as a process, the engine of one GPU (or group of GPUs).
+"""One engine that answers and commits shards; run as a process, the engine of one GPU (or group of GPUs).
 
-Decides: which shards a job has, what an engine is opened for, which models stay loaded from one source to the next,
-and that a shard is committed as soon as its last answer is there, while the engine goes on with the next ones.
-Leaves out: which engine gets which shards (`generate.py`, `pool.py`), decoding (`engines/`).
+Decides: the shards of a job, which models stay loaded from one source to the next, and that a shard is committed as
+soon as its last answer ends, while the engine answers the next one.
+Leaves out: which engine gets which shards (`generation.pool`), decoding (`generation.engine`).
 
     python -m spinreg_core.generation.worker JOB.json
 
-The job is a generate job whose `extra` has "sources": [[iterate, geometric], ...], those of all shards that may come,
-ascending. It reads waves from its input, one JSON list of shard numbers (all of one source) per line, until there are
-no more, and says, a line each:
+The job is a generate job with "sources": [[iterate, geometric], ...] in its `extra`, ascending: those of all shards
+that may come. The worker reads waves from its input, one JSON list of shard numbers (all of one source) per line, to
+the end of the input. It writes these lines:
 
     answered N;               N more answers
     committed NUMBER {...};   a shard, and its meta
     idle;                     the wave is done
 
-It says so to the file descriptor that SPINREG_SAY names (libraries print to the output as they like), or to its output.
+They go to the file descriptor in SPINREG_SAY, because libraries print to the output, or to the output without it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,16 @@ from spinreg_core.config import sampling_dtype
 from spinreg_core.generation.engine import Answer, Engine, Sampling, check_prompts
 from spinreg_core.generation.open import open_engine
 from spinreg_core.generation.shards import (
+    Mixture,
     Rows,
     Shard,
+    ShardMeta,
     Source,
     answer_seed,
     drawn_sources,
     make_shards,
     round_prompts,
-    shard_meta,
+    shard_counts,
     write_shard,
 )
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
@@ -60,12 +62,13 @@ if TYPE_CHECKING:
     from spinreg_core.models.chat_template import Renderer
 
 
-_COMMITS_BEHIND = 8  # shards that may wait for their upload before the engine waits for them
+# Shards that may wait for their upload before the engine waits for them.
+_COMMITS_BEHIND = 8
 
 
 @dataclass
 class _ShardInProgress:
-    """A shard in the making."""
+    """A shard with some of its answers."""
 
     shard: Shard
     rows: pa.Table
@@ -75,16 +78,17 @@ class _ShardInProgress:
 
 @dataclass
 class _LoadedSource:
-    """An engine at the work of one source."""
+    """An engine loaded with the policies of one source."""
 
     source: Source
     policies: list[str]
-    mixture: dict[str, Any] | None
+    mixture: Mixture | None
     engine: Engine
     renderer: Renderer
     sampling: Sampling
     config: Any
-    loading: list[float]  # seconds; counted once, with the first shard of the turn
+    # Seconds of loading, which the first shard of the source takes out.
+    loading: list[float]
 
 
 def answer_shards(
@@ -95,30 +99,35 @@ def answer_shards(
     waves: Iterable[list[Shard]],
     *,
     on_answer: Callable[[int], None],
-    on_commit: Callable[[int, dict[str, Any]], None],
+    on_commit: Callable[[int, ShardMeta], None],
 ) -> None:
-    """Answer waves of shards, each wave of one of `sources`. `on_answer(n)`: n more answers are there.
+    """Answer waves of shards, each wave of one of `sources`. `on_answer(n)` reports n more answers.
 
-    Within a wave nothing waits for a shard to end; its shards end one after the other, because answers begin in their
-    order. Where the sources of the waves ascend, engine hf loads each policy once, and never holds more than an iterate
-    and the base. Raises BadInput, Damaged.
+    Within a wave no answer waits for the end of a shard. Shards end one after the other, because answers begin in their
+    order. With ascending sources, engine hf loads each policy once and holds at most one iterate and the base.
+
+    Raises:
+        BadInput: a policy or prompt cannot be used.
+        Damaged: a stored file does not match its manifest.
     """
-    folders: dict[str, Path] = {}  # of the policies at hand, by object
-    loaded: dict[Path, Any] = {}  # their models
+    # Local folders of the policies in use by object id, and their models by folder.
+    folders: dict[str, Path] = {}
+    loaded: dict[Path, Any] = {}
     turn: _LoadedSource | None = None
 
     def commit(turn: _LoadedSource, done: _ShardInProgress, seconds: float) -> None:
         answers = [done.answers[i] for i in range(len(done.answers))]
         texts = [turn.renderer.decode(a.token_ids) for a in answers]
-        meta = shard_meta(answers, texts) | {
-            "iterate": turn.source.iterate, "geometric": turn.source.geometric, "seconds": round(seconds, 3),
-            "startup_seconds": turn.loading.pop() if turn.loading else 0.0,
+        meta: ShardMeta = {
+            **shard_counts(answers, texts), "iterate": turn.source.iterate, "geometric": turn.source.geometric,
+            "seconds": round(seconds, 3), "startup_seconds": turn.loading.pop() if turn.loading else 0.0,
         }  # fmt: skip
         folder = job.workdir / done.shard.name
         write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
                     done.seeds, policy=turn.policies[0], sampling=turn.sampling, mixture=turn.mixture)  # fmt: skip
-        part = commit_part(store, job, done.shard.name, upload(store, job, folder), meta)
+        part: Any = commit_part(store, job, done.shard.name, upload(store, job, folder), dict(meta))
         shutil.rmtree(folder)
+        # The meta of the part: another worker may have committed the shard first.
         on_commit(done.shard.number, part["meta"])
 
     try:
@@ -129,7 +138,8 @@ def answer_shards(
                     begin = time.monotonic()
                     for policy in folders.keys() - _needed(job, source, sources):
                         loaded.pop(folders.pop(policy), None)
-                    if turn is not None:  # before the next models are loaded: memory may not suffice for all
+                    if turn is not None:
+                        # Before the next models are loaded, because memory may not hold both.
                         turn.engine.close()
                     turn = _turn(job, store, source, folders, loaded)
                     turn.loading.append(round(time.monotonic() - begin, 3))
@@ -142,7 +152,7 @@ def answer_shards(
 
 
 def _needed(job: Job, source: Source, sources: Sequence[Source]) -> set[str]:
-    """The policies of a source, and the base where a later one mixes with it."""
+    """Return the policies of a source, and the base where a later source mixes with it."""
     bases = (base for later in sources if later > source for base in engine_of(job, later)[1][1:])
     return {*engine_of(job, source)[1], *bases}
 
@@ -160,7 +170,7 @@ def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], load
     own = folders[policies[0]]
     renderer = Renderer.from_folder(own, job.config.data.template_arguments)
     sampling = Sampling.of(generation, renderer.stop_ids)
-    mixture = {"policies": policies, "weights": weights} if source.geometric else None
+    mixture: Mixture | None = {"policies": policies, "weights": weights} if source.geometric else None
     print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"
           + (f", mixed with the base {weights[0]:g} : {weights[1]:g}" if mixture else ""), flush=True)  # fmt: skip
     engine = open_engine(
@@ -175,7 +185,7 @@ def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any)
     table, kind = rows.take(shard.rows), job.extra["rows"]
     names = table["prompt_id"].to_pylist()
     check_prompts(table["prompt_ids"].to_pylist(), sampling, config, names)
-    # Held-out sampling has one seed for all iterates, so that equal policies give equal answers.
+    # Held-out sampling uses the same seeds for all iterates, so that equal policies give equal answers.
     number = job.round if kind == "train" else 0
     seeds = [
         answer_seed(seed=job.config.seed, round_number=number, kind=kind, prompt_id=name, answer=int(which))
@@ -194,7 +204,7 @@ def _answer_wave(
     owners: list[tuple[_ShardInProgress, int]] = []
     for part in wave:
         ids = part.rows["prompt_ids"].to_pylist()
-        # Longest first, so that what is read together has like lengths.
+        # Longest first, so that prompts of similar length are read together.
         for i in sorted(range(len(ids)), key=lambda i, ids=ids: (-len(ids[i]), i)):  # type: ignore[misc]
             prompts.append(ids[i])
             owners.append((part, i))
@@ -219,7 +229,7 @@ def _answer_wave(
 
 
 def engine_of(job: Job, source: Source) -> tuple[Any, list[str], list[float]]:
-    """(engine, policy objects, weights of their mixture) behind a source. Mixtures are the hf engine's."""
+    """Return (engine, policy objects, weights of their mixture) of a source. Only engine hf samples mixtures."""
     own = job.inputs["policies"][str(source.iterate)]
     if not source.geometric:
         return job.key["sampler"]["engine"], [own], [1.0]
@@ -228,8 +238,10 @@ def engine_of(job: Job, source: Source) -> tuple[Any, list[str], list[float]]:
 
 
 def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
-    """All shards of a job, committed or not, the same wherever and whenever it is asked; and, by iterate, how many
-    answers are in none, because pairs of earlier rounds stand for them."""
+    """Return all shards of a job, committed or not, and the number of replayed answers by iterate.
+
+    Pairs of earlier rounds replace the replayed answers, which are in no shard. The result depends on the job alone.
+    """
     config, data, kind = job.config, job.config.data, job.extra["rows"]
     size, geometric = config.generation.shard_size, job.extra.get("geometric")
     if kind != "train":
@@ -237,7 +249,8 @@ def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
         iterates = np.full((len(rows), 1), int(only))
         return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), size), {}
     chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
-    if len(job.extra["weights"]) == 1 and geometric is None:  # no draw decides anything
+    if len(job.extra["weights"]) == 1 and geometric is None:
+        # One possible source, so there is nothing to draw.
         iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
         return make_shards(chosen, iterates, np.zeros_like(iterates, bool), size), {}
     iterates, mixed, replayed = drawn_sources(
@@ -250,17 +263,18 @@ def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Serve the waves that come in. Raises as `answer_shards`."""
+    """Answer the waves from standard input. Raises as `answer_shards`."""
     say, speaking = int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), threading.Lock()
 
     def tell(line: str) -> None:
-        with speaking:  # commits are told of by a thread of their own
+        # Commits are reported by a thread of their own, and os.write may take a part of a line.
+        with speaking:
             rest = f"{line};\n".encode()
             try:
                 while rest:
                     rest = rest[os.write(say, rest) :]
-            except OSError:  # all is done by others, or the stage has ended
-                print("nobody listens any more", flush=True)
+            except OSError:
+                print("the stage closed its end of the socket: all shards are done, or it has ended", flush=True)
                 os._exit(1)
 
     store = open_store(job.store)

@@ -181,7 +181,7 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
     }  # fmt: skip
     key = inputs | {
         "round": round_number, "seed": config.seed, "weights": weights,
-        "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated", "scores"}),
+        "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated"}) | {"scores": "scorer"},
         # Only which references the loss reads, not alpha itself: a grid over 0 < alpha < 1 scores once.
         "scores": references(alpha, round_number),
         "precision": config.training.precision,

@@ -1,6 +1,6 @@
-"""Run a stage in a child process of the current one, and raise its verdict here.
+"""Run a stage in a child process of the current one, and raise its error here.
 
-Leaves out: how a verdict is written (`failures.py`), stages started by a flow (`tasks/stage_process.py`).
+Leaves out: how a process reports an error (`runtime.failures`), stages of a flow (`tasks.stage_process`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from spinreg_core.runs.job import Job
 
 
 def raise_verdict(status: int | None, last: str) -> None:
-    """Raise what a process said with its last line, where its exit status says that trying again is of no use."""
+    """Raise the error in a process's last line, where its exit status tells that a retry cannot help."""
     if status == EXIT_BAD_INPUT:
         raise BadInput.from_message(last.removeprefix("bad input: "))
     if status == EXIT_DAMAGED:
@@ -47,7 +47,8 @@ def run_in_process(job: Job, module: str) -> dict[str, Any]:
             for line in child.stdout:
                 print(line, end="", flush=True)
                 last = line.strip() or last
-        except BaseException:  # SIGTERM: what the child has committed stays
+        except BaseException:
+            # SIGTERM, say. The child needs no warning: its committed parts stay.
             child.kill()
             raise
     raise_verdict(child.returncode, last)

@@ -1,10 +1,10 @@
-"""The processes of one stage: how they are joined, which device each has, and what they tell each other.
+"""The ranks of one stage: process groups, device mesh, and the collectives that stages use.
 
-Decides: the process group, the mesh (HSDP: a copy of the weights is spread over `resources.shard_over` ranks and
-repeated beyond). Leaves out: starting the processes (`runtime/torchrun.py`), weights that are spread over them
-(`models/fsdp.py`), which rank computes which row (`logprobs/packing.py`).
+Decides: the process groups and the mesh (HSDP: `resources.shard_over` ranks share a copy of the weights, and further
+ranks repeat it). Leaves out: starting the ranks (`runtime.torchrun`), sharded weights (`models.fsdp`), the rows of each
+rank (`logprobs.packing`).
 
-A stage run by hand is one process, and everything here is then the identity.
+With a single process all of this is the identity.
 """
 
 from __future__ import annotations
@@ -24,58 +24,73 @@ from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput
 
 T = TypeVar("T")
-# So many collective timeouts ranks wait for each other's files, to be written or fetched: two hours by default.
-# One whose bytes stand still, or that does not run, is found by its node long before (`runtime/rank_watch.py`); this
-# is for lost nodes.
+# Ranks wait for each other's files for this many collective timeouts: two hours by default. `rank_watch` finds a
+# stalled transfer or a suspended rank long before; this limit is for lost nodes.
 _FILES = 12
 
 
 def resolve_device(name: str) -> str:
-    """`resources.device`: auto is a GPU where there is one. Raises BadInput for a GPU that is not there."""
+    """Return cuda or cpu for `resources.device`: auto prefers a GPU.
+
+    Raises:
+        BadInput: cuda is asked for, and torch sees no GPU.
+    """
     if name == "cuda" and not torch.cuda.is_available():
-        raise BadInput("resources.device", "cuda, but torch sees no GPU", "auto or cpu")
+        raise BadInput("resources.device", "is cuda, but torch sees no GPU", "set it to auto or cpu")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def compiles(resources: ResourcesConfig, device: str) -> bool:
-    """`resources.compile`: auto is on GPUs."""
+    """Return True where models are compiled: `resources.compile`, with auto on GPUs only."""
     return resources.compile == "on" or (resources.compile == "auto" and device == "cuda")
 
 
 def processes_here(resources: ResourcesConfig) -> int:
-    """`resources.processes` of this node: auto is one per GPU, and one on a CPU. Raises BadInput."""
+    """Return the processes of this node: `resources.processes`, where auto is one per GPU, or one on a CPU.
+
+    Raises:
+        BadInput: there are more processes than GPUs.
+    """
     gpus = torch.cuda.device_count() if resolve_device(resources.device) == "cuda" else 0
     if resources.processes == "auto":
         return max(gpus, 1)
     if gpus and resources.processes > gpus:
-        raise BadInput("resources.processes", f"{resources.processes}, with {gpus} GPUs here", "at most one per GPU")
+        raise BadInput(
+            "resources.processes", f"is {resources.processes} with {gpus} GPUs here", f"set it to at most {gpus}"
+        )
     return resources.processes
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the stage. `mesh` is None where it is alone."""
+    """This process among the ranks of the stage. A single process has no mesh and no groups.
+
+    files           group for waiting on files, with a long timeout
+    checkpoints     group for the thread that writes checkpoints. Collectives of two threads over one gloo group would
+                    pair up in any order, and hang or mix their data.
+    compile         models that are loaded have their layers compiled
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
-    files: dist.ProcessGroup | None = None  # for everything that waits for files
-    checkpoints: dist.ProcessGroup | None = None  # for the thread that writes checkpoints meanwhile
-    compile: bool = False  # the layers of models that are loaded
+    files: dist.ProcessGroup | None = None
+    checkpoints: dist.ProcessGroup | None = None
+    compile: bool = False
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum(self, table: Tensor) -> Tensor:
-        """A tensor on the CPU, added up over all ranks."""
+        """Add up a CPU tensor over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(table)
         return table
 
     def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-        """Every rank's value, in the order of ranks. `group`: another one than `files`, for another thread."""
+        """Return every rank's value, in the order of ranks. `group`: instead of `files`, for another thread."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -83,22 +98,24 @@ class Ranks:
         return found
 
     def local_main_first(self, action: Callable[[], T]) -> T:
-        """`action` on one rank per node, then on the others, which find what it left in the cache."""
+        """Run `action` on the first rank of each node, then on its other ranks, which find its files in the cache."""
         if self.size == 1:
             return action()
         if int(os.environ["LOCAL_RANK"]) == 0:
             try:
                 return action()
-            finally:  # what it raises must not leave the others waiting
+            finally:
+                # Also after an error, or the other ranks would wait for the timeout.
                 dist.barrier(group=self.files)
         dist.barrier(group=self.files)
         return action()
 
 
 def init_ranks(resources: ResourcesConfig) -> Ranks:
-    """Join the other processes of the stage, if it was started with several (torchrun's environment).
+    """Join the other ranks of the stage, where torchrun's environment names several.
 
-    Raises BadInput for a mesh that does not fit.
+    Raises:
+        BadInput: `resources.shard_over` does not divide the number of ranks.
     """
     device = resolve_device(resources.device)
     compiled = compiles(resources, device)
@@ -108,7 +125,7 @@ def init_ranks(resources: ResourcesConfig) -> Ranks:
     local = int(os.environ["LOCAL_RANK"])
     shard = int(os.environ["LOCAL_WORLD_SIZE"]) if resources.shard_over == "auto" else resources.shard_over
     if size % shard:
-        raise BadInput("resources.shard_over", shard, f"a divisor of the {size} processes")
+        raise BadInput("resources.shard_over", f"is {shard} with {size} processes", "set it to a divisor of them")
     if device == "cuda":
         torch.cuda.set_device(local)
     timeout = datetime.timedelta(seconds=resources.collective_timeout_seconds)
@@ -127,6 +144,6 @@ def init_ranks(resources: ResourcesConfig) -> Ranks:
 
 
 def destroy_ranks() -> None:
-    """The end of `init_ranks`."""
+    """Destroy the process groups of `init_ranks`."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,7 @@
-"""How a stage process says why it ended, and which of many ranks is to be heard.
+"""The message and exit status of a failed stage, and the rank at fault among several.
 
-Decides: the message and exit status of every error; of several failed ranks, the one at fault and not those that its
-end brought down. Leaves out: what follows from an exit status (`tasks/process.py`).
+Decides: the message and exit status of every error; which of several failed ranks was the first cause.
+Leaves out: the consequences of an exit status (`tasks.stage_process`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import signal
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import (
@@ -28,15 +28,32 @@ from spinreg_core.errors import (
     without_credentials,
 )
 
-# What a rank says when another one went away or kept it waiting; the texts are those of gloo and NCCL.
+# gloo and NCCL raise plain RuntimeErrors, so only their texts tell that another rank ended or kept this one waiting.
 _GONE = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|remote process exited")
 _TIMED_OUT = re.compile(r"Timed out waiting|Timeout|timeout", re.ASCII)
-_LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")  # said of a rank's own silence
+# The limit in messages of `rank_watch`, which would look like a timeout of a collective.
+_LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")
 _COMMUNICATION = re.compile(r"gloo|nccl|NCCL|DistBackendError|DistNetworkError|ProcessGroup|TCPStore|collective")
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A failed rank's report to the process that started it, as JSON in `failure-RANK.json`."""
+
+    rank: int
+    time: float
+    status: int
+    message: str
+
+    def text(self) -> str:
+        """Return the message for the log."""
+        if self.message.startswith(("bad input: ", "damaged: ", "error: ")):
+            return self.message
+        return f"rank {self.rank} failed:\n{self.message}"
+
+
 def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple[int, str]:
-    """(exit status, what is printed) for an error of a stage."""
+    """Return (exit status, message) for an error of a stage."""
     if isinstance(error, BadInput):
         return EXIT_BAD_INPUT, f"bad input: {error}"
     if isinstance(error, Damaged):
@@ -47,7 +64,7 @@ def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple
         return 1, f"error: {error}"
     if isinstance(error, SystemExit):
         where = "".join(traceback.format_exception(error)).rstrip()
-        return 1, f"something {stage} called left the process with status {error.code!r}:\n{where}"
+        return 1, f"a call in {stage} ended the process with status {error.code!r}:\n{where}"
     if _out_of_memory(error):
         return 1, f"error: {_memory_message(error, stage, config)}"
     return 1, without_credentials("".join(traceback.format_exception(error)).rstrip())
@@ -63,7 +80,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
     text = str(error)
-    asked = "an amount it does not name"
+    asked = "an unnamed amount"
     if found := re.search(r"[Tt]ried to allocate ([\d.]+) ?([KMG]iB)", text):
         asked = f"{found[1]} {found[2]}"
     elif found := re.search(r"tried to allocate (\d+) bytes", text):
@@ -77,101 +94,99 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
         if training.activation_checkpointing != "full":
             helps.append(f"training.activation_checkpointing full (now {training.activation_checkpointing})")
         if training.lora_rank is None:
-            helps.append("training.lora_rank (gradients and optimiser of an adapter alone)")
+            helps.append("training.lora_rank (gradients and optimiser state of an adapter only)")
         if training.optimizer == "adamw":
             helps.append("training.optimizer rmsprop (half of adamw's state)")
-        helps.append("more resources.processes (the weights are spread over them)")
+        helps.append("more resources.processes (they share the weights)")
     if stage != "generate" and training.precision == "fp32":
         helps.append("training.precision mixed")
     return (
-        f"out of memory in {stage}: it asked for {asked} more. What would help: {'; '.join(helps)}. "
-        f"`spinreg plan` says what each needs. ({text.splitlines()[0] if text else type(error).__name__})"
+        f"out of memory in {stage}: it asked for {asked} more. Any of these helps: {'; '.join(helps)}. "
+        f"`spinreg plan` shows the memory each needs. ({text.splitlines()[0] if text else type(error).__name__})"
     )
 
 
 MEMORY_HELPS = (
-    "what would help is a smaller resources.tokens_per_pass (or kv_cache_tokens for answers), "
-    "training.activation_checkpointing full, training.lora_rank; `spinreg plan` says what each stage needs"
+    "set a smaller resources.tokens_per_pass (or kv_cache_tokens for answers), training.activation_checkpointing full, "
+    "or training.lora_rank; `spinreg plan` shows the memory of each stage"
 )
 
 
 def record(folder: Path, rank: int, status: int, message: str) -> None:
-    """Leave a rank's failure for the process that started it."""
-    entry = {"rank": rank, "time": time.time(), "status": status, "message": message}
+    """Record a rank's failure for the process that started it."""
+    failure = Failure(rank, time.time(), status, message)
     path = folder / f"failure-{rank}.json"
-    path.with_suffix(".tmp").write_text(json.dumps(entry))
+    # Renamed into place, so that a reader never sees half of it.
+    path.with_suffix(".tmp").write_text(json.dumps(asdict(failure)))
     path.with_suffix(".tmp").replace(path)
 
 
 def alive(folder: Path) -> dict[int, float]:
-    """Ranks of this node that have not come to their proper end, and when each last said that it runs
-    (`rank_watch.py`)."""
+    """Return the ranks of this node that have not finished, with the time of their last sign of life (`rank_watch`)."""
     found = {}
     for path in folder.glob("alive-*"):
-        with contextlib.suppress(FileNotFoundError):  # it ends just now
+        # A rank removes its file when it finishes, also between these two lines.
+        with contextlib.suppress(FileNotFoundError):
             found[int(path.name.removeprefix("alive-"))] = path.stat().st_mtime
     return found
 
 
 def any_recorded(folder: Path) -> bool:
-    """Whether a rank of this node has failed."""
+    """Return True if a rank of this node has failed."""
     return any(folder.glob("failure-*.json"))
 
 
 def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
-    """(exit status, what to print) of a stage whose ranks failed. `statuses`: exit statuses by rank, negative signals.
+    """Return (exit status, message) of a stage with failed ranks. `statuses`: exit statuses by rank, negative signals.
 
-    A rank that was killed comes first, then one with an error of its own (the earliest), then one that left with
-    status 0 before its end, then one that never arrived where the others waited.
+    The rank at fault is, in this order: one that was killed; the earliest with an error of its own; one that left with
+    status 0 before its end; one that never arrived where the others waited.
     """
-    records = sorted((json.loads(path.read_text()) for path in folder.glob("failure-*.json")), key=lambda r: r["time"])
-    told = {entry["rank"] for entry in records}
+    paths = folder.glob("failure-*.json")
+    failures = sorted((Failure(**json.loads(path.read_text())) for path in paths), key=lambda failure: failure.time)
+    reported = {failure.rank for failure in failures}
     for rank, status in sorted(statuses.items()):
-        ended = bool(_stack(folder, rank))  # by us: it had been told to stop
-        if status < 0 and rank not in told and not ended and -status not in (signal.SIGTERM, signal.SIGABRT):
+        # SIGTERM makes a rank write its stack, so one with a stack was told to stop and is no cause.
+        ended = bool(_stack(folder, rank))
+        if status < 0 and rank not in reported and not ended and -status not in (signal.SIGTERM, signal.SIGABRT):
             name = signal.Signals(-status).name
-            if name == "SIGKILL" and any(_TIMED_OUT.search(entry["message"]) for entry in records):
-                # Ours: it had not answered the others, nor SIGTERM, which would have left its stack.
+            if name == "SIGKILL" and any(_TIMED_OUT.search(failure.message) for failure in failures):
+                # torchrun killed it, because it answered neither the other ranks nor SIGTERM.
                 return 1, (
                     f"error: rank {rank} did not answer for resources.collective_timeout_seconds, nor when it was told "
                     f"to stop, and was killed: it was suspended, or hung outside Python{_last_words(folder, rank)}"
                 )
             hint = f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}" if name == "SIGKILL" else ""
             return 1, f"error: rank {rank} was killed by {name}{hint}{_last_words(folder, rank)}"
-    own = [entry for entry in records if not is_secondary_failure(entry["message"])]
+    own = [failure for failure in failures if not is_secondary_failure(failure.message)]
     if own:
-        return own[0]["status"], _said(own[0])
-    left = [rank for rank in alive(folder) if rank not in told and rank not in statuses and not _stack(folder, rank)]
-    if records and left:
+        return own[0].status, own[0].text()
+    left = [rank for rank in alive(folder) if rank not in {*reported, *statuses} and not _stack(folder, rank)]
+    if failures and left:
         return 1, (
-            f"error: rank {left[0]} left with exit status 0 before its work was done: something it called ended the "
+            f"error: rank {left[0]} left with exit status 0 before its work was done: a call in it ended the "
             f"process{_last_words(folder, left[0])}"
         )
-    waited = [entry for entry in records if not _GONE.search(entry["message"])]
-    missing = [rank for rank in _ranks_here(folder) if rank not in told]
+    waited = [failure for failure in failures if not _GONE.search(failure.message)]
+    missing = [rank for rank in _ranks_here(folder) if rank not in reported]
     if waited and missing:
-        where = "\n".join(f"rank {rank} was here:\n{_stack(folder, rank) or '(it could not say)'}" for rank in missing)
+        where = "\n".join(f"rank {rank} was here:\n{_stack(folder, rank) or '(unknown)'}" for rank in missing)
         return 1, (
             f"error: {'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} did not arrive where the "
             f"others waited (resources.collective_timeout_seconds).\n{where}"
         )
-    if records:
-        return 1, _said(records[0])
+    if failures:
+        return 1, failures[0].text()
     rank, status = next(iter(sorted(statuses.items())), (0, 1))
     return (status if status > 0 else 1), f"error: rank {rank} ended with status {status}{_last_words(folder, rank)}"
 
 
-def _said(entry: dict[str, Any]) -> str:
-    if entry["message"].startswith(("bad input: ", "damaged: ", "error: ")):
-        return entry["message"]
-    return f"rank {entry['rank']} failed:\n{entry['message']}"
-
-
 def is_secondary_failure(message: str) -> bool:
-    """Whether a failure is only that another rank went away or did not answer."""
+    """Return True for a failure that only says that another rank went away or did not answer."""
     text = _LIMIT.sub("", message)
     if text.startswith("error: "):
-        text = text.splitlines()[0]  # what follows is where it happened
+        # The lines after the first are a stack, which may hold any of these words.
+        text = text.splitlines()[0]
     return bool(_COMMUNICATION.search(text) and (_GONE.search(text) or _TIMED_OUT.search(text)))
 
 

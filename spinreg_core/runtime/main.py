@@ -1,7 +1,7 @@
-"""What every stage process shares: its job file, its manners towards the parent, its exit status.
+"""The entry point of every stage process: job file, supervision, ranks and exit status.
 
-Decides: the job file's fields; that a stage never outlives its parent; which exit status means what.
-Leaves out: what a stage does (one file each) and how it is started (`tasks/process.py`, or a person).
+Decides: that a stage never outlives its parent, when it becomes several ranks, and how it reports its end.
+Leaves out: the stages themselves (`stages`), and starting them (`tasks.stage_process`, or a person).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigt
 def main(run: Callable[[Job], Any], *, ranked: bool = False) -> NoReturn:
     """Run one stage from the command line: `python -m spinreg_core.stages.<name> JOB.json`.
 
-    `ranked`: several processes can share the stage's work. Then this one starts them, if the job's resources ask for
-    more than one; under torchrun it is one of them.
+    ranked: several processes can share the work. This process starts them where the job's resources ask for more than
+    one; under torchrun it is one of them.
     """
     if len(sys.argv) != 2:
         print(f"usage: python -m {run.__module__} JOB.json", file=sys.stderr)
@@ -44,10 +44,12 @@ def main(run: Callable[[Job], Any], *, ranked: bool = False) -> NoReturn:
     die_with_parent((lambda: False) if watch is None else watch.should_exit)
     signal.signal(signal.SIGTERM, on_sigterm)
     if rank is not None:
-        # Written by the signal itself: where a rank was that does not answer.
-        stack = open(folder / f"stack-{rank}.txt", "w")  # noqa: SIM115 (as long as the process)
+        # The signal itself writes the stack, also of a rank that hangs in a collective and runs no Python. The file
+        # stays open as long as the process.
+        stack = open(folder / f"stack-{rank}.txt", "w")  # noqa: SIM115
         faulthandler.register(signal.SIGTERM, file=stack, all_threads=False, chain=True)
-        sys.stderr = sys.stdout  # warnings belong to the log; what libraries write below Python does not
+        # Python's warnings belong in the log. Libraries that write to the descriptor itself go to `rank-N.err`.
+        sys.stderr = sys.stdout
     start = time.monotonic()
     try:
         processes = _processes(job) if ranked and rank is None else 1
@@ -60,7 +62,7 @@ def main(run: Callable[[Job], Any], *, ranked: bool = False) -> NoReturn:
         if rank is not None:
             _end(EXIT_PREEMPTED)
         raise
-    except (Exception, SystemExit) as error:  # libraries that leave the process had better say why
+    except (Exception, SystemExit) as error:
         status, message = describe_error(error, job.stage, job.config)
         if rank is None:
             print(message, flush=True)
@@ -81,6 +83,6 @@ def _processes(job: Job) -> int:
 
 
 def _end(status: int) -> NoReturn:
-    """Engines and process groups leave threads and atexit work behind that can hang a finished process."""
+    """End the process without threads and atexit handlers of engines and process groups, which can hang."""
     sys.stdout.flush()
     os._exit(status)

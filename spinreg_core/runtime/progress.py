@@ -1,6 +1,6 @@
-"""Progress lines of a stage: done/total, rate and time left, readable by people and by the task.
+"""Progress lines of a stage: done/total, rate and time left, for people and for the task to parse.
 
-Decides: the one line format. Leaves out: where the line is shown (terminal, log, Prefect artifact).
+Decides: the format of the line. Leaves out: showing it (terminal, log, Prefect artifact).
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class Progress:
         self.stage, self.total, self.unit, self.done = stage, total, unit, done
         self._every, self._start, self._start_done = every, time.monotonic(), done
         self._last, self._showing = -float("inf"), threading.Lock()
-        self.note = ""  # what else is to be said
+        # Text at the end of the line.
+        self.note = ""
 
     def update(self, n: int = 1) -> None:
         self.done += n
         self._show()
 
     def tell(self, note: str) -> None:
-        """Say something else from now on. Unlike `update`, for any thread."""
+        """Change the text at the end of the line. Unlike `update`, it may be called from any thread."""
         self.note = note
         self._show()
 
@@ -54,7 +55,8 @@ class Progress:
             self._last = now
             rate = (self.done - self._start_done) / max(now - self._start, 1e-6)
             left = int((self.total - self.done) / rate) if rate > 0 else 0
-            sys.stdout.write(  # at once: `print` writes the end of the line by itself, and two lines become one
+            # One write: `print` writes the line's end separately, and lines of two threads or processes would mix.
+            sys.stdout.write(
                 f"[{self.stage}] {self.done}/{self.total} {self.unit} "
                 f"({100 * self.done // max(self.total, 1)} %), {rate:.2f}/s, "
                 f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
@@ -64,7 +66,7 @@ class Progress:
 
 
 def parse(line: str) -> ProgressLine | None:
-    """The progress a line reports, or None for any other line."""
+    """Return the progress in a line, or None for any other line."""
     match = _LINE.match(line.strip())
     if match is None:
         return None

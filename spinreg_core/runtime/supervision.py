@@ -25,7 +25,7 @@ STARTER_VARIABLE = "SPINREG_STARTER"  # process id of the task's process, an anc
 
 
 class Preempted(SystemExit):
-    """SIGTERM arrived: leave now, everything committed so far stays."""
+    """SIGTERM arrived: the process ends now, and its committed parts stay."""
 
     def __init__(self) -> None:
         super().__init__(EXIT_PREEMPTED)
@@ -34,7 +34,8 @@ class Preempted(SystemExit):
 @dataclass
 class _Sigterm:
     deferred: bool = False
-    at: float | None = None  # time.monotonic() of the first one
+    # time.monotonic() of the first signal.
+    at: float | None = None
 
 
 _sigterm = _Sigterm()
@@ -48,9 +49,9 @@ def on_sigterm(_signum: int, _frame: FrameType | None) -> None:
 
 @contextmanager
 def finishing_steps() -> Iterator[Callable[[], float | None]]:
-    """Within, SIGTERM does nothing but to make the given function return its time (time.monotonic) instead of None.
+    """Defer SIGTERM inside the block: the given function returns its time (time.monotonic) instead of None.
 
-    Whoever sees that finishes what is under way and leaves; Preempted is raised then.
+    The caller checks the function, finishes its step and leaves the block, which then raises Preempted.
     """
     _sigterm.deferred = True
     try:
@@ -72,12 +73,12 @@ def _gone(pid: int) -> bool:
 
 
 def die_with_parent(should_exit: Callable[[], bool] = lambda: False) -> None:
-    """End this process, and the process group it leads, soon after the parent is gone, or all is lost (`should_exit`).
+    """End this process, and the process group it leads, soon after its parent ends or `should_exit` returns True.
 
-    PDEATHSIG asks at once, with SIGHUP: unlike SIGTERM, which may come from anyone, it says that nobody is
-    left to end the group (getppid does not say so yet while the parent's last threads end). The watching
-    thread is for what sits in a long C call, and for a starter that was gone before this line (importing
-    torch takes seconds). Engines' own children are reached by neither, only by ending the group.
+    PDEATHSIG sends SIGHUP at once. Unlike SIGTERM, which anyone may send, it proves that the parent is gone (getppid
+    still names the parent while its last threads end). The watching thread covers a process inside a long C call, and
+    a starter that ended before this call (importing torch takes seconds). Neither reaches the children of engines,
+    which end with the group.
     """
     parent = os.getppid()
     starter = int(os.environ.get(STARTER_VARIABLE, parent))
@@ -106,6 +107,7 @@ def die_with_parent(should_exit: Callable[[], bool] = lambda: False) -> None:
 
     signal.signal(signal.SIGHUP, on_hangup)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGHUP)  # PR_SET_PDEATHSIG
+        # PR_SET_PDEATHSIG is 1.
+        ctypes.CDLL(None).prctl(1, signal.SIGHUP)
     atexit.register(end_group)
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,7 +1,7 @@
-"""Starts the ranks of a stage on this node with torchrun, and ends as the rank at fault ended.
+"""Starts the ranks of a stage on this node with torchrun, and ends with the status of the rank at fault.
 
-Decides: that rank 0 alone speaks while all is well, that the others' output lies in `WORKDIR/ranks/`, and what a
-failure looks like. Leaves out: which of several failures counts (`failures.py`), what ranks do (`distributed.py`).
+Decides: that only rank 0 prints to the stage's output, that the others print into `WORKDIR/ranks/`, and the message of
+a failure. Leaves out: which of several failures counts (`runtime.failures`), the ranks' work (`runtime.distributed`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from spinreg_core.runs.job import Job
 
 
-RANKS = "ranks"  # folder in a job's workdir: rank-N.log, rank-N.err, failure-N.json, stack-N.txt
+# A folder in the job's workdir, with rank-N.log, rank-N.err, failure-N.json and stack-N.txt.
+RANKS = "ranks"
 
 
 class _Logs(DefaultLogsSpecs):
-    """What ranks print goes to `rank-N.log` (the first's to our own output), what libraries write to `rank-N.err`."""
+    """Sends output to `rank-N.log` (of rank 0 to our own output), and errors of libraries to `rank-N.err`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(log_dir=str(folder / "torchrun"))
@@ -77,7 +78,7 @@ def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
 
 
 def _ranks(job: Job, module: str, job_file: Path, processes: int, *, run_id: str) -> tuple[int, str]:
-    """(exit status, what to say of a failure)"""
+    """Return (exit status, message of a failure)."""
     folder = job.workdir / RANKS
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

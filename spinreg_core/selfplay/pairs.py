@@ -1,9 +1,8 @@
 """Pairs of a human and a generated answer to one prompt: how they are joined, cut, chosen and stored.
 
-Decides: the columns of `pairs.parquet`, the three ways to treat answers cut off by the length limit, which pairs
-of earlier rounds come back, and which cached scores may stand for a row.
-Leaves out: weights and draws (`opponent.py`), scoring (`logprobs/scoring.py`), the loss (`loss.py`).
-Imports no torch: a pair is a plain dict with the columns of PAIRS_SCHEMA.
+Decides: the columns of `pairs.parquet`, the three ways to treat truncated answers, which pairs of earlier rounds come
+back, and which cached score belongs to an answer.
+Leaves out: weights and draws (`selfplay.opponent`), scoring (`logprobs`), the loss (`selfplay.loss`). Imports no torch.
 """
 
 from __future__ import annotations
@@ -12,15 +11,80 @@ import array
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 import pyarrow as pa
 
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.selfplay.opponent import choose, replay_quota
 
-Pair = dict[str, Any]
-SCORES = ("previous_real", "previous_generated", "base_real", "base_generated")
+Side = Literal["real", "generated"]
+Reference = Literal["previous", "base"]
+IdsColumn = Literal["real_ids", "generated_ids"]
+ScoreColumn = Literal["previous_real", "previous_generated", "base_real", "base_generated"]
+
+
+class HumanRow(TypedDict):
+    """A row of the training data: a prompt with the human answer, as token ids."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    answer_truncated: bool
+
+
+class GeneratedRow(TypedDict):
+    """A row of a round's shards, as far as pairs need it."""
+
+    prompt_id: str
+    answer: int
+    iterate: int
+    geometric: bool
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    finish: str
+
+
+class Pair(TypedDict):
+    """A row of `pairs.parquet`. Scores are sums in nats, None where the loss does not read them."""
+
+    pair_id: str
+    round: int
+    iterate: int
+    answer: int
+    geometric: bool
+    prompt_id: str
+    prompt_ids: list[int]
+    real_ids: list[int]
+    generated_ids: list[int]
+    real_truncated: bool
+    generated_truncated: bool
+    previous_real: float | None
+    previous_generated: float | None
+    base_real: float | None
+    base_generated: float | None
+
+
+class PairCounts(TypedDict):
+    """Totals of a set of pairs; `by_round` and `by_iterate` map numbers, as text, to pairs."""
+
+    pairs: int
+    by_round: dict[str, int]
+    by_iterate: dict[str, int]
+    generated_truncated: int
+    real_truncated: int
+    empty_generated: int
+    identical: int
+    real_tokens: int
+    generated_tokens: int
+
+
+SIDES: tuple[Side, Side] = ("real", "generated")
+IDS: dict[Side, IdsColumn] = {"real": "real_ids", "generated": "generated_ids"}
+SCORES: dict[Reference, dict[Side, ScoreColumn]] = {
+    "previous": {"real": "previous_real", "generated": "previous_generated"},
+    "base": {"real": "base_real", "generated": "base_generated"},
+}
+SCORE_COLUMNS: tuple[ScoreColumn, ...] = ("previous_real", "previous_generated", "base_real", "base_generated")
 PAIRS_SCHEMA = pa.schema(
     [
         ("pair_id", pa.string()),
@@ -34,18 +98,18 @@ PAIRS_SCHEMA = pa.schema(
         ("generated_ids", pa.list_(pa.int32())),
         ("real_truncated", pa.bool_()),
         ("generated_truncated", pa.bool_()),
-        *((name, pa.float64()) for name in SCORES),  # sums in nats; null where the loss does not read them
+        *((name, pa.float64()) for name in SCORE_COLUMNS),
     ]
 )
 
 
-def make_pairs(
-    generations: Iterable[Mapping[str, Any]], rows: Mapping[str, Mapping[str, Any]], round_number: int
-) -> list[Pair]:
-    """Pairs of one round's generations (columns of *generations*) with the human answers of their prompts.
+def make_pairs(generations: Iterable[GeneratedRow], rows: Mapping[str, HumanRow], round_number: int) -> list[Pair]:
+    """Join one round's generated answers with the human answers to their prompts.
 
-    `rows` maps prompt_id to a data row. Pairs keep the order of the generations; their scores are None.
-    Raises Damaged where a prompt is unknown, an answer is there twice, or was given to other prompt tokens.
+    `rows` maps a prompt_id to its data row. Pairs keep the order of the generations; their scores are None.
+
+    Raises:
+        Damaged: a prompt is unknown, an answer is there twice, or it was given to other prompt tokens.
     """
     pairs: dict[str, Pair] = {}
     for answer in generations:
@@ -72,21 +136,23 @@ def make_pairs(
             "generated_ids": list(answer["answer_ids"]),
             "real_truncated": bool(row["answer_truncated"]),
             "generated_truncated": answer["finish"] == "length",
-            **dict.fromkeys(SCORES),
+            "previous_real": None,
+            "previous_generated": None,
+            "base_real": None,
+            "base_generated": None,
         }
     return list(pairs.values())
 
 
 def treat_truncated(pairs: Iterable[Pair], treatment: Literal["keep", "drop", "clip_real"]) -> list[Pair]:
-    """The pairs as they are trained on, given what happens where the generated answer was cut off at n tokens.
+    """Return the pairs to train on, given what happens to one whose generated answer was cut off after n tokens.
 
-    keep        nothing changes.
-    drop        the pair is left out.
-    clip_real   a human answer longer than n keeps its first n tokens, so it has no end-of-turn and counts as
-                truncated. One that ends within n tokens stays whole: that the human was done by then is a
-                difference between the two answers, not an artefact of the limit.
+    keep        Nothing changes.
+    drop        The pair is left out.
+    clip_real   A longer human answer keeps its first n tokens, without end-of-turn, and counts as truncated. A human
+                answer that ends within n tokens stays whole: ending earlier is a real difference of the two answers.
 
-    Pairs whose generated answer is finished are never changed.
+    Pairs with a finished generated answer never change.
     """
     if treatment == "keep":
         return list(pairs)
@@ -96,16 +162,18 @@ def treat_truncated(pairs: Iterable[Pair], treatment: Literal["keep", "drop", "c
     for pair in pairs:
         limit = len(pair["generated_ids"])
         if pair["generated_truncated"] and len(pair["real_ids"]) > limit:
-            pair = pair | {"real_ids": pair["real_ids"][:limit], "real_truncated": True}
+            pair = {**pair, "real_ids": pair["real_ids"][:limit], "real_truncated": True}
         found.append(pair)
     return found
 
 
 def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed: int, round_number: int) -> list[Pair]:
-    """The pairs of this and earlier rounds (newest first) that make up the opponent with these weights.
+    """Return the pairs of this and earlier rounds (newest first) that make up an opponent with these weights.
 
-    The shares of the rounds are the weights, and the total is what the scarcest round allows
-    (`opponent.replay_quota`). Raises BadInput where a round that has weight has no pair.
+    The shares of the rounds are the weights; the scarcest round limits the total (`opponent.replay_quota`).
+
+    Raises:
+        BadInput: a round with a positive weight has no pair.
     """
     available = [len(pairs) for pairs in by_round]
     empty = [round_number - k for k, (w, n) in enumerate(zip(weights, available, strict=True)) if w > 0 and n == 0]
@@ -113,7 +181,7 @@ def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed
         raise BadInput(
             f"pairs of round {round_number}",
             f"no usable pair of round {', '.join(map(str, empty))}",
-            "at least one pair of every round the opponent averages over (see opponent.truncated and "
+            "at least one pair of every round in the opponent's average (see opponent.truncated and "
             "generation.max_new_tokens)",
         )
     found: list[Pair] = []
@@ -128,9 +196,10 @@ def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed
 def replay_iterates(
     earlier: Iterable[Sequence[Pair]], wanted: Mapping[int, int], *, seed: int, round_number: int
 ) -> list[Pair]:
-    """Pairs of earlier rounds by the iterate that answered: `wanted[n]` of iterate n, or all there are of it if less.
+    """Choose `wanted[n]` pairs of each iterate n from earlier rounds, or all of them where there are fewer.
 
-    earlier: the pairs of each round. They are chosen without replacement (`opponent.choose`), newest iterate first.
+    `earlier` holds the pairs of each round. The choice is without replacement (`opponent.choose`), newest iterate
+    first.
     """
     by_iterate: dict[int, dict[str, Pair]] = {}
     for pair in (pair for pairs in earlier for pair in pairs):
@@ -144,30 +213,30 @@ def replay_iterates(
 
 
 def sequence_key(prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> bytes:
-    """What a score belongs to: SHA-256 of the tokens. Not the pair's id, because clipping changes an answer."""
+    """Return the SHA-256 of the tokens that a score belongs to. A pair's id would not do: clipping changes answers."""
     head = len(prompt_ids).to_bytes(8, "little")
     return hashlib.sha256(head + array.array("q", [*prompt_ids, *answer_ids]).tobytes()).digest()
 
 
-def keyed(pair: Mapping[str, Any], which: str) -> bytes:
-    """The key of a pair's `real` or `generated` answer."""
-    return sequence_key(pair["prompt_ids"], pair[f"{which}_ids"])
+def keyed(pair: Pair, side: Side) -> bytes:
+    """Return the `sequence_key` of one answer of a pair."""
+    return sequence_key(pair["prompt_ids"], pair[IDS[side]])
 
 
-def known_scores(pairs: Iterable[Mapping[str, Any]], policy: Literal["previous", "base"]) -> dict[bytes, float]:
-    """The cached log-probabilities of earlier pairs under a policy, by `sequence_key`."""
+def known_scores(pairs: Iterable[Pair], policy: Reference) -> dict[bytes, float]:
+    """Return the cached log-probabilities (nats) under a policy, by `sequence_key`."""
     return {
-        keyed(pair, which): pair[f"{policy}_{which}"]
+        keyed(pair, side): score
         for pair in pairs
-        for which in ("real", "generated")
-        if pair[f"{policy}_{which}"] is not None
+        for side in SIDES
+        if (score := pair[SCORES[policy][side]]) is not None
     }
 
 
-def counts(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What is in a set of pairs: totals, by round, by iterate, and the odd ones."""
+def counts(pairs: Sequence[Pair]) -> PairCounts:
+    """Count a set of pairs: totals, by round, by iterate, and the unusual ones."""
 
-    def by(column: str) -> dict[str, int]:
+    def by(column: Literal["round", "iterate"]) -> dict[str, int]:
         return {str(value): n for value, n in sorted(Counter(pair[column] for pair in pairs).items())}
 
     return {
@@ -176,9 +245,9 @@ def counts(pairs: Sequence[Pair]) -> dict[str, Any]:
         "by_iterate": by("iterate"),
         "generated_truncated": sum(pair["generated_truncated"] for pair in pairs),
         "real_truncated": sum(pair["real_truncated"] for pair in pairs),
-        # Nothing but an end-of-turn, or nothing at all.
+        # An empty answer has at most an end-of-turn.
         "empty_generated": sum(len(pair["generated_ids"]) <= (not pair["generated_truncated"]) for pair in pairs),
-        # Their margin is zero whatever the policy: they teach nothing and are kept, so that shares stay what they are.
+        # The margin of equal answers is zero under every policy. They teach nothing, and stay to keep the shares.
         "identical": sum(pair["real_ids"] == pair["generated_ids"] for pair in pairs),
         "real_tokens": sum(len(pair["real_ids"]) for pair in pairs),
         "generated_tokens": sum(len(pair["generated_ids"]) for pair in pairs),

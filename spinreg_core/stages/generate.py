@@ -26,7 +26,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.generation.engine import Sampling
 from spinreg_core.generation.pool import answer_in_processes, devices_of, next_wave
 from spinreg_core.generation.remote_workers import offer_workers
-from spinreg_core.generation.shards import Rows, Shard, Source
+from spinreg_core.generation.shards import Rows, Shard, ShardMeta, Source
 from spinreg_core.generation.worker import answer_shards, engine_of, planned
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.job import Job
@@ -56,7 +56,7 @@ def run(job: Job) -> Manifest:
     if unknown or not (shards or not_given):
         raise BadInput(f"generate job of round {job.round}", f"no policy for iterates {sorted(unknown)}" if unknown
                        else f"no rows in {kind}.parquet", "a policy for every iterate, and rows")  # fmt: skip
-    metas = {name: part.meta for name, part in usable_parts(store, job.object_id).items()}
+    metas: dict[str, Any] = {name: part.meta for name, part in usable_parts(store, job.object_id).items()}
     missing = [s for s in shards if s.name not in metas]
     progress = Progress("generate", sum(len(s.rows) for s in shards), "answers",
                         done=sum(len(s.rows) for s in shards if s.name in metas))  # fmt: skip
@@ -71,7 +71,7 @@ def run(job: Job) -> Manifest:
             flush=True,
         )
 
-    def on_commit(number: int, meta: dict[str, Any]) -> None:
+    def on_commit(number: int, meta: ShardMeta) -> None:
         metas[shards[number].name] = meta
         print(f"shard {len(metas)} of {len(shards)}: {meta['prompts']} answers, {meta['tokens']} tokens in "
               f"{meta['seconds']:.1f} s", flush=True)  # fmt: skip

@@ -1,12 +1,11 @@
 """The stage `train`: iterate n out of iterate n - 1 and the round's pairs.
 
-Decides: where a killed round goes on, what is shown, what is published.
-Leaves out: the loop (`training/trainer.py`), step checkpoints (`training/step_checkpoints.py`), file formats
-(`training/checkpoint_files.py`).
+Decides: where an interrupted round resumes, what is printed, what is published.
+Leaves out: the loop, step checkpoints and file formats (`training`).
 
 A job's `inputs`: {"pairs", "previous" (holds policy/), with LoRA also "base"}: object ids. Leaves `policy/` (an
-ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one line per step, see `training.Round.step`)
-and `summary.json`.
+ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one `trainer.StepMetrics` per line) and
+`summary.json` (`trainer.RoundSummary`).
 """
 
 from __future__ import annotations
@@ -44,17 +43,19 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.training.checkpoint_files import publish_adapted, publish_policy
 from spinreg_core.training.step_checkpoints import StepCheckpoints
-from spinreg_core.training.trainer import RoundTrainer
+from spinreg_core.training.trainer import RoundSummary, RoundTrainer, StepMetrics
 
 _SMALL_LORA_RATE = 5e-5
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Train what is left of the round and publish the policy. Returns the manifest (empty on ranks but the first).
+    """Train the rest of the round and publish the policy. Returns the manifest, which is empty on ranks other than 0.
 
-    Its metrics are `summary.json` (see `training.Round.summary`). Raises BadInput, Damaged; Preempted passes through
-    after the step under way and a last checkpoint, if there is time for it.
+    Raises:
+        BadInput: the pairs cannot be trained on, or training does not stay finite.
+        Damaged: an input cannot be read.
+        Preempted: SIGTERM arrived; the current step is finished, and a last checkpoint if there is time for it.
     """
     begin = time.monotonic()
     store, training, objective = open_store(job.store), job.config.training, job.config.objective
@@ -62,11 +63,11 @@ def run(job: Job) -> dict[str, Any]:
     file = ranks.local_main_first(lambda: fetch_file(store, job.inputs["pairs"], "pairs.parquet"))
     pairs = pq.read_table(file).to_pylist()
     if training.activation_checkpointing == "selective":
-        # It keeps results of operators that a compiled layer writes over.
+        # Selective checkpointing keeps results that a compiled layer overwrites, and its backward pass would fail.
         ranks = replace(ranks, compile=False)
     model, source = _policy(store, job, ranks)
     if training.precision == "bf16" and training.lora_rank is None:
-        print("precision bf16: updates smaller than about 1/256 of a weight are rounded away; mixed keeps them")
+        print("precision bf16 rounds away updates smaller than about 1/256 of a weight; mixed keeps them")
     if ranks.mesh is not None:
         print(f"{ranks.size} ranks, mesh {dict(zip(ranks.mesh.mesh_dim_names or (), ranks.mesh.shape, strict=True))}")
     round_ = RoundTrainer(
@@ -83,7 +84,7 @@ def run(job: Job) -> dict[str, Any]:
     )
     checkpoints = StepCheckpoints(store, job, round_, ranks)
     if checkpoints.resume():
-        print(f"going on from the checkpoint of step {round_.state.done} of {round_.steps}", flush=True)
+        print(f"resuming from the checkpoint of step {round_.state.done} of {round_.steps}", flush=True)
     else:
         round_.watch_start()
     _train(round_, checkpoints)
@@ -102,23 +103,26 @@ def run(job: Job) -> dict[str, Any]:
     lines = (json.dumps(metrics) + "\n" for metrics in round_.state.metrics)
     (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))
-    own: list[dict[str, Any]] = []
-    files = upload(store, job, folder) + [entry for entries in ranks.gather(own) for entry in entries]
-    if training.average is not None:  # before the manifest: whoever finds the policy finds its average
-        _publish_average(store, job, files)
+    files = upload(store, job, folder)
+    # Rank 0 has uploaded its files already, and adds nothing to those of the others.
+    files += [entry for entries in ranks.gather(files[:0]) for entry in entries]
+    if training.average is not None:
+        # Before the manifest, so that the average exists wherever the policy does.
+        _publish_average(store, job, folder_of(store, job.object_id, files, "policy"))
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)
-    manifest = publish(store, job, nothing, metrics=summary, uploaded=files, seconds=time.monotonic() - begin)
+    manifest = publish(store, job, nothing, metrics=dict(summary), uploaded=files, seconds=time.monotonic() - begin)
     checkpoints.discard()
     return manifest
 
 
 def _alike(training: TrainingConfig, *roles: str) -> bool:
-    """Whether the same policies play these roles: averages all of them, or none."""
+    """Return True where the same policies play these roles: all of them averages, or none."""
     return training.average is None or len({role in training.average_as for role in roles}) == 1
 
 
-def _publish_average(store: Store, job: Job, files: list[dict[str, Any]]) -> None:
+def _publish_average(store: Store, job: Job, policy: Path) -> None:
+    """Publish the average that ends with `policy`, the local copy of the policy that this job trained."""
     training, begin = job.config.training, time.monotonic()
     assert training.average is not None
     before, base = job.inputs["before"], job.inputs["base"]
@@ -128,7 +132,6 @@ def _publish_average(store: Store, job: Job, files: list[dict[str, Any]]) -> Non
     if read_manifest(store, average.object_id) is not None:
         return
     folder = job.workdir / "average"
-    policy = folder_of(store, job.object_id, files, "policy")
     origin, earlier = (fetch_folder(store, object_id, "policy") for object_id in (base, before))
     average_policy(training.average, training.average_weight, origin, earlier, policy, folder / "policy")
     publish(store, average, folder, metrics={}, seconds=time.monotonic() - begin)
@@ -137,7 +140,7 @@ def _publish_average(store: Store, job: Job, files: list[dict[str, Any]]) -> Non
 
 
 def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path]:
-    """π_t, ready to be trained, and the folder that the published one will be like."""
+    """Return π_t, ready to be trained, and the folder that the published policy is modelled on."""
 
     def fetch(name: str, folder: str) -> Path:
         return ranks.local_main_first(lambda: fetch_folder(store, job.inputs[name], folder))
@@ -159,19 +162,21 @@ def _policy(store: Store, job: Job, ranks: Ranks) -> tuple[PreTrainedModel, Path
     )
     peak = of_round(training.learning_rate, job.round)
     if peak < _SMALL_LORA_RATE:
-        print(f"learning rate {peak:g}: an adapter usually needs 1e-4 or more; what it adds to a weight is small, and "
-              "bfloat16 does not see changes below about 1/256 of a weight")  # fmt: skip
-    return compiled(model, ranks), base  # not before: it tries the model out, numbers and all
+        print(f"learning rate {peak:g} is low for an adapter, which usually needs 1e-4 or more: its updates are small, "
+              "and bfloat16 rounds away changes below about 1/256 of a weight")  # fmt: skip
+    # Compiling probes the model with its numbers, so the adapter must have them.
+    return compiled(model, ranks), base
 
 
 def _with_adapter(ranks: Ranks, base: Path, training: TrainingConfig) -> PreTrainedModel:
-    """The base, frozen, and an adapter whose numbers are still to be set."""
+    """Return the frozen base with an adapter, which the caller fills with numbers."""
     add, bits = partial(add_adapter, training=training), training.lora_quantize
     if ranks.mesh is not None:
         if bits is not None:
-            raise BadInput("resources.processes", f"{ranks.size}, with training.lora_quantize {bits}", "1")
+            raise BadInput("resources.processes", f"is {ranks.size} with training.lora_quantize {bits}", "set it to 1")
         return load_for(replace(ranks, compile=False), base, training.precision, add)
-    require_weights(empty_policy(base, training.precision), base)  # what is published is made of the base's files
+    # The published policy is made from the base's files, so they must hold all weights.
+    require_weights(empty_policy(base, training.precision), base)
     model = (
         load_policy(base, training.precision, ranks.device)
         if bits is None
@@ -193,16 +198,15 @@ def _train(round_: RoundTrainer, checkpoints: StepCheckpoints) -> None:
             progress.update()
             print(_step_line(metrics, round_.steps), flush=True)
             if checkpoints.after_step(stopped()):
-                raise Preempted  # also where only another rank was told
+                raise Preempted
         checkpoints.wait()
 
 
-def _step_line(m: dict[str, Any], steps: int) -> str:
+def _step_line(m: StepMetrics, steps: int) -> str:
     if "skipped" in m:
         return f"step {m['step']}/{steps} SKIPPED: {m['skipped']}, pairs {', '.join(m['skipped_pairs'][:8])}"
-    divergence = "".join(
-        f", KL from {name} {m[key]:+.2f}" for name in ("previous", "base") if (key := f"kl_from_{name}") in m
-    )
+    divergence = f", KL from previous {m['kl_from_previous']:+.2f}" if "kl_from_previous" in m else ""
+    divergence += f", KL from base {m['kl_from_base']:+.2f}" if "kl_from_base" in m else ""
     return (
         f"step {m['step']}/{steps}: loss {m['loss']:.4f}, margin {m['margin']:+.2f} nats, "
         f"accuracy {m['accuracy']:.2f}, "
@@ -212,7 +216,7 @@ def _step_line(m: dict[str, Any], steps: int) -> str:
     )
 
 
-def _described(s: dict[str, Any]) -> str:
+def _described(s: RoundSummary) -> str:
     return (
         f"{s['pairs']} pairs, {s['steps']} steps in {s['seconds']:.0f} s: loss {s['first_loss']:.4f} -> "
         f"{s['last_loss']:.4f}; log p of human answers {s['real_logprob_change']:+.2f} +- "
@@ -221,8 +225,10 @@ def _described(s: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    # A pair told apart with confidence has a gradient below 1e-38, and CPUs compute with such numbers a dozen times
-    # slower (measured: 285 s for a step of 21 s). Here and not below: only threads started later keep to it.
+    # Pairs that the policy tells apart with confidence have gradients below 1e-38. CPUs compute with such denormal
+    # numbers about twelve times slower (measured: 285 s for a step of 21 s). The setting reaches only threads that
+    # start later, so it is made before everything else.
     torch.set_flush_denormal(True)
-    warnings.filterwarnings("ignore", "The value of the smallest subnormal")  # numpy, of that
+    # numpy warns about the setting.
+    warnings.filterwarnings("ignore", "The value of the smallest subnormal")
     main(run, ranked=True)

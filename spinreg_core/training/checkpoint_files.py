@@ -1,10 +1,10 @@
-"""Weights on disk: step checkpoints to go on from, and the policy a round publishes.
+"""Weights on disk: step checkpoints to resume from, and the policy that a round publishes.
 
-Decides: what a checkpoint holds (safetensors and JSON, never pickle) and what a published policy folder is.
-Leaves out: when they are written and where to (`stages/train.py`), the loop (`trainer.py`).
+Decides: the contents of a checkpoint (safetensors and JSON, never pickle) and of a published policy folder.
+Leaves out: when and where they are written (`stages`, `training.step_checkpoints`), the loop (`training.trainer`).
 
-A checkpoint is written by torch.distributed.checkpoint, every rank its own share (`shard-00001-...safetensors`), and
-can be read by any number of ranks. Its tensors: `weights/<parameter>` (trained master weights),
+torch.distributed.checkpoint (DCP) writes a checkpoint: every rank its own share (`shard-00001-...safetensors`). Any
+number of ranks can read it. Its tensors are `weights/<parameter>` (trained master weights),
 `optimizer/<parameter>/<name>` and `rng/<device>`; everything else is in `state.json`.
 """
 
@@ -30,7 +30,8 @@ from spinreg_core.models.fsdp import rewrite, save_weights
 from spinreg_core.models.lora import adapter_tensors, targets_of, updates, write_adapter
 from spinreg_core.runtime.distributed import Ranks
 
-# One process is what was asked for; it is said in a thread of DCP's own, so that no context around a call helps.
+# DCP warns about a single process, which is intended here. It warns in a thread of its own, which a context manager
+# around the call would not reach.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
 
@@ -38,18 +39,22 @@ def start_checkpoint(
     folder: Path,
     model: PreTrainedModel,
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: str,
     ranks: Ranks,
     group: dist.ProcessGroup | None = None,
 ) -> Future[Any]:
-    """Copy a checkpoint to host memory, and return while it is being written into a folder. `state` is JSON.
+    """Copy a checkpoint to host memory, and return while a thread writes it into `folder`.
 
-    The future is done when all ranks have written theirs, and raises on each what any of them met. `group` is
-    what they agree over (gloo), nobody else's meanwhile.
+    Args:
+        state: the text of `state.json`.
+        group: a gloo group for this checkpoint alone; no other collective may run over it until the future is done.
+
+    Returns:
+        A future that is done when all ranks have written their shares, and that raises the error of any of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if ranks.first:
-        (folder / "state.json").write_text(json.dumps(state))
+        (folder / "state.json").write_text(state)
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     begun = dcp.async_save(
         _tensors(model, optimizer), storage_writer=writer, process_group=group, no_dist=ranks.size == 1
@@ -59,7 +64,7 @@ def start_checkpoint(
 
 
 def own_files(folder: Path, ranks: Ranks) -> list[Path]:
-    """Those of a finished checkpoint's files that this rank wrote; ranks of a node may share the folder."""
+    """Return the files of a finished checkpoint that this rank wrote; ranks of a node may share the folder."""
     return sorted([*folder.glob(f"shard-{ranks.rank + 1:05d}-*"), *([folder / "state.json"] if ranks.first else [])])
 
 
@@ -75,16 +80,17 @@ def _tensors(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _trained(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}  # a tied weight appears once
+    # `named_parameters` names a tied weight once.
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_checkpoint(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, ranks: Ranks
-) -> dict[str, Any]:
-    """Put a checkpoint's weights, optimiser state and random number generators in place; returns its `state`.
+def load_checkpoint(folder: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer, ranks: Ranks) -> str:
+    """Put a checkpoint's weights, optimiser state and random number generators in place. Returns its `state`.
 
-    `folder` holds the files of all ranks that wrote it. The optimiser must be fresh and made for this model. Raises
-    Damaged where weights are missing or of another shape.
+    `folder` holds the files of all ranks that wrote it. The optimiser must be fresh and made for this model.
+
+    Raises:
+        Damaged: weights are missing or have another shape.
     """
     parameters = _trained(model)
     stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
@@ -104,6 +110,7 @@ def load_checkpoint(
             name, _, key = rest.rpartition("/")
             value = torch.zeros_like(parameters[name].detach()) if size else torch.zeros(())
             tensors[entry] = states.setdefault(name, {})[key] = value
+    # DCP reads into the given tensors, so those of the model receive their values in place.
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=ranks.size == 1)
     numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     by_number = {numbers[id(parameters[name])]: state for name, state in states.items()}
@@ -111,16 +118,16 @@ def load_checkpoint(
     torch.set_rng_state(tensors["rng/cpu"])
     if model.device.type == "cuda" and "rng/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng/cuda"], model.device)
-    return json.loads((folder / "state.json").read_text())
+    return (folder / "state.json").read_text()
 
 
 def publish_adapted(
     model: PreTrainedModel, base: Path, folder: Path, training: TrainingConfig, model_name: str, ranks: Ranks
 ) -> None:
-    """Write a LoRA policy twice: `adapter/` for peft and vLLM, and `policy/`, base and adapter added up, for everyone.
+    """Write a LoRA policy twice: `adapter/` for peft and vLLM, and `policy/` with the adapter merged into the base.
 
-    The sum is float32, so that the policy others score is the one that the next round starts from. Of several ranks
-    each writes its share into its own `folder`.
+    The merged weights are float32, so that scoring sees the policy that the next round starts from. Each of several
+    ranks writes its share into its own `folder`.
     """
     tensors = adapter_tensors(model)
     added = updates(tensors, training)
@@ -142,9 +149,9 @@ def publish_policy(
 ) -> None:
     """Write `model` as an ordinary Hugging Face folder that differs from `previous` in its weights only.
 
-    Weights are safetensors in `dtype` (None: as they are). Everything else (tokenizer, chat template, generation
-    defaults) is copied byte for byte; config.json too, except that its dtype names that of the weights. Of several
-    ranks each writes its share into its own `folder`.
+    Weights are safetensors in `dtype` (None: unchanged). Everything else (tokenizer, chat template, generation
+    defaults) is copied byte for byte; config.json too, except for its dtype. Each of several ranks writes its share
+    into its own `folder`.
     """
     if ranks is not None and ranks.size > 1:
         save_weights(model, folder, ranks, dtype)
@@ -153,7 +160,8 @@ def publish_policy(
     else:
         if dtype is not None:
             model.to(dtype)  # type: ignore[arg-type]
-        model.generation_config = GenerationConfig()  # what a hub model brings may fail the check made on saving
+        # transformers checks the generation settings on saving, and some models of the hub fail that check.
+        model.generation_config = GenerationConfig()
         model.save_pretrained(folder, max_shard_size="4GB")
         for written in folder.iterdir():
             if not _holds_weights(written.name):
@@ -162,25 +170,29 @@ def publish_policy(
 
 
 def copy_rest(previous: Path, folder: Path, dtype: torch.dtype) -> None:
-    """All of a policy folder but its weights; config.json names `dtype` as theirs."""
+    """Copy a policy folder without its weights; config.json gets `dtype`."""
     for source in sorted(p for p in previous.rglob("*") if p.is_file()):
         target = folder / source.relative_to(previous)
         if not _holds_weights(source.name) and source.name != "config.json":
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
-    config = json.loads((previous / "config.json").read_text())
-    _set_dtype(config, str(dtype).removeprefix("torch."))
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    text = _with_dtype((previous / "config.json").read_text(), str(dtype).removeprefix("torch."))
+    (folder / "config.json").write_text(text)
 
 
 def _holds_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".gguf", ".pth", ".pt"))
 
 
-def _set_dtype(config: dict[str, Any], name: str) -> None:
-    """`dtype` is what transformers 5 writes, `torch_dtype` what older versions read; parts of a model repeat it."""
+def _with_dtype(text: str, name: str) -> str:
+    """Return a config.json with another dtype, which parts of a model repeat.
+
+    transformers 5 writes `dtype`; older versions read `torch_dtype`.
+    """
+    config = json.loads(text)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in part:
                 part[key] = name
     config.setdefault("dtype", name)
+    return json.dumps(config, indent=2) + "\n"

@@ -1,7 +1,7 @@
-"""The optimiser of a round, its learning rate at every step, and the order in which pairs are seen.
+"""The optimiser of a round, its learning rate at every step, and the order of its pairs.
 
-Decides: which optimiser and parameters, what is recomputed, the schedule's closed form, the seeded order and batches.
-Leaves out: gradients and the loop (`trainer.py`).
+Decides: optimiser and parameters, activation checkpointing, the schedule's closed form, the seeded order and batches.
+Leaves out: gradients and the loop (`training.trainer`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import nn
@@ -22,10 +22,10 @@ from spinreg_core.selfplay.pairs import Pair
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """torch's AdamW (betas 0.9, 0.999) or RMSprop (smoothing 0.99, no momentum, not centred), both with eps 1e-8.
+    """Return torch's AdamW (betas 0.9, 0.999) or RMSprop (smoothing 0.99, no momentum, not centred), with eps 1e-8.
 
-    Weight decay, decoupled in AdamW and an L2 term in RMSprop, acts on matrices only, not on norms and biases.
-    The learning rate is set before every step (`learning_rate`).
+    Weight decay acts on matrices only, not on norms and biases. It is decoupled in AdamW and an L2 term in RMSprop.
+    The trainer sets the learning rate before every step (`learning_rate`).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -38,8 +38,15 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
     return torch.optim.RMSprop(groups, lr=0.0, alpha=0.99, eps=1e-8, foreach=False)
 
 
-def recomputing(training: TrainingConfig) -> dict[str, Any]:
-    """Arguments of torch's `checkpoint` for `training.activation_checkpointing` selective or full."""
+class CheckpointOptions(TypedDict, total=False):
+    """Options of `torch.utils.checkpoint.checkpoint`."""
+
+    use_reentrant: bool
+    context_fn: Callable[[], tuple[object, object]]
+
+
+def recomputing(training: TrainingConfig) -> CheckpointOptions:
+    """Return the options for `training.activation_checkpointing` selective or full."""
     if training.activation_checkpointing == "full":
         return {"use_reentrant": False}
 
@@ -50,8 +57,8 @@ def recomputing(training: TrainingConfig) -> dict[str, Any]:
     return {"use_reentrant": False, "context_fn": functools.partial(create_selective_checkpoint_contexts, policy)}
 
 
-# Operators whose results selective activation checkpointing keeps: those that are dear to repeat. Not bmm: it makes
-# tables of scores, quadratic in length, wherever attention is not one operator.
+# Selective activation checkpointing keeps the results of these operators, which are expensive to repeat. bmm is not
+# among them: where attention is not one operator, bmm makes tables of scores that grow with the square of the length.
 _KEPT = frozenset(
     {
         "mm",
@@ -68,13 +75,14 @@ _KEPT = frozenset(
 def learning_rate(
     step: int, total: int, *, peak: float, warmup: float, schedule: Literal["linear", "cosine", "constant"]
 ) -> float:
-    """Learning rate of a step counted from 0, of `total` steps.
+    """Return the learning rate of a step, counted from 0, of `total` steps.
 
     The first w = ceil(warmup * total) steps rise linearly, peak (step + 1) / w, so no step is taken with rate 0.
     Then, with u = (step - w) / (total - w): linear peak (1 - u), cosine peak (1 + cos(pi u)) / 2, constant peak.
     Zero is reached after the last step.
     """
-    rising = math.ceil(round(warmup * total, 9))  # 0.1 * 30 is 3, not a little more
+    # Rounded first, because 0.1 * 30 is a little more than 3 in floats and would take four steps.
+    rising = math.ceil(round(warmup * total, 9))
     if step < rising:
         return peak * (step + 1) / rising
     if schedule == "constant":
@@ -84,10 +92,10 @@ def learning_rate(
 
 
 def data_order(pairs: Sequence[Pair], *, seed: int, round_number: int, epoch: int) -> list[int]:
-    """A permutation of the pairs, by SHA-256 of (seed, round, epoch, pair id).
+    """Return a permutation of the pairs, by SHA-256 of (seed, round, epoch, pair id).
 
-    Pairs of one prompt follow its first, so that a step computes their prompt and human answer once. The order
-    depends neither on the given one nor on any library's random numbers.
+    Pairs of one prompt stay together, so that a step computes their prompt and human answer once. The order depends
+    neither on the given order nor on a library's random numbers.
     """
 
     def rank(i: int) -> bytes:
@@ -103,7 +111,7 @@ def data_order(pairs: Sequence[Pair], *, seed: int, round_number: int, epoch: in
 def batches(
     pairs: Sequence[Pair], *, batch_size: int, epochs: int, seed: int, round_number: int
 ) -> list[tuple[int, list[int]]]:
-    """(epoch from 0, indices of the batch's pairs) of every step; an epoch's last batch may be smaller."""
+    """Return (epoch from 0, indices of the pairs) for every step; the last batch of an epoch may be smaller."""
     found = []
     for epoch in range(epochs):
         order = data_order(pairs, seed=seed, round_number=round_number, epoch=epoch)

@@ -1,8 +1,8 @@
-"""Checkpoints of a round in training: when, how they reach the store while training goes on, and which are kept.
+"""Checkpoints of a round in training: when they are written, how they reach the store, and which are kept.
 
-Decides: the two clocks (steps and minutes), that a checkpoint exists once all ranks have stored their share (a part
-`step-000050` of the stage's object), that the newest K are kept while the round lasts and none after it.
-Leaves out: what a checkpoint holds (`checkpoint_files.py`).
+Decides: the two intervals (steps and minutes); that a checkpoint exists once all ranks have stored their share (a part
+`step-000050` of the stage's object); that the newest K are kept during the round and none after it.
+Leaves out: the contents of a checkpoint (`training.checkpoint_files`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -24,27 +24,40 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import commit_part, delete_part, part_key, part_names, read_part, upload
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.base import Store
+from spinreg_core.store.documents import File
 from spinreg_core.store.transfers import main_thread_waits_for
 from spinreg_core.training.checkpoint_files import load_checkpoint, own_files, start_checkpoint
 from spinreg_core.training.trainer import RoundState, RoundTrainer
 
-_ASSUMED_BYTES_PER_SECOND = 300e6  # until a checkpoint of this run was timed
-_MARGIN_SECONDS = 2.0  # of resources.stop_seconds, left for the end of the process
+# The assumed speed of a checkpoint until one of this run was timed.
+_ASSUMED_BYTES_PER_SECOND = 300e6
+# The part of resources.stop_seconds that stays free for the end of the process.
+_MARGIN_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class _Share:
+    """One rank's part in a checkpoint: its uploaded files and their seconds, or its error."""
+
+    files: list[File] = field(default_factory=list)
+    seconds: float = 0.0
+    error: str | None = None
 
 
 class StepCheckpoints:
-    """Commits the state of a round under the number of its last step. Every rank has one, and they act as one."""
+    """Commits the state of a round under the number of its last step. Every rank calls the same methods in step."""
 
     def __init__(self, store: Store, job: Job, round_: RoundTrainer, ranks: Ranks) -> None:
         self.store, self.job, self.round, self.ranks = store, job, round_, ranks
         self.saved_step, self.saved_at = 0, time.monotonic()
-        self.seconds: float | None = None  # what the last one took, from its step to its commit
+        # The time of the last checkpoint, from its step to its commit.
+        self.seconds: float | None = None
         self.writing: Thread | None = None
 
     def resume(self) -> bool:
-        """Put the newest readable checkpoint in place; False where there is none.
+        """Load the newest readable checkpoint. Returns False where there is none.
 
-        Newer ones that cannot be read are removed: the round goes through their steps again, and must be able to leave
+        Newer checkpoints that cannot be read are removed: the round repeats their steps, and must be able to commit
         sound checkpoints under their names.
         """
         names = self.ranks.gather(part_names(self.store, self.job.object_id) if self.ranks.first else [])[0]
@@ -52,7 +65,7 @@ class StepCheckpoints:
             problem = None
             try:
                 files = self.ranks.local_main_first(lambda name=name: self._fetched(name))  # type: ignore[misc]
-            except Damaged as error:  # an older one, or the start, costs time but nothing else
+            except Damaged as error:
                 problem = str(error)
             problems = [text for text in self.ranks.gather(problem) if text is not None]
             if problems:
@@ -65,7 +78,7 @@ class StepCheckpoints:
                 (folder / Path(file).name).symlink_to(path.absolute())
             state = load_checkpoint(folder, self.round.model, self.round.optimizer, self.ranks)
             shutil.rmtree(folder)
-            self.round.state = RoundState(**state)
+            self.round.state = RoundState.from_json(state)
             self.saved_step = self.round.state.done
             return True
         return False
@@ -73,11 +86,14 @@ class StepCheckpoints:
     def _fetched(self, name: str) -> dict[str, Path]:
         part = read_part(self.store, self.job.object_id, name)
         if part is None:
-            raise Damaged(f"checkpoint {name}: found nothing any more")
+            raise Damaged(f"checkpoint {name}: its part is gone")
         return fetch_part(self.store, part)
 
     def after_step(self, stopped_at: float | None) -> bool:
-        """Begin a checkpoint if one is due. True where training must stop: any rank was asked to (`stopped_at`)."""
+        """Begin a checkpoint if one is due. Returns True where training must stop, because any rank was asked to.
+
+        stopped_at: the time of this rank's SIGTERM (time.monotonic), if any.
+        """
         training, done = self.round.training, self.round.state.done
         steps, minutes = training.checkpoint_every_steps, training.checkpoint_every_minutes
         due = (steps is not None and done - self.saved_step >= steps) or (
@@ -90,11 +106,13 @@ class StepCheckpoints:
         flags = torch.tensor(
             [stopped_at is not None, self.ranks.first and due, busy, self._estimate() > left], dtype=torch.int64
         )
+        # One sum over all ranks, so that they all take the same decision.
         stop, is_due, is_busy, no_time = (bool(n) for n in self.ranks.sum(flags).tolist())
         if done == self.round.steps and not stop:
-            return False  # the policy is published next
+            return False  # The policy is published next.
         if "skipped" in self.round.state.metrics[-1]:
-            is_due = False  # whether the weights are still sound shows in the next step
+            # Only the next step shows that the weights are still finite.
+            is_due = False
         if stop:
             enabled = steps is not None or minutes is not None
             if enabled and done > self.saved_step and not no_time:
@@ -110,8 +128,10 @@ class StepCheckpoints:
         return False
 
     def remove_unsound(self) -> None:
-        """After steps in a row that were not finite: checkpoints since the weights are not finite themselves, so that
-        what is kept is sound. A finite loss can lead to such weights, which shows one step later."""
+        """Remove checkpoints with weights that are not finite, after a run of skipped steps.
+
+        A step with a finite loss can still make such weights, which only the next step shows.
+        """
         self.wait()
         bad = not all(bool(local_shard(p.detach()).isfinite().all()) for p in self.round.model.parameters())
         if not any(self.ranks.gather(bad)) or not self.ranks.first:
@@ -123,18 +143,20 @@ class StepCheckpoints:
                 self.store.delete(f"objects/{self.job.object_id}/parts/{name}.json")
 
     def wait(self) -> None:
-        """Until the checkpoint under way is committed."""
+        """Wait until the checkpoint in progress is committed."""
         if self.writing is not None:
             with main_thread_waits_for(self.writing):
                 self.writing.join()
 
     def discard(self) -> None:
-        """Delete the checkpoints of a round whose policy is published. Rank 0."""
+        """Delete all checkpoints, once the policy is published. For rank 0."""
         self._keep(0)
 
     def _keep(self, count: int) -> None:
-        """Delete all but the newest `count` checkpoints, and the documents that cannot be read: what is wrong with one
-        must not fail a round whose policy is published, nor leave the others behind."""
+        """Delete all checkpoints except the newest `count`, and those that cannot be read.
+
+        A damaged checkpoint must not fail a round that is published, nor keep the others from being deleted.
+        """
         parts = []
         for name in part_names(self.store, self.job.object_id):
             try:
@@ -160,7 +182,7 @@ class StepCheckpoints:
         name = f"step-{state.done:06d}"
         folder = self._folder(name)
         future = start_checkpoint(
-            folder / name, self.round.model, self.round.optimizer, asdict(state), self.ranks, self.ranks.checkpoints
+            folder / name, self.round.model, self.round.optimizer, state.to_json(), self.ranks, self.ranks.checkpoints
         )
         self.saved_step, self.saved_at = state.done, time.monotonic()
         pause = self.saved_at - begin
@@ -168,21 +190,21 @@ class StepCheckpoints:
         self.writing.start()
 
     def _finish(self, name: str, folder: Path, future: Future[Any], begin: float, pause: float) -> None:
-        """On every rank, in a thread of its own. What fails here costs a checkpoint, not the training."""
-        written: dict[str, Any] = {}
+        """Upload and commit, on every rank in a thread. An error costs this checkpoint, not the training."""
         try:
             future.result()
             start = time.monotonic()
-            entries = upload(self.store, self.job, folder, own_files(folder / name, self.ranks))
-            written = {"files": entries, "seconds": time.monotonic() - start}
-        except BaseException as error:  # DCP's own is no Exception
-            written = {"error": f"{type(error).__name__}: {error}"}
-        shares = self.ranks.gather(written, self.ranks.checkpoints)
+            entries: Any = upload(self.store, self.job, folder, own_files(folder / name, self.ranks))
+            share = _Share(entries, time.monotonic() - start)
+        except BaseException as error:  # DCP raises a CheckpointException, which is no Exception.
+            share = _Share(error=f"{type(error).__name__}: {error}")
+        # Over a group of its own: the main thread uses the others for its steps at the same time.
+        shares = self.ranks.gather(share, self.ranks.checkpoints)
         shutil.rmtree(folder, ignore_errors=True)
         self.seconds = time.monotonic() - begin
         if not self.ranks.first:
             return
-        errors = [share["error"] for share in shares if "error" in share]
+        errors = [one.error for one in shares if one.error is not None]
         try:
             if not errors:
                 self._commit(name, shares, pause)
@@ -191,10 +213,10 @@ class StepCheckpoints:
         if errors:
             print(f"checkpoint {name} could not be stored, training goes on: {errors[0]}", flush=True)
 
-    def _commit(self, name: str, shares: list[dict[str, Any]], pause: float) -> None:
-        files = [entry for share in shares for entry in share["files"]]
+    def _commit(self, name: str, shares: list[_Share], pause: float) -> None:
+        files: Any = [entry for share in shares for entry in share.files]
         size = sum(entry["size"] for entry in files)
-        uploading = max(share["seconds"] for share in shares)
+        uploading = max(share.seconds for share in shares)
         meta = {"step": int(name.removeprefix("step-")), "ranks": self.ranks.size, "pause_seconds": round(pause, 3),
                 "bytes": size, "upload_seconds": round(uploading, 3)}  # fmt: skip
         commit_part(self.store, self.job, name, files, meta)
@@ -206,7 +228,7 @@ class StepCheckpoints:
         self._keep(self.round.training.checkpoints_kept)
 
     def _estimate(self) -> float:
-        """Seconds a checkpoint takes from here."""
+        """Return the seconds that a checkpoint takes, started now."""
         if self.seconds is not None:
             return self.seconds
         tensors = list[torch.Tensor](p for p in self.round.model.parameters() if p.requires_grad)

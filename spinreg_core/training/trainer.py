@@ -1,24 +1,24 @@
-"""One round of training: π_θ from π_t on pairs whose reference scores are cached.
+"""One round of training: π_θ from π_t on pairs with cached reference scores.
 
-Decides: what a step does (accumulated gradient of the batch mean, clipping, update), what it reports, and when it
-refuses to go on, on one rank or many. Leaves out: the loss (`selfplay/loss.py`), optimiser, schedule and order
-(`optimizer.py`), the store and checkpoints (`stages/train.py`), how weights are spread over ranks (`models/fsdp.py`).
+Decides: the step (accumulated gradient of the batch mean, clipping, update), its metrics, and when to refuse to go on,
+on one rank or many. Leaves out: the loss (`selfplay.loss`), optimiser, schedule and order (`training.optimizer`), the
+store and checkpoints (`training.step_checkpoints`), how ranks share the weights (`models.fsdp`).
 
-Every rank holds all pairs, takes its share of each step's, and ends each step with the numbers of all of them.
+Every rank holds all pairs, takes its share of each step's pairs, and ends each step with the numbers of all of them.
 
-No second model is in memory, and nothing is drawn: dropout is off and the order comes from hashes, so a round
-continued from a checkpoint is the round that was not interrupted: bit for bit on a CPU, up to the order of sums
-on a GPU.
+No second model is in memory and nothing is random: dropout is off and the order comes from hashes. A round resumed
+from a checkpoint therefore equals an uninterrupted one: bit for bit on a CPU, up to the order of sums on a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -35,27 +35,111 @@ from spinreg_core.models.fsdp import full_tensor
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.selfplay import REMEDIES
 from spinreg_core.selfplay.loss import margin, self_play_loss
-from spinreg_core.selfplay.pairs import SCORES, Pair, keyed
+from spinreg_core.selfplay.pairs import IDS, SCORE_COLUMNS, SCORES, SIDES, Pair, Reference, ScoreColumn, keyed
 from spinreg_core.training.optimizer import batches, data_order, learning_rate, make_optimizer, recomputing
 
-_VALUES = ("loss", "margin", "real", "generated")  # per pair
-WATCHED_PAIRS = 32  # pairs whose human answers are scored at both ends of a round
+# The numbers of each pair in a step.
+_VALUES = ("loss", "margin", "real", "generated")
+# Pairs with human answers that are scored at both ends of a round.
+WATCHED_PAIRS = 32
+
+
+class StepMetrics(TypedDict, total=False):
+    """A line of `metrics.jsonl`: the numbers of one step before its update.
+
+    Means are over the step's pairs. A skipped step has `skipped` and `skipped_pairs` instead of numbers.
+
+    step, epoch                         counted from 1
+    loss                                mean loss
+    margin                              mean m, nats
+    accuracy                            share of pairs with m > 0
+    real_logp, generated_logp           mean log π_θ(y|x), nats/answer; `_per_token`: nats/token
+    log_ratio_{previous,base}_{side}    mean log π_θ(y|x) - log π_t(y|x), or - log π_0(y|x), nats/answer; only where
+                                        these scores are cached
+    kl_from_{previous,base}             mean log π_t(y'|x) - log π_θ(y'|x), or with π_0, over the answers that this
+                                        policy sampled, nats/answer: an estimate of KL(π_t‖π_θ). It is unbiased while
+                                        training has not seen the answers (first epoch, this round's own answers,
+                                        neutral sampler), and too high afterwards.
+    grad_norm                           l2, before clipping
+    learning_rate, beta                 of this step
+    tokens                              prompts and answers, without padding
+    seconds, tokens_per_second          of this step
+    """
+
+    step: int
+    epoch: int
+    pairs: int
+    loss: float
+    margin: float
+    accuracy: float
+    real_logp: float
+    real_logp_per_token: float
+    generated_logp: float
+    generated_logp_per_token: float
+    log_ratio_previous_real: float
+    log_ratio_previous_generated: float
+    log_ratio_base_real: float
+    log_ratio_base_generated: float
+    kl_from_previous: float
+    kl_from_base: float
+    grad_norm: float
+    learning_rate: float
+    beta: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    skipped: str
+    skipped_pairs: list[str]
+
+
+class RoundSummary(TypedDict):
+    """`summary.json` of a round.
+
+    loss, accuracy, margin              means over the last epoch's pairs, each before its update
+    real_logprob_change                 mean of log π_{t+1} - log π_t over `watched_pairs` human answers, nats/answer,
+                                        and its standard error
+    alarms                              texts that a user must see
+    """
+
+    steps: int
+    skipped_steps: int
+    pairs: int
+    first_loss: float
+    last_loss: float
+    loss: float
+    accuracy: float
+    margin: float
+    real_logprob_change: float
+    real_logprob_change_error: float
+    watched_pairs: int
+    seconds: float
+    tokens_per_second: float
+    alarms: list[str]
 
 
 @dataclass
 class RoundState:
-    """What a checkpoint keeps besides tensors (JSON)."""
+    """The part of a checkpoint that is no tensor: one entry per finished step, and log π_t (nats) of the watched
+    human answers."""
 
-    metrics: list[dict[str, Any]] = field(default_factory=list)  # one entry per finished step
-    watched_start: list[float] | None = None  # log π_t of the watched human answers, nats
+    metrics: list[StepMetrics] = field(default_factory=list)
+    watched_start: list[float] | None = None
 
     @property
     def done(self) -> int:
+        """Finished steps."""
         return len(self.metrics)
+
+    def to_json(self) -> str:
+        return json.dumps({"metrics": self.metrics, "watched_start": self.watched_start})
+
+    @classmethod
+    def from_json(cls, text: str) -> RoundState:
+        return cls(**json.loads(text))
 
 
 class NotFinite(Exception):
-    """A loss or gradient that is infinite or not a number."""
+    """A loss or gradient is infinite or not a number."""
 
     def __init__(self, found: str, pairs: Sequence[Pair]) -> None:
         super().__init__(found)
@@ -65,9 +149,15 @@ class NotFinite(Exception):
 class RoundTrainer:
     """A round in training. `model` holds π_t at first and is trained in place.
 
-    `pairs` have the columns of `pairs.PAIRS_SCHEMA`; the scores that the loss reads must be there. Rounds count
-    from 1. kl_from: the references that have themselves sampled the answers of their iterate. starts_at_previous: the
-    cached previous scores are those of `model` at first. Raises BadInput for pairs that cannot be trained on.
+    Args:
+        pairs: with all scores that the loss reads.
+        round_number: counted from 1.
+        tokens_per_pass: tokens of one forward pass at most; a pair that is longer has a pass of its own.
+        kl_from: the references that sampled the answers of their iterate themselves.
+        starts_at_previous: the cached previous scores are those of `model` at first.
+
+    Raises:
+        BadInput: there are no pairs, or they lack scores.
     """
 
     def __init__(
@@ -81,19 +171,24 @@ class RoundTrainer:
         round_number: int,
         tokens_per_pass: int,
         ranks: Ranks | None = None,
-        kl_from: Sequence[Literal["previous", "base"]] = ("previous", "base"),
+        kl_from: Sequence[Reference] = ("previous", "base"),
         starts_at_previous: bool = True,
     ) -> None:
         self.model, self.pairs, self.objective, self.training = model, pairs, objective, training
         self.tokens_per_pass, self.ranks = tokens_per_pass, ranks or Ranks(model.device)
-        iterates = {"previous": round_number - 1, "base": 0}
+        iterates: dict[Reference, int] = {"previous": round_number - 1, "base": 0}
         self._samplers = {name: iterates[name] for name in kl_from}
         self.beta = of_round(objective.beta, round_number)
         self.peak = of_round(training.learning_rate, round_number)
         if not pairs:
             raise BadInput(f"pairs of round {round_number}", "none", "at least one pair")
-        self.columns = [name for name in SCORES if all(pair[name] is not None for pair in pairs)]
-        needed = [*(SCORES[:2] if objective.alpha > 0 else ()), *(SCORES[2:] if objective.alpha < 1 else ())]
+        self.columns = [name for name in SCORE_COLUMNS if all(pair[name] is not None for pair in pairs)]
+        needed = [
+            name
+            for reference, weight in (("previous", objective.alpha), ("base", 1 - objective.alpha))
+            for name in SCORE_COLUMNS
+            if weight > 0 and name.startswith(reference)
+        ]
         if set(needed) - set(self.columns):
             raise BadInput(f"pairs of round {round_number}", f"the scores {self.columns}",
                            f"{needed}, which the loss reads at alpha = {objective.alpha}")  # fmt: skip
@@ -103,13 +198,16 @@ class RoundTrainer:
         self.optimizer = make_optimizer(model, training)
         self.state = RoundState()
         order = [pairs[i] for i in data_order(pairs, seed=seed, round_number=round_number, epoch=-1)]
-        # One of each human answer: with `round_prompts: same` several rounds' pairs share it.
+        # Each human answer once: with `round_prompts: same` pairs of several rounds share it.
         self.watched = list({keyed(pair, "real"): pair for pair in reversed(order)}.values())[::-1][:WATCHED_PAIRS]
-        # π_t is π_0 in round 1, so the base's scores serve too.
-        start = "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
+        # In round 1 π_t is π_0, so the scores under the base are those of π_t.
+        start: ScoreColumn | None = (
+            "previous_real" if "previous_real" in self.columns else "base_real" if round_number == 1 else None
+        )
         self._watched_column = start if starts_at_previous else None
         torch.manual_seed(seed)
-        # Evaluation mode has no dropout, whoever loaded the model; only activation checkpointing asks for the other.
+        # Evaluation mode turns dropout off. transformers checkpoints activations in training mode only, so a model with
+        # checkpointing is put into that mode; its dropout was set to 0 when it was loaded.
         model.train(training.activation_checkpointing != "none")
         if training.activation_checkpointing != "none":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=recomputing(training))
@@ -120,14 +218,11 @@ class RoundTrainer:
         return len(self.batches)
 
     def watch_start(self) -> None:
-        """Note log π_t of the watched human answers: cached scores where there are any, else scored now.
-
-        Must be called before the first step.
-        """
-        if self._watched_column is not None:
-            self.state.watched_start = [pair[self._watched_column] for pair in self.watched]
-        else:
+        """Note log π_t of the watched human answers, cached or scored now. Call it before the first step."""
+        if self._watched_column is None:
             self.state.watched_start = self._score_watched()
+        else:
+            self.state.watched_start = [_cached(pair, self._watched_column) for pair in self.watched]
 
     def _score_watched(self) -> list[float]:
         return score(
@@ -139,21 +234,13 @@ class RoundTrainer:
             ranks=self.ranks,
         )
 
-    def step(self) -> dict[str, Any]:
-        """One optimiser step. Returns its metrics (also kept in `state`); numbers are of before the update.
+    def step(self) -> StepMetrics:
+        """Take one optimiser step. Returns its metrics, which `state` keeps too.
 
-        step (from 1), epoch (from 1), pairs, loss (mean over pairs), margin (mean m, nats), accuracy (share with
-        m > 0), real_logp and generated_logp (mean log π_θ, nats/answer), the same `_per_token`, grad_norm (l2, before
-        clipping), learning_rate, beta, tokens (prompts and answers, without padding), seconds, tokens_per_second;
-        where the scores are cached, log_ratio_{previous,base}_{real,generated}: mean log π_θ(y|x) less
-        log π_t(y|x) or log π_0(y|x), nats/answer; and where the step has answers that policy itself sampled,
-        kl_from_{previous,base}: their mean log π_t(y'|x) - log π_θ(y'|x), an estimate of KL(π_t‖π_θ), or with π_0:
-        unbiased while training has not seen these answers (first epoch, this round's own, plain sampler), and too
-        high after it has pushed them down. (KL(π_θ‖π_t), which needs samples of π_θ, is the evaluation's.)
+        A step with a loss or gradient that is not finite is skipped: weights and optimiser stay as they are.
 
-        Where a loss or the gradient is not finite the step is skipped: weights and optimiser stay as they are, and the
-        metrics have `skipped` (what was found) and `skipped_pairs` instead of numbers. Raises BadInput naming the pairs
-        once `training.max_nonfinite_steps` steps in a row are like that.
+        Raises:
+            BadInput: `training.max_nonfinite_steps` steps in a row were skipped. The text names their pairs.
         """
         begin = time.monotonic()
         number = self.state.done
@@ -177,44 +264,52 @@ class RoundTrainer:
         self.optimizer.step()
         seconds = time.monotonic() - begin
         tokens = sum(2 * len(p["prompt_ids"]) + len(p["real_ids"]) + len(p["generated_ids"]) for p in batch)
-        metrics: dict[str, Any] = {"step": number + 1, "epoch": epoch + 1, "pairs": len(batch)}
-        metrics |= _step_metrics(batch, values, self.columns) | self._kl(batch, values["generated"])
-        metrics |= {"grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
-                    "seconds": seconds, "tokens_per_second": tokens / seconds}  # fmt: skip
+        numbers = _step_metrics(batch, values, self.columns) | self._kl(batch, values["generated"])
+        metrics: StepMetrics = {
+            "step": number + 1, "epoch": epoch + 1, "pairs": len(batch), **cast(StepMetrics, numbers),
+            "grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
+            "seconds": seconds, "tokens_per_second": tokens / seconds,
+        }  # fmt: skip
         self.state.metrics.append(metrics)
         return metrics
 
     def _kl(self, batch: Sequence[Pair], logps: Sequence[float]) -> dict[str, float]:
         found = {}
         for name, iterate in self._samplers.items():
-            column = f"{name}_generated"
+            column = SCORES[name]["generated"]
             if column in self.columns:
-                own = [pair[column] - value for value, pair in zip(logps, batch, strict=True)
-                       if pair["iterate"] == iterate and not pair.get("geometric")]  # fmt: skip
+                # An answer of the mixture says nothing about the iterate's own distribution.
+                own = [_cached(pair, column) - value for value, pair in zip(logps, batch, strict=True)
+                       if pair["iterate"] == iterate and not pair["geometric"]]  # fmt: skip
                 if own:
                     found[f"kl_from_{name}"] = math.fsum(own) / len(own)
         return found
 
-    def _skip(self, epoch: int, batch: Sequence[Pair], problem: NotFinite) -> dict[str, Any]:
+    def _skip(self, epoch: int, batch: Sequence[Pair], problem: NotFinite) -> StepMetrics:
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = {"step": self.state.done + 1, "epoch": epoch + 1, "pairs": len(batch), "skipped": problem.found,
-                   "skipped_pairs": problem.pair_ids}  # fmt: skip
+        metrics: StepMetrics = {
+            "step": self.state.done + 1, "epoch": epoch + 1, "pairs": len(batch), "skipped": problem.found,
+            "skipped_pairs": problem.pair_ids,
+        }  # fmt: skip
         recent = [*self.state.metrics, metrics][-self.training.max_nonfinite_steps :]
         if len(recent) == self.training.max_nonfinite_steps and all("skipped" in m for m in recent):
             names = [name for m in recent for name in m["skipped_pairs"]]
             raise BadInput(
                 f"training, steps {recent[0]['step']} to {metrics['step']}, pairs {', '.join(dict.fromkeys(names))}",
                 problem.found,
-                f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
+                f"finite numbers; use a learning rate below {self.peak:g}, or precision fp32",
             )
         self.state.metrics.append(metrics)
         return metrics
 
     def gradient(self, batch: Sequence[Pair]) -> dict[str, list[float]]:
-        """Leave the gradient of the batch's mean loss in the parameters, in as many passes as the tokens need.
+        """Compute the gradient of the batch's mean loss into the parameters, in as many passes as the tokens need.
 
-        Returns `loss`, `margin`, `real`, `generated` per pair, in the order of `batch`. Raises NotFinite for a loss
-        that is not finite.
+        Returns:
+            `loss`, `margin` (nats), `real` and `generated` (log π_θ, nats) of each pair, in the order of `batch`.
+
+        Raises:
+            NotFinite: a loss is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         precision = self.training.precision
@@ -227,13 +322,16 @@ class RoundTrainer:
         )
         own, longest = shares[self.ranks.rank], max(map(len, shares))
         table = torch.zeros(len(_VALUES), len(batch), dtype=torch.float64)
-        with compute_format(precision, self.model.device):  # trained weights are converted once for all passes
+        # Autocast keeps its bfloat16 copies of the weights while its context is open: one conversion for all passes.
+        with compute_format(precision, self.model.device):
             for k in range(longest):
                 if isinstance(self.model, FSDPModule):
-                    self.model.set_requires_all_reduce(k == longest - 1)  # copies of the weights meet once a step
+                    # With HSDP the replicas exchange gradients once a step, in the last pass.
+                    self.model.set_requires_all_reduce(k == longest - 1)
                 if k < len(own):
                     table[:, own[k]] = self._backward([batch[i] for i in own[k]], len(batch))
-                else:  # the others' weights are needed to the end
+                else:
+                    # FSDP gathers weights in every pass, so a rank without work joins the other ranks' passes.
                     answer_logprobs(self.model, [[0]], [[]], precision=precision).sum().backward()
         found = dict(zip(_VALUES, self.ranks.sum(table).tolist(), strict=True))
         bad = [pair for pair, loss in zip(batch, found["loss"], strict=True) if not math.isfinite(loss)]
@@ -242,7 +340,7 @@ class RoundTrainer:
         return found
 
     def _backward(self, pairs: Sequence[Pair], count: int) -> Tensor:
-        """Add the gradient of these pairs' losses, of a mean over `count`; returns _VALUES by pairs, on the CPU."""
+        """Add the gradient of these pairs' share of a mean over `count` pairs. Returns [_VALUES, pairs] on the CPU."""
         sums = answer_logprobs(
             self.model,
             [p["prompt_ids"] for p in pairs] * 2,
@@ -251,7 +349,7 @@ class RoundTrainer:
         )
         with torch.autocast(self.model.device.type, enabled=False):
             values = self._losses(sums.double(), pairs)
-            # Ranks' gradients are averaged, and every rank has other pairs.
+            # FSDP averages gradients over ranks. Each rank has other pairs, so the sum is wanted.
             (values["loss"].sum() / count * self.ranks.size).backward()
         return torch.stack([values[name].detach() for name in _VALUES]).cpu()
 
@@ -261,20 +359,18 @@ class RoundTrainer:
             torch.tensor([p[name] for p in pairs], dtype=torch.float64, device=sums.device)
             if name in self.columns
             else None
-            for name in SCORES
+            for name in SCORE_COLUMNS
         ]
         alpha = self.objective.alpha
         loss = self_play_loss(real, generated, *references, alpha=alpha, beta=self.beta, link=self.objective.link)
         m = margin(real, generated, *references, alpha=alpha)
         return {"loss": loss, "margin": m.detach(), "real": real.detach(), "generated": generated.detach()}
 
-    def summary(self) -> dict[str, Any]:
-        """What the round did; scores the watched human answers once more.
+    def summary(self) -> RoundSummary:
+        """Summarise the round; scores the watched human answers once more.
 
-        steps, skipped_steps, pairs, first_loss, last_loss, loss, accuracy, margin (means over the last epoch's pairs,
-        each before its update), seconds, tokens_per_second, real_logprob_change (mean of log π_{t+1} - log π_t over
-        `watched_pairs` human answers of the round, nats/answer), its standard error, and `alarms`: texts a user must
-        see. Raises BadInput where every step was skipped, and where the trained policy's own numbers are not finite.
+        Raises:
+            BadInput: every step was skipped, or the trained policy's own log-probabilities are not finite.
         """
         metrics = [m for m in self.state.metrics if "skipped" not in m]
         skipped = [m for m in self.state.metrics if "skipped" in m]
@@ -282,7 +378,6 @@ class RoundTrainer:
             raise BadInput(f"training of {len(skipped)} steps", f"{skipped[0]['skipped']} in each", "finite numbers")
         last = [m for m in metrics if m["epoch"] == metrics[-1]["epoch"]]
         weight = sum(m["pairs"] for m in last)
-        means = {name: sum(m[name] * m["pairs"] for m in last) / weight for name in ("loss", "accuracy", "margin")}
         seconds = sum(m["seconds"] for m in metrics)
         start = self.state.watched_start
         if start is None:
@@ -291,17 +386,19 @@ class RoundTrainer:
         if bad := [value for value in end if not math.isfinite(value)]:
             raise BadInput(
                 f"training of {self.steps} steps, the trained policy",
-                f"log-probabilities that are not finite for {len(bad)} of {len(end)} human answers",
-                f"finite numbers; try a learning rate below {self.peak:g} or precision fp32",
+                f"has log-probabilities that are not finite for {len(bad)} of {len(end)} human answers",
+                f"use a learning rate below {self.peak:g}, or precision fp32",
             )
         change, error = mean_and_error([b - a for a, b in zip(start, end, strict=True)])
-        found = {
+        found: RoundSummary = {
             "steps": self.steps,
             "skipped_steps": len(skipped),
             "pairs": len(self.pairs),
             "first_loss": metrics[0]["loss"],
             "last_loss": metrics[-1]["loss"],
-            **means,
+            "loss": sum(m["loss"] * m["pairs"] for m in last) / weight,
+            "accuracy": sum(m["accuracy"] * m["pairs"] for m in last) / weight,
+            "margin": sum(m["margin"] * m["pairs"] for m in last) / weight,
             "real_logprob_change": change,
             "real_logprob_change_error": error,
             "watched_pairs": len(start),
@@ -313,7 +410,7 @@ class RoundTrainer:
             names = ", ".join(dict.fromkeys(name for m in skipped for name in m["skipped_pairs"][:4]))
             found["alarms"].append(
                 f"{len(skipped)} of {self.steps} steps were skipped, because a loss or gradient was not finite (pairs "
-                f"{names}): what they should have taught is missing."
+                f"{names}): the policy did not learn from these pairs."
             )
         if fell(change, error):
             found["alarms"].append(
@@ -325,31 +422,39 @@ class RoundTrainer:
         return found
 
 
-def _step_metrics(batch: Sequence[Pair], values: dict[str, list[float]], columns: Sequence[str]) -> dict[str, Any]:
+def _step_metrics(
+    batch: Sequence[Pair], values: dict[str, list[float]], columns: Sequence[ScoreColumn]
+) -> dict[str, float]:
     n = len(batch)
-    found: dict[str, Any] = {
+    found = {
         "loss": math.fsum(values["loss"]) / n,
         "margin": math.fsum(values["margin"]) / n,
         "accuracy": sum(m > 0 for m in values["margin"]) / n,
     }
-    for which in ("real", "generated"):
-        total = math.fsum(values[which])
-        found[f"{which}_logp"] = total / n
-        found[f"{which}_logp_per_token"] = total / max(sum(len(pair[f"{which}_ids"]) for pair in batch), 1)
+    for side in SIDES:
+        total = math.fsum(values[side])
+        found[f"{side}_logp"] = total / n
+        found[f"{side}_logp_per_token"] = total / max(sum(len(pair[IDS[side]]) for pair in batch), 1)
     for column in columns:
-        which = column.partition("_")[2]
-        found[f"log_ratio_{column}"] = math.fsum(
-            value - pair[column] for value, pair in zip(values[which], batch, strict=True)
-        ) / n  # fmt: skip
+        own = values[column.partition("_")[2]]
+        found[f"log_ratio_{column}"] = (
+            math.fsum(value - _cached(pair, column) for value, pair in zip(own, batch, strict=True)) / n
+        )
     return found
 
 
+def _cached(pair: Pair, column: ScoreColumn) -> float:
+    score = pair[column]
+    assert score is not None, f"pair {pair['pair_id']} has no {column}"
+    return score
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; the error of a single value is taken to be its size, so it says nothing."""
+    """Return the mean and its standard error. A single value counts as its own error, so that it proves nothing."""
     mean = statistics.fmean(values)
     return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else abs(mean)
 
 
 def fell(change: float, error: float) -> bool:
-    """Whether a mean change (nats/answer) is a fall worth an alarm: over two standard errors, and over 0.1 nats."""
+    """Return True for a mean change (nats/answer) that is worth an alarm: below both -0.1 nats and -2 errors."""
     return change < -max(2 * error, 0.1)

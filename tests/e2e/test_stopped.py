@@ -57,7 +57,7 @@ def test_sigterm_to_run_or_stage_is_shown_and_the_next_start_resumes(
         assert {seen[f"{name}/{what}"] for what in ("spin", "round-1", "round-1/train")} == {"Preempted"}
     assert "checkpoint step-" in text
     again = run(arguments, env, tmp_path / "again")
-    assert "going on from the checkpoint of step" in again
+    assert "resuming from the checkpoint of step" in again
     head = read_head(store, name)
     assert head is not None
     assert complete_round(head) == 1

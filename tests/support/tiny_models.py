@@ -39,7 +39,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from spinreg_core.selfplay.pairs import SCORES, Pair
+from spinreg_core.selfplay.pairs import Pair
 
 VOCABULARY = 61
 
@@ -116,13 +116,18 @@ def random_pairs(count: int, seed: int, round_number: int = 1) -> list[Pair]:
             "pair_id": f"{round_number}:{i:016x}",
             "round": round_number,
             "iterate": round_number - 1,
+            "answer": 0,
+            "geometric": False,
             "prompt_id": f"{i:016x}",
             "prompt_ids": prompts[i],
             "real_ids": real[i],
             "generated_ids": generated[i],
             "real_truncated": False,
             "generated_truncated": False,
-            **dict.fromkeys(SCORES),
+            "previous_real": None,
+            "previous_generated": None,
+            "base_real": None,
+            "base_generated": None,
         }
         for i in range(count)
     ]

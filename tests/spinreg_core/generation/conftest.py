@@ -1,10 +1,20 @@
-"""A model small enough that its distribution over answers can be written down."""
+"""Fixtures of generation: a store with policies, and a model with a distribution that can be written down."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.support.generation_fixtures import House
+
+
+@pytest.fixture
+def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
+    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
+    return House(tmp_path)
 
 
 @pytest.fixture(scope="session")

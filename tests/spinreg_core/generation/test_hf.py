@@ -272,5 +272,5 @@ def test_a_folder_is_opened_in_the_configured_format(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match=r"resources.device: found cuda"):
+    with pytest.raises(BadInput, match=r"resources\.device is cuda, but torch sees no GPU"):
         open_engine("hf", [tmp_path], GenerationConfig(), ResourcesConfig(device="cuda"), pad_id=PAD)

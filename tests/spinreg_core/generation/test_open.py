@@ -71,7 +71,7 @@ def test_auto_is_vllm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_asking_which_engine_loads_nothing_heavy() -> None:
     code = (
-        "import sys, spinreg_core.rounds; from spinreg_core.engines import resolve_engine\n"
+        "import sys, spinreg_core.runs.plans; from spinreg_core.config import resolve_engine\n"
         "resolve_engine('auto')\n"
         "print(sorted({'torch', 'vllm', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
     )

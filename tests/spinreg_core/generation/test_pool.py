@@ -25,7 +25,7 @@ def test_an_engine_ends_its_source_before_what_came_back_of_another(house: House
         engine = _Engine(ours, 0, None, source=second[0].source)
         given = []
         while pool.left:
-            pool._give(engine)
+            pool._assign(engine)
             given.append([shards[number].source.iterate for number in json.loads(lines.readline())])
     assert given[:2] == [[1, 1], [0]]
     assert {iterate for wave in given[2:] for iterate in wave} == {2}

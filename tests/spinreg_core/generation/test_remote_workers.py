@@ -38,10 +38,10 @@ PATCHED = (
     + """
 import os, sys, time
 from pathlib import Path
-from spinreg_core import objects
-from spinreg_core.engines.hf import HfEngine
-from spinreg_core.stages import answer
-from spinreg_core.store import open_store
+from spinreg_core.generation import worker
+from spinreg_core.generation.hf import HfEngine
+from spinreg_core.runs import objects
+from spinreg_core.store.open import open_store
 store = open_store({store!r})
 original = HfEngine._decode
 def patched(self, prompts, seeds, sampling, note):
@@ -53,7 +53,7 @@ def patched(self, prompts, seeds, sampling, note):
         note(index, answer)
     return original(self, prompts, seeds, sampling, slowly)
 HfEngine._decode = patched
-answer.main(answer.run)
+worker.main(worker.run)
 """
 )
 OTHERS_HAVE_COMMITTED = "objects.part_names(store, {object_id!r})"

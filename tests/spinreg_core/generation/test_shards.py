@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spinreg_core.generation.engine import Answer
 from spinreg_core.generation.pool import _LEAST_WAVE, _WAVE, devices_of, next_wave
-from spinreg_core.generation.shards import Rows, answer_seed, drawn_sources, make_shards, shard_meta
+from spinreg_core.generation.shards import Rows, answer_seed, drawn_sources, make_shards, shard_counts
 
 NAMES = [f"p{i}" for i in range(3000)]
 
@@ -138,9 +138,9 @@ def test_engines_share_the_gpus_and_without_any_the_cores() -> None:
 
 def test_what_a_shard_is_counted_by() -> None:
     answers = [Answer([5, 1], "stop", [0.0, 0.0]), Answer([1], "stop", [0.0]), Answer([6, 7], "length", [0.0, 0.0])]
-    found = shard_meta(answers, ["\ufffdx", "", " \n"])
+    found = shard_counts(answers, ["\ufffdx", "", " \n"])
     assert {name: found[name] for name in ("prompts", "tokens", "truncated", "empty", "invalid_text")} == {
         "prompts": 3, "tokens": 5, "truncated": 1, "empty": 2, "invalid_text": 1,
     }  # fmt: skip
-    other = shard_meta([*answers[:2], Answer([6, 8], "length", [0.0, 0.0])], ["", "", ""])
-    assert other["drawn"] != found["drawn"] == shard_meta(answers, ["", "", ""])["drawn"]
+    other = shard_counts([*answers[:2], Answer([6, 8], "length", [0.0, 0.0])], ["", "", ""])
+    assert other["drawn"] != found["drawn"] == shard_counts(answers, ["", "", ""])["drawn"]

@@ -172,7 +172,7 @@ def test_loading_a_policy_or_checkpoint_unpickles_nothing(tmp_path: Path) -> Non
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    start_checkpoint(tmp_path / "step", model, optimizer, {"done": 1}, ranks).result()
+    start_checkpoint(tmp_path / "step", model, optimizer, '{"done": 1}', ranks).result()
     write_policy(tmp_path / "policy")
     _listening = True
     try:

@@ -61,7 +61,6 @@ CASES = [
     ("mix-opponent", {"opponent__history": 1}, False, True),
     ("mix-opponent", {"opponent__weighting": "recency"}, False, True),
     ("mix-opponent", {"opponent__truncated": "keep"}, True, True),
-    ("mix-opponent", {"opponent__scores": "engine"}, True, True),
     ("mix-opponent", {"resources__tokens_per_pass": 3}, False, False),
     ("train", {"objective__alpha": 0.3}, False, True),
     ("train", {"objective__beta": [0.1, 5.0]}, False, True),

@@ -58,7 +58,7 @@ def test_bytes_that_stand_still_are_recorded_with_the_place(tmp_path: Path) -> N
             polls += 1
         assert polls == pytest.approx(1 / POLL_SECONDS, abs=1.1)
     message = json.loads((tmp_path / "failure-0.json").read_text())["message"]
-    assert message.startswith("error: rank 0: storing a file has stood still for 2 s (resources")
+    assert message.startswith("error: rank 0: storing a file made no progress for 2 s (resources")
     assert "in test_bytes_that_stand_still" in message
     assert not is_secondary_failure(message)
     assert "in test_bytes_that_stand_still" in (tmp_path / "stack-0.txt").read_text()

@@ -13,16 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from spinreg_core.config import RunConfig
+from spinreg_core.config.resolve import validate
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.models.loading import load_policy
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.plans import plan_mix_opponent
 from spinreg_core.runtime.progress import parse
 from spinreg_core.selfplay.pairs import PAIRS_SCHEMA, Pair
 from spinreg_core.stages import mix_opponent
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
+from tests.support.builders import make_head
 from tests.support.tiny_models import random_rows, write_policy
 
 LIMIT = 6  # generated answers longer than this are cut off
@@ -299,49 +302,20 @@ def test_scores_that_are_not_finite_name_their_pairs(prepared: Run) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     job = prepared.job(2, prepared.earlier(1), opponent={"truncated": "keep"})
     inputs = job.inputs | {"previous": prepared._put("base", folder.parent)}
-    with pytest.raises(BadInput, match=r"previous policy: found .*24 of 24 pairs \([12]:0{12}") as caught:
+    with pytest.raises(BadInput, match=r"previous policy are not finite for 24 of 24 pairs \([12]:0{12}"):
         mix_opponent.run(replace(job, inputs=inputs, object_id=job.object_id + "n"))
     assert objects.read_manifest(prepared.store, job.object_id + "n") is None
-    assert "finite" in str(caught.value)
 
 
-def test_the_engine_is_believed_shard_by_shard(prepared: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two shards of answers by the previous policy: one whose log-probabilities are the scorer's but for rounding, one
-    of which they are not; and an answer of the mixture in each, whose log-probability is another's."""
-    usual = mix_opponent.run(prepared.job(2, opponent={"history": 1, "source": "regenerate"}))
-    exact = {p["prompt_id"]: p["previous_generated"] for p in prepared.pairs(usual)}
-    (generations,) = {prepared.generations[1]}
-    rows = [
-        row
-        for path in fetch.fetch_files(prepared.store, generations, "shards").values()
-        for row in pq.read_table(path).to_pylist()
-    ]
-    for i, row in enumerate(rows):
-        truth, length = exact[row["prompt_id"]], max(len(row["answer_ids"]), 1)
-        row["geometric"] = i in (0, 5)
-        off = 50.0 if row["geometric"] else 0.01 if i < 5 else 1.0
-        row |= {"policy": prepared.policies[1], "logprobs": [(truth + off) / length] * len(row["answer_ids"])}
-    half = [pa.Table.from_pylist(rows[:5]), pa.Table.from_pylist(rows[5:])]
-    told = prepared._publish("generate", {f"shards/{i:05d}.parquet": table for i, table in enumerate(half)})
+def test_removed_scores_field_scorer_is_accepted_and_engine_is_refused() -> None:
+    for value in ("scorer", None):
+        assert validate({"opponent": {"scores": value}}) == RunConfig()
+    with pytest.raises(
+        BadInput, match=r"opponent\.scores is no longer a field; remove it: spinreg scores every answer"
+    ):
+        validate({"opponent": {"scores": "engine"}})
 
-    def mixed(**generation: Any) -> tuple[dict[str, Any], list[Pair]]:
-        job = prepared.job(
-            2, opponent={"history": 1, "source": "regenerate", "scores": "engine"}, generation=generation
-        )
-        job = replace(job, inputs=job.inputs | {"generations": told})
-        manifest = mix_opponent.run(job)
-        return manifest["metrics"], prepared.pairs(manifest)
 
-    metrics, pairs = mixed()
-    assert (metrics["engine_shards"], metrics["engine_shards_refused"]) == (2, 1)
-    assert metrics["engine_worst_difference"] == pytest.approx(1.0, abs=1e-3)
-    assert [p["previous_generated"] for p in pairs] == pytest.approx([exact[p["prompt_id"]] for p in pairs], abs=0.011)
-    output = capsys.readouterr().out
-    assert f"the engine's: {metrics['scores_of_engine']} (" in output
-    assert "1 of 2 shards refused" in output
-    # With another sampler its log-probabilities are not those of the answers: nothing is even compared.
-    metrics, pairs = mixed(temperature=0.7)
-    assert metrics["scores_of_engine"] == 0
-    assert "engine_shards" not in metrics
-    assert [p["previous_generated"] for p in pairs] == pytest.approx([exact[p["prompt_id"]] for p in pairs], abs=1e-4)
-    assert "the sampler is not neutral" in capsys.readouterr().out
+def test_key_without_the_scores_field_is_that_of_0_1_0() -> None:
+    key = plan_mix_opponent(RunConfig(), make_head(1), 1).key
+    assert key["opponent"] == {"source": "replay", "truncated": "clip_real", "scores": "scorer"}

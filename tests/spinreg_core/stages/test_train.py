@@ -204,7 +204,7 @@ def test_a_failed_round_goes_on_to_the_same_bits(
     monkeypatch.setattr(RoundTrainer, "step", lambda self: (taken.append(self.state.done + 1), step(self))[1])
     manifest = train.run(job)
     assert taken == [6, 7, 8, 9, 10, 11, 12]  # from the checkpoint of step 5
-    assert "going on from the checkpoint of step 5 of 12" in capsys.readouterr().out
+    assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
     assert sha_of_weights(manifest) == sha_of_weights(whole)
     assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
     assert manifest["metrics"]["real_logprob_change"] == whole["metrics"]["real_logprob_change"]
@@ -384,7 +384,7 @@ def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
         assert second.stdout is not None
         output = second.stdout.read()
     assert second.returncode == 0, output
-    resumed = re.search(r"going on from the checkpoint of step (\d+) of 120", output)
+    resumed = re.search(r"resuming from the checkpoint of step (\d+) of 120", output)
     assert resumed is not None, output
     assert committed <= int(resumed[1]) < 120
     killed = objects.require_manifest(setting.store, job.object_id)
@@ -433,13 +433,13 @@ def test_all_threads_of_the_process_flush_denormal_numbers() -> None:
     """They slow the backward passes of confident pairs down a dozen times."""
     code = """
 import runpy, torch
-from spinreg_core.runtime import supervision
+import spinreg_core.runtime.main as entry
 def check(run, ranked):
     torch.set_num_threads(2)
     small = torch.full((4_000_000,), 1e-39)
     assert int((small * 1.0).ne(0).sum()) == 0
     print("checked")
-job.main = check
+entry.main = check
 runpy.run_module("spinreg_core.stages.train", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -454,7 +454,7 @@ def test_an_adapter_goes_on_to_the_same_bits_and_into_the_next_round(setting: Se
     (part,) = objects.list_parts(setting.store, job.object_id).values()
     assert part["meta"]["bytes"] < 30_000, "a checkpoint holds the adapter, not the model"
     manifest = train.run(job)
-    assert "going on from the checkpoint of step 5 of 12" in capsys.readouterr().out
+    assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
     files = [{f["name"]: f["sha256"] for f in m["files"]} for m in (whole, manifest)]
     for name in ("policy/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert files[0][name] == files[1][name], name
@@ -510,7 +510,7 @@ def test_the_last_sound_checkpoint_survives_weights_that_are_not_finite(
 def test_losses_that_are_not_finite_publish_nothing(setting: Setting) -> None:
     job = setting.job("diverged", learning_rate=1e30, max_grad_norm=None)
     with pytest.raises(
-        BadInput, match=r"training, steps \d+ to \d+, pairs 1:.* finite numbers; try a learning rate below 1e\+30"
+        BadInput, match=r"training, steps \d+ to \d+, pairs 1:.* finite numbers; use a learning rate below 1e\+30"
     ):
         train.run(job)
     assert objects.read_manifest(setting.store, job.object_id) is None

@@ -42,7 +42,7 @@ def test_going_on_from_a_checkpoint_changes_no_bit(
     optimizer = make_optimizer(model, TrainingConfig(optimizer=name))
     trained(model, optimizer, 3, seed=1)
     torch.manual_seed(77)
-    kept = {"metrics": [{"loss": 0.1 + 0.2}], "watched_start": None}
+    kept = json.dumps({"metrics": [{"loss": 0.1 + 0.2}], "watched_start": None})
     writing = start_checkpoint(tmp_path, model, optimizer, kept, ALONE)
     drawn = torch.rand(3)
     trained(model, optimizer, 2, seed=2)  # while it is being written
@@ -62,7 +62,7 @@ def test_going_on_from_a_checkpoint_changes_no_bit(
 def test_a_checkpoint_before_the_first_update_has_no_optimizer_state(tmp_path: Path) -> None:
     """Every step so far was skipped, say."""
     model = tiny_model()
-    start_checkpoint(tmp_path, model, make_optimizer(model, TrainingConfig()), {}, ALONE).result()
+    start_checkpoint(tmp_path, model, make_optimizer(model, TrainingConfig()), "{}", ALONE).result()
     fresh = make_optimizer(model, TrainingConfig())
     load_checkpoint(tmp_path, model, fresh, ALONE)
     assert not fresh.state
@@ -70,7 +70,7 @@ def test_a_checkpoint_before_the_first_update_has_no_optimizer_state(tmp_path: P
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
-    start_checkpoint(tmp_path, model, make_optimizer(model, TrainingConfig()), {}, ALONE).result()
+    start_checkpoint(tmp_path, model, make_optimizer(model, TrainingConfig()), "{}", ALONE).result()
     wider = tiny_model("llama-tied")
     with torch.no_grad():
         wider.model.norm.weight = torch.nn.Parameter(torch.zeros(5))
