@@ -16,6 +16,12 @@ _CREDENTIALS = re.compile(r"://(?:[^\s/@:]*:[^\s@]*|[^\s/@]+)@")
 _SIGNED = re.compile(
     r"([?&][\w.-]*(?:token|key|secret|signature|credential|password|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
 )
+# The first words by which `problem_text` recognises a predicate and an instruction.
+_PREDICATES = {"is", "are", "has", "have", "does", "cannot", "holds", "names", "needs"}
+_INSTRUCTIONS = {
+    "set", "use", "give", "name", "choose", "install", "remove", "free", "run", "write", "check", "ask", "wait",
+    "start", "copy", "put",
+}  # fmt: skip
 
 
 def without_credentials(text: str) -> str:
@@ -31,15 +37,36 @@ class SpinregError(Exception):
         super().__init__(*(without_credentials(text) if isinstance(text, str) else text for text in texts))
 
 
+def problem_text(where: str, found: object, expected: str) -> str:
+    """Return the sentence of a `BadInput`: what is wrong at `where`, then what to do about it.
+
+    `found` is a noun phrase or a predicate, and `expected` is a noun phrase or an instruction:
+
+        problem_text("beta", "-1", "a positive number")     beta: found -1; expected a positive number
+        problem_text("seed", "is not set", "an integer")    seed is not set; expected an integer
+        problem_text("seed", "is not set", "set it")        seed is not set; set it
+
+    A predicate begins with a word of `_PREDICATES`, an instruction with a verb of `_INSTRUCTIONS`.
+    """
+    found = str(found)
+    problem = f"{where} {found}" if found.partition(" ")[0] in _PREDICATES else f"{where}: found {found}"
+    remedy = expected if expected.partition(" ")[0] in _INSTRUCTIONS else f"expected {expected}"
+    return f"{problem}; {remedy}"
+
+
 class BadInput(SpinregError):
     """A configuration, data set or model that cannot be used. Never retried.
 
-    The text names the field or row, what was found and what was expected.
+    Keeps `where` (the field or row), `found` (what is wrong there) and `expected` (what would do) as data; its text is
+    their `problem_text`.
     """
 
+    where, found, expected = "", "", ""
+
     def __init__(self, where: str, found: object, expected: str) -> None:
-        text = f"{where}: found {found}; expected {expected}"
-        super().__init__(text.encode(errors="backslashreplace").decode())  # it may quote what is no UTF-8
+        self.where, self.found, self.expected = where, str(found), expected
+        # A message may quote input that is not UTF-8, and logs must be able to write it.
+        super().__init__(problem_text(where, found, expected).encode(errors="backslashreplace").decode())
 
     @classmethod
     def from_message(cls, message: str) -> BadInput:
