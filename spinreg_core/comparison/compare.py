@@ -212,7 +212,7 @@ def _comparisons(
     Variants that share a policy share its differences: one of them is a test, and the others (`repeats`: whose) are
     what it is.
     """
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
     repeated: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for metric in metrics:
