@@ -5,7 +5,6 @@ who paid for what. Leaves out: the connection and the budgets (`judge_client.py`
 `win_rate.py`, `judge_agreement.py`).
 
     verdicts/<SHA-256 of the request>.json   create-only: {"request", "content", "finish", "usage", "payer", "created"}
-    verdicts/twice/<payer>/<the same>.json   likewise: of two who asked at the same time, what the second one paid for
     verdicts/unanswered/<payer>/<random>.json  a request whose reply did not arrive, which may have been billed
 
 A request is the endpoint (host and path), the model, the messages, the sampling, and which try it is: all that the
@@ -74,8 +73,7 @@ class JudgeVerdicts(Generic[T]):
 
 @dataclass
 class _State(Generic[T]):
-    """Of one question: the verdict so far, the next try, and the documents that were read or written for it, also those
-    of replies that came too late (`_twice_key`)."""
+    """Of one question: the verdict so far, the next try, and the documents that were read or written for it."""
 
     question: JudgeQuestion
     value: T | None
@@ -93,12 +91,6 @@ def request_of(judge: JudgeConfig, messages: Messages, attempt: int) -> dict[str
 def verdict_key(request: dict[str, Any]) -> str:
     text = json.dumps({"schema": SCHEMA, "request": request}, sort_keys=True, separators=(",", ":"))
     return f"verdicts/{hashlib.sha256(text.encode()).hexdigest()}.json"
-
-
-def _twice_key(payer: str, key: str) -> str:
-    """Where a reply is kept that was paid for and came when another's verdict on the same was stored already: it counts
-    as money, and as nothing else."""
-    return f"verdicts/twice/{payer}/{key.removeprefix('verdicts/')}"
 
 
 def _unanswered_key(payer: str) -> str:
@@ -145,11 +137,9 @@ def ask_judge(
     with ThreadPoolExecutor(judge.at_once, thread_name_prefix="judge") as pool:
         found = pool.map(lambda question: _stored(store, judge, question, parse), unique.values())
         states = dict(zip(unique, found, strict=True))
-        twice, lost = (
-            [d for key in store.list(f"verdicts/{kind}/{payer}/") if (d := documents.read(store, key)) is not None]
-            for kind in ("twice", "unanswered")
-        )
-        spent = _sum(judge, twice + lost + [d for s in states.values() for d in s.found if d["payer"] == payer])
+        keys = store.list(f"verdicts/unanswered/{payer}/")
+        lost = [d for key in keys if (d := documents.read(store, key)) is not None]
+        spent = _sum(judge, lost + [d for s in states.values() for d in s.found if d["payer"] == payer])
         budget = Budget(judge, int(spent["requests"]), spent["paid"])
         open_ = [state for state in states.values() if state.value is None and state.attempt < judge.tries]
         progress.update(len(states) - len(open_))
@@ -173,7 +163,7 @@ def ask_judge(
             raise
         finally:
             endpoint.close()
-    documents_ = twice + [d for state in states.values() for d in state.found]
+    documents_ = [d for state in states.values() for d in state.found]
     own = _sum(judge, [d for d in documents_ if d["payer"] == payer])
     before = _sum(judge, [d for d in documents_ if d["payer"] != payer])
     cost = {"seconds": round(time.monotonic() - start, 3)} | own | {f"{k}_before": v for k, v in before.items()}
@@ -210,11 +200,7 @@ def _complete(
         try:
             store.create(verdict_key(request), documents.dump(document))
         except Conflict:  # another run asked at the same time; the first one to be stored counts, for both
-            if (theirs := _read(store, request)) is not None and theirs != document:
-                with suppress(Conflict):
-                    store.create(_twice_key(payer, verdict_key(request)), documents.dump(document))
-                state.found.append(document)
-            document = theirs or document
+            document = _read(store, request) or document
         _note(state, document, parse)
 
 

@@ -40,6 +40,8 @@ from spinreg_core.evaluation.intervals import (
     bootstrap_correlation,
     bootstrap_mean,
     grouped_share,
+    percentile_estimate,
+    resampled_rows,
     wilson,
 )
 from spinreg_core.runs.fetch import fetch_file
@@ -230,14 +232,9 @@ def win_metrics(
 
 def _length_controlled(score: Floats, longer: Floats, *, resamples: int, seed: int) -> Estimate:
     """With the percentile interval over prompts. Both arguments: [prompts]."""
-    n, rng, draws = len(score), np.random.default_rng(seed), []
-    step = max(1, 1_000_000 // n)
-    for begin in range(0, resamples, step):
-        rows = rng.integers(0, n, size=(min(step, resamples - begin), n))
-        draws.append(length_controlled(score[rows], longer[rows]))
-    low, high = np.quantile(np.concatenate(draws), (0.025, 0.975))
-    value = float(length_controlled(score[None], longer[None])[0])
-    return {"value": value, "low": float(low), "high": float(high), "n": n, "unit": "share"}
+    pieces = resampled_rows(len(score), resamples=resamples, seed=seed, cells=1_000_000)
+    draws = np.concatenate([length_controlled(score[rows], longer[rows]) for rows in pieces])
+    return percentile_estimate(length_controlled(score[None], longer[None])[0], draws, len(score), "share")
 
 
 def length_controlled(scores: Floats, lengths: Floats) -> Floats:

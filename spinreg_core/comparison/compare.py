@@ -225,7 +225,7 @@ def _comparisons(
 
     Variants that share a policy share its differences. One of them is a test, and the others copy its results.
     """
-    found: list[dict[str, Any]] = []
+    found: list[Any] = []
     first: dict[tuple[Any, ...], dict[str, Any]] = {}
     repeated: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for metric, variant in itertools.product(metrics, variants):

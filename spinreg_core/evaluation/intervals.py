@@ -1,12 +1,12 @@
 """Estimates with 95 % intervals: bootstrap for means, ratios and correlations, Wilson for shares.
 
-Leaves out: paired differences between runs (`paired.py`).
+Leaves out: paired differences between runs (`evaluation.paired`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Z95 = 1.959963984540054  # 97.5 % quantile of the standard normal
-_CELLS = 4_000_000  # resampled values held at once (32 MB)
+RESAMPLED_CELLS = 4_000_000  # resampled values held at once (32 MB)
 
 
 class Estimate(TypedDict):
@@ -27,9 +27,26 @@ class Estimate(TypedDict):
     unit: str
 
 
-def _interval(draws: Floats) -> tuple[float, float]:
+def without_interval(value: float, n: int, unit: str) -> Estimate:
+    """Return an estimate of a value that has no interval."""
+    return {"value": float(value), "low": None, "high": None, "n": n, "unit": unit}
+
+
+def percentile_estimate(value: float, draws: Floats | Sequence[float], n: int, unit: str) -> Estimate:
+    """Return a value with the percentile interval of its resampled `draws` [resamples]."""
     low, high = np.quantile(draws, (0.025, 0.975))
-    return float(low), float(high)
+    return {"value": float(value), "low": float(low), "high": float(high), "n": n, "unit": unit}
+
+
+def resampled_rows(n: int, *, resamples: int, seed: int, cells: int = RESAMPLED_CELLS) -> Iterator[NDArray[np.int64]]:
+    """Draw n of n rows with replacement, again and again; yields row numbers [resamples of one piece, n].
+
+    A piece holds about `cells` numbers, which bounds memory. The size of the pieces does not change what is drawn: a
+    generator's stream is one stream however it is cut.
+    """
+    rng, step = np.random.default_rng(seed), max(1, cells // n)
+    for start in range(0, resamples, step):
+        yield rng.integers(0, n, size=(min(step, resamples - start), n))
 
 
 def bootstrap_ratio(
@@ -40,12 +57,11 @@ def bootstrap_ratio(
     resamples: int,
     seed: int,
 ) -> Estimate:
-    """sum(numerator) / sum(denominator) over rows, with the percentile bootstrap interval over rows.
+    """Return sum(numerator) / sum(denominator) over rows, with the percentile bootstrap interval over rows.
 
-    Each resample draws n rows with replacement and forms the ratio anew, so a row's numerator and
-    denominator stay together. Both arguments have shape [rows]; denominators are positive.
-    A mean is the case of all denominators 1; a paired difference is the case where the numerator is the
-    rows' difference.
+    Each resample draws n rows with replacement and computes the ratio again, so that a row's numerator and denominator
+    stay together. Both arguments have shape [rows]; denominators are positive. A mean has only denominators of 1. A
+    paired difference has the rows' differences as numerators.
 
     Raises:
         ValueError: no rows, or shapes that differ.
@@ -54,22 +70,16 @@ def bootstrap_ratio(
     bottom = np.asarray(denominator, dtype=np.float64)
     if top.shape != bottom.shape or top.ndim != 1 or top.size == 0:
         raise ValueError(f"need two non-empty vectors of one length, found shapes {top.shape} and {bottom.shape}")
-    n = top.size
-    value = float(top.sum() / bottom.sum())
-    if n < 2:
-        return {"value": value, "low": None, "high": None, "n": n, "unit": unit}
-    rng = np.random.default_rng(seed)
-    draws = np.empty(resamples)
-    step = max(1, _CELLS // n)
-    for start in range(0, resamples, step):
-        rows = rng.integers(0, n, size=(min(step, resamples - start), n))
-        draws[start : start + len(rows)] = top[rows].sum(axis=1) / bottom[rows].sum(axis=1)
-    low, high = _interval(draws)
-    return {"value": value, "low": low, "high": high, "n": n, "unit": unit}
+    value = top.sum() / bottom.sum()
+    if top.size < 2:
+        return without_interval(value, top.size, unit)
+    pieces = resampled_rows(top.size, resamples=resamples, seed=seed)
+    draws = [top[rows].sum(axis=1) / bottom[rows].sum(axis=1) for rows in pieces]
+    return percentile_estimate(value, np.concatenate(draws), top.size, unit)
 
 
 def bootstrap_mean(values: Sequence[float] | Floats, unit: str, *, resamples: int, seed: int) -> Estimate:
-    """Mean over rows with its percentile bootstrap interval. Raises ValueError for no rows."""
+    """Return the mean over rows with its percentile bootstrap interval. Raises ValueError for no rows."""
     values = np.asarray(values, dtype=np.float64)
     return bootstrap_ratio(values, np.ones_like(values), unit, resamples=resamples, seed=seed)
 
@@ -77,9 +87,9 @@ def bootstrap_mean(values: Sequence[float] | Floats, unit: str, *, resamples: in
 def bootstrap_correlation(
     left: Sequence[float] | Floats, right: Sequence[float] | Floats, *, resamples: int, seed: int
 ) -> Estimate | None:
-    """Pearson's correlation over rows with its percentile bootstrap interval; None where one side does not vary.
+    """Return Pearson's correlation over rows with its percentile bootstrap interval; None where a side is constant.
 
-    Resamples in which a side does not vary are left out of the interval. Raises ValueError for shapes that differ.
+    Resamples in which a side is constant do not count in the interval. Raises ValueError for shapes that differ.
     """
     x, y = np.asarray(left, dtype=np.float64), np.asarray(right, dtype=np.float64)
     if x.shape != y.shape or x.ndim != 1:
@@ -87,17 +97,13 @@ def bootstrap_correlation(
     value = _correlations(x[None], y[None])
     if not value.size:
         return None
-    rng, draws = np.random.default_rng(seed), []
-    step = max(1, _CELLS // x.size)
-    for start in range(0, resamples, step):
-        rows = rng.integers(0, x.size, size=(min(step, resamples - start), x.size))
-        draws.append(_correlations(x[rows], y[rows]))
-    low, high = _interval(np.concatenate(draws))
-    return {"value": float(value[0]), "low": low, "high": high, "n": x.size, "unit": "correlation"}
+    pieces = resampled_rows(x.size, resamples=resamples, seed=seed)
+    draws = np.concatenate([_correlations(x[rows], y[rows]) for rows in pieces])
+    return percentile_estimate(value[0], draws, x.size, "correlation")
 
 
 def _correlations(x: Floats, y: Floats) -> Floats:
-    """Of each row of two tables, those left out where a side does not vary."""
+    """Return the correlation of each pair of rows of two tables; pairs with a constant side are left out."""
     varied = (np.ptp(x, axis=1) > 0) & (np.ptp(y, axis=1) > 0)
     x, y = (table[varied] - table[varied].mean(axis=1, keepdims=True) for table in (x, y))
     found: Floats = (x * y).sum(axis=1) / np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
@@ -105,13 +111,14 @@ def _correlations(x: Floats, y: Floats) -> Floats:
 
 
 def wilson(successes: float, n: int) -> Estimate:
-    """Share successes / n with Wilson's score interval (Wilson 1927), which stays inside [0, 1].
+    """Return the share successes / n with Wilson's score interval (Wilson 1927), which stays inside [0, 1].
 
-    Half successes (ties) are allowed; they vary less than a coin, so the interval is then a little wide.
+    Half successes (ties) are allowed. They vary less than a coin, so the interval is then slightly too wide.
 
     Raises:
         ValueError: n < 1, or successes outside [0, n].
     """
+    # Not scipy's `binomtest(...).proportion_ci`: it takes whole successes only.
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"need 0 <= successes <= n and n >= 1, found {successes} of {n}")
     share, z2 = successes / n, Z95**2
@@ -125,12 +132,14 @@ def wilson(successes: float, n: int) -> Estimate:
 def grouped_share(
     successes: Sequence[float] | Floats, counts: Sequence[float] | Floats, *, resamples: int, seed: int
 ) -> Estimate:
-    """sum(successes) / sum(counts), a share of things that come in groups, such as the verdicts on one prompt, which
-    are alike: the bootstrap interval over groups [groups]. Where all groups have the same share, which no resampling
-    moves, Wilson's as if each group were one observation. n counts the things. Groups without any are left out.
+    """Return sum(successes) / sum(counts), a share of things that come in groups [groups], with its interval.
+
+    Things of one group are alike, for example both verdicts on one prompt, so the bootstrap is over groups. Where all
+    groups have the same share, which no resampling can change, the interval is Wilson's with each group as one
+    observation. n counts the things. Empty groups are left out.
 
     Raises:
-        ValueError: nothing in any group.
+        ValueError: every group is empty.
     """
     top, bottom = np.asarray(successes, np.float64), np.asarray(counts, np.float64)
     top, bottom = top[bottom > 0], bottom[bottom > 0]
@@ -142,6 +151,6 @@ def grouped_share(
 
 
 def count_wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:
-    """Number of pairs with left > right; values that differ by no more than `within` count half."""
+    """Count the pairs with left > right; values that differ by no more than `within` count half."""
     difference = np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64)
     return float(np.sum(difference > within) + 0.5 * np.sum(np.abs(difference) <= within))

@@ -1,40 +1,65 @@
-"""Paired differences between policies that answered the same questions, and how many of them to believe.
+"""Paired differences between policies that answered the same questions, and which of them are supported.
 
 Decides: the estimate of a difference over several questions and seeds, its intervals, its p-value and Holm's
-correction. Leaves out: where the scores come from and which differences are looked at (`comparison/compare.py`).
+correction. Leaves out: the source of the scores, and the choice of differences (`comparison`).
 
-A score is a ratio: sum of `num` over sum of `den` over a run's questions (a mean has den 1 everywhere; a question
-for which the metric is not defined has den 0). Runs of one variant that differ in their seed are averaged.
+A score is a ratio: sum of `num` over sum of `den` over a run's questions. A mean has den 1 everywhere; a question without
+a value has den 0. Runs of one variant that differ only in their seed are averaged.
 
-What an interval covers: other questions, drawn from where these came from, put to these same trained policies.
-Questions are drawn once for all runs together, by their identity, so that whatever is subtracted saw the same
-draw, also where the held-out sets of two seeds overlap. It does not cover other training seeds: the spread between
-the seeds at hand is reported beside it, not inside it. Nor does it cover other samples of the same policy.
+An interval covers other questions, drawn from the same source and put to the same trained policies. Questions are drawn
+once for all runs together, by their identity. So both sides of a difference see the same draw, also where the held-out
+sets of two seeds overlap. The interval covers neither other training seeds nor other samples of the same policy. The
+spread between the seeds at hand is reported next to it.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from spinreg_core.evaluation.intervals import Floats, wilson
+from spinreg_core.evaluation.intervals import Estimate, Floats, resampled_rows, wilson
 
 LEVEL = 0.05
-_EXACT = 12  # questions that differ, up to which all sign patterns are gone through
-_CELLS = 4_000_000  # weights held at once (32 MB)
-_NORMAL = NormalDist()
+_EXACT = 12  # differing questions up to which every pattern of signs is enumerated
+
+
+class MeanEstimate(Estimate):
+    """An estimate over several runs: the runs' own `values`, and their sample standard deviation `spread`."""
+
+    values: list[float]
+    spread: float | None
+
+
+class Difference(TypedDict):
+    """A paired difference, as `difference` returns it. `apply_holm` adds the fields below `same`."""
+
+    value: float
+    low: float | None
+    high: float | None
+    se: float | None
+    skew: float
+    p: float
+    n: int
+    unit: str
+    values: list[float]
+    same: NotRequired[bool]  # an object compared with itself
+    p_holm: NotRequired[float]
+    corrected_low: NotRequired[float | None]
+    corrected_high: NotRequired[float | None]
+    supported: NotRequired[int]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One metric of one iterate of one run. `block` names the set of questions: only equal blocks are paired.
-    ids: [n] of the questions; num, den: [n]."""
+    """One metric of one iterate of one run.
+
+    `block` names the set of questions: only equal blocks are paired. `ids`, `num` and `den` have shape [questions].
+    """
 
     block: str
     ids: tuple[str, ...]
@@ -47,10 +72,7 @@ class Scores:
 
 
 class Resampled:
-    """Bootstrap weights of a universe of questions, one draw for all scores that are asked about.
-
-    draws(s): [resamples] values of the score `s`, NaN where a draw holds none of its questions.
-    """
+    """Bootstrap draws over all questions, shared by all scores."""
 
     def __init__(self, ids: Iterable[str], resamples: int, seed: int) -> None:
         self.place = {name: i for i, name in enumerate(sorted(set(ids)))}
@@ -58,7 +80,7 @@ class Resampled:
         self._known: dict[int, tuple[Scores, Floats]] = {}
 
     def prepare(self, scores: Iterable[Scores]) -> None:
-        """Draw for many scores at once: weights are made once for all of them."""
+        """Compute the draws of many scores together, with the same weights."""
         new = list({id(s): s for s in scores if id(s) not in self._known}.values())
         n = len(self.place)
         if not new or not n:
@@ -67,9 +89,9 @@ class Resampled:
         for column, one in enumerate(new):
             rows = [self.place[name] for name in one.ids]
             sums[0, rows, column], sums[1, rows, column] = one.num, one.den
-        rng, step, found = np.random.default_rng(self._seed), max(1, _CELLS // n), []
-        for start in range(0, self.resamples, step):
-            drawn = rng.integers(0, n, size=(min(step, self.resamples - start), n))
+        found = []
+        for drawn in resampled_rows(n, resamples=self.resamples, seed=self._seed):
+            # Shifted by n per resample, so that one bincount counts the questions of every resample on its own.
             drawn += np.arange(len(drawn))[:, None] * n
             weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -79,6 +101,7 @@ class Resampled:
             self._known[id(one)] = (one, draws[:, column])
 
     def draws(self, one: Scores) -> Floats:
+        """Return the resampled values of a score [resamples]; NaN where a draw holds none of its questions."""
         self.prepare([one])
         return self._known[id(one)][1]
 
@@ -90,12 +113,12 @@ def _blocks(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
     return found
 
 
-def estimate(scores: Sequence[Scores], resampled: Resampled, unit: str) -> dict[str, Any]:
-    """The mean of a metric over runs, with its 95 % percentile bootstrap interval and the spread between the runs.
+def estimate(scores: Sequence[Scores], resampled: Resampled, unit: str) -> MeanEstimate:
+    """Return the mean of a metric over runs, with its 95 % percentile bootstrap interval.
 
-    `spread`: sample standard deviation between runs, None for one run. Runs of one block are averaged first. Of a share
-    where each question counts 0 or 1, the interval is Wilson's for one run, and for several where all their questions
-    count the same (as if they were one sample): no resampling sees that another question might count otherwise.
+    Runs of one block are averaged first. `spread` is None for one run. A share whose questions count 0 or 1 has Wilson's
+    interval for one run, and for several runs where all questions count the same (as if they were one sample): no
+    resampling can show that another question might count differently.
     """
     blocks = _blocks(scores)
     values = [one.value for one in scores]
@@ -119,21 +142,22 @@ def _is_share(one: Scores) -> bool:
     return set(one.num) <= {0.0, 1.0} and set(one.den) <= {0.0, 1.0}
 
 
-def difference(
-    ours: Sequence[Scores], theirs: Sequence[Scores], resampled: Resampled, unit: str
-) -> dict[str, Any] | None:
-    """Ours minus theirs over the blocks that both have; None where there is no such block, or no question in it.
+def difference(ours: Sequence[Scores], theirs: Sequence[Scores], resampled: Resampled, unit: str) -> Difference | None:
+    """Return ours minus theirs over the blocks that both have; None without a common block or question.
 
-    Within a block only questions count for which all its runs have a value; the runs of a side are averaged, then the
-    blocks. Returns value, the 95 % percentile interval of the paired bootstrap (`low`, `high`), `se` (linearised:
-    Cochran 1977, ch. 6), `skew` (of the questions' shares in it), `p` (two-sided), n (questions), `values` (the
-    difference in every block) and unit.
+    Within a block only questions count for which all its runs have a value. The runs of a side are averaged, then the
+    blocks. `low` and `high` are the 95 % percentile interval of the paired bootstrap. `se` is linearised (Cochran 1977,
+    ch. 6), and `skew` is the skewness of the questions' contributions. `values` are the differences of the blocks.
 
-    p: where all questions that differ differ by as much, the sign test (for shares that is McNemar's exact test); where
-    at most 12 differ, over all signs of their differences (Fisher's randomisation test). Both are exact where each
-    side's denominators are the same, and else as good as the linearisation. Otherwise the larger of Student's with
-    n - 1 degrees and the same without the skew (`hall_transform`): where a few questions carry the difference, as is
-    usual against the base, Student's alone makes false claims in up to several times the stated share of cases.
+    The two-sided `p` comes from the first test that applies:
+
+    1. the sign test, where all nonzero differences have one size (for shares: McNemar's exact test);
+    2. Fisher's randomisation test over all signs, where at most 12 questions differ;
+    3. the larger p of Student's t with n - 1 degrees, and of the same after Hall's transformation.
+
+    Tests 1 and 2 are exact where each side has constant denominators, else as good as the linearisation. Student's t
+    alone makes false claims at several times the stated rate where few questions carry the difference, which is
+    usual against the base.
     """
     left, right = _blocks(ours), _blocks(theirs)
     values: list[float] = []
@@ -171,7 +195,7 @@ def difference(
 
 
 def _on_common(runs: list[Scores]) -> list[Scores]:
-    """The same scores without the questions for which any of them has no value."""
+    """Return the scores without the questions for which any of them has no value."""
     defined = [{name for name, den in zip(one.ids, one.den, strict=True) if den} for one in runs]
     common = set.intersection(*defined)
     if all(len(own) == len(common) for own in defined):
@@ -204,43 +228,47 @@ def _p_value(parts: Floats, value: float, se: float | None, skew: float, n: int)
 
 
 def sign_p(positive: int, n: int) -> float:
-    """Two-sided p of the sign test: so many of n differences of one size are positive; each is with probability 1/2."""
-    log = [
-        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(min(positive, n - positive) + 1)
-    ]
-    return min(1.0, 2 * math.fsum(math.exp(one - n * math.log(2)) for one in log))
+    """Return the two-sided p of the sign test: n differences of one size, `positive` of them above zero."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(positive, n).pvalue)
 
 
 def hall_transform(t: float, skew: float, n: int) -> float:
-    """Hall's transformation of a t statistic of n observations (Hall 1992, J. R. Statist. Soc. B 54, 221-228): rises
-    with t, and is closer to Student's distribution than t is where the observations are skewed."""
+    """Return Hall's transformation of a t statistic of n observations (Hall 1992, J. R. Statist. Soc. B 54, 221-228).
+
+    It increases with t. For skewed observations it is closer to Student's distribution than t.
+    """
     u = t / math.sqrt(n)
     return math.sqrt(n) * (u + skew * u**2 / 3 + skew**2 * u**3 / 27 + skew / (6 * n))
 
 
 def skewed(t: float, skew: float, n: int) -> float:
-    """The statistic that `hall_transform` makes t of."""
+    """Return the inverse of `hall_transform`: the statistic that it maps to t."""
     if abs(skew) < 1e-6:
         return t
     return math.sqrt(n) * 3 / skew * (math.cbrt(1 + skew * (t / math.sqrt(n) - skew / (6 * n))) - 1)
 
 
 def student_p(t: float, degrees: int) -> float:
-    """Two-sided p of Student's t, by Wallace's normal approximation (1959): off by under 1 % of the quantile for 5
-    degrees and more."""
-    z = (8 * degrees + 1) / (8 * degrees + 3) * math.sqrt(degrees * math.log1p(t * t / degrees))
-    return math.erfc(z / math.sqrt(2))
+    """Return the two-sided p of Student's t with so many degrees of freedom."""
+    from scipy.stats import t as student
+
+    return float(2 * student.sf(abs(t), degrees))
 
 
 def student_quantile(p: float, degrees: int) -> float:
-    """The t at which `student_p` is p."""
-    z = -_NORMAL.inv_cdf(p / 2) * (8 * degrees + 3) / (8 * degrees + 1)
-    return math.sqrt(degrees * math.expm1(z * z / degrees))
+    """Return the t at which `student_p` is p."""
+    from scipy.stats import t as student
+
+    return float(student.isf(p / 2, degrees))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjusted p-values (Holm 1979): where each p is right, rejecting those at or below 5 % makes a false claim, one or
-    more, in at most 5 % of families."""
+    """Return adjusted p-values (Holm 1979).
+
+    If each p is valid, rejecting those at or below 5 % makes any false claim in at most 5 % of families.
+    """
     order = sorted(range(len(p)), key=lambda i: p[i])
     adjusted, so_far = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):
@@ -249,14 +277,16 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def apply_holm(family: Sequence[dict[str, Any]]) -> None:
-    """Add to the differences of one family `p_holm`, the interval at the level Holm tests each with
-    (`corrected_low`, `corrected_high`: the t statistics that neither Student's test nor the one without skew rejects)
-    and `supported`: the sign of the difference where it is, else 0.
+def apply_holm(family: Sequence[Difference]) -> None:
+    """Correct the differences of one family for multiple testing; adds fields to each.
 
-    A difference is supported where p_holm <= 5 % and neither interval holds zero. The differences of an object from
-    itself (`same`) are no tests: they do not count, and support nothing. The corrected intervals are tests turned
-    round; together they are not a simultaneous confidence region, which Holm's procedure does not give.
+    `corrected_low` and `corrected_high` bound the interval at the level at which Holm tests the difference: the values
+    that neither Student's test nor the one without skew rejects. `supported` is the sign of a supported difference,
+    else 0. A difference is supported where p_holm <= 5 % and neither interval holds zero.
+
+    Objects compared with themselves (`same`) are no tests: they do not count, and support nothing. The corrected
+    intervals are inverted tests. Together they are not a simultaneous confidence region, which Holm's procedure does not
+    provide.
     """
     tested = [one for one in family if not one.get("same")]
     adjusted = holm([one["p"] for one in tested])
@@ -268,16 +298,13 @@ def apply_holm(family: Sequence[dict[str, Any]]) -> None:
         one["p_holm"] = p
         if one["se"] is None:
             continue
-        level = LEVEL / (len(tested) - min(ranks[i], rejected))  # of the step that decided about it
+        # The level of the step of Holm's procedure that decided about this difference.
+        level = LEVEL / (len(tested) - min(ranks[i], rejected))
         t = student_quantile(level, one["n"] - 1)
         highest, lowest = (max(s * x for x in (s * t, skewed(s * t, one["skew"], one["n"]))) for s in (1, -1))
-        one["corrected_low"] = one["value"] - highest * one["se"]
-        one["corrected_high"] = one["value"] + lowest * one["se"]
+        low, high = one["value"] - highest * one["se"], one["value"] + lowest * one["se"]
+        one["corrected_low"], one["corrected_high"] = low, high
         sign = 1 if one["value"] > 0 else -1
-        if p <= LEVEL and all(sign * bound > 0 for bound in _bounds(one)):
+        bounds = (one["low"], one["high"], low, high)
+        if p <= LEVEL and all(bound is not None and sign * bound > 0 for bound in bounds):
             one["supported"] = sign
-
-
-def _bounds(one: Mapping[str, Any]) -> list[float]:
-    names = ("low", "high", "corrected_low", "corrected_high")
-    return [math.nan if one[name] is None else one[name] for name in names]

@@ -40,7 +40,7 @@ def compared(a: Scores, b: Scores, **more: Any) -> dict[str, Any]:
     return found
 
 
-def test_a_mean_difference_is_the_paired_t_test() -> None:
+def test_difference_of_means_is_the_paired_t_test() -> None:
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.3, 1, 40), rng.normal(0, 1, 40)
     found = compared(scores(a), scores(b), resamples=4000)
@@ -55,7 +55,7 @@ def test_a_mean_difference_is_the_paired_t_test() -> None:
     assert (found["high"] - found["low"]) / (2 * 1.96 * found["se"]) == pytest.approx(1, abs=0.08)
 
 
-def test_a_ratio_of_equal_denominators_is_the_runs_own_paired_interval() -> None:
+def test_difference_of_equal_denominators_has_the_runs_own_interval() -> None:
     rng = np.random.default_rng(1)
     tokens = rng.integers(5, 90, 64)
     a, b = tokens * rng.normal(1, 0.3, 64), tokens * rng.normal(1, 0.3, 64)
@@ -69,7 +69,7 @@ def test_a_ratio_of_equal_denominators_is_the_runs_own_paired_interval() -> None
     assert abs(found["high"] - other["high"]) < 0.06 * width
 
 
-def test_pairing_counts() -> None:
+def test_difference_of_hard_questions_is_seen_only_in_pairs() -> None:
     """Policies that differ by a little on questions that differ by a lot: only pairing sees it."""
     rng = np.random.default_rng(2)
     hard = rng.normal(0, 10, 50)
@@ -87,7 +87,7 @@ def test_pairing_counts() -> None:
         (11, 2, 2 * (1 + 13 + 78) / 2**13), (10, 3, 0.0922852), (14, 5, 0.0635681), (20, 20, 1.0),
     ],
 )  # fmt: skip
-def test_answers_that_changed_are_the_exact_mcnemar_test(gained: int, lost: int, p: float) -> None:
+def test_difference_of_changed_answers_is_mcnemars_exact_test(gained: int, lost: int, p: float) -> None:
     b = np.zeros(60)
     b[gained : gained + lost] = 1
     a = np.zeros(60)
@@ -95,41 +95,44 @@ def test_answers_that_changed_are_the_exact_mcnemar_test(gained: int, lost: int,
     assert compared(scores(a), scores(b))["p"] == pytest.approx(p)
 
 
-def test_the_sign_test_of_many() -> None:
+def test_sign_p_of_many_questions_approaches_the_normal() -> None:
     assert sign_p(5000, 10_000) == 1
     z = (5150 - 0.5 - 5000) / 50  # with the correction for continuity
     assert sign_p(5150, 10_000) == sign_p(4850, 10_000) == pytest.approx(math.erfc(z / math.sqrt(2)), rel=0.01)
 
 
-def test_halls_transformation_and_its_inverse() -> None:
+def test_hall_transform_and_skewed_are_inverse() -> None:
     for t, skew, n in [(2.0, 1.5, 30), (-3.0, 2.0, 20), (1.0, -6.0, 60), (2.5, 0.0, 10), (0.0, 0.7, 9)]:
         assert skewed(hall_transform(t, skew, n), skew, n) == pytest.approx(t, abs=1e-9)
     assert hall_transform(-2.2, 2.0, 30) > -2.2, "few large values above: a mean below zero is weaker evidence"
     assert hall_transform(-2.2, -2.0, 30) == -hall_transform(2.2, 2.0, 30)
 
 
-def test_student_and_its_inverse() -> None:
+def test_student_quantile_equals_the_tables_and_inverts_p() -> None:
     """Quantiles from the usual tables."""
     for degrees, p, t in [
-        (10, 0.05, 2.228),
-        (30, 0.05, 2.042),
-        (20, 0.01, 2.845),
-        (100, 0.001, 3.390),
+        (1, 0.05, 12.706),
+        (2, 0.01, 9.925),
         (5, 0.05, 2.571),
+        (10, 0.05, 2.228),
+        (20, 0.01, 2.845),
+        (30, 0.05, 2.042),
+        (100, 0.001, 3.390),
     ]:
-        assert student_quantile(p, degrees) == pytest.approx(t, rel=0.005)
-        assert student_p(student_quantile(p, degrees), degrees) == pytest.approx(p)
+        assert student_quantile(p, degrees) == pytest.approx(t, abs=0.0006)
+        assert student_p(student_quantile(p, degrees), degrees) == pytest.approx(p, rel=1e-9)
+        assert student_p(-t, degrees) == student_p(t, degrees)
     assert student_p(0, 5) == 1
     assert 0 < student_p(30, 40) < 1e-20
 
 
-def test_holm_by_hand() -> None:
+def test_holm_of_small_families_equals_hand_computation() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
     assert holm([]) == []
 
 
-def test_the_corrected_interval_excludes_zero_where_holm_rejects_and_nowhere_else() -> None:
+def test_apply_holm_corrected_interval_excludes_zero_where_rejected() -> None:
     rng = np.random.default_rng(5)
     for _ in range(20):
         family = []
@@ -145,13 +148,13 @@ def test_the_corrected_interval_excludes_zero_where_holm_rejects_and_nowhere_els
             assert one["supported"] in (0, np.sign(one["value"]))
 
 
-def test_no_claim_against_a_bootstrap_interval_that_holds_zero() -> None:
+def test_apply_holm_bootstrap_interval_with_zero_supports_nothing() -> None:
     one = {"value": 3.0, "se": 1.0, "skew": 0.0, "low": -0.1, "high": 5.0, "p": 0.004, "n": 60}
     apply_holm([one])
     assert (one["p_holm"], one["supported"]) == (0.004, 0)
 
 
-def test_a_policy_against_itself_is_no_test() -> None:
+def test_apply_holm_of_a_policy_against_itself_is_no_test() -> None:
     a = scores(np.arange(30.0))
     same = compared(a, a) | {"same": True}
     real = {"value": 3.0, "se": 1.0, "skew": 0.0, "low": 1.0, "high": 5.0, "p": 0.004, "n": 60}
@@ -160,7 +163,7 @@ def test_a_policy_against_itself_is_no_test() -> None:
     assert real["p_holm"] == 0.004, "a family of one"
 
 
-def test_one_question_or_none_in_common_supports_nothing() -> None:
+def test_apply_holm_of_one_common_question_supports_nothing() -> None:
     one = compared(scores([1.0]), scores([0.0]))
     apply_holm([one])
     assert (one["low"], one["p"], one["supported"]) == (None, 1.0, 0)
@@ -168,7 +171,7 @@ def test_one_question_or_none_in_common_supports_nothing() -> None:
     assert difference([a], [b], resampled(a, b), "x") is None
 
 
-def test_seeds_are_averaged_and_their_spread_shown() -> None:
+def test_difference_over_seeds_averages_them_and_shows_spread() -> None:
     """Two seeds, each with its own held-out set: the mean of the blocks' differences, standard error as of halves."""
     rng = np.random.default_rng(6)
     ours = [scores(rng.normal(m, 1, 200), block=k, prefix=k) for m, k in ((1.0, "s"), (3.0, "t"))]
@@ -188,7 +191,7 @@ def test_seeds_are_averaged_and_their_spread_shown() -> None:
     assert mean["spread"] == pytest.approx(np.std([o.value for o in ours], ddof=1))
 
 
-def test_the_same_questions_under_two_seeds_are_not_twice_as_many() -> None:
+def test_difference_over_seeds_counts_shared_questions_once() -> None:
     rng = np.random.default_rng(7)
     d = rng.normal(0.2, 1, 100)
     ours, theirs = [scores(d, block=k) for k in "st"], [scores(np.zeros(100), block=k) for k in "st"]
@@ -199,13 +202,13 @@ def test_the_same_questions_under_two_seeds_are_not_twice_as_many() -> None:
     assert (found["low"], found["high"]) == pytest.approx((one["low"], one["high"]))
 
 
-def test_questions_without_a_value_are_left_out() -> None:
+def test_estimate_leaves_out_questions_without_a_value() -> None:
     a = Scores("b", ("p", "q", "r"), np.array([1.0, 0.0, 3.0]), np.array([1.0, 0.0, 1.0]))
     found = estimate([a], resampled(a), "x")
     assert (found["value"], found["n"]) == (2.0, 2)
 
 
-def test_only_questions_that_both_sides_have_a_value_for_are_compared() -> None:
+def test_difference_leaves_out_questions_one_side_lacks() -> None:
     """The other side has no value for the questions that are easy for both: their means differ, they do not."""
     ids = tuple(f"q{i}" for i in range(40))
     num = np.array([1.0] * 20 + [0.0] * 20)
@@ -219,7 +222,7 @@ def test_only_questions_that_both_sides_have_a_value_for_are_compared() -> None:
     assert difference([undefined], [nowhere], resampled(whole), "x") is None
 
 
-def test_a_share_of_nothing_or_all_has_wilsons_interval() -> None:
+def test_estimate_of_a_share_of_nothing_has_wilsons_interval() -> None:
     for share in (0.0, 1.0):
         one = scores([share] * 50)
         found = estimate([one], resampled(one), "share")
@@ -238,7 +241,7 @@ def test_a_share_of_nothing_or_all_has_wilsons_interval() -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "skewed", "binary", "tokens", "carried by few"])
-def test_false_claims_are_rare(kind: str) -> None:
+def test_apply_holm_of_equal_variants_rarely_claims_a_difference(kind: str) -> None:
     """200 families of three variants that are all the same, against a reference: any claim in one is a false one.
 
     `carried by few`: against a base that does not vary, with differences whose mean is zero and a few of which are
@@ -266,7 +269,7 @@ def test_false_claims_are_rare(kind: str) -> None:
     assert false <= 18, "5 % of 200 is 10; 18 is two and a half standard deviations more"
 
 
-def test_a_difference_that_is_there_is_found() -> None:
+def test_apply_holm_of_a_real_difference_supports_it() -> None:
     rng, found = np.random.default_rng(12), 0
     for trial in range(50):
         prompts = rng.normal(0, 3, 60)
