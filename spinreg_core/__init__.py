@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spinreg_core.api import Run, load_policy, read_run, run
-    from spinreg_core.comparison.compare import comparison_data as compare
+    from spinreg_core.comparison.compare import compare
     from spinreg_core.config import RunConfig
     from spinreg_core.planning.plan import plan
     from spinreg_core.reports.export import export
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 _PLACES = {
-    "Run": "api.Run", "RunConfig": "config.RunConfig", "compare": "comparison.compare.comparison_data",
+    "Run": "api.Run", "RunConfig": "config.RunConfig", "compare": "comparison.compare.compare",
     "export": "reports.export.export", "load_policy": "api.load_policy", "open_store": "store.open.open_store",
     "plan": "planning.plan.plan", "read_run": "api.read_run", "report_data": "reports.run_report.report_data",
     "run": "api.run", "self_play_loss": "selfplay.loss.self_play_loss",

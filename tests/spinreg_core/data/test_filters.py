@@ -116,7 +116,5 @@ def test_load_training_with_max_records_reads_only_the_beginning(tmp_path: Path)
     heldout = load_heldout(str(tmp_path / "x.jsonl"), config)
     assert heldout is not None
     assert heldout.records == 6
-    with pytest.raises(
-        ValueError, match=r"max_records needs a whole split, but split is 'train\[:5\]'"
-    ):
+    with pytest.raises(ValueError, match=r"max_records needs a whole split, but split is 'train\[:5\]'"):
         DataConfig(max_records=3, split="train[:5]")
