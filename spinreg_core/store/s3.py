@@ -79,10 +79,8 @@ class S3Store:
             if not isinstance(error, StoreFailed | OSError | ValueError) and library(error) != "botocore":
                 raise
             within = f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)"
-            raise BadInput(
-                "store", f"{self.url}, which cannot be used: {innermost_text(error)}",
-                remedy(error, within),
-            ) from None  # fmt: skip
+            found = f"cannot be used: {innermost_text(error)}"
+            raise BadInput(f"store {self.url}", found, remedy(error, within)) from None
         require_own_commits(self)
 
     def read(self, key: str) -> bytes | None:
