@@ -36,7 +36,7 @@ from work import processor
 
 from spinreg_core.runs import fetch
 from spinreg_core.store.base import PART_BYTES
-from spinreg_core.store.s3 import _PARTS_AT_ONCE as AT_ONCE
+from spinreg_core.store.s3 import PARTS_AT_ONCE as AT_ONCE
 
 SHARDS = 4
 

@@ -25,13 +25,13 @@ MOST_LAYERS = 10_000  # transformers makes lists as long when it reads a configu
 def require_plain(field: str, path: Path) -> None:
     """Raise BadInput for a pipe, socket or device: opening a pipe would block forever."""
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise BadInput(field, f"{path}, which is a pipe, a socket or a device", "a file or a folder")
+        raise BadInput(field, f"names {path}, which is a pipe, a socket or a device", "a file or a folder")
 
 
 def require_size(field: str, file: object, size: int, most: int, expected: str) -> None:
     """Raise BadInput for a file, or a part of one, of more bytes than `most`."""
     if size > most:
-        raise BadInput(field, f"{file} of {size} bytes", f"{expected} of at most {most}")
+        raise BadInput(field, f"{file} of {size} bytes", f"{expected} of at most {most} bytes")
 
 
 def require_small_file(field: str, path: Path, most: int = LARGEST_QUESTIONS) -> None:
@@ -47,5 +47,5 @@ def require_small_file(field: str, path: Path, most: int = LARGEST_QUESTIONS) ->
 def require_expansion(path: Path, unpacked: int) -> None:
     """Raise BadInput for a data file that unpacks to far more than its size: a decompression bomb."""
     if unpacked > max(EXPANSION_FREE_BYTES, LARGEST_EXPANSION * path.stat().st_size):
-        raise BadInput("dataset", f"{path}, which unpacks to more than {LARGEST_EXPANSION} times its size",
-                       "data; unpack the file yourself if you trust it")  # fmt: skip
+        found = f"names {path}, which unpacks to more than {LARGEST_EXPANSION} times its size"
+        raise BadInput("dataset", found, "use other data, or unpack the file yourself if you trust it")

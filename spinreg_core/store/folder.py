@@ -55,13 +55,12 @@ class FolderStore:
             if isinstance(error, ValueError) or error.errno == errno.ENAMETOOLONG:
                 raise BadInput("store", f"{self.url!r} ({error})", "a folder that can be written to") from None
         if self.root.is_symlink() and not self.root.exists():
-            raise BadInput(
-                "store", f"{self.url}, a link that leads nowhere", "a folder (is a file system not mounted?)"
-            )
+            raise BadInput(f"store {self.url}", "is a link that leads nowhere", "a folder (is it mounted?)")
         there = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            found = "not a folder" if not there.is_dir() else "not writable for this user"
-            raise BadInput("store", f"{self.url} ({there} is {found})", "a folder that can be written to")
+            reason = "not a folder" if not there.is_dir() else "not writable for this user"
+            found = f"cannot be written to ({there} is {reason})"
+            raise BadInput(f"store {self.url}", found, "a folder that can be written to")
         require_own_commits(self)
 
     def _path(self, key: str) -> Path:

@@ -21,21 +21,21 @@ def list_s3(url: str, field: str, times: RetryTimes | None = None) -> dict[str, 
     """
     bucket, remote = _open_bucket(url, field, times)
     try:
-        found = bucket.find_files(remote)
+        files = bucket.find_files(remote)
     except (StoreRefused, OSError, ValueError) as error:  # ValueError: the address is not valid
-        raise BadInput(field, f"{url} cannot be read: {error}",
-                       "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)") from None  # fmt: skip
+        found = f"names {url}, which cannot be read: {error}"
+        raise BadInput(field, found, "a bucket within reach (AWS_ENDPOINT_URL, AWS credentials)") from None
     listed = {}
-    for key, file in found.items():
+    for key, file in files.items():
         name = key[len(remote) :].lstrip("/")
         # Skip a neighbour with the same first letters, and the empty object that stands for a folder.
         if not (key == remote or not remote or key.startswith(f"{remote}/")) or (key.endswith("/") and not file.size):
             continue
         if ".." in name.split("/"):
-            raise BadInput(field, f"an object named {name!r} below {url}", "names that stay inside the folder")
+            raise BadInput(field, f"names {url}, which holds an object {name!r}", "names that stay inside the folder")
         listed[name] = file
     if not listed:
-        raise BadInput(field, f"nothing at {url}", "an object, or a prefix with objects below it")
+        raise BadInput(field, f"names {url}, which holds no objects", "an object, or a prefix with objects below it")
     return listed
 
 
@@ -49,7 +49,8 @@ def fetch_s3(url: str, names: list[str], folder: Path, field: str, times: RetryT
         try:
             bucket.download(key, target)
         except FileNotFoundError:
-            raise BadInput(field, f"{bucket.uri(key)}, which is gone", "files that stay while they are read") from None
+            found = f"names {bucket.uri(key)}, which was removed"
+            raise BadInput(field, found, "files that stay while they are read") from None
         except StoreFailed as error:
             raise type(error)(f"{field}: {error}") from None
 

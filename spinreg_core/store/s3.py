@@ -30,7 +30,7 @@ from spinreg_core.store.retries import RetryTimes, innermost_text, library, reme
 from spinreg_core.store.transfers import track_transfer
 
 T = TypeVar("T")
-_PARTS_AT_ONCE = 8
+PARTS_AT_ONCE = 8
 _MOST_PARTS = 10_000  # of one upload, by S3's rules: a file of more than 156 GiB goes in larger parts
 
 
@@ -61,7 +61,7 @@ class S3Store:
                 "retries": {"total_max_attempts": 1, "mode": "standard"},
                 "connect_timeout": 20,
                 "read_timeout": 60,
-                "max_pool_connections": 2 * _PARTS_AT_ONCE,
+                "max_pool_connections": 2 * PARTS_AT_ONCE,
                 # The server compares this checksum with the body, on http and https, whatever the environment says
                 # about checksums. A second hash in the signature would cost time and protect nothing more.
                 "request_checksum_calculation": "when_supported",
@@ -79,10 +79,8 @@ class S3Store:
             if not isinstance(error, StoreFailed | OSError | ValueError) and library(error) != "botocore":
                 raise
             within = f"a bucket {self.bucket!r} within reach (AWS_ENDPOINT_URL, AWS credentials)"
-            raise BadInput(
-                "store", f"{self.url}, which cannot be used: {innermost_text(error)}",
-                remedy(error, within),
-            ) from None  # fmt: skip
+            found = f"cannot be used: {innermost_text(error)}"
+            raise BadInput(f"store {self.url}", found, remedy(error, within)) from None
         require_own_commits(self)
 
     def read(self, key: str) -> bytes | None:
@@ -305,7 +303,7 @@ async def _together(work: Callable[[], Awaitable[None]]) -> None:
     """Run several tasks of the same work. The first that fails ends the others."""
     try:
         async with asyncio.TaskGroup() as group:
-            for _ in range(_PARTS_AT_ONCE):
+            for _ in range(PARTS_AT_ONCE):
                 group.create_task(work())  # type: ignore[arg-type]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None

@@ -324,5 +324,5 @@ def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="which is a pipe, a socket or a device"):
         resolve({}, str(tmp_path / "run.yaml"))
     os.mkfifo(tmp_path / "rows.jsonl")
-    with pytest.raises(BadInput, match=r"dataset: found .*rows\.jsonl, which is a pipe"):
+    with pytest.raises(BadInput, match=r"dataset names .*rows\.jsonl, which is a pipe"):
         load_training(str(tmp_path / "rows.jsonl"), DataConfig())

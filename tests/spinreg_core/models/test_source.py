@@ -205,7 +205,7 @@ def test_resolve_model_of_s3_keeps_versions_apart(tiny: Path, tmp_path: Path, s3
     changed = resolve_model(url, tmp_path)
     assert changed != found
     assert (changed / "chat_template.jinja").read_text() == "{# new #}" + CHATML
-    with pytest.raises(BadInput, match="model: found nothing at s3://"):
+    with pytest.raises(BadInput, match=r"model names s3://.*, which holds no objects"):
         resolve_model(f"s3://{s3_server.bucket}/models/none", tmp_path)
 
 

@@ -194,7 +194,9 @@ def test_s3_object_with_a_name_that_leads_elsewhere_is_refused(monkeypatch: pyte
 
     monkeypatch.setattr(S3Store, "find_files", lambda self, start: {f"{start}/{name}": RemoteFile(1, "x")})
     for field in ("model", "dataset"):
-        with pytest.raises(BadInput, match=f"{field}: found an object named .* names that stay inside the folder"):
+        with pytest.raises(
+            BadInput, match=f"{field} names .*, which holds an object .* names that stay inside the folder"
+        ):
             s3_files.list_s3("s3://bucket/folder", field)
 
 

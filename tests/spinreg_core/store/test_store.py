@@ -144,7 +144,7 @@ def test_list_skips_lost_and_found() -> None:
 
 def test_store_at_a_link_to_nothing_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "store").symlink_to(tmp_path / "not-mounted")
-    with pytest.raises(BadInput, match="a link that leads nowhere"):
+    with pytest.raises(BadInput, match="is a link that leads nowhere"):
         FolderStore(tmp_path / "store").check()
 
 
