@@ -1,7 +1,7 @@
-"""Write docs/configuration.md, the reference of every field, from the models in spinreg_core/config.
+"""Write docs/configuration.md, the reference of every field, from the models in spinreg_core/config.py.
 
-Decides: the page's introduction and the text of types. Leaves out: fields, defaults and descriptions (the models). Run
-it after changing them (`make docs`); a test fails if the page is out of date.
+Decides: the page's introduction and how a type reads to a person. Leaves out: fields, defaults and descriptions
+(the models). Run it after changing them (`make docs`); a test fails when the page is out of date.
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ opponent:
 """
 
 INTRODUCTION = f"""\
-<!-- Made by scripts/config_reference.py (`make docs`). Change spinreg_core/config or that script, not this page. -->
+<!-- Made by scripts/config_reference.py (`make docs`). Change spinreg_core/config.py or that script, not this page. -->
 # Configuration
 
-After this page you can set every field of a run. One tree defines a run, `spinreg_core.config.RunConfig`. It holds the
-only defaults, listed below. Together they are the demo.
+Everything that defines a run is one tree, `spinreg_core.config.RunConfig`. Nothing else has defaults: what is not
+said is what stands below, and the defaults together are the demo.
 
 ## Where values come from
 
 1. A **parameter** wins: `-p rounds=3` or `-p objective='{{"alpha": 1}}'` of `prefect deployment run`, a field of the
    form in the Prefect UI, an option such as `--model` or `-p objective.alpha=1` of the command `spinreg`.
-2. Then the **file** named by `config` (`--config`): YAML, or JSON if the name ends in `.json`; a path or a URI
-   (`s3://…`). A group in a parameter replaces the fields of the file's group one by one; a list replaces a list.
-3. Then, without a file, the **existing run** of that name: `-p run=NAME -p rounds=1` continues NAME with its stored
-   configuration. With a file, the file and the defaults are the whole configuration.
+2. Then the **file** named by `config` (`--config`): YAML, or JSON where the name ends in `.json`; a path or a URI
+   (`s3://…`). A group in a parameter is laid over the group of the file field by field; a list replaces a list.
+3. Then, without a file, the **existing run** of that name: `-p run=NAME -p rounds=1` goes on with NAME as it is.
+   With a file, the file and the defaults are the whole of what is wanted.
 4. Then the **defaults**.
 
-`rounds` and `until_round` are two ways to set the same goal, so either of them as a parameter replaces both in the
-file. The resolved configuration is printed, shown in Prefect and stored with the run. A value out of range, an unknown
-field, or two fields that contradict each other end the run before anything is loaded, with one line per field.
+`rounds` and `until_round` say the same thing in two ways, so one of them as a parameter replaces either of them in
+the file. What came out is printed, shown in Prefect and stored with the run. A value out of range, an unknown field
+or two fields that contradict each other end the run before anything is loaded, with one line per field.
 
-## Continuing a run
+## Going on with a run
 
-A run keeps the configuration it was started with. Only the following fields may have other values later. They decide
-how far to go, how to run and what to keep, and change results by no more than the rounding of sums: {{mutable}}.
-Any other difference is refused, with a list of the differences; use another run name for another experiment. Runs in one
-store share their common objects, so a grid over alpha and history prepares the data and does the first round once.
+A run keeps the configuration it was started with. Only these may be given other values later, because they say how
+far, how to run and what to keep, and change what comes out by no more than the rounding of sums: {{mutable}}. Any other
+difference is refused with the list of what differs; take another run name for another experiment. Runs in one store
+share what they have in common, so a grid over alpha and history prepares the data and does the first round once.
 
 ## Values that change from round to round
 
@@ -79,13 +79,13 @@ spinreg run --config my.yaml -p objective.alpha=1      # one field changed
 prefect deployment run spin/iterate -p config=s3://runs/my.yaml -p rounds=1
 ```
 
-On the command line values are JSON, or text if they are not valid JSON: `-p training.learning_rate='[5e-7, 1e-7]'`.
+On the command line values are JSON, or text where they are no JSON: `-p training.learning_rate='[5e-7, 1e-7]'`.
 
 """
 
 
 def type_text(annotation: Any) -> str:
-    """Return the text of a type with its ranges, e.g. `number > 0, or list of numbers > 0`."""
+    """A type as a person reads it, ranges included, e.g. `number > 0, or list of numbers > 0`."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return type_text(arguments[0]) + bounds(arguments[1:])
@@ -101,7 +101,7 @@ def type_text(annotation: Any) -> str:
 
 
 def bounds(metadata: typing.Iterable[Any]) -> str:
-    """Return the range of constraints, e.g. ` ≥ 0, < 1`."""
+    """The range that constraints stand for, e.g. ` ≥ 0, < 1`."""
     parts: list[str] = []
     for item in metadata:
         for constraint in item.metadata if isinstance(item, FieldInfo) else [item]:
@@ -115,7 +115,7 @@ def bounds(metadata: typing.Iterable[Any]) -> str:
 
 
 def table(model: type[Group]) -> str:
-    """Return a Markdown table of the fields of one group."""
+    """A Markdown table of the fields of one group."""
     lines = ["| field | type and range | default | what it is |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         if isinstance(field.default, Group):
@@ -131,7 +131,7 @@ def table(model: type[Group]) -> str:
 
 
 def page() -> str:
-    """Return the text of docs/configuration.md."""
+    """The whole of docs/configuration.md."""
     RunConfig.model_validate(yaml.safe_load(EXAMPLE))
     places = list(RunConfig.model_fields)
     names = sorted(MUTABLE_FIELDS, key=lambda name: (places.index(name.split(".")[0]), name))

@@ -23,7 +23,7 @@ from tests.support.whole_runs import wait_until
 
 Say = Callable[[str], None]
 FULL = "what was committed stays. Free some"
-HELD = 75  # exit status of a flow if another one advances the run
+HELD = 75  # exit status of a flow that found another one at work
 MIDDLE = ("round-1-generate", "round-1-mix-opponent", "round-1-train", "round-1-evaluate")
 
 

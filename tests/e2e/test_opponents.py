@@ -65,5 +65,5 @@ def test_run_with_every_kind_of_opponent_trains_on_all_of_them(prefect_server: P
     assert mixed["scores_of_engine"] > 0
     assert abs(mixed["engine_worst_difference"]) < 0.01
     assert f"average (slerp, weight 0.4) of {first['object_id']} and {base}" in text
-    # Every pair has a score of the engine, in place of the scorer's.
+    # The scorer would have said the same.
     assert all(p["previous_generated"] is not None for p in pairs)
