@@ -1,7 +1,7 @@
 """Write docs/configuration.md, the reference of every field, from the models in spinreg_core/config/.
 
-Decides: the page's introduction and the text of types. Leaves out: fields, defaults and descriptions (the models). Run
-it after changing them (`make docs`); a test fails if the page is out of date.
+Decides: the page's introduction and how a type reads to a person. Leaves out: fields, defaults and descriptions
+(the models). Run it after changing them (`make docs`); a test fails when the page is out of date.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def table(model: type[Group]) -> str:
 
 
 def page() -> str:
-    """Return the text of docs/configuration.md."""
+    """The whole of docs/configuration.md."""
     RunConfig.model_validate(yaml.safe_load(EXAMPLE))
     places = list(RunConfig.model_fields)
     names = sorted(MUTABLE_FIELDS, key=lambda name: (places.index(name.split(".")[0]), name))

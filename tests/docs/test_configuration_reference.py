@@ -62,8 +62,8 @@ def test_row_of_a_field_shows_type_range_and_default(field: str, kind: str, defa
     assert rows()[field][:2] == [kind, default]
 
 
-def test_page_names_all_mutable_fields() -> None:
-    paragraph = PAGE.split("## Continuing a run")[1].split("Any other")[0]
+def test_the_mutable_fields_are_named() -> None:
+    paragraph = PAGE.split("## Going on with a run")[1].split("Any other")[0]
     assert set(re.findall(r"`([\w.]+)`", paragraph)) == set(MUTABLE_FIELDS)
 
 
