@@ -245,13 +245,13 @@ def why_unpaired(ours: Variant, theirs: Variant) -> str:
     old, new = ({name: one.fields[name] for name in ("model", "dataset", "data")} for one in (theirs, ours))
     told = differences(old, new)
     if told:
-        return "their held-out rows are of other data objects: " + "; ".join(told)
+        return "their held-out rows come from other data objects: " + "; ".join(told)
     if not set(seeds[0]) & set(seeds[1]):
         return (
-            f"the held-out rows depend on the seed, and they have none in common ({seeds[0]} against {seeds[1]}): "
-            "name runs of equal seeds"
+            f"the held-out rows depend on the seed, and they have none in common ({seeds[0]} against {seeds[1]}); "
+            "name runs with equal seeds"
         )
-    return "their held-out rows are of other data objects with the same configuration: the data or the model changed"
+    return "their held-out rows come from other data objects of one configuration: the data or the model changed"
 
 
 def samples_of(store: Store, variants: list[Variant]) -> list[Sample]:

@@ -218,19 +218,19 @@ def verdict(rounds: Sequence[Round]) -> Verdict:
     # Both values come from the same rows, so the base's value is the last round's without the paired change.
     base = format_number(value["value"] - change["value"], value)
     sentences = [
-        f"Held-out negative log-likelihood after round {number} is {format_estimate(value)} {value['unit']}, against "
-        f"{base} for the base model: {_difference(change)}, paired over {change['n']} rows. "
+        f"Held-out negative log-likelihood after round {number} is {format_estimate(value)} {value['unit']}, compared "
+        f"with {base} for the base model: {_difference(change)}, paired over {change['n']} rows. "
         + ("The interval excludes zero." if sign else "The interval contains zero, so this may be chance.")
     ]
     if number > 1:
         step = metrics["nll_vs_previous"]
         sentences.append(
-            f"Against round {number - 1} it is {_difference(step)}"
-            + ("." if _supported(step) else ", which these rows cannot tell from no change.")
+            f"Compared with round {number - 1} it is {_difference(step)}"
+            + ("." if _supported(step) else ", which these rows cannot distinguish from no change.")
         )
     sentences.append(
-        "The interval is about which rows were held out; another training seed would move the numbers too. "
-        "It is about human answers being more or less likely, not about how sampled answers are liked."
+        "The interval covers the choice of held-out rows; another training seed would change the numbers too. "
+        "The metric measures how likely human answers are, not how good sampled answers are."
     )
     return {"outcome": outcome, "round": number, "headline": headline, "sentences": sentences}
 
@@ -257,17 +257,16 @@ def heldout_alarms(number: int, metrics: Mapping[str, Estimate], level: float) -
         against = "the base model" if number == 1 else f"round {number - 1}"
         text = (
             f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "
-            f"This is the instability that regularisation is for: {REMEDIES}."
+            f"Regularisation is meant to prevent this instability: {REMEDIES}."
         )
         found.append({"round": number, "where": "held-out rows", "text": text})
     for against in ("base", "previous"):
         kl = metrics.get(f"kl_{against}")
         if kl is not None and _supported(kl) < 0:
             text = (
-                f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which a "
-                "policy's own samples hardly ever do: unless it is next to nothing, the sampled policy is not the "
-                "scored one. Look at generation.dtype (bfloat16 rounds small steps away), temperature, top_p and "
-                "top_k."
+                f"The KL to the {against} policy is negative ({format_estimate(kl)} {kl['unit']}), which hardly ever "
+                "happens with a policy's own samples. Unless it is close to zero, the sampled policy is not the scored "
+                "one. Check generation.dtype (bfloat16 rounds small steps away), temperature, top_p and top_k."
             )
             found.append({"round": number, "where": "samples", "text": text})
     return found
@@ -279,8 +278,8 @@ def notes(sampler: GenerationConfig, rounds: Sequence[Round], ended: str | None)
     return [
         *([] if ended is None else [f"The run {ended}."]),
         *sample_notes([sampler.model_dump()], rows),
-        f"Sampled answers end after {sampler.max_new_tokens} tokens at the latest: answer length and KL are "
-        "those of answers cut there. Reward accuracy compares them with whole human answers.",
+        f"Sampled answers are cut after {sampler.max_new_tokens} tokens, so answer length and KL are those of cut "
+        "answers. Reward accuracy compares them with whole human answers.",
     ]
 
 
@@ -292,8 +291,8 @@ def sample_notes(samplers: Sequence[Mapping[str, Any]], rows: int | None) -> lis
         told = [f"temperature {one['temperature']}, top-p {one['top_p']}, top-k {one['top_k']}" for one in odd]
         found.append(
             f"Answers{' of some runs' if len(odd) < len(samplers) else ''} were sampled with "
-            f"{' or '.join(dict.fromkeys(told))}: that is not the policy itself, so KL is about these samples only."
+            f"{' or '.join(dict.fromkeys(told))}: this is not the policy itself, so KL describes these samples only."
         )
     if rows is not None and rows < 30:
-        found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; take at least 30.")
+        found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; use at least 30.")
     return found

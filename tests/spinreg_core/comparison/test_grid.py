@@ -76,27 +76,27 @@ def test_variations_may_train_on_other_prompts_of_the_same_rows() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"alpha": [0.5], "history": [1]}, "members: found 1 variations of 1 seeds; expected at least two"),
-        ({"alpha": [0.5, 0.5]}, r"alpha: found \[0.5, 0.5\]; expected every value once"),
+        ({"alpha": [0.5], "history": [1]}, r"members: found 1 x 1 \(variations x seeds\); expected at least two"),
+        ({"alpha": [0.5, 0.5]}, r"alpha: found \[0.5, 0.5\], with a value named twice; expected every value once"),
         ({"seeds": [1, 1]}, "seeds: found .* every seed once"),
         ({"alpha": [0.5, 1.5]}, r"member 'g-alpha-1.5-h-1-s0': .*\n.*objective.alpha: found 1.5"),
-        ({"alpha": [1], "beta_0": [0.1]}, "beta_0: found alpha besides"),
-        ({"beta_0": [-0.1, 0]}, r"beta_0: found \[-0.1, 0\]; expected weights of at least 0"),
+        ({"alpha": [1], "beta_0": [0.1]}, "beta_0 cannot be set with alpha; use one of them"),
+        ({"beta_0": [-0.1, 0]}, r"beta_0: found \[-0.1, 0\]; expected finite weights of at least 0"),
         ({"variations": {"a": {}, "b": None}}, "variation 'b': found None; expected fields by name"),
         (
             {"variations": {"a": {}, "b": {"training": {"optimizer": "rmsprop"}}}},
-            "variations: found g-a-s0 and g-b-s0, which are the same",
+            "variations: found g-a-s0 and g-b-s0, which are equal",
         ),
         (
             {"variations": {"a": {}, "b": {"keep": {"policies": 2}}}},
-            "variations: found g-a-s0 and g-b-s0, which are the same",
+            "variations: found g-a-s0 and g-b-s0, which are equal",
         ),
-        ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a': found seed; expected fields in which"),
-        ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations: found a grid"),
+        ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a' cannot set seed; set fields"),
+        ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations cannot be set with alpha"),
         (
             {"variations": {"a": {}, "b": {"data": {"max_prompt_tokens": 300}}}},
-            r"variations: found g-a-s0 and g-b-s0, which differ in what their held-out rows are "
-            r"\(data.max_prompt_tokens: 512 -> 300\); expected the same rows",
+            r"variations: found g-a-s0 and g-b-s0, with other held-out rows "
+            r"\(data.max_prompt_tokens: 512 -> 300\); expected the same held-out rows",
         ),
         (
             {"variations": {"a": {}, "b": {"evaluation": {"final_answer": "none"}}}, "seeds": [0, 1]},
@@ -163,7 +163,7 @@ def test_when_a_member_is_done(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     base = BASE | {"store": store.url, "until_round": 1}
     member, other = members_of("g", base, alpha=[1, 0], history=[1])
-    assert open_reason(store, member) == rounds_open(store, member) == "nothing of it is in the store"
+    assert open_reason(store, member) == rounds_open(store, member) == "the store has nothing of it"
     with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
@@ -178,7 +178,7 @@ def test_when_a_member_is_done(tmp_path: Path) -> None:
         session.update(
             lambda head: head.update(repair={"to": 1, "stages": [], "replace": {}, "was": {}, "dependents": {}})
         )
-        assert rounds_open(store, member) == "a repair of it is not finished"
+        assert rounds_open(store, member) == "its repair is not finished"
         session.update(lambda head: head.pop("repair"))
     check_stored(store, [member, other])
     changed = members_of("g", base | {"training": {"epochs": 9}}, alpha=[1, 0], history=[1])
@@ -241,7 +241,7 @@ def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
     assert "round 1 is not" in str(open_reason(store, wanting(limit=1319, rounds=[1])[0]))
     # Task files that only the machines have which measure: a flow run there finds out.
     elsewhere, other = wanting(limit=10, include_path=str(tmp_path / "elsewhere"))
-    assert "as far as can be told here" in str(open_reason(store, elsewhere))
+    assert "as far as this machine can tell" in str(open_reason(store, elsewhere))
     assert waits_for(other, store, [(elsewhere, read_head(store, plain.run))]) is None
 
 
@@ -279,5 +279,5 @@ def test_a_reference_that_failed_is_replaced_by_its_like() -> None:
 def test_one_member_is_no_comparison() -> None:
     members = members_of("g", BASE)
     require_two(members, {})
-    with pytest.raises(SpinregError, match=r"1 members came to their end.*\n  - b: failed so"):
+    with pytest.raises(SpinregError, match=r"only 1 members finished.*\n  - b: failed so"):
         require_two(members[:1], {"b": "failed so"})
