@@ -173,14 +173,10 @@ def compare(
 
 def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
     return {
-        "run": member.run,
-        "variant": variant.label,
-        "seed": member.config.seed,
-        "data": member.data,
-        "rounds": member.rounds,
-        "ended": ended_early(member.head),
+        "run": member.run, "variant": variant.label, "seed": member.config.seed, "data": member.data,
+        "rounds": member.rounds, "ended": ended_early(member.head),
         "sampler": member.config.generation.model_dump(include={"temperature", "top_p", "top_k"}),
-    }
+    }  # fmt: skip
 
 
 class _Resampled:

@@ -54,12 +54,9 @@ def write_comparison(
     store.write(f"{place}/report.json", json.dumps(data, indent=1, allow_nan=False).encode())
     store.write(f"{place}/report.html", render(data, files).encode())
     return {
-        "html": f"{place}/report.html",
-        "json": f"{place}/report.json",
-        "csv": f"{place}/table.csv",
-        "parquet": f"{place}/table.parquet",
-        "data": data,
-    }
+        "html": f"{place}/report.html", "json": f"{place}/report.json",
+        "csv": f"{place}/table.csv", "parquet": f"{place}/table.parquet", "data": data,
+    }  # fmt: skip
 
 
 def table_of(data: Numbers) -> pa.Table:

@@ -134,11 +134,9 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
             else:
                 scores[key] = found
                 member.definitions[key] = {
-                    "label": key,
-                    "unit": part["metrics"][part["primary"]]["unit"],
-                    "better": part["better"],
+                    "label": key, "unit": part["metrics"][part["primary"]]["unit"], "better": part["better"],
                     "definition": f"Benchmark of kind {part['kind']}: its primary metric, item by item.",
-                }
+                }  # fmt: skip
             told = ("object_id", "kind", "name", "settings", "fingerprints", "versions", "cost")
             entry = {"run": run, "round": number} | {name: part.get(name) for name in told}
             member.measured.append(cast(BenchmarkEntry, entry))
@@ -171,13 +169,11 @@ def asked_of(part: Measured) -> str:
     have other opponents in every run, except in round 1; so they are not paired.
     """
     common = {
-        "kind": part["kind"],
-        "name": part["name"],
-        "primary": part["primary"],
+        "kind": part["kind"], "name": part["name"], "primary": part["primary"],
         "settings": {k: v for k, v in part.get("settings", {}).items() if k not in _NOT_ASKED},
         "fingerprints": {k: v for k, v in part.get("fingerprints", {}).items() if k not in _ANSWERS},
         "lm-eval": part.get("versions", {}).get("lm-eval"),
-    }
+    }  # fmt: skip
     return json.dumps(common, sort_keys=True)
 
 
@@ -278,18 +274,12 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[SharedObject]:
         for made in objects_of_run(store, member.head):
             if made.object_id not in found:
                 found[made.object_id] = {
-                    "round": made.round,
-                    "stage": made.stage,
-                    "object_id": made.object_id,
-                    "uri": store.uri(f"objects/{made.object_id}"),
-                    "seconds": made.record.get("seconds"),
-                    "created": made.record.get("created"),
-                    "runs": [],
-                    "tokens": tokens_of(made),
-                    "paid": paid.get(made.object_id, 0.0),
-                    "inputs": made.record.get("inputs"),
+                    "round": made.round, "stage": made.stage, "object_id": made.object_id,
+                    "uri": store.uri(f"objects/{made.object_id}"), "seconds": made.record.get("seconds"),
+                    "created": made.record.get("created"), "runs": [], "tokens": tokens_of(made),
+                    "paid": paid.get(made.object_id, 0.0), "inputs": made.record.get("inputs"),
                     "versions": made.record.get("versions"),
-                }
+                }  # fmt: skip
             found[made.object_id]["runs"].append(member.run)
     return list(found.values())
 
@@ -309,12 +299,9 @@ def cost_of(variant: Variant, lineage: Sequence[SharedObject]) -> Cost:
     seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
     shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
     return {
-        "variant": variant.label,
-        "runs": len(runs),
+        "variant": variant.label, "runs": len(runs),
         "rounds": max(max(member.rounds, default=0) for member in variant.members),
-        "seconds": seconds,
-        "total_seconds": sum(seconds.values()),
-        "shared_seconds": per_run(shared, "seconds"),
+        "seconds": seconds, "total_seconds": sum(seconds.values()), "shared_seconds": per_run(shared, "seconds"),
         "tokens": {stage: tokens(stage) for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")},
         "paid": per_run(stages[BENCHMARK], "paid"),
-    }
+    }  # fmt: skip

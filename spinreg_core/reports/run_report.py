@@ -53,13 +53,9 @@ def render(data: Report) -> str:
     assert "</script" not in plotly
     page = template("report.html.jinja", estimate=format_estimate, bytes=format_bytes, duration=format_duration)
     return page.render(
-        data=data,
-        plotly=plotly,
-        leaves=flatten(data["config"]),
-        benchmarks=benchmarks(data),
-        benchmark_of=benchmark_of,
-        counted=counted,
-    )
+        data=data, plotly=plotly, leaves=flatten(data["config"]), benchmarks=benchmarks(data),
+        benchmark_of=benchmark_of, counted=counted,
+    )  # fmt: skip
 
 
 def report_data(store: Store, run: str) -> Report:
@@ -108,18 +104,12 @@ def read_json(store: Store, object_id: str, name: str) -> Any:
 
 def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> Round:
     stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
+    measured = [part | {"uri": store.uri(f"objects/{part['object_id']}")}
+                for part in results_of(store, config, head, number)]  # fmt: skip
     found: Round = {
-        "round": number,
-        "stages": stages,
-        "metrics": None,
-        "benchmarks": [
-            cast(Measured, part | {"uri": store.uri(f"objects/{part['object_id']}")})
-            for part in results_of(store, config, head, number)
-        ],
-        "pairs": None,
-        "training": None,
-        "margins": None,
-    }
+        "round": number, "stages": stages, "metrics": None, "benchmarks": cast(list[Measured], measured),
+        "pairs": None, "training": None, "margins": None,
+    }  # fmt: skip
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
         found["pairs"] = manifest["metrics"]
     if "evaluate" in stages:
@@ -157,23 +147,13 @@ def _lineage(store: Store, head: dict[str, Any]) -> list[Lineage]:
     for made in sorted(found, key=lambda made: (made.round, order.index(made.stage))):
         manifest, removed = made.record, removed_keys(made.record)
         files = [entry for entry in manifest["files"] if entry["key"] not in removed]
-        lines.append(
-            {
-                "round": None if made.stage in INPUTS else made.round,
-                "stage": made.stage,
-                "object_id": made.object_id,
-                "uri": store.uri(f"objects/{made.object_id}"),
-                "inputs": manifest["inputs"],
-                "files": len(files),
-                "removed": len(manifest["files"]) - len(files),
-                "bytes": sum(entry["size"] for entry in files),
-                "seconds": manifest["seconds"],
-                "tokens": tokens_of(made),
-                "created": manifest["created"],
-                "writer": manifest["writer"],
-                "versions": manifest["versions"],
-            }
-        )
+        lines.append({
+            "round": None if made.stage in INPUTS else made.round, "stage": made.stage, "object_id": made.object_id,
+            "uri": store.uri(f"objects/{made.object_id}"), "inputs": manifest["inputs"],
+            "files": len(files), "removed": len(manifest["files"]) - len(files),
+            "bytes": sum(entry["size"] for entry in files), "seconds": manifest["seconds"], "tokens": tokens_of(made),
+            "created": manifest["created"], "writer": manifest["writer"], "versions": manifest["versions"],
+        })  # fmt: skip
     return lines
 
 
