@@ -132,7 +132,7 @@ def members_of(
     return found
 
 
-# Fields of `data` that do not change the rows: they say when a row is trained on, and what is an error.
+# Fields of `data` that do not change the rows: they say when a row is trained on, and how many may be bad.
 _NO_ROWS = {"prompts_per_round", "round_prompts", "max_bad_share"}
 
 
@@ -267,7 +267,7 @@ def rounds_open(store: Store, member: Member) -> str | None:
 
 
 def open_reason(store: Store, member: Member) -> str | None:
-    """Return what a member still has to do, or None.
+    """Return the remaining work of a member, or None.
 
     If this machine cannot tell whether everything is measured, that counts as work. The flow run of the member finds
     out.
@@ -285,5 +285,5 @@ def open_reason(store: Store, member: Member) -> str | None:
 def require_two(found: Sequence[Member], failures: Mapping[str, str]) -> None:
     """Raise SpinregError, with the reasons, if fewer than two members finished."""
     if len(found) < 2:
-        what = "".join(f"\n  - {run}: {why}" for run, why in failures.items())
-        raise SpinregError(f"only {len(found)} members finished, but a comparison needs two:{what}")
+        reasons = "".join(f"\n  - {run}: {why}" for run, why in failures.items())
+        raise SpinregError(f"only {len(found)} members finished, but a comparison needs two:{reasons}")

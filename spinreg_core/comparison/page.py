@@ -41,7 +41,7 @@ def write_comparison(
     against: str | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> WrittenComparison:
-    """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over what was there.
+    """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over older ones.
 
     Return their keys and the comparison, with None in place of NaN and infinities. Arguments and errors as `compare`.
     """

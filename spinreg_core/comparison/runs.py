@@ -163,7 +163,7 @@ def benchmark_scores(store: Store, part: Measured) -> Scores | None:
 
 
 def asked_of(part: Measured) -> str:
-    """Return what two policies must have in common to be compared by a benchmark.
+    """Return the parts of a benchmark that must be equal for two policies to be compared by it.
 
     That is its questions and prompts, the judge, and the opponent's answers. Win rates against the previous iterate
     have other opponents in every run, except in round 1; so they are not paired.
@@ -285,7 +285,7 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[SharedObject]:
 
 
 def cost_of(variant: Variant, lineage: Sequence[SharedObject]) -> Cost:
-    """Return what a variant cost, as means over its runs. Time of attempts that did not finish is not included."""
+    """Return the cost of a variant, as means over its runs. Time of attempts that did not finish is not included."""
     runs = {member.run for member in variant.members}
     stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in COST_STAGES}
 

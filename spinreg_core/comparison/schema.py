@@ -78,7 +78,7 @@ class Difference(Step):
 
 
 class BenchmarkEntry(TypedDict):
-    """What the figures of a benchmark rest on."""
+    """The settings, versions and cost behind the figures of a benchmark."""
 
     run: str
     round: int

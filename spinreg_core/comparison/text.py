@@ -33,7 +33,7 @@ def verdict(data: Numbers) -> Verdict:
     They rest on the corrected paired intervals of the family `verdict`.
     """
     number, reference, shown = data["round"], data["reference"], data["metrics"][data["primary"]]
-    what = f"{shown['label']} at round {number}"
+    metric = f"{shown['label']} at round {number}"
     family = [one for one in data["comparisons"] if one["family"] == "verdict"]
     claims = [one for one in family if one["supported"]]
     between = [one for one in family if not one["to_base"]]
@@ -43,9 +43,9 @@ def verdict(data: Numbers) -> Verdict:
              for names, word in ((better, "better"), (worse, "worse")) if names]  # fmt: skip
     if parts:
         alone = all(len(one["values"]) == 1 for one in between if one["supported"])
-        headline = f"In {what}, {', and '.join(parts)}{' (one seed each)' if alone else ''}."
+        headline = f"In {metric}, {', and '.join(parts)}{' (one seed each)' if alone else ''}."
     elif between:
-        headline = f"In {what}, no difference between the variants and {reference} is supported."
+        headline = f"In {metric}, no difference between the variants and {reference} is supported."
     else:
         headline = f"One variant, {reference}: its seeds are averaged and compared with the base."
     sentences = [_sentence(one) for one in sorted(family, key=lambda one: (not one["supported"], one["to_base"]))]
@@ -165,7 +165,7 @@ def plane_of(variants: list[tuple[str, RunConfig]]) -> Plane | None:
 
 
 def notes(data: Numbers) -> list[str]:
-    """Return what limits the numbers of a comparison."""
+    """Return the limits of a comparison's numbers, as sentences."""
     found = [data["grid"]["text"][0].upper() + data["grid"]["text"][1:]]
     rows = min((one["n"] for one in data["comparisons"] if one["metric"] == PRIMARY), default=0)
     found += sample_notes([one["sampler"] for one in data["runs"]], rows)

@@ -18,7 +18,7 @@ Memory of training, bytes per parameter:
 
 Activations kept for the backward pass, bytes per token and layer, for a layer of the Llama kind (width d, keys of
 all heads together k, MLP width f, h heads): fp32 36 d + 8 k + 16 f, mixed 32 d + 4 k + 8 f, bf16 22 d + 4 k + 8 f,
-each + 5 h. With LoRA in bf16, whose adapters take their inputs as float32, at most 40 d + 4 k + 10 f.
+each + 5 h. With LoRA in bf16, at most 40 d + 4 k + 10 f, because its adapters take their inputs as float32.
 These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU). One layer is added
 for gradients in flight. Activation checkpointing `full` keeps the input of every layer, and one whole layer;
 `selective` keeps the results of matrix products and attention too: fp32 20 d + 8 k + 8 f, mixed 12 d + 4 k + 4 f, bf16

@@ -142,7 +142,7 @@ def _round(config: RunConfig, shape: Shape, sizes: Sizes, number: int, machine: 
 
 
 def warnings(config: RunConfig, document: Plan) -> list[str]:
-    """Return what will not fit: stages in memory, the run on the disk of a local store."""
+    """Return warnings about stages that do not fit in memory, and a run that does not fit on a local store's disk."""
     found = []
     machine = document["machine"]
     room = machine["memory_bytes"]

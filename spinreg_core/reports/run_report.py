@@ -1,6 +1,6 @@
 """The report of a run: one self-contained HTML page and the same as JSON, rebuilt from the store alone.
 
-Decides: the content of a report, the sentences of its verdict, and what raises an alarm. Leaves out: the metrics'
+Decides: the content of a report, the sentences of its verdict, and the alarms. Leaves out: the metrics'
 definitions (`evaluation`), tables as text (`tables`), and the look of the page (`templates`).
 
 A report is a view. It can be written again at any time, also while the run is in progress.
@@ -178,7 +178,7 @@ def _difference(estimate: Estimate) -> str:
 
 
 def verdict(rounds: Sequence[Round]) -> Verdict:
-    """Return what the primary metric says about the last evaluated round compared with the base, in sentences.
+    """Return the verdict of the primary metric about the last evaluated round compared with the base.
 
     `outcome` is `improved` or `worse` if the paired 95 % interval excludes zero, `no difference` if it does not, and
     `none` before the first round is evaluated.
@@ -216,7 +216,7 @@ def verdict(rounds: Sequence[Round]) -> Verdict:
 
 
 def alarms(rounds: Sequence[Round], level: float = 0.0) -> list[Alarm]:
-    """Return what a user must see: human answers became less likely in training or held out, or a KL is negative.
+    """Return the alarms: human answers became less likely in training or held out, or a KL is negative.
 
     level: rise of the held-out NLL in one round that is tolerated (nats/token).
     """
@@ -253,7 +253,7 @@ def heldout_alarms(number: int, metrics: Mapping[str, Estimate], level: float) -
 
 
 def notes(sampler: GenerationConfig, rounds: Sequence[Round], ended: str | None) -> list[str]:
-    """Return what limits the numbers of a run. ended: why it ended early, or None."""
+    """Return the limits of a run's numbers, as sentences. ended: why it ended early, or None."""
     rows = next((metrics[PRIMARY]["n"] for entry in rounds if (metrics := entry["metrics"])), None)
     return [
         *([] if ended is None else [f"The run {ended}."]),
@@ -264,7 +264,7 @@ def notes(sampler: GenerationConfig, rounds: Sequence[Round], ended: str | None)
 
 
 def sample_notes(samplers: Sequence[Mapping[str, Any]], rows: int | None) -> list[str]:
-    """Return what limits numbers about sampled answers. samplers: temperature, top_p and top_k; rows: held-out rows."""
+    """Return the limits of numbers about sampled answers. samplers: temperature, top_p, top_k; rows: held-out rows."""
     found = []
     odd = [one for one in samplers if (one["temperature"], one["top_p"], one["top_k"]) != (1, 1, 0)]
     if odd:

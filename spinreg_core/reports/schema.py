@@ -45,7 +45,7 @@ class Training(TypedDict):
 
 
 class Round(TypedDict):
-    """What one round left; None where it is not there yet. `metrics` holds estimates over held-out rows."""
+    """The results of one round, None if not yet available. `metrics` holds estimates over held-out rows."""
 
     round: int
     stages: dict[str, str]

@@ -19,7 +19,7 @@ from spinreg_core.comparison.page import TABLE_SCHEMA, csv_of, render, write_com
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
-from tests.support.browser import needs_chromium, new_page
+from tests.support.browser import complaints_of, needs_chromium, new_page
 from tests.support.finished_runs import make_run
 from tests.support.pages import HOSTILE, Reader
 
@@ -168,12 +168,8 @@ def test_page_of_a_grid_shows_a_plane_with_marks(store: Store, tmp_path: Path) -
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
 def test_page_in_chromium_filters_and_downloads(store: Store, tmp_path: Path, scheme: Any) -> None:
     written = write_comparison(store, two_runs(store, tmp_path, HOSTILE))
-    complaints: list[str] = []
     with new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme) as page:
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: complaints.append(request.url) if request.url[:4] == "http" else None)
+        complaints = complaints_of(page)
         page.goto(f"file://{store.local_path(written['html'])}")
         page.wait_for_selector("body[data-drawn]")
         drawn = int(page.locator("body").get_attribute("data-drawn") or 0)

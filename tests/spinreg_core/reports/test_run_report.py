@@ -19,7 +19,7 @@ from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
-from tests.support.browser import needs_chromium, new_page
+from tests.support.browser import complaints_of, needs_chromium, new_page
 from tests.support.pages import HOSTILE, Reader
 from tests.support.reported_runs import estimate, make_run, metrics, pairs, steps, summary
 
@@ -289,13 +289,8 @@ def test_page_in_chromium_opens_without_a_complaint(store: Store, tmp_path: Path
     make_run(store, tmp_path, [1.25, 1.10, 1.20], HOSTILE)
     keys = write_report(store, "demo")
     path = store.local_path(keys["html"])
-    complaints: list[str] = []
     with new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme) as page:
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: complaints.append(request.url) if request.url[:5] == "http:" else None)
-        page.on("request", lambda request: complaints.append(request.url) if request.url[:6] == "https:" else None)
+        complaints = complaints_of(page)
         page.goto(f"file://{path}")
         page.wait_for_selector("body[data-drawn]")
         drawn = int(page.locator("body").get_attribute("data-drawn") or 0)
