@@ -91,6 +91,6 @@ def wrap(texts: Iterable[str]) -> list[str]:
 
 
 def first_line(error: Exception) -> str:
-    """Return what a library says, without the advice that follows."""
+    """Return the message of a library's error, without the advice that follows it."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return f"{first} {more[0]}" if more and first.endswith(":") else first

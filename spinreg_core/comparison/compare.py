@@ -103,7 +103,7 @@ def compare(
     with pinned():
         members, repeats = one_per_seed([read_evaluated(store, run) for run in runs], against)
         if len(members) < 2:
-            raise BadInput("runs to compare", f"{', '.join(runs)}, of one configuration and seed", "different runs")
+            raise BadInput("runs to compare", f"{', '.join(runs)}, all of one configuration and seed", "different runs")
         against = repeats.get(runs[0], runs[0]) if against is None else against
         variants = variants_of(members)
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
@@ -117,13 +117,13 @@ def compare(
     if len(variants) > 1 and len(unpaired) == len(variants) - 1:
         found = "; ".join(f"{one['variant']}: {one['why']}" for one in unpaired)
         raise BadInput(
-            "runs to compare", f"none that answered the questions of {reference.label!r} ({found})",
-            "runs with the same held-out rows, to be compared row by row",
+            "runs to compare", f"none with the held-out rows of {reference.label!r} ({found})",
+            "runs with the same held-out rows, which are compared row by row",
         )  # fmt: skip
     last = max(set.intersection(*(set(variant.rounds) for variant in variants)), default=0)
     if last == 0:
         found = ", ".join(f"{m.run}: {max(m.rounds, default='nothing')}" for m in members)
-        raise BadInput("runs to compare", f"no round that all have evaluated (last evaluated: {found})",
+        raise BadInput("runs to compare", f"no round beyond the base that all have evaluated (last evaluated: {found})",
                        "at least round 1 of every run")  # fmt: skip
     config = next(member for member in members if member.run == against).config
     resampled = _Resampled(variants, config.evaluation.bootstrap, config.seed)
@@ -173,14 +173,10 @@ def compare(
 
 def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
     return {
-        "run": member.run,
-        "variant": variant.label,
-        "seed": member.config.seed,
-        "data": member.data,
-        "rounds": member.rounds,
-        "ended": ended_early(member.head),
+        "run": member.run, "variant": variant.label, "seed": member.config.seed, "data": member.data,
+        "rounds": member.rounds, "ended": ended_early(member.head),
         "sampler": member.config.generation.model_dump(include={"temperature", "top_p", "top_k"}),
-    }
+    }  # fmt: skip
 
 
 class _Resampled:

@@ -1,7 +1,7 @@
-"""The members of a comparison: variations over one base configuration, each a run of its own.
+"""The members of a comparison: variations of one base configuration, each a run of its own.
 
-Decides: the members' names, which family of alpha a grid walks, what two members make in common, and when a member is
-done. Leaves out: running them (`flows.compare`), comparing them (`compare.py`). Imports nothing heavy.
+Decides: the members' names, the alphas of a grid, the objects that two members share, and when a member is finished.
+Leaves out: running members (`flows`) and comparing them (`compare`). Imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ ALPHAS, HISTORIES = (1.0, 0.5, 0.0), (1, "all")
 
 @dataclass(frozen=True)
 class Member:
-    """One run of a comparison, and the round it goes to."""
+    """One run of a comparison, and its last round."""
 
     config: RunConfig
     target: int
@@ -51,14 +51,14 @@ class Member:
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Of the flow `spin`, all of them: neither a stored configuration nor a deployment's own parameters add any."""
+        """All parameters of the flow `spin`, so that no stored configuration or deployment adds any."""
         return self.config.model_dump(mode="json") | {"config": None, "rounds": None, "until_round": self.target}
 
     @cached_property
     def makes(self) -> dict[tuple[int, str], str]:
-        """What the run makes, by round and stage; equal for two members where they make the same object.
+        """The objects of the run by round and stage; two members that share an object have the same name for it.
 
-        The names are not those in the store, where the base and the rows have ids that are known later.
+        The names differ from those in the store, because the ids of the base and the rows are not known yet.
         """
         rows = self.config.model_dump(mode="json", include={"dataset", "data", "model", "seed"})
         base = fingerprint("base", {"model": self.config.model, "quantize": self.config.training.lora_quantize})
@@ -80,37 +80,40 @@ def members_of(
     seeds: Sequence[int] | None = None,
     variations: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[Member]:
-    """The runs of a comparison, in the order in which they are started.
+    """Return the runs of a comparison in the order in which they are started, every variation with every seed.
 
-    base: what is said of all, nested as in a configuration file, with `until_round`.
+    base: fields that all members share, nested as in a configuration file, with `until_round`.
     alpha: weights of the previous policy in the reference, at the base's total beta. Default 1, 0.5, 0.
     beta_0: instead of alpha: weights of the KL to the base, added to beta_prev, the base's `objective.beta`; the total
         is beta_prev + beta_0 and alpha = beta_prev / total (docs/concepts.md).
-    history: how many iterates the opponent averages. Default 1 and "all".
+    history: numbers of iterates that the opponent averages. Default 1 and "all".
     seeds: default the base's.
-    variations: instead of alpha and history: fields that a variation differs in, by its name.
+    variations: instead of alpha and history: the fields of each variation, by its name.
 
-    Every variation is run with every seed. Raises BadInput for fewer than two variations and seeds together, for a
-    value named twice, for two variations that are the same, and for a member that is no configuration, naming it.
+    Raises:
+        BadInput: fewer than two members, a value named twice, two equal variations, or a member with a configuration
+            that is not valid.
     """
     whole = validate(base | {"run": name})
     if whole.until_round is None or whole.until_round < 1:
-        raise BadInput("until_round", repr(whole.until_round), "a round of at least 1 up to which all members go")
+        raise BadInput("until_round", repr(whole.until_round), "the last round of all members, at least 1")
     if variations is not None and (alpha, beta_0, history) != (None, None, None):
-        raise BadInput("variations", "a grid (alpha, beta_0 or history) besides", "either of the two")
+        raise BadInput("variations", "cannot be set with alpha, beta_0 or history", "use variations or a grid")
     if variations is None:
         variations = _grid(whole, alpha, beta_0, history)
     seeds = [whole.seed] if seeds is None else seeds
     if len(set(seeds)) < len(seeds):
-        raise BadInput("seeds", repr(list(seeds)), "every seed once")
+        raise BadInput("seeds", f"{list(seeds)}, with a seed named twice", "every seed once")
     if len(variations) * len(seeds) < 2:
-        raise BadInput("members", f"{len(variations)} variations of {len(seeds)} seeds", "at least two to compare")
+        raise BadInput("members", f"{len(variations)} x {len(seeds)} (variations x seeds)", "at least two")
     found = []
     for (label, fields), seed in itertools.product(variations.items(), seeds):
         if not isinstance(fields, dict):
-            raise BadInput(f"variation {label!r}", repr(fields), "fields by name, nested as in a configuration")
+            raise BadInput(f"variation {label!r}", repr(fields), "fields by name, nested as in a configuration file")
         if fixed := sorted({"run", "store", "seed", "rounds", "until_round", "model", "dataset"} & fields.keys()):
-            raise BadInput(f"variation {label!r}", ", ".join(fixed), "fields in which members of one comparison differ")
+            raise BadInput(
+                f"variation {label!r}", f"cannot set {', '.join(fixed)}", "set fields that may differ between members"
+            )
         values = merge(base, merge(fields, {"run": f"{name}-{label}-s{seed}", "seed": seed}))
         try:
             config = validate(values)
@@ -119,21 +122,22 @@ def members_of(
         found.append(Member(config, whole.until_round))
     for one, other in itertools.combinations(found, 2):
         if one.config.seed == other.config.seed and variant_fields(one.config) == variant_fields(other.config):
-            raise BadInput("variations", f"{one.run} and {other.run}, which are the same", "members that differ")
+            raise BadInput("variations", f"{one.run} and {other.run}, which are equal", "members that differ")
     for other in found[1:]:
         if told := differences(_rows_of(found[0].config), _rows_of(other.config)):
             raise BadInput(
-                "variations", f"{found[0].run} and {other.run}, which differ in what their held-out rows are "
-                f"({'; '.join(told)})", "the same rows for all: members are compared row by row",
+                "variations", f"{found[0].run} and {other.run}, with other held-out rows ({'; '.join(told)})",
+                "the same held-out rows for all members, which are compared row by row",
             )  # fmt: skip
     return found
 
 
-_NO_ROWS = {"prompts_per_round", "round_prompts", "max_bad_share"}  # of data: what is trained on when; what is an error
+# Fields of `data` that do not change the rows: they say when a row is trained on, and how many may be bad.
+_NO_ROWS = {"prompts_per_round", "round_prompts", "max_bad_share"}
 
 
 def _rows_of(config: RunConfig) -> dict[str, Any]:
-    """What makes the data object of a seed what it is (`stages.prepare.data_key`), as configured."""
+    """Return the configured fields that decide about the rows of a seed, as `stages.prepare.data_key` has them."""
     data = config.data.model_dump(mode="json", exclude=_NO_ROWS)
     return {"data": data, "evaluation": {"final_answer": config.evaluation.final_answer}}
 
@@ -144,16 +148,16 @@ def _grid(
     beta_0: Sequence[float] | None,
     history: Sequence[int | str] | None,
 ) -> dict[str, dict[str, Any]]:
-    """Variations by name: alpha or beta_0, times history."""
+    """Return variations by name: alpha or beta_0, times history."""
     if alpha is not None and beta_0 is not None:
-        raise BadInput("beta_0", "alpha besides", "either of the two: they are different experiments")
+        raise BadInput("beta_0", "cannot be set with alpha", "use one of them, they are different experiments")
     previous = base.objective.beta
     if beta_0 is not None and not all(0 <= b < math.inf for b in beta_0):
-        raise BadInput("beta_0", repr(list(beta_0)), "weights of at least 0")
+        raise BadInput("beta_0", repr(list(beta_0)), "finite weights of at least 0")
     if beta_0 is not None and not isinstance(previous, list):
         objectives = {f"beta0-{b:g}": {"beta": previous + b, "alpha": previous / (previous + b)} for b in beta_0}
     elif beta_0 is not None:
-        raise BadInput("beta_0", f"objective.beta {previous}", "one number, which it is added to")
+        raise BadInput("beta_0", f"needs one number as objective.beta, not {previous}", "set a beta for all rounds")
     else:
         objectives = {f"alpha-{a:g}": {"alpha": a} for a in (ALPHAS if alpha is None else alpha)}
     averaged = {f"h-{h}": {"history": h} for h in (HISTORIES if history is None else history)}
@@ -162,7 +166,7 @@ def _grid(
         ("history", history, averaged),
     ):
         if given is not None and len(named) < len(given):
-            raise BadInput(field, repr(list(given)), "every value once")
+            raise BadInput(field, f"{list(given)}, with a value named twice", "every value once")
     return {
         f"{a}-{h}": {"objective": objective, "opponent": opponent}
         for (a, objective), (h, opponent) in itertools.product(objectives.items(), averaged.items())
@@ -170,8 +174,11 @@ def _grid(
 
 
 def reference_of(members: Sequence[Member], against: str | None) -> str:
-    """The run that the others are compared with: the one named, else the first that is plain SPIN (alpha 1, history 1),
-    else the first. Raises BadInput for one that is no member."""
+    """Return the run that the others are compared with: `against`, or the first plain SPIN (alpha 1, history 1), or the
+    first.
+
+    Raises BadInput if `against` is not a member.
+    """
     runs = [member.run for member in members]
     if against is not None:
         if against not in runs:
@@ -181,17 +188,17 @@ def reference_of(members: Sequence[Member], against: str | None) -> str:
 
 
 def replaced_reference(members: Sequence[Member], complete: Sequence[Member], lost: str) -> str:
-    """The reference in place of one that did not come to its end: of the same variation another seed, else as where
-    nobody named any."""
+    """Return the reference in place of one that did not finish: another seed of its variation, or the default one."""
     (old,) = [member for member in members if member.run == lost]
     same = [m.run for m in complete if variant_fields(m.config) == variant_fields(old.config)]
     return same[0] if same else reference_of(complete, None)
 
 
 def check_stored(store: Store, members: Sequence[Member]) -> None:
-    """Raise ConfigChanged where a member's run has begun with another configuration."""
+    """Raise ConfigChanged if the run of a member has begun with another configuration."""
     for member in members:
-        with contextlib.suppress(Damaged):  # which is the end of that member alone
+        # A damaged run stops its own member only.
+        with contextlib.suppress(Damaged):
             _check_config(store, member, read_head(store, member.run))
 
 
@@ -202,8 +209,11 @@ def _check_config(store: Store, member: Member, head: dict[str, Any] | None) -> 
 
 
 def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict[str, Any] | None]]) -> Member | None:
-    """A running member that is about to make something `member` needs too, which it had better find there; or None.
-    running: each with its head, None where it has none yet."""
+    """Return a running member that will make an object that `member` needs too, or None.
+
+    `member` should wait for it instead of making the object a second time. running: members with their heads, None for
+    one without a head yet.
+    """
     own: dict[str, Any] | None = None
     for other, head in running:
         common = [place for place, made in member.makes.items() if other.makes.get(place) == made]
@@ -216,7 +226,7 @@ def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict
 
 
 def _is_made(store: Store, member: Member, head: dict[str, Any] | None, place: tuple[int, str]) -> bool:
-    """An evaluation counts when the iterate's benchmarks are measured too."""
+    """An evaluation counts once the benchmarks of its iterate are measured too."""
     if head is None or place == BASE:
         return head is not None and head.get("base") is not None
     return stage_object(head, *place) is not None and (
@@ -225,8 +235,7 @@ def _is_made(store: Store, member: Member, head: dict[str, Any] | None, place: t
 
 
 def _is_measured(store: Store, member: Member, head: dict[str, Any], number: int, *, unknown: bool) -> bool:
-    """`unknown`: the answer where it cannot be told on this machine (which has not the include path, say); that of the
-    member can."""
+    """unknown: the answer if this machine cannot tell, for example because it lacks the include path of the tasks."""
     try:
         return is_measured(store, member.config, head, number)
     except (BadInput, Damaged):
@@ -234,17 +243,20 @@ def _is_measured(store: Store, member: Member, head: dict[str, Any], number: int
 
 
 def rounds_open(store: Store, member: Member) -> str | None:
-    """None where a member can be compared: it has all its rounds, or its conditions (`until`), as they are now, ended
-    it. Else why not: also where its run is damaged or has another configuration."""
+    """Return why a member cannot be compared yet, or None.
+
+    It can be compared once it has all its rounds, or once its present early-stopping conditions (`until`) ended it. A
+    damaged run and one with another configuration never can.
+    """
     try:
         head = read_head(store, member.run)
         if head is None:
-            return "nothing of it is in the store"
+            return "the store has nothing of it"
         _check_config(store, member, head)
     except (Damaged, ConfigChanged) as error:
         return str(error)
     if head.get("repair") is not None:
-        return "a repair of it is not finished"
+        return "its repair is not finished"
     done = complete_round(head)
     if done >= member.target:
         return None
@@ -255,8 +267,11 @@ def rounds_open(store: Store, member: Member) -> str | None:
 
 
 def open_reason(store: Store, member: Member) -> str | None:
-    """What is left to do for a member; None where nothing is. Where this machine cannot tell whether everything is
-    measured, that is left: the member's flow run finds what there is."""
+    """Return the remaining work of a member, or None.
+
+    If this machine cannot tell whether everything is measured, that counts as work. The flow run of the member finds
+    out.
+    """
     reason = rounds_open(store, member)
     if reason is not None:
         return reason
@@ -264,11 +279,11 @@ def open_reason(store: Store, member: Member) -> str | None:
     if pending_advance(head) is not None:
         return "its advance is not finished"
     missing = [n for n in range(complete_round(head) + 1) if not _is_measured(store, member, head, n, unknown=False)]
-    return f"round {missing[0]} is not measured in full, as far as can be told here" if missing else None
+    return f"round {missing[0]} is not measured in full, as far as this machine can tell" if missing else None
 
 
 def require_two(found: Sequence[Member], failures: Mapping[str, str]) -> None:
-    """Raise SpinregError where fewer than two members came to their end, saying what became of the others."""
+    """Raise SpinregError, with the reasons, if fewer than two members finished."""
     if len(found) < 2:
-        what = "".join(f"\n  - {run}: {why}" for run, why in failures.items())
-        raise SpinregError(f"{len(found)} members came to their end, which leaves nothing to compare:{what}")
+        reasons = "".join(f"\n  - {run}: {why}" for run, why in failures.items())
+        raise SpinregError(f"only {len(found)} members finished, but a comparison needs two:{reasons}")

@@ -41,7 +41,7 @@ def write_comparison(
     against: str | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> WrittenComparison:
-    """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over what was there.
+    """Write comparisons/<name>/report.html, report.json, table.csv and table.parquet, over older ones.
 
     Return their keys and the comparison, with None in place of NaN and infinities. Arguments and errors as `compare`.
     """
@@ -54,12 +54,9 @@ def write_comparison(
     store.write(f"{place}/report.json", json.dumps(data, indent=1, allow_nan=False).encode())
     store.write(f"{place}/report.html", render(data, files).encode())
     return {
-        "html": f"{place}/report.html",
-        "json": f"{place}/report.json",
-        "csv": f"{place}/table.csv",
-        "parquet": f"{place}/table.parquet",
-        "data": data,
-    }
+        "html": f"{place}/report.html", "json": f"{place}/report.json",
+        "csv": f"{place}/table.csv", "parquet": f"{place}/table.parquet", "data": data,
+    }  # fmt: skip
 
 
 def table_of(data: Numbers) -> pa.Table:

@@ -134,11 +134,9 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
             else:
                 scores[key] = found
                 member.definitions[key] = {
-                    "label": key,
-                    "unit": part["metrics"][part["primary"]]["unit"],
-                    "better": part["better"],
+                    "label": key, "unit": part["metrics"][part["primary"]]["unit"], "better": part["better"],
                     "definition": f"Benchmark of kind {part['kind']}: its primary metric, item by item.",
-                }
+                }  # fmt: skip
             told = ("object_id", "kind", "name", "settings", "fingerprints", "versions", "cost")
             entry = {"run": run, "round": number} | {name: part.get(name) for name in told}
             member.measured.append(cast(BenchmarkEntry, entry))
@@ -165,19 +163,17 @@ def benchmark_scores(store: Store, part: Measured) -> Scores | None:
 
 
 def asked_of(part: Measured) -> str:
-    """Return what two policies must have in common to be compared by a benchmark.
+    """Return the parts of a benchmark that must be equal for two policies to be compared by it.
 
     That is its questions and prompts, the judge, and the opponent's answers. Win rates against the previous iterate
     have other opponents in every run, except in round 1; so they are not paired.
     """
     common = {
-        "kind": part["kind"],
-        "name": part["name"],
-        "primary": part["primary"],
+        "kind": part["kind"], "name": part["name"], "primary": part["primary"],
         "settings": {k: v for k, v in part.get("settings", {}).items() if k not in _NOT_ASKED},
         "fingerprints": {k: v for k, v in part.get("fingerprints", {}).items() if k not in _ANSWERS},
         "lm-eval": part.get("versions", {}).get("lm-eval"),
-    }
+    }  # fmt: skip
     return json.dumps(common, sort_keys=True)
 
 
@@ -245,13 +241,13 @@ def why_unpaired(ours: Variant, theirs: Variant) -> str:
     old, new = ({name: one.fields[name] for name in ("model", "dataset", "data")} for one in (theirs, ours))
     told = differences(old, new)
     if told:
-        return "their held-out rows are of other data objects: " + "; ".join(told)
+        return "their held-out rows come from other data objects: " + "; ".join(told)
     if not set(seeds[0]) & set(seeds[1]):
         return (
-            f"the held-out rows depend on the seed, and they have none in common ({seeds[0]} against {seeds[1]}): "
-            "name runs of equal seeds"
+            f"the held-out rows depend on the seed, and they have none in common ({seeds[0]} against {seeds[1]}); "
+            "name runs with equal seeds"
         )
-    return "their held-out rows are of other data objects with the same configuration: the data or the model changed"
+    return "their held-out rows come from other data objects of one configuration: the data or the model changed"
 
 
 def samples_of(store: Store, variants: list[Variant]) -> list[Sample]:
@@ -278,24 +274,18 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[SharedObject]:
         for made in objects_of_run(store, member.head):
             if made.object_id not in found:
                 found[made.object_id] = {
-                    "round": made.round,
-                    "stage": made.stage,
-                    "object_id": made.object_id,
-                    "uri": store.uri(f"objects/{made.object_id}"),
-                    "seconds": made.record.get("seconds"),
-                    "created": made.record.get("created"),
-                    "runs": [],
-                    "tokens": tokens_of(made),
-                    "paid": paid.get(made.object_id, 0.0),
-                    "inputs": made.record.get("inputs"),
+                    "round": made.round, "stage": made.stage, "object_id": made.object_id,
+                    "uri": store.uri(f"objects/{made.object_id}"), "seconds": made.record.get("seconds"),
+                    "created": made.record.get("created"), "runs": [], "tokens": tokens_of(made),
+                    "paid": paid.get(made.object_id, 0.0), "inputs": made.record.get("inputs"),
                     "versions": made.record.get("versions"),
-                }
+                }  # fmt: skip
             found[made.object_id]["runs"].append(member.run)
     return list(found.values())
 
 
 def cost_of(variant: Variant, lineage: Sequence[SharedObject]) -> Cost:
-    """Return what a variant cost, as means over its runs. Time of attempts that did not finish is not included."""
+    """Return the cost of a variant, as means over its runs. Time of attempts that did not finish is not included."""
     runs = {member.run for member in variant.members}
     stages = {stage: [line for line in lineage if line["stage"] == stage] for stage in COST_STAGES}
 
@@ -309,12 +299,9 @@ def cost_of(variant: Variant, lineage: Sequence[SharedObject]) -> Cost:
     seconds = {stage: per_run(lines, "seconds") for stage, lines in stages.items()}
     shared = [line for lines in stages.values() for line in lines if len(line["runs"]) > 1]
     return {
-        "variant": variant.label,
-        "runs": len(runs),
+        "variant": variant.label, "runs": len(runs),
         "rounds": max(max(member.rounds, default=0) for member in variant.members),
-        "seconds": seconds,
-        "total_seconds": sum(seconds.values()),
-        "shared_seconds": per_run(shared, "seconds"),
+        "seconds": seconds, "total_seconds": sum(seconds.values()), "shared_seconds": per_run(shared, "seconds"),
         "tokens": {stage: tokens(stage) for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")},
         "paid": per_run(stages[BENCHMARK], "paid"),
-    }
+    }  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from spinreg_core.evaluation.intervals import Estimate
-from spinreg_core.reports.schema import Alarm, Definition
+from spinreg_core.reports.schema import Alarm, Definition, MadeObject
 
 
 class RunEntry(TypedDict):
@@ -78,7 +78,7 @@ class Difference(Step):
 
 
 class BenchmarkEntry(TypedDict):
-    """What the figures of a benchmark rest on."""
+    """The settings, versions and cost behind the figures of a benchmark."""
 
     run: str
     round: int
@@ -125,20 +125,12 @@ class Sample(TypedDict):
     answers: list[dict[str, Any]]
 
 
-class SharedObject(TypedDict):
-    """An object of the runs. `seconds` are those of the attempt that finished it."""
+class SharedObject(MadeObject):
+    """An object with the runs that it is part of, and the payments to judges for it."""
 
-    round: int
-    stage: str
-    object_id: str
-    uri: str
-    seconds: float | None
-    created: str | None
     runs: list[str]
-    tokens: float | None
+    created: str | None
     paid: float
-    inputs: dict[str, Any] | None
-    versions: dict[str, str] | None
 
 
 class Verdict(TypedDict):

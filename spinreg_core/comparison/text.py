@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from spinreg_core.comparison.schema import Comparison, Difference, Numbers, Plane, Value, Verdict
 from spinreg_core.config import ObjectiveConfig, RunConfig, variant_fields
 from spinreg_core.config.resolve import merge
@@ -31,7 +33,7 @@ def verdict(data: Numbers) -> Verdict:
     They rest on the corrected paired intervals of the family `verdict`.
     """
     number, reference, shown = data["round"], data["reference"], data["metrics"][data["primary"]]
-    what = f"{shown['label']} at round {number}"
+    metric = f"{shown['label']} at round {number}"
     family = [one for one in data["comparisons"] if one["family"] == "verdict"]
     claims = [one for one in family if one["supported"]]
     between = [one for one in family if not one["to_base"]]
@@ -41,9 +43,9 @@ def verdict(data: Numbers) -> Verdict:
              for names, word in ((better, "better"), (worse, "worse")) if names]  # fmt: skip
     if parts:
         alone = all(len(one["values"]) == 1 for one in between if one["supported"])
-        headline = f"In {what}, {', and '.join(parts)}{' (one seed each)' if alone else ''}."
+        headline = f"In {metric}, {', and '.join(parts)}{' (one seed each)' if alone else ''}."
     elif between:
-        headline = f"In {what}, no difference between the variants and {reference} is supported."
+        headline = f"In {metric}, no difference between the variants and {reference} is supported."
     else:
         headline = f"One variant, {reference}: its seeds are averaged and compared with the base."
     sentences = [_sentence(one) for one in sorted(family, key=lambda one: (not one["supported"], one["to_base"]))]
@@ -51,8 +53,8 @@ def verdict(data: Numbers) -> Verdict:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
     sentences.append(
         f"{_many(data['families']['verdict'])}, corrected together (Holm): the chance that any of the claims above is "
-        "a false one is about 5 % at most, and more where a handful of rows carries a difference. "
-        "No difference supported does not mean that there is none. " + _about_seeds(data)
+        "false is about 5 % at most, and more if a few rows carry a difference. "
+        "A difference that is not supported may still exist. " + _about_seeds(data)
     )
     told = [[one["variant"], one["against"], "higher" if one["supported"] > 0 else "lower"] for one in claims]
     return {"headline": headline, "sentences": sentences, "claims": told, "round": number}
@@ -65,24 +67,19 @@ def _many(comparisons: int) -> str:
 def _sentence(one: Difference) -> str:
     against = "its base model" if one["to_base"] else one["against"]
     if one["same"]:
-        return f"{one['variant']} and {against} are the same policy up to round {one['round']}: nothing to compare."
-    low, high = one["corrected_low"], one["corrected_high"]
+        return f"{one['variant']} and {against} are the same policy up to round {one['round']}, nothing to compare."
+    low, high, values = one["corrected_low"], one["corrected_high"], one["values"]
     if low is None or high is None:
-        return f"{one['variant']} against {against}: one row has no interval, and supports nothing."
+        return f"{one['variant']} against {against}: one row has no interval, so nothing is supported."
     corrected: Estimate = {"value": one["value"], "low": low, "high": high, "n": one["n"], "unit": one["unit"]}
 
     def written(value: float) -> str:
         return format_number(value, corrected)
 
+    seeds = f", {agreeing_seeds(one['value'], values)} of {len(values)} seeds with this sign" if len(values) > 1 else ""
     tail = (
         f"(corrected interval of the difference [{written(low)}, {written(high)}], "
-        f"p {_p(one['p_holm'])} after correction, {one['n']} rows"
-        + (
-            f", {agreeing_seeds(one['value'], one['values'])} of {len(one['values'])} seeds of one sign"
-            if len(one["values"]) > 1
-            else ""
-        )
-        + ")"
+        f"p {_p(one['p_holm'])} after correction, {one['n']} rows{seeds})"
     )
     if one["supported"]:
         word = "higher" if one["supported"] > 0 else "lower"
@@ -90,7 +87,7 @@ def _sentence(one: Difference) -> str:
         by = f"{written(abs(one['value']))} {one['unit']}"
         return f"{one['variant']} is {word} than {against}{judged}: by {by} {tail}."
     by = f"{written(one['value'])} {one['unit']}"
-    return f"{one['variant']} against {against}: {by}, which these rows cannot tell from no difference {tail}."
+    return f"{one['variant']} against {against}: {by}, which these rows cannot distinguish from no difference {tail}."
 
 
 def agreeing_seeds(value: float, values: Sequence[float]) -> int:
@@ -101,10 +98,10 @@ def agreeing_seeds(value: float, values: Sequence[float]) -> int:
 def _about_seeds(data: Numbers) -> str:
     most = max(len(variant["runs"]) for variant in data["variants"])
     if most == 1:
-        return "Every variant has one seed: another training seed would move the numbers by an amount not known here."
+        return "Every variant has one seed; how much another training seed would change the numbers is unknown."
     return (
-        "Intervals are about other rows put to these same trained policies; the spread between seeds is shown beside "
-        "them and is not inside them."
+        "Intervals cover the choice of rows for these trained policies. The spread between seeds is shown next to them "
+        "and is not part of them."
     )
 
 
@@ -131,8 +128,9 @@ def grid_of(objectives: list[tuple[str, ObjectiveConfig]]) -> dict[str, str]:
     if len(betas) == 1:
         text = f"alpha ({several}) at fixed total beta {betas.pop()}: the previous iterate's weight goes to the base."
         return {"family": "fixed total beta", "text": text}
-    kept = [_times(objective.alpha, objective.beta) for _, objective in objectives]
-    if all(_close(one, kept[0]) for one in kept):
+    kept = [np.atleast_1d(objective.alpha * np.asarray(objective.beta)) for _, objective in objectives]
+    # beta is a list with one value per round, or a single value.
+    if all(one.shape == kept[0].shape and np.allclose(one, kept[0], rtol=1e-6, atol=0.0) for one in kept):
         text = (
             f"KL to the base added to a fixed beta_prev = alpha * beta of {kept[0][0]:g}: alpha is {several}, and the "
             "total beta grows as alpha falls."
@@ -140,8 +138,8 @@ def grid_of(objectives: list[tuple[str, ObjectiveConfig]]) -> dict[str, str]:
         return {"family": "beta_0 added", "text": text}
     return {
         "family": "neither",
-        "text": f"alpha ({several}) and beta both vary, with neither beta nor alpha * beta fixed: effects of the two "
-        "cannot be told apart here.",
+        "text": f"alpha ({several}) and beta both vary, with neither beta nor alpha * beta fixed: their effects "
+        "cannot be separated here.",
     }
 
 
@@ -166,20 +164,12 @@ def plane_of(variants: list[tuple[str, RunConfig]]) -> Plane | None:
     return {"alpha": alphas, "history": histories, "labels": labels}
 
 
-def _times(alpha: float, beta: float | list[float]) -> list[float]:
-    return [alpha * value for value in (beta if isinstance(beta, list) else [beta])]
-
-
-def _close(a: list[float], b: list[float]) -> bool:
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-6) for x, y in zip(a, b, strict=True))
-
-
 def notes(data: Numbers) -> list[str]:
-    """Return what limits the numbers of a comparison."""
+    """Return the limits of a comparison's numbers, as sentences."""
     found = [data["grid"]["text"][0].upper() + data["grid"]["text"][1:]]
     rows = min((one["n"] for one in data["comparisons"] if one["metric"] == PRIMARY), default=0)
     found += sample_notes([one["sampler"] for one in data["runs"]], rows)
-    found += [f"{name} is no mean over questions, and is not compared: it is in the runs' own reports."
+    found += [f"{name} is not a mean over questions, so it is not compared; the runs' own reports show it."
               for name in data["no_items"]]  # fmt: skip
     known, number, reference = cells(data), data["round"], data["reference"]
     for metric in (name for name in data["metrics"] if (name, reference, number) in known):
@@ -187,22 +177,25 @@ def notes(data: Numbers) -> list[str]:
         apart = [name for name, cell in own.items() if name != reference and cell.reference is None]
         if "/" in metric and apart:
             found.append(
-                f"{metric} of {_listed(apart)} is not compared with that of {data['reference']}: it has other "
-                "questions, another judge or settings, or is a win rate against other answers."
+                f"{metric} of {_listed(apart)} is not compared with that of {data['reference']}: the questions, the "
+                "judge or the settings differ, or it is a win rate against other answers."
             )
     further = [v["label"] for v in data["variants"] if v["rounds"] and v["rounds"][-1] > data["round"]]
     if further:
         found.append(
-            f"Compared is round {data['round']}, the last that all have evaluated; {_listed(further)} went on."
+            f"The comparison is at round {data['round']}, the last that all have evaluated; "
+            f"{_listed(further)} went further."
         )
     found += [f"{one['run']} {one['ended']}." for one in data["runs"] if one["ended"]]
     found += [f"Alarm of {_listed(one['runs'])}, round {one['round']}, {one['where']}: {one['text']}"
               for one in data["alarms"]]  # fmt: skip
-    found += [f"{run} is left out: it has the configuration and the seed of {of}, and is no further seed."
+    found += [f"{run} is left out: it has the configuration and the seed of {of}, so it is not another seed."
               for run, of in data["repeats"].items()]  # fmt: skip
     compared = {one["run"] for one in data["runs"]}
     for run, why in data["failed"].items():
-        found.append(f"{'Failed, and compared as far as it came' if run in compared else 'Left out'}: {run} ({why}).")
+        found.append(
+            f"{'Failed, and compared up to its last round' if run in compared else 'Left out'}: {run} ({why})."
+        )
     return found
 
 
@@ -267,7 +260,7 @@ def comparison_table(data: Comparison) -> str:
     head = [f"{label} (reference)" if label == data["reference"] else label for label in labels]
     rows = [[f"round {data['round']}", *head], *([*row.values()] for row in comparison_rows(data))]
     texts = [
-        "↓ lower is better, ↑ higher is better. [ ] 95 % interval over rows, not corrected. ▲ ▼ a paired difference "
+        "↓ lower is better, ↑ higher is better. [ ] 95 % interval over rows, not corrected. ▲ ▼ paired difference "
         f"from {data['reference']} that is supported after Holm's correction over the table. * primary metric.",
         "", data["verdict"]["headline"], *data["verdict"]["sentences"], *data["notes"],
     ]  # fmt: skip

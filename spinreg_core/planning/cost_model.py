@@ -1,13 +1,13 @@
-"""What a configuration needs, as arithmetic: work, memory per device and bytes in the store, per stage and round.
+"""The needs of a configuration as arithmetic: work, memory per device and bytes in the store, by stage and round.
 
-Decides: the formulas below. Leaves out: where the model's shape, the data's lengths and the machine's rate come from,
-and how it is shown (`plan.py`). Imports nothing heavy.
+Decides: the formulas below. Leaves out: the model's shape, the data's lengths and the machine's rate (`inputs`), and
+the text of a plan (`plan`). Imports nothing heavy.
 
-Work. N parameters, T tokens: 6 N T floating-point operations to train (8 N T where whole layers are computed again in
-the backward pass), 2 N T to score, 2 N T to answer (prompt and sampled tokens alike). A prompt counts once for
-the answers that are computed with it; that the vocabulary projection leaves prompts out is not counted. Attention's own
-products, quadratic in length, are left out: below a tenth for answers of up to a thousand tokens. Models with
-experts compute less than N says.
+Work. N parameters and T tokens take 6 N T floating-point operations to train (8 N T if whole layers are computed again
+in the backward pass), 2 N T to score and 2 N T to sample (prompt and sampled tokens alike; Kaplan et al. 2020, section
+2.1). A prompt counts once for the answers that are computed with it. The vocabulary projection skips prompts, which is
+not counted. Attention's own products, quadratic in length, are left out: they are below a tenth for answers of up to a
+thousand tokens. Models with experts compute less than N says.
 
 Memory of training, bytes per parameter:
 
@@ -18,22 +18,21 @@ Memory of training, bytes per parameter:
 
 Activations kept for the backward pass, bytes per token and layer, for a layer of the Llama kind (width d, keys of
 all heads together k, MLP width f, h heads): fp32 36 d + 8 k + 16 f, mixed 32 d + 4 k + 8 f, bf16 22 d + 4 k + 8 f,
-each + 5 h. With LoRA in bf16, whose adapters take their inputs as float32, at most 40 d + 4 k + 10 f.
-These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU) and one
-layer is added for the gradients that are on their way. With activation checkpointing `full`: the input of every layer,
-and one whole layer; `selective` keeps the results of matrix products and attention too: fp32 20 d + 8 k + 8 f, mixed
-12 d + 4 k + 4 f, bf16 10 d + 4 k + 4 f, the input counted.
+each + 5 h. With LoRA in bf16, at most 40 d + 4 k + 10 f, because its adapters take their inputs as float32.
+These were counted from the tensors that autograd saves (transformers 5.19, packed rows on a CPU). One layer is added
+for gradients in flight. Activation checkpointing `full` keeps the input of every layer, and one whole layer;
+`selective` keeps the results of matrix products and attention too: fp32 20 d + 8 k + 8 f, mixed 12 d + 4 k + 4 f, bf16
+10 d + 4 k + 4 f, with the input.
 
-With LoRA, gradients, optimiser and checkpoints are those of the adapter's numbers (float32), which come to the weights;
-the backward pass needs no gradients of the base: 4 N T to train, 6 N T with whole layers computed again.
+With LoRA, gradients, optimiser and checkpoints are those of the adapter's numbers (float32), which add to the weights.
+The backward pass needs no gradients of the base: 4 N T to train, 6 N T with whole layers computed again.
 
-Of ranks that share the weights each holds its part of weights, gradients and optimiser, and while it computes two
-layers and the embeddings whole.
-Logits, ten bytes per answer token and vocabulary entry, never of more tokens at once than `logprobs` computes.
+Ranks that share the weights hold a part of weights, gradients and optimiser each, and two layers and the embeddings
+whole while they compute. Logits take ten bytes per answer token and vocabulary entry, for at most as many tokens at
+once as `logprobs` computes.
 
-Answering: the weights, and a KV cache of 2 k values per token and layer.
-Training and scoring are taken at a full pass of `resources.tokens_per_pass`, answering at the longest row for every
-row.
+Sampling takes the weights, and a KV cache of 2 k values per token and layer. Training and scoring are counted at a full
+pass of `resources.tokens_per_pass`, and sampling at the longest row for every row.
 """
 
 from __future__ import annotations
@@ -46,36 +45,46 @@ from spinreg_core.config import RunConfig, sampling_dtype
 from spinreg_core.generation.engine import columns_for
 from spinreg_core.selfplay.opponent import mixture_weights, replay_quota
 
-LOGITS_AT_ONCE = 2**27  # elements; what `logprobs` allows
-WATCHED_PAIRS = 32  # human answers that `training` scores at both ends of a round
+# Elements; the limit of `logprobs`.
+LOGITS_AT_ONCE = 2**27
+# Human answers that training scores at both ends of a round.
+WATCHED_PAIRS = 32
 Kind = Literal["generate", "score", "train"]
 _WEIGHTS = {"mixed": 4, "bf16": 2, "fp32": 4}
 _COPIES = {"mixed": 2, "bf16": 0, "fp32": 0}
-_STATES = {"adamw": 2, "rmsprop": 1}  # tensors as large as the weights
-_QUANTISED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # with a scale for every 64 numbers
-_SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8), "bf16-lora": (40, 4, 10)}  # per d, k, f
+# Tensors as large as the weights.
+_STATES = {"adamw": 2, "rmsprop": 1}
+# Bytes per number; in 4 bits with a scale for every 64 numbers.
+_QUANTISED = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}
+# Bytes per token and layer, as factors of d, k and f.
+_SAVED = {"fp32": (36, 8, 16), "mixed": (32, 4, 8), "bf16": (22, 4, 8), "bf16-lora": (40, 4, 10)}
 _SAVED_SELECTIVE = {"fp32": (20, 8, 8), "mixed": (12, 4, 4), "bf16": (10, 4, 4), "bf16-lora": (28, 4, 6)}
-LONGEST = 1024  # keys; beyond, attention on CPUs keeps no weights
-_VLLM_SEQUENCES = 256  # decoded at once by vLLM at most, its default
+# Keys; attention on CPUs over more of them keeps no weights.
+LONGEST = 1024
+# vLLM's default limit of answers that it decodes at once.
+_VLLM_SEQUENCES = 256
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal language model: N and the sizes that memory depends on."""
+    """A causal language model: N and the sizes that memory depends on.
+
+    `kv_width` is the number of key-value heads times their size, `stored_bytes` the bytes per stored parameter.
+    """
 
     parameters: int
     layers: int
     width: int
     mlp_width: int
     heads: int
-    kv_width: int  # key-value heads times their size
+    kv_width: int
     vocabulary: int
-    stored_bytes: int  # per parameter, of the base model as it is stored
+    stored_bytes: int
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows, and tokens per row. An answer counts its end-of-turn; `generated` is the mean sampled answer."""
+    """Rows, and tokens per row. Answers include their end-of-turn; `generated` is the mean sampled answer."""
 
     train_rows: int
     heldout_rows: int
@@ -88,7 +97,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Work:
-    """Tokens that pass through a model, and the floating-point operations they take."""
+    """Tokens that pass through a model, and their floating-point operations."""
 
     kind: Kind
     tokens: float
@@ -96,17 +105,17 @@ class Work:
 
 
 def prompts(config: RunConfig, sizes: Sizes) -> int:
-    """Prompts answered in a round."""
+    """Return the number of prompts of a round."""
     return min(config.data.prompts_per_round or sizes.train_rows, sizes.train_rows)
 
 
 def answers(config: RunConfig, sizes: Sizes) -> int:
-    """Answers of a round, also those that pairs of earlier rounds stand for (opponent.replay_share)."""
+    """Return the number of answers of a round, with those that `opponent.replay_share` takes from earlier rounds."""
     return prompts(config, sizes) * config.generation.answers_per_prompt
 
 
 def generated_share(config: RunConfig, round_number: int) -> float:
-    """Of the answers of a round, those that are sampled; pairs of earlier rounds stand for the others."""
+    """Return the share of a round's answers that are sampled; pairs of earlier rounds replace the others."""
     o = config.opponent
     if not o.replay_share:
         return 1.0
@@ -115,7 +124,7 @@ def generated_share(config: RunConfig, round_number: int) -> float:
 
 
 def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
-    """Pairs trained on in a round (counted from 1), earlier rounds' ones included; none is dropped as truncated."""
+    """Return the number of pairs of a round (counted from 1), with those of earlier rounds and without any dropped."""
     n, o = answers(config, sizes), config.opponent
     if o.source == "regenerate":
         return n
@@ -124,7 +133,7 @@ def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
 
 
 def trained_parameters(config: RunConfig, shape: Shape) -> int:
-    """Numbers that training moves: all, or those of the LoRA adapter, for a layer of the Llama kind."""
+    """Return the number of trained parameters: all, or the LoRA adapter's for layers of the Llama kind."""
     rank, targets = config.training.lora_rank, config.training.lora_targets
     if rank is None:
         return shape.parameters
@@ -136,12 +145,13 @@ def trained_parameters(config: RunConfig, shape: Shape) -> int:
 
 
 def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, list[Work]]:
-    """Work of each stage of a round; round 0 is the evaluation of the base."""
+    """Return the work of each stage of a round; round 0 is the evaluation of the base."""
     two_n = 2.0 * shape.parameters
     real, sampled = sizes.prompt + sizes.answer, sizes.prompt + sizes.generated
     m, n = sizes.heldout_rows, prompts(config, sizes)
-    # Held-out: y and y' under the policy; then y'' under it too, and y' under base and previous policy.
-    pair = sizes.prompt + sizes.answer + sizes.generated  # the prompt is computed once for both answers
+    # Held-out: y and y' under the policy; then y'' under it too, and y' under base and previous policy. The prompt is
+    # computed once for both answers.
+    pair = sizes.prompt + sizes.answer + sizes.generated
     scored = m * pair
     if round_number > 0:
         scored += m * sizes.generated + m * sampled * (2 if round_number > 1 else 1)
@@ -149,7 +159,8 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     if round_number == 0:
         return {"evaluate": evaluate}
     total, per_prompt = pairs(config, sizes, round_number), config.generation.answers_per_prompt
-    pair = (sizes.prompt + sizes.answer) / per_prompt + sizes.generated  # computed once for all answers to a prompt
+    # The prompt and the human answer are computed once for all sampled answers to a prompt.
+    pair = (sizes.prompt + sizes.answer) / per_prompt + sizes.generated
     made = n * (sizes.prompt + per_prompt * sizes.generated)
     seen = min(sizes.train_rows, n * (round_number - 1))
     new = min(n, sizes.train_rows - seen)
@@ -157,10 +168,11 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
         new = 0
     alpha = config.objective.alpha
     mix = total * pair if alpha > 0 else 0.0
-    if alpha < 1 and (round_number > 1 or alpha == 0):  # in round 1 the previous policy is the base
+    # In round 1 the previous policy is the base, which needs no second scoring.
+    if alpha < 1 and (round_number > 1 or alpha == 0):
         mix += made + new * sizes.answer
     passes = config.training.epochs * total * pair
-    # The watched human answers: at the start their cached scores serve, where those are of the previous policy.
+    # Watched human answers are scored at the end, and at the start too unless scores of the previous policy are cached.
     watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
     factor = 6.0 if config.training.lora_rank is None else 4.0
     factor += 2.0 if config.training.activation_checkpointing == "full" else 0.0
@@ -174,14 +186,14 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
 
 
 def steps(config: RunConfig, sizes: Sizes, round_number: int) -> int:
-    """Optimiser steps of a round."""
+    """Return the optimiser steps of a round."""
     return config.training.epochs * math.ceil(pairs(config, sizes, round_number) / config.training.batch_size)
 
 
 def activation_bytes(
     shape: Shape, precision: str, tokens: int, checkpointing: Literal["none", "selective", "full"] = "none"
 ) -> int:
-    """Tensors kept for (and made by) the backward pass through all layers, for so many tokens at once."""
+    """Return the bytes of tensors that the backward pass keeps and makes, for a number of tokens at once."""
 
     def layer(saved: tuple[int, int, int]) -> int:
         d, k, f = saved
@@ -198,21 +210,24 @@ def activation_bytes(
 def attention_bytes(
     shape: Shape, tokens: int, longest: int, checkpointing: Literal["none", "selective", "full"] = "none"
 ) -> int:
-    """Attention weights that `cpu_attention` keeps for the backward pass: bfloat16, of every head, of what a query
-    sees; sequences of so many tokens at most, and half of them on average."""
+    """Return the bytes of attention weights that `cpu_attention` keeps for the backward pass.
+
+    They are bfloat16, one per head, query and visible key. longest: tokens of the longest sequence; a query sees half
+    of them on average.
+    """
     seen = (min(longest, LONGEST) + 64) // 2
     return 2 * shape.heads * tokens * seen * (shape.layers if checkpointing == "none" else 1)
 
 
 def logits_bytes(shape: Shape, answer_tokens: int) -> int:
-    """Logits of the answer tokens of a batch: 2 bytes as computed, 4 as float32, 4 for their gradient or softmax."""
+    """Return the bytes of a batch's logits: 2 as computed, 4 as float32, 4 for their gradient or softmax."""
     return 10 * min(answer_tokens * shape.vocabulary, LOGITS_AT_ONCE)
 
 
 def stage_memory(
     config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str, device: str, shards: int = 1
 ) -> dict[str, dict[str, int]]:
-    """Bytes on a rank's device that each stage needs at its peak, by part. `shards`: ranks that share the weights."""
+    """Return the peak bytes of each stage on a rank's device, by part. shards: ranks that share the weights."""
     t, precision = config.training, config.training.precision
     weights = _WEIGHTS[precision] * shape.parameters // shards
     copies = _COPIES[precision] * shape.parameters
@@ -220,11 +235,12 @@ def stage_memory(
         embeddings = 2 * shape.vocabulary * shape.width
         layer = (shape.parameters - embeddings) // max(shape.layers, 1)
         copies = (2 if precision != "fp32" else 4) * (embeddings + 2 * layer)
-    # What a pass is filled up to; the longest pair goes alone where it is longer.
+    # A pass is filled up to its limit; a pair that is longer forms a pass alone.
     tokens = max(config.resources.tokens_per_pass, sizes.longest_prompt + 2 * sizes.longest_answer)
     adapter = 0 if t.lora_rank is None else 4 * trained_parameters(config, shape) // shards
     held, made = weights, copies
-    if t.lora_quantize is not None:  # while training, and all but the embeddings
+    # Training quantises all weights but the embeddings.
+    if t.lora_quantize is not None:
         full = 2 * shape.vocabulary * shape.width
         held = int(_WEIGHTS[precision] * full + _QUANTISED[t.lora_quantize] * (shape.parameters - full))
         made = _COPIES[precision] * full
@@ -256,7 +272,8 @@ def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str
     tokens = sizes.longest_prompt + g.max_new_tokens
     sequence = 2 * number * shape.layers * shape.kv_width * tokens
     if engine == "vllm" and device == "cpu":
-        cache = int(config.resources.cpu_kv_cache_gib * 2**30)  # what it is given, whatever it needs
+        # vLLM on a CPU reserves its whole cache at the start.
+        cache = int(config.resources.cpu_kv_cache_gib * 2**30)
     else:
         held = config.resources.kv_cache_tokens
         rows = _VLLM_SEQUENCES
@@ -269,11 +286,12 @@ def _engine_memory(config: RunConfig, shape: Shape, sizes: Sizes, *, engine: str
 
 
 def checkpoints_bytes(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> int:
-    """Bytes in the store that a round's checkpoints take at most while it is trained; none are left after it."""
+    """Return the most bytes of a round's checkpoints in the store; all of them are deleted after the round."""
     t = config.training
     if t.checkpoint_every_steps is None and t.checkpoint_every_minutes is None:
         return 0
-    number = t.checkpoints_kept + 1  # one more while the newest is committed
+    # One more than is kept exists while the newest is committed.
+    number = t.checkpoints_kept + 1
     if t.checkpoint_every_minutes is None and t.checkpoint_every_steps is not None:
         number = min(number, (steps(config, sizes, round_number) - 1) // t.checkpoint_every_steps)
     width = _WEIGHTS[t.precision] if t.lora_rank is None else 4
@@ -281,7 +299,7 @@ def checkpoints_bytes(config: RunConfig, shape: Shape, sizes: Sizes, round_numbe
 
 
 def round_store(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, int]:
-    """Bytes that a round adds to the store, by what they are. Round 0: the base model and the data.
+    """Return the bytes that a round adds to the store, by content. Round 0: the base model and the data.
 
     Tables are counted as token ids of four bytes and text of four bytes a token, before Parquet's compression.
     """

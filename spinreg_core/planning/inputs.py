@@ -1,6 +1,6 @@
 """The inputs of a plan: the model's shape, the lengths of the data, and the machine's memory and rate.
 
-Decides: where each of them comes from. Leaves out: what follows from them (`plan`, `cost_model`).
+Decides: where each of them comes from. Leaves out: the arithmetic (`cost_model`) and the text (`plan`).
 
 torch and transformers are imported inside the functions, so that the flow process can import this file.
 """

@@ -142,7 +142,7 @@ def _round(config: RunConfig, shape: Shape, sizes: Sizes, number: int, machine: 
 
 
 def warnings(config: RunConfig, document: Plan) -> list[str]:
-    """Return what will not fit: stages in memory, the run on the disk of a local store."""
+    """Return warnings about stages that do not fit in memory, and a run that does not fit on a local store's disk."""
     found = []
     machine = document["machine"]
     room = machine["memory_bytes"]
@@ -208,15 +208,10 @@ def describe(document: Plan) -> str:
 
 def _row(name: str, prompts: int, pairs: int, needs: Total, training: float | None) -> list[str]:
     return [
-        name,
-        str(prompts or "-"),
-        str(pairs or "-"),
-        format_count(needs["tokens"]),
-        format_count(needs["flops"]),
-        format_duration(needs["seconds"]),
-        "-" if training is None else format_duration(training),
+        name, str(prompts or "-"), str(pairs or "-"), format_count(needs["tokens"]), format_count(needs["flops"]),
+        format_duration(needs["seconds"]), "-" if training is None else format_duration(training),
         format_bytes(needs["store_bytes"]),
-    ]
+    ]  # fmt: skip
 
 
 def _indented(rows: list[list[str]]) -> list[str]:

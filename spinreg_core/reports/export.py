@@ -75,7 +75,7 @@ def export(
 
 def _require_free(field: str, target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise BadInput(field, f"{target}, which is not empty", "an empty folder or a new one")
+        raise BadInput(field, f"is not empty ({target})", "name an empty folder or a new one")
 
 
 @contextmanager
@@ -159,9 +159,8 @@ def model_card(store: Store, run: str, number: int) -> str:
     shown = [measured[n] for n in dict.fromkeys((0, number)) if n in measured]
     names = [name for name in data["definitions"] if any(name in (entry["metrics"] or {}) for entry in shown)]
     lineage = [("base", head["base"]), ("data", head["data"])]
-    for n in range(1, number + 1):
-        lineage += [(f"round {n}, {stage}", str(stage_object(head, n, stage)))
-                    for stage in ("generate", "mix-opponent", "train")]  # fmt: skip
+    lineage += [(f"round {n}, {stage}", str(stage_object(head, n, stage)))
+                for n in range(1, number + 1) for stage in ("generate", "mix-opponent", "train")]  # fmt: skip
     return template("model_card.md.jinja").render(
         about=about.to_yaml(), run=run, number=number, config=config, data=data, weights=weights, shown=shown,
         rows=[_row(name, [(entry["metrics"] or {}).get(name) for entry in shown]) for name in names],

@@ -1,6 +1,6 @@
 """The report of a run: one self-contained HTML page and the same as JSON, rebuilt from the store alone.
 
-Decides: the content of a report, the sentences of its verdict, and what raises an alarm. Leaves out: the metrics'
+Decides: the content of a report, the sentences of its verdict, and the alarms. Leaves out: the metrics'
 definitions (`evaluation`), tables as text (`tables`), and the look of the page (`templates`).
 
 A report is a view. It can be written again at any time, also while the run is in progress.
@@ -53,13 +53,9 @@ def render(data: Report) -> str:
     assert "</script" not in plotly
     page = template("report.html.jinja", estimate=format_estimate, bytes=format_bytes, duration=format_duration)
     return page.render(
-        data=data,
-        plotly=plotly,
-        leaves=flatten(data["config"]),
-        benchmarks=benchmarks(data),
-        benchmark_of=benchmark_of,
-        counted=counted,
-    )
+        data=data, plotly=plotly, leaves=flatten(data["config"]), benchmarks=benchmarks(data),
+        benchmark_of=benchmark_of, counted=counted,
+    )  # fmt: skip
 
 
 def report_data(store: Store, run: str) -> Report:
@@ -108,18 +104,12 @@ def read_json(store: Store, object_id: str, name: str) -> Any:
 
 def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> Round:
     stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
+    measured = [part | {"uri": store.uri(f"objects/{part['object_id']}")}
+                for part in results_of(store, config, head, number)]  # fmt: skip
     found: Round = {
-        "round": number,
-        "stages": stages,
-        "metrics": None,
-        "benchmarks": [
-            cast(Measured, part | {"uri": store.uri(f"objects/{part['object_id']}")})
-            for part in results_of(store, config, head, number)
-        ],
-        "pairs": None,
-        "training": None,
-        "margins": None,
-    }
+        "round": number, "stages": stages, "metrics": None, "benchmarks": cast(list[Measured], measured),
+        "pairs": None, "training": None, "margins": None,
+    }  # fmt: skip
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
         found["pairs"] = manifest["metrics"]
     if "evaluate" in stages:
@@ -157,23 +147,13 @@ def _lineage(store: Store, head: dict[str, Any]) -> list[Lineage]:
     for made in sorted(found, key=lambda made: (made.round, order.index(made.stage))):
         manifest, removed = made.record, removed_keys(made.record)
         files = [entry for entry in manifest["files"] if entry["key"] not in removed]
-        lines.append(
-            {
-                "round": None if made.stage in INPUTS else made.round,
-                "stage": made.stage,
-                "object_id": made.object_id,
-                "uri": store.uri(f"objects/{made.object_id}"),
-                "inputs": manifest["inputs"],
-                "files": len(files),
-                "removed": len(manifest["files"]) - len(files),
-                "bytes": sum(entry["size"] for entry in files),
-                "seconds": manifest["seconds"],
-                "tokens": tokens_of(made),
-                "created": manifest["created"],
-                "writer": manifest["writer"],
-                "versions": manifest["versions"],
-            }
-        )
+        lines.append({
+            "round": None if made.stage in INPUTS else made.round, "stage": made.stage, "object_id": made.object_id,
+            "uri": store.uri(f"objects/{made.object_id}"), "inputs": manifest["inputs"],
+            "files": len(files), "removed": len(manifest["files"]) - len(files),
+            "bytes": sum(entry["size"] for entry in files), "seconds": manifest["seconds"], "tokens": tokens_of(made),
+            "created": manifest["created"], "writer": manifest["writer"], "versions": manifest["versions"],
+        })  # fmt: skip
     return lines
 
 
@@ -198,7 +178,7 @@ def _difference(estimate: Estimate) -> str:
 
 
 def verdict(rounds: Sequence[Round]) -> Verdict:
-    """Return what the primary metric says about the last evaluated round compared with the base, in sentences.
+    """Return the verdict of the primary metric about the last evaluated round compared with the base.
 
     `outcome` is `improved` or `worse` if the paired 95 % interval excludes zero, `no difference` if it does not, and
     `none` before the first round is evaluated.
@@ -218,25 +198,25 @@ def verdict(rounds: Sequence[Round]) -> Verdict:
     # Both values come from the same rows, so the base's value is the last round's without the paired change.
     base = format_number(value["value"] - change["value"], value)
     sentences = [
-        f"Held-out negative log-likelihood after round {number} is {format_estimate(value)} {value['unit']}, against "
-        f"{base} for the base model: {_difference(change)}, paired over {change['n']} rows. "
+        f"Held-out negative log-likelihood after round {number} is {format_estimate(value)} {value['unit']}, compared "
+        f"with {base} for the base model: {_difference(change)}, paired over {change['n']} rows. "
         + ("The interval excludes zero." if sign else "The interval contains zero, so this may be chance.")
     ]
     if number > 1:
         step = metrics["nll_vs_previous"]
         sentences.append(
-            f"Against round {number - 1} it is {_difference(step)}"
-            + ("." if _supported(step) else ", which these rows cannot tell from no change.")
+            f"Compared with round {number - 1} it is {_difference(step)}"
+            + ("." if _supported(step) else ", which these rows cannot distinguish from no change.")
         )
     sentences.append(
-        "The interval is about which rows were held out; another training seed would move the numbers too. "
-        "It is about human answers being more or less likely, not about how sampled answers are liked."
+        "The interval covers the choice of held-out rows; another training seed would change the numbers too. "
+        "The metric measures how likely human answers are, not how good sampled answers are."
     )
     return {"outcome": outcome, "round": number, "headline": headline, "sentences": sentences}
 
 
 def alarms(rounds: Sequence[Round], level: float = 0.0) -> list[Alarm]:
-    """Return what a user must see: human answers became less likely in training or held out, or a KL is negative.
+    """Return the alarms: human answers became less likely in training or held out, or a KL is negative.
 
     level: rise of the held-out NLL in one round that is tolerated (nats/token).
     """
@@ -257,43 +237,42 @@ def heldout_alarms(number: int, metrics: Mapping[str, Estimate], level: float) -
         against = "the base model" if number == 1 else f"round {number - 1}"
         text = (
             f"Held-out human answers became less likely than under {against}: their NLL is {_difference(step)}. "
-            f"This is the instability that regularisation is for: {REMEDIES}."
+            f"Regularisation is meant to prevent this instability: {REMEDIES}."
         )
         found.append({"round": number, "where": "held-out rows", "text": text})
     for against in ("base", "previous"):
         kl = metrics.get(f"kl_{against}")
         if kl is not None and _supported(kl) < 0:
             text = (
-                f"The KL to the {against} policy comes out negative ({format_estimate(kl)} {kl['unit']}), which a "
-                "policy's own samples hardly ever do: unless it is next to nothing, the sampled policy is not the "
-                "scored one. Look at generation.dtype (bfloat16 rounds small steps away), temperature, top_p and "
-                "top_k."
+                f"The KL to the {against} policy is negative ({format_estimate(kl)} {kl['unit']}), which hardly ever "
+                "happens with a policy's own samples. Unless it is close to zero, the sampled policy is not the scored "
+                "one. Check generation.dtype (bfloat16 rounds small steps away), temperature, top_p and top_k."
             )
             found.append({"round": number, "where": "samples", "text": text})
     return found
 
 
 def notes(sampler: GenerationConfig, rounds: Sequence[Round], ended: str | None) -> list[str]:
-    """Return what limits the numbers of a run. ended: why it ended early, or None."""
+    """Return the limits of a run's numbers, as sentences. ended: why it ended early, or None."""
     rows = next((metrics[PRIMARY]["n"] for entry in rounds if (metrics := entry["metrics"])), None)
     return [
         *([] if ended is None else [f"The run {ended}."]),
         *sample_notes([sampler.model_dump()], rows),
-        f"Sampled answers end after {sampler.max_new_tokens} tokens at the latest: answer length and KL are "
-        "those of answers cut there. Reward accuracy compares them with whole human answers.",
+        f"Sampled answers are cut after {sampler.max_new_tokens} tokens, so answer length and KL are those of cut "
+        "answers. Reward accuracy compares them with whole human answers.",
     ]
 
 
 def sample_notes(samplers: Sequence[Mapping[str, Any]], rows: int | None) -> list[str]:
-    """Return what limits numbers about sampled answers. samplers: temperature, top_p and top_k; rows: held-out rows."""
+    """Return the limits of numbers about sampled answers. samplers: temperature, top_p, top_k; rows: held-out rows."""
     found = []
     odd = [one for one in samplers if (one["temperature"], one["top_p"], one["top_k"]) != (1, 1, 0)]
     if odd:
         told = [f"temperature {one['temperature']}, top-p {one['top_p']}, top-k {one['top_k']}" for one in odd]
         found.append(
             f"Answers{' of some runs' if len(odd) < len(samplers) else ''} were sampled with "
-            f"{' or '.join(dict.fromkeys(told))}: that is not the policy itself, so KL is about these samples only."
+            f"{' or '.join(dict.fromkeys(told))}: this is not the policy itself, so KL describes these samples only."
         )
     if rows is not None and rows < 30:
-        found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; take at least 30.")
+        found.append(f"With {rows} held-out rows the bootstrap intervals are too narrow; use at least 30.")
     return found

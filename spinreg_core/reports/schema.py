@@ -45,7 +45,7 @@ class Training(TypedDict):
 
 
 class Round(TypedDict):
-    """What one round left; None where it is not there yet. `metrics` holds estimates over held-out rows."""
+    """The results of one round, None if not yet available. `metrics` holds estimates over held-out rows."""
 
     round: int
     stages: dict[str, str]
@@ -65,22 +65,27 @@ class Sample(TypedDict):
     rounds: list[dict[str, Any]]
 
 
-class Lineage(TypedDict):
-    """One object of the run. `seconds` are those of the attempt that finished it."""
+class MadeObject(TypedDict):
+    """An object of a run, None where it is unknown. `seconds` are those of the attempt that finished it."""
 
     round: int | None
     stage: str
     object_id: str
     uri: str
-    inputs: dict[str, Any]
+    inputs: dict[str, Any] | None
+    seconds: float | None
+    tokens: float | None
+    versions: dict[str, str] | None
+
+
+class Lineage(MadeObject):
+    """An object with its files in the store, and the number of those that retention removed."""
+
     files: int
     removed: int
     bytes: int
-    seconds: float
-    tokens: float | None
     created: str
     writer: str
-    versions: dict[str, str]
 
 
 class Definition(TypedDict):

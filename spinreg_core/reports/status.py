@@ -5,7 +5,7 @@ Reads the store only.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, final
+from typing import Any, NotRequired, TypedDict, final
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreRefused
@@ -19,26 +19,23 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.documents import plain
 
 
-class StageStatus(TypedDict):
-    """A stage of a round. `parts` counts the shards or checkpoints that an open stage has committed."""
+class ObjectStatus(TypedDict):
+    """A stage or benchmark of a round. Stages have `bytes` and `parts`, too.
+
+    `parts` counts the shards or checkpoints that an open stage has committed.
+    """
 
     state: str
     object: str | None
     seconds: float | None
-    bytes: int | None
-    parts: int
-
-
-class MeasuredStatus(TypedDict):
-    object: str
-    state: str
-    seconds: float | None
+    bytes: NotRequired[int | None]
+    parts: NotRequired[int]
 
 
 class RoundStatus(TypedDict):
     round: int
-    stages: dict[str, StageStatus]
-    measured: dict[str, MeasuredStatus]
+    stages: dict[str, ObjectStatus]
+    measured: dict[str, ObjectStatus]
 
 
 @final
@@ -79,23 +76,13 @@ def run_status(store: Store, run: str) -> RunStatus:
     last = max(head.last_round, head.pending_advance.to if head.pending_advance else 0)
     rounds: list[RoundStatus] = []
     for number in range(last + 1):
-        rounds.append(
-            {
-                "round": number,
-                "stages": {stage: _stage(store, config, head, number, stage) for stage in stages_of(number)},
-                "measured": {name: _measured(store, one) for name, one in head.measured(number).items()},
-            }
-        )
+        found = {stage: _stage(store, config, head, number, stage) for stage in stages_of(number)}
+        measured = {name: _measured(store, one) for name, one in head.measured(number).items()}
+        rounds.append({"round": number, "stages": found, "measured": measured})
     return {
-        "run": run,
-        "store": store.url,
-        "complete_round": complete_round(head),
-        "pending": plain(head.pending_advance),
-        "ended": ended_early(head),
-        "repair": plain(head.repair),
-        "lease": plain(head.lease),
-        "rounds": rounds,
-    }
+        "run": run, "store": store.url, "complete_round": complete_round(head), "pending": plain(head.pending_advance),
+        "ended": ended_early(head), "repair": plain(head.repair), "lease": plain(head.lease), "rounds": rounds,
+    }  # fmt: skip
 
 
 def format_status(store: Store, run: str | None) -> tuple[str, StoreStatus]:
@@ -109,19 +96,17 @@ def format_status(store: Store, run: str | None) -> tuple[str, StoreStatus]:
     return "\n".join(lines), {"runs": found}
 
 
-def _stage(store: Store, config: RunConfig, head: Head, number: int, stage: str) -> StageStatus:
+def _stage(store: Store, config: RunConfig, head: Head, number: int, stage: str) -> ObjectStatus:
     object_id = head.stage(number, stage)
     state, record = _state(store, object_id)
     return {
-        "state": state,
-        "object": object_id,
-        "seconds": record.seconds if record else None,
+        "state": state, "object": object_id, "seconds": record.seconds if record else None,
         "bytes": sum(file.size for file in record.files) if record else None,
         "parts": 0 if object_id else _parts(store, config, head, number, stage),
-    }
+    }  # fmt: skip
 
 
-def _measured(store: Store, object_id: str) -> MeasuredStatus:
+def _measured(store: Store, object_id: str) -> ObjectStatus:
     state, record = _state(store, object_id)
     return {"object": object_id, "state": state, "seconds": record.seconds if record else None}
 

@@ -101,7 +101,7 @@ def _shown(data: Report) -> list[str]:
 
 def _legend(data: Report) -> list[str]:
     return [
-        "↓ lower is better, ↑ higher is better, no arrow: neither by itself. [ ] 95 % interval over held-out rows.",
+        "↓ lower is better, ↑ higher is better, no arrow: neither. [ ] 95 % interval over held-out rows.",
         f"* primary metric. {data['primary']['reason']}",
     ]
 

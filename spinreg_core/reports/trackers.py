@@ -3,9 +3,10 @@
 Decides: the numbers that a tracker gets; sending them again adds nothing. Leaves out: when that happens (`flows`), and
 the addresses and keys of servers, which the vendors read from their own environment variables.
 
-A tracker always gets the whole run and keeps what is new. So nothing has to be remembered about it, and what it missed
-during an outage arrives with the next round. Each call runs in a process of its own, because the libraries start
-threads, ask questions and retry for minutes; all of that ends with the process. By hand, for any run with a report:
+A tracker always gets the whole run and keeps the new numbers. So spinreg remembers nothing about it, and numbers that
+it missed during an outage arrive with the next round. Each call runs in a process of its own, because the libraries
+start threads, ask questions and retry for minutes; all of that ends with the process. By hand, for any run with a
+report:
 
     python -m spinreg_core.reports.trackers mlflow < spinreg-store/runs/demo/report.json
 """

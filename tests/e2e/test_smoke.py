@@ -290,20 +290,22 @@ def test_export_with_bad_arguments_is_refused_and_writes_nothing(
     store, _, _ = finished
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    with pytest.raises(BadInput, match="which holds something; expected a folder that is empty"):
+    with pytest.raises(BadInput, match=r"--to is not empty .*; name an empty folder or a new one"):
         export(store, "smoke", tmp_path / "full")
-    with pytest.raises(BadInput, match=r"--round: found 7; expected 0 or a round that was trained \(1, 2\)"):
+    with pytest.raises(
+        BadInput, match=r"--round: found 7, which is not trained .*; expected 0 or a trained round \(1, 2\)"
+    ):
         export(store, "smoke", tmp_path / "none", round_number=7)
     with pytest.raises(BadInput, match="--shard-size: found '5'; expected a size"):
         export(store, "smoke", tmp_path / "none", shard_size="5")
     with pytest.raises(BadInput, match="--push: found 'somewhere'"):
         push(tmp_path / "full", "somewhere")
-    with pytest.raises(BadInput, match="which holds something"):
+    with pytest.raises(BadInput, match="--push is not empty"):
         push(tmp_path / "full", str(tmp_path / "full"))
     asked = ["export", "smoke", "--store", store.url, "--to", str(tmp_path / "none"), "--push"]
     assert main([*asked, "somewhere"]) == EXIT_BAD_INPUT, "before anything is written"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a closed port
-    with pytest.raises(BadInput, match=r"--push: found nobody/model, which the hub does not take: .*refused"):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(BadInput, match=r"--push: found nobody/model, which the hub refuses .*refused"):
         push(tmp_path / "full", "nobody/model")
     capsys.readouterr()
     assert main(["export", "nobody", "--store", store.url, "--to", str(tmp_path / "none")]) == EXIT_BAD_INPUT

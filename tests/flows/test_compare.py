@@ -84,5 +84,5 @@ def test_with_one_alone_there_is_nothing_to_compare(
 ) -> None:
     failures, _, end = run(store, tmp_path, {"half", "base"}, monkeypatch)
     assert failures.keys() == {"half", "base"}
-    with pytest.raises(SpinregError, match=r"1 members came to their end.*\n  - half: out of luck\n  - base: out of"):
+    with pytest.raises(SpinregError, match=r"only 1 members finished.*\n  - half: out of luck\n  - base: out of"):
         end()

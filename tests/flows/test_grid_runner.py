@@ -95,7 +95,7 @@ def test_the_second_waits_for_what_the_first_makes(server: Server) -> None:
 def test_one_that_fails_ends_no_other(server: Server) -> None:
     one, other = grid(server)
     server.turns = [lambda: server.ended.update({server.of(one): "Failed: out of luck"}), lambda: server.make(other)]
-    assert server.run([one, other]) == {one.run: "Failed: out of luck; nothing of it is in the store"}
+    assert server.run([one, other]) == {one.run: "Failed: out of luck; the store has nothing of it"}
     assert server.started == [one.run, other.run]
 
 

@@ -24,3 +24,13 @@ def new_page(**options: Any) -> Iterator[Any]:
             yield browser.new_page(**options)
         finally:
             browser.close()
+
+
+def complaints_of(page: Any) -> list[str]:
+    """What the page will have said to its console, asked, or requested from the network; empty for a good one."""
+    found: list[str] = []
+    page.on("console", lambda message: found.append(message.text))
+    page.on("pageerror", lambda error: found.append(str(error)))
+    page.on("dialog", lambda dialog: (found.append(f"dialog {dialog.message}"), dialog.dismiss()))
+    page.on("request", lambda request: found.append(request.url) if request.url[:4] == "http" else None)
+    return found

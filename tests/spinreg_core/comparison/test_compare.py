@@ -47,7 +47,7 @@ def picked(entries: list[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("number", [0, 2])
-def test_scores_have_the_values_of_the_runs_own_metrics(number: int) -> None:
+def test_heldout_scores_equal_the_metrics_of_the_run(number: int) -> None:
     rows = rows_of(number, 0.1, np.random.default_rng(0), 7)
     expected = heldout_metrics(rows, alpha=0.5, beta=0.1, resamples=100, seed=0)
     found = heldout_scores(rows, "b", 0.5)
@@ -59,7 +59,7 @@ def test_scores_have_the_values_of_the_runs_own_metrics(number: int) -> None:
     assert (matches.num.sum(), matches.den.sum()) == (1.0, len(rows) - 1)
 
 
-def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store: Store, tmp_path: Path) -> None:
+def test_compare_with_real_differences_claims_them(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "spin", [0.0, 0.0], objective={"alpha": 1.0})
     make_run(store, tmp_path, "kl", [-0.1, -0.2, -0.3], objective={"alpha": 0.5})
     make_run(store, tmp_path, "dpo", [0.1, 0.2], objective={"alpha": 0.0})
@@ -78,7 +78,7 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
     )
     text = " ".join(data["verdict"]["sentences"])
     assert "alpha 1.0 against its base model: " in text
-    assert "cannot tell from no difference" in text
+    assert "cannot distinguish from no difference" in text
     assert "5 comparisons, corrected together (Holm)" in text
     assert data["families"]["verdict"] == 5
     one = picked(data["comparisons"], metric="heldout_nll", variant="alpha 0.5", against=BASE, round=3)
@@ -93,7 +93,7 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
     table = comparison_table(data)
     line = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
     assert line.count("▼") == line.count("▲") == 1
-    assert "alpha 0.5 went on" in " ".join(table.split())
+    assert "alpha 0.5 went further" in " ".join(table.split())
     alarmed = {(run, one["round"]) for one in data["alarms"] for run in one["runs"]}
     assert {("dpo", 1), ("dpo", 2)} <= alarmed
     assert not [run for run, _ in alarmed if run == "kl"]
@@ -104,7 +104,7 @@ def test_values_are_those_of_the_run_and_claims_are_where_a_difference_is(store:
     assert (found.reference["better"], found.base["better"]) == (1, 1)
 
 
-def test_against_turns_the_comparison_round(store: Store, tmp_path: Path) -> None:
+def test_compare_against_another_run_swaps_the_sign(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [-0.2], objective={"alpha": 1.0})
     make_run(store, tmp_path, "b", [0.0], objective={"alpha": 0.5})
     one, other = compare(store, ["a", "b"]), compare(store, ["a", "b"], against="b")
@@ -113,7 +113,7 @@ def test_against_turns_the_comparison_round(store: Store, tmp_path: Path) -> Non
     assert claims(other) == [["alpha 1.0", "alpha 0.5", "lower"], ["alpha 1.0", BASE, "lower"]]
 
 
-def test_no_claim_is_made_where_there_is_no_difference(store: Store, tmp_path: Path) -> None:
+def test_compare_without_differences_claims_nothing(store: Store, tmp_path: Path) -> None:
     false = 0
     for trial in range(8):
         for name, alpha in (("a", 1.0), ("b", 0.5), ("c", 0.0)):
@@ -126,7 +126,7 @@ def test_no_claim_is_made_where_there_is_no_difference(store: Store, tmp_path: P
     assert false <= 2, "the 5 % are held to in test_paired.py, with 200 families"
 
 
-def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: Path) -> None:
+def test_compare_runs_of_other_seeds_forms_one_variant(store: Store, tmp_path: Path) -> None:
     """Every seed has its own held-out rows: seeds are paired with the same seed of the other variant."""
     for seed in range(3):
         make_run(store, tmp_path, f"spin{seed}", [0.02 * seed], objective={"alpha": 1.0}, seed=seed, data=seed)
@@ -144,14 +144,14 @@ def test_runs_that_differ_in_seed_only_are_one_variant(store: Store, tmp_path: P
     assert spin["value"] == pytest.approx(np.mean(spin["values"]))
     assert spin["spread"] == pytest.approx(np.std(spin["values"], ddof=1))
     assert data["verdict"]["headline"] == "In held-out NLL at round 1, alpha 0.5 is better than alpha 1.0."
-    assert any("2 of 2 seeds of one sign" in sentence for sentence in data["verdict"]["sentences"])
+    assert any("2 of 2 seeds with this sign" in sentence for sentence in data["verdict"]["sentences"])
     assert "spread between seeds" in data["verdict"]["sentences"][-1]
     alone = compare(store, ["spin0", "spin1"])
     assert alone["verdict"]["headline"].startswith("One variant, spin0")
     assert {c["against"] for c in alone["comparisons"]} == {BASE}
 
 
-def test_a_run_that_repeats_another_is_no_further_seed(store: Store, tmp_path: Path) -> None:
+def test_compare_a_repeated_run_leaves_it_out(store: Store, tmp_path: Path) -> None:
     """Plain SPIN in two grids, say. Before, it was "2 seeds" with a spread of 0, and one policy was two tests."""
     make_run(store, tmp_path, "spin", [0.0], objective={"alpha": 1.0})
     make_run(store, tmp_path, "kl", [-0.2], objective={"alpha": 0.5})
@@ -170,7 +170,7 @@ def test_a_run_that_repeats_another_is_no_further_seed(store: Store, tmp_path: P
     assert (turned["repeats"], turned["variants"][0]["runs"]) == ({"spin": "again"}, ["again"])
 
 
-def test_a_run_that_has_not_begun_is_bad_input(store: Store, tmp_path: Path) -> None:
+def test_compare_a_run_without_rounds_is_bad_input(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "spin", [0.0])
     with hold_lease(store, RunConfig(run="new"), "test"):
         pass
@@ -188,7 +188,7 @@ def share_policies(store: Store, run: str, source: str, alpha: float) -> None:
                 session.commit(entry["round"], stage, object_id)
 
 
-def test_a_policy_that_runs_share_is_compared_once(store: Store, tmp_path: Path) -> None:
+def test_compare_a_shared_policy_tests_it_once(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [-0.1], objective={"alpha": 1.0})
     for run, alpha in (("b", 0.5), ("c", 0.25), ("d", 0.0)):  # alpha says nothing in round 1
         share_policies(store, run, "a", alpha)
@@ -215,7 +215,7 @@ def test_a_policy_that_runs_share_is_compared_once(store: Store, tmp_path: Path)
 # --- what cannot be compared -------------------------------------------------------------------------
 
 
-def test_runs_on_other_rows_are_named_with_the_reason(store: Store, tmp_path: Path) -> None:
+def test_compare_runs_on_other_rows_says_why_unpaired(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [0.0], objective={"alpha": 1.0})
     make_run(store, tmp_path, "b", [0.0], objective={"alpha": 0.5})
     make_run(store, tmp_path, "odd", [0.0], objective={"alpha": 0.0}, seed=5, data=9)
@@ -224,18 +224,23 @@ def test_runs_on_other_rows_are_named_with_the_reason(store: Store, tmp_path: Pa
     assert "depend on the seed" in data["unpaired"][0]["why"]
     assert {c["against"] for c in data["comparisons"] if c["variant"] == "alpha 0.0"} == {BASE}
     assert any("is not compared with alpha 1.0 row by row" in s for s in data["verdict"]["sentences"])
-    with pytest.raises(BadInput, match=r"none that answered the questions of 'alpha 1\.0'.*depend on the seed"):
+    with pytest.raises(BadInput, match=r"none with the held-out rows of 'alpha 1\.0'.*depend on the seed"):
         compare(store, ["a", "odd"])
 
 
-def test_bad_input_is_named(store: Store, tmp_path: Path) -> None:
+def test_compare_bad_arguments_are_bad_input(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [0.0])
     make_run(store, tmp_path, "young", [], objective={"alpha": 1.0})
     for runs, against, name, message in [
         (["a"], None, None, "at least two different runs"),
         (["a", "a"], None, None, "at least two different runs"),
         (["a", "gone"], None, None, "gone"),
-        (["a", "young"], None, None, r"no round that all have evaluated \(last evaluated: a: 1, young: 0\)"),
+        (
+            ["a", "young"],
+            None,
+            None,
+            r"that all have evaluated \(last evaluated: a: 1, young: 0\)",
+        ),
         (["a", "young"], "other", None, "--against: found 'other'"),
         (["a", "young"], None, "../up", "name of the comparison"),
     ]:
@@ -243,7 +248,7 @@ def test_bad_input_is_named(store: Store, tmp_path: Path) -> None:
             compare(store, runs, against, name)
 
 
-def test_names() -> None:
+def test_comparison_name_of_many_runs_is_shortened() -> None:
     assert comparison_name(["a", "b"]) == "a-vs-b"
     many = [f"run-number-{i}" for i in range(9)]
     assert comparison_name(many) != comparison_name([*many[:-1], "x"])
@@ -264,11 +269,11 @@ def test_names() -> None:
         ([(0.5, 0.1), (0.5, 0.3)], "none"),
     ],
 )
-def test_the_family_of_alpha_is_told_from_the_values(objectives: list[tuple[float, Any]], family: str) -> None:
+def test_grid_of_names_the_family_of_alphas(objectives: list[tuple[float, Any]], family: str) -> None:
     assert grid_of([("x", ObjectiveConfig(alpha=a, beta=b)) for a, b in objectives])["family"] == family
 
 
-def test_variants_of_alpha_and_history_alone_make_a_plane() -> None:
+def test_plane_of_alpha_and_history_alone_is_a_table() -> None:
     def variant(alpha: float, history: Any, **fields: Any) -> tuple[str, RunConfig]:
         given = {"objective": {"alpha": alpha, "beta": 0.1 / (alpha or 1)}, "opponent": {"history": history}}
         return f"{alpha} {history}", validate(merge(given, fields))
@@ -289,7 +294,7 @@ def test_variants_of_alpha_and_history_alone_make_a_plane() -> None:
     assert plane_of([*grid[:-1], variant(1.0, 2, training={"learning_rate": 1e-5})]) is None, "something else"
 
 
-def test_stability_cost_lineage_and_differences(store: Store, tmp_path: Path) -> None:
+def test_compare_reports_stability_cost_and_lineage(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, "a", [-0.1, 0.3], objective={"alpha": 1.0})
     make_run(store, tmp_path, "b", [-0.1, -0.1], objective={"alpha": 0.5})
     data = compare(store, ["a", "b"])
@@ -349,7 +354,7 @@ def changed(document: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return document | {head: changed(document[head], rest, value) if rest else value}
 
 
-def test_a_benchmark_is_compared_item_by_item(store: Store, tmp_path: Path) -> None:
+def test_benchmark_scores_are_item_by_item(store: Store, tmp_path: Path) -> None:
     found = benchmark_scores(store, measured(store, tmp_path, LM_EVAL, [1.0, 0.0]))
     assert found is not None
     assert (found.ids, found.value) == (("q0", "q1"), 0.5)
@@ -372,7 +377,7 @@ def test_a_benchmark_is_compared_item_by_item(store: Store, tmp_path: Path) -> N
         (MT_BENCH, "fingerprints.data", "other"),
     ],
 )  # fmt: skip
-def test_benchmarks_that_asked_something_else_are_not_paired(document: dict[str, Any], path: str, value: Any) -> None:
+def test_asked_of_other_questions_differs(document: dict[str, Any], path: str, value: Any) -> None:
     assert asked_of(changed(document, path, value)) != asked_of(document)
 
 
@@ -387,11 +392,11 @@ def test_benchmarks_that_asked_something_else_are_not_paired(document: dict[str,
         (MT_BENCH, "settings.bootstrap", 7),
     ],
 )  # fmt: skip
-def test_benchmarks_that_asked_the_same_are_paired(document: dict[str, Any], path: str, value: Any) -> None:
+def test_asked_of_the_same_questions_is_equal(document: dict[str, Any], path: str, value: Any) -> None:
     assert asked_of(changed(document, path, value)) == asked_of(document)
 
 
-def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
+def test_compare_benchmarks_pairs_equal_judges_only(store: Store, tmp_path: Path) -> None:
     """The same answers, graded a point apart by two judges, are no difference; what judges were paid is a cost."""
     make_run(store, tmp_path, "a", [0.0], objective={"alpha": 1.0})
     rng, grades = np.random.default_rng(0), {}
@@ -417,7 +422,7 @@ def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
         ("alpha 0.5", "alpha 1.0", 1, 40)
     ]
     assert "mt-bench/score of alpha 0.0 is not compared with that of alpha 1.0" in " ".join(data["notes"])
-    assert "gsm8k/exact is no mean over questions, and is not compared" in " ".join(data["notes"])
+    assert "gsm8k/exact is not a mean over questions, so it is not compared" in " ".join(data["notes"])
     assert "gsm8k/exact" not in data["metrics"]
     shown = data["metrics"]["mt-bench/score"]
     assert (shown["better"], shown["unit"]) == ("higher", "of 10")
@@ -431,7 +436,7 @@ def test_benchmarks_in_a_comparison(store: Store, tmp_path: Path) -> None:
     assert len([line for line in data["lineage"] if line["stage"] == "benchmark"]) == 6
 
 
-def test_any_members_sampler_is_told_of() -> None:
+def test_sample_notes_name_every_odd_sampler() -> None:
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     assert sample_notes([plain, plain], 30) == []
     (note,) = sample_notes([plain, plain | {"top_k": 5, "top_p": 0.5}], 64)
@@ -440,6 +445,6 @@ def test_any_members_sampler_is_told_of() -> None:
     assert "With 8 held-out rows" in sample_notes([plain], 8)[0]
 
 
-def test_a_seed_without_a_difference_has_no_sign() -> None:
+def test_agreeing_seeds_ignores_a_zero_difference() -> None:
     assert agreeing_seeds(-0.1, [-0.4, 0.0, 0.1]) == 1
     assert agreeing_seeds(0.1, [0.4, 0.0, -0.1]) == 1

@@ -34,7 +34,7 @@ def names(members: list[Member]) -> list[str]:
     return [member.run for member in members]
 
 
-def test_the_default_grid_is_alpha_times_history_with_plain_spin_first() -> None:
+def test_members_of_default_grid_starts_with_plain_spin() -> None:
     members = members_of("g", BASE)
     assert names(members) == [f"g-alpha-{a}-h-{h}-s0" for a in ("1", "0.5", "0") for h in ("1", "all")]
     assert reference_of(members, None) == members[0].run
@@ -44,14 +44,14 @@ def test_the_default_grid_is_alpha_times_history_with_plain_spin_first() -> None
     assert members[3].config.opponent.history == "all"
 
 
-def test_every_variation_has_every_seed() -> None:
+def test_members_of_a_grid_has_every_seed() -> None:
     members = members_of("g", BASE, alpha=[0.25], history=[1, 2], seeds=[3, 4])
     assert [(m.config.opponent.history, m.config.seed) for m in members] == [(1, 3), (1, 4), (2, 3), (2, 4)]
     assert reference_of(members, None) == members[0].run, "without plain SPIN the first"
     assert reference_of(members, members[2].run) == members[2].run
 
 
-def test_beta_0_is_added_to_a_beta_prev_that_stays() -> None:
+def test_members_of_beta_0_adds_it_to_beta_prev() -> None:
     members = members_of("g", BASE | {"objective": {"beta": 0.1}}, beta_0=[0, 0.1, 0.3], history=[1])
     for member, added in zip(members, (0, 0.1, 0.3), strict=True):
         objective = member.config.objective
@@ -60,14 +60,14 @@ def test_beta_0_is_added_to_a_beta_prev_that_stays() -> None:
         assert objective.beta * (1 - objective.alpha) == pytest.approx(added), "the base's"
 
 
-def test_variations_may_be_anything_else() -> None:
+def test_members_of_variations_may_set_any_field() -> None:
     different = {"rms": {"training": {"optimizer": "rmsprop"}}, "adam": {"training": {"optimizer": "adamw"}}}
     members = members_of("g", BASE | {"training": {"epochs": 2}}, variations=different)
     assert names(members) == ["g-rms-s0", "g-adam-s0"]
     assert [(m.config.training.optimizer, m.config.training.epochs) for m in members] == [("rmsprop", 2), ("adamw", 2)]
 
 
-def test_variations_may_train_on_other_prompts_of_the_same_rows() -> None:
+def test_members_of_variations_may_set_prompts_per_round() -> None:
     different = {"few": {"data": {"prompts_per_round": 8}}, "same": {"data": {"round_prompts": "same"}}}
     members = members_of("g", BASE | {"data": {"max_prompt_tokens": 300}}, variations=different)
     assert [m.config.data.prompts_per_round for m in members] == [8, 32]
@@ -76,27 +76,27 @@ def test_variations_may_train_on_other_prompts_of_the_same_rows() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"alpha": [0.5], "history": [1]}, "members: found 1 variations of 1 seeds; expected at least two"),
-        ({"alpha": [0.5, 0.5]}, r"alpha: found \[0.5, 0.5\]; expected every value once"),
+        ({"alpha": [0.5], "history": [1]}, r"members: found 1 x 1 \(variations x seeds\); expected at least two"),
+        ({"alpha": [0.5, 0.5]}, r"alpha: found \[0.5, 0.5\], with a value named twice; expected every value once"),
         ({"seeds": [1, 1]}, "seeds: found .* every seed once"),
         ({"alpha": [0.5, 1.5]}, r"member 'g-alpha-1.5-h-1-s0': .*\n.*objective.alpha: found 1.5"),
-        ({"alpha": [1], "beta_0": [0.1]}, "beta_0: found alpha besides"),
-        ({"beta_0": [-0.1, 0]}, r"beta_0: found \[-0.1, 0\]; expected weights of at least 0"),
+        ({"alpha": [1], "beta_0": [0.1]}, "beta_0 cannot be set with alpha; use one of them"),
+        ({"beta_0": [-0.1, 0]}, r"beta_0: found \[-0.1, 0\]; expected finite weights of at least 0"),
         ({"variations": {"a": {}, "b": None}}, "variation 'b': found None; expected fields by name"),
         (
             {"variations": {"a": {}, "b": {"training": {"optimizer": "rmsprop"}}}},
-            "variations: found g-a-s0 and g-b-s0, which are the same",
+            "variations: found g-a-s0 and g-b-s0, which are equal",
         ),
         (
             {"variations": {"a": {}, "b": {"keep": {"policies": 2}}}},
-            "variations: found g-a-s0 and g-b-s0, which are the same",
+            "variations: found g-a-s0 and g-b-s0, which are equal",
         ),
-        ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a': found seed; expected fields in which"),
-        ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations: found a grid"),
+        ({"variations": {"a": {"seed": 1}, "b": {}}}, "variation 'a' cannot set seed; set fields"),
+        ({"variations": {"a": {}, "b": {}}, "alpha": [1]}, "variations cannot be set with alpha"),
         (
             {"variations": {"a": {}, "b": {"data": {"max_prompt_tokens": 300}}}},
-            r"variations: found g-a-s0 and g-b-s0, which differ in what their held-out rows are "
-            r"\(data.max_prompt_tokens: 512 -> 300\); expected the same rows",
+            r"variations: found g-a-s0 and g-b-s0, with other held-out rows "
+            r"\(data.max_prompt_tokens: 512 -> 300\); expected the same held-out rows",
         ),
         (
             {"variations": {"a": {}, "b": {"evaluation": {"final_answer": "none"}}}, "seeds": [0, 1]},
@@ -105,7 +105,7 @@ def test_variations_may_train_on_other_prompts_of_the_same_rows() -> None:
         ({"variations": {"A b": {}, "b": {}}}, "member 'g-A b-s0'"),
     ],
 )
-def test_what_is_refused(given: dict[str, Any], said: str) -> None:
+def test_members_of_bad_arguments_is_bad_input(given: dict[str, Any], said: str) -> None:
     with pytest.raises(BadInput, match=said):
         members_of("g", BASE, **given)
     with pytest.raises(BadInput, match="until_round: found None"):
@@ -114,7 +114,7 @@ def test_what_is_refused(given: dict[str, Any], said: str) -> None:
         reference_of(members_of("g", BASE), "x")
 
 
-def test_what_members_make_in_common() -> None:
+def test_makes_is_equal_for_shared_objects() -> None:
     """By the fingerprints of the stages: round 1 whatever alpha and history, round 2 whatever histories above 1."""
     members = {(m.config.objective.alpha, m.config.opponent.history, m.config.seed): m.makes
                for m in members_of("g", BASE, alpha=[1, 0.5, 0], history=[1, 2, "all"], seeds=[0, 1])}  # fmt: skip
@@ -130,7 +130,7 @@ def test_what_members_make_in_common() -> None:
             assert common - round_1 <= {(2, "generate"), (2, "mix-opponent")}
 
 
-def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
+def test_waits_for_a_member_that_makes_a_shared_object(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     plain, mixed, other_seed = members_of("g", BASE | {"store": store.url}, alpha=[1, 0.5], history=[1], seeds=[0, 1])[
         :3
@@ -159,11 +159,11 @@ def test_a_member_waits_until_the_other_has_made_it(tmp_path: Path) -> None:
     assert waits_for(other_seed, store, [(plain, None)]) is None
 
 
-def test_when_a_member_is_done(tmp_path: Path) -> None:
+def test_open_reason_follows_the_state_of_the_run(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     base = BASE | {"store": store.url, "until_round": 1}
     member, other = members_of("g", base, alpha=[1, 0], history=[1])
-    assert open_reason(store, member) == rounds_open(store, member) == "nothing of it is in the store"
+    assert open_reason(store, member) == rounds_open(store, member) == "the store has nothing of it"
     with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
@@ -178,7 +178,7 @@ def test_when_a_member_is_done(tmp_path: Path) -> None:
         session.update(
             lambda head: head.update(repair={"to": 1, "stages": [], "replace": {}, "was": {}, "dependents": {}})
         )
-        assert rounds_open(store, member) == "a repair of it is not finished"
+        assert rounds_open(store, member) == "its repair is not finished"
         session.update(lambda head: head.pop("repair"))
     check_stored(store, [member, other])
     changed = members_of("g", base | {"training": {"epochs": 9}}, alpha=[1, 0], history=[1])
@@ -190,7 +190,7 @@ def test_when_a_member_is_done(tmp_path: Path) -> None:
     check_stored(store, changed)
 
 
-def test_a_member_that_its_conditions_ended(tmp_path: Path) -> None:
+def test_rounds_open_after_early_stopping_is_none(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     base = BASE | {"store": store.url, "until": {"kl_base_above": 3.0}}
     member, _ = members_of("g", base, alpha=[1, 0], history=[1])
@@ -206,7 +206,7 @@ def test_a_member_that_its_conditions_ended(tmp_path: Path) -> None:
     assert rounds_open(store, member) == "round 0 of 3 is complete", "without the condition it goes on"
 
 
-def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
+def test_open_reason_with_missing_benchmark_names_the_round(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     base = BASE | {"store": store.url, "until_round": 1}
 
@@ -241,11 +241,11 @@ def test_what_is_to_be_measured_belongs_to_a_member(tmp_path: Path) -> None:
     assert "round 1 is not" in str(open_reason(store, wanting(limit=1319, rounds=[1])[0]))
     # Task files that only the machines have which measure: a flow run there finds out.
     elsewhere, other = wanting(limit=10, include_path=str(tmp_path / "elsewhere"))
-    assert "as far as can be told here" in str(open_reason(store, elsewhere))
+    assert "as far as this machine can tell" in str(open_reason(store, elsewhere))
     assert waits_for(other, store, [(elsewhere, read_head(store, plain.run))]) is None
 
 
-def test_so_does_the_judge(tmp_path: Path) -> None:
+def test_open_reason_with_another_judge_names_the_round(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
 
     def judged_by(model: str) -> Member:
@@ -268,7 +268,7 @@ def test_so_does_the_judge(tmp_path: Path) -> None:
     assert "round 0 is not measured in full" in str(open_reason(store, judged_by("another")))
 
 
-def test_a_reference_that_failed_is_replaced_by_its_like() -> None:
+def test_replaced_reference_prefers_the_same_variation() -> None:
     members = members_of("g", BASE, alpha=[0.5, 1], history=[1], seeds=[0, 1])
     half, _, plain, plain_too = members
     assert reference_of(members, None) == plain.run
@@ -276,8 +276,8 @@ def test_a_reference_that_failed_is_replaced_by_its_like() -> None:
     assert replaced_reference(members, [plain, plain_too], half.run) == plain.run, "else plain SPIN"
 
 
-def test_one_member_is_no_comparison() -> None:
+def test_require_two_with_one_member_raises() -> None:
     members = members_of("g", BASE)
     require_two(members, {})
-    with pytest.raises(SpinregError, match=r"1 members came to their end.*\n  - b: failed so"):
+    with pytest.raises(SpinregError, match=r"only 1 members finished.*\n  - b: failed so"):
         require_two(members[:1], {"b": "failed so"})

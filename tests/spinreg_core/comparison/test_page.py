@@ -19,7 +19,7 @@ from spinreg_core.comparison.page import TABLE_SCHEMA, csv_of, render, write_com
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
-from tests.support.browser import needs_chromium, new_page
+from tests.support.browser import complaints_of, needs_chromium, new_page
 from tests.support.finished_runs import make_run
 from tests.support.pages import HOSTILE, Reader
 
@@ -36,7 +36,7 @@ def two_runs(store: Store, folder: Path, text: str = "fine", prefix: str = "") -
     return [f"{prefix}spin", f"{prefix}kl"]
 
 
-def test_the_files_hold_the_same_numbers_and_can_be_written_again(store: Store, tmp_path: Path) -> None:
+def test_write_comparison_files_hold_the_same_numbers(store: Store, tmp_path: Path) -> None:
     written = write_comparison(store, two_runs(store, tmp_path))
     assert written["html"] == "comparisons/spin-vs-kl/report.html"
     assert json.loads(store.read(written["json"]) or b"", parse_constant=pytest.fail) == written["data"]
@@ -58,13 +58,13 @@ def test_the_files_hold_the_same_numbers_and_can_be_written_again(store: Store, 
     assert store.list("comparisons/") == sorted(written[kind] for kind in ("html", "json", "csv", "parquet"))
 
 
-def test_a_spreadsheet_is_given_no_formula(store: Store, tmp_path: Path) -> None:
+def test_csv_of_a_formula_quotes_it(store: Store, tmp_path: Path) -> None:
     table = pq.read_table(store.local_path(write_comparison(store, two_runs(store, tmp_path))["parquet"]))
     odd = table.slice(0, 1).set_column(2, "variant", [["=1+1"]])
     assert b",'=1+1," in csv_of(odd)
 
 
-def test_the_page_loads_nothing_and_says_what_the_data_says(store: Store, tmp_path: Path) -> None:
+def test_page_loads_nothing_and_shows_the_data(store: Store, tmp_path: Path) -> None:
     written = write_comparison(store, two_runs(store, tmp_path))
     page, data = (store.read(written["html"]) or b"").decode(), written["data"]
     reader = Reader(page)
@@ -87,9 +87,9 @@ def test_the_page_loads_nothing_and_says_what_the_data_says(store: Store, tmp_pa
     assert next(iter(embedded["metrics"])) == data["primary"], "in the order of the table"
 
 
-def test_the_page_says_what_its_benchmarks_rest_on(store: Store, tmp_path: Path) -> None:
+def test_page_with_benchmarks_shows_their_settings(store: Store, tmp_path: Path) -> None:
     data = write_comparison(store, two_runs(store, tmp_path))["data"]
-    assert "rest on" not in render(data, {})
+    assert "How the benchmarks were measured" not in render(data, {})
     told = {
         "settings": {"fewshot": 5},
         "fingerprints": {"questions": "0123abcd"},
@@ -101,7 +101,7 @@ def test_the_page_says_what_its_benchmarks_rest_on(store: Store, tmp_path: Path)
     assert "spin 1 lm-eval <gsm8k> fewshot: 5 questions: 0123abcd lm-eval: 0.4.13" in text
 
 
-def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
+def test_page_with_hostile_text_keeps_it_as_text(store: Store, tmp_path: Path) -> None:
     def read(text: str, prefix: str) -> tuple[Reader, list[Any]]:
         written = write_comparison(store, two_runs(store, tmp_path, text, prefix))
         reader = Reader((store.read(written["html"]) or b"").decode())
@@ -116,7 +116,7 @@ def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
     assert "<" not in next(s for s in reader.scripts if s.startswith("{"))
 
 
-def test_the_command_prints_table_verdict_and_address(
+def test_compare_command_prints_table_and_address(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     two_runs(store, tmp_path)
@@ -135,7 +135,7 @@ def test_the_command_prints_table_verdict_and_address(
     assert "gone" in capsys.readouterr().err
 
 
-def test_a_grid_is_shown_as_one_with_the_verdicts_own_marks(store: Store, tmp_path: Path) -> None:
+def test_page_of_a_grid_shows_a_plane_with_marks(store: Store, tmp_path: Path) -> None:
     names = []
     for alpha, history in itertools.product((1.0, 0.0), (1, "all")):
         name = f"a{alpha:g}-h{history}"
@@ -166,14 +166,10 @@ def test_a_grid_is_shown_as_one_with_the_verdicts_own_marks(store: Store, tmp_pa
 @pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
-def test_chromium_opens_it_from_disk_and_the_filters_work(store: Store, tmp_path: Path, scheme: Any) -> None:
+def test_page_in_chromium_filters_and_downloads(store: Store, tmp_path: Path, scheme: Any) -> None:
     written = write_comparison(store, two_runs(store, tmp_path, HOSTILE))
-    complaints: list[str] = []
     with new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme) as page:
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: complaints.append(request.url) if request.url[:4] == "http" else None)
+        complaints = complaints_of(page)
         page.goto(f"file://{store.local_path(written['html'])}")
         page.wait_for_selector("body[data-drawn]")
         drawn = int(page.locator("body").get_attribute("data-drawn") or 0)

@@ -36,6 +36,7 @@ from spinreg_core.planning.cost_model import (
 )
 from spinreg_core.training import trainer as training
 from spinreg_core.training.optimizer import _KEPT, make_optimizer
+from tests.support.builders import make_config
 
 # SmolLM2-135M, and rows with round numbers.
 SMOLLM = Shape(
@@ -48,7 +49,7 @@ N = SMOLLM.parameters
 
 def configured(**groups: Any) -> RunConfig:
     stated = {"data": {"prompts_per_round": 64}, "generation": {"dtype": "bfloat16", "max_new_tokens": 96}}
-    return RunConfig.model_validate(merge(stated, groups))
+    return make_config(**merge(stated, groups))
 
 
 def work(config: RunConfig, round_number: int, sizes: Sizes = SIZES) -> dict[str, tuple[float, float]]:
@@ -62,13 +63,13 @@ def work(config: RunConfig, round_number: int, sizes: Sizes = SIZES) -> dict[str
 # Work
 
 
-def test_work_of_the_base_is_its_evaluation() -> None:
+def test_round_work_of_the_base_is_its_evaluation() -> None:
     # 10 rows: sampled (20 + 40), then scored: the prompt once, real and sampled answer.
     tokens = 10 * 60 + 10 * (20 + 30 + 40)
     assert work(configured(), 0) == {"evaluate": (tokens, 2 * N * tokens)}
 
 
-def test_work_of_a_first_round_by_hand() -> None:
+def test_round_work_of_round_1_matches_a_hand_count() -> None:
     config = configured(data={"prompts_per_round": 64}, objective={"alpha": 0.5}, training={"epochs": 2})
     found = work(config, 1)
     assert found["generate"] == (64 * 60, 2 * N * 64 * 60)
@@ -81,7 +82,7 @@ def test_work_of_a_first_round_by_hand() -> None:
     assert found["evaluate"] == (10 * 60 + evaluated, 2 * N * (10 * 60 + evaluated))
 
 
-def test_work_of_a_later_round_counts_scores_that_are_not_cached() -> None:
+def test_round_work_of_round_3_counts_uncached_scores() -> None:
     config = configured(data={"prompts_per_round": 40}, objective={"alpha": 0.5}, opponent={"history": "all"})
     # Round 3: 120 pairs under pi_2; under pi_0 the new pairs' answers and the human ones not seen before: the third
     # piece of 40 of the permutation of 100 rows has 20 new prompts.
@@ -94,7 +95,7 @@ def test_work_of_a_later_round_counts_scores_that_are_not_cached() -> None:
 
 
 @pytest.mark.parametrize("round_number", [1, 2, 5])
-def test_the_ends_of_alpha_need_one_policy_s_scores(round_number: int) -> None:
+def test_round_work_at_alpha_0_or_1_scores_one_policy(round_number: int) -> None:
     def scored(alpha: float) -> float:
         return work(configured(objective={"alpha": alpha}, opponent={"history": 1}), round_number)["mix-opponent"][0]
 
@@ -106,14 +107,14 @@ def test_the_ends_of_alpha_need_one_policy_s_scores(round_number: int) -> None:
         assert scored(0.5) == scored(1.0) + scored(0.0)
 
 
-def test_activation_checkpointing_runs_the_forward_pass_twice() -> None:
+def test_round_work_with_checkpointing_adds_a_forward_pass() -> None:
     plain = work(configured(), 1)["train"][1]
     again = work(configured(training={"activation_checkpointing": "full"}), 1)["train"][1]
     assert again - plain == 2 * N * 64 * 90
 
 
 @given(st.integers(1, 8), st.integers(1, 100), st.sampled_from(["fresh", "same"]), st.sampled_from([0.0, 0.3, 1.0]))
-def test_no_round_does_less_than_nothing_and_flops_are_between_two_and_six_per_token(
+def test_round_work_takes_two_to_six_flops_per_token(
     round_number: int, per_round: int, mode: str, alpha: float
 ) -> None:
     config = configured(data={"prompts_per_round": per_round, "round_prompts": mode}, objective={"alpha": alpha})
@@ -137,7 +138,7 @@ def test_no_round_does_less_than_nothing_and_flops_are_between_two_and_six_per_t
         ({"history": 2, "weighting": [3, 1]}, [64, 85, 85, 85]),
     ],
 )
-def test_pairs_of_the_rounds(opponent: dict[str, Any], counts: list[int]) -> None:
+def test_pairs_follow_history_and_source(opponent: dict[str, Any], counts: list[int]) -> None:
     config = configured(opponent=opponent, data={"prompts_per_round": 64})
     found = [pairs(config, SIZES, number) for number in (1, 2, 3, 4)]
     assert all(abs(a - b) <= 1 for a, b in zip(found, counts, strict=True)), found
@@ -145,7 +146,7 @@ def test_pairs_of_the_rounds(opponent: dict[str, Any], counts: list[int]) -> Non
 
 
 @pytest.mark.parametrize(("asked", "given_"), [(64, 64), (100, 100), (500, 100), (None, 100)])
-def test_a_round_has_no_more_prompts_than_there_are_rows(asked: int | None, given_: int) -> None:
+def test_prompts_are_at_most_the_rows(asked: int | None, given_: int) -> None:
     assert prompts(configured(data={"prompts_per_round": asked}), SIZES) == given_
 
 
@@ -157,7 +158,7 @@ def test_a_round_has_no_more_prompts_than_there_are_rows(asked: int | None, give
     [("mixed", "adamw", 18), ("mixed", "rmsprop", 14), ("bf16", "adamw", 8), ("bf16", "rmsprop", 6),
      ("fp32", "adamw", 16), ("fp32", "rmsprop", 12)],
 )  # fmt: skip
-def test_training_memory_by_hand(precision: str, optimizer: str, per_parameter: int) -> None:
+def test_stage_memory_of_train_matches_a_hand_count(precision: str, optimizer: str, per_parameter: int) -> None:
     config = configured(training={"precision": precision, "optimizer": optimizer}, resources={"tokens_per_pass": 900})
     parts = stage_memory(config, SMOLLM, SIZES, engine="hf", device="cuda")["train"]
     activations = parts.pop("activations")
@@ -168,7 +169,7 @@ def test_training_memory_by_hand(precision: str, optimizer: str, per_parameter: 
     assert activations == 31 * tokens * per_layer + 10 * 900 * 49_152
 
 
-def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known_for_rmsprop() -> None:
+def test_stage_memory_of_7b_with_rmsprop_is_87_gigabytes() -> None:
     # Counted elsewhere for 7.24 B parameters: bf16 weights 14.5, gradients 14.5, one moment 28.96, fp32 master 29.0.
     # Here gradients are fp32 (autocast), 14.5 GB more.
     shape = replace(SMOLLM, parameters=7_240_000_000)
@@ -178,7 +179,7 @@ def test_a_7b_model_needs_the_87_gigabytes_of_weights_states_and_gradients_known
     assert fixed == pytest.approx(87e9 + 14.5e9, rel=0.01)
 
 
-def test_answering_holds_weights_and_cache() -> None:
+def test_stage_memory_of_generate_is_weights_and_cache() -> None:
     config = configured(generation={"max_new_tokens": 96}, data={"prompts_per_round": 40})
     columns = 50 + 96 + (50 + 96) // 8
     few = configured(generation={"max_new_tokens": 96}, resources={"kv_cache_tokens": 8 * columns + 7})
@@ -197,7 +198,7 @@ def test_answering_holds_weights_and_cache() -> None:
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
 @given(layers=st.integers(1, 80), tokens=st.integers(1, 4096))
-def test_more_of_anything_needs_more(precision: str, layers: int, tokens: int) -> None:
+def test_stage_memory_grows_with_every_size(precision: str, layers: int, tokens: int) -> None:
     shape = replace(SMOLLM, layers=layers)
 
     def needed(shape: Shape, tokens: int, checkpointing: Any) -> int:
@@ -211,12 +212,12 @@ def test_more_of_anything_needs_more(precision: str, layers: int, tokens: int) -
     assert needed(shape, tokens, "full") < needed(shape, tokens, "selective") < needed(shape, tokens, "none")
 
 
-def test_logits_are_bounded_however_many_answer_tokens() -> None:
+def test_logits_bytes_of_many_tokens_are_bounded() -> None:
     assert logits_bytes(SMOLLM, 100) == 10 * 100 * 49_152
     assert logits_bytes(SMOLLM, 10**6) == 10 * LOGITS_AT_ONCE
 
 
-def test_constants_are_those_of_the_code_they_describe() -> None:
+def test_constants_equal_those_of_the_code() -> None:
     assert LOGITS_AT_ONCE == projection.LOGITS_AT_ONCE
     assert LONGEST == cpu_attention.LONGEST
     assert WATCHED_PAIRS == training.WATCHED_PAIRS
@@ -257,7 +258,7 @@ def saved_for_backward(model: LlamaForCausalLM, rows: int, prompt: int, answer: 
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj", "k_proj"]])
-def test_an_adapters_numbers_are_those_that_training_moves(targets: Any) -> None:
+def test_trained_parameters_equal_those_of_the_adapter(targets: Any) -> None:
     model, shape = llama(3, "fp32")
     config = configured(training={"lora_rank": 5, "lora_targets": targets})
     add_adapter(model, config.training)
@@ -275,7 +276,7 @@ def test_an_adapters_numbers_are_those_that_training_moves(targets: Any) -> None
 
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16"])
-def test_few_bits_are_for_training_alone(precision: str) -> None:
+def test_stage_memory_with_quantisation_changes_train_only(precision: str) -> None:
     """Scores and samples are made with the published policies, whose weights are whole."""
     lora = {"precision": precision, "lora_rank": 8}
 
@@ -290,7 +291,7 @@ def test_few_bits_are_for_training_alone(precision: str) -> None:
     assert few["gradients"] == whole["gradients"]
 
 
-def test_an_adapter_needs_no_gradients_of_the_base() -> None:
+def test_round_work_with_lora_skips_base_gradients() -> None:
     scored = work(configured(), 1)["train"][1] - 6 * N * 64 * 90
     assert work(configured(training={"lora_rank": 8}), 1)["train"][1] == 4 * N * 64 * 90 + scored
     again = configured(training={"lora_rank": 8, "activation_checkpointing": "full"})
@@ -305,7 +306,7 @@ def attention_keeps_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("attention_keeps_no_table")
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
-def test_activations_of_a_real_model(precision: str) -> None:
+def test_activation_bytes_match_a_real_model(precision: str) -> None:
     rows, prompt, answer = 4, 60, 40
     tokens = rows * (prompt + answer - 1)
     found = {}
@@ -321,7 +322,7 @@ def test_activations_of_a_real_model(precision: str) -> None:
 
 @pytest.mark.usefixtures("attention_keeps_no_table")
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
-def test_what_selective_checkpointing_keeps_of_a_real_model(precision: str) -> None:
+def test_activation_bytes_selective_match_a_real_model(precision: str) -> None:
     """The input of every layer, which autograd saves, and the results that the policy says to keep."""
 
     class Kept(TorchDispatchMode):
@@ -351,7 +352,7 @@ def test_what_selective_checkpointing_keeps_of_a_real_model(precision: str) -> N
 
 @pytest.mark.parametrize("precision", ["mixed", "bf16", "fp32"])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
-def test_training_memory_is_within_a_fifth_of_the_tensors_of_a_real_step(precision: str, optimizer: str) -> None:
+def test_stage_memory_of_train_is_close_to_a_real_step(precision: str, optimizer: str) -> None:
     """Weights, gradients, states, copies and what autograd keeps, of a model of ten layers."""
     config = configured(
         training={"precision": precision, "optimizer": optimizer, "batch_size": 2}, resources={"tokens_per_pass": 396},
@@ -375,7 +376,7 @@ def test_training_memory_is_within_a_fifth_of_the_tensors_of_a_real_step(precisi
 # Disk
 
 
-def test_bytes_in_the_store_by_hand() -> None:
+def test_round_store_matches_a_hand_count() -> None:
     config = configured(data={"prompts_per_round": 64}, opponent={"history": 1}, training={"checkpoint_every_steps": 3})
     # 8 steps: checkpoints after 3 and 6, each of weights and one state, float32.
     assert round_store(config, SMOLLM, SIZES, 1) == {
@@ -391,7 +392,7 @@ def test_bytes_in_the_store_by_hand() -> None:
     ("precision", "save_dtype", "number"),
     [("mixed", "master", 4), ("bf16", "master", 2), ("mixed", "bfloat16", 2), ("bf16", "float32", 4)],
 )
-def test_a_policy_is_stored_in_its_number_format(precision: str, save_dtype: str, number: int) -> None:
+def test_round_store_of_a_policy_follows_save_dtype(precision: str, save_dtype: str, number: int) -> None:
     config = configured(training={"precision": precision, "save_dtype": save_dtype})
     assert round_store(config, SMOLLM, SIZES, 1)["policy"] == number * N
 
@@ -400,14 +401,14 @@ def test_a_policy_is_stored_in_its_number_format(precision: str, save_dtype: str
     ("every", "minutes", "kept"),
     [(None, None, 0), (8, None, 0), (7, None, 1), (4, None, 1), (1, None, 3), (100, None, 0), (None, 5.0, 3)],
 )
-def test_checkpoints_at_most_at_once(every: int | None, minutes: float | None, kept: int) -> None:
+def test_checkpoints_bytes_count_those_kept_at_once(every: int | None, minutes: float | None, kept: int) -> None:
     training = {"checkpoint_every_steps": every, "checkpoint_every_minutes": minutes, "optimizer": "adamw"}
     config = configured(training=training, opponent={"history": 1})
     assert steps(config, SIZES, 1) == 8
     assert checkpoints_bytes(config, SMOLLM, SIZES, 1) == kept * 12 * N
 
 
-def test_ranks_share_weights_and_what_belongs_to_them() -> None:
+def test_stage_memory_of_shards_splits_weights_and_states() -> None:
     one, four = (
         stage_memory(configured(training={"precision": "mixed"}), SMOLLM, SIZES, engine="hf", device="cuda", shards=n)[
             "train"

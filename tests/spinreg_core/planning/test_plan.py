@@ -20,6 +20,7 @@ from spinreg_core.planning.cost_model import Sizes, round_store
 from spinreg_core.planning.inputs import measured_tflops, read_machine, read_shape, read_sizes
 from spinreg_core.planning.plan import UTILISATION, plan
 from spinreg_core.store.cache import cache_folder
+from tests.support.builders import make_config
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,7 +35,7 @@ def configured(**values: Any) -> RunConfig:
         "model": "random:tiny", "data": {"prompts_per_round": 64, "heldout_rows": 75},
         "generation": {"engine": "hf", "max_new_tokens": 96}, "resources": {"device": "cpu"},
     }  # fmt: skip
-    return RunConfig.model_validate(merge(tiny, values))
+    return make_config(**merge(tiny, values))
 
 
 def tiny_folder() -> Path:
@@ -59,7 +60,7 @@ def giant(tmp_path: Path) -> str:
 # Where the numbers come from
 
 
-def test_the_shape_is_that_of_the_model() -> None:
+def test_read_shape_equals_the_model() -> None:
     folder, shape = read_shape("random:tiny")
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -70,13 +71,13 @@ def test_the_shape_is_that_of_the_model() -> None:
     assert shape.stored_bytes == 4
 
 
-def test_the_shape_of_a_large_model_takes_no_memory_for_weights(giant: str) -> None:
+def test_read_shape_of_70b_loads_no_weights(giant: str) -> None:
     _, shape = read_shape(giant)
     assert shape.parameters == 70_553_706_496  # Llama 3 70B
     assert (shape.kv_width, shape.stored_bytes) == (1024, 2)
 
 
-def test_lengths_are_those_of_the_rendered_rows() -> None:
+def test_read_sizes_measures_the_rendered_rows() -> None:
     config = configured()
     sizes, source = read_sizes(config, tiny_folder())
     renderer = Renderer.from_folder(tiny_folder())
@@ -94,7 +95,7 @@ def test_lengths_are_those_of_the_rendered_rows() -> None:
     assert sizes.generated == config.generation.max_new_tokens
 
 
-def test_rows_are_set_aside_and_long_prompts_left_out(tmp_path: Path) -> None:
+def test_read_sizes_leaves_out_long_prompts(tmp_path: Path) -> None:
     rows = [{"prompt": f"question {i}", "response": "short"} for i in range(30)]
     rows += [{"prompt": f"{i} " + "x" * 400, "response": "short"} for i in range(10)]
     file = tmp_path / "rows.jsonl"
@@ -106,7 +107,7 @@ def test_rows_are_set_aside_and_long_prompts_left_out(tmp_path: Path) -> None:
     assert sizes.longest_prompt <= 100
 
 
-def test_without_readable_data_the_limits_are_taken_and_it_says_so(tmp_path: Path) -> None:
+def test_read_sizes_without_data_takes_the_limits(tmp_path: Path) -> None:
     config = configured(dataset=str(tmp_path / "no-such.jsonl"), data={"prompts_per_round": 50})
     sizes, source = read_sizes(config, tiny_folder())
     assert source.startswith("the configured limits, because the data could not be read: dataset")
@@ -116,13 +117,13 @@ def test_without_readable_data_the_limits_are_taken_and_it_says_so(tmp_path: Pat
     assert "because the data could not be read" in plan(config, tflops=1.0)[0]
 
 
-def test_without_data_and_without_a_number_of_prompts_nothing_can_be_planned(tmp_path: Path) -> None:
+def test_plan_without_data_or_limits_is_bad_input(tmp_path: Path) -> None:
     config = configured(dataset=str(tmp_path / "no-such.jsonl"), data={"prompts_per_round": None})
     with pytest.raises(BadInput, match="no-such"):
         plan(config, tflops=1.0)
 
 
-def test_the_rate_is_measured_or_stated() -> None:
+def test_read_machine_rate_is_measured_or_stated() -> None:
     machine = read_machine(configured(), None)
     assert machine["tflops"] > 1e-4
     assert machine["tflops_source"].startswith("measured in a second, float32 matrix product")
@@ -133,15 +134,11 @@ def test_the_rate_is_measured_or_stated() -> None:
     }  # fmt: skip
 
 
-def test_a_measurement_takes_about_the_time_it_is_given() -> None:
-    import time
-
-    start = time.monotonic()
+def test_measured_tflops_returns_a_plausible_rate() -> None:
     assert 1e-4 < measured_tflops("cpu", torch.float32, 0.2) < 1e4
-    assert time.monotonic() - start < 20  # one product more than the time allows, on a busy machine
 
 
-def test_memory_is_at_most_the_machine_s() -> None:
+def test_read_machine_memory_is_at_most_the_total() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 2**28 < read_machine(configured(), 1.0)["memory_bytes"] <= total
 
@@ -149,7 +146,7 @@ def test_memory_is_at_most_the_machine_s() -> None:
 # The document
 
 
-def test_the_document_adds_up_and_is_json() -> None:
+def test_plan_document_adds_up_and_is_json() -> None:
     text, document = plan(configured(until_round=3), tflops=2.0)
     assert json.loads(json.dumps(document)) == document
     assert [entry["round"] for entry in document["rounds"]] == [0, 1, 2, 3]
@@ -172,19 +169,19 @@ def test_the_document_adds_up_and_is_json() -> None:
 @pytest.mark.parametrize(
     ("asked", "rounds"), [({}, 1), ({"rounds": 2}, 2), ({"until_round": 2}, 2), ({"until_round": 0}, 0)]
 )
-def test_rounds_asked_for(asked: dict[str, int], rounds: int) -> None:
+def test_plan_counts_the_requested_rounds(asked: dict[str, int], rounds: int) -> None:
     _, document = plan(configured(**asked), tflops=1.0)
     assert document["rounds"][-1]["round"] == rounds
 
 
-def test_time_is_work_over_the_used_share_of_the_rate() -> None:
+def test_plan_time_is_work_over_the_used_rate() -> None:
     slow, fast = (plan(configured(), tflops=rate)[1] for rate in (1.0, 4.0))
     assert slow["total"]["seconds"] == pytest.approx(4 * fast["total"]["seconds"])
     generate = slow["rounds"][1]["stages"]["generate"]
     assert generate["seconds"] == pytest.approx(generate["flops"] / (1e12 * UTILISATION["generate with hf"]))
 
 
-def test_two_machines_answer_a_round_in_half_the_time_and_held_out_prompts_on_one() -> None:
+def test_plan_of_two_nodes_halves_generation() -> None:
     one, two = (
         plan(configured(resources={"device": "cpu", "nodes": n, "rendezvous": "a:1"}), tflops=1.0)[1]["rounds"][1]
         for n in (1, 2)
@@ -193,7 +190,7 @@ def test_two_machines_answer_a_round_in_half_the_time_and_held_out_prompts_on_on
     assert two["stages"]["evaluate"]["seconds"] > one["stages"]["evaluate"]["seconds"] / 2
 
 
-def test_a_stored_policy_is_as_large_as_planned() -> None:
+def test_round_store_of_a_policy_matches_its_file() -> None:
     _, shape = read_shape("random:tiny")
     sizes = read_sizes(configured(), tiny_folder())[0]
     planned = round_store(configured(), shape, sizes, 1)["policy"]
@@ -204,7 +201,7 @@ def test_a_stored_policy_is_as_large_as_planned() -> None:
 # Warnings and refusals
 
 
-def test_what_does_not_fit_is_warned_of(giant: str, tmp_path: Path) -> None:
+def test_plan_that_does_not_fit_warns(giant: str, tmp_path: Path) -> None:
     config = configured(model=giant, store=str(tmp_path / "store"), until_round=100)
     text, document = plan(config, tflops=500.0)
     stages = {warning.split()[0] for warning in document["warnings"]}
@@ -216,22 +213,22 @@ def test_what_does_not_fit_is_warned_of(giant: str, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_what_fits_is_not_warned_of(tmp_path: Path) -> None:
+def test_plan_that_fits_does_not_warn(tmp_path: Path) -> None:
     assert plan(configured(store=str(tmp_path)), tflops=1.0)[1]["warnings"] == []
 
 
-def test_a_remote_store_is_not_asked() -> None:
+def test_plan_with_a_remote_store_does_not_connect() -> None:
     config = configured(store="s3://bucket-that-is-nowhere/prefix")
     assert plan(config, tflops=1.0)[1]["warnings"] == []
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
-def test_rates_that_are_none(rate: float) -> None:
+def test_plan_with_a_bad_rate_is_bad_input(rate: float) -> None:
     with pytest.raises(BadInput, match="--tflops"):
         plan(configured(), tflops=rate)
 
 
-def test_models_that_are_not_there(tmp_path: Path) -> None:
+def test_plan_with_a_missing_model_is_bad_input(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="model"):
         plan(configured(model=str(tmp_path / "nothing")), tflops=1.0)
     (tmp_path / "empty").mkdir()
@@ -240,12 +237,12 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_a_gpu_that_is_not_there() -> None:
+def test_plan_with_a_missing_gpu_is_bad_input() -> None:
     with pytest.raises(BadInput, match="torch sees no GPU"):
         plan(configured(resources={"device": "cuda"}), tflops=1.0)
 
 
-def test_held_out_rows_are_those_that_the_run_will_have(tmp_path: Path) -> None:
+def test_read_sizes_counts_the_heldout_rows_of_the_run(tmp_path: Path) -> None:
     def rows(name: str, openings: list[int]) -> str:
         lines = [json.dumps({"prompt": f"What is {i}?", "answer": f"It is {n}."}) for n, i in enumerate(openings)]
         (tmp_path / name).write_text("\n".join(lines))

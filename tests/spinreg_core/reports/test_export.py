@@ -26,7 +26,7 @@ def part(kind: str, name: str, **settings: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_card_says_what_was_measured_and_how(tmp_path: Path) -> None:
+def test_model_card_shows_metrics_and_settings(tmp_path: Path) -> None:
     store = make_run(open_store(str(tmp_path / "store")), tmp_path, [2.0, 1.9])
     config = RunConfig(run="demo")
     parts = [part("lm-eval", "gsm8k", fewshot=5, limit=200, questions_as="plain"),
@@ -52,7 +52,7 @@ def test_the_card_says_what_was_measured_and_how(tmp_path: Path) -> None:
     ) in card
 
 
-def test_the_card_says_which_method_and_data_it_was(tmp_path: Path) -> None:
+def test_model_card_names_method_and_data(tmp_path: Path) -> None:
     config = RunConfig.model_validate(
         {"run": "demo", "objective": {"alpha": 1}, "opponent": {"history": 1}, "training": {"average": "ema"},
          "data": {"mixed_datasets": {"org/math": 0.5}, "heldout_dataset": "org/held"}}
@@ -66,7 +66,7 @@ def test_the_card_says_which_method_and_data_it_was(tmp_path: Path) -> None:
     assert "On held-out rows of `org/held`" in text
 
 
-def test_how_other_benchmarks_were_measured() -> None:
+def test_how_measured_names_chat_and_judge() -> None:
     chat = part("lm-eval", "mmlu", fewshot=None, limit=None, questions_as="chat")
     assert how_measured(chat) == "as a chat"
     mt_bench = part("mt-bench", "mt-bench", judge=JUDGE | {"model": "m"})

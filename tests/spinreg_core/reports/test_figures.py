@@ -44,7 +44,7 @@ DEFINITIONS = {
 }
 
 
-def test_a_run_by_round() -> None:
+def test_run_figures_draw_a_curve_per_metric() -> None:
     rounds: list[dict[str, Any]] = [
         {"round": 0, "metrics": {"heldout_nll": estimate(3.0), "kl_base": estimate(0.0, None), "margin": None}},
         {"round": 1, "metrics": {"heldout_nll": estimate(2.0), "kl_base": estimate(4.0), "margin": estimate(1.0)}},
@@ -72,7 +72,7 @@ def test_a_run_by_round() -> None:
     assert run_figures(data) == run_figures(data), "the same picture for the same figures"
 
 
-def test_a_comparison_has_a_curve_for_each_variant() -> None:
+def test_comparison_figures_draw_a_curve_per_variant() -> None:
     values = [
         {"metric": "heldout_nll", "variant": f"<alpha & $x_{v}$ ${v}>", "round": n, **estimate(v + n)}
         for v in range(3) for n in range(3)

@@ -13,13 +13,13 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
-from spinreg_core.formatting import flatten, format_bytes, format_duration
+from spinreg_core.formatting import flatten
 from spinreg_core.reports.run_report import alarms, heldout_alarms, render, report_data, verdict, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
-from tests.support.browser import needs_chromium, new_page
+from tests.support.browser import complaints_of, needs_chromium, new_page
 from tests.support.pages import HOSTILE, Reader
 from tests.support.reported_runs import estimate, make_run, metrics, pairs, steps, summary
 
@@ -35,7 +35,7 @@ def page_of(store: Store, run: str) -> tuple[str, Any]:
     return render(data), data
 
 
-def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Path) -> None:
+def test_write_report_called_twice_writes_the_same(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, [1.25, 1.10, 1.00])
     written = write_report(store, "demo")
     assert (written["html"], written["json"]) == ("runs/demo/report.html", "runs/demo/report.json")
@@ -46,7 +46,7 @@ def test_the_report_is_written_to_the_store_and_again(store: Store, tmp_path: Pa
     assert page == page_of(store, "demo")[0]
 
 
-def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) -> None:
+def test_page_shows_the_check_of_sampler_scores(store: Store, tmp_path: Path) -> None:
     page, _ = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(" ".join(Reader(page).text).split())
     assert "100 / 28" in text
@@ -59,10 +59,10 @@ def test_the_check_of_the_engines_scores_is_shown(store: Store, tmp_path: Path) 
     del odd["scores_of_engine"]  # a run of an older spinreg
     data["rounds"][1]["pairs"] = odd
     text = " ".join(" ".join(Reader(render(data)).text).split())
-    assert "3 to replay were not there" in text
+    assert "3 to replay were missing" in text
 
 
-def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -> None:
+def test_page_numbers_are_those_of_the_data(store: Store, tmp_path: Path) -> None:
     page, data = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(Reader(page).text)
     for number, entry in enumerate(data["rounds"]):
@@ -98,7 +98,7 @@ def test_every_number_of_the_page_is_in_the_data(store: Store, tmp_path: Path) -
         assert sample["answer"] in text
 
 
-def test_the_page_loads_nothing(store: Store, tmp_path: Path) -> None:
+def test_page_loads_nothing(store: Store, tmp_path: Path) -> None:
     page, _ = page_of(make_run(store, tmp_path, [1.25, 1.10]), "demo")
     reader = Reader(page)
     for tag, attributes in reader.tags:
@@ -115,7 +115,7 @@ def test_the_page_loads_nothing(store: Store, tmp_path: Path) -> None:
     assert sum("Plotly, Inc." in script[:300] for script in reader.scripts) == 1
 
 
-def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
+def test_page_with_hostile_text_keeps_it_as_text(store: Store, tmp_path: Path) -> None:
     honest, _ = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.2], run="honest"), "honest")
     page, data = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.2], HOSTILE, run="hostile"), "hostile")
     reader = Reader(page)
@@ -131,7 +131,7 @@ def test_hostile_text_stays_text(store: Store, tmp_path: Path) -> None:
     assert json.loads(embedded)["rounds"] == data["rounds"]
 
 
-def test_a_run_that_goes_on_can_be_reported(store: Store, tmp_path: Path) -> None:
+def test_report_of_an_unfinished_run_is_written(store: Store, tmp_path: Path) -> None:
     with hold_lease(store, RunConfig(run="young"), "test"):
         pass
     page, data = page_of(store, "young")
@@ -145,7 +145,7 @@ def test_a_run_that_goes_on_can_be_reported(store: Store, tmp_path: Path) -> Non
     assert "1.25" in page
 
 
-def test_an_unknown_run_is_named_with_the_known_ones(store: Store, tmp_path: Path) -> None:
+def test_report_of_a_missing_run_names_the_known_ones(store: Store, tmp_path: Path) -> None:
     make_run(store, tmp_path, [1.25])
     with pytest.raises(BadInput, match=r"'other'.*demo"):
         report_data(store, "other")
@@ -170,22 +170,20 @@ def rounds(nll: list[float], half: float = 0.02) -> list[dict[str, Any]]:
         ([1.25, 1.10, 1.20], 0.08, "no difference", r"lower by 0\.050 .*\[-0\.030, 0\.130\].*contains zero"),
     ],
 )
-def test_the_verdict_is_what_the_paired_interval_supports(
-    nll: list[float], half: float, outcome: str, words: str
-) -> None:
+def test_verdict_follows_the_paired_interval(nll: list[float], half: float, outcome: str, words: str) -> None:
     """About the last round, also where an earlier one was better."""
     found = verdict(rounds(nll, half))
     assert (found["outcome"], found["round"]) == (outcome, 2)
     assert re.search(words, found["sentences"][0])
-    assert "against 1.250 for the base" in found["sentences"][0]
+    assert "compared with 1.250 for the base" in found["sentences"][0]
 
 
-def test_the_verdict_skips_a_round_that_is_not_evaluated_yet() -> None:
+def test_verdict_skips_a_round_without_evaluation() -> None:
     unfinished = [*rounds([1.25, 1.10]), {"round": 2, "metrics": None, "training": None, "pairs": None, "stages": {}}]
     assert verdict(unfinished)["round"] == 1
 
 
-def test_one_held_out_row_supports_nothing() -> None:
+def test_verdict_on_one_row_supports_nothing() -> None:
     entries = rounds([1.25, 0.2])
     entries[1]["metrics"]["nll_vs_base"] |= {"low": None, "high": None, "n": 1}
     found = verdict(entries)
@@ -193,7 +191,7 @@ def test_one_held_out_row_supports_nothing() -> None:
     assert "no interval" in found["sentences"][0]
 
 
-def test_alarms_are_raised_by_supported_rises_only() -> None:
+def test_alarms_are_raised_for_supported_rises_only() -> None:
     entries = rounds([1.25, 1.10, 1.20, 1.21, 1.0])
     found = alarms(entries)
     assert [(a["round"], a["where"]) for a in found] == [(2, "held-out rows")]
@@ -202,7 +200,7 @@ def test_alarms_are_raised_by_supported_rises_only() -> None:
     assert [(a["round"], a["where"]) for a in alarms(entries)] == [(2, "held-out rows"), (3, "training")]
 
 
-def test_a_kl_below_zero_says_that_the_sampled_policy_is_not_the_scored_one() -> None:
+def test_alarms_for_a_negative_kl_point_at_the_sampler() -> None:
     """bfloat16 sampling of an fp32 policy gave -15.6 [-17.8, -13.2] on the demo: its samples were the base's."""
     entries = rounds([1.25, 1.10])
     entries[1]["metrics"]["kl_base"] = {"value": -15.6, "low": -17.8, "high": -13.2, "n": 75, "unit": "nats/answer"}
@@ -227,11 +225,11 @@ def test_a_kl_below_zero_says_that_the_sampled_policy_is_not_the_scored_one() ->
         (123456.0, 120000.0, 130000.0, "123456 [120000, 130000]"),
     ],
 )
-def test_digits_follow_the_interval(value: float, low: float | None, high: float | None, text: str) -> None:
+def test_format_estimate_rounds_by_the_interval(value: float, low: float | None, high: float | None, text: str) -> None:
     assert format_estimate({"value": value, "low": low, "high": high, "n": 9, "unit": "x"}) == text
 
 
-def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path: Path) -> None:
+def test_tables_mark_primary_metric_and_direction(store: Store, tmp_path: Path) -> None:
     data = report_data(make_run(store, tmp_path, [1.25, 1.10, 1.20]), "demo")
     table = metrics_table(data)
     first = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
@@ -259,7 +257,7 @@ def test_tables_mark_the_primary_metric_and_the_direction(store: Store, tmp_path
     assert "**Alarm, round 2, held-out rows.**" in markdown
 
 
-def test_a_long_run_fits_the_terminal(store: Store, tmp_path: Path) -> None:
+def test_table_of_a_long_run_fits_the_terminal(store: Store, tmp_path: Path) -> None:
     data = report_data(make_run(store, tmp_path, [1.25 - 0.01 * n for n in range(11)]), "demo")
     table = metrics_table(data)
     blocks = table.split("\n\n")[:4]
@@ -271,24 +269,12 @@ def test_a_long_run_fits_the_terminal(store: Store, tmp_path: Path) -> None:
     assert max(len(line) for block in blocks for line in block.splitlines()) <= 120
 
 
-def test_only_known_metrics_are_shown_and_in_their_order(store: Store, tmp_path: Path) -> None:
+def test_table_shows_known_metrics_in_order(store: Store, tmp_path: Path) -> None:
     data = report_data(make_run(store, tmp_path, [1.25, 1.10]), "demo")
     shown = [row["metric"] for row in metrics_rows(data)]
     order = [name for name in METRICS if name in data["rounds"][1]["metrics"]]
     assert [s.split(" (")[0].rstrip(" *↓↑") for s in shown] == [METRICS[n].label for n in order]
     assert order[0] == PRIMARY
-
-
-def test_sizes_and_durations() -> None:
-    assert [format_bytes(n) for n in (0, 1023, 1024, 500 * 2**20, 3 * 2**40)] == [
-        "0 B",
-        "1023 B",
-        "1.0 KiB",
-        "500 MiB",
-        "3072 GiB",
-    ]
-    durations = [format_duration(s) for s in (4.21, 187, 7500, 8.4 * 86400)]
-    assert durations == ["4.2 s", "3:07 min", "2:05 h", "8 days"]
 
 
 # --- a real browser ----------------------------------------------------------------------------------
@@ -297,17 +283,12 @@ def test_sizes_and_durations() -> None:
 @pytest.mark.slow
 @needs_chromium
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.long)])
-def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path: Path, scheme: Any) -> None:
+def test_page_in_chromium_opens_without_a_complaint(store: Store, tmp_path: Path, scheme: Any) -> None:
     make_run(store, tmp_path, [1.25, 1.10, 1.20], HOSTILE)
     keys = write_report(store, "demo")
     path = store.local_path(keys["html"])
-    complaints: list[str] = []
     with new_page(viewport={"width": 390, "height": 800}, color_scheme=scheme) as page:
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: (complaints.append(f"dialog {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: complaints.append(request.url) if request.url[:5] == "http:" else None)
-        page.on("request", lambda request: complaints.append(request.url) if request.url[:6] == "https:" else None)
+        complaints = complaints_of(page)
         page.goto(f"file://{path}")
         page.wait_for_selector("body[data-drawn]")
         drawn = int(page.locator("body").get_attribute("data-drawn") or 0)
@@ -323,8 +304,8 @@ def test_chromium_opens_it_from_disk_without_a_complaint(store: Store, tmp_path:
     assert complaints == []
 
 
-def test_a_negative_kl_is_an_alarm_that_claims_no_certainty() -> None:
+def test_alarms_for_a_negative_kl_claim_no_certainty() -> None:
     kl = {"heldout_nll": estimate(2.0, 0.1, "nats/token"), "kl_base": estimate(-1.0, 0.5, "nats/answer")}
     (alarm,) = heldout_alarms(1, kl, level=0.0)
-    assert "hardly ever do" in alarm["text"]
+    assert "hardly ever happens" in alarm["text"]
     assert "can do" not in alarm["text"]

@@ -15,7 +15,7 @@ from spinreg_core.runs.plans import STAGE_PLANS, StagePlan
 from spinreg_core.store.open import open_store
 
 
-def test_done_missing_parts_and_costs(tmp_path: Path) -> None:
+def test_status_in_mid_round_shows_parts_and_costs(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     config = RunConfig(run="r", store=store.url)
     assert format_status(store, None)[0] == f"no runs in {store.url}"
@@ -52,7 +52,7 @@ def test_done_missing_parts_and_costs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["head.json", "run.json"])
-def test_a_damaged_run_hides_no_other(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_of_a_damaged_run_shows_others(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(str(tmp_path / "store"))
     for run in ("a", "b", "c"):
         with hold_lease(store, RunConfig(run=run, store=store.url), "tester"):

@@ -57,7 +57,7 @@ def points(data: dict[str, Any]) -> Points:
     return found
 
 
-def test_what_a_tracker_is_given(data: dict[str, Any]) -> None:
+def test_tracker_rows_hold_every_number_in_order(data: dict[str, Any]) -> None:
     found = points(data)
     assert "human answer 0" in json.dumps(data), "which no tracker is given"
     assert found["evaluation/heldout_nll"] == list(enumerate(NLL))
@@ -82,7 +82,7 @@ def tensorboard(folder: Path) -> tuple[Any, Points]:
     return read, {tag: [(one.step, one.value) for one in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
 
 
-def test_tensorboard_has_every_number_once(data: dict[str, Any], tmp_path: Path) -> None:
+def test_tensorboard_after_each_round_has_every_number_once(data: dict[str, Any], tmp_path: Path) -> None:
     send("tensorboard", after(data, 1))
     folder = tmp_path / "spinreg-tensorboard" / "demo"
     before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in folder.iterdir()}
@@ -102,9 +102,7 @@ def test_tensorboard_has_every_number_once(data: dict[str, Any], tmp_path: Path)
     assert not any(b"human answer 0" in path.read_bytes() for path in folder.iterdir()), "as the report's data have"
 
 
-def test_tensorboard_shows_a_round_that_was_made_anew_and_no_round_that_is_gone(
-    data: dict[str, Any], tmp_path: Path
-) -> None:
+def test_tensorboard_after_changes_drops_old_rounds(data: dict[str, Any], tmp_path: Path) -> None:
     to_tensorboard(data)
     data["rounds"][1]["metrics"]["heldout_nll"]["value"] = 9.0
     to_tensorboard(after(data, 1))
@@ -123,7 +121,7 @@ def mlflow() -> tuple[list[Any], Points]:
     return runs, {key: [(one.step, one.value) for one in some] for key, some in history.items()}
 
 
-def test_mlflow_has_every_number_once(data: dict[str, Any], tmp_path: Path) -> None:
+def test_mlflow_after_each_round_has_every_number_once(data: dict[str, Any], tmp_path: Path) -> None:
     to_mlflow(after(data, 1))
     runs, found = mlflow()
     assert found == points(after(data, 1))
@@ -187,7 +185,7 @@ def test_wandb_offline_has_every_number(data: dict[str, Any], tmp_path: Path) ->
 
 
 @pytest.mark.skipif(WANDB, reason="the extra wandb is installed")
-def test_a_tracker_that_is_not_installed_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracker_not_installed_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_trackers(TrackingConfig())
     require_trackers(TrackingConfig(to=["mlflow", "tensorboard"]))
     monkeypatch.syspath_prepend(tmp_path)
@@ -198,7 +196,7 @@ def test_a_tracker_that_is_not_installed_is_bad_input(tmp_path: Path, monkeypatc
         importlib.invalidate_caches()
 
 
-def test_what_the_library_says_is_passed_on(data: dict[str, Any], tmp_path: Path) -> None:
+def test_send_passes_on_the_error_of_the_library(data: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     data["config"]["tracking"]["folder"] = str(tmp_path / "file")
     with pytest.raises(SpinregError, match=r"^NotADirectoryError: .*file/demo'$"):
@@ -207,6 +205,6 @@ def test_what_the_library_says_is_passed_on(data: dict[str, Any], tmp_path: Path
         send("tensorboard", data, patience=0.01)
 
 
-def test_runs_of_two_stores_are_told_apart(data: dict[str, Any]) -> None:
+def test_identity_differs_between_stores(data: dict[str, Any]) -> None:
     assert identity(data).startswith("demo-")
     assert identity(data) != identity(data | {"store": "s3://elsewhere"})
