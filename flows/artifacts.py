@@ -1,8 +1,8 @@
-"""What a run shows besides states and logs: tables of metrics, summaries and links in the Prefect UI, and trackers."""
+"""Artifacts of a run in the Prefect UI (tables of metrics, summaries, links), and its trackers."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from spinreg_core.config import RunConfig
 from spinreg_core.reports.figures import run_figures
@@ -15,15 +15,27 @@ from tasks.context import current_context
 from tasks.log import run_log
 
 
-def show_round(round_number: int) -> None:
-    """The metrics so far as a table and a summary with the addresses of the round's objects.
+class RunSummary(TypedDict):
+    """Result of the flow `spin`. `ended`: why the run ended early; `report`, `report_json`: URIs."""
 
-    Best effort: the round is committed, and a store that cannot be read right now must not end the run.
+    run: str
+    store: str
+    complete_round: int
+    new_rounds: int
+    ended: str | None
+    report: str
+    report_json: str
+
+
+def show_round(round_number: int) -> None:
+    """Show the metrics so far as a table, and a summary with the addresses of the round's objects.
+
+    Best effort: the round is committed, and a store that cannot be read at this moment must not end the run.
     """
     try:
         _show_round(round_number)
     except Exception as error:
-        run_log()(f"metrics of round {round_number} are not shown: {error}")
+        run_log()(f"metrics of round {round_number} cannot be shown: {error}")
 
 
 def _show_round(round_number: int) -> None:
@@ -54,18 +66,20 @@ def _show_round(round_number: int) -> None:
     show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
 
 
-def show_end(summary: dict[str, Any], markdown: str) -> None:
-    """The whole run's table and the addresses of its report."""
+def show_end(summary: RunSummary, markdown: str) -> None:
+    """Show the whole run's table, and the addresses of its report."""
     text = f"# {summary['run']}\n\n{markdown}\n\n"
     if summary["ended"]:
-        text += f"Ended before the round it was to reach: {summary['ended']}.\n\n"
+        text += f"Ended before its target round: {summary['ended']}.\n\n"
     text += f"Report: {link(summary['report'])}\n\nData: {link(summary['report_json'])}\n"
     show_markdown(artifact_key(summary["run"], "report"), text, f"Report of run {summary['run']}")
 
 
 def track(store: Store, config: RunConfig) -> None:
-    """Give the trackers of the configuration all there is of the run. Best effort, as `show_round`: what a tracker did
-    not get now it gets with the next round."""
+    """Send all metrics of the run to the trackers of the configuration.
+
+    Best effort, as `show_round`: a tracker that fails gets the same metrics again with the next round.
+    """
     data: dict[str, Any] | None = None
     for tracker in config.tracking.to:
         try:

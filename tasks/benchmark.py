@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -15,6 +13,7 @@ from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record
 from spinreg_core.errors import StagePreempted
 from spinreg_core.runs.objects import read_manifest, require_manifest
 from tasks.context import current_context
+from tasks.results import BenchmarkResult, CheckResult
 from tasks.run_stage import preempted, watched_stage
 
 
@@ -24,8 +23,8 @@ from tasks.run_stage import preempted, watched_stage
     tags=["spinreg", "benchmark"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uris", "metrics", "seconds", "reused"}."""
+def benchmark(run: str, round_number: int) -> BenchmarkResult | State[BenchmarkResult]:
+    """Run the benchmarks that the configuration wants of an iterate."""
     context = current_context()
     store, session, config = context.store, context.session, context.config
     context.check()
@@ -45,7 +44,7 @@ def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, A
         measured = measured if reused else measured_of(store, plan)
         record_measured(session, round_number, measured)
     manifests = {name: require_manifest(store, object_id) for name, object_id in measured.items()}
-    result = {
+    result: BenchmarkResult = {
         "stage": "benchmark",
         "round": round_number,
         "uris": {name: store.uri(f"objects/{object_id}") for name, object_id in measured.items()},
@@ -62,10 +61,10 @@ def benchmark(run: str, round_number: int) -> dict[str, Any] | State[dict[str, A
     tags=["spinreg", "benchmark"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def check_benchmarks(run: str) -> dict[str, Any] | State[dict[str, Any]]:
+def check_benchmarks(run: str) -> CheckResult | State[CheckResult]:
     """See that lm-eval knows the tasks and can load their data, before anything is sampled or trained.
 
-    Returns {"tasks": {name: {"documents", "fewshot"}}, "reused"}. Raises BadInput.
+    Raises BadInput.
     """
     context = current_context()
     store, session, config = context.store, context.session, context.config
@@ -79,5 +78,5 @@ def check_benchmarks(run: str) -> dict[str, Any] | State[dict[str, Any]]:
         with context.scratch("check-benchmarks", writer) as folder:
             watched_stage(plan.job(config, store.url, writer, folder), "check-benchmarks")
         manifest = require_manifest(store, plan.object_id)
-    result = {"tasks": manifest["metrics"], "reused": reused}
+    result: CheckResult = {"tasks": manifest["metrics"], "reused": reused}
     return Completed(name="Reused", message="checked before", data=result) if reused else result

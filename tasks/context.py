@@ -1,7 +1,7 @@
-"""What the tasks of one flow run share: the open session, the store and the resolved configuration.
+"""Context that the tasks of one flow run share: the lease, the store and the resolved configuration.
 
-Decides: nothing; a round is a flow of its own and a flow's parameters go to the server, where a lease has no
-place, so the open session waits here. One flow run advances one run, in one process.
+A round is a flow of its own, and the server stores the parameters of flows. A lease cannot be such a parameter, so it is
+kept in a context variable. One flow run advances one run, in one process.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class Context:
     failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
 
     def check(self) -> None:
-        """Raises LeaseLost or RunCancelled where this flow run must not go on."""
+        """Raise LeaseLost or RunCancelled if this flow run must not go on."""
         self.session.check()
         self.cancelled()
 
     @contextmanager
     def scratch(self, stage: str, writer: str) -> Iterator[Path]:
-        """An empty folder for one attempt at a stage; removed after a good end, kept for its log after a bad one.
+        """Yield an empty folder for one attempt at a stage. It is removed on success, and kept for its log on failure.
 
-        What earlier attempts left is removed first. One that still runs (a frozen flow's, a moment after
-        its flow was killed) never shares files with this one.
+        Folders of earlier attempts are removed first. An earlier attempt may still run (a moment after its flow was
+        killed, or if it was frozen), so each attempt has a folder of its own.
         """
         place = hashlib.sha256(self.store.url.encode()).hexdigest()[:8]
         folder = cache_folder() / "work" / f"{self.config.run}-{place}" / stage
@@ -55,7 +55,7 @@ _current: ContextVar[Context] = ContextVar("spinreg-context")
 
 
 def current_context() -> Context:
-    """The context of the flow run this code is called by."""
+    """Return the context of the current flow run."""
     return _current.get()
 
 

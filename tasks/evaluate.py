@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.results import StageResult
 from tasks.run_stage import do_stage
 
 
@@ -17,6 +16,6 @@ from tasks.run_stage import do_stage
     tags=["spinreg", "evaluate"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def evaluate(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uri", "fingerprint", "metrics", "seconds", "reused"}."""
+def evaluate(run: str, round_number: int) -> StageResult | State[StageResult]:
+    """Evaluate an iterate on the held-out rows."""
     return do_stage("evaluate", round_number)

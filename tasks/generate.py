@@ -1,13 +1,12 @@
-"""The task `generate`: the round's prompts are answered by the opponent's iterates."""
+"""The task `generate`: the opponent's answers to the round's prompts."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.results import StageResult
 from tasks.run_stage import do_stage
 
 
@@ -17,6 +16,6 @@ from tasks.run_stage import do_stage
     tags=["spinreg", "generate"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def generate(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uri", "fingerprint", "metrics", "seconds", "reused"}."""
+def generate(run: str, round_number: int) -> StageResult | State[StageResult]:
+    """Answer the round's prompts with the opponent's iterates."""
     return do_stage("generate", round_number)

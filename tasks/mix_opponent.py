@@ -1,13 +1,12 @@
-"""The task `mix-opponent`: real and generated answers are paired and scored under the references."""
+"""The task `mix-opponent`: pairs of real and generated answers, scored under the references."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.results import StageResult
 from tasks.run_stage import do_stage
 
 
@@ -17,6 +16,6 @@ from tasks.run_stage import do_stage
     tags=["spinreg", "mix-opponent"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def mix_opponent(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"stage", "round", "uri", "fingerprint", "metrics", "seconds", "reused"}."""
+def mix_opponent(run: str, round_number: int) -> StageResult | State[StageResult]:
+    """Pair real with generated answers, and score them under the references."""
     return do_stage("mix-opponent", round_number)

@@ -12,6 +12,7 @@ from prefect.states import Completed
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_manifest
 from tasks.context import Context, current_context
+from tasks.results import PreparedResult
 from tasks.run_stage import watched_stage
 
 
@@ -21,15 +22,15 @@ from tasks.run_stage import watched_stage
     tags=["spinreg", "prepare"],
     cache_policy=NO_CACHE,  # the store decides what is done
 )
-def prepare(run: str) -> dict[str, Any] | State[dict[str, Any]]:
-    """Returns {"base", "data", "summary", "reused"}: two object ids and the counts of rows."""
+def prepare(run: str) -> PreparedResult | State[PreparedResult]:
+    """Put the base model and the checked rows into the store."""
     context = current_context()
     store, session = context.store, context.session
     base, data = session.head.get("base"), session.head.get("data")
     if base and data:
         manifest = read_manifest(store, data)
         if manifest is not None and read_manifest(store, base) is not None:
-            result = {"base": base, "data": data, "summary": manifest["metrics"], "reused": True}
+            result: PreparedResult = {"base": base, "data": data, "summary": manifest["metrics"], "reused": True}
             return Completed(name="Reused", message=f"committed before: {base}, {data}", data=result)
     # Once more where `spinreg gc` marked what is taken over here, before it could see our commit (`maintenance/gc.py`).
     while True:

@@ -24,6 +24,7 @@ from tasks.cancellation import RunCancelled
 from tasks.context import current_context
 from tasks.log import run_log
 from tasks.prewarm import prepare_spare, take_spare
+from tasks.results import StageResult
 from tasks.server import call_task
 from tasks.stage_process import run_stage
 
@@ -78,7 +79,7 @@ def watched_stage(job: Job, *name: object) -> dict[str, Any]:
     )
 
 
-def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
+def do_stage(stage: str, round_number: int) -> StageResult | State[StageResult]:
     """Make sure that a round's stage is committed. Returns a small JSON, as the task's result.
 
     A stage that the head names is done, also where `spinreg gc` has removed what nothing reads any more. So is an
@@ -109,7 +110,7 @@ def do_stage(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, 
                 return preempted(error)
         manifest = require_manifest(store, object_id)
     session.commit(round_number, stage, object_id)
-    result = {
+    result: StageResult = {
         "stage": stage,
         "round": round_number,
         "uri": store.uri(f"objects/{object_id}"),

@@ -10,7 +10,6 @@ from typing import Any
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-import tasks.server
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, Removed
@@ -255,9 +254,8 @@ def _(place: Place) -> object:
 
 @case("PREFECT_API_URL of a server that does not answer")
 def _(place: Place) -> object:
-    place.patch.setattr(tasks.server, "_SECONDS", 0.5)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        return require_server()
+        return require_server(patience_seconds=0.5)
 
 
 @case("PREFECT_API_URL of what is no Prefect server")

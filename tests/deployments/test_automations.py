@@ -132,7 +132,7 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "deployments/automations.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.startswith("automations.py: PREFECT_API_URL: found http://127.0.0.1:9/api, which cannot be used")
+    assert done.stderr.startswith("automations.py: PREFECT_API_URL cannot be used: http://127.0.0.1:9/api")
     assert done.stderr.count("\n") == 1
 
 

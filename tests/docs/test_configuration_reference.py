@@ -63,7 +63,7 @@ def test_types_ranges_and_defaults_read_well(field: str, kind: str, default: str
 
 
 def test_the_mutable_fields_are_named() -> None:
-    paragraph = PAGE.split("## Going on with a run")[1].split("Any other")[0]
+    paragraph = PAGE.split("## Changing an existing run")[1].split("Any other")[0]
     assert set(re.findall(r"`([\w.]+)`", paragraph)) == set(MUTABLE_FIELDS)
 
 

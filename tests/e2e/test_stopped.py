@@ -47,7 +47,7 @@ def test_sigterm_shows_and_the_next_start_goes_on(prefect_server: PrefectServer,
     text, seen = log.read_text(), states(prefect_server, name)
     if whom == "run":
         assert status == 143, text[-3000:]
-        assert "stopped by SIGTERM; what was committed stays" in text
+        assert "stopped by SIGTERM; committed work stays" in text
         assert seen[f"{name}/spin"] == "Crashed"
         assert seen[f"{name}/round-1"] == "Crashed"
     else:
@@ -86,8 +86,8 @@ def test_stopped_where_no_server_can_be_told(tmp_path: Path, interruptible: None
         status = process.wait(timeout=90)
     text = log.read_text()
     assert status == (130 if "ctrl-c" in where else 143), text[-3000:]
-    assert f"stopped by {'Ctrl-C' if 'ctrl-c' in where else 'SIGTERM'}; what was committed stays" in text
-    assert "going on without a flow run" not in text
+    assert f"stopped by {'Ctrl-C' if 'ctrl-c' in where else 'SIGTERM'}; committed work stays" in text
+    assert "goes on without a flow run" not in text
     head = read_head(store, name)
     assert head is not None
     assert head["lease"]["holder"] is None

@@ -75,7 +75,7 @@ def test_damage_is_named_and_made_anew(prefect_server: PrefectServer, tmp_path: 
 
     status, text = spinreg(["verify", "smoke", "--repair", *where], env)
     assert status == 0, text
-    assert "making anew: generate of round 1, train of round 1" in text
+    assert "making again: generate of round 1, train of round 1" in text
     assert "all as committed" in text
     assert outcome(store, "smoke") == expected
     after = manifests(store)

@@ -136,7 +136,5 @@ def test_the_beginning_of_the_training_set(tmp_path: Path) -> None:
     heldout = load_heldout(str(tmp_path / "x.jsonl"), config)
     assert heldout is not None
     assert heldout.records == 6
-    with pytest.raises(
-        ValueError, match=r"max_records needs a whole split, but split is 'train\[:5\]'"
-    ):
+    with pytest.raises(ValueError, match=r"max_records needs a whole split, but split is 'train\[:5\]'"):
         DataConfig(max_records=3, split="train[:5]")
