@@ -32,38 +32,26 @@ def show_round(round_number: int) -> None:
 
     Best effort: the round is committed, and a store that cannot be read at this moment must not end the run.
     """
-    try:
-        _show_round(round_number)
-    except Exception as error:
-        run_log()(f"metrics of round {round_number} cannot be shown: {error}")
-
-
-def _show_round(round_number: int) -> None:
     context = current_context()
     run, head = context.config.run, context.session.head
-    data = report_data(context.store, run)
-    show_table(
-        artifact_key(run, "round", round_number, "metrics"),
-        metrics_rows(data),
-        f"Held-out metrics of run {run}, base to round {round_number}",
-    )
-    lines = [
-        f"# {run}, round {round_number}",
-        "",
-        metrics_markdown(data),
-        "",
-        run_figures(data),
-        "",
-        "## In the store",
-        "",
-    ]
-    for entry in head["rounds"]:
-        if entry["round"] == round_number:
-            lines += [
-                f"- {stage}: {link(context.store.uri(f'objects/{object_id}'))}"
-                for stage, object_id in (entry["stages"] | entry.get("measured", {})).items()
-            ]
-    show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
+    try:
+        data = report_data(context.store, run)
+        show_table(
+            artifact_key(run, "round", round_number, "metrics"),
+            metrics_rows(data),
+            f"Held-out metrics of run {run}, base to round {round_number}",
+        )
+        lines = [f"# {run}, round {round_number}", "", metrics_markdown(data), "", run_figures(data), ""]
+        lines += ["## In the store", ""]
+        for entry in head["rounds"]:
+            if entry["round"] == round_number:
+                lines += [
+                    f"- {stage}: {link(context.store.uri(f'objects/{object_id}'))}"
+                    for stage, object_id in (entry["stages"] | entry.get("measured", {})).items()
+                ]
+        show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
+    except Exception as error:
+        run_log()(f"metrics of round {round_number} cannot be shown: {error}")
 
 
 def show_end(summary: RunSummary, markdown: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 import httpx
@@ -168,18 +168,10 @@ class FlowRuns:
         return found
 
 
-class FlowRunsOf(Protocol):
-    """The part of `FlowRuns` that `run_on_pool` uses."""
-
-    def start(self, member: Member, attempt: int) -> FlowRun: ...
-    def ended(self, ids: Sequence[UUID]) -> dict[UUID, str | None]: ...
-    def under_way(self) -> dict[str, FlowRun]: ...
-
-
 def run_on_pool(
     store: Store,
     members: Sequence[Member],
-    flow_runs: FlowRunsOf,
+    flow_runs: FlowRuns,
     progress: Progress,
     check: Callable[[], None],
     sleep: Callable[[float], object] = time.sleep,

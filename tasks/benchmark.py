@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
@@ -14,15 +12,10 @@ from spinreg_core.errors import StagePreempted
 from spinreg_core.runs.objects import read_manifest, require_manifest
 from tasks.context import current_context
 from tasks.results import BenchmarkResult, CheckResult
-from tasks.run_stage import preempted, watched_stage
+from tasks.run_stage import preempted, stage_task, watched_stage
 
 
-@task(
-    name="benchmark",
-    task_run_name="{run}/round-{round_number}/benchmark",
-    tags=["spinreg", "benchmark"],
-    cache_policy=NO_CACHE,  # the store decides what is done
-)
+@stage_task("benchmark")
 def benchmark(run: str, round_number: int) -> BenchmarkResult | State[BenchmarkResult]:
     """Run the benchmarks that the configuration wants of an iterate."""
     context = current_context()
@@ -55,12 +48,7 @@ def benchmark(run: str, round_number: int) -> BenchmarkResult | State[BenchmarkR
     return Completed(name="Reused", message="measured before", data=result) if reused else result
 
 
-@task(
-    name="check-benchmarks",
-    task_run_name="{run}/check-benchmarks",
-    tags=["spinreg", "benchmark"],
-    cache_policy=NO_CACHE,  # the store decides what is done
-)
+@stage_task("check-benchmarks", run_name="", tag="benchmark")
 def check_benchmarks(run: str) -> CheckResult | State[CheckResult]:
     """See that lm-eval knows the tasks and can load their data, before anything is sampled or trained.
 

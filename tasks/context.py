@@ -1,7 +1,7 @@
 """Context that the tasks of one flow run share: the lease, the store and the resolved configuration.
 
-A round is a flow of its own, and the server stores the parameters of flows. A lease cannot be such a parameter, so it is
-kept in a context variable. One flow run advances one run, in one process.
+A round is a flow of its own, and the server stores the parameters of flows. A lease cannot be such a parameter, so a
+context variable holds it. One flow run advances one run, in one process.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
@@ -13,15 +11,10 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_manifest
 from tasks.context import Context, current_context
 from tasks.results import PreparedResult
-from tasks.run_stage import watched_stage
+from tasks.run_stage import stage_task, watched_stage
 
 
-@task(
-    name="prepare",
-    task_run_name="{run}/prepare",
-    tags=["spinreg", "prepare"],
-    cache_policy=NO_CACHE,  # the store decides what is done
-)
+@stage_task("prepare", run_name="")
 def prepare(run: str) -> PreparedResult | State[PreparedResult]:
     """Put the base model and the checked rows into the store."""
     context = current_context()

@@ -6,8 +6,11 @@ and what each of them shows (their own files).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
+from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed, Failed
 from prefect.tasks import Task, exponential_backoff
@@ -27,6 +30,21 @@ from tasks.prewarm import prepare_spare, take_spare
 from tasks.results import StageResult
 from tasks.server import call_task
 from tasks.stage_process import run_stage
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def stage_task(
+    name: str, run_name: str = "round-{round_number}/", tag: str = ""
+) -> Callable[[Callable[P, R]], Task[P, R]]:
+    """Return the decorator of a stage's task. run_name: the part of its run name between the run and the task."""
+    return task(
+        name=name,
+        task_run_name=f"{{run}}/{run_name}{name}",
+        tags=["spinreg", tag or name],
+        cache_policy=NO_CACHE,  # the store decides what is done
+    )
 
 
 def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

@@ -214,7 +214,7 @@ def test_main_unreachable_server_ends_it_in_one_line(
         (
             "PREFECT_API_URL",
             "http://[::1",
-            "Prefect's settings (in the environment or Prefect's profile) cannot be read",
+            "Prefect's settings (in the environment or Prefect's profile) cannot be used",
         ),
         (
             "PREFECT_CLIENT_MAX_RETRIES",
