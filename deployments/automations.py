@@ -1,13 +1,12 @@
-"""Make the server call a run crashed that has died together with its worker. Run it again whenever you like.
+"""Register an automation that marks runs as crashed when they died together with their worker. Safe to run again.
 
-    python deployments/automations.py [--silent-seconds 150]        (PREFECT_API_URL says which server)
+    python deployments/automations.py [--silent-seconds 150]        (for the server at PREFECT_API_URL)
 
-A flow run whose process is killed is reported by its worker; with both killed, or the machine gone, nobody reports it,
-and it would be `Running` for ever. Runs of the deployments here send a heartbeat every 30 seconds
-(PREFECT_FLOWS_HEARTBEAT_FREQUENCY in their job variables); one that has sent some, and then neither a heartbeat nor any
-other event for so long, is marked `Crashed`, after which `prefect flow-run retry` and the Retry button of the UI take
-it. A run that is alive after all (cut off from the server for longer than that) keeps the run's lease in the store, so
-that a retry is refused until it has ended: nothing is lost by a wrong mark.
+A worker reports a flow run whose process is killed. If the worker or the machine dies too, the flow run would stay
+`Running` forever. Runs of the deployments here send a heartbeat every 30 seconds (PREFECT_FLOWS_HEARTBEAT_FREQUENCY in
+their job variables). A run that has sent heartbeats, and then no event of any kind for this time, is marked `Crashed`;
+`prefect flow-run retry` and the Retry button of the UI then accept it. A run that is still alive, but was cut off from
+the server, keeps its lease in the store. A retry is refused until it has ended, so a wrong mark loses nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ SILENT_SECONDS = 150  # five heartbeats
 
 
 def crashed_without_heartbeats(silent: timedelta) -> AutomationCore:
-    """silent: how long a run may say nothing after a heartbeat."""
+    """Return the automation. silent: longest time without an event after a heartbeat."""
     return AutomationCore(
         name=NAME,
         description=f"Runs of spinreg that sent heartbeats and then nothing for {silent.total_seconds():g} s.",
@@ -56,7 +55,7 @@ def crashed_without_heartbeats(silent: timedelta) -> AutomationCore:
 
 
 def register(automation: AutomationCore) -> str:
-    """Create the automation, or make the one of this name like it. Returns `created` or `updated`."""
+    """Create the automation, or update the one of this name. Returns `created` or `updated`."""
     with get_client(sync_client=True) as client:
         same = client.read_automations_by_name(automation.name)
         if not same:

@@ -1,6 +1,6 @@
-"""What can be said on the command line of `spinreg`.
+"""The command-line parser of `spinreg`.
 
-Decides: the names of sub-commands and options. Leaves out: what they do (`cli.py`).
+Decides: the names of commands and options. Leaves out: the commands.
 """
 
 from __future__ import annotations
@@ -14,141 +14,120 @@ STATUSES = (
     "exit status: 0 done, 1 failed, 2 wrong usage, 65 bad input, 74 damaged, 75 another process advances the run, "
     "143 stopped by SIGTERM"
 )
+_STORE = "local folder or s3://bucket/prefix"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; the name of the chosen one is in `command`."""
     top = argparse.ArgumentParser(
         prog="spinreg", description="Regularised self-play alignment of language models.", epilog=STATUSES
     )
     top.add_argument("--version", action="version", version=f"spinreg {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    # Options that several commands share.
+    store, one_run, json, fields, config = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    store.add_argument("--store", default="spinreg-store", help=_STORE)
+    one_run.add_argument("run", help="name of the run")
+    json.add_argument("--json", action="store_true", help="print JSON")
+    fields.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
+                        help="any other field, e.g. -p objective.alpha=0.5 (VALUE is JSON, or text)")  # fmt: skip
+    config.add_argument("--config", help="run configuration file (YAML or JSON; path or URI)")
+    config.add_argument("--run", help="name of the run")
+    config.add_argument("--model", help="base model: hub id, folder, package:NAME or random:tiny")
+    config.add_argument("--store", help=_STORE)
+    config.add_argument("--seed", type=int, help="seed of splits, draws, sampling and data order")
+    dataset = argparse.ArgumentParser(add_help=False)
+    dataset.add_argument("--dataset", help="data set: hub id, file or folder, or builtin:demo")
+
     run = commands.add_parser(
-        "run", help="advance a run, as `prefect deployment run spin/iterate` does, in this process", epilog=STATUSES
-    )
-    _add_configuration(run)
-    run.add_argument("--rounds", type=int, help="advance by so many rounds (default 1)")
-    run.add_argument("--until-round", type=int, help="go on until this round is complete")
+        "run", parents=[config, dataset, fields], epilog=STATUSES,
+        help="advance a run in this process, as `prefect deployment run spin/iterate` does in a worker",
+    )  # fmt: skip
+    run.add_argument("--rounds", type=int, help="number of rounds to advance by (default: 1)")
+    run.add_argument("--until-round", type=int, help="advance until this round is complete")
 
-    plan = commands.add_parser("plan", help="what a configuration will need: memory, disk, tokens, FLOPs, time")
-    _add_configuration(plan)
-    plan.add_argument("--rounds", type=int, help="rounds to plan for (default: what the configuration asks for)")
-    plan.add_argument("--tflops", type=float, help="stated rate of the machine (TFLOP/s); default: measured here")
-    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan = commands.add_parser("plan", parents=[config, dataset, fields, json],
+                               help="estimate memory, disk, tokens, FLOPs and time of a configuration")  # fmt: skip
+    plan.add_argument("--rounds", type=int, help="number of rounds to plan for (default: the configuration's)")
+    plan.add_argument("--tflops", type=float, help="speed of the machine in TFLOP/s (default: measured here)")
 
-    status = commands.add_parser("status", help="what is done of a run and who advances it")
+    status = commands.add_parser("status", parents=[store, json], help="show the progress and the lease holder of runs")
     status.add_argument("run", nargs="?", help="name of the run (default: all runs of the store)")
-    status.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
-    status.add_argument("--json", action="store_true", help="print JSON")
 
-    resume = commands.add_parser("resume", help="finish what a run was told to do and did not", epilog=STATUSES)
-    _add_existing(resume)
+    commands.add_parser("resume", parents=[one_run, store], epilog=STATUSES, help="finish the pending advance of a run")
 
-    verify = commands.add_parser("verify", help="read every file of a run and compare it with what was committed",
-                                 epilog="exit status: 0 all as committed (or repaired), 74 damaged")  # fmt: skip
-    _add_existing(verify)
+    verify = commands.add_parser(
+        "verify", parents=[one_run, store], epilog="exit status: 0 all as committed (or repaired), 74 damaged",
+        help="read every file of a run and compare it with its checksum",
+    )  # fmt: skip
     either = verify.add_mutually_exclusive_group()
-    either.add_argument("--repair", action="store_true", help="make what is damaged anew, and nothing else")
+    either.add_argument("--repair", action="store_true", help="make damaged objects again, and nothing else")
     either.add_argument("--json", action="store_true", help="print JSON")
 
-    gc = commands.add_parser("gc", help="list what no run needs any more (docs/retention.md); --delete removes it")
-    gc.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
-    gc.add_argument("--run", action="append", metavar="RUN", help="only by the rules of this run (may be repeated)")
+    gc = commands.add_parser("gc", parents=[store, json], help="list, or remove, objects that no run needs")
+    gc.add_argument("--run", action="append", metavar="RUN", help="use the rules of this run only (may be repeated)")
     gc.add_argument("-p", "--param", action="append", default=[], metavar="keep.FIELD=VALUE",
-                    help="a rule in place of the runs' own, e.g. -p keep.policies=2")  # fmt: skip
-    gc.add_argument("--delete", action="store_true", help="remove it; without, nothing is changed")
-    gc.add_argument("--json", action="store_true", help="print JSON")
+                    help="a rule that replaces the runs' own, e.g. -p keep.policies=2")  # fmt: skip
+    gc.add_argument("--delete", action="store_true", help="remove the listed objects (default: only list them)")
 
-    report = commands.add_parser("report", help="write a run's report anew and print its table")
-    _add_existing(report)
-    report.add_argument("--json", action="store_true", help="print the report's data instead of the table")
+    commands.add_parser("report", parents=[one_run, store, json], help="write a run's report and print its table")
 
-    export = commands.add_parser("export", help="write an iterate as an ordinary model folder with a model card")
-    _add_existing(export)
-    export.add_argument("--round", type=int, help="which iterate; 0 is the base (default: the last that was trained)")
-    export.add_argument("--to", type=Path, help="folder to write, which is empty or not there yet (default: "
-                        "RUN-round-N here)")  # fmt: skip
+    export = commands.add_parser("export", parents=[one_run, store],
+                                 help="write a policy as an ordinary model folder with a model card")  # fmt: skip
+    export.add_argument("--round", type=int, help="iterate to export; 0 is the base (default: the last trained one)")
+    export.add_argument("--to", type=Path, help="new or empty folder to write (default: ./RUN-round-N)")
     export.add_argument("--shard-size", metavar="SIZE", help="largest weights file, e.g. 5GB (default: as committed)")
-    export.add_argument("--push", metavar="TARGET", help="then put it to the hub (name/model; private) or a folder")
+    export.add_argument("--push", metavar="TARGET", help="then copy it to the hub (name/model; private) or a folder")
 
-    compare = commands.add_parser("compare", help="compare finished runs: write one page and print its table")
-    compare.add_argument("runs", nargs="+", metavar="RUN", help="runs of one store; those that differ in seed are one")
-    compare.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
-    compare.add_argument("--against", metavar="RUN", help="what the others are compared with (default: the first)")
+    compare = commands.add_parser("compare", parents=[store, json], help="compare finished runs on one page")
+    compare.add_argument("runs", nargs="+", metavar="RUN",
+                         help="runs of one store; runs that differ only in their seed form one variant")  # fmt: skip
+    compare.add_argument("--against", metavar="RUN", help="reference of the comparison (default: the first run)")
     compare.add_argument("--name", help="name of the comparison (default: the runs' names joined)")
-    compare.add_argument("--json", action="store_true", help="print the comparison's data instead of the table")
 
-    grid = commands.add_parser("grid", help="run variations over one configuration and compare them", epilog=STATUSES)
-    grid.add_argument("--name", default="grid", help="name of the comparison, with which its runs' names begin")
-    grid.add_argument("--config", help="configuration that all members share (YAML or JSON; path or URI)")
-    grid.add_argument("--until-round", type=int, help="rounds of every member (default: the configuration's)")
-    grid.add_argument("--alpha", type=float, nargs="+", help="at the configured total beta (default: 1 0.5 0)")
-    grid.add_argument("--beta-0", type=float, nargs="+", help="instead: KL to the base, added to the configured beta")
+    grid = commands.add_parser("grid", parents=[fields], epilog=STATUSES,
+                               help="run variations of one configuration and compare them")  # fmt: skip
+    grid.add_argument("--name", default="grid", help="name of the comparison and prefix of its runs (default: grid)")
+    grid.add_argument("--config", help="configuration of all members (YAML or JSON; path or URI)")
+    grid.add_argument("--until-round", type=int, help="last round of every member (default: the configuration's)")
+    grid.add_argument("--alpha", type=float, nargs="+", help="values at the configured total beta (default: 1 0.5 0)")
+    grid.add_argument("--beta-0", type=float, nargs="+",
+                      help="instead of --alpha: weights of a KL to the base, added to the configured beta")  # fmt: skip
     grid.add_argument("--history", type=_history, nargs="+", help="numbers of iterates, or all (default: 1 all)")
-    grid.add_argument("--seeds", type=int, nargs="+", help="that every variation is run with")
-    grid.add_argument(
-        "--variations", metavar="FILE", help="instead of alpha and history: fields by name (YAML or JSON)"
-    )
-    grid.add_argument("--against", metavar="RUN", help="what the others are compared with (default: plain SPIN)")
+    grid.add_argument("--seeds", type=int, nargs="+", help="seeds of every variation (default: the configuration's)")
+    grid.add_argument("--variations", metavar="FILE",
+                      help="instead of --alpha and --history: fields by variation name (YAML or JSON)")  # fmt: skip
+    grid.add_argument("--against", metavar="RUN", help="reference of the comparison (default: plain SPIN)")
     grid.add_argument("--model", help="base model of all members")
     grid.add_argument("--dataset", help="data set of all members")
-    grid.add_argument("--store", help="local folder or s3://bucket/prefix")
-    grid.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE", help="any other field")
+    grid.add_argument("--store", help=_STORE)
     grid.add_argument(
-        "--deployment", help="run the members by this deployment, e.g. spin/iterate (default: here, one by one)"
+        "--deployment", help="deployment that runs the members, e.g. spin/iterate (default: this process)"
     )
 
-    join = commands.add_parser("join", help="take part, as a further machine, in the stages of a run (resources.nodes)")
-    join.add_argument("run", help="name of the run")
-    join.add_argument("--store", required=True, help="the run's store, within reach of all machines")
+    join = commands.add_parser("join", parents=[one_run], help="work on a run as a further machine (resources.nodes)")
+    join.add_argument("--store", required=True, help="the run's store, reachable from all machines")
 
-    agreement = commands.add_parser(
-        "judge-agreement", help="how often the configured judge agrees with published human preferences"
-    )
-    agreement.add_argument(
-        "votes", help="human or gpt4_pair (of lmsys/mt_bench_human_judgments), or a file of that form"
-    )
-    _add_configuration(agreement)
-    agreement.add_argument("--limit", type=int, help="only the first so many votes")
-    agreement.add_argument("--json", action="store_true", help="print JSON")
+    agreement = commands.add_parser("judge-agreement", parents=[config, dataset, fields, json],
+                                    help="compare the configured judge with published human preferences")  # fmt: skip
+    agreement.add_argument("votes", help="human or gpt4_pair (of lmsys/mt_bench_human_judgments), or a file like them")
+    agreement.add_argument("--limit", type=int, help="number of votes to use, the first ones (default: all)")
 
-    win_rate = commands.add_parser(
-        "win-rate", help="have a judge compare the held-out answers of two runs, each pair in both orders"
-    )
-    win_rate.add_argument("run", help="name of the run whose wins are counted")
-    win_rate.add_argument("other", help="name of the run that it is held against, of the same store")
-    win_rate.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
+    win_rate = commands.add_parser("win-rate", parents=[store, json],
+                                   help="let a judge compare the held-out answers of two runs")  # fmt: skip
+    win_rate.add_argument("run", help="name of the run to count wins of")
+    win_rate.add_argument("other", help="name of the run to compare it with, in the same store")
     win_rate.add_argument("--round", type=int, help="iterate of both (default: the last that both have evaluated)")
     win_rate.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
-                          help="e.g. -p judge.model=NAME; what is not said is as the first run has it")  # fmt: skip
-    win_rate.add_argument("--json", action="store_true", help="print JSON")
+                          help="a field that replaces the first run's own, e.g. -p judge.model=NAME")  # fmt: skip
 
     data = commands.add_parser("data", help="look at a data set").add_subparsers(dest="action", required=True)
-    inspect = data.add_parser("inspect", help="counts, lengths, rendered examples and rejected rows")
-    inspect.add_argument("dataset", nargs="?", help="as the parameter dataset (default: the configuration's)")
-    _add_configuration(inspect, dataset=False)
-    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect = data.add_parser("inspect", parents=[config, fields, json],
+                              help="show counts, lengths, rendered examples and rejected rows")  # fmt: skip
+    inspect.add_argument("dataset", nargs="?", help="data set, as the parameter (default: the configuration's)")
     return top
 
 
 def _history(text: str) -> int | str:
     return text if text == "all" else int(text)
-
-
-def _add_existing(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="name of the run")
-    parser.add_argument("--store", default="spinreg-store", help="local folder or s3://bucket/prefix")
-
-
-def _add_configuration(parser: argparse.ArgumentParser, *, dataset: bool = True) -> None:
-    parser.add_argument("--config", help="run configuration file (YAML or JSON; path or URI)")
-    parser.add_argument("--run", help="name of the run")
-    parser.add_argument("--model", help="base model: hub id, folder, package:NAME or random:tiny")
-    if dataset:
-        parser.add_argument("--dataset", help="data set: hub id, file or folder, or builtin:demo")
-    parser.add_argument("--store", help="local folder or s3://bucket/prefix")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument(
-        "-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
-        help="any other field, e.g. -p objective.alpha=0.5 (VALUE is JSON, or text)",
-    )  # fmt: skip

@@ -1,8 +1,7 @@
-"""The flow `compare`, behind the deployment `compare/grid`: runs that differ in what is compared, and their comparison.
+"""The flow `compare`, behind the deployment `compare/grid`: a grid of runs, and their comparison.
 
-Decides: the parameters people see, and what the comparison is made of when members failed. Leaves out: who the members
-are (`spinreg_core/comparison/grid.py`), running them (`flows/members.py`), the comparison itself
-(`spinreg_core/comparison*.py`).
+Decides: the parameters of the deployment, and the comparison when members failed. Leaves out: choosing the members,
+running them, and the comparison of finished runs.
 
     prefect deployment run compare/grid -p config=deployments/configs/demo.yaml -p until_round=3
     spinreg grid --config deployments/configs/demo.yaml --until-round 3
@@ -10,8 +9,8 @@ are (`spinreg_core/comparison/grid.py`), running them (`flows/members.py`), the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypedDict
 
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -20,7 +19,7 @@ from prefect.states import Cancelled, Completed
 from pydantic import Field
 
 from flows.checks import END_PATIENCE_SECONDS, require_usable
-from flows.grid_runner import Progress, run_here, run_on_pool
+from flows.grid_runner import FlowRuns, Progress, run_here, run_on_pool
 from spinreg_core.comparison.grid import (
     Member,
     check_stored,
@@ -44,26 +43,39 @@ from tasks.server import flush, wait_for_server
 from tasks.stage_process import end_embedded_server_with_us
 
 
-def resolve_grid(given: dict[str, Any]) -> tuple[Store, list[Member], str]:
-    """The store, the members and the run they are compared with, that a call of `compare` stands for. given: its
-    parameters; those that are absent or None were not given. Raises BadInput, also where a member's run exists with
-    another configuration."""
-    name, config, said = given.get("name") or "grid", given.get("config"), given.get("fields") or {}
+class GridSummary(TypedDict):
+    """Result of the flow `compare`. `failed`: reasons by run; `comparison`: URIs by kind (html, json, csv, parquet)."""
+
+    name: str
+    store: str
+    runs: list[str]
+    failed: dict[str, str]
+    comparison: dict[str, str]
+
+
+def resolve_grid(given: Mapping[str, Any]) -> tuple[Store, list[Member], str]:
+    """Return the store, the members and the reference run of a call of `compare`.
+
+    given: the parameters of the call; absent ones and None were not given.
+
+    Raises BadInput, also if a member's run exists with another configuration.
+    """
+    name, config, fields = given.get("name") or "grid", given.get("config"), given.get("fields") or {}
     file = {} if config is None else load_config_file(config)
-    base = merge(file, said)
+    base = merge(file, fields)
     base |= {field: given[field] for field in ("model", "dataset", "store") if given.get(field) is not None}
-    # How far: the argument, else the fields, else the file; each by one of two names.
-    how_far = next((g for g in (said, file) if g.get("rounds") is not None or g.get("until_round") is not None), {})
+    # The target comes from the argument, else from the fields, else from the file; each may use either of two names.
+    how_far = next((g for g in (fields, file) if g.get("rounds") is not None or g.get("until_round") is not None), {})
     if how_far.get("rounds") is not None and how_far.get("until_round") is not None:
-        raise BadInput("rounds", "until_round besides", "either of the two")
+        raise BadInput("rounds", "is given together with until_round", "give one of them")
     base.pop("rounds", None)
     asked = [given.get("until_round"), how_far.get("until_round"), how_far.get("rounds")]
     base["until_round"] = next((number for number in asked if number is not None), None)
     opened = open_store(validate(base | {"run": name}).store)
-    base["store"] = opened.url  # a worker elsewhere has other defaults
+    base["store"] = opened.url  # a worker on another machine resolves a relative path otherwise
     opened.check()
-    walked = ("alpha", "beta_0", "history", "seeds", "variations")
-    members = members_of(name, base, **{field: given.get(field) for field in walked})
+    axes = ("alpha", "beta_0", "history", "seeds", "variations")
+    members = members_of(name, base, **{axis: given.get(axis) for axis in axes})
     for member in members:
         try:
             require_usable(member.config)
@@ -89,27 +101,27 @@ def compare(
     store: str | None = None,
     fields: dict[str, Any] | None = None,
     deployment: str | None = "spin/iterate",
-) -> dict[str, Any] | State[Any]:
-    """Run a grid of variations over one configuration, and compare them on one page.
+) -> GridSummary | State[Any]:
+    """Run a grid of variations of one configuration, and compare them on one page.
 
-    What members have in common is made once. Started again, it goes on with what is missing; with further values, it
-    runs the new members only.
+    Objects that members have in common are made once. A second start makes only the missing ones; with further values,
+    it runs the new members only.
 
     Args:
-        name: Name of the comparison, with which the names of its runs begin.
+        name: Name of the comparison, and prefix of the names of its runs.
         config: Path or URI of the configuration that all members share (YAML or JSON).
-        until_round: How many rounds every member has. Default: as in the configuration.
+        until_round: Last round of every member. Default: as in the configuration.
         alpha: Weights of the previous policy in the reference, at the configured total beta. Default: 1, 0.5, 0.
-        beta_0: Instead of alpha: weights of a KL to the base that is added to the configured beta.
-        history: How many iterates the opponent averages, each a number or "all". Default: 1, "all".
-        seeds: Seeds that every variation is run with. Default: the configuration's.
-        variations: Instead of alpha and history: fields by name of the variation, nested as in a configuration.
-        against: The run that the others are compared with. Default: the first of plain SPIN (alpha 1, history 1).
+        beta_0: Instead of alpha: weights of a KL to the base, added to the configured beta.
+        history: Numbers of iterates that the opponent averages, or "all". Default: 1, "all".
+        seeds: Seeds of every variation. Default: the configuration's.
+        variations: Instead of alpha and history: fields by variation name, nested as in a configuration.
+        against: Reference run of the comparison. Default: the first of plain SPIN (alpha 1, history 1).
         model: Base model of all members. Default: the configuration's.
         dataset: Data set of all members. Default: the configuration's.
-        store: Where everything is kept. Default: the configuration's.
-        fields: Any other fields of all members, nested as in a configuration; they win over it.
-        deployment: Deployment that runs the members; its work pool must be another than this flow's.
+        store: Local folder or s3://bucket/prefix. Default: the configuration's.
+        fields: Any other fields of all members, nested as in a configuration; they win over `config`.
+        deployment: Deployment that runs the members, in another work pool than this flow.
     """
     end_embedded_server_with_us()
     given = {
@@ -132,30 +144,13 @@ def compare(
             if deployment is None:
                 failures = run_here(opened, members, progress, check)
             else:
-                failures = run_on_pool(opened, members, deployment, progress, check)
+                failures = run_on_pool(opened, members, FlowRuns(deployment, opened), progress, check)
     except RunCancelled:
         return Cancelled(
-            message="cancelled, and with it its members (by the server); the next start goes on with what is missing"
+            message="cancelled; the server cancels its members too, and the next start makes what is missing"
         )
-    return _end(opened, name, members, failures, reference)
-
-
-def _end(
-    opened: Store, name: str, members: Sequence[Member], failures: dict[str, str], reference: str
-) -> dict[str, Any] | State[Any]:
-    """Compare the members that came to their end, and show it. The others are named on the page."""
-    from spinreg_core.comparison.page import write_comparison
-
-    reasons = {member.run: rounds_open(opened, member) for member in members}
-    told = failures | {run: failures.get(run, why) for run, why in reasons.items() if why is not None}
-    complete = [member for member in members if reasons[member.run] is None]
-    require_two(complete, told)
-    runs = [member.run for member in complete]
-    if reference not in runs:
-        lost, reference = reference, replaced_reference(members, complete, reference)
-        told[lost] += f"; the others are compared with {reference} instead"
-    written = write_comparison(opened, runs, name, reference, told)
-    data, places = written["data"], {kind: opened.uri(written[kind]) for kind in ("html", "json", "csv", "parquet")}
+    written, summary = compare_complete(opened, name, members, failures, reference)
+    data, places = written["data"], summary["comparison"]
     show_table(artifact_key(name, "metrics"), comparison_rows(data), f"Comparison {name}, round {data['round']}")
     show_markdown(
         artifact_key(name, "comparison"),
@@ -165,10 +160,34 @@ def _end(
     run_log()(f"\n{comparison_table(data)}\ncomparison: {places['html']}")
     wait_for_server(END_PATIENCE_SECONDS)
     flush(30.0)
-    summary = {"name": name, "store": opened.url, "runs": runs, "failed": told, "comparison": places}
-    if told:
-        return Completed(
-            name="Incomplete", message=f"{len(runs)} of {len(members)} members compared; failed: {', '.join(told)}",
-            data=summary,
-        )  # fmt: skip
-    return summary
+    return end_state(summary, len(members))
+
+
+def compare_complete(
+    store: Store, name: str, members: Sequence[Member], failures: Mapping[str, str], reference: str
+) -> tuple[dict[str, Any], GridSummary]:
+    """Compare the members that are complete, and name the others on the page. Returns what was written, and a summary.
+
+    Raises SpinregError for fewer than two complete members.
+    """
+    from spinreg_core.comparison.page import write_comparison
+
+    reasons = {member.run: rounds_open(store, member) for member in members}
+    failed = dict(failures) | {run: failures.get(run, why) for run, why in reasons.items() if why is not None}
+    complete = [member for member in members if reasons[member.run] is None]
+    require_two(complete, failed)
+    runs = [member.run for member in complete]
+    if reference not in runs:
+        lost, reference = reference, replaced_reference(members, complete, reference)
+        failed[lost] += f"; the others are compared with {reference} instead"
+    written = write_comparison(store, runs, name, reference, failed)
+    places = {kind: store.uri(written[kind]) for kind in ("html", "json", "csv", "parquet")}
+    return written, {"name": name, "store": store.url, "runs": runs, "failed": failed, "comparison": places}
+
+
+def end_state(summary: GridSummary, members: int) -> GridSummary | State[GridSummary]:
+    """Return the result of the flow: its summary, in a state of its own name if not all members were compared."""
+    if not summary["failed"]:
+        return summary
+    text = f"{len(summary['runs'])} of {members} members compared; failed: {', '.join(summary['failed'])}"
+    return Completed(name="Incomplete", message=text, data=summary)

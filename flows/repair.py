@@ -1,7 +1,7 @@
-"""Makes anew what `spinreg verify` found damaged, and what was made from it where it comes out otherwise.
+"""Repair of damaged objects, and of everything made from them if their content changes.
 
-Decides: that the flow `spin` does it, as any start of the run would. Leaves out: what is damaged
-(`spinreg_core/maintenance/verify.py`), the steps of a repair and their order (`spinreg_core/maintenance/repair.py`).
+Decides: that the flow `spin` repairs a run, as any start of the run would. Leaves out: finding damage, and the steps of
+a repair.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from spinreg_core.store.base import Store
 
 
 def repair(store: Store, run: str, damaged: Collection[str], *, say: Callable[[str], object]) -> None:
-    """Record that these objects of a run are to be made anew, and have that done. Rounds that were not complete are
-    left open: what was damaged there is made when the run goes on.
+    """Record that these objects of a run need repair, and repair them.
 
-    Raises LeaseHeld while somebody advances the run, or another one that has the objects; and what the flow raises: the
-    repair stays recorded then.
+    Incomplete rounds stay open; the next advance of the run makes their damaged objects again. If the flow raises an
+    error, the repair stays recorded.
+
+    Raises:
+        LeaseHeld: another process advances the run, or another run that has the objects.
     """
     with hold_lease(store, require_config(store, run), "spinreg verify --repair") as session:
         stages = begin(store, session, damaged, say)
     if stages:
-        say(f"making anew: {', '.join(f'{stage} of round {number}' for number, stage in stages)}")
+        say(f"making again: {', '.join(f'{stage} of round {number}' for number, stage in stages)}")
     spin(run=run, store=store.url, until_round=0)

@@ -1,18 +1,19 @@
 """The flow `spin`, behind the deployment `spin/iterate`: advance a run by some rounds of regularised self-play.
 
-Decides: the parameters people see, that an advance is recorded before it starts, and what happens between
-rounds. Leaves out: the configuration (`spinreg_core.config.run`), one round (`flows.round`), stages (`tasks`).
+Decides: the parameters of the deployment, that an advance is recorded before it starts, and the steps between rounds.
+Leaves out: the configuration, a round, and its stages.
 
     python -m flows.spin --config deployments/configs/demo.yaml
     prefect deployment run spin/iterate -p rounds=3
 
-Importing this module loads none of torch, transformers, vllm and datasets: a worker does it for every run.
+Importing this module loads none of torch, transformers, vllm and datasets, because a worker imports it for every run.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
@@ -21,7 +22,7 @@ from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from flows.artifacts import show_end, show_round, track
+from flows.artifacts import RunSummary, show_end, show_round, track
 from flows.checks import END_PATIENCE_SECONDS, require_usable, resolve_parameters
 from flows.parameters import run_parameters
 from flows.round import finish_repair, measure, round_, stage_calls
@@ -51,7 +52,7 @@ from tasks.stage_process import end_embedded_server_with_us
 
 
 def _flow_run_name() -> str:
-    """`<run>/spin`; a configuration that does not resolve fails inside the flow, where people see why."""
+    """Return `<run>/spin`. A configuration that does not resolve fails inside the flow, which shows the reason."""
     parameters = dict(flow_run.parameters)
     try:
         return f"{resolve_parameters(parameters.pop('config', None), parameters).run}/spin"
@@ -59,14 +60,14 @@ def _flow_run_name() -> str:
         return "spin"
 
 
-# Results are in the store; one that Prefect kept could end a retry before it looks there.
+# Results are in the store. A retry would take a result that Prefect kept, and never look there.
 @flow(name="spin", flow_run_name=_flow_run_name, persist_result=False)
 @run_parameters
-def spin(config: str | None = None, **parameters: Any) -> dict[str, Any] | State[Any]:
+def spin(config: str | None = None, **parameters: Any) -> RunSummary | State[Any]:
     """Advance a run by rounds of regularised self-play (SPIN, alpha-SPIN, fictitious play).
 
     Everything left empty comes from `config`, from the existing run of that name, or from the defaults,
-    which are the demo's. Running again what was killed finishes it and adds nothing.
+    which are the demo's. Running a killed run again finishes it and adds nothing.
 
     Args:
         config: Path or URI of a run configuration file (YAML or JSON). Single parameters win over it.
@@ -78,7 +79,8 @@ def spin(config: str | None = None, **parameters: Any) -> dict[str, Any] | State
         return Cancelled(message=str(error))
     except (KeyboardInterrupt, TerminationSignal) as stop:
         with signals_ignored():
-            if not server_answers():  # there is nobody to tell, which Prefect would try for minutes
+            # Prefect would try for minutes to report the end to a server that is away.
+            if not server_answers():
                 text, status = stop_message(stop)
                 print(text, file=sys.stderr, flush=True)
                 os._exit(status)
@@ -88,7 +90,7 @@ def spin(config: str | None = None, **parameters: Any) -> dict[str, Any] | State
 
 
 def _why_ended(store: Store, config: RunConfig) -> str | None:
-    """Why the run's conditions (`until`) let no further round be made, or None."""
+    """Return why the run's conditions (`until`) end it, or None."""
     return None if config.until == UntilConfig() else why_ended(config.until, report_data(store, config.run)["rounds"])
 
 
@@ -114,7 +116,7 @@ def _steps(config: RunConfig, store: Store) -> Steps:
     )
 
 
-def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
+def _advance(config: str | None, parameters: Mapping[str, object]) -> RunSummary:
     log = run_log()
     resolved = resolve_parameters(config, parameters)
     require_usable(resolved)
@@ -138,7 +140,7 @@ def _advance(config: str | None, parameters: dict[str, Any]) -> dict[str, Any]:
         report = write_report(opened, resolved.run)
         session.finish_advance()
         track(opened, resolved)
-        summary = {
+        summary: RunSummary = {
             "run": resolved.run,
             "store": opened.url,
             "complete_round": complete_round(session.head),

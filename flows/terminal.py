@@ -1,7 +1,4 @@
-"""Flows on a terminal: exit statuses, signals, and settings that are checked before a flow starts.
-
-Leaves out: the commands (`cli.py`), their arguments (`cli_parser.py`).
-"""
+"""Flows on a terminal: exit statuses, signals, and checks of settings before a flow starts."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping
+from typing import NoReturn
 
 from spinreg_core.errors import (
     EXIT_BAD_INPUT,
@@ -26,6 +23,8 @@ from spinreg_core.errors import (
 )
 
 EXIT_HELD = 75  # EX_TEMPFAIL
+# The first class that an error belongs to counts.
+_STATUSES = {BadInput: EXIT_BAD_INPUT, LeaseHeld: EXIT_HELD, Damaged: EXIT_DAMAGED, SpinregError: 1}
 
 
 def run_command(flow: Callable[..., object], argv: list[str]) -> int:
@@ -41,16 +40,16 @@ def run_command(flow: Callable[..., object], argv: list[str]) -> int:
     return exit_status(command)
 
 
-def parameters(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the command line says, as nested mappings of RunConfig fields."""
+def parameters(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the fields of RunConfig that the command line gives, nested by group."""
     from spinreg_core.config.resolve import assignments, merge
 
     names = ("run", "rounds", "until_round", "model", "dataset", "store", "seed")
-    values: dict[str, Any] = {n: v for n in names if (v := getattr(arguments, n, None)) is not None}
+    values = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return merge(values, assignments(arguments.param))
 
 
-def advance(flow: Callable[..., object], given: dict[str, Any], config: str | None) -> int:
+def advance(flow: Callable[..., object], given: Mapping[str, object], config: str | None) -> int:
     """Advance a run with a flow. Raises BadInput for a wrong field before a flow run exists."""
     from flows.checks import resolve_parameters
 
@@ -59,30 +58,23 @@ def advance(flow: Callable[..., object], given: dict[str, Any], config: str | No
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Run a command. Returns its exit status, or that of its error, whose message goes to stderr."""
+    """Run a command. Returns its exit status, or that of its error; the error's message goes to stderr."""
     try:
         return command()
-    except BadInput as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except LeaseHeld as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return EXIT_HELD
-    except Damaged as error:
-        print(f"spinreg: {error}", file=sys.stderr)
-        return EXIT_DAMAGED
     except SpinregError as error:
         print(f"spinreg: {error}", file=sys.stderr)
-        return 1
+        return next(status for kind, status in _STATUSES.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output (head, less) has had enough
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (else the interpreter complains when it ends)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has closed it. Python flushes stdout once more when it ends, and would
+        # report the closed pipe again.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         return 0
 
 
 def require_settings() -> None:
-    """Raise BadInput where Prefect's own settings or our cache's are none. Before anything imports a flow."""
+    """Raise BadInput for unusable settings of Prefect or of the cache. Call it before anything imports a flow."""
     import pydantic
 
     from spinreg_core.store.cache import require_cache
@@ -96,16 +88,18 @@ def require_settings() -> None:
         first = error.errors(include_url=False, include_input=False)[0]
         names = ["prefect", error.title.removesuffix("Settings"), *map(str, first["loc"])]
         where = "_".join(filter(None, names)).upper() if first["loc"] else "Prefect's settings"
-        raise BadInput(f"{where} (in the environment or Prefect's profile)", "what cannot be used",
-                       f"a value it takes ({first['msg'].removeprefix('Value error, ')})") from None  # fmt: skip
-    except (ValueError, OSError) as error:  # a profile that is no TOML, a field that is no JSON, a folder in the way
-        found = f"what cannot be read ({type(error).__name__})"
-        raise BadInput("Prefect's settings (in the environment or Prefect's profile)", found,
-                       "settings as `prefect config` writes them") from None  # fmt: skip
+        problem = first["msg"].removeprefix("Value error, ")
+        raise BadInput(f"{where} (in the environment or Prefect's profile)", f"cannot be used ({problem})",
+                       "use values that Prefect accepts") from None  # fmt: skip
+    except (ValueError, OSError) as error:  # a profile that is not TOML, a field that is not JSON, a folder as profile
+        # The message of the error may hold the value, which may be a secret.
+        raise BadInput("Prefect's settings (in the environment or Prefect's profile)",
+                       f"cannot be read ({type(error).__name__})",
+                       "write them with `prefect config`") from None  # fmt: skip
 
 
 def run_flow(call: Callable[[], object]) -> int:
-    """Call a flow so that what ends it from outside shows as what it is."""
+    """Call a flow, and report a signal that ended it as such. Returns the exit status."""
     from prefect.exceptions import CancelledRun, TerminationSignal
 
     from tasks.server import require_server, stopped_by
@@ -118,20 +112,22 @@ def run_flow(call: Callable[[], object]) -> int:
         seen.append(KeyboardInterrupt() if signum == signal.SIGINT else TerminationSignal(signum))
         raise seen[-1]
 
-    # Prefect hands SIGTERM on to the handler it found before it tells the server of the outermost flow run: Python's
-    # own would end the process there, and the flow run would show as running for good.
+    # On SIGTERM Prefect calls the handler that it found, and only then tells the server about the outermost flow run.
+    # Python's default handler would end the process there, and the flow run would show as running forever.
     signal.signal(signal.SIGTERM, stopped)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else a shell has it ignored
+    # A shell starts background jobs with SIGINT ignored, and it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stopped)
     try:
         call()
     except CancelledRun as error:
         raise SpinregError(f"the run was cancelled: {error}") from error
-    except BaseException as error:  # what libraries make of an interruption is anything
+    except BaseException as error:  # libraries turn an interruption into errors of any class
         stop = stopped_by(error) or next(iter(seen), None)
         if stop is None:
             raise
-        for signum in (signal.SIGINT, signal.SIGTERM):  # what is left is the end of the embedded server
+        # Only the embedded server is left to be ended, which a second signal must not interrupt.
+        for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_IGN)
         text, status = stop_message(stop)
         print(text, file=sys.stderr)
@@ -144,7 +140,7 @@ def run_flow(call: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Nothing interrupts the block: people press Ctrl-C twice."""
+    """Ignore SIGINT and SIGTERM inside the block, because users press Ctrl-C twice."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -157,8 +153,8 @@ def signals_ignored() -> Iterator[None]:
 
 
 def stop_message(stop: BaseException) -> tuple[str, int]:
-    """What is said of a run that a signal ended, and its exit status."""
+    """Return the message about a run that a signal ended, and its exit status."""
     interrupted = isinstance(stop, KeyboardInterrupt)
     by = "Ctrl-C" if interrupted else "SIGTERM"
-    text = f"spinreg: stopped by {by}; what was committed stays, the same command goes on from it"
+    text = f"spinreg: stopped by {by}; committed work stays, and the same command resumes from it"
     return text, EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED

@@ -61,9 +61,9 @@ A run keeps the configuration it was started with. Only these fields may change 
 
 {{mutable}}.
 
-They set how far and how to run and what to keep, and change results by no more than the rounding of sums. Any other difference is refused
-with the list of differences; use another run name for another experiment. Runs in one store share their common
-objects, so a grid over alpha and history prepares the data and runs the first round once.
+They set how far and how to run and what to keep, and change results by no more than the rounding of sums. Any other
+difference is refused with the list of differences; use another run name for another experiment. Runs in one store share
+their common objects, so a grid over alpha and history prepares the data and runs the first round once.
 
 A later version of spinreg may add fields and remove fields. An existing run then keeps its behaviour: an added field
 gets the value that equals the behaviour of before, whatever its default is. A removed field in a file or a parameter is

@@ -1,16 +1,10 @@
-"""What a run shows in Prefect: log lines, progress, tables, markdown. Best effort, never in the way of the work.
-
-Decides: that everything shown is sent by one background thread, the newest state of a thing only, and again
-when the server could not be reached; what becomes of a nested flow while the server is away (measured with
-Prefect 3.7.7: a task called directly needs no server, not even for retries, unless it has tags; a flow's start and
-end do, are tried for about a minute, and then end the run).
-Leaves out: what is shown (the tasks and flows).
-"""
+"""Prefect artifacts: progress, tables, markdown. Best effort: sending them never delays or ends the work."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 from uuid import UUID
 
 from spinreg_core.runtime.progress import ProgressLine
@@ -18,9 +12,9 @@ from tasks.server import post
 
 
 class StageProgress:
-    """The progress artifact of one stage, made by the first line and updated by the later ones.
+    """Progress artifact of one stage: the first progress line creates it, later ones update it.
 
-    Pass an instance as `on_progress` of `run_stage`. `key`: lower case letters, digits, dashes.
+    Pass an instance as `on_progress` of `run_stage`. key: lower-case letters, digits, dashes.
     """
 
     def __init__(self, key: str) -> None:
@@ -44,15 +38,15 @@ class StageProgress:
 
 
 def artifact_key(*parts: object) -> str:
-    """A key for an artifact; Prefect takes lower case letters, digits and dashes."""
+    """Return a key for an artifact; Prefect takes lower-case letters, digits and dashes."""
     return "-".join(str(part) for part in parts).replace(".", "-").replace("_", "-")
 
 
-def show_table(key: str, rows: list[dict[str, Any]], description: str) -> None:
+def show_table(key: str, rows: Sequence[Mapping[str, object]], description: str) -> None:
     """Show `rows` as a table artifact of the current run."""
     from prefect.artifacts import create_table_artifact
 
-    post(object(), partial(create_table_artifact, rows, key=key, description=description))
+    post(object(), partial(create_table_artifact, [dict(row) for row in rows], key=key, description=description))
 
 
 def show_markdown(key: str, markdown: str, description: str) -> None:

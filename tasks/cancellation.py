@@ -1,8 +1,8 @@
-"""Cancellation seen from inside: the flow run asks for its own state, for when nobody else acts on it.
+"""Cancellation from inside: the flow run polls its own state, and ends itself if nothing else ends it.
 
-Decides: when a run that Prefect calls Cancelling ends itself. A worker does that by SIGTERM within seconds, unless the
-server was away for half a minute before: then its observer has given up for good (measured with Prefect 3.7.7). And a
-run without a worker (`spinreg run`) has nobody else. Leaves out: ending the stage's process (`stage_process.py`).
+Decides: when a flow run in the state Cancelling ends itself. A worker sends SIGTERM within seconds, but its observer
+gives up for good when the server was away for half a minute (measured with Prefect 3.7.7). A run without a worker
+(`spinreg run`) has only itself. Leaves out: ending the process of a stage.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from uuid import UUID
 from spinreg_core.errors import SpinregError
 
 POLL_SECONDS = 5.0
-# What a worker in good health needs at most: ten seconds until it looks, and some more to send its signal.
+# The longest time a healthy worker needs: ten seconds until it polls, and some more to send its signal.
 WORKER_SECONDS = 20.0
 
 
 class RunCancelled(SpinregError):
-    """Somebody cancelled the flow run; what is committed stays, and starting again continues."""
+    """The flow run was cancelled; committed work stays, and starting the run again resumes it."""
 
 
 @contextmanager
 def cancellation(flow_run_id: str) -> Iterator[Callable[[], None]]:
-    """Yields a check that raises RunCancelled once the flow run is to be ended; it is cheap and never waits."""
+    """Yield a check that raises RunCancelled once the flow run must end. The check is cheap and never waits."""
     patience = WORKER_SECONDS if "PREFECT__FLOW_RUN_ID" in os.environ else 0.0
     seen, ended = threading.Event(), threading.Event()
     watching = threading.Thread(
@@ -37,7 +37,7 @@ def cancellation(flow_run_id: str) -> Iterator[Callable[[], None]]:
 
     def check() -> None:
         if seen.is_set():
-            raise RunCancelled("cancelled; what is committed stays, and starting the run again continues it")
+            raise RunCancelled("cancelled; committed work stays, and starting the run again resumes it")
 
     try:
         yield check
@@ -52,7 +52,7 @@ def _watch(flow_run_id: UUID, patience: float, seen: threading.Event, ended: thr
     while not ended.wait(POLL_SECONDS):
         try:
             state = get_client(sync_client=True).read_flow_run(flow_run_id).state
-        except Exception:  # the server is away: nothing is known, and nothing changes
+        except Exception:  # the server is away, so the state is unknown and the decision stays as it is
             continue
         if state is None or not (state.is_cancelling() or state.is_cancelled()):
             since = None

@@ -1,4 +1,4 @@
-"""The log line of a run: to Prefect inside a run, to standard logging outside."""
+"""The log of a run: Prefect's inside a flow run, standard logging outside."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ log_line = logging.getLogger("spinreg")
 
 
 def run_log() -> Callable[[str], None]:
-    """Where a line about the current run goes: its Prefect log, or standard logging outside a run."""
+    """Return the function that logs a line of the current flow run, or to standard logging outside one."""
     from prefect.exceptions import MissingContextError
     from prefect.logging import get_run_logger
 

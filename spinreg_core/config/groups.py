@@ -218,20 +218,14 @@ class TrainingConfig(Group):
     )
 
     @model_validator(mode="after")
-    def _lora_is_on(self) -> TrainingConfig:
-        set_here = sorted(self.model_fields_set & set(LORA_FIELDS))
-        if self.lora_rank is None and any(
-            getattr(self, name) != type(self).model_fields[name].default for name in set_here
-        ):
-            raise ValueError(f"{', '.join(set_here)} needs lora_rank, which switches LoRA on; set lora_rank")
+    def _switches(self) -> TrainingConfig:
+        for switch, fields in (("lora_rank", LORA_FIELDS), ("average", AVERAGE_FIELDS)):
+            changed = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+            if changed and getattr(self, switch) is None:
+                raise ValueError(f"{', '.join(changed)} needs {switch}, which is not set; set {switch}")
         if self.average is not None and self.lora_rank is not None:
             raise ValueError("average cannot be combined with lora_rank: the next round starts from a base with an "
                              "adapter, which an average of merged weights is not; leave out one of them")  # fmt: skip
-        if self.average is None and self.model_fields_set & set(AVERAGE_FIELDS):
-            changed = sorted(name for name in AVERAGE_FIELDS
-                             if getattr(self, name) != type(self).model_fields[name].default)  # fmt: skip
-            if changed:
-                raise ValueError(f"{', '.join(changed)} needs average, which switches averages on; set average")
         if self.lora_rank is not None and self.save_dtype == "bfloat16":
             raise ValueError("save_dtype bfloat16 cannot be combined with lora_rank: it rounds away a small adapter, "
                              "and the next round would not start from its reference; use master")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Configurations that cannot be meant, files that hold none, and parameters that say nothing."""
+"""Configurations that cannot be used, files without one, and malformed parameters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "a field given twice in JSON": ("run.json", '{"rounds": 1, "rounds": 3}'),
     "YAML nested a thousand deep": ("run.yaml", "[" * 1000),
     "JSON nested a hundred thousand deep": ("run.json", "[" * 100_000),
-    "a field whose name is a number": ("run.yaml", "1: 2\n"),
+    "a number as the name of a field": ("run.yaml", "1: 2\n"),
     "YAML that repeats itself to billions of words": (
         "run.yaml",
         "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
@@ -38,39 +38,39 @@ FILES: dict[str, tuple[str, str | bytes]] = {
 VALUES: dict[str, dict[str, Any]] = {
     "a field that does not exist": {"objective": {"lambda": 0.1}},
     "a group that does not exist": {"optimizer": {"learning_rate": 1e-6}},
-    "a value where a group is": {"objective": 0.5},
+    "a value in place of a group": {"objective": 0.5},
     "a number out of its range": {"objective": {"alpha": 1.5}},
-    "no number": {"objective": {"beta": "a lot"}},
-    "a number that is none": {"objective": {"alpha": float("nan")}},
-    "a time without an end": {"resources": {"lease_seconds": float("inf")}},
-    "a truth value where a number is": {"keep": {"policies": True}},
-    "a truth value where names are": {"data": {"mixed_datasets": True, "evaluation_sets": False}},
-    "a number where names are": {"data": {"evaluation_sets": 3}},
-    "an address that is signed": {"dataset": "s3://bucket/rows.jsonl?X-Amz-Signature=0123456789abcdef"},
+    "a word in place of a number": {"objective": {"beta": "a lot"}},
+    "NaN in place of a number": {"objective": {"alpha": float("nan")}},
+    "an infinite time": {"resources": {"lease_seconds": float("inf")}},
+    "a boolean in place of a number": {"keep": {"policies": True}},
+    "booleans in place of names": {"data": {"mixed_datasets": True, "evaluation_sets": False}},
+    "a number in place of names": {"data": {"evaluation_sets": 3}},
+    "a signed address": {"dataset": "s3://bucket/rows.jsonl?X-Amz-Signature=0123456789abcdef"},
     "a data set on the web": {"dataset": "https://example.org/rows.jsonl"},
     "a key in a judge's address": {"judge": {"base_url": "https://example.org/v1?api-key=0123456789abcdef"}},
-    "a value that is none of the choices": {"objective": {"link": "sigmoid"}},
+    "a value outside of the choices": {"objective": {"link": "sigmoid"}},
     "an empty schedule": {"training": {"learning_rate": []}},
     "several wrong fields at once": {"seed": -1, "training": {"epochs": 0, "optimizer": "sgd"}},
     "a run name that leaves its folder": {"run": "../other"},
     "rounds and until_round": {"rounds": 2, "until_round": 3},
-    "several machines and no place to meet": {"resources": {"nodes": 2}},
+    "several machines without a rendezvous": {"resources": {"nodes": 2}},
     "a port that does not exist": {"resources": {"nodes": 2, "rendezvous": "trainer:70000"}},
     "answers longer than the rows": {"generation": {"max_new_tokens": 600}},
     "prompts that leave no room for an answer": {"data": {"max_length": 512}},
     "more weights than history": {"opponent": {"history": 2, "weighting": [0.5, 0.3, 0.2]}},
     "weights without the newest iterate": {"opponent": {"weighting": [0.0, 1.0]}},
-    "a share of replay where all is replay": {"opponent": {"replay_share": 0.5}},
-    "one named column of two": {"data": {"prompt_column": "question"}},
-    "named columns in a format that has its own": {
+    "a share of replay with the source replay": {"opponent": {"replay_share": 0.5}},
+    "only one of two column names": {"data": {"prompt_column": "question"}},
+    "column names with a format that has its own": {
         "data": {"prompt_column": "q", "response_column": "a", "format": "messages"}
     },
-    "a count of records, and a part of a split": {"data": {"max_records": 10, "split": "train[:5%]"}},
-    "an argument of the template that is ours": {"data": {"template_arguments": {"tokenize": True}}},
+    "a number of records with a part of a split": {"data": {"max_records": 10, "split": "train[:5%]"}},
+    "an argument of the template that spinreg sets": {"data": {"template_arguments": {"tokenize": True}}},
     "a broken regular expression": {"data": {"drop_patterns": ["(unclosed"]}},
     "LoRA's scale without LoRA": {"training": {"lora_alpha": 32}},
-    "LoRA, published in bfloat16": {"training": {"lora_rank": 8, "save_dtype": "bfloat16"}},
-    "LoRA, and averages of policies": {"training": {"lora_rank": 8, "average": "ema"}},
+    "LoRA published in bfloat16": {"training": {"lora_rank": 8, "save_dtype": "bfloat16"}},
+    "LoRA with averages of policies": {"training": {"lora_rank": 8, "average": "ema"}},
     "settings of averages without averages": {"training": {"average_weight": 0.9}},
     "MT-Bench without a judge": {"benchmarks": {"mt_bench": "hub"}},
     "a win rate without the judge's name": {"benchmarks": {"win_rate": ["base"]}, "judge": {"base_url": "http://h/v1"}},
@@ -78,7 +78,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "reference answers without questions": {"benchmarks": {"mt_bench_references": "gpt-4.jsonl"}},
     "a tracker that spinreg does not know": {"tracking": {"to": ["neptune"]}},
     "a tracker twice": {"tracking": {"to": ["mlflow", "mlflow"]}},
-    "an address where TensorBoard's folder is": {"tracking": {"folder": "s3://bucket/tensorboard"}},
+    "an address as TensorBoard's folder": {"tracking": {"folder": "s3://bucket/tensorboard"}},
     "a password in the judge's address": {"judge": {"base_url": "https://user:secret@example.org/v1"}},
     "a password in the store's address": {"store": "s3://user:secret@bucket/runs"},
     "a data set's address with a password": {"dataset": "https://user:secret@example.org/rows.jsonl"},
@@ -95,12 +95,12 @@ for what, values in VALUES.items():
 
 QUESTION = '{"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Shorter."]}\n'
 JUDGED: dict[str, tuple[str, str]] = {  # the file, by the field it is given to
-    "questions that are not there": ("mt_bench", ""),
+    "missing questions of MT-Bench": ("mt_bench", ""),
     "a question of MT-Bench without turns": ("mt_bench", QUESTION.replace("turns", "turn")),
     "a question of MT-Bench with one turn": ("mt_bench", QUESTION.replace(', "Shorter."', "")),
     "a question of a category that MT-Bench lacks": ("mt_bench", QUESTION.replace("writing", "cooking")),
     "a question of MT-Bench twice": ("mt_bench", QUESTION * 2),
-    "questions of MT-Bench that are no JSON": ("mt_bench", "Write a poem.\n"),
+    "questions of MT-Bench that are not JSON": ("mt_bench", "Write a poem.\n"),
     "a reference answer to no question": (
         "mt_bench_references",
         '{"question_id": 7, "choices": [{"turns": ["a", "b"]}]}\n',
@@ -116,7 +116,7 @@ JUDGED: dict[str, tuple[str, str]] = {  # the file, by the field it is given to
 
 
 def judged(place: Place, field: str, content: str) -> object:
-    """As a flow does before it takes the run."""
+    """Check the files, as a flow does before it takes the lease."""
     files = {"mt_bench": place.write("question.jsonl", QUESTION)}
     name = "prompts.yaml" if field == "prompts" else f"{field}.jsonl"
     files[field] = place.write(name, content) if content else str(place.folder / "nowhere.jsonl")
@@ -130,7 +130,7 @@ for what, (name, content) in JUDGED.items():
     case(what)(lambda place, name=name, content=content: judged(place, name, content))
 
 
-@case("configuration file: none there")
+@case("configuration file: missing")
 def _(place: Place) -> object:
     place.patch.chdir(place.folder)
     return load_config_file("nowhere.yaml")
@@ -141,7 +141,7 @@ def _(place: Place) -> object:
     return load_config_file(str(place.folder))
 
 
-@case("configuration file: at an address of no known kind")
+@case("configuration file: an address of an unknown kind")
 def _(place: Place) -> object:
     return load_config_file("nfs://server/run.yaml")
 
@@ -156,12 +156,12 @@ def _(place: Place) -> object:
     return resolve(assignments(["=1"]))
 
 
-@case("a field of something that was given as a value")
+@case("a field of a group that was given as a value")
 def _(place: Place) -> object:
     return assignments(["objective=1", "objective.alpha=1"])
 
 
-@case("a store of a kind there is none of")
+@case("a store of an unknown kind")
 def _(place: Place) -> object:
     return open_store("gs://bucket/runs")
 
@@ -171,17 +171,17 @@ def _(place: Place) -> object:
     return open_store("~no-such-user/runs")
 
 
-@case("a store whose name has a NUL in it")
+@case("a store with a NUL in its name")
 def _(place: Place) -> object:
     return open_store("runs\0").check()
 
 
-@case("a store whose name is longer than names can be")
+@case("a store with a name that is too long")
 def _(place: Place) -> object:
     return open_store(str(place.folder / ("x" * 300))).check()
 
 
-@case("a pipe as a configuration, by file://")
+@case("a pipe as a configuration file")
 def _(place: Place) -> object:
     os.mkfifo(place.folder / "run.yaml")
     return load_config_file(f"file://{place.folder}/run.yaml")
@@ -200,7 +200,7 @@ def _(place: Place) -> object:
     return _from_file(place.folder / "votes.jsonl")
 
 
-@case("a file of questions that is larger than any")
+@case("a file of questions that is too large")
 def _(place: Place) -> object:
     with open(place.folder / "questions.jsonl", "wb") as file:
         file.truncate(LARGEST_QUESTIONS + 1)

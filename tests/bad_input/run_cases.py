@@ -1,4 +1,4 @@
-"""Runs that were changed behind spinreg's back, and runs that somebody asks the wrong thing of."""
+"""Runs that were edited or damaged, and requests that a run cannot fulfil."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-import tasks.server
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, Removed
@@ -33,7 +32,7 @@ case = table(CASES, "start")
 
 @dataclass
 class Begun:
-    """A run whose base and rows are in the store."""
+    """A run with its base and rows in the store."""
 
     store: FolderStore
     config: RunConfig
@@ -44,13 +43,13 @@ class Begun:
         return self.store.root / key
 
     def edit(self, key: str, change: Callable[[Any], object]) -> None:
-        """By hand, as with an editor."""
+        """Edit a document by hand."""
         document = json.loads(self.path(key).read_text())
         change(document)
         self.path(key).write_text(json.dumps(document))
 
     def file(self, name: str) -> Path:
-        """Of an object, in the store."""
+        """Return the path of a file of the base in the store."""
         manifest = json.loads(self.path(f"objects/{self.base}/manifest.json").read_text())
         return self.path(next(entry["key"] for entry in manifest["files"] if entry["name"] == name))
 
@@ -85,7 +84,7 @@ def _(place: Place) -> object:
         return session.commit_inputs(run.base, run.data[:-1] + "0")
 
 
-@case("a run that somebody else advances", LeaseHeld)
+@case("a run that another process advances", LeaseHeld)
 def _(place: Place) -> object:
     run = begun(place)
     with hold_lease(run.store, run.config, "flow run red-fox (0123)"):
@@ -101,29 +100,29 @@ def _(place: Place) -> object:
         return session.commit(1, "generate", "generate-1")
 
 
-@case("the name of no run")
+@case("a run that does not exist")
 def _(place: Place) -> object:
     return run_status(begun(place).store, "dmeo")
 
 
-@case("a report of no run")
+@case("a report of a run that does not exist")
 def _(place: Place) -> object:
     return write_report(begun(place).store, "dmeo")
 
 
-# What became of the two documents of a run.
+# Edits of the two documents of a run.
 EDITS: dict[str, tuple[str, Callable[[Any], object]]] = {
     "the head was written by a newer spinreg": (HEAD, lambda d: d.update(schema=2)),
     "the configuration was written by a newer spinreg": (RUN, lambda d: d.update(schema=2)),
     "the configuration has a field of a newer spinreg": (RUN, lambda d: d["config"].update(curriculum="easy")),
     "the configuration was edited into nonsense": (RUN, lambda d: d["config"]["objective"].update(alpha="much")),
-    "the configuration is no mapping": (RUN, lambda d: d.update(config=[])),
+    "the configuration is not a mapping": (RUN, lambda d: d.update(config=[])),
     "the head lost its lease": (HEAD, lambda d: d.pop("lease")),
     "the head's epoch is a word": (HEAD, lambda d: d["lease"].update(epoch="nine")),
     "the head's holder is a name": (HEAD, lambda d: d["lease"].update(holder="me")),
     "the head's rounds are a mapping": (HEAD, lambda d: d.update(rounds={"1": {}})),
-    "the head names a round that cannot be": (HEAD, lambda d: d.update(rounds=[{"round": 10**12, "stages": {}}])),
-    "the head's advance says not whether it is done": (HEAD, lambda d: d["advances"][0].pop("done")),
+    "the head names an impossible round": (HEAD, lambda d: d.update(rounds=[{"round": 10**12, "stages": {}}])),
+    "the head's advance does not say whether it is done": (HEAD, lambda d: d["advances"][0].pop("done")),
     "the head's base leaves the store": (HEAD, lambda d: d.update(base="../../secrets")),
 }
 for what, (key, change) in EDITS.items():
@@ -135,15 +134,15 @@ for what, (key, change) in EDITS.items():
 
     case(what, BadInput if "written by a newer" in what else Damaged)(feed)
 
-# The same for what a stage left.
+# Edits of a manifest.
 MANIFESTS: dict[str, Callable[[Any], object]] = {
     "a manifest written by a newer spinreg": lambda d: d.update(schema=2),
     "a manifest without its files": lambda d: d.pop("files"),
     "a manifest without its metrics": lambda d: d.pop("metrics"),
-    "a manifest with a size that is none": lambda d: d["files"][0].update(size=-1),
+    "a manifest with a negative size": lambda d: d["files"][0].update(size=-1),
     "a manifest with a file outside the store": lambda d: d["files"][0].update(key="objects/a/../../../etc/passwd"),
     "a manifest with a name that leaves its folder": lambda d: d["files"][0].update(name="../../.bashrc"),
-    "a manifest with a checksum that is none": lambda d: d["files"][0].update(sha256="unknown"),
+    "a manifest with a malformed checksum": lambda d: d["files"][0].update(sha256="unknown"),
     "a manifest with another size": lambda d: d["files"][0].update(size=1),
     "a manifest with another checksum": lambda d: d["files"][0].update(sha256="0" * 64),
     "a manifest that lists another folder": lambda d: [entry.update(name="x/" + entry["name"]) for entry in d["files"]],
@@ -158,14 +157,14 @@ for what, change in MANIFESTS.items():
     case(what, BadInput if "newer" in what else Damaged, "use")(feed)
 
 
-@case("a head that ends in its middle", Damaged)
+@case("a truncated head", Damaged)
 def _(place: Place) -> object:
     run = begun(place)
     run.path(HEAD).write_bytes(run.path(HEAD).read_bytes()[:50])
     return run.go_on()
 
 
-@case("a head that is gone while a stage works", LeaseLost, "use")
+@case("a head that disappears while a stage works", LeaseLost, "use")
 def _(place: Place) -> object:
     run = begun(place)
     with hold_lease(run.store, run.config, "test") as session:
@@ -180,7 +179,7 @@ def _(place: Place) -> object:
     return verify(run.store, "demo")
 
 
-@case("a run without its configuration, to be gone on with", Damaged)
+@case("a run without its configuration that is resumed", Damaged)
 def _(place: Place) -> object:
     run = begun(place)
     run.path(RUN).unlink()
@@ -194,21 +193,21 @@ def _(place: Place) -> object:
     return run.go_on()
 
 
-@case("an object that was deleted", Damaged, "use")
+@case("a deleted object", Damaged, "use")
 def _(place: Place) -> object:
     run = begun(place)
     run.path(f"objects/{run.base}/manifest.json").unlink()
     return require_manifest(run.store, run.base)
 
 
-@case("a file that was deleted", Damaged, "use")
+@case("a deleted file", Damaged, "use")
 def _(place: Place) -> object:
     run = begun(place)
     run.file("policy/model.safetensors").unlink()
     return fetch_folder(run.store, run.base, "policy")
 
 
-@case("a file that lost its end", Damaged, "use")
+@case("a truncated file", Damaged, "use")
 def _(place: Place) -> object:
     run = begun(place)
     file = run.file("policy/config.json")
@@ -230,7 +229,7 @@ def _(place: Place) -> object:
     return fetch_file(run.store, run.data, "pairs.parquet")
 
 
-@case("a part that is no document", Damaged, "use")
+@case("a part that is not a document", Damaged, "use")
 def _(place: Place) -> object:
     run = begun(place)
     run.store.create("objects/generate-1/parts/shard-00000.json", b'{"schema": 1, "name": "shard-00000"}')
@@ -245,7 +244,7 @@ def _(place: Place) -> object:
     return fetch_folder(run.store, run.base, "policy")
 
 
-@case("a run that was to be gone on with, in another store")
+@case("a run that is resumed in another store")
 def _(place: Place) -> object:
     run = begun(place)
     other = FolderStore(place.folder / "other")
@@ -255,17 +254,16 @@ def _(place: Place) -> object:
 
 @case("PREFECT_API_URL of a server that does not answer")
 def _(place: Place) -> object:
-    place.patch.setattr(tasks.server, "_SECONDS", 0.5)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        return require_server()
+        return require_server(patience_seconds=0.5)
 
 
-@case("PREFECT_API_URL of what is no Prefect server")
+@case("PREFECT_API_URL of something that is not a Prefect server")
 def _(place: Place) -> object:
     with temporary_settings({PREFECT_API_URL: f"{place.server().endpoint}/api"}):
         return require_server()
 
 
-@case("a run that goes further than runs can")
+@case("a target beyond the last possible round")
 def _(place: Place) -> object:
     return validate({"until_round": 1_000_000})

@@ -60,7 +60,7 @@ def server(deployed_server: PrefectServer) -> Iterator[PrefectServer]:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_silent_runs_are_called_crashed_and_no_others(server: PrefectServer) -> None:
+def test_automation_marks_silent_runs_as_crashed_and_no_others(server: PrefectServer) -> None:
     assert "created" in register(server)
     assert "updated" in register(server, "--silent-seconds", "10")
     assert len([a for a in server.api("POST", "automations/filter", {}) if a["name"].startswith("spinreg")]) == 1
@@ -89,7 +89,7 @@ def test_silent_runs_are_called_crashed_and_no_others(server: PrefectServer) -> 
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_real_run_that_dies_with_its_worker_is_crashed_and_goes_on(
+def test_automation_run_that_dies_with_its_worker_can_be_retried(
     server: PrefectServer, clone: Path, tmp_path: Path
 ) -> None:
     """Its stage stands still for longer than the silence that counts, which is no silence: the flow's heart beats."""
@@ -127,17 +127,17 @@ def test_a_real_run_that_dies_with_its_worker_is_crashed_and_goes_on(
 
 
 @pytest.mark.long
-def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path) -> None:
+def test_automations_unreachable_server_is_one_line(tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "PREFECT_HOME": str(tmp_path), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
     command = [sys.executable, str(ROOT / "deployments/automations.py")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr.startswith("automations.py: PREFECT_API_URL: found http://127.0.0.1:9/api, which cannot be used")
+    assert done.stderr.startswith("automations.py: PREFECT_API_URL cannot be used: http://127.0.0.1:9/api")
     assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("file", ["prefect.yaml", "deployments/docker.yaml", "deployments/kubernetes.yaml"])
-def test_the_margin_is_five_heartbeats_of_every_deployment(file: str) -> None:
+def test_automation_margin_is_five_heartbeats_of_every_deployment(file: str) -> None:
     deployments = yaml.safe_load((ROOT / file).read_text())["deployments"]
     (frequency,) = {
         int(one["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) for one in deployments

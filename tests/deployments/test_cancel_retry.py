@@ -38,7 +38,9 @@ def wait(condition: Callable[[], object], seconds: float, what: str) -> None:
 
 
 @pytest.mark.long
-def test_cancel_then_crash_then_retry(deployed_server: PrefectServer, clone: Path, tmp_path: Path) -> None:
+def test_spin_cancelled_then_crashed_can_be_retried(
+    deployed_server: PrefectServer, clone: Path, tmp_path: Path
+) -> None:
     server, place = deployed_server, tmp_path / "store"
     server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
     parameters = ("config=deployments/configs/smoke.yaml", f"store={place}", "until_round=2")

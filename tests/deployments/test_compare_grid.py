@@ -34,7 +34,9 @@ def children(server: PrefectServer) -> list[dict[str, Any]]:
     return [run for run in found if run["parent_task_run_id"] is not None]
 
 
-def test_members_share_and_are_added(deployed_server: PrefectServer, clone: Path, tmp_path: Path) -> None:
+def test_grid_members_share_objects_and_can_be_added(
+    deployed_server: PrefectServer, clone: Path, tmp_path: Path
+) -> None:
     server, store = deployed_server, open_store(str(tmp_path / "store"))
     server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
     with prefect_worker(server, "--limit", "2", cwd=tmp_path), prefect_worker(server, pool="control", cwd=tmp_path):

@@ -18,14 +18,14 @@ def config(name: str) -> RunConfig:
     return resolve({}, str(CONFIGS / f"{name}.yaml"))
 
 
-def test_all_of_them_are_here() -> None:
+def test_configs_are_all_listed_here() -> None:
     assert NAMES == [
         "alpha-spin-zephyr-7b", "demo", "fictitious-play-zephyr-7b", "smoke", "spin-zephyr-7b",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_valid_and_running_it_again_changes_nothing(name: str) -> None:
+def test_configs_are_valid_and_running_again_changes_nothing(name: str) -> None:
     resolved = config(name)
     assert resolved.run == name
     assert resolved.rounds is None
@@ -33,7 +33,7 @@ def test_valid_and_running_it_again_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_numbers_are_numbers(name: str) -> None:
+def test_configs_numbers_are_numbers(name: str) -> None:
     """YAML reads 5e-7 (no dot) as text, which only luck turns back into a number."""
 
     def check(value: Any, default: Any) -> None:
@@ -47,7 +47,7 @@ def test_numbers_are_numbers(name: str) -> None:
     check(load_config_file(str(CONFIGS / f"{name}.yaml")), defaults)
 
 
-def test_demo_is_the_defaults_written_out() -> None:
+def test_demo_config_equals_the_defaults() -> None:
     written = load_config_file(str(CONFIGS / "demo.yaml"))
     assert differences(RunConfig().model_dump(mode="json"), config("demo").model_dump(mode="json")) == [
         "until_round: None -> 2"
@@ -59,14 +59,14 @@ def test_demo_is_the_defaults_written_out() -> None:
             assert written[group].keys() == fields.keys(), group
 
 
-def test_demo_is_what_the_project_is_about() -> None:
+def test_demo_config_uses_the_regularised_method() -> None:
     demo = config("demo")
     assert demo.opponent.history == "all"
     assert demo.objective.alpha < 1
     assert demo.until_round == 2
 
 
-def test_smoke_is_small() -> None:
+def test_smoke_config_is_small() -> None:
     smoke = config("smoke")
     assert (smoke.model, smoke.dataset, smoke.until_round) == ("random:tiny", "builtin:demo", 2)
     assert smoke.generation.engine == "hf"
@@ -78,7 +78,7 @@ def test_smoke_is_small() -> None:
     assert smoke.data.prompts_per_round // smoke.training.batch_size > smoke.training.checkpoint_every_steps
 
 
-def test_the_published_recipe() -> None:
+def test_spin_zephyr_config_is_the_published_recipe() -> None:
     spin = config("spin-zephyr-7b")
     assert spin.model == "alignment-handbook/zephyr-7b-sft-full"
     assert (spin.dataset, spin.data.split) == ("HuggingFaceH4/ultrachat_200k", "train_sft")
@@ -94,7 +94,7 @@ def test_the_published_recipe() -> None:
     assert spin.until_round == 3  # iterations 0, 1 and 2; the fourth changes beta
 
 
-def test_the_variants_differ_from_it_in_one_field() -> None:
+def test_zephyr_variants_differ_from_the_recipe_in_one_field() -> None:
     spin = config("spin-zephyr-7b").model_dump(mode="json", exclude={"run"})
     alpha = config("alpha-spin-zephyr-7b").model_dump(mode="json", exclude={"run"})
     fictitious = config("fictitious-play-zephyr-7b").model_dump(mode="json", exclude={"run"})

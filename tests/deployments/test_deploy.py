@@ -32,7 +32,7 @@ def only_deployment(file: str, entrypoint: str = "flows.spin:spin") -> dict[str,
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_points_at_the_flows_and_limits_nothing_by_lease(file: str) -> None:
+def test_deployments_name_the_flows_and_set_no_limit_by_lease(file: str) -> None:
     iterate, grid = only_deployment(file), only_deployment(file, "flows.compare:compare")
     assert (iterate["name"], grid["name"]) == (f"iterate{FILES[file]}", f"grid{FILES[file]}")
     assert [import_object(one["entrypoint"]).name for one in (iterate, grid)] == ["spin", "compare"]
@@ -42,7 +42,7 @@ def test_points_at_the_flows_and_limits_nothing_by_lease(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_grid_runs_its_members_where_it_lies_and_waits_in_a_pool_of_its_own(file: str) -> None:
+def test_grid_deployment_matches_its_members_but_has_its_own_pool(file: str) -> None:
     iterate, grid = only_deployment(file), only_deployment(file, "flows.compare:compare")
     default = inspect.signature(compare.fn).parameters["deployment"].default
     given = grid.get("parameters", {})
@@ -93,7 +93,7 @@ def deployed(server: PrefectServer, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_iterate_arrives_as_described(deployed_server: PrefectServer, clone: Path) -> None:
+def test_deploy_iterate_arrives_as_described(deployed_server: PrefectServer, clone: Path) -> None:
     iterate = deployed(deployed_server, "iterate")
     assert iterate["entrypoint"] == "flows.spin:spin"
     assert iterate["pull_steps"] == [
@@ -110,7 +110,7 @@ def test_iterate_arrives_as_described(deployed_server: PrefectServer, clone: Pat
 
 
 @pytest.mark.slow
-def test_grid_arrives_in_a_pool_of_its_own(deployed_server: PrefectServer) -> None:
+def test_deploy_grid_arrives_in_its_own_pool(deployed_server: PrefectServer) -> None:
     grid = deployed_server.api("GET", "deployments/name/compare/grid")
     assert (grid["entrypoint"], grid["work_pool_name"]) == ("flows.compare:compare", "control")
     assert grid["job_variables"]["env"] == {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}
@@ -125,7 +125,7 @@ def test_grid_arrives_in_a_pool_of_its_own(deployed_server: PrefectServer) -> No
 
 
 @pytest.mark.slow
-def test_credentials_from_a_block_are_known_to_the_run_alone(deployed_server: PrefectServer) -> None:
+def test_deploy_credentials_of_a_block_reach_only_the_run(deployed_server: PrefectServer) -> None:
     """As docs/security.md says it: what the worker does before it starts the process of a run."""
     code = """
 import asyncio, json, sys
@@ -159,7 +159,7 @@ asyncio.run(main())
 
 
 @pytest.mark.slow
-def test_the_variants_arrive(deployed_server: PrefectServer) -> None:
+def test_deploy_docker_and_kubernetes_variants_arrive(deployed_server: PrefectServer) -> None:
     docker, kubernetes = deployed(deployed_server, "iterate-docker"), deployed(deployed_server, "iterate-kubernetes")
     for deployment in (docker, kubernetes):
         steps = deployment["pull_steps"]
@@ -174,7 +174,7 @@ def test_the_variants_arrive(deployed_server: PrefectServer) -> None:
 
 
 @pytest.mark.slow
-def test_the_form_describes_every_field_and_its_range(deployed_server: PrefectServer) -> None:
+def test_deploy_form_describes_every_field_and_its_range(deployed_server: PrefectServer) -> None:
     schema = deployed(deployed_server, "iterate")["parameter_openapi_schema"]
     for name, field in RunConfig.model_fields.items():
         shown = schema["properties"][name]
@@ -209,7 +209,7 @@ def test_the_form_describes_every_field_and_its_range(deployed_server: PrefectSe
         ("round=3", "round"),
     ],
 )
-def test_what_is_wrong_is_refused_before_a_run_exists(
+def test_deployment_refuses_wrong_parameters_before_a_run_exists(
     deployed_server: PrefectServer, parameter: str, reason: str
 ) -> None:
     before = deployed_server.api("POST", "flow_runs/count", {})
@@ -220,7 +220,7 @@ def test_what_is_wrong_is_refused_before_a_run_exists(
 
 
 @pytest.mark.slow
-def test_one_field_of_a_group_is_one_field(deployed_server: PrefectServer) -> None:
+def test_deployment_keeps_a_single_field_of_a_group(deployed_server: PrefectServer) -> None:
     parameters = ("-p", 'data={"heldout_rows": 5}', "-p", "rounds=2", "--start-in", "1 hour")
     done = deployed_server.cli("deployment", "run", "spin/iterate", *parameters)
     assert done.returncode == 0, done.stdout + done.stderr

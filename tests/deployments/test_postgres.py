@@ -21,7 +21,7 @@ pytestmark = [
 ENDED = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 
 
-def test_two_workers_and_a_database_that_crashes(clone: Path, tmp_path: Path) -> None:
+def test_postgres_crash_stops_neither_of_two_workers(clone: Path, tmp_path: Path) -> None:
     with postgres() as database, prefect_server(tmp_path / "prefect", database.url) as server:
         server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
         for command in ("work-pool create local --type process", "--no-prompt deploy --name spin/iterate"):

@@ -19,7 +19,7 @@ def letters(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]", "", text)
 
 
-def test_the_form_shows_every_field_and_refuses_what_is_out_of_range(deployed_server: PrefectServer) -> None:
+def test_ui_form_shows_every_field_and_refuses_wrong_values(deployed_server: PrefectServer) -> None:
     server = deployed_server
     iterate = server.api("GET", "deployments/name/spin/iterate")["id"]
     before = server.api("POST", "flow_runs/count", {})

@@ -33,7 +33,7 @@ def time_of(text: str) -> datetime:
 
 
 @pytest.mark.long
-def test_runs_one_after_the_other_in_the_folder_it_was_deployed_from(
+def test_worker_runs_one_at_a_time_in_the_deployed_folder(
     deployed_server: PrefectServer, clone: Path, tmp_path: Path
 ) -> None:
     server = deployed_server
@@ -54,7 +54,7 @@ def test_runs_one_after_the_other_in_the_folder_it_was_deployed_from(
     assert not list(tmp_path.glob("spinreg-store"))
 
 
-def test_without_parameters_it_is_the_demo(deployed_server: PrefectServer, clone: Path, tmp_path: Path) -> None:
+def test_worker_without_parameters_runs_the_demo(deployed_server: PrefectServer, clone: Path, tmp_path: Path) -> None:
     server, store = deployed_server, open_store(str(clone / "spinreg-store"))
     server.env["SPINREG_CACHE"] = str(tmp_path / "cache")
     with prefect_worker(server, "--limit", "1", cwd=tmp_path):

@@ -63,7 +63,7 @@ def test_row_of_a_field_shows_type_range_and_default(field: str, kind: str, defa
 
 
 def test_the_mutable_fields_are_named() -> None:
-    paragraph = PAGE.split("## Going on with a run")[1].split("Any other")[0]
+    paragraph = PAGE.split("## Changing an existing run")[1].split("Any other")[0]
     assert set(re.findall(r"`([\w.]+)`", paragraph)) == set(MUTABLE_FIELDS)
 
 

@@ -49,7 +49,7 @@ def test_sigterm_to_run_or_stage_is_shown_and_the_next_start_resumes(
     text, seen = log.read_text(), states(prefect_server, name)
     if whom == "run":
         assert status == 143, text[-3000:]
-        assert "stopped by SIGTERM; what was committed stays" in text
+        assert "stopped by SIGTERM; committed work stays" in text
         assert seen[f"{name}/spin"] == "Crashed"
         assert seen[f"{name}/round-1"] == "Crashed"
     else:
@@ -89,8 +89,8 @@ def test_run_stopped_without_a_reachable_server_ends_and_frees_lease(
         status = process.wait(timeout=90)
     text = log.read_text()
     assert status == (130 if "ctrl-c" in where else 143), text[-3000:]
-    assert f"stopped by {'Ctrl-C' if 'ctrl-c' in where else 'SIGTERM'}; what was committed stays" in text
-    assert "going on without a flow run" not in text
+    assert f"stopped by {'Ctrl-C' if 'ctrl-c' in where else 'SIGTERM'}; committed work stays" in text
+    assert "goes on without a flow run" not in text
     head = read_head(store, name)
     assert head is not None
     assert head.lease.holder is None

@@ -75,7 +75,7 @@ def test_repair_of_a_damaged_run_remakes_exactly_the_damage(prefect_server: Pref
 
     status, text = spinreg(["verify", "smoke", "--repair", *where], env)
     assert status == 0, text
-    assert "making anew: generate of round 1, train of round 1" in text
+    assert "making again: generate of round 1, train of round 1" in text
     assert "all as committed" in text
     assert outcome(store, "smoke") == expected
     after = manifests(store)

@@ -12,7 +12,7 @@ from spinreg_core.config import RunConfig, TrackingConfig
 from spinreg_core.store.open import open_store
 
 
-def test_a_tracker_that_fails_is_said_and_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_track_failing_tracker_is_logged_and_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = open_store(str(tmp_path))
     with caplog.at_level(logging.INFO):
         track(store, RunConfig())

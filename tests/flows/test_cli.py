@@ -1,4 +1,4 @@
-"""The command line: what it prints, and the exit status that tells scripts why it stopped."""
+"""The command line: its output, and the exit statuses for scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from spinreg_core.store.open import open_store
 QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
 
 
-def test_parameters_become_nested_fields() -> None:
+def test_parameters_are_nested_by_group() -> None:
     arguments = parser().parse_args(
         ["run", "--run", "x", "--rounds", "2", "-p", "objective.alpha=0.25", "-p", "opponent.history=all",
          "-p", "objective.beta=[0.1, 5]", "-p", "training.max_grad_norm=null"]
@@ -40,12 +40,12 @@ def test_parameters_become_nested_fields() -> None:
     }
 
 
-def test_a_parameter_without_a_value_is_explained() -> None:
+def test_parameters_without_a_value_are_refused() -> None:
     with pytest.raises(BadInput, match=r"GROUP\.FIELD=VALUE"):
         parameters(parser().parse_args(["run", "-p", "objective.alpha"]))
 
 
-def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_main_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["run", "--store", str(tmp_path), "-p", "objective.alpha=2"]) == EXIT_BAD_INPUT
     assert "objective.alpha: found 2" in capsys.readouterr().err
     assert main(["run", "--config", str(tmp_path / "none.yaml")]) == EXIT_BAD_INPUT
@@ -55,14 +55,16 @@ def test_bad_input_ends_with_65_and_names_the_field(capsys: pytest.CaptureFixtur
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_ends_with_74(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_main_damage_ends_with_74(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     open_store(str(tmp_path)).write("runs/demo/head.json", b"{")
     for command in ("status", "report", "verify"):
         assert main([command, "demo", "--store", str(tmp_path)]) == EXIT_DAMAGED
         assert "head.json: found 1 bytes" in capsys.readouterr().err
 
 
-def test_status_of_nothing_of_a_run_and_of_an_unknown_run(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_status_shows_no_runs_one_run_and_refuses_an_unknown_one(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert main(["status", "--store", str(tmp_path)]) == 0
     assert "no runs" in capsys.readouterr().out
     with hold_lease(open_store(str(tmp_path)), QUICK, "somebody") as session:
@@ -86,7 +88,7 @@ def test_data_inspect_counts_the_demo(capsys: pytest.CaptureFixture[str]) -> Non
     json.loads(text)
 
 
-def test_plan_of_the_smoke_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_shows_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
     config = Path(__file__).parents[2] / "deployments/configs/smoke.yaml"
     assert main(["plan", "--config", str(config), "--tflops", "1"]) == 0
     shown = capsys.readouterr().out
@@ -95,7 +97,7 @@ def test_plan_of_the_smoke_configuration(capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["status"], ["report"], ["compare"], ["plan"], ["data", "inspect"]])
-def test_every_command_has_a_help_text(command: list[str]) -> None:
+def test_help_of_every_command_shows_its_usage(command: list[str]) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", *command, "--help"], capture_output=True, text=True, timeout=60
     )
@@ -115,7 +117,7 @@ def _clients_forgotten() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_clients_forgotten")
 @pytest.mark.parametrize("command", ["status", "report"])
-def test_a_store_that_cannot_be_read_is_bad_input(
+def test_main_unreadable_store_is_bad_input(
     command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "file"
@@ -127,19 +129,20 @@ def test_a_store_that_cannot_be_read_is_bad_input(
     for store in (str(file), "s3://nowhere/x"):
         assert main([command, "demo", "--store", store]) == 65
         error = capsys.readouterr().err
-        assert error.startswith((f"spinreg: store: found {store}", f"spinreg: store {store} cannot be used"))
+        assert error.startswith("spinreg: store")
+        assert store in error
         assert error.count("\n") == 1
 
 
-def test_statuses_are_in_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_exit_statuses(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["--help"], ["run", "--help"]):
         with pytest.raises(SystemExit):
             main(command)
         assert "65 bad input" in " ".join(capsys.readouterr().out.split())
 
 
-def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path, interruptible: None) -> None:
-    """Any of them: here one that reads a run from a FIFO nobody writes to."""
+def test_main_ctrl_c_ends_without_a_traceback(tmp_path: Path, interruptible: None) -> None:
+    """Any command; this one reads a run from a FIFO without a writer."""
     (tmp_path / "store/runs/demo").mkdir(parents=True)
     fifo = tmp_path / "store/runs/demo/head.json"
     os.mkfifo(fifo)
@@ -168,7 +171,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path, interruptible
         ["export", "--to", "x"],
     ],
 )
-def test_what_is_no_run_name_is_said_to_be_none(
+def test_main_refuses_names_that_cannot_be_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, command: list[str], run: str
 ) -> None:
     assert main([*command, run, "--store", str(tmp_path)]) == EXIT_BAD_INPUT
@@ -176,9 +179,7 @@ def test_what_is_no_run_name_is_said_to_be_none(
 
 
 @pytest.mark.parametrize("odd", ["not a name", "newer"])
-def test_one_run_that_cannot_be_read_hides_no_other(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, odd: str
-) -> None:
+def test_status_unreadable_run_hides_no_other(capsys: pytest.CaptureFixture[str], tmp_path: Path, odd: str) -> None:
     """A copy made by hand, or a run of a newer version."""
     store = open_store(str(tmp_path))
     with hold_lease(store, QUICK, "test"):
@@ -193,16 +194,16 @@ def test_one_run_that_cannot_be_read_hides_no_other(
 
 
 @pytest.mark.parametrize("command", ["run", "grid"])
-def test_a_server_that_does_not_answer_ends_it_in_one_line(
+def test_main_unreachable_server_ends_it_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, command: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tasks.server, "_SECONDS", 0.5)
+    monkeypatch.setattr(tasks.server, "START_PATIENCE_SECONDS", 0.5)
     given = ["--until-round", "1", "--model", "random:tiny", "--dataset", "demo", "--store", str(tmp_path / "store")]
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         assert main([command, *given]) == EXIT_BAD_INPUT
     error = capsys.readouterr().err
-    assert error.startswith("spinreg: PREFECT_API_URL: found http://127.0.0.1:9/api, which cannot be used (")
+    assert error.startswith("spinreg: PREFECT_API_URL cannot be used: http://127.0.0.1:9/api (")
     assert error.count("\n") == 1
     assert not (tmp_path / "store").exists()
 
@@ -210,24 +211,32 @@ def test_a_server_that_does_not_answer_ends_it_in_one_line(
 @pytest.mark.parametrize(
     ("variable", "value", "said"),
     [
-        ("PREFECT_API_URL", "http://[::1", "Prefect's settings (in the environment or Prefect's profile): found what"),
-        ("PREFECT_CLIENT_MAX_RETRIES", "abc", "PREFECT_CLIENT_MAX_RETRIES (in the environment or Prefect's profile)"),
+        (
+            "PREFECT_API_URL",
+            "http://[::1",
+            "Prefect's settings (in the environment or Prefect's profile) cannot be used",
+        ),
+        (
+            "PREFECT_CLIENT_MAX_RETRIES",
+            "abc",
+            "PREFECT_CLIENT_MAX_RETRIES (in the environment or Prefect's profile) cannot be used",
+        ),
         (
             "PREFECT_CLIENT_CUSTOM_HEADERS",
             '{"a": "b"',
-            "Prefect's settings (in the environment or Prefect's profile): f",
+            "Prefect's settings (in the environment or Prefect's profile) cannot be read",
         ),
         (
             "PREFECT_PROFILES_PATH",
             "/",
-            "Prefect's settings (in the environment or Prefect's profile): found what cannot",
+            "Prefect's settings (in the environment or Prefect's profile) cannot be read",
         ),
         ("SPINREG_CACHE", "~nosuch/x", "SPINREG_CACHE: found '~nosuch/x' (Could not determine home directory.)"),
         ("SPINREG_CACHE", "/proc", "SPINREG_CACHE: found /proc (No such file or directory)"),
         ("SPINREG_CACHE_GB", "-3", "SPINREG_CACHE_GB: found '-3'"),
     ],
 )
-def test_a_wrong_environment_ends_before_a_flow_run_exists(
+def test_main_wrong_environment_ends_before_a_flow_run_exists(
     tmp_path: Path, variable: str, value: str, said: str
 ) -> None:
     command = [sys.executable, "-m", "flows.cli", "run", "--store", str(tmp_path / "store"), "--model", "random:tiny"]
@@ -238,6 +247,6 @@ def test_a_wrong_environment_ends_before_a_flow_run_exists(
     assert "Traceback" not in done.stderr
 
 
-def test_a_store_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_empty_store_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--store", ""]) == EXIT_BAD_INPUT
-    assert capsys.readouterr().err.startswith("spinreg: store: found ''")
+    assert capsys.readouterr().err.startswith("spinreg: store is empty; give a local folder")

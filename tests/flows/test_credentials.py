@@ -1,4 +1,4 @@
-"""Credentials that people put into addresses: refused before Prefect keeps them, and repeated by no message."""
+"""Credentials in addresses: refused before Prefect stores them, and left out of every message."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from s3fs import S3FileSystem
 
-import flows.spin
 from flows.cli import main
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
@@ -39,14 +39,15 @@ PLANTED = "planted-address-7Xq"
         ["--config", f"https://somebody:{PLANTED}@127.0.0.1/x.yaml"],
     ],
 )
-def test_credentials_in_parameters_end_before_a_flow_run_exists(
+def test_run_credentials_end_it_before_a_flow_run_exists(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str]
 ) -> None:
-    """Prefect keeps the parameters of a flow run."""
+    """Prefect stores the parameters of a flow run, and a flow run would fail here for want of a server."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(flows.spin, "spin", lambda **_: pytest.fail("a flow run began"))
-    assert main(["run", *arguments]) == EXIT_BAD_INPUT
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        assert main(["run", *arguments]) == EXIT_BAD_INPUT
     said = "".join(capsys.readouterr())
+    assert "PREFECT_API_URL" not in said
     assert "***" in said
     assert PLANTED not in said
 
@@ -66,15 +67,15 @@ def test_credentials_in_parameters_end_before_a_flow_run_exists(
         f"judge={PLANTED}",
     ],
 )
-def test_what_stands_where_no_field_is_may_be_a_secret(capsys: pytest.CaptureFixture[str], item: str) -> None:
+def test_run_hides_values_of_unknown_fields(capsys: pytest.CaptureFixture[str], item: str) -> None:
     assert main(["run", "-p", item]) == EXIT_BAD_INPUT
     said = "".join(capsys.readouterr())
     assert re.split("[.=]", item)[0] in said
     assert PLANTED not in said
 
 
-def test_credentials_in_the_servers_address_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Libraries may quote the address they could not reach."""
+def test_store_check_hides_credentials_of_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries may quote an address that they cannot reach."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:{PLANTED}@127.0.0.1:1")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-key-7Xq")
@@ -88,7 +89,7 @@ def test_credentials_in_the_servers_address_are_not_repeated(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("kind", [BadInput.from_message, Damaged, StoreFailed, RuntimeError])
-def test_what_a_stage_says_of_an_error_has_no_credentials(kind: type[Exception]) -> None:
+def test_describe_error_hides_credentials(kind: type[Exception]) -> None:
     text = f"http://somebody:{PLANTED}@host:9000/bucket, and postgresql://{PLANTED}@host"
     assert describe_error(kind(text), "train", RunConfig())[1].endswith(
         "http://***@host:9000/bucket, and postgresql://***@host"
@@ -96,11 +97,11 @@ def test_what_a_stage_says_of_an_error_has_no_credentials(kind: type[Exception])
 
 
 @pytest.mark.parametrize("text", ["s3://bucket/a: found x@y; expected z", "see https://host/a/b, or mail a@b"])
-def test_messages_without_credentials_stay_as_they_are(text: str) -> None:
+def test_message_without_credentials_stays_unchanged(text: str) -> None:
     assert str(Damaged(text)) == text
 
 
-def test_fields_that_are_no_addresses_may_look_like_one() -> None:
+def test_validate_accepts_patterns_that_look_like_credentials() -> None:
     assert validate({"data": {"drop_patterns": ["https?://[^ ]+:x@"]}}).data.drop_patterns == ["https?://[^ ]+:x@"]
 
 
@@ -114,7 +115,7 @@ def test_fields_that_are_no_addresses_may_look_like_one() -> None:
         f"proxy http://somebody:{PLANTED}@h:1 refused",
     ],
 )
-def test_no_message_repeats_them(text: str) -> None:
+def test_messages_hide_signatures_and_keys(text: str) -> None:
     said = str(StoreFailed(text))
     assert PLANTED not in said
     assert "***" in said

@@ -1,4 +1,4 @@
-"""The display against a real Prefect server that is killed and comes back: late, complete, and never in the way."""
+"""Artifacts and flow runs with a real Prefect server that is killed, hangs and comes back."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ pytestmark = pytest.mark.slow
 FLOWS = '''
 import os, pathlib, sys, time
 from prefect import flow, task
-from spinreg_core.progress import ProgressLine
-from tasks import display
+from spinreg_core.runtime.progress import ProgressLine
+from tasks import artifacts, server
 
 here = pathlib.Path(os.environ["HERE"])
-display.PATIENCE_SECONDS = float(os.environ["PATIENCE"])
+server.PATIENCE_SECONDS = float(os.environ["PATIENCE"])
 
 def gate(name):
     """Tell the test that we are here, and wait until it lets us go on."""
@@ -43,24 +43,24 @@ def work(number, part):
 
 @flow(name="inner")
 def inner(number):
-    progress = display.StageProgress(f"stage-{number}")
-    display.called(work, number, "a")
+    progress = artifacts.StageProgress(f"stage-{number}")
+    server.call_task(work, number, "a")
     gate(f"in-{number}")
     for done in range(1, 6):
         progress(ProgressLine("stage", done, 5, "rows", 1.0, 0, f"shards: {done} of 5 committed"))
-    display.called(work, number, "b")
-    display.show_table(f"table-{number}", [{"round": number}], "a table")
-    display.wait_for_server(display.PATIENCE_SECONDS)
+    server.call_task(work, number, "b")
+    artifacts.show_table(f"table-{number}", [{"round": number}], "a table")
+    server.wait_for_server(server.PATIENCE_SECONDS)
     return number
 
 @flow(name="outer")
 def outer():
     for number in (1, 2, 3):
-        assert display.nested(inner, number) == number
-    display.show_markdown("summary", "# All", "the summary")
+        assert server.call_subflow(inner, number) == number
+    artifacts.show_markdown("summary", "# All", "the summary")
     gate("outer-end")
-    assert display.wait_for_server(120)
-    assert display.flush(30)
+    assert server.wait_for_server(120)
+    assert server.flush(30)
 
 outer()
 '''
@@ -116,7 +116,7 @@ def artifacts(server: PrefectServer, runs: list[dict[str, Any]], what: str = "da
     return {a["key"]: a[what] for a in found if a["flow_run_id"] in ids}
 
 
-def test_with_a_server_every_round_is_a_flow_run_and_everything_is_shown(
+def test_server_present_shows_every_round_and_artifact(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     process = start(patience=60)
@@ -135,7 +135,7 @@ def test_with_a_server_every_round_is_a_flow_run_and_everything_is_shown(
 
 
 @pytest.mark.long
-def test_a_short_absence_is_waited_for(
+def test_server_short_absence_is_waited_for(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     process = start(patience=120, gates="in-1")
@@ -153,10 +153,10 @@ def test_a_short_absence_is_waited_for(
 
 
 @pytest.mark.long
-def test_work_is_finished_while_the_server_is_away(
+def test_server_away_does_not_stop_the_work(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    """All that is left to do when the server comes back is to show it."""
+    """When the server comes back, only the artifacts are left to be sent."""
     process = start(patience=3, gates="in-1 outer-end")
     wait_until((tmp_path / "in-1.reached").exists, process, tmp_path / "log", 60)
     server.stop(signal.SIGKILL)
@@ -168,10 +168,10 @@ def test_work_is_finished_while_the_server_is_away(
 
 
 @pytest.mark.long
-def test_a_server_that_hangs_holds_nothing_up_either(
+def test_server_that_hangs_does_not_stop_the_work(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    """It takes connections and never answers. Prefect alone would wait for nine minutes in this flow."""
+    """It accepts connections and never answers. Prefect alone would wait for nine minutes in this flow."""
     process = start(patience=3, gates="in-1 outer-end")
     wait_until((tmp_path / "in-1.reached").exists, process, tmp_path / "log", 60)
     assert server.running is not None
@@ -186,7 +186,7 @@ def test_a_server_that_hangs_holds_nothing_up_either(
 
 
 def left_alone(process: subprocess.Popen[bytes], tmp_path: Path) -> None:
-    """The flow does all its work without a server."""
+    """Let the flow do all its work without a server."""
     (tmp_path / "in-1.go").touch()
     wait_until((tmp_path / "outer-end.reached").exists, process, tmp_path / "log", 120)
     trace = (tmp_path / "trace").read_text().splitlines()
@@ -203,17 +203,17 @@ def shown_afterwards(server: PrefectServer) -> None:
     assert [shown[f"stage-{n}"] for n in (1, 2, 3)] == [100.0] * 3
 
 
-def test_showing_returns_at_once_without_a_server(tmp_path: Path) -> None:
+def test_artifacts_without_a_server_return_at_once(tmp_path: Path) -> None:
     code = """
 import time
-from spinreg_core.progress import ProgressLine
-from tasks import display
+from spinreg_core.runtime.progress import ProgressLine
+from tasks import artifacts, server
 start = time.monotonic()
-display.show_table("t", [{"a": 1}], "d")
+artifacts.show_table("t", [{"a": 1}], "d")
 for i in range(1000):
-    display.StageProgress("p")(ProgressLine("s", i, 1000, "rows", 1.0, 0))
+    artifacts.StageProgress("p")(ProgressLine("s", i, 1000, "rows", 1.0, 0))
 assert time.monotonic() - start < 30, time.monotonic() - start  # a thousand refused calls would take minutes
-assert not display.flush(0.5)
+assert not server.flush(0.5)
 """
     env = os.environ | {"PREFECT_API_URL": "http://127.0.0.1:9/api", "PREFECT_HOME": str(tmp_path)}
     done = subprocess.run(

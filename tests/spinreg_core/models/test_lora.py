@@ -262,7 +262,7 @@ def test_lora_in_bf16_raises() -> None:
 
 
 def test_lora_settings_without_lora_rank_raise() -> None:
-    with pytest.raises(ValueError, match="lora_alpha needs lora_rank, which switches LoRA on"):
+    with pytest.raises(ValueError, match="lora_alpha needs lora_rank, which is not set"):
         RunConfig.model_validate({"training": {"lora_alpha": 8}})
     assert (
         RunConfig.model_validate({"training": {"lora_alpha": 16}}).training.lora_rank is None
