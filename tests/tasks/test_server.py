@@ -116,7 +116,7 @@ def artifacts(server: PrefectServer, runs: list[dict[str, Any]], what: str = "da
     return {a["key"]: a[what] for a in found if a["flow_run_id"] in ids}
 
 
-def test_with_a_server_every_round_is_a_flow_run_and_everything_is_shown(
+def test_server_shows_every_round_as_a_flow_run(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     process = start(patience=60)
@@ -168,7 +168,7 @@ def test_work_is_finished_while_the_server_is_away(
 
 
 @pytest.mark.long
-def test_a_server_that_hangs_holds_nothing_up_either(
+def test_hanging_server_delays_nothing(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
     """It takes connections and never answers. Prefect alone would wait for nine minutes in this flow."""
