@@ -4,8 +4,8 @@ Decides: where an interrupted round resumes, what is printed, what is published.
 Leaves out: the loop, step checkpoints and file formats (`training`).
 
 A job's `inputs`: {"pairs", "previous" (holds policy/), with LoRA also "base"}: object ids. Leaves `policy/` (an
-ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one `trainer.StepMetrics` per line) and
-`summary.json` (`trainer.RoundSummary`).
+ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one `records.StepMetrics` per line) and
+`summary.json` (`records.RoundSummary`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.training.checkpoint_files import publish_adapted, publish_policy
+from spinreg_core.training.records import RoundSummary, StepMetrics
 from spinreg_core.training.step_checkpoints import StepCheckpoints
-from spinreg_core.training.trainer import RoundSummary, RoundTrainer, StepMetrics
+from spinreg_core.training.trainer import RoundTrainer
 
 _SMALL_LORA_RATE = 5e-5
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
