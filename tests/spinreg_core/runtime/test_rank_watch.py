@@ -59,9 +59,9 @@ def test_rank_watch_stalled_transfer_is_recorded_with_its_stack(tmp_path: Path) 
         assert polls == pytest.approx(1 / POLL_SECONDS, abs=1.1)
     message = json.loads((tmp_path / "failure-0.json").read_text())["message"]
     assert message.startswith("error: rank 0: storing a file made no progress for 2 s (resources")
-    assert "in test_bytes_that_stand_still" in message
+    assert "in test_rank_watch_stalled_transfer" in message
     assert not is_secondary_failure(message)
-    assert "in test_bytes_that_stand_still" in (tmp_path / "stack-0.txt").read_text()
+    assert "in test_rank_watch_stalled_transfer" in (tmp_path / "stack-0.txt").read_text()
 
 
 def test_a_rank_that_has_finished_does_not_come_back(tmp_path: Path) -> None:
