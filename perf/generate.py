@@ -178,8 +178,8 @@ def main() -> None:
 
     more: dict[str, Any] = {}
     if given.compile or torch.cuda.is_available():
-        step._AFTER_STEPS = 0
-        compiled = HfEngine(hf._models, tokens=hf._tokens, pad_id=renderer.pad_id, compile=True)
+        at_once = step.Step(last_logits, compile=True, after=0)
+        compiled = HfEngine(hf._models, tokens=hf._tokens, pad_id=renderer.pad_id, step=at_once)
         hf._step = step.Step(last_logits, compile=False)
         begin = time.monotonic()
         compiled.generate(prompts, replace(sampling, max_new_tokens=8), range(len(prompts)))

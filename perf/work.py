@@ -47,7 +47,8 @@ def rows(
     for number in range(prompts):
         prompt, real = ids(0, 100, 20, 400), ids(1, 150, 10, 400)
         found += [
-            {"pair_id": f"{k + 1}:{number:016x}", "round": 1, "iterate": 0, "prompt_id": f"{number:016x}",
+            {"pair_id": f"{k + 1}:{number:016x}", "round": 1, "iterate": 0, "answer": k,
+             "geometric": False, "prompt_id": f"{number:016x}",
              "prompt_ids": prompt, "real_ids": real, "generated_ids": ids(2, 200, 10, 256), "real_truncated": False,
              "generated_truncated": False, "base_real": None, "base_generated": None}
             for k in range(answers)

@@ -1,8 +1,8 @@
-"""Runs one stage as a process of its own and turns the way it ended into a result or an error.
+"""Runs one stage as a process of its own, and turns its end into a result or an error.
 
-Decides: how a stage is started, watched, ended and its exit status understood; that nothing shown to people
-can hold it up. Leaves out: what the stage does (`spinreg_core.stages`), what is shown (`tasks.display`),
-retries (the tasks), and reading the manifest (the caller, from the store).
+Decides: how a stage is started, watched and ended; the meaning of its exit status; that a slow display never delays it.
+Leaves out: the stages (`spinreg_core.stages`), the display (`tasks.artifacts`), retries (`tasks.run_stage`), reading
+the manifest (the caller, from the store).
 """
 
 from __future__ import annotations
@@ -43,10 +43,12 @@ from tasks.log import run_log
 
 PROGRESS_EVERY_SECONDS = 5.0
 _GONE_SECONDS = 3.0
-_TAIL_LINES = 200  # kept for messages; bad-row listings are longer than a traceback's end
+# Lines kept for messages; a listing of bad rows is longer than the end of a traceback.
+_TAIL_LINES = 200
 _SHOWN_LINES = 20
 _LINE_BYTES = 65536
-_WAITING_LINES = 1000  # lines a slow display may lag behind before lines are left out of it
+# Lines that a slow display may lag behind before it misses some.
+_WAITING_LINES = 1000
 
 
 def run_stage(
@@ -105,24 +107,28 @@ def run_process(
     check: Callable[[], None] | None = None,
     grace_seconds: float = 20.0,
 ) -> None:
-    """See a process of `start_process` to its end; whatever happens, nothing of its group is left.
+    """Run a process of `start_process` to its end, and leave no process of its group alive in any case.
 
-    `grace_seconds`: time between SIGTERM and SIGKILL. `on_line` gets the output line by line and `on_progress` the
-    parsed progress lines (both: progress at most every 5 s). They run in a thread of their own, their errors are
-    ignored, and lines are left out when they are too slow: the process never waits for them. `check` is called about
-    twice a second by the waiting thread; what it raises ends the process (a lost lease, say).
+    Call it from a thread that lives until it returns: the process ends with that thread.
 
-    Must be called by a thread that lives until it returns: the process watches that thread.
+    Args:
+        on_line: gets the output line by line, in a thread of its own. Its errors are ignored, and it misses lines when
+            it is too slow, so that the process never waits for it.
+        on_progress: gets the parsed progress lines in the same way. Both see progress at most every 5 s.
+        check: called about twice a second by the waiting thread. An error of it (a lost lease, say) ends the process.
+        grace_seconds: time between SIGTERM and SIGKILL.
 
-    Raises: BadInput (exit status 65), Damaged (74) and JudgeAway (69), with the process's own message; StagePreempted
-    (143, SIGTERM); StageFailed (any other status, or the deadline); and, after ending the group, whatever interrupted
-    the wait: SIGTERM as Prefect's TerminationSignal, KeyboardInterrupt, an error of `check`.
+    Raises:
+        BadInput, Damaged, JudgeAway: exit status 65, 74 and 69, with the process's own message.
+        StagePreempted: exit status 143, or SIGTERM.
+        StageFailed: any other exit status, or the deadline.
+        TerminationSignal, KeyboardInterrupt, an error of `check`: after ending the group.
     """
     started = time.monotonic()
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
     shown: queue.Queue[str | None] = queue.Queue(_WAITING_LINES)
     reader = threading.Thread(target=_drain, args=(process, log_file, tail, shown), name=f"{name}-output", daemon=True)
-    # In a copy of the caller's context, so that the callbacks know the Prefect run they belong to.
+    # Prefect finds the current run in context variables, which a new thread does not inherit.
     show = partial(contextvars.copy_context().run, _show, shown, on_line, on_progress)
     viewer = threading.Thread(target=show, name=f"{name}-display", daemon=True)
     try:
@@ -130,8 +136,7 @@ def run_process(
         viewer.start()
         while True:
             try:
-                # Short waits rather than one long one: an exception set on a thread other than the main one
-                # arrives only between them.
+                # Prefect cancels a thread by setting an exception on it, which arrives only between two waits.
                 status = process.wait(timeout=0.5)
                 break
             except subprocess.TimeoutExpired:
@@ -143,7 +148,7 @@ def run_process(
                         "(resources.deadline_minutes); ended"
                     ) from None
     finally:
-        # Also after a good end: an engine's own child may linger and hold GPU memory.
+        # Also after a good end, because a child of an engine may survive it and hold GPU memory.
         _end_group(process, grace_seconds)
         reader.join(timeout=5)
         viewer.join(timeout=2)
@@ -158,18 +163,19 @@ def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
             process.wait(timeout=grace_seconds)
     except subprocess.TimeoutExpired:
         pass
-    finally:  # also when a second signal interrupts the wait
+    finally:
+        # Also when a second signal interrupts the wait.
         _signal_group(process, signal.SIGKILL)
         process.wait()
-        # SIGKILL takes effect on the rest of the group a moment later; a GPU is free only then. Bounded,
-        # because members that nobody waits for (a container whose first process does not) count as present.
+        # SIGKILL takes effect on the rest of the group a moment later, and a GPU is free only then. The wait is
+        # bounded, because zombies count as members: in a container the first process may not reap them.
         end = time.monotonic() + _GONE_SECONDS
         while _signal_group(process, 0) and time.monotonic() < end:
             time.sleep(0.01)
 
 
 def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
-    """Signal the process's group (0: only look). Returns whether there was anyone."""
+    """Send a signal to the process's group (0: none). Returns False where the group is empty."""
     try:
         os.killpg(process.pid, signum)
     except ProcessLookupError:
@@ -178,9 +184,9 @@ def _signal_group(process: subprocess.Popen[bytes], signum: int) -> bool:
 
 
 def _drain(process: subprocess.Popen[bytes], log_file: Path, tail: deque[str], shown: queue.Queue[str | None]) -> None:
-    """Take the output as fast as it comes: all of it to the file, the end of it to `tail`, what fits to `shown`.
+    """Read the output as fast as it comes: all of it into the file, its end into `tail`, and into `shown` what fits.
 
-    A file that cannot be written (a full disk) ends no stage: that is said once, in place of the line.
+    A log file that cannot be written (a full disk) does not end the stage; `tail` says so once.
     """
     assert process.stdout is not None
     left_out = 0
@@ -188,8 +194,9 @@ def _drain(process: subprocess.Popen[bytes], log_file: Path, tail: deque[str], s
     written = True
     with log_file.open("ab", buffering=0) as log, process.stdout:
         while raw := process.stdout.readline(_LINE_BYTES):
-            text = without_credentials(raw.decode("utf-8", "replace"))  # libraries quote addresses in their warnings
-            # Progress bars of libraries redraw one line with \r: its last state is the line.
+            # Libraries quote addresses in their warnings.
+            text = without_credentials(raw.decode("utf-8", "replace"))
+            # A progress bar of a library redraws its line after \r; the last state counts.
             line = text.rstrip().rsplit("\r", 1)[-1]
             try:
                 log.write(text.encode())
@@ -213,7 +220,8 @@ def _drain(process: subprocess.Popen[bytes], log_file: Path, tail: deque[str], s
                 shown.put_nowait(line)
             except queue.Full:
                 left_out += 1
-    with contextlib.suppress(queue.Full):  # a stuck display is left behind; its thread is a daemon
+    # A stuck display is abandoned; its thread is a daemon.
+    with contextlib.suppress(queue.Full):
         shown.put(None, timeout=1)
 
 
@@ -223,7 +231,8 @@ def _show(
     on_progress: Callable[[ProgressLine], None] | None,
 ) -> None:
     while (line := shown.get()) is not None:
-        with contextlib.suppress(Exception):  # showing is best effort; the line is in the log file
+        # The display is best effort; the line is in the log file.
+        with contextlib.suppress(Exception):
             on_line(line)
             progress = parse(line)
             if progress is not None and on_progress is not None:
@@ -238,7 +247,9 @@ def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Excepti
     if status == EXIT_JUDGE_AWAY:
         return JudgeAway(_message(tail, "error: "))
     if status in (EXIT_PREEMPTED, -signal.SIGTERM):
-        return StagePreempted(f"{name}: stopped from outside (SIGTERM); what was committed stays and is continued")
+        return StagePreempted(
+            f"{name}: stopped from outside (SIGTERM); its committed parts stay, and a retry continues"
+        )
     if status < 0:
         how = f"killed by {signal.Signals(-status).name}"
         if status == -signal.SIGKILL:
@@ -250,13 +261,13 @@ def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Excepti
 
 
 def _message(tail: list[str], prefix: str) -> str:
-    """What a stage said last under a prefix, all of its lines."""
+    """Return the last message of a stage under a prefix, with all of its lines."""
     start = max((i for i, line in enumerate(tail) if line.startswith(prefix)), default=None)
     return "no message" if start is None else "\n".join(tail[start:]).removeprefix(prefix)
 
 
 def end_embedded_server_with_us() -> None:
-    """Where this process has started Prefect's embedded server: end that too when this process is killed."""
+    """Let Prefect's embedded server end with this process, where this process has started it."""
     from prefect.server.api.server import SubprocessASGIServer
 
     for server in SubprocessASGIServer._instances.values():
@@ -266,6 +277,6 @@ def end_embedded_server_with_us() -> None:
 
 @cache
 def _end_with_us(pid: int) -> None:
-    # Its input ends when nobody holds the other side any more, which is ours alone.
+    # The shell's input ends with this process, also after SIGKILL: no other process holds the pipe's other end.
     watch = ["sh", "-c", f"cat > /dev/null; kill {pid} 2> /dev/null"]
     subprocess.Popen(watch, stdin=subprocess.PIPE, start_new_session=True)

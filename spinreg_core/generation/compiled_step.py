@@ -1,8 +1,8 @@
-"""One decoding step of a model, compiled once it is sure to pay.
+"""One decoding step of a model, compiled once that pays off.
 
-Decides: when the engine goes over to a compiled step, what in it may change without compiling anew, and that a model
-which cannot be compiled is decoded eagerly, with a message.
-Leaves out: what a step computes and the keys and values of fixed shape that it needs (`decode.py`, `kv_slots.py`).
+Decides: when the engine changes to a compiled step, which sizes may change without compiling again, and that a model
+without a compiled step is decoded eagerly, with a message.
+Leaves out: the step itself (`generation.decode`) and its keys and values of fixed shape (`generation.kv_slots`).
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from transformers import PreTrainedModel
 
 from spinreg_core.generation.kv_slots import Slots
 
-# Compiling takes a minute: what so many steps may have saved by the time they are taken again.
-_AFTER_STEPS = 2000
+# Compiling takes about a minute, which an engine with so many steps behind it saves in as many further steps.
+AFTER_STEPS = 2000
 Forward = Callable[[PreTrainedModel, Tensor, Tensor, Tensor, Slots], Tensor]
 
 
 class Step:
-    """`forward`, a step of decoding, or a compiled version of it; kept as long as the engine."""
+    """A decoding step, compiled once more than `after` steps were taken. Lives as long as its engine."""
 
-    def __init__(self, forward: Forward, *, compile: bool) -> None:
-        self._forward, self._compile = forward, compile
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        compile: bool,
+        after: int = AFTER_STEPS,
+        compiler: Callable[..., Forward] = torch.compile,
+    ) -> None:
+        self._forward, self._compile, self._after, self._compiler = forward, compile, after, compiler
         self._compiled: Forward | None = None
         self._taken = 0
 
@@ -33,12 +40,13 @@ class Step:
         return self._compiled is not None
 
     def begin(self, caches: list[Slots]) -> None:
-        """To be called before each step with all caches that take part in it."""
+        """Prepare a step. Call it before each one, with all caches of the step."""
         self._taken += 1
-        if self._compile and self._compiled is None and self._taken > _AFTER_STEPS:
-            # One graph per model, and another one for sizes that happened to be equal, or 1.
+        if self._compile and self._compiled is None and self._taken > self._after:
+            # torch compiles one graph per model, and again for sizes that happened to be equal, or 1. Beyond the limit
+            # it falls back to eager steps without a word.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            self._compiled = torch.compile(self._forward, dynamic=True)
+            self._compiled = self._compiler(self._forward, dynamic=True)
         if self._compiled is not None:
             for cache in caches:
                 cache.fix()
@@ -50,6 +58,6 @@ class Step:
             except torch._dynamo.exc.TorchDynamoException as error:
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
                 reason = " ".join(lines[:2]) or type(error).__name__
-                print(f"the decoding step of {type(model).__name__} is not compiled: {reason}", flush=True)
+                print(f"the decoding step of {type(model).__name__} cannot be compiled: {reason}", flush=True)
                 self._compile, self._compiled = False, None
         return self._forward(model, ids, mask, positions, cache)

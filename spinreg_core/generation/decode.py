@@ -1,13 +1,12 @@
 """Answers of one policy, or of a token-level mixture of several, decoded together with continuous refill.
 
-Decides: which prompts are decoded at once, and that an answer that ends makes room for the next prompt. Each policy
-has its own keys and values and takes one batched step per token.
-Leaves out: the keys and values (`kv_slots.py`), how a token is drawn (`sampler.py`), models that have other memory than
-keys and values (`hf.py`).
+Decides: which prompts are decoded at once, and that the next prompt takes the slot of an ended answer. Each policy has
+its own keys and values and takes one batched step per token.
+Leaves out: keys and values (`generation.kv_slots`), drawing a token (`generation.sampler`), models with other memory
+(`generation.hf`).
 
-Prompts are taken in their order, so that those that were given first are answered first; whoever sorts them by length
-saves padding. Ended answers are replaced as soon as an eighth of the slots is free: reading one prompt alone costs as
-much time as reading several.
+Prompts begin in the given order, so sorting them by length saves padding. New prompts are read once an eighth of the
+slots is free, because reading one prompt takes as long as reading several.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from spinreg_core.generation.engine import Answer, Sampling, columns_for
 from spinreg_core.generation.kv_slots import Slots, layers_of, prompt_cache
 from spinreg_core.generation.sampler import distribution, draw, mixed_logits, uniforms
 
-# Answers at once: more make no step of any machine cheaper, and each has a row of logits.
+# Answers at once. More make no step cheaper on any machine, and each has a row of logits.
 _ROWS = 1024
-# Logits that are turned into draws at once (elements).
+# Logits that are sampled at once (elements).
 _DRAWN_AT_ONCE = 2**25
 # Prompt tokens (padding included) read in one forward pass.
 _READ_AT_ONCE = 4096
@@ -35,10 +34,10 @@ _READ_AT_ONCE = 4096
 
 @dataclass
 class _Open:
-    """An answer in the making."""
+    """An answer in progress. `prompt`: tokens of its prompt."""
 
     index: int
-    prompt: int  # tokens
+    prompt: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -56,16 +55,21 @@ def decode(
     step: Step,
     on_answer: Callable[[int, Answer], None],
 ) -> None:
-    """Answer all prompts; `on_answer(index of the prompt, answer)` as they end.
+    """Answer all prompts, and call `on_answer(index of the prompt, answer)` as each answer ends.
 
-    models, weights: the mixture (`sampler.mixed_logits`). seeds: one per prompt. tokens: how many, prompts and answers
-    at their longest together, may have keys and values at the same time; a single answer may take more. step: of
-    `last_logits`.
-    Raises BadInput for logits that are no numbers, torch.OutOfMemoryError.
+    Args:
+        models, weights: the mixture (`sampler.mixed_logits`).
+        seeds: one per prompt.
+        tokens: keys and values at the same time, counting answers at their full length. A single answer may take more.
+        step: a step of `last_logits`.
+
+    Raises:
+        BadInput: logits are not finite.
+        torch.OutOfMemoryError: memory is too small for this many tokens.
     """
     batch = _Batch(list(models), list(weights), sampling, pad_id, step, on_answer)
     begun = 0
-    # The longest prompt among each one and all after it.
+    # For each prompt the length of the longest among it and all later ones.
     longest = list(accumulate(reversed([len(p) for p in prompts]), max))[::-1]
     while begun < len(prompts) or batch.open:
         if begun < len(prompts):
@@ -81,7 +85,7 @@ def decode(
 
 
 class _Batch:
-    """The slots of all policies; they are filled and emptied together."""
+    """The slots of all policies, which are filled and emptied together."""
 
     def __init__(
         self,
@@ -95,21 +99,22 @@ class _Batch:
         self.models, self.weights, self.sampling = models, weights, sampling
         self.pad_id, self.one_step, self.on_answer = pad_id, step, on_answer
         self.device = models[0].device
-        self.open: dict[int, _Open] = {}  # by slot
+        # By slot.
+        self.open: dict[int, _Open] = {}
         self.caches: list[Slots] = []
-        self.numbers = torch.empty(0)  # float64 [slots, max_new_tokens]: what draws each token
+        # float64 [slots, max_new_tokens]: the uniform number that draws each token.
+        self.numbers = torch.empty(0)
 
     def rows_for(self, room: int, left: int) -> int:
-        """How many slots to have where keys and values have room for `room` answers and `left` have not begun."""
+        """Return the number of slots, with memory for `room` answers and `left` prompts that have not begun."""
         wanted = max(1, min(room, len(self.open) + left, _ROWS))
-        # Making more copies all there is, and shorter prompts make room for one more every now and then.
+        # Growing copies all keys and values, and shorter prompts make room for one more slot now and then.
         return self.caches[0].rows if self.open and wanted < 1.25 * self.caches[0].rows else wanted
 
     def begin(
         self, indices: Sequence[int], prompts: Sequence[list[int]], seeds: Sequence[int], rows: int, longest: int
     ) -> None:
-        """Read some of the prompts into so many slots, and draw their first tokens. `longest`: of the prompts that are
-        open or to come."""
+        """Read prompts into slots and draw their first tokens. longest: of the prompts in progress or still to come."""
         columns = columns_for(longest + self.sampling.max_new_tokens)
         if not self.open:
             self.caches = [Slots(layers_of(model), rows, columns) for model in self.models]
@@ -132,8 +137,9 @@ class _Batch:
             self._draw(slots, logits)
 
     def step(self) -> None:
-        """One more token of every open answer."""
-        alone = len(self.open) == 1 and self.one_step.compiled  # would be a graph of its own
+        """Sample one more token of every answer in progress."""
+        # A single row would be compiled to a graph of its own.
+        alone = len(self.open) == 1 and self.one_step.compiled
         if len(self.open) <= self.caches[0].rows // 2 and not alone:
             self._drop_free_slots()
         rows = self.caches[0].rows
@@ -150,7 +156,7 @@ class _Batch:
         self._draw(slots, [x[at] for x in logits])
 
     def _read(self, slots: list[int], prompts: list[list[int]]) -> list[Tensor]:
-        # Several answers to one prompt read it once.
+        # Several answers to one prompt share its reading.
         numbers = {tuple(p): i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
         of_slot = torch.tensor([numbers[tuple(p)] for p in prompts], device=self.device)
         width = max(map(len, numbers))
@@ -166,7 +172,7 @@ class _Batch:
         return logits
 
     def _draw(self, slots: list[int], logits: list[Tensor]) -> None:
-        """The next token of the answers in these slots; logits: one [slots, vocabulary] per policy."""
+        """Draw the next token of the answers in these slots. logits: one [slots, vocabulary] per policy."""
         mixed = mixed_logits(logits, self.weights)
         steps = torch.tensor([len(self.open[slot].tokens) for slot in slots])
         numbers = self.numbers[torch.tensor(slots), steps].to(self.device)
@@ -191,18 +197,18 @@ class _Batch:
 
 
 def _length(row: _Open) -> int:
-    """Tokens with keys and values: all but the newest."""
+    """Return the number of tokens with keys and values: all except the newest."""
     return row.prompt + len(row.tokens) - 1
 
 
 def _drawn(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """[rows] tokens and their log-probabilities."""
+    """Return [rows] tokens and [rows] log-probabilities (nats)."""
     tokens = draw(distribution(logits, sampling), numbers)
     return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
-    """[rows, vocabulary] logits behind the last of `ids` [rows, tokens], whose keys and values go into the cache."""
+    """Return logits [rows, vocabulary] after the last of `ids` [rows, tokens]; keys and values go into the cache."""
     output = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
         logits_to_keep=1,

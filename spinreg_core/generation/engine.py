@@ -1,13 +1,12 @@
-"""Engines answer prompts: token ids in, sampled token ids out.
+"""The contract of engines, which answer prompts: token ids in, sampled token ids out.
 
-Decides: what every engine promises (below), which one `auto` means, and which prompts are refused.
-Leaves out: how an engine works (`hf.py`, `vllm.py`), rendering (`models/chat_template.py`), what is done with answers
-(`stages/generate.py`). Loads neither torch nor vllm: the flow process asks here what `auto` means.
+Decides: the promises of every engine (below), and which prompts are refused.
+Leaves out: the engines (`generation.hf`, `generation.vllm`), rendering (`models.chat_template`), shards and commits
+(`generation.worker`). Loads neither torch nor vllm, because the flow process imports it.
 
 An answer is exactly the ids that were sampled. It ends with the first of `stop_ids` ("stop"), or after
-`max_new_tokens` ids none of which is a stop id ("length"); a stop id in the very last place still is "stop".
-Nothing of the checkpoint's own generation_config takes part: temperature 1, top-p 1 and top-k 0 sample the
-model's softmax itself.
+`max_new_tokens` ids without a stop id ("length"); a stop id in the very last place is "stop". The checkpoint's own
+generation_config has no influence: temperature 1, top-p 1 and top-k 0 sample the model's softmax.
 """
 
 from __future__ import annotations
@@ -22,11 +21,15 @@ from spinreg_core.errors import BadInput, SpinregError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How each next token is drawn, and where an answer ends."""
+    """The distribution of each next token, and the end of an answer.
+
+    top_p   smallest set of most likely tokens with at least this mass; 1 is off
+    top_k   number of most likely tokens, applied before top_p; 0 is off
+    """
 
     temperature: float
-    top_p: float  # smallest set of most likely tokens with at least this mass; 1 is off
-    top_k: int  # so many most likely tokens; 0 is off. Applied before top_p.
+    top_p: float
+    top_k: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
 
@@ -37,20 +40,27 @@ class Sampling:
 
     @property
     def is_the_policy(self) -> bool:
-        """Whether this samples the policy itself, and no sharpened or cut-off version of it."""
+        """Return True for the neutral sampler, which samples the policy itself."""
         return self.temperature == 1 and self.top_p == 1 and self.top_k == 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    token_ids: list[int]  # end-of-turn included where finish is "stop"
+    """A sampled answer.
+
+    token_ids   with end-of-turn where finish is "stop"
+    logprobs    log-probability of each token in nats under the sampled policy or mixture, at temperature 1, before
+                top-k and top-p
+    """
+
+    token_ids: list[int]
     finish: Literal["stop", "length"]
-    # log-probability of each token in nats, at temperature 1 and before top-k and top-p: under the policy, or under the
-    # mixture that was sampled
     logprobs: list[float]
 
 
 class Engine(Protocol):
+    """A policy, or a mixture of policies, ready to answer."""
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -58,24 +68,28 @@ class Engine(Protocol):
         seeds: Sequence[int],
         on_answer: Callable[[int, Answer], None] = ...,
     ) -> list[Answer]:
-        """One answer per prompt, in the order of the prompts.
+        """Return one answer per prompt, in the order of the prompts.
 
-        What is drawn for a prompt depends on its own seed (0 <= seed < 2**63) and on no other prompt, call or batch,
-        as far as the arithmetic does: sums are rounded otherwise in another batch, which changes an answer where a
-        draw falls within that of the border between two tokens. The same call gives the same answers as far as the
-        arithmetic repeats: always on one CPU with as many threads, on a GPU only where its kernels add up in a fixed
-        order. Answers begin in the order of the prompts; `on_answer(index, answer)` is called as each one ends.
-        Raises BadInput, before any work, for an empty prompt, one that leaves no room for max_new_tokens in
-        the model's context, or an id outside its vocabulary.
+        The draws of a prompt depend on its own seed (0 <= seed < 2**63) and on no other prompt, call or batch. Only
+        rounding may differ: another batch sums in another order, which changes a token where its draw falls that close
+        to the border between two tokens. The same call repeats exactly on one CPU with as many threads, and on a GPU
+        with kernels that add in a fixed order. Answers begin in the order of the prompts; `on_answer(index, answer)`
+        is called as each one ends.
+
+        Raises:
+            BadInput: before any work, for an empty prompt, one that leaves no room for max_new_tokens in the model's
+                context, or an id outside its vocabulary.
         """
 
     def close(self) -> None:
-        """Give memory back, but for models that others hold. The engine cannot be used afterwards."""
+        """Free the engine's memory, except for models that the caller holds. The engine cannot be used afterwards."""
 
 
 def columns_for(longest: int) -> int:
-    """Places for keys and values that the hf engine keeps for an answer of so many tokens, prompt included: some more,
-    so that it seldom has to move everything back."""
+    """Return the columns of keys and values that engine hf keeps for an answer of `longest` tokens, prompt included.
+
+    The columns beyond `longest` let it move everything back to the first column less often.
+    """
     return longest + max(16, longest // 8)
 
 
@@ -84,27 +98,35 @@ def check_prompts(
 ) -> None:
     """Refuse prompts that the model cannot answer in full; see `Engine.generate`.
 
-    `model_config`: the transformers configuration of the model. `names`: what messages call the prompts (unset:
-    their indices).
+    Args:
+        model_config: the transformers configuration of the model.
+        names: the prompts' names in messages (None: their indices).
+
+    Raises:
+        BadInput: a prompt is empty or too long, or has ids outside the vocabulary.
     """
     text = model_config.get_text_config()
     context, vocabulary = getattr(text, "max_position_embeddings", None), text.vocab_size
     for i, prompt in enumerate(prompts):
         where = f"prompt {names[i] if names else i}"
         if not prompt:
-            raise BadInput(where, "no tokens", "at least one")
+            raise BadInput(where, "has no tokens", "at least one")
         if context is not None and len(prompt) + sampling.max_new_tokens > context:
             raise BadInput(
                 where,
-                f"{len(prompt)} tokens plus max_new_tokens {sampling.max_new_tokens}",
+                f"has {len(prompt)} tokens plus max_new_tokens {sampling.max_new_tokens}",
                 f"at most {context}, the model's context (max_position_embeddings)",
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise BadInput(where, f"token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}")
+            raise BadInput(where, f"has token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}")
 
 
 def cut(tokens: Sequence[int], sampling: Sampling, logprobs: Sequence[float]) -> Answer:
-    """The answer in a row of sampled ids, of which everything behind the first stop id is padding."""
+    """Return the answer in a row of sampled ids; everything after the first stop id is padding.
+
+    Raises:
+        SpinregError: the row is shorter than max_new_tokens and has no stop id.
+    """
     for i, token in enumerate(tokens):
         if token in sampling.stop_ids:
             return Answer(list(tokens[: i + 1]), "stop", list(logprobs[: i + 1]))

@@ -1,10 +1,10 @@
-"""The hf engine: decoding in this process, with transformers' models. Runs wherever torch runs.
+"""The hf engine: decoding in this process, with transformers' models. Runs on every device of torch.
 
-Decides: that no setting but ours takes part, how much is decoded at once, and what happens when memory does not
-suffice. Leaves out: the decoding itself (`decode.py`), several GPUs (`stages/generate.py`).
+Decides: that only spinreg's settings have effect, how much is decoded at once, and the retry after running out of
+memory. Leaves out: the decoding loop (`generation.decode`), several GPUs (`generation.pool`).
 
-A model that remembers something else than keys and values per position (Mamba's states, say) is decoded by
-transformers' own loop, a batch at a time; our draws are forced on it.
+A model with another memory than keys and values per position (Mamba's states, say) is decoded by transformers' own
+loop, one batch at a time, which is forced to take our draws.
 """
 
 from __future__ import annotations
@@ -34,8 +34,13 @@ from spinreg_core.runtime.distributed import compiles, resolve_device
 class HfEngine:
     """Samples one policy, or the token-level mixture of several (`sampler.mixed_logits`).
 
-    `models` are used in their own number format and on their own device. `tokens`: see `decode`. `compile`: the
-    decoding step, of engines that live long (`compiled_step.py`).
+    Args:
+        models: used in their own number format and on their own device.
+        tokens: see `decode`.
+        step: the decoding step, of `decode.last_logits` (None: never compiled).
+
+    Raises:
+        BadInput: the models of a mixture differ in vocabulary, or have other memory than keys and values.
     """
 
     def __init__(
@@ -45,17 +50,17 @@ class HfEngine:
         weights: Sequence[float] = (1.0,),
         tokens: int,
         pad_id: int,
-        compile: bool = False,
+        step: Step | None = None,
     ) -> None:
         self._models, self._weights = list(models), list(weights)
-        self._step = Step(last_logits, compile=compile)
+        self._step = step or Step(last_logits, compile=False)
         self._tokens, self._pad_id = tokens, pad_id
         sizes = {model.config.get_text_config().vocab_size for model in models}
         if len(sizes) > 1:
-            raise BadInput("policies of a mixture", f"vocabularies of {sorted(sizes)} tokens", "one vocabulary")
+            raise BadInput("policies of a mixture", f"have vocabularies of {sorted(sizes)} tokens", "one vocabulary")
         if len(models) > 1 and not all(map(has_slots, models)):
             names = ", ".join(type(model).__name__ for model in models)
-            raise BadInput("policies of a mixture", f"{names}, which keep more than keys and values",
+            raise BadInput("policies of a mixture", f"are {names}, which keep more than keys and values",
                            "transformers with attention in all layers")  # fmt: skip
 
     @classmethod
@@ -70,7 +75,7 @@ class HfEngine:
         loaded: dict[Path, PreTrainedModel] | None = None,
     ) -> HfEngine:
         device = resolve_device(resources.device)
-        # auto is for runs, which know their scores' format (`config.sampling_dtype`); alone it is the exact one.
+        # A run replaces auto by the format of its scores (`config.sampling_dtype`). Elsewhere auto is float32.
         precision: Any = "bf16" if generation.dtype == "bfloat16" else "fp32"
         loaded = {} if loaded is None else loaded
         for policy in policies:
@@ -78,7 +83,7 @@ class HfEngine:
                 loaded[policy] = load_policy(policy, precision, device)
         models = [loaded[policy] for policy in policies]
         return cls(models, weights=weights, tokens=_tokens(models, resources), pad_id=pad_id,
-                   compile=compiles(resources, device))  # fmt: skip
+                   step=Step(last_logits, compile=compiles(resources, device)))  # fmt: skip
 
     def generate(
         self,
@@ -87,7 +92,7 @@ class HfEngine:
         seeds: Sequence[int],
         on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
     ) -> list[Answer]:
-        """As `Engine.generate`. What memory does not suffice for is tried again with half as many at once."""
+        """See `Engine.generate`. After running out of memory, the rest is decoded with half as many tokens at once."""
         assert self._models, "the engine was closed"
         for model in self._models:
             check_prompts(prompts, sampling, model.config)
@@ -123,7 +128,7 @@ class HfEngine:
                 note(i, answer)
 
     def _take_less(self, error: RuntimeError, prompts: list[list[int]], sampling: Sampling) -> None:
-        """Halve what is decoded at once; raises where that cannot help."""
+        """Halve the tokens that are decoded at once. Raises the error again where that cannot help."""
         cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not cpu:
             raise error
@@ -131,11 +136,11 @@ class HfEngine:
         if self._tokens <= max(map(len, prompts)) + sampling.max_new_tokens:
             raise BadInput(
                 "resources.kv_cache_tokens",
-                f"memory that does not suffice for one answer ({reason})",
-                "a smaller max_new_tokens, shorter prompts, or more memory",
+                f"cannot be met: memory is too small for one answer ({reason})",
+                "set a smaller generation.max_new_tokens, or use shorter prompts or more memory",
             ) from error
         self._tokens //= 2
-        print(f"out of memory ({reason}); going on with {self._tokens} tokens at once", flush=True)
+        print(f"out of memory ({reason}); continuing with {self._tokens} tokens at once", flush=True)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -148,7 +153,7 @@ class HfEngine:
 
 
 def _tokens(models: Sequence[PreTrainedModel], resources: ResourcesConfig) -> int:
-    """`resources.kv_cache_tokens`; auto is 8192 on CPUs, and on a GPU what half of its free memory holds."""
+    """Return `resources.kv_cache_tokens`; auto is 8192 on a CPU, and as many as half of a GPU's free memory holds."""
     if resources.kv_cache_tokens != "auto":
         return resources.kv_cache_tokens
     device = models[0].device
@@ -165,7 +170,7 @@ def _tokens(models: Sequence[PreTrainedModel], resources: ResourcesConfig) -> in
 
 
 class _Forced(LogitsProcessor):
-    """Leaves transformers' loop no choice but the token that we drew."""
+    """Makes transformers' greedy loop take the tokens that we draw, by giving all others probability 0."""
 
     def __init__(self, sampling: Sampling, numbers: Tensor) -> None:
         self._sampling, self._numbers = sampling, numbers
@@ -187,7 +192,7 @@ def _batch(
     config = HfGenerationConfig(do_sample=False, max_new_tokens=sampling.max_new_tokens, use_cache=True,
                                 eos_token_id=list(sampling.stop_ids), pad_token_id=pad_id)  # fmt: skip
     forced = _Forced(sampling, torch.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds]))
-    # `generate` fills what our settings leave open from the checkpoint's, so the checkpoint's must be empty.
+    # `generate` takes unset fields from the model's own generation_config, so that is replaced by an empty one.
     checkpoints_own, model.generation_config = model.generation_config, HfGenerationConfig()
     try:
         generate: Any = model.generate

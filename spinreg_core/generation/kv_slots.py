@@ -1,12 +1,12 @@
-"""Keys and values of many answers that began at different times: a transformers cache with a slot for each.
+"""Keys and values of answers that began at different times: a transformers cache with one slot per answer.
 
-Decides: where a token's keys and values lie, so that an answer that ends can be replaced by another one at once.
-Leaves out: who is in which slot, and when (`decode.py`).
+Decides: the place of each token's keys and values, so that another answer can take a slot as soon as one ends.
+Leaves out: the assignment of answers to slots (`generation.decode`).
 
-All slots write the same column at the same time, the newest, and each answer reaches back from there as far as it is
-long; a mask says how far. Nothing is copied as answers grow: a layer is one buffer, written in place, and the model
-sees the columns that somebody uses. For a compiled step (`fix`) it sees columns from the first one to a multiple of
-128, and finds the newest in a tensor, so that one graph serves for all.
+All slots write the same column at the same time, the newest. Each answer reaches back from there by its length, which
+a mask shows. Nothing is copied as answers grow: a layer is one buffer, written in place, and the model sees the columns
+in use. A compiled step (`fix`) sees the columns from the first one to a multiple of 128, and finds the newest in a
+tensor, so that one graph serves all steps.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 
 def has_slots(model: PreTrainedModel) -> bool:
-    """Whether all that the model keeps between tokens are keys and values per position (no recurrent state, say).
+    """Return True where a model's memory is keys and values per position only, without a recurrent state, say.
 
-    Sliding windows are welcome: here they are a matter of the mask. Chunks are not: they count from position 0, and
-    columns do not.
+    Sliding windows are possible, because the mask applies them. Chunked attention is not: chunks count from position 0,
+    and columns do not.
     """
     if "chunked_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         return False
@@ -35,17 +35,19 @@ def has_slots(model: PreTrainedModel) -> bool:
 
 
 def layers_of(model: PreTrainedModel) -> int:
-    """Layers with keys and values of their own: some models share them between layers."""
+    """Return the number of layers with their own keys and values; some models share them between layers."""
     return len(DynamicCache(config=model.config).layers)
 
 
 def prompt_cache(layers: int) -> Cache:
-    """Where the keys and values of prompts are put before they get their slots."""
+    """Return an empty cache for the keys and values of prompts, before they are copied into slots."""
     return Cache(layers=[DynamicLayer() for _ in range(layers)])
 
 
-_WINDOW = 128  # columns seen by a compiled step are a multiple of it
-_SPARE = 1  # a column that is never seen: a compiler takes seeing all columns for another case than seeing some
+# A compiled step sees a multiple of this many columns.
+_WINDOW = 128
+# A column that is never seen. Without it, a step that sees all columns would be another case for the compiler.
+_SPARE = 1
 
 
 class Slots(Cache):
@@ -56,14 +58,16 @@ class Slots(Cache):
         super().__init__(layers=list(self.slot_layers))
         self.rows, self.columns = rows, columns
         self.low = self.high = 0
-        self.mask: Tensor | None = None  # bool [rows, columns]: what belongs to the answer in each slot
-        self.column: Tensor | None = None  # int64 [1], once shapes are fixed: the open column
-        self.window = 0  # and how many columns, from the first, are seen
+        # bool [rows, columns]: the columns of the answer in each slot.
+        self.mask: Tensor | None = None
+        # int64 [1]: the newest column, and the number of visible columns; both only after `fix`.
+        self.column: Tensor | None = None
+        self.window = 0
 
     def fill(self, slots: list[int], prompts: Cache, which: Tensor, lengths: Tensor) -> None:
-        """Put left-padded prompts ([prompts, heads, width, head width] per layer) into slots, ending at `high`.
+        """Copy left-padded prompts ([prompts, heads, width, head width] per layer) into slots, ending at `high`.
 
-        which, lengths: int64 [len(slots)], the prompt of each slot and its tokens.
+        which, lengths: int64 [len(slots)], the prompt of each slot and its number of tokens.
         """
         read: list[Any] = prompts.layers
         device, width = read[0].keys.device, read[0].keys.shape[2]
@@ -81,11 +85,13 @@ class Slots(Cache):
         self.mask[at] = (own < 0) & (own >= -lengths[:, None])
 
     def open_column(self, longest: int) -> Tensor:
-        """Make room for one more token of every slot; `longest`: tokens of the longest answer in them, prompt
-        included, without it. Returns the mask [rows, columns seen] that goes with the forward pass."""
+        """Make room for one more token in every slot. Returns the mask [rows, visible columns] of the forward pass.
+
+        longest: tokens of the longest answer, prompt included, before the new token.
+        """
         assert self.mask is not None
         self.low = self.high - longest
-        # All before the newest column is seen where shapes are fixed, so what nobody uses there is not let grow.
+        # With fixed shapes all columns before the newest are visible, so unused ones must not pile up there.
         end = self.columns if self.column is None else min(self.columns, _rounded(longest + longest // 4 + 1))
         if self.high >= end:
             self._move(-self.low)
@@ -98,13 +104,13 @@ class Slots(Cache):
         return self.mask[:, : self.window]
 
     def fix(self) -> None:
-        """From the next step on, shapes seldom change and no number does, as a compiled step wants it."""
+        """Keep shapes fixed from the next step on, for a compiled step."""
         assert self.mask is not None
         if self.column is None:
             self.column = torch.zeros(1, dtype=torch.int64, device=self.mask.device)
 
     def keep(self, slots: list[int]) -> None:
-        """Only these slots, in this order."""
+        """Drop all slots except these, in this order."""
         assert self.mask is not None
         at = torch.tensor(slots, device=self.mask.device)
         for layer in self.slot_layers:
@@ -112,9 +118,10 @@ class Slots(Cache):
         self.mask, self.rows = self.mask[at], len(slots)
 
     def resize(self, rows: int, columns: int, longest: int) -> None:
-        """So many slots and columns. `longest`: tokens of the longest answer in them, no more than the columns."""
+        """Change the number of slots and columns. longest: tokens of the longest answer, at most `columns`."""
         assert self.mask is not None
-        self.low = self.high - longest  # a longer one may have ended
+        # An answer that was longer may have ended.
+        self.low = self.high - longest
         used = slice(self.low, self.high)
         for layer in self.slot_layers:
             layer.keys, layer.values = (_resized(x, rows, columns, used) for x in layer.both)
@@ -123,7 +130,7 @@ class Slots(Cache):
         self.low, self.high = 0, self.high - self.low
 
     def _move(self, by: int) -> None:
-        """Shift everything in use by so many columns, to the right where positive."""
+        """Shift all columns in use, to the right for a positive `by`."""
         low, high = self.low + by, self.high + by
         if not 0 <= low <= high <= self.columns:
             raise AssertionError(f"columns {low} to {high} of {self.columns}")
@@ -148,7 +155,7 @@ class _Layer(DynamicLayer):
 
     def put(self, at: Tensor, column: int, keys: Tensor, values: Tensor) -> None:
         if not self.is_initialized:
-            # Zeros, because what a mask hides is still multiplied, by zero.
+            # Zeros, not uninitialised memory: attention multiplies masked values by 0, and 0 * nan is nan.
             self.keys, self.values = (
                 x.new_zeros(self._slots.rows, x.shape[1], self._slots.columns + _SPARE, x.shape[3])
                 for x in (keys, values)
@@ -169,8 +176,10 @@ class _Layer(DynamicLayer):
         return keys[:, :, low:high], values[:, :, low:high]
 
     def get_seq_length(self) -> Any:
-        """Columns before the open one: what masks count from. A tensor where shapes are fixed, as transformers' own
-        static caches have it."""
+        """Return the columns before the newest, which transformers' masks count from.
+
+        With fixed shapes it is a tensor, as in transformers' static caches: an int would be a constant of the graph.
+        """
         return self._slots.high - self._slots.low - 1 if self._slots.column is None else self._slots.column[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -182,7 +191,7 @@ def _rounded(columns: int) -> int:
 
 
 def _resized(x: Tensor, rows: int, columns: int, used: slice) -> Tensor:
-    """[slots, heads, columns, width], the used columns first."""
+    """Return a copy [rows, heads, columns, width] with the used columns first."""
     found = x.new_zeros(rows, x.shape[1], columns + _SPARE, x.shape[3])
     found[: len(x), :, : used.stop - used.start] = x[:, :, used]
     return found

@@ -1,4 +1,4 @@
-"""Open the engine that a configuration names. Leaves out: what an engine must offer (`engine.py`)."""
+"""Open the engine that a configuration names. Leaves out: the contract of engines (`generation.engine`)."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ def open_engine(
 ) -> Engine:
     """Load a policy folder into an engine, or several with the weights of their token-level mixture (hf only).
 
-    `longest`: tokens of the longest prompt plus max_new_tokens, for which vllm plans its KV cache (unset: the
-    model's whole context). `loaded`: models by folder, which hf takes instead of loading them again, and to which it
-    adds what it loads; whoever holds them decides how long they stay. Raises BadInput for a folder, engine or device
-    that cannot be used.
+    Args:
+        longest: tokens of the longest prompt plus max_new_tokens, for vllm's KV cache (None: the model's context).
+        loaded: models by folder. Engine hf uses them, and adds those that it loads; the caller frees them.
+
+    Raises:
+        BadInput: the folder, engine or device cannot be used.
     """
     if name == "hf":
         from spinreg_core.generation.hf import HfEngine
 
         return HfEngine.open(policies, weights, generation, resources, pad_id=pad_id, loaded=loaded)
     if len(policies) > 1:
-        raise BadInput("generation.engine", f"{name} for a mixture of {len(policies)} policies", "hf")
+        raise BadInput("generation.engine", f"is {name}, which samples no mixtures", "set it to hf")
     if importlib.util.find_spec("vllm") is None:
-        raise BadInput("generation.engine", "vllm, which is not installed here", "hf, or `pip install spinreg[gpu]`")
+        raise BadInput("generation.engine", "is vllm, which is not installed here",
+                       "install it with `pip install spinreg[gpu]`, or set engine hf")  # fmt: skip
     from spinreg_core.generation.vllm import VllmEngine
 
     return VllmEngine(policies[0], generation, resources, longest=longest)

@@ -1,8 +1,8 @@
 """The next token: from logits to a distribution, from a distribution and a uniform number to a token.
 
-Decides: the order of temperature, top-k and top-p, what a mixture of policies is, and that each answer has random
-numbers of its own, a function of its seed alone, so that no answer depends on its neighbours.
-Leaves out: where logits come from (`decode.py`, `hf.py`), where seeds come from (`stages/generate.py`).
+Decides: the order of temperature, top-k and top-p, the mixture of policies, and that each answer's random numbers are a
+function of its seed alone, so that no answer depends on its neighbours.
+Leaves out: logits (`generation.decode`, `generation.hf`) and seeds (`generation.shards`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from spinreg_core.generation.engine import Sampling
 
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """float64 [count] in [0, 1): the numbers that draw the tokens of the answer with this seed, in order."""
+    """Return float64 [count] in [0, 1): the numbers that draw the tokens of the answer with this seed, in order."""
     return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(count))
 
 
 def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """log of the token-level geometric mixture, up to a constant: sum_k w_k log softmax(logits_k), float32.
+    """Return the log of the token-level geometric mixture, up to a constant: sum_k w_k log softmax(logits_k).
 
-    logits: one [rows, vocabulary] per policy. This is Nash-MD's sampler (arXiv 2312.00886, section 5), not the
-    geometric mixture of *sequence* probabilities that is the reference of the loss: that one is not renormalised token
-    by token. A policy of weight 0 has no say, not even where it gives a token probability 0.
+    This is Nash-MD's sampler (arXiv 2312.00886, section 5). The loss's reference is another mixture, of *sequence*
+    probabilities, which is not renormalised at each token.
+
+    Args:
+        logits: one [rows, vocabulary] per policy.
+        weights: one per policy. A policy of weight 0 has no influence, also where it gives a token probability 0.
+
+    Returns:
+        float32 [rows, vocabulary].
     """
     if len(logits) == 1:
         return logits[0].float()
@@ -35,10 +41,12 @@ def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """float32 [rows, vocabulary]: probabilities after temperature, then top-k, then top-p, in this order.
+    """Return probabilities after temperature, then top-k, then top-p: float32 [rows, vocabulary].
 
     top-k keeps ties with its last token; top-p keeps the smallest set of most likely tokens with at least that mass.
-    Raises BadInput where logits are not finite numbers.
+
+    Raises:
+        BadInput: logits are not finite.
     """
     logits = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -46,7 +54,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < last, -torch.inf)
     probabilities = logits.softmax(-1)
     if not bool(probabilities.sum(-1).isfinite().all()):
-        raise BadInput("policy", "logits that are no finite numbers", "a policy whose weights and format are sound")
+        raise BadInput("policy", "has logits that are not finite", "check its weights and their number format")
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = ordered.cumsum(-1) - ordered  # mass of the tokens ahead of each
@@ -57,12 +65,15 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """int64 [rows]: the token whose stretch of the cumulated probabilities (float64) holds each uniform number.
+    """Draw tokens by inversion: the interval of the cumulated probabilities (float64) that holds each uniform number.
 
-    A token of probability 0 has no stretch and is never drawn.
+    A token of probability 0 has an empty interval and is never drawn.
+
+    Returns:
+        int64 [rows].
     """
     reached = probabilities.double().cumsum(-1)
     wanted = numbers.to(reached)[:, None] * reached[:, -1:]
-    # At most the last token that has a stretch: the product may round up to the whole mass.
+    # At most the last token with an interval, because the product may round up to the whole mass.
     last = (probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)).long()
     return torch.minimum(torch.searchsorted(reached, wanted, right=True)[:, 0], last)

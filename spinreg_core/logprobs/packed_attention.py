@@ -1,11 +1,11 @@
-"""Attention of a packed row (`packing.Layout`), plugged in through transformers' attention interface.
+"""Attention of a packed row (`packing.Layout`), registered through transformers' attention interface.
 
-Decides: how each token is kept to its own prompt and answer: on CPUs by attention over the pieces themselves, so that
-nothing masked is computed; on GPUs by a FlexAttention block mask. Sliding windows and capped logits are honoured.
-Leaves out: the layout (`packing.py`), and whether a model may be packed at all (`sequence.py` finds out).
+Decides: how a token is limited to its own prompt and answer. On CPUs attention runs over the pieces, so that nothing
+masked is computed; on GPUs a FlexAttention block mask does it. Sliding windows and capped logits are supported.
+Leaves out: the layout (`logprobs.packing`), and the test of models for packing (`logprobs.sequence`).
 
-A model opts in with `attn_implementation = NAME` and is given `packed=Layout` as a keyword of its forward pass, which
-transformers hands on to every attention layer. Without it the attention is transformers' own SDPA.
+A model opts in with `attn_implementation = NAME`, and its forward pass gets `packed=Layout` as a keyword, which
+transformers passes on to every attention layer. Without the keyword the attention is transformers' own SDPA.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from spinreg_core.logprobs.packing import Layout
 NAME = "spinreg"
 
 
-@torch.compiler.disable  # a compiled layer would be made anew for every layout; FlexAttention is compiled by itself
+# Outside of compiled layers, which would be compiled again for every layout. FlexAttention compiles itself.
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -41,8 +42,11 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention contract: query [batch, heads, T, width], key and value [batch, kv heads, T, width] ->
-    [batch, T, heads, width] and no attention weights. `attention_mask` is not read where `packed` is given."""
+    """Implement transformers' attention contract; `attention_mask` is ignored where `packed` is given.
+
+    query [batch, heads, T, width], key and value [batch, kv heads, T, width] -> [batch, T, heads, width] and None in
+    place of attention weights.
+    """
     if packed is None:
         if softcap is not None:
             mask = _causal(query, key, sliding_window) if attention_mask is None else attention_mask
@@ -50,7 +54,8 @@ def packed_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     packed.windows.add(sliding_window)
     if sliding_window is not None and packed.longest <= sliding_window:
-        sliding_window = None  # no sequence reaches beyond it
+        # No sequence is longer than the window.
+        sliding_window = None
     if query.device.type == "cuda":
         mask = block_mask(packed, sliding_window)
         return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
@@ -66,10 +71,13 @@ def by_pieces(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """[1, heads, T, width]. In every group the prompt and its first answer are one causal sequence; each further
-    answer attends to the prompt and to itself."""
+    """Return attention over a packed row, [1, heads, T, width], piece by piece.
+
+    In every group the prompt and its first answer are one causal sequence; each further answer attends to the prompt
+    and to itself.
+    """
     outputs = []
-    # `split`, not slices: its backward writes the gradient once, where every slice would write all of it.
+    # The backward of `split` writes the gradient once; every slice would write a gradient of full size.
     totals = [sum(group) for group in sizes]
     for q, k, v, group in zip(*(x.split(totals, dim=2) for x in (query, key, value)), sizes, strict=True):
         prompt, first, *others = group
@@ -86,7 +94,7 @@ def by_pieces(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention of the last q.shape[2] positions of k."""
+    """Return causal attention of the last q.shape[2] positions of k."""
     gqa = q.shape[1] != k.shape[1]
     whole = q.shape[2] == k.shape[2]
     if window is None and softcap is None:
@@ -104,23 +112,23 @@ def _attend(
 
 
 def _capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float | None, softcap: float) -> Tensor:
-    """Attention with capped logits (Gemma 2), which SDPA does not know. `mask` is bool, True where seen."""
+    """Return attention with capped logits (Gemma 2), which SDPA does not support. mask: bool, True where visible."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    # Not -inf: a row of padding that sees nothing would become nan.
+    # With -inf a row of padding, which sees nothing, would become nan.
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
 
 
 def _causal(q: Tensor, k: Tensor, window: int | None) -> Tensor:
-    """bool [queries, keys], aligned at the end; with a window a token sees itself and window - 1 before it."""
+    """Return bool [queries, keys], aligned at the end. With a window a token sees itself and window - 1 before it."""
     n, m = q.shape[2], k.shape[2]
     at = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
     return at >= 0 if window is None else (at >= 0) & (at < window)
 
 
 def block_mask(packed: Layout, window: int | None) -> Any:
-    """The same rule as a FlexAttention BlockMask, made once for all layers."""
+    """Return the same rule as a FlexAttention BlockMask, which all layers share."""
     if window in packed.masks:
         return packed.masks[window]
     groups, segments, positions = packed.groups, packed.segments, packed.positions[0]

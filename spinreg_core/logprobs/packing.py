@@ -1,11 +1,11 @@
-"""Prefix sharing and packing: which answers share a prompt's computation, and what goes through the model together.
+"""Prefix sharing and packing: the answers that share a prompt's computation, and the sequences of a forward pass.
 
 Decides: groups (one prompt with all its answers), bins of a fixed token budget, and the layout of a packed row.
-Leaves out: the attention of a packed row (`packed_attention.py`), log-probabilities (`sequence.py`).
+Leaves out: the attention of a packed row (`logprobs.packed_attention`), log-probabilities (`logprobs.sequence`).
 
 A packed row is one sequence [1, T] without padding: group after group, and in a group the prompt, then the inputs of
-each answer (all its tokens but the last, which is predicted and never conditioned on). Positions go on from the
-prompt's end in every answer. Every token sees its own prompt and its own answer up to itself, and nothing else.
+each answer. The inputs are all tokens except the last, which is predicted and never conditioned on. In every answer the
+positions continue from the end of the prompt. A token attends to its own prompt and to its own answer up to itself.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Group:
-    """One prompt and its different answers (token ids, at least one each); none of them occurs twice."""
+    """One prompt and its different answers, as token ids (at least one each)."""
 
     prompt: tuple[int, ...]
     answers: tuple[tuple[int, ...], ...]
 
     @property
     def tokens(self) -> int:
-        """Tokens that are computed."""
+        """Return the number of tokens to compute."""
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
 
 
 def group(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[list[Group], list[int]]:
-    """The groups of rows (in order of first appearance), and for each row the number of its answer.
+    """Return the groups of rows, in order of first appearance, and the number of each row's answer.
 
-    Answers are numbered through all groups. An empty answer has nothing to compute and the number -1.
+    Numbers run through all groups. An empty answer has nothing to compute, and the number -1.
     """
     found: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -49,7 +49,7 @@ def group(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) ->
 
 
 def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Items into bins of at most `budget`: largest first, each into the first bin with room (ties by index).
+    """Put items into bins of at most `budget`: largest first, each into the first bin with room (ties by index).
 
     First-fit decreasing needs at most 11/9 of the fewest bins, plus 6/9 of a bin (Dósa 2007). An item larger than
     the budget has a bin of its own.
@@ -70,10 +70,13 @@ def first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
 def units(
     keys: Sequence[Hashable], prompt_sizes: Sequence[int], answer_sizes: Sequence[Mapping[Any, int]], budget: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Items that belong to one prompt (equal `keys`) together, as long as they stay within the budget.
+    """Join items of one prompt (equal `keys`) into units within the budget.
 
-    `answer_sizes[i]` maps what identifies each answer of item i to its tokens to compute; an answer that several
-    items of a unit share counts once. Returns the items of each unit, and each unit's tokens.
+    `answer_sizes[i]` maps each answer of item i to its tokens to compute. Items of a unit share equal answers, which
+    count once.
+
+    Returns:
+        The items of each unit, and each unit's tokens.
     """
     found: list[list[int]] = []
     sizes: list[int] = []
@@ -96,7 +99,7 @@ def units(
 
 
 def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Items to `hands` lists of about equal total size: largest first, each to the list with the least so far.
+    """Distribute items to `hands` lists of about equal total size: largest first, each to the smallest list so far.
 
     Deterministic, and every item is in exactly one list. The largest total is at most 4/3 of the best possible one
     (Graham 1969).
@@ -118,11 +121,12 @@ def passes(
     shared: bool,
     ranks: int = 1,
 ) -> list[list[list[int]]]:
-    """[rank][pass] -> items: each a prompt with the answers that must be computed together (a pair has two).
+    """Return the items of each forward pass, as [rank][pass].
 
-    A pass has at most `budget` tokens, unless it is one item longer than that. Items of one prompt share a pass where
-    they fit, so the prompt is computed once; not `shared` counts it once per answer. Ranks get about equal tokens.
-    Deterministic; every item is in exactly one pass, and a rank's longest in its first.
+    An item is a prompt with the answers that must be computed together (a pair has two). A pass has at most `budget`
+    tokens, or a single longer item. With `shared`, items of one prompt share a pass where they fit, and the prompt
+    counts once; without it, once per answer. Ranks get about equally many tokens. The result is deterministic, every
+    item is in exactly one pass, and a rank's longest item is in its first.
     """
     if shared:
         keys = [tuple(prompt) for prompt in prompts]
@@ -167,12 +171,12 @@ class Layout:
 
     @property
     def longest(self) -> int:
-        """The longest sequence: prompt and one answer (tokens)."""
+        """Return the tokens of the longest sequence: a prompt and one answer."""
         return int(self.positions.max()) + 1
 
 
 def layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
-    """The packed row of groups (at least one)."""
+    """Return the packed row of at least one group."""
     tokens: list[int] = []
     positions: list[int] = []
     group_of: list[int] = []
@@ -187,7 +191,7 @@ def layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layou
         positions += range(prompt)
         segment_of += [0] * prompt
         for k, answer in enumerate(member.answers):
-            # The prompt's last token predicts the first answer token, and each input the one behind it.
+            # The prompt's last token predicts the first answer token, and each input predicts its successor.
             predictors += [start + prompt - 1, *range(len(tokens), len(tokens) + len(answer) - 1)]
             targets += answer
             owners += [number] * len(answer)

@@ -23,9 +23,12 @@ def load_for(
     precision: Precision,
     change: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> PreTrainedModel:
-    """`load_policy` on one device, or its like spread over the ranks. Raises BadInput.
+    """Load a policy on one device, or sharded over the ranks.
 
-    `change` may add modules to the model (an adapter); their numbers are the caller's to set.
+    change: may add modules to the model, an adapter say; the caller fills them with numbers.
+
+    Raises:
+        BadInput: the folder is not a policy that can be loaded.
     """
     if ranks.mesh is None:
         model = load_policy(folder, precision, ranks.device)
@@ -41,19 +44,21 @@ def load_for(
         owner, _, attribute = name.rpartition(".")
         model.get_submodule(owner)._buffers[attribute] = buffer
     weights = {name: parameter.detach() for name, parameter in base_parameters(model).items()}
-    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))  # into the tensors themselves
+    # DCP reads into the given tensors in place; every rank reads its own shard only.
+    dcp.load(weights, storage_reader=HuggingFaceStorageReader(str(folder)))
     return compiled(without_dropout(model), ranks)
 
 
 def compiled(model: PreTrainedModel, ranks: Ranks) -> PreTrainedModel:
-    """The model with its transformer layers compiled, where `ranks` say so: one graph for all layers and lengths.
+    """Compile the model's transformer layers where `ranks.compile` is set: one graph for all layers and lengths.
 
-    A layer that cannot be compiled runs as it is.
+    A layer that cannot be compiled runs uncompiled.
     """
     if ranks.compile:
-        packs(model)  # found out before, so that what is tried there is not compiled
+        # The probe for packing runs first, so that its shapes are not compiled.
+        packs(model)
         torch._dynamo.config.suppress_errors = True
-        # Training and scoring, formats and, with several ranks, hooks make one variant each.
+        # Training and scoring, number formats and (with several ranks) hooks each need a variant of the graph.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for layer in transformer_layers(model):
             layer.compile(dynamic=True)

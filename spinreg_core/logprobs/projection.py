@@ -1,7 +1,7 @@
 """The vocabulary projection on answer positions: log-probabilities of target tokens without the full logits.
 
 Decides: which models' projection can be repeated outside their own forward pass, the size of its pieces, and that one
-buffer of logits becomes the gradient in place. Leaves out: the hidden states (`sequence.py`).
+buffer of logits becomes the gradient in place. Leaves out: the hidden states (`logprobs.sequence`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 LOGITS_AT_ONCE = 2**27
 
 
-def token_logprobs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Log-probability of each target: hidden [tokens, width], targets [tokens] -> float32 [tokens].
+def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, *, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+    """Return the log-probability (nats) of each target: hidden [tokens, width], targets [tokens] -> float32 [tokens].
 
-    What fits is done in one piece; beyond that each piece's logits are computed again in the backward pass.
+    More than `logits_at_once` logits are taken in pieces, and the backward pass computes each piece's logits again.
     """
 
     def piece(h: Tensor, t: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
             return found
         return -F.cross_entropy(head(h), t, reduction="none")
 
-    size = max(1, LOGITS_AT_ONCE // head.vocabulary)
+    size = max(1, logits_at_once // head.vocabulary)
     if len(targets) <= size:
         return piece(hidden, targets)
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
@@ -44,8 +44,8 @@ def token_logprobs(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
 class TargetLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target]: hidden [tokens, width], weight [vocabulary, width] -> float32 [tokens].
 
-    One float32 buffer of logits becomes log-probabilities and then their gradient in place. Left to autograd there
-    would be three, each as large as all of a small model's activations. The backward pass can be run once.
+    One float32 buffer of logits becomes log-probabilities, and then their gradient, in place. Autograd would keep three
+    such buffers, each as large as all activations of a small model. The backward pass can run only once.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class TargetLogprobs(torch.autograd.Function):
         table = (hidden @ weight.T).float()
         torch.ops.aten._log_softmax.out(table, 1, False, out=table)
         if any(ctx.needs_input_grad):
-            # Saved, not put into ctx: only so does `checkpoint` drop it and have it made again.
+            # `checkpoint` drops and recomputes saved tensors only; an attribute of ctx would stay in memory.
             ctx.save_for_backward(hidden, weight, targets, table)
         return table.gather(1, targets[:, None])[:, 0]
 
@@ -65,7 +65,7 @@ class TargetLogprobs(torch.autograd.Function):
         table.exp_().mul_(-gradient[:, None])
         table.scatter_add_(1, targets[:, None], gradient[:, None])
         table = table.to(hidden.dtype)
-        # With an adapter the projection is frozen.
+        # With an adapter the projection is frozen, and its gradient would be wasted.
         return table @ weight, table.T @ hidden if ctx.needs_input_grad[1] else None, None
 
 
@@ -93,11 +93,10 @@ _found: weakref.WeakKeyDictionary[nn.Module, Head | None] = weakref.WeakKeyDicti
 
 
 def head_of(model: PreTrainedModel) -> Head | None:
-    """The model's vocabulary projection, or None where it is more than we know how to repeat.
+    """Return the model's vocabulary projection, or None where `Head` cannot repeat it.
 
-    Known architectures are not listed by name: once per model, our projection of the backbone's output is
-    compared with the logits of the model's own forward. Where they differ, the model's own forward is used,
-    with all its logits.
+    No architecture is listed by name. Once per model, the projection of the backbone's output is compared with the
+    logits of the model's own forward. Where they differ, callers use that forward with all its logits.
     """
     if model not in _found:
         _found[model] = _agreeing_head(model)

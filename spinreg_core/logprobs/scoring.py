@@ -1,7 +1,7 @@
 """Log-probabilities of many answers under one policy, without gradients.
 
-Decides: what goes through the model together (`packing.passes`) and that the given order comes back.
-Leaves out: the forward pass (`sequence.py`), what is scored and what is reused (`stages/mix_opponent.py`).
+Decides: the rows of each forward pass (`packing.passes`), and that results have the order of the rows.
+Leaves out: the forward pass (`logprobs.sequence`), the choice of rows and the reuse of scores (`stages`).
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ def score(
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """log π(answer | prompt) in nats of each row, in the rows' order.
+    """Return log π(answer | prompt) in nats for each row, in the order of the rows.
 
-    `policy` is a folder or a model already loaded (for these ranks). Every rank is given all rows, computes its share
-    and returns all scores. Rows of one prompt go together, and the longest come first, so that what is too large for
-    the memory shows at once. `progress` is told of every finished row. Values may be -inf or nan where the policy says
-    so; whether that is an error is the caller's to say.
+    Every rank gets all rows, computes its share and returns all scores. Rows of one prompt go together. The longest
+    rows come first, so that running out of memory shows at once. Values may be -inf or nan, which the caller judges.
+
+    Args:
+        policy: a folder, or a model loaded for these ranks.
+        prompts, answers: token ids, one list per row.
+        tokens_per_pass: tokens of one forward pass at most; a longer row has a pass of its own.
+        progress: counts every finished row.
     """
     ranks = ranks or Ranks(
         policy.device if isinstance(policy, PreTrainedModel) else torch.device(resolve_device("auto"))
@@ -54,7 +58,8 @@ def score(
                     model, [prompts[i] for i in own[k]], [answers[i] for i in own[k]], precision=precision
                 )
                 found[own[k]] = sums.double().cpu()
-            elif isinstance(model, FSDPModule):  # the others' weights are needed to the end
+            elif isinstance(model, FSDPModule):
+                # FSDP gathers weights in every pass, so a rank without work joins the other ranks' passes.
                 answer_logprobs(model, [[0]], [[]], precision=precision)
             if progress is not None:
                 progress.update(sum(len(share[k]) for share in shares if k < len(share)))

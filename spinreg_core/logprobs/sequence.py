@@ -1,13 +1,12 @@
 """Sequence log-probabilities of answers under a policy: the one code path behind scoring, training and evaluation.
 
-Decides: how a policy is loaded for that (number format, attention, no dropout), whether it may be packed, and that
-the vocabulary projection runs on answer positions only, in pieces.
-Leaves out: batching over a data set (`scoring.py`), the loss (`selfplay/loss.py`), the packed row (`packing.py`) and
-its attention (`packed_attention.py`).
+Decides: whether a model is packed, and that the vocabulary projection runs on answer positions only, in pieces.
+Leaves out: loading (`logprobs.policy`), batches of a data set (`logprobs.scoring`), the loss (`selfplay.loss`), the
+packed row (`logprobs.packing`) and its attention (`logprobs.packed_attention`).
 
 A model that cannot be packed gets padded batches: prompt and answer of each row, right-padded to the longest row.
-Positions count from 0 in every row and attention is causal, so nothing a real token sees depends on the padding behind
-it and no attention mask is needed; that keeps SDPA on its fast causal path.
+Positions count from 0 in every row and attention is causal, so a real token never sees the padding behind it. Without
+an attention mask SDPA stays on its fast causal path.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ from spinreg_core.logprobs.projection import Head, head_of, token_logprobs
 from spinreg_core.models.loading import Precision
 
 T = TypeVar("T")
-# Rows shorter than this share of a group's longest one start a group of their own (CPU only).
+# A row shorter than this share of a group's longest row starts another group (CPU only).
 _UNLIKE = 0.85
 
 
 def compute_format(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    """The context that a forward pass runs in: bfloat16 autocast for `mixed`, nothing otherwise.
+    """Return the context of a forward pass: bfloat16 autocast for `mixed`, nothing otherwise.
 
-    Opened around several calls of `answer_logprobs` whose weights do not change in between, it keeps the
-    bfloat16 copies of the weights from call to call.
+    Around several calls of `answer_logprobs` with unchanged weights, autocast keeps its bfloat16 copies of the weights
+    from call to call.
     """
     return torch.autocast(device.type, torch.bfloat16) if precision == "mixed" else nullcontext()
 
@@ -48,12 +47,14 @@ def compute_format(precision: Precision, device: torch.device) -> AbstractContex
 def answer_logprobs(
     model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]], *, precision: Precision
 ) -> Tensor:
-    """log π(answer | prompt) in nats, float32 [batch], differentiable.
+    """Return log π(answer | prompt) in nats, float32 [batch], differentiable.
 
-    The sum runs over all given answer tokens (end-of-turn included where it is there) and over no prompt token;
-    an empty answer has log-probability 0. The log-softmax is computed in float32 whatever the precision. All rows go
-    through the model at once; equal prompts, and equal answers to them, are computed once.
-    Raises ValueError for an empty prompt (its answer's first token would have no condition).
+    The sum runs over all given answer tokens (with end-of-turn where there is one) and over no prompt token; an empty
+    answer has log-probability 0. The log-softmax is float32 in every precision. All rows go through the model at once;
+    equal prompts, and equal answers to them, are computed once.
+
+    Raises:
+        ValueError: a prompt is empty, so that no position predicts the first answer token.
     """
     if len(prompts) != len(answers):
         raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers")
@@ -65,9 +66,10 @@ def answer_logprobs(
 
 
 def _as_forward(model: PreTrainedModel, function: Callable[..., T], *arguments: object) -> T:
-    """function(model, ...): for a sharded model as one forward pass, meanwhile its weights are whole."""
+    """Call function(model, ...); for a sharded model as one forward pass, during which its weights are gathered."""
     if isinstance(model, FSDPModule):
-        as_forward: Any = model.as_forward  # of `sharding.shard`
+        # `fsdp.shard` adds the method.
+        as_forward: Any = model.as_forward
         found: T = as_forward(function, *arguments)
         return found
     return function(model, *arguments)
@@ -77,7 +79,7 @@ def _packed_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: 
     groups, numbers = group(prompts, answers)
     if not groups and not isinstance(model, FSDPModule):
         return torch.zeros(len(answers), device=model.device)
-    # The other ranks compute with this one's share of the weights: it takes part though it has nothing to do.
+    # The other ranks need this rank's shard of the weights, so it takes part with a dummy row.
     return _row_logprobs(model, layout(groups or [Group((0,), ((0,),))], model.device), numbers)
 
 
@@ -87,12 +89,13 @@ def _row_logprobs(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Te
     if head is None:
         raise AssertionError("a model is packed only where its projection is known")
     by_token = token_logprobs(head, hidden, row.targets)
-    sums = torch.zeros(sum(len(sizes) - 1 for sizes in row.sizes) + 1, device=model.device)  # the last: empty answers
+    # The last place stays 0 and is that of empty answers, which have the number -1.
+    sums = torch.zeros(sum(len(sizes) - 1 for sizes in row.sizes) + 1, device=model.device)
     return sums.index_add(0, row.owners, by_token)[torch.tensor(numbers, device=model.device)]
 
 
 def _packed_hidden(model: PreTrainedModel, row: Layout) -> Tensor:
-    """Hidden states [T, width] of a packed row."""
+    """Return the hidden states [T, width] of a packed row."""
     output = model.base_model(input_ids=row.tokens, position_ids=row.positions, use_cache=False, packed=row)
     return output.last_hidden_state[0]
 
@@ -101,19 +104,18 @@ _longest_packed: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDi
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether the model computes packed rows as it computes their sequences alone.
+    """Return True if a packed row of the model gives the same results as its sequences alone.
 
-    Architectures are not listed by name: once per model, a small packed row is compared with the plain forward of
-    its sequences. A model that disagrees or that knows nothing of exchangeable attention is run on padded batches,
-    with a warning.
+    No architecture is listed by name. Once per model, a small packed row is compared with the plain forward of its
+    sequences. A model that differs, or that has no exchangeable attention, gets padded batches and a warning.
     """
     return longest_packed(model) > 0
 
 
 def longest_packed(model: PreTrainedModel) -> float:
-    """The longest sequence (prompt and answer, tokens) that the model may have in a packed row; 0: it has none.
+    """Return the longest sequence (prompt and answer, tokens) in a packed row of the model; 0 means that it has none.
 
-    Finite only where the configuration names a window or chunk that the model does not tell its attention of.
+    It is finite only where the configuration names a window or chunk that the model does not pass to its attention.
     """
     if model not in _longest_packed:
         try:
@@ -122,7 +124,7 @@ def longest_packed(model: PreTrainedModel) -> float:
             _longest_packed[model] = 0
             warnings.warn(
                 f"{type(model).__name__}: {reason}; its batches are padded and prompts are computed once per answer, "
-                "which is slower and changes no result",
+                "which is slower but gives the same results",
                 stacklevel=3,
             )
     return _longest_packed[model]
@@ -135,7 +137,7 @@ class _CannotPack(Exception):
 @torch.no_grad()
 def _probe_packing(model: PreTrainedModel) -> float:
     if head_of(model) is None:
-        raise _CannotPack("its vocabulary projection is not one that this version can repeat")
+        raise _CannotPack("this version cannot repeat its vocabulary projection")
     before = model.config._attn_implementation
     vocabulary = model.get_output_embeddings().weight.shape[0]
     prompts = [[(7 * i + 1) % vocabulary for i in range(n)] for n in (3, 3, 3, 5)]
@@ -161,11 +163,11 @@ def _probe_packing(model: PreTrainedModel) -> float:
 
 
 def padded_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-    """`answer_logprobs` by right-padded batches, for every model. Float format: that of the caller's context."""
+    """Compute `answer_logprobs` by right-padded batches, for every model, in the number format of the context."""
     sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     sums: list[Tensor] = [torch.empty(0)] * len(answers)
     head = head_of(model)
-    # Ranks that share weights must run equally many forward passes.
+    # Ranks that share weights must run the same number of forward passes.
     sharded = isinstance(model, FSDPModule)
     for rows in _groups(sizes, split=model.device.type == "cpu" and not sharded):
         found = _group_logprobs(model, head, [prompts[i] for i in rows], [answers[i] for i in rows])
@@ -175,8 +177,11 @@ def padded_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: l
 
 
 def _groups(sizes: list[int], *, split: bool) -> list[list[int]]:
-    """Rows that go through the model together. On a CPU rows of unlike length go apart, because computing
-    padding costs more there than a larger batch gains; on a GPU it is the other way round."""
+    """Return groups of rows that go through the model together.
+
+    On a CPU rows of different lengths go apart, because padding costs more there than a larger batch gains. On a GPU
+    the larger batch gains more.
+    """
     if not split:
         return [list(range(len(sizes)))] if sizes else []
     groups: list[list[int]] = []
@@ -191,7 +196,7 @@ def _groups(sizes: list[int], *, split: bool) -> list[list[int]]:
 def _group_logprobs(
     model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]
 ) -> Tensor:
-    """One forward pass: float32 [batch] sums of answer-token log-probabilities."""
+    """Return float32 [batch] sums of answer-token log-probabilities, from one forward pass."""
     device = model.device
     sums = torch.zeros(len(answers), device=device, dtype=torch.float32)
     owners = [i for i, answer in enumerate(answers) for _ in answer]
@@ -204,16 +209,18 @@ def _group_logprobs(
 def answer_token_logprobs(
     model: PreTrainedModel, prompt: list[int], answer: list[int], *, precision: Precision
 ) -> Tensor:
-    """log π(token | prompt, tokens before it) in nats of each token of one answer, float32 [tokens]; their sum is what
-    `answer_logprobs` gives. For looking at single answers: one forward pass each, the same on every rank."""
+    """Return log π(token | prompt, tokens before it) in nats for each token of one answer, float32 [tokens].
+
+    Their sum is `answer_logprobs`. Meant for inspecting single answers: each takes a forward pass on every rank.
+    """
     with compute_format(precision, model.device):
         return _as_forward(model, lambda m: _by_token(m, head_of(m), [prompt], [answer]))
 
 
 def _by_token(model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-    """Log-probabilities of all answer tokens in one right-padded forward pass, float32 [tokens of all answers]."""
+    """Return the log-probabilities of all answers' tokens, float32 [tokens], from one right-padded forward pass."""
     device = model.device
-    # The last answer token is predicted but never conditioned on, so it is no input.
+    # The last answer token is predicted and never conditioned on, so it is no input.
     rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
     length = max(map(len, rows))
     tokens = torch.tensor([row + [0] * (length - len(row)) for row in rows], device=device)

@@ -141,9 +141,3 @@ def init_ranks(resources: ResourcesConfig) -> Ranks:
     groups: list[Any] = [dist.new_group(backend="gloo", timeout=_FILES * timeout) for _ in range(2)]
     here = torch.device(f"cuda:{local}" if device == "cuda" else "cpu")
     return Ranks(here, dist.get_rank(), size, mesh, *groups, compile=compiled)  # type: ignore[misc]
-
-
-def destroy_ranks() -> None:
-    """Destroy the process groups of `init_ranks`."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -58,7 +58,8 @@ def finishing_steps() -> Iterator[Callable[[], float | None]]:
         yield lambda: _sigterm.at
     finally:
         _sigterm.deferred = False
-    if _sigterm.at is not None:
+        at, _sigterm.at = _sigterm.at, None
+    if at is not None:
         raise Preempted
 
 

@@ -1,8 +1,7 @@
 """The regularised self-play loss on sequence log-probabilities.
 
-Decides: the implicit reward, the margin of a pair, and the three links that turn a margin into a loss.
-Leaves out: where log-probabilities come from (`logprobs/sequence.py`, `logprobs/scoring.py`), which answer the
-opponent gives (`opponent.py`), and averaging over a batch (`training/trainer.py`).
+Decides: the implicit reward, the margin of a pair, and the three links from a margin to a loss.
+Leaves out: log-probabilities (`logprobs`), the opponent's answers (`selfplay.opponent`), batch means (`training`).
 
 Convention: alpha is the weight of the PREVIOUS iterate in the reference, so alpha = 1 is SPIN (arXiv 2401.01335) and
 alpha = 0 is DPO against the base model (arXiv 2305.18290). Texts about alpha-SPIN (arXiv 2404.04291) differ on this.
@@ -18,40 +17,39 @@ from torch.nn.functional import logsigmoid
 
 from spinreg_core.errors import BadInput
 
-# What docs/concepts.md says of stability: at fixed total beta a smaller alpha alone makes history 1 less stable.
 LINKS = ("logistic", "hinge", "squared")
 
 
 def implicit_reward(policy: Tensor, previous: Tensor | None, base: Tensor | None, *, alpha: float) -> Tensor:
-    """r(x, y) = log pi_theta(y|x) - alpha log pi_t(y|x) - (1 - alpha) log pi_0(y|x), up to a function of x.
+    """Return r(x, y) = log pi_theta(y|x) - alpha log pi_t(y|x) - (1 - alpha) log pi_0(y|x), up to a function of x.
 
-    The reference is the geometric mixture of arXiv 2404.04291; its normaliser log Z_t(x) does not depend on y, so it
-    cancels wherever two answers of one prompt are compared and is left out here.
+    The reference is the geometric mixture of arXiv 2404.04291. Its normaliser log Z_t(x) does not depend on y and
+    cancels in every comparison of two answers to one prompt, so it is left out.
 
     Args:
         policy: log pi_theta(y|x) in nats, summed over the answer's tokens (end-of-turn included), [batch].
-        previous: log pi_t(y|x), [batch], a constant; not read at alpha = 0, where it may be None.
-        base: log pi_0(y|x), [batch], a constant; not read at alpha = 1, where it may be None.
+        previous: log pi_t(y|x) in nats, [batch], a constant; may be None at alpha = 0.
+        base: log pi_0(y|x) in nats, [batch], a constant; may be None at alpha = 1.
         alpha: weight of the previous iterate, in [0, 1].
 
     Returns:
         r in nats, [batch], differentiable in `policy` only.
 
     Raises:
-        BadInput: alpha outside [0, 1], a needed reference missing, shapes that differ, or integer log-probabilities.
+        BadInput: alpha is outside [0, 1], a needed reference is missing, shapes differ, or `policy` holds integers.
     """
     if not 0.0 <= alpha <= 1.0:
         raise BadInput("alpha", alpha, "a number in [0, 1] (1 is SPIN, 0 is DPO against the base)")
     if not policy.is_floating_point():
         raise BadInput("policy log-probabilities", policy.dtype, "a floating-point tensor")
-    # Written as a mixture of two log-ratios, so that r is exactly 0 where the three policies are equal, and so that a
-    # reference of weight 0 is never touched: 0 * nan and 0 * inf would be nan.
+    # A mixture of two log-ratios is exactly 0 where the three policies are equal. A reference of weight 0 is skipped,
+    # because 0 * nan and 0 * inf are nan.
     reward: Tensor | None = None
     for name, weight, reference in (("previous", alpha, previous), ("base", 1.0 - alpha, base)):
         if weight == 0.0:
             continue
         if reference is None:
-            raise BadInput(f"{name} log-probabilities", "None", f"a tensor, because alpha = {alpha} reads them")
+            raise BadInput(f"{name} log-probabilities", "None", f"a tensor, which alpha = {alpha} needs")
         if reference.shape != policy.shape:
             raise BadInput(
                 f"{name} log-probabilities",
@@ -74,7 +72,7 @@ def margin(
     *,
     alpha: float,
 ) -> Tensor:
-    """m = r(x, y) - r(x, y') of each pair, [batch], in nats; arguments and errors as in `self_play_loss`."""
+    """Return m = r(x, y) - r(x, y') of each pair in nats, [batch]; arguments and errors as in `self_play_loss`."""
     if policy_real.shape != policy_generated.shape:
         raise BadInput(
             "policy_generated",
@@ -98,7 +96,7 @@ def self_play_loss(
     beta: float,
     link: str = "logistic",
 ) -> Tensor:
-    """Per-pair loss of regularised self-play, arXiv 2404.04291 (SPIN's loss with the geometric-mixture reference).
+    """Return the loss of each pair: SPIN's loss with the geometric-mixture reference of arXiv 2404.04291.
 
     With m = r(x, y) - r(x, y') (see `implicit_reward`), y the real and y' the generated answer:
 
@@ -108,20 +106,20 @@ def self_play_loss(
 
     Args:
         policy_real, policy_generated: log pi_theta of the two answers in nats, sums over answer tokens, [batch].
-        previous_real, previous_generated: log pi_t, [batch], constants; not read at alpha = 0 (may be None).
-        base_real, base_generated: log pi_0, [batch], constants; not read at alpha = 1 (may be None).
+        previous_real, previous_generated: log pi_t in nats, [batch], constants; may be None at alpha = 0.
+        base_real, base_generated: log pi_0 in nats, [batch], constants; may be None at alpha = 1.
         alpha: weight of the previous iterate in the reference, in [0, 1].
-        beta: total scale, 1/nat, positive. A KL term of weight beta_0 to the base added to SPIN's own beta_prev is
-            beta = beta_prev + beta_0 with alpha = beta_prev / beta.
+        beta: total scale, 1/nat, positive. SPIN with scale beta_prev and an added KL term to the base of weight beta_0
+            is beta = beta_prev + beta_0 with alpha = beta_prev / beta.
         link: one of LINKS.
 
     Returns:
-        Losses [batch], in the widest dtype among the arguments read; gradients flow to the policy's arguments only.
+        Losses [batch], in the widest dtype among the tensors in use. Gradients flow to the policy's arguments only.
         The logistic link is accurate for |beta m| up to 1e4 and beyond.
 
     Raises:
-        BadInput: a number out of range, an unknown link, a needed reference missing, or shapes that differ (nothing is
-            broadcast).
+        BadInput: a number is out of range, the link is unknown, a needed reference is missing, or shapes differ
+            (nothing is broadcast).
     """
     if not (math.isfinite(beta) and beta > 0):
         raise BadInput("beta", beta, "a positive finite number (1/nat)")

@@ -4,8 +4,8 @@ Decides: where an interrupted round resumes, what is printed, what is published.
 Leaves out: the loop, step checkpoints and file formats (`training`).
 
 A job's `inputs`: {"pairs", "previous" (holds policy/), with LoRA also "base"}: object ids. Leaves `policy/` (an
-ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one `trainer.StepMetrics` per line) and
-`summary.json` (`trainer.RoundSummary`).
+ordinary Hugging Face folder), with LoRA `adapter/`, `metrics.jsonl` (one `records.StepMetrics` per line) and
+`summary.json` (`records.RoundSummary`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,14 +43,20 @@ from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.training.checkpoint_files import publish_adapted, publish_policy
+from spinreg_core.training.records import RoundSummary, StepMetrics
 from spinreg_core.training.step_checkpoints import StepCheckpoints
-from spinreg_core.training.trainer import RoundSummary, RoundTrainer, StepMetrics
+from spinreg_core.training.trainer import RoundTrainer
 
 _SMALL_LORA_RATE = 5e-5
 _DTYPES = {"master": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(
+    job: Job,
+    *,
+    trainer: Callable[..., RoundTrainer] = RoundTrainer,
+    checkpointer: Callable[..., StepCheckpoints] = StepCheckpoints,
+) -> dict[str, Any]:
     """Train the rest of the round and publish the policy. Returns the manifest, which is empty on ranks other than 0.
 
     Raises:
@@ -70,7 +77,7 @@ def run(job: Job) -> dict[str, Any]:
         print("precision bf16 rounds away updates smaller than about 1/256 of a weight; mixed keeps them")
     if ranks.mesh is not None:
         print(f"{ranks.size} ranks, mesh {dict(zip(ranks.mesh.mesh_dim_names or (), ranks.mesh.shape, strict=True))}")
-    round_ = RoundTrainer(
+    round_ = trainer(
         model,
         pairs,
         objective=objective.model_copy(update={"alpha": effective_alpha(objective.alpha, job.round)}),
@@ -82,7 +89,7 @@ def run(job: Job) -> dict[str, Any]:
         kl_from=("previous", "base") if _alike(training, "opponent", "reference") else ("base",),
         starts_at_previous=job.round == 1 or _alike(training, "start", "reference"),
     )
-    checkpoints = StepCheckpoints(store, job, round_, ranks)
+    checkpoints = checkpointer(store, job, round_, ranks)
     if checkpoints.resume():
         print(f"resuming from the checkpoint of step {round_.state.done} of {round_.steps}", flush=True)
     else:

@@ -27,7 +27,8 @@ from spinreg_core.store.base import Store
 from spinreg_core.runs.manifest import File
 from spinreg_core.store.transfers import main_thread_waits_for
 from spinreg_core.training.checkpoint_files import load_checkpoint, own_files, start_checkpoint
-from spinreg_core.training.trainer import RoundState, RoundTrainer
+from spinreg_core.training.records import RoundState
+from spinreg_core.training.trainer import RoundTrainer
 
 # The assumed speed of a checkpoint until one of this run was timed.
 _ASSUMED_BYTES_PER_SECOND = 300e6

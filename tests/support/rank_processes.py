@@ -1,4 +1,4 @@
-"""What the tests of several ranks run on each of them: `torchrun tests/ranked.py FUNCTION FOLDER JSON`.
+"""Functions that tests run on each of several ranks: `torchrun tests/support/rank_processes.py FUNCTION FOLDER JSON`.
 
 `ranked(...)` starts it from a test. A function gets its Ranks and the folder, and leaves files there.
 """
@@ -123,11 +123,14 @@ def several(ranks: Any, folder: Path, work: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
+    import torch.distributed
+
     from spinreg_core.config import ResourcesConfig
-    from spinreg_core.runtime.distributed import destroy_ranks, init_ranks
+    from spinreg_core.runtime.distributed import init_ranks
 
     given = json.loads(sys.argv[3])
     resources = ResourcesConfig(device="cpu", shard_over=given.pop("shard_over", "auto"), collective_timeout_seconds=60,
                                 compile=given.pop("compile", "auto"))  # fmt: skip
     globals()[sys.argv[1]](init_ranks(resources), Path(sys.argv[2]), **given)
-    destroy_ranks()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

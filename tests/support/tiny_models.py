@@ -39,6 +39,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.selfplay.pairs import Pair
 
 VOCABULARY = 61
@@ -56,6 +57,10 @@ _SHAPE: dict[str, Any] = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
+# The ranks of a single process.
+ALONE = Ranks(torch.device("cpu"))
+
+
 _KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False}),
     "llama-dropout": (LlamaConfig, LlamaForCausalLM, {"tie_word_embeddings": False, "attention_dropout": 0.1}),

@@ -93,7 +93,7 @@ def run(command: list[str], tmp_path: Path, **options: object) -> list[str]:
     return lines
 
 
-def test_a_stage_gets_its_job_and_its_output_result_and_progress_come_back(toy_stage: Callable[[str], Job]) -> None:
+def test_run_stage_returns_result_output_and_progress(toy_stage: Callable[[str], Job]) -> None:
     job = toy_stage("""
         import json
         from spinreg_core.runtime.progress import Progress
@@ -183,7 +183,7 @@ def test_another_status_is_a_failure_with_the_traceback(script: Callable[[str], 
         run(script("1 / 0"), tmp_path)
 
 
-def test_a_full_disk_under_the_log_ends_no_stage_and_is_told(script: Callable[[str], list[str]]) -> None:
+def test_full_disk_under_the_log_is_reported_and_ends_no_stage(script: Callable[[str], list[str]]) -> None:
     lines: list[str] = []
     body = "print('x' * 200_000, flush=True); print('the end', flush=True)"
     run_process(start_process(script(body)), Path("/dev/full"), name="toy", on_line=lines.append)
@@ -196,9 +196,7 @@ def test_a_full_disk_under_the_log_ends_no_stage_and_is_told(script: Callable[[s
         )
 
 
-def test_what_libraries_print_of_addresses_is_without_credentials(
-    script: Callable[[str], list[str]], tmp_path: Path
-) -> None:
+def test_credentials_in_output_are_removed(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     lines: list[str] = []
     body = "print('proxy http://me:S3cret@host:1 is slow', flush=True)"
     run_process(start_process(script(body)), tmp_path / "log", name="toy", on_line=lines.append)
@@ -229,7 +227,7 @@ def test_sigterm_leaves_the_process_time_to_commit(script: Callable[[str], list[
     assert (tmp_path / "log.txt").read_text().split() == ["ready", "committed"]
 
 
-def test_what_check_raises_ends_the_process(script: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_error_of_check_ends_the_process(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     def check() -> None:
         if len(list(tmp_path.glob("*.pid"))) == 2:
             raise RuntimeError("the lease is gone")
@@ -246,9 +244,7 @@ def test_a_lingering_grandchild_ends_with_a_good_stage(script: Callable[[str], l
     assert [alive(pid) for pid in pids_in(tmp_path, 2)] == [False, False]
 
 
-def test_a_stuck_display_holds_up_nothing_and_loses_nothing_of_the_log(
-    script: Callable[[str], list[str]], tmp_path: Path
-) -> None:
+def test_stuck_display_delays_nothing_and_keeps_the_log(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     count = 200_000
     seen: list[str] = []
 
@@ -314,7 +310,7 @@ def test_progress_lines_are_thinned_but_the_last_is_kept(script: Callable[[str],
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1000
 
 
-def test_from_a_thread_that_is_not_the_main_one(script: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_run_process_works_in_another_thread(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     lines: list[str] = []
     thread = threading.Thread(target=lambda: lines.extend(run(script("print('hello')"), tmp_path)))
     thread.start()
@@ -387,7 +383,7 @@ def test_killing_the_caller_while_the_stage_still_imports(toy_stage: Callable[[s
     assert wait_until(lambda: not any(alive(pid) for pid in pids), 15), [pid for pid in pids if alive(pid)]
 
 
-def test_the_group_is_not_ours(script: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_process_leads_a_group_of_its_own(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     """Ctrl-C in the terminal reaches the task alone, which then gives the stage its time."""
     lines = run(script("import os; print(os.getpgrp() == os.getpid(), os.getsid(0))"), tmp_path)
     assert lines[0].startswith("True ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,15 +10,14 @@ import torch
 import torch._dynamo
 from transformers import PreTrainedModel
 
-from spinreg_core.generation import compiled_step as step
 from spinreg_core.generation import kv_slots as slots
+from spinreg_core.generation.compiled_step import AFTER_STEPS, Step
+from spinreg_core.generation.decode import last_logits
 from spinreg_core.generation.hf import HfEngine
 from spinreg_core.generation.kv_slots import Slots
-from tests.spinreg_core.generation.test_decode import FAMILIES, shared_layers, small
-from tests.spinreg_core.generation.test_hf import PAD, sampling
+from tests.support.decoding import FAMILIES, PAD, sampling, shared_layers, small
 from tests.support.tiny_models import tiny_model
 
-compile_ = torch.compile
 # Short ones, and one that is longer than a window of columns and makes all others move.
 PROMPTS = [[(3 * i + 5 * k) % 61 for k in range(1 + (i * 7) % 6)] for i in range(60)]
 PROMPTS.insert(30, [1 + k % 9 for k in range(60)])
@@ -25,11 +25,15 @@ PROMPTS.insert(30, [1 + k % 9 for k in range(60)])
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile after a few steps, and begin with no graph of another test."""
-    monkeypatch.setattr(step, "_AFTER_STEPS", 5)
+    """See few columns at once, and begin with no graph of another test."""
     monkeypatch.setattr(slots, "_WINDOW", 16)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+def compiled_soon(backend: Any = "eager") -> Step:
+    """A step that is compiled after a few: with "eager" it is traced, and run as it was traced."""
+    return Step(last_logits, compile=True, after=5, compiler=partial(torch.compile, backend=backend))
 
 
 @torch.no_grad()
@@ -40,9 +44,9 @@ def mixed(models: list[PreTrainedModel], weights: list[float], prompt: list[int]
     return sum(tables).log_softmax(-1)[range(len(answer)), answer].tolist()  # type: ignore[union-attr]
 
 
-def check(models: list[PreTrainedModel], tokens: int = 340) -> None:
+def check(models: list[PreTrainedModel], tokens: int = 340, backend: str = "eager") -> None:
     weights = [1.0] if len(models) == 1 else [0.3, 0.7]
-    engine = HfEngine(models, weights=weights, tokens=tokens, pad_id=PAD, compile=True)
+    engine = HfEngine(models, weights=weights, tokens=tokens, pad_id=PAD, step=compiled_soon(backend))
     answers = engine.generate(PROMPTS, sampling(new=12, stop=1), range(len(PROMPTS)))
     answers += engine.generate(PROMPTS[:1], sampling(new=12, stop=1), [99])  # in one slot
     assert len({len(a.token_ids) for a in answers}) > 1
@@ -58,9 +62,8 @@ def check(models: list[PreTrainedModel], tokens: int = 340) -> None:
     "family",
     ["gemma3", *(pytest.param(f, marks=pytest.mark.long) for f in [*FAMILIES, "gemma3n"] if f != "gemma3")],
 )
-def test_every_family_is_one_graph_whatever_the_lengths(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced, and run as traced: what may change without another graph is the same with a real compiler."""
-    monkeypatch.setattr(torch, "compile", lambda function, **rest: compile_(function, backend="eager", **rest))
+def test_step_of_every_family_and_length_is_one_graph(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traced graph that is not compiled has the same limits as with a real compiler."""
     moved: list[int] = []
     move = Slots._move
     monkeypatch.setattr(Slots, "_move", lambda self, by: (moved.append(by), move(self, by)))
@@ -70,36 +73,35 @@ def test_every_family_is_one_graph_whatever_the_lengths(family: str, monkeypatch
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_compiled_code_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real compiler; the model has layers with a sliding window and layers without."""
-    check([tiny_model("gemma3", 5).eval()])
+def test_step_with_the_real_compiler_agrees() -> None:
+    """The model has layers with a sliding window and layers without."""
+    check([tiny_model("gemma3", 5).eval()], backend="inductor")
 
 
 @pytest.mark.long
-def test_a_mixture_is_compiled_model_by_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **rest: compile_(function, backend="eager", **rest))
+def test_step_of_a_mixture_is_one_graph_per_model() -> None:
     check([tiny_model("llama", 5).eval(), tiny_model("qwen3", 6).eval()])
     check([tiny_model("llama", 5).eval(), tiny_model("llama", 6).eval()])
 
 
-def test_short_work_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "_AFTER_STEPS", 1000)
-    HfEngine([small(3)], tokens=240, pad_id=PAD, compile=True).generate([[1, 2]], sampling(), [0])
+def test_step_of_short_work_is_not_compiled() -> None:
+    assert AFTER_STEPS > 1000
+    step = Step(last_logits, compile=True)
+    HfEngine([small(3)], tokens=240, pad_id=PAD, step=step).generate([[1, 2]], sampling(), [0])
+    assert not step.compiled
     assert not torch._dynamo.utils.counters["stats"]
 
 
-def test_what_cannot_be_compiled_is_said_and_decoded_as_it_is(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_step_that_fails_to_compile_runs_eagerly(capsys: pytest.CaptureFixture[str]) -> None:
     def fails(_graph: Any, _inputs: Any) -> Any:
         raise ValueError("no compiler on this machine")
 
     model = tiny_model("llama", 5).eval()
     prompts = PROMPTS[:20]
     expected = HfEngine([model], tokens=240, pad_id=PAD).generate(prompts, sampling(new=12), range(20))
-    monkeypatch.setattr(torch, "compile", lambda function, **rest: compile_(function, backend=fails, **rest))
-    found = HfEngine([model], tokens=240, pad_id=PAD, compile=True).generate(prompts, sampling(new=12), range(20))
+    engine = HfEngine([model], tokens=240, pad_id=PAD, step=compiled_soon(fails))
+    found = engine.generate(prompts, sampling(new=12), range(20))
     assert [a.token_ids for a in found] == [a.token_ids for a in expected]
     output = capsys.readouterr().out
-    assert output.count("the decoding step of LlamaForCausalLM is not compiled") == 1
+    assert output.count("the decoding step of LlamaForCausalLM cannot be compiled") == 1
     assert "no compiler on this machine" in output

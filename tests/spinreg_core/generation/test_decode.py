@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3nForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from spinreg_core.errors import BadInput
-from spinreg_core.generation.decode import _Batch
 from spinreg_core.generation.engine import Answer
 from spinreg_core.generation.hf import HfEngine
 from spinreg_core.generation.kv_slots import Slots, has_slots
 from spinreg_core.generation.sampler import distribution, draw, uniforms
-from tests.spinreg_core.generation.test_hf import (
+from tests.support.decoding import (
+    FAMILIES,
     PAD,
     PROMPTS,
     VOCABULARY,
@@ -26,22 +26,11 @@ from tests.spinreg_core.generation.test_hf import (
     p_value,
     plain,
     sampling,
+    shared_layers,
+    small,
 )
+from tests.support.recorded_calls import recorded_calls
 from tests.support.tiny_models import tiny_model
-
-FAMILIES = [
-    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi", "phi3", "cohere", "granite", "olmo2",
-    "gpt2",
-]  # fmt: skip
-
-
-def small(seed: int, vocabulary: int = VOCABULARY) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.4, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
 
 
 def mixture(policies: Sequence[LlamaForCausalLM], weights: Sequence[float], ids: list[int]) -> torch.Tensor:
@@ -59,72 +48,42 @@ def uncached(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> li
     return logits.log_softmax(-1)[range(len(answer)), answer].tolist()
 
 
-def shared_layers() -> PreTrainedModel:
-    """The upper two of four layers use the keys and values of the lower two."""
-    torch.manual_seed(0)
-    config = Gemma3nTextConfig(
-        vocab_size=61, vocab_size_per_layer_input=61, hidden_size=32, hidden_size_per_layer_input=8,
-        intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        num_kv_shared_layers=2, layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=5,
-        laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 4, max_position_embeddings=256,
-        pad_token_id=0, bos_token_id=2, eos_token_id=1,
-    )  # fmt: skip
-    return Gemma3nForCausalLM(config).eval()
-
-
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3n"])
-def test_cached_is_uncached_while_slots_are_refilled(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_is_uncached_while_slots_are_refilled(family: str) -> None:
     """Answers begin beside others, all is moved back to the left, and to the right, slots are added and dropped."""
     model = shared_layers() if family == "gemma3n" else tiny_model(family, 5).eval()
-    events: Counter[str] = Counter()
-    move, resize, keep, begin = Slots._move, Slots.resize, Slots.keep, _Batch.begin
-
-    def noted(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(self: Any, *arguments: Any) -> Any:
-            if name == "begin":
-                events["beside others"] += bool(self.open)
-            elif name == "move":
-                events["right" if arguments[0] > 0 else "left"] += 1
-            else:
-                events[name] += 1
-            return original(self, *arguments)
-
-        return call
-
-    monkeypatch.setattr(Slots, "_move", noted("move", move))
-    monkeypatch.setattr(Slots, "resize", noted("resize", resize))
-    monkeypatch.setattr(Slots, "keep", noted("keep", keep))
-    monkeypatch.setattr(_Batch, "begin", noted("begin", begin))
     # A few short ones, one much longer than all that began before it, then shorter and shorter ones.
     sizes = [2, 3, 2, 1, 30, 9, 12, 7, *(1 + (i * 7) % 6 for i in range(112))]
     prompts = [[(3 * i + 5 * k) % 61 for k in range(size)] for i, size in enumerate(sizes)]
     assert has_slots(model)
     engine = HfEngine([model], tokens=240, pad_id=PAD)
-    answers = engine.generate(prompts, sampling(new=12, stop=1), range(len(prompts)))
+    with recorded_calls(Slots._move, Slots.keep, Slots.fill) as calls:
+        answers = engine.generate(prompts, sampling(new=12, stop=1), range(len(prompts)))
     assert len({len(a.token_ids) for a in answers}) > 3
-    assert {"beside others", "left", "keep"} <= events.keys(), events
+    # Slots were filled while others were in use, dropped, and moved back to the left.
+    filled = [given["slots"] for name, given in calls if name == "fill"]
+    assert any(slots != list(range(len(slots))) for slots in filled)
+    assert any(name == "keep" for name, _ in calls)
+    assert any(name == "_move" and given["by"] < 0 for name, given in calls)
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.logprobs == pytest.approx(uncached(model, prompt, answer.token_ids), abs=2e-4)
 
 
 @pytest.mark.parametrize("place", [0, 20])
-def test_one_prompt_much_longer_than_the_others(place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_with_one_long_prompt_equals_uncached(place: int) -> None:
     """Its columns are free again when slots are added after it; where it comes later, the others make room for it."""
-    moved: list[int] = []
-    move = Slots._move
-    monkeypatch.setattr(Slots, "_move", lambda self, by: (moved.append(by), move(self, by)))
     model = LlamaForCausalLM(LlamaConfig(**small(3).config.to_dict() | {"max_position_embeddings": 400})).eval()
     prompts = [[1 + k % 9] * 6 for k in range(200)]
     prompts.insert(place, [1 + i % 9 for i in range(300)])
-    answers = HfEngine([model], tokens=1000 if place == 0 else 4000, pad_id=PAD).generate(
-        prompts, sampling(new=12, stop=1), range(201)
-    )
-    assert place == 0 or max(moved) > 0
+    engine = HfEngine([model], tokens=1000 if place == 0 else 4000, pad_id=PAD)
+    with recorded_calls(Slots._move) as calls:
+        answers = engine.generate(prompts, sampling(new=12, stop=1), range(201))
+    assert place == 0 or max(given["by"] for _, given in calls) > 0
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.logprobs == pytest.approx(uncached(model, prompt, answer.token_ids), abs=2e-4)
 
 
-def test_a_model_with_states_is_decoded_by_transformers_loop_with_the_same_promises() -> None:
+def test_decode_model_with_states_uses_transformers_loop() -> None:
     model = tiny_model("mamba", 5).eval()
     assert not has_slots(model)
     own = sampling(new=8, stop=1)
@@ -149,7 +108,7 @@ def answers_of(
 
 
 @pytest.mark.parametrize("weights", [[0.3, 0.7], [0.5, 0.2, 0.3], [1.4, -0.4]])
-def test_a_mixture_is_what_enumeration_says(weights: list[float]) -> None:
+def test_mixture_answers_have_the_enumerated_probabilities(weights: list[float]) -> None:
     policies = [small(seed) for seed in range(1, 1 + len(weights))]
     answers = answers_of(policies, weights, 4000)
     first = mixture(policies, weights, [5, 1])
@@ -191,23 +150,21 @@ def test_top_p_and_top_k_cut_the_mixture_not_its_parts(top_p: float, top_k: int)
     assert not torch.allclose(parts / parts.sum(), kept(q, top_k, top_p), atol=1e-3)
 
 
-def test_every_policy_takes_one_batched_step_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_policy_takes_one_batched_step_per_token() -> None:
     policies = [small(1), small(2)]
     shapes: dict[int, list[tuple[int, ...]]] = {0: [], 1: []}
     for which, policy in enumerate(policies):
-        original = policy.forward
 
-        def noted(input_ids: torch.Tensor, which: int = which, original: object = original, **given: object) -> object:
-            shapes[which].append(tuple(input_ids.shape))
-            return original(input_ids=input_ids, **given)  # type: ignore[operator]
+        def noted(_model: Any, _arguments: Any, given: dict[str, Any], which: int = which) -> None:
+            shapes[which].append(tuple(given["input_ids"].shape))
 
-        monkeypatch.setattr(policy, "forward", noted)
+        policy.register_forward_pre_hook(noted, with_kwargs=True)
     HfEngine(policies, weights=[0.5, 0.5], tokens=1000, pad_id=PAD).generate(PROMPTS, sampling(new=6), range(7))
     assert shapes[0] == shapes[1] == [(7, 8)] + [(7, 1)] * 5
 
 
 def test_other_vocabularies_do_not_mix() -> None:
-    with pytest.raises(BadInput, match=r"policies of a mixture: found vocabularies of \[11, 12\] tokens"):
+    with pytest.raises(BadInput, match=r"policies of a mixture have vocabularies of \[11, 12\] tokens"):
         HfEngine([small(1), small(2, 12)], weights=[0.5, 0.5], tokens=100, pad_id=PAD)
 
 
@@ -217,7 +174,7 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
     assert draw(probabilities, numbers).tolist() == [1, 1, 3, 3, 3]
 
 
-def test_the_numbers_of_a_seed_are_its_own_and_their_beginning_does_not_depend_on_their_count() -> None:
+def test_uniforms_depend_on_the_seed_and_not_on_the_count() -> None:
     assert torch.equal(uniforms(7, 100)[:10], uniforms(7, 10))
     assert not torch.equal(uniforms(8, 10), uniforms(7, 10))
     many = torch.cat([uniforms(seed, 10) for seed in range(2000)])
@@ -228,6 +185,6 @@ def test_the_numbers_of_a_seed_are_its_own_and_their_beginning_does_not_depend_o
     )  # of neighbouring seeds
 
 
-def test_logits_that_are_no_numbers_are_refused() -> None:
-    with pytest.raises(BadInput, match="policy: found logits that are no finite numbers"):
+def test_distribution_of_nan_logits_is_refused() -> None:
+    with pytest.raises(BadInput, match="policy has logits that are not finite"):
         distribution(torch.tensor([[0.0, float("nan")]]), sampling())

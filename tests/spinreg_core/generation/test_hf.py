@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,23 +15,22 @@ from transformers import LlamaForCausalLM
 
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.errors import BadInput
-from spinreg_core.generation.engine import Answer, Sampling
+from spinreg_core.generation.engine import Answer
 from spinreg_core.generation.hf import HfEngine
 from spinreg_core.generation.open import open_engine
-
-PAD = 0
-VOCABULARY, CONTEXT = 11, 64  # of tiny_model
-NEAR_GREEDY = 1e-4
-PROMPTS = [[3], [5, 1, 4, 1, 9], [2, 7], [8, 8, 8, 8, 8, 8, 8, 8], [10, 6, 2], [4, 4], [1]]
-SEEDS = range(7)
-
-
-def plain(answers: list[Answer]) -> list[tuple[list[int], str]]:
-    return [(a.token_ids, a.finish) for a in answers]
-
-
-def sampling(temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, new: int = 6, stop: int = 99) -> Sampling:
-    return Sampling(temperature, top_p, top_k, new, (stop,))  # 99 is never sampled
+from tests.support.decoding import (
+    CONTEXT,
+    NEAR_GREEDY,
+    PAD,
+    PROMPTS,
+    SEEDS,
+    VOCABULARY,
+    kept,
+    next_probabilities,
+    p_value,
+    plain,
+    sampling,
+)
 
 
 @pytest.fixture
@@ -37,51 +38,11 @@ def engine(tiny_model: LlamaForCausalLM) -> HfEngine:
     return HfEngine([tiny_model], tokens=42, pad_id=PAD)
 
 
-@torch.no_grad()
-def next_probabilities(model: LlamaForCausalLM, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """float64 [vocabulary]: one plain forward, no cache, no padding."""
-    return (model(torch.tensor([ids])).logits[0, -1].double() / temperature).softmax(-1)
-
-
 def greedy(model: LlamaForCausalLM, prompt: list[int], new: int) -> list[int]:
     ids = list(prompt)
     for _ in range(new):
         ids.append(int(next_probabilities(model, ids).argmax()))
     return ids[len(prompt) :]
-
-
-def kept(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
-    """The distribution after top-k, then top-p, by its definition."""
-    order = sorted(range(len(p)), key=lambda i: -p[i])
-    order = order[: top_k or len(p)]
-    mass = sum(p[i] for i in order)
-    chosen, reached = [], 0.0
-    for i in order:
-        chosen.append(i)
-        reached += float(p[i] / mass)
-        if reached >= top_p:
-            break
-    q = torch.zeros_like(p)
-    q[chosen] = p[chosen]
-    return q / q.sum()
-
-
-def p_value(counts: Counter[int], q: torch.Tensor) -> float:
-    """Chi-square of counts against q; outcomes that q excludes must not occur."""
-    assert all(q[i] > 0 for i in counts)
-    n = sum(counts.values())
-    support = [i for i in range(len(q)) if q[i] * n >= 5]
-    rare = [i for i in range(len(q)) if i not in support]
-    observed = [counts[i] for i in support] + [sum(counts[i] for i in rare)]
-    expected = [float(q[i]) * n for i in support] + [float(sum(q[i] for i in rare)) * n]
-    if expected[-1] == 0:
-        observed.pop(), expected.pop()
-    if len(observed) < 2:
-        return 1.0
-    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True))
-    # The upper tail of the chi-square distribution is a regularised incomplete gamma function.
-    halves = torch.tensor([(len(observed) - 1) / 2, statistic / 2], dtype=torch.float64)
-    return float(torch.special.gammaincc(halves[0], halves[1]))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +62,7 @@ def test_single_tokens_follow_the_softmax(
     assert p_value(counts, kept(next_probabilities(tiny_model, prompt, temperature * 1.4), top_k, top_p)) < 1e-6
 
 
-def test_answers_of_two_tokens_follow_the_chain_rule_beside_longer_prompts(tiny_model: LlamaForCausalLM) -> None:
+def test_answers_of_two_tokens_follow_the_chain_rule(tiny_model: LlamaForCausalLM) -> None:
     """Through the KV cache and left padding: half of each batch is another, longer prompt."""
     prompt, n = [5, 1], 6000
     engine = HfEngine([tiny_model], tokens=14 * 1000, pad_id=PAD)
@@ -193,7 +154,7 @@ def test_equal_prompts_get_independent_answers(engine: HfEngine) -> None:
     assert len({tuple(a.token_ids) for a in answers}) == 12
 
 
-def test_the_checkpoints_own_settings_take_no_part(engine: HfEngine, tiny_model: LlamaForCausalLM) -> None:
+def test_generation_config_of_the_checkpoint_has_no_effect(engine: HfEngine, tiny_model: LlamaForCausalLM) -> None:
     expected = engine.generate(PROMPTS, sampling(), SEEDS)
     plain = tiny_model.generation_config
     odd = HfGenerationConfig(
@@ -225,31 +186,31 @@ def test_too_long_a_prompt_is_refused_before_work_starts(engine: HfEngine) -> No
     assert len(engine.generate([fits], sampling(), [0])[0].token_ids) == 6
 
 
-def test_lack_of_memory_halves_what_is_decoded_at_once(
-    tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_decode_out_of_memory_continues_with_half_the_tokens(
+    tiny_model: LlamaForCausalLM, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    expected = HfEngine([tiny_model], tokens=1000, pad_id=PAD).generate(PROMPTS, sampling(), SEEDS)
-    forward, most = tiny_model.forward, 2
+    model, most = copy.deepcopy(tiny_model), 2
+    expected = HfEngine([model], tokens=1000, pad_id=PAD).generate(PROMPTS, sampling(), SEEDS)
 
-    def tight(input_ids: torch.Tensor, **given: object) -> object:
-        if len(input_ids) > most:
+    def tight(_model: Any, _arguments: Any, given: dict[str, Any]) -> None:
+        if len(given["input_ids"]) > most:
             raise torch.OutOfMemoryError("tried to allocate 3 TiB")
-        return forward(input_ids=input_ids, **given)
 
-    monkeypatch.setattr(tiny_model, "forward", tight)
+    tightness = model.register_forward_pre_hook(tight, with_kwargs=True)
     done: list[int] = []
-    engine = HfEngine([tiny_model], tokens=100, pad_id=PAD)
+    engine = HfEngine([model], tokens=100, pad_id=PAD)
     assert plain(engine.generate(PROMPTS, sampling(), SEEDS, lambda i, _: done.append(i))) == plain(expected)
     assert sorted(done) == list(range(7)), "no answer is counted twice"
-    assert "out of memory (tried to allocate 3 TiB); going on with 50 tokens at once" in capsys.readouterr().out
+    assert "out of memory (tried to allocate 3 TiB); continuing with 50 tokens at once" in capsys.readouterr().out
     most = 0
-    with pytest.raises(BadInput, match=r"resources.kv_cache_tokens: found memory that does not suffice for one answer"):
+    with pytest.raises(BadInput, match=r"resources.kv_cache_tokens cannot be met: memory is too small for one answer"):
         engine.generate(PROMPTS, sampling(), SEEDS)
 
-    def broken(**_: object) -> None:
+    def broken(*_: object) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(tiny_model, "forward", broken)
+    tightness.remove()
+    model.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="something else"):
         engine.generate(PROMPTS, sampling(), SEEDS)
 
@@ -271,6 +232,6 @@ def test_a_folder_is_opened_in_the_configured_format(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_device_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"resources\.device is cuda, but torch sees no GPU"):
         open_engine("hf", [tmp_path], GenerationConfig(), ResourcesConfig(device="cuda"), pad_id=PAD)

@@ -28,12 +28,12 @@ SAMPLING = Sampling(1.0, 1.0, 0, max_new_tokens=4, stop_ids=(7, 9))
         ([1, 9, 7, 4], [1, 9], "stop"),
     ],
 )
-def test_where_an_answer_ends(sampled: list[int], answer: list[int], finish: Any) -> None:
+def test_cut_ends_an_answer_at_its_first_stop_id(sampled: list[int], answer: list[int], finish: Any) -> None:
     logprobs = [-float(i) for i in range(4)]
     assert cut(sampled, SAMPLING, logprobs) == Answer(answer, finish, logprobs[: len(answer)])
 
 
-def test_an_answer_that_just_ends_is_an_error_and_no_truncated_answer() -> None:
+def test_cut_short_row_without_stop_id_is_an_error() -> None:
     with pytest.raises(SpinregError, match="after 2 tokens"):
         cut([1, 2], SAMPLING, [0.0, 0.0])
 
@@ -41,9 +41,9 @@ def test_an_answer_that_just_ends_is_an_error_and_no_truncated_answer() -> None:
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ([1] * 13, r"prompt 1: found 13 tokens plus max_new_tokens 4; expected at most 16"),
-        ([], r"prompt 1: found no tokens"),
-        ([3, 20], r"prompt 1: found token ids 3 to 20; expected ids from 0 to 19"),
+        ([1] * 13, r"prompt 1 has 13 tokens plus max_new_tokens 4; expected at most 16"),
+        ([], r"prompt 1 has no tokens"),
+        ([3, 20], r"prompt 1 has token ids 3 to 20; expected ids from 0 to 19"),
         ([-1], r"token ids -1 to -1"),
     ],
 )
@@ -69,7 +69,7 @@ def test_auto_is_vllm_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, tmp
         open_engine("vllm", [tmp_path], GenerationConfig(), ResourcesConfig(), pad_id=0)
 
 
-def test_asking_which_engine_loads_nothing_heavy() -> None:
+def test_resolve_engine_loads_no_heavy_module() -> None:
     code = (
         "import sys, spinreg_core.runs.plans; from spinreg_core.config import resolve_engine\n"
         "resolve_engine('auto')\n"

@@ -13,7 +13,7 @@ from spinreg_core.runs import fetch
 from tests.support.generation_fixtures import House
 
 
-def test_an_engine_ends_its_source_before_what_came_back_of_another(house: House) -> None:
+def test_pool_worker_finishes_its_source_before_returned_shards(house: House) -> None:
     """It would load that one's policy again, and then its own."""
     job = house.job("pool", iterates=[2, 1, 0], shard_size=1)
     shards, _ = planned(job, Rows(fetch.fetch_file(house.store, "data", "train.parquet")))

@@ -14,7 +14,7 @@ import pytest
 from transformers import LlamaForCausalLM
 
 from spinreg_core.generation.hf import HfEngine
-from tests.spinreg_core.generation.test_hf import NEAR_GREEDY, PAD, PROMPTS, kept, next_probabilities, p_value, sampling
+from tests.support.decoding import NEAR_GREEDY, PAD, PROMPTS, kept, next_probabilities, p_value, sampling
 
 pytestmark = [
     pytest.mark.slow,
@@ -119,6 +119,6 @@ def test_log_probabilities_are_the_policys_whatever_the_sampler(
             assert logprobs == pytest.approx(expected, abs=1e-3)
 
 
-def test_refusals(outcome: dict[str, Any]) -> None:
-    assert outcome["too long"].startswith("prompt 0: found 60 tokens plus max_new_tokens 6; expected at most 64")
-    assert outcome["too cold"].startswith("generation.temperature: found 0.0001; expected 0.01 to 2.0 with engine vllm")
+def test_vllm_refuses_long_prompts_and_low_temperatures(outcome: dict[str, Any]) -> None:
+    assert outcome["too long"].startswith("prompt 0 has 60 tokens plus max_new_tokens 6; expected at most 64")
+    assert outcome["too cold"].startswith("generation.temperature is 0.0001, outside of 0.01 to 2.0; use engine hf")

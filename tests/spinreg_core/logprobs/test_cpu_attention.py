@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spinreg_core.logprobs import packed_attention
 from spinreg_core.logprobs.cpu_attention import LONGEST, CausalAttention
-from spinreg_core.logprobs.packed_attention import _attend
+from spinreg_core.logprobs.packed_attention import by_pieces
+from tests.support.recorded_calls import recorded_calls
 
 
 def outcome(attention: Any, *inputs: Tensor, weights: Tensor) -> list[Tensor]:
@@ -30,9 +29,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("heads", [(6, 2), (4, 4), (5, 1)])
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 90), (64, 64), (65, 200), (150, 150), (130, 131)])
-def test_it_is_attention_and_no_further_from_float64_than_pytorchs_kernel(
-    heads: tuple[int, int], sizes: tuple[int, int]
-) -> None:
+def test_cpu_attention_is_as_close_to_float64_as_pytorch(heads: tuple[int, int], sizes: tuple[int, int]) -> None:
     torch.manual_seed(0)
     n, m = sizes
     # Laid out as a model hands them over: heads inside, positions outside.
@@ -48,22 +45,17 @@ def test_it_is_attention_and_no_further_from_float64_than_pytorchs_kernel(
         assert (a - b).square().mean().sqrt() < 1.5 * (c - b).square().mean().sqrt() + 1e-3 * scale
 
 
-def test_a_model_takes_it_in_bfloat16_and_the_processs_setting_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = []
-
-    def noted(*arguments: Any) -> Any:
-        taken.append(arguments[0].dtype)
-        return CausalAttention.apply(*arguments)
-
-    monkeypatch.setattr(packed_attention, "CausalAttention", SimpleNamespace(apply=noted))
+def test_cpu_attention_serves_bfloat16_only_and_keeps_the_setting() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
     q = torch.randn(1, 4, 70, 8)
-    exact = _attend(q, q, q, None, None, None)
-    assert not taken, "float32 is PyTorch's"
-    with torch.autocast("cpu", torch.bfloat16):
-        found = _attend(q, q, q, None, None, None)
-    assert taken == [torch.bfloat16]
-    torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
-    _attend(*(torch.randn(1, 2, LONGEST + 1, 8, dtype=torch.bfloat16) for _ in range(3)), None, None, None)
-    assert len(taken) == 1, "what it keeps is quadratic in length"
+    with recorded_calls(CausalAttention.forward) as calls:
+        exact = by_pieces(q, q, q, [[60, 10]], None, None, None)
+        assert not calls, "float32 is PyTorch's"
+        with torch.autocast("cpu", torch.bfloat16):
+            found = by_pieces(q, q, q, [[60, 10]], None, None, None)
+        assert [given["query"].dtype for _, given in calls] == [torch.bfloat16]
+        torch.testing.assert_close(found.float(), exact, rtol=0.02, atol=0.02)
+        longer = [torch.randn(1, 2, LONGEST + 1, 8, dtype=torch.bfloat16) for _ in range(3)]
+        by_pieces(*longer, [[LONGEST, 1]], None, None, None)
+        assert len(calls) == 1, "its memory is quadratic in length"
     assert torch.backends.mkldnn.matmul.fp32_precision == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spinreg_core.logprobs import packed_attention
-from spinreg_core.logprobs import sequence as logprobs
 from spinreg_core.logprobs.packed_attention import block_mask, by_pieces
 from spinreg_core.logprobs.packing import Layout, group, layout
 from spinreg_core.logprobs.sequence import answer_logprobs, longest_packed, packs, padded_logprobs
 from spinreg_core.models.loading import load_policy
-from tests.spinreg_core.logprobs.test_sequence import gradients, plain
+from tests.support.plain_logprobs import gradients, plain
+from tests.support.recorded_calls import recorded_calls
 from tests.support.tiny_models import random_rows, tiny_model, write_policy
 
 FAMILIES = [
@@ -39,21 +38,8 @@ def shared_rows() -> tuple[list[list[int]], list[list[int]]]:
     return prompts, answers
 
 
-def packed_rows(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
-    """The rows that went through a packed forward pass from here on."""
-    seen: list[Layout] = []
-    original: Callable[..., Any] = logprobs._row_logprobs
-
-    def note(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Tensor:
-        seen.append(row)
-        return original(model, row, numbers)
-
-    monkeypatch.setattr(logprobs, "_row_logprobs", note)
-    return seen
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_is_padded_is_one_by_one(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packed_is_padded_is_one_by_one(tmp_path: Path, family: str) -> None:
     folder = write_policy(tmp_path / "p", 3, family)
     reference, model = (load_policy(folder, "fp32", "cpu") for _ in range(2))
     prompts, answers = shared_rows()
@@ -61,11 +47,11 @@ def test_packed_is_padded_is_one_by_one(tmp_path: Path, family: str, monkeypatch
     expected = plain(reference, prompts, answers)
     exact = gradients(reference, expected)
     assert longest_packed(model) == float("inf")
-    seen = packed_rows(monkeypatch)
-    found = answer_logprobs(model, prompts, answers, precision="fp32")
-    (row,) = seen
-    assert row.windows, "the packed attention was really taken"
-    assert row.tokens.numel() < sum(len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True))
+    with recorded_calls(by_pieces) as calls:
+        found = answer_logprobs(model, prompts, answers, precision="fp32")
+    assert calls, "the packed attention was not used"
+    tokens = sum(map(sum, calls[0][1]["sizes"]))
+    assert tokens < sum(len(p) + len(a) - 1 for p, a in zip(prompts, answers, strict=True))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(padded_logprobs(reference, prompts, answers), expected, rtol=1e-5, atol=1e-4)
     for name, gradient in gradients(model, found).items():
@@ -132,7 +118,7 @@ def dense(row: Layout, window: int | None) -> Tensor:
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_pieces_are_the_masked_whole_and_so_is_the_block_mask(window: int | None, softcap: float | None) -> None:
+def test_by_pieces_and_block_mask_equal_masked_attention(window: int | None, softcap: float | None) -> None:
     torch.manual_seed(0)
     row = layout(group(*shared_rows())[0])
     length, width = row.tokens.numel(), 16
@@ -165,7 +151,7 @@ def test_pieces_are_the_masked_whole_and_so_is_the_block_mask(window: int | None
     assert block_mask(row, window) is mask, "made once for all layers"
 
 
-def test_a_model_whose_state_runs_on_is_padded_and_says_so() -> None:
+def test_packs_model_with_states_is_padded_with_a_warning() -> None:
     model = tiny_model("mamba")
     prompts, answers = shared_rows()
     with pytest.warns(UserWarning, match="MambaForCausalLM: .* batches are padded"):
@@ -176,7 +162,7 @@ def test_a_model_whose_state_runs_on_is_padded_and_says_so() -> None:
         assert not packs(model)
 
 
-def test_a_window_that_attention_is_not_told_of_bounds_what_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_longest_packed_ends_at_a_window_unknown_to_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = tiny_model("mistral"), tiny_model("mistral")
     for each in (model, reference):
         each.config.sliding_window = 10  # longer than what the probe tries
@@ -188,12 +174,13 @@ def test_a_window_that_attention_is_not_told_of_bounds_what_is_packed(monkeypatc
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, packed_attention.NAME, told_nothing)
     assert longest_packed(model) == 10
     prompts, answers = shared_rows()
-    seen = packed_rows(monkeypatch)
-    found = answer_logprobs(model, prompts, answers, precision="fp32")
-    assert not seen
+    with recorded_calls(layout) as calls:
+        found = answer_logprobs(model, prompts, answers, precision="fp32")
+        assert not calls
     torch.testing.assert_close(found, plain(reference, prompts, answers), rtol=1e-5, atol=1e-4)
-    answer_logprobs(model, [[3, 4, 5]], [[6, 7, 8]], precision="fp32")
-    assert len(seen) == 1
+    with recorded_calls(layout) as calls:
+        answer_logprobs(model, [[3, 4, 5]], [[6, 7, 8]], precision="fp32")
+        assert len(calls) == 1
 
 
 def test_a_packed_model_still_runs_as_transformers_runs_it(tmp_path: Path) -> None:

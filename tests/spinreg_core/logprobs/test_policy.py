@@ -15,14 +15,13 @@ from spinreg_core.logprobs.policy import load_for
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.logprobs.sequence import answer_logprobs, packs
 from spinreg_core.runtime.distributed import Ranks, init_ranks
-from tests.spinreg_core.training.test_checkpoint_files import ALONE
 from tests.support.rank_processes import ranked
-from tests.support.tiny_models import _SHAPE, random_pairs, random_rows, tiny_model, write_policy
+from tests.support.tiny_models import _SHAPE, ALONE, random_pairs, random_rows, tiny_model, write_policy
 
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
+def test_compiled_model_keeps_logprobs_and_gradients(tmp_path: Path) -> None:
     folder = tmp_path / "policy"
     torch.manual_seed(0)
     # Six layers: a graph for each would be many more than one for all.
@@ -48,7 +47,7 @@ def test_log_probabilities_and_gradients(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_on_two_ranks(tmp_path: Path) -> None:
+def test_compiled_model_on_two_ranks_keeps_logprobs(tmp_path: Path) -> None:
     pairs = random_pairs(8, 2)
     for name, seed in (("previous", 1), ("base", 2)):
         for which in ("real", "generated"):
@@ -70,5 +69,5 @@ def test_on_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("setting", "expected"), [("auto", torch.cuda.is_available()), ("on", True), ("off", False)])
-def test_what_the_setting_means(setting: str, expected: bool) -> None:
+def test_compiles_auto_means_gpus(setting: str, expected: bool) -> None:
     assert init_ranks(ResourcesConfig.model_validate({"compile": setting})).compile == expected

@@ -53,6 +53,6 @@ def test_mixed_equals_mixed_one_by_one_up_to_bfloat16(tmp_path: Path) -> None:
     assert max(abs(a - b) for a, b in zip(changed, fresh, strict=True)) > 1
 
 
-def test_device_names() -> None:
+def test_resolve_device_maps_auto_to_the_hardware() -> None:
     assert resolve_device("cpu") == "cpu"
     assert resolve_device("auto") == ("cuda" if torch.cuda.is_available() else "cpu")

@@ -18,8 +18,10 @@ from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import projection
 from spinreg_core.logprobs import sequence as logprobs
 from spinreg_core.logprobs.projection import head_of
-from spinreg_core.logprobs.sequence import answer_logprobs
+from spinreg_core.logprobs.sequence import answer_logprobs, padded_logprobs
 from spinreg_core.models.loading import load_policy
+from tests.support.plain_logprobs import gradients, plain
+from tests.support.recorded_calls import recorded_calls
 from tests.support.tiny_models import random_rows, tiny_model, write_policy
 
 KINDS = ["llama", "llama-tied", "qwen2", "gemma2", "cohere", "granite"]
@@ -34,35 +36,17 @@ def one_token_at_a_time(model: PreTrainedModel, prompt: list[int], answer: list[
     return total
 
 
-def plain(model: PreTrainedModel, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
-    """Row by row, all logits of the row, no padding, no projection of our own."""
-    sums = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        logits = model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
-        table = torch.log_softmax(logits.float(), -1)
-        at = range(len(prompt) - 1, len(prompt) - 1 + len(answer))
-        sums.append(sum((table[i, t] for i, t in zip(at, answer, strict=True)), torch.zeros(())))
-    return torch.stack(sums)
-
-
-def gradients(model: PreTrainedModel, sums: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    weights = torch.linspace(-1, 2, len(sums))  # every row counts differently, one of them near zero
-    (sums * weights).sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("split", [True, False], ids=["groups", "one-batch"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_a_loop_over_tokens(tmp_path: Path, kind: str, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answer_logprobs_equal_a_loop_over_tokens(tmp_path: Path, kind: str, padded: bool) -> None:
     model = load_policy(write_policy(tmp_path / "p", 3, kind), "fp32", "cpu")
-    assert head_of(model) is not None  # the projection on answer positions is what is tested
-    grouping = logprobs._groups
-    monkeypatch.setattr(logprobs, "_groups", lambda sizes, split: grouping(sizes, split=split_wanted))
-    split_wanted = split
+    assert head_of(model) is not None  # the test is about the projection on answer positions
     prompts, answers = random_rows(9, 5)
     with torch.no_grad():
-        found = answer_logprobs(model, prompts, answers, precision="fp32")
+        if padded:
+            found = padded_logprobs(model, prompts, answers)
+        else:
+            found = answer_logprobs(model, prompts, answers, precision="fp32")
     assert found.dtype == torch.float32
     assert found.shape == (9,)
     expected = [one_token_at_a_time(model, p, a) for p, a in zip(prompts, answers, strict=True)]
@@ -81,38 +65,35 @@ def test_gradients_equal_those_of_full_logits(tmp_path: Path, kind: str) -> None
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-4, msg=name)
 
 
-def test_projection_in_pieces_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("qwen2")
-    monkeypatch.setattr(logprobs, "_UNLIKE", 0.0)  # one group
-    prompts, answers = random_rows(6, 9)
-    whole = answer_logprobs(model, prompts, answers, precision="fp32")
-    expected = gradients(model, whole)
-    sizes: list[int] = []
-    original = projection.TargetLogprobs.apply
-    noted = SimpleNamespace(apply=lambda h, w, t: (sizes.append(len(h)), original(h, w, t))[1])
-    monkeypatch.setattr(projection, "TargetLogprobs", noted)
-    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 4 * model.config.vocab_size)
-    pieces = answer_logprobs(model, prompts, answers, precision="fp32")
-    torch.testing.assert_close(pieces, whole)
-    found = gradients(model, pieces)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, msg=name)
-    assert max(sizes) == 4
-    assert sum(sizes) == 2 * sum(map(len, answers))  # each piece was computed again in the backward pass
+def test_projection_in_pieces_changes_nothing() -> None:
+    torch.manual_seed(0)
+    head = projection.Head(torch.nn.Linear(8, 30, bias=False), SimpleNamespace())
+    hidden, targets = torch.randn(10, 8, requires_grad=True), torch.arange(10)
+
+    def outcome(**given: int) -> list[Tensor]:
+        found = projection.token_logprobs(head, hidden, targets, **given)
+        return [found, *torch.autograd.grad(found.square().sum(), [hidden, head.linear.weight])]
+
+    whole = outcome()
+    with recorded_calls(projection.TargetLogprobs.forward) as calls:
+        pieces = outcome(logits_at_once=4 * 30)
+    for one, other in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(one, other)
+    # Each piece is computed again in the backward pass.
+    assert [len(given["hidden"]) for _, given in calls] == [4, 4, 2, 2, 4, 4]
 
 
-def test_full_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_logits_never_exist() -> None:
     """Pieces of 8 MB, 160 MB in all: neither what is kept for the backward pass nor its peak holds them together."""
     words, tokens = 40_000, 1000
     head = projection.Head(torch.nn.Linear(8, words, bias=False), SimpleNamespace())
     hidden = torch.randn(tokens, 8, requires_grad=True)
-    monkeypatch.setattr(projection, "LOGITS_AT_ONCE", 50 * words)
     process = psutil.Process()
     # M_MMAP_THRESHOLD: what is freed goes back at once, as it does where pieces have their real size of 512 MiB.
     ctypes.CDLL(None).mallopt(-3, 2**20)
-    projection.token_logprobs(head, hidden[:60], torch.arange(60)).sum().backward()
+    projection.token_logprobs(head, hidden[:60], torch.arange(60), logits_at_once=50 * words).sum().backward()
     before = process.memory_info().rss
-    sums = projection.token_logprobs(head, hidden, torch.arange(tokens)).sum()
+    sums = projection.token_logprobs(head, hidden, torch.arange(tokens), logits_at_once=50 * words).sum()
     kept = process.memory_info().rss - before
     sums.backward()
     assert kept < 60e6
@@ -179,7 +160,7 @@ def test_loading_turns_dropout_off_and_keeps_attention_caps(tmp_path: Path) -> N
     assert load_policy(write_policy(tmp_path / "g", 0, "gemma2"), "fp32", "cpu").config._attn_implementation == "eager"
 
 
-def test_folders_that_are_no_policy(tmp_path: Path) -> None:
+def test_load_policy_of_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="policy folder"):
         load_policy(tmp_path / "nothing", "fp32", "cpu")
     folder = write_policy(tmp_path / "p")

@@ -23,8 +23,7 @@ from spinreg_core.runs.plans import plan_train
 from spinreg_core.stages.prepare import require_adaptable
 from spinreg_core.training.checkpoint_files import publish_adapted
 from spinreg_core.training.trainer import RoundTrainer
-from tests.spinreg_core.training.test_checkpoint_files import ALONE
-from tests.support.tiny_models import random_pairs, random_rows, write_policy
+from tests.support.tiny_models import ALONE, random_pairs, random_rows, write_policy
 
 LORA = {"lora_rank": 3, "lora_alpha": 12.0, "precision": "fp32", "learning_rate": 1e-2, "batch_size": 4, "epochs": 2}
 

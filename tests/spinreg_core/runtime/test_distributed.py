@@ -116,7 +116,7 @@ def test_mixed_precision_is_near_the_exact_gradient_and_not_biased(given: Given)
 @pytest.mark.parametrize(
     "ranks", [(2, "auto"), *(pytest.param(r, marks=pytest.mark.long) for r in [(4, "auto"), (4, 2)])], ids=str
 )
-def test_a_round_on_ranks_is_the_round(given: Given, optimizer: str, ranks: Any) -> None:
+def test_round_on_ranks_equals_the_round_on_one(given: Given, optimizer: str, ranks: Any) -> None:
     start = tiny_model("llama-tied", 0).state_dict()
     (one, metrics, summary), (many, other, also) = (
         _round(given.folder(*r) / f"round-{optimizer}") for r in ((1,), ranks)
@@ -131,7 +131,7 @@ def test_a_round_on_ranks_is_the_round(given: Given, optimizer: str, ranks: Any)
     assert also["real_logprob_change"] == pytest.approx(summary["real_logprob_change"], rel=1e-2, abs=1e-3)
 
 
-def test_an_adapter_on_ranks_is_the_adapter(given: Given) -> None:
+def test_adapter_on_ranks_equals_the_adapter_on_one(given: Given) -> None:
     one, two = (given.gradient("lora", processes)[0] for processes in (1, 2))
     assert {name.split(".")[-3] for name in one} == {"lora_A", "lora_B"}
     same(two, one)

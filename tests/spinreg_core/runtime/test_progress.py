@@ -7,7 +7,7 @@ import pytest
 from spinreg_core.runtime.progress import Progress, ProgressLine, parse
 
 
-def test_a_line_is_read_as_it_was_meant(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_line_is_parsed_back(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("generate", 40, "answers", done=10, every=0)
     progress.update(2)
     progress.tell("shards: 3 of 10 committed")
@@ -22,7 +22,7 @@ def test_a_line_is_read_as_it_was_meant(capsys: pytest.CaptureFixture[str]) -> N
     assert parse("3 of 10 shards were committed before") is None
 
 
-def test_what_is_told_after_the_last_unit_is_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_note_after_the_last_unit_is_shown_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress("generate", 2, "answers", every=1000)
     progress.update()
     progress.tell("not yet due")

@@ -69,7 +69,7 @@ def test_population_gradient_is_zero_at_the_closed_form_and_only_there(alpha, be
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_minimising_the_population_loss_numerically_ends_at_the_closed_form(alpha: float) -> None:
+def test_population_loss_minimum_is_the_closed_form(alpha: float) -> None:
     iterates = torch.stack([distribution(3), BASE])
     q = opponent(iterates, 1, "all")
     logits = iterates[0].clone().requires_grad_()
@@ -99,7 +99,7 @@ def test_a_policy_that_is_the_data_stays_where_it_is(link: str) -> None:
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 @pytest.mark.parametrize("history", [1, 2, 5, "all"])
-def test_fixed_point(alpha, beta, history) -> None:
+def test_dynamics_end_at_the_fixed_point(alpha, beta, history) -> None:
     star = fixed_point(BASE, REAL, alpha=alpha, beta=beta)
     stays = next_iterate(star.expand(7, -1), 6, BASE, REAL, alpha=alpha, beta=beta, history=history)
     torch.testing.assert_close(stays, star, rtol=0, atol=1e-13)
@@ -194,7 +194,7 @@ def test_at_beta_one_tenth_short_histories_diverge(alpha: float, history: int) -
 
 @pytest.mark.parametrize("alpha", ALPHAS[:-1])
 @pytest.mark.parametrize("seed", [10, 20, 30])
-def test_at_beta_one_tenth_fictitious_play_with_kl_converges_to_the_fixed_point(alpha: float, seed: int) -> None:
+def test_fictitious_play_with_kl_converges_at_beta_one_tenth(alpha: float, seed: int) -> None:
     base, real = distribution(seed), distribution(seed + 1)
     errors = size(play(600, base, real, alpha=alpha, beta=0.1, history="all"))
     assert errors[0] > 0.5
@@ -209,7 +209,7 @@ def test_fictitious_play_with_kl_decays_with_the_predicted_exponent(alpha: float
     assert decay_exponent(errors, 300, 1200, octaves=4) == pytest.approx(predicted, rel=0.02)
 
 
-def test_fictitious_play_without_kl_oscillates_and_decays_like_the_fourth_root() -> None:
+def test_fictitious_play_without_kl_decays_like_the_fourth_root() -> None:
     beta, rounds = 0.1, 4000
     errors = play(rounds, near(REAL, 1e-3, seed=11), REAL, alpha=1.0, beta=beta, history="all")
     assert decay_exponent(errors, 250, rounds, octaves=8) == pytest.approx(0.25, abs=0.01)
@@ -220,7 +220,7 @@ def test_fictitious_play_without_kl_oscillates_and_decays_like_the_fourth_root()
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("beta", [0.04, 0.05, 0.1])
-def test_near_the_fixed_point_fictitious_play_first_grows_for_the_predicted_number_of_rounds(alpha, beta) -> None:
+def test_fictitious_play_first_grows_for_the_predicted_rounds(alpha, beta) -> None:
     star = fixed_point(BASE, REAL, alpha=alpha, beta=beta)
     start = near(star, 1e-11, seed=12)  # stays linear while it grows up to 10^7-fold
     errors = size(play(40, BASE, REAL, alpha=alpha, beta=beta, history="all", start=[start]))[: round(1.5 / beta)]

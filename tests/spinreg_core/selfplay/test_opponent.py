@@ -157,7 +157,7 @@ def test_an_iterate_of_weight_zero_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("weights", [[], [0.5, 0.4], [1.5, -0.5], [math.nan]])
-def test_draws_refuse_what_is_no_distribution(weights: list[float]) -> None:
+def test_draw_iterate_of_bad_weights_is_refused(weights: list[float]) -> None:
     with pytest.raises(BadInput, match="weights"):
         draw_iterate(weights, seed=0, round_index=0, prompt_id="p")
 
@@ -192,7 +192,7 @@ def test_replay_quotas(weights: list[float], available: list[int], quota: list[i
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 50_000)), min_size=1, max_size=12))
 @settings(deadline=None)
-def test_replay_quotas_are_as_exact_and_as_large_as_whole_numbers_allow(parts: list[tuple[int, int]]) -> None:
+def test_replay_quota_is_as_large_and_exact_as_possible(parts: list[tuple[int, int]]) -> None:
     if sum(part for part, _ in parts) == 0:
         parts[0] = (1, parts[0][1])
     weights = [part / sum(part for part, _ in parts) for part, _ in parts]
@@ -231,7 +231,7 @@ def test_choice_is_a_subset_that_ignores_order_and_grows(ids: set[str], data: st
     assert chosen == choose(listed, len(listed), seed=3, round_index=2, iterate=0)[:count]
 
 
-def test_every_prompt_is_chosen_equally_often_and_anew_for_each_seed_round_and_iterate() -> None:
+def test_choose_is_uniform_and_independent_across_seeds_and_rounds() -> None:
     ids = [f"{i:016x}" for i in range(10)]
     n = 2000
     for vary in ("seed", "round_index", "iterate"):
@@ -251,7 +251,7 @@ def test_impossible_choices_are_refused(ids: list[str], count: int) -> None:
         choose(ids, count, seed=0, round_index=0, iterate=0)
 
 
-def test_importing_it_is_light() -> None:
+def test_opponent_loads_no_heavy_module() -> None:
     code = (
         "import sys, spinreg_core.selfplay.opponent; print(sorted({'torch', 'numpy', 'transformers'} & {*sys.modules}))"
     )

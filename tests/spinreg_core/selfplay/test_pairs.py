@@ -79,12 +79,12 @@ def test_several_answers_to_a_prompt_make_several_pairs() -> None:
     assert sorted(pair["pair_id"] for pair in chosen) == ["3:a", "3:a:1", "3:a:2"]
 
 
-def test_keep_and_drop(pairs: list[Pair]) -> None:
+def test_treat_truncated_keep_and_drop(pairs: list[Pair]) -> None:
     assert treat_truncated(pairs, "keep") == pairs
     assert [pair["prompt_id"] for pair in treat_truncated(pairs, "drop")] == ["d"]
 
 
-def test_clip_real(pairs: list[Pair]) -> None:
+def test_treat_truncated_clip_real_cuts_longer_human_answers(pairs: list[Pair]) -> None:
     before = [dict(pair) for pair in pairs]
     a, b, c, d, e = treat_truncated(pairs, "clip_real")
     assert a["real_ids"] == [10, 11, 12, 13]  # first 4 tokens, no end-of-turn
@@ -111,7 +111,7 @@ def test_clipped_answers_are_never_longer_than_a_cut_off_one(shapes: list[tuple[
         assert (new["real_ids"][-1] == END) != new["real_truncated"]
 
 
-def test_join_refuses_what_does_not_belong_together() -> None:
+def test_make_pairs_of_foreign_rows_is_refused() -> None:
     rows = data({"a": 3})
     with pytest.raises(Damaged, match="unknown prompt, b"):
         make_pairs([answer("b", [END], "stop")], rows, 1)
@@ -138,7 +138,7 @@ def test_replay_has_the_shares_of_the_weights() -> None:
     assert counts(everything)["by_round"] == {"1": 40, "2": 40, "3": 40}
 
 
-def test_replay_refuses_a_round_that_has_weight_but_no_pairs() -> None:
+def test_replay_of_a_weighted_round_without_pairs_is_refused() -> None:
     with pytest.raises(BadInput, match="no usable pair of round 2"):
         replay([of_round(3, 4), []], [0.5, 0.5], seed=0, round_number=3)
     assert len(replay([of_round(3, 4), []], [1.0, 0.0], seed=0, round_number=3)) == 4

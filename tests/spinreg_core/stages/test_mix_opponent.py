@@ -163,7 +163,7 @@ def test_scores_that_the_loss_does_not_read_are_null(prepared: Run, alpha: float
     prepared.check_scores(pairs, {"previous": 1, "base": 0}[filled], filled)
 
 
-def test_fictitious_play_replays_earlier_rounds_and_scores_the_base_once(prepared: Run) -> None:
+def test_fictitious_play_replays_rounds_and_scores_the_base_once(prepared: Run) -> None:
     """log pi_0(real) is computed in round 1 and never again; log pi_0(generated) once per generated set."""
     first = mix_opponent.run(prepared.job(1, opponent={"truncated": "keep"}))
     known = {1: first["object_id"]}
@@ -197,7 +197,7 @@ def test_fictitious_play_replays_earlier_rounds_and_scores_the_base_once(prepare
     assert found["scores_computed"] == 2 * len(real | sequences("generated", {3})) - found["scores_reused"]
 
 
-def test_a_clipped_answer_is_not_given_the_score_of_the_whole_one(prepared: Run) -> None:
+def test_clipped_answer_is_scored_again(prepared: Run) -> None:
     whole = mix_opponent.run(prepared.job(1, opponent={"truncated": "keep"}))
     earlier = prepared.earlier(1, pairs={1: whole["object_id"]})
     manifest = mix_opponent.run(prepared.job(2, earlier, opponent={"truncated": "clip_real"}))
@@ -238,7 +238,7 @@ def test_regenerated_answers_keep_the_iterate_that_was_drawn(prepared: Run) -> N
     assert manifest["metrics"]["by_round"] == {"3": ROWS}
 
 
-def test_pairs_of_earlier_rounds_stand_for_answers_that_were_not_generated(prepared: Run) -> None:
+def test_replay_share_brings_back_pairs_of_each_iterate(prepared: Run) -> None:
     """Source regenerate with a replay_share: of every iterate as many come back as were drawn for it."""
     opponent = {"source": "regenerate", "history": "all", "replay_share": 0.5, "truncated": "keep"}
     job = prepared.job(3, prepared.earlier(2, 1), opponent=opponent)
@@ -279,7 +279,7 @@ def test_replayed_pairs_lose_as_many_as_generated_ones(prepared: Run) -> None:
     assert found["drop"]["replay_short"] == 0
 
 
-def test_jobs_that_do_not_fit_are_refused(prepared: Run) -> None:
+def test_mix_opponent_of_inconsistent_inputs_is_refused(prepared: Run) -> None:
     with pytest.raises(BadInput, match=r"inputs\.earlier: found rounds \[1\]"):
         mix_opponent.run(prepared.job(3, prepared.earlier(1)))
     job = prepared.job(1)
@@ -292,7 +292,7 @@ def test_jobs_that_do_not_fit_are_refused(prepared: Run) -> None:
         mix_opponent.run(replace(job, inputs=job.inputs | {"generations": cut}))
 
 
-def test_scores_that_are_not_finite_name_their_pairs(prepared: Run) -> None:
+def test_infinite_scores_name_their_pairs(prepared: Run) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = prepared.root / "broken" / "policy"
@@ -310,9 +310,7 @@ def test_scores_that_are_not_finite_name_their_pairs(prepared: Run) -> None:
 def test_removed_scores_field_scorer_is_accepted_and_engine_is_refused() -> None:
     for value in ("scorer", None):
         assert validate({"opponent": {"scores": value}}) == RunConfig()
-    with pytest.raises(
-        BadInput, match=r"opponent\.scores is no longer a field; remove it: spinreg scores every answer"
-    ):
+    with pytest.raises(BadInput, match=r"opponent\.scores is no longer a field; remove it: spinreg scores"):
         validate({"opponent": {"scores": "engine"}})
 
 

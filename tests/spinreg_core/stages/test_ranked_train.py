@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
-from tests.spinreg_core.stages.test_train import Setting, lines, sha_of_weights, without_time
+from tests.support.training_fixtures import Setting, lines, sha_of_weights, without_time
 
 LONG = pytest.mark.long
 # Put into a rank's process by Python itself: the stage is the real one, under the real torchrun.
@@ -134,7 +134,7 @@ def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -
     ("before", "after"),
     [pytest.param(2, 1, marks=pytest.mark.long), (1, 2), pytest.param(2, 4, marks=pytest.mark.long)],
 )
-def test_a_round_goes_on_with_another_number_of_ranks_and_every_pair_is_seen_once(
+def test_round_resumes_with_another_number_of_ranks(
     setting: Setting, whole: dict[str, Any], before: int, after: int
 ) -> None:
     name = f"resharded-{before}-{after}"
@@ -196,7 +196,7 @@ def wait_until_gone(job: Job, seconds: float = 10) -> None:
     ],
     ids=["killed", "raises", "damaged", "memory", "crashes"],
 )  # fmt: skip
-def test_a_rank_that_fails_ends_the_job_with_its_own_words(setting: Setting, fault: str, said: str) -> None:
+def test_failed_rank_ends_the_job_with_its_message(setting: Setting, fault: str, said: str) -> None:
     job = setting.job(f"faulty-{abs(hash(fault))}", resources=on(2))
     begin = time.monotonic()
     status, output = run(setting, job, fault)
@@ -243,6 +243,7 @@ def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, A
     assert sha_of_weights(objects.require_manifest(setting.store, later.object_id)) == sha_of_weights(whole)
 
 
+STOPS = "import spinreg_core.store.folder as store; store._copy = lambda *_: os.kill(os.getpid(), 19)"
 HANGS = "import spinreg_core.store.folder as store; store._copy = lambda *_: __import__('time').sleep(600)"
 
 
@@ -254,7 +255,7 @@ HANGS = "import spinreg_core.store.folder as store; store._copy = lambda *_: __i
          r"error: rank 0: storing \S+ in \S+ made no progress for \d+ s \(resources\.collective_timeout_seconds: 4\)\. "
          r"It was here:\n.*in run\n.*in upload"),
         pytest.param(5, HANGS, r"error: rank 0: storing \S+ in \S+ made no progress .*in _finish", marks=LONG),
-        pytest.param(None, "import spinreg_core.store.folder as store; store._copy = lambda *_: os.kill(os.getpid(), 19)",
+        pytest.param(None, STOPS,
          r"error: rank 0 has not run for \d+ s \(resources\.collective_timeout_seconds: 4\): it is suspended",
          marks=LONG),
     ],
@@ -279,7 +280,7 @@ def test_a_rank_that_hangs_with_its_files_is_named_as_soon(
      pytest.param("os._exit(0)", r"error: rank 1 left with exit status 0 before its work was done", marks=LONG)],
     ids=["SystemExit", "_exit"],
 )  # fmt: skip
-def test_a_rank_that_leaves_as_if_all_were_well_is_named(setting: Setting, fault: str, said: str) -> None:
+def test_rank_that_exits_with_status_0_is_named(setting: Setting, fault: str, said: str) -> None:
     job = setting.job(f"left-{abs(hash(fault))}", resources=on(2))
     status, output = run(setting, job, fault)
     assert status == 1
@@ -288,7 +289,7 @@ def test_a_rank_that_leaves_as_if_all_were_well_is_named(setting: Setting, fault
 
 
 @pytest.mark.long
-def test_a_suspended_rank_is_no_lack_of_memory(setting: Setting) -> None:
+def test_suspended_rank_is_not_reported_as_out_of_memory(setting: Setting) -> None:
     job = setting.job("suspended", resources=on(2, collective_timeout_seconds=4, stop_seconds=2))
     status, output = run(setting, job, "import signal; os.kill(os.getpid(), signal.SIGSTOP)")
     assert status == 1

@@ -10,19 +10,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.runs import fetch, objects
@@ -31,60 +30,13 @@ from spinreg_core.runtime import supervision
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.runtime.progress import parse
 from spinreg_core.runtime.supervision import Preempted
-from spinreg_core.selfplay.pairs import PAIRS_SCHEMA
 from spinreg_core.stages import train
-from spinreg_core.store.base import Store
-from spinreg_core.store.open import open_store
-from spinreg_core.training import step_checkpoints
+from spinreg_core.store.folder import FolderStore
 from spinreg_core.training.step_checkpoints import StepCheckpoints
 from spinreg_core.training.trainer import RoundTrainer
-from tests.support.tiny_models import random_pairs, write_policy
+from tests.support.training_fixtures import PAIRS, Setting, lines, sha_of_weights, without_time
 
-PAIRS = 22
-SETTINGS = {
-    "precision": "fp32",
-    "learning_rate": 1e-3,
-    "batch_size": 4,
-    "epochs": 2,
-    "checkpoint_every_steps": 5,
-}
 STEPS = 12  # two epochs of five full batches and one of two pairs
-
-
-class Setting:
-    """A store with a policy and scored pairs, and jobs on it; each job is its own object."""
-
-    def __init__(self, root: Path, pairs: int = PAIRS) -> None:
-        self.root, self.store = root, open_store(str(root / "store"))
-        self.folder = write_policy(root / "base" / "policy")
-        self.base = self.put("base", root / "base")
-        rows = random_pairs(pairs, 5)
-        for which in ("real", "generated"):
-            prompts, answers = [p["prompt_ids"] for p in rows], [p[f"{which}_ids"] for p in rows]
-            for pair, value in zip(
-                rows, score(self.folder, prompts, answers, precision="fp32", tokens_per_pass=200), strict=True
-            ):
-                pair[f"previous_{which}"] = pair[f"base_{which}"] = value
-        (root / "pairs").mkdir()
-        pq.write_table(pa.Table.from_pylist(rows, schema=PAIRS_SCHEMA), root / "pairs" / "pairs.parquet")
-        self.pairs = self.put("mix-opponent", root / "pairs")
-
-    def put(self, stage: str, folder: Path) -> str:
-        key = {"from": folder.name}
-        job = Job(stage, objects.fingerprint(stage, key), key, "", "e0001-aa", 0, {}, RunConfig(), folder)
-        return str(objects.publish(self.store, job, folder, metrics={})["object_id"])
-
-    def job(self, name: str, writer: str = "e0001-aa", resources: dict[str, Any] | None = None, **training: Any) -> Job:
-        config = RunConfig(
-            seed=7,
-            training=SETTINGS | training,
-            objective={"alpha": 0.5},
-            resources={"device": "cpu"} | (resources or {}),
-        )  # type: ignore[arg-type]
-        key, inputs = {"name": name}, {"pairs": self.pairs, "previous": self.base, "base": self.base}
-        object_id = objects.fingerprint("train", key)
-        return Job("train", object_id, key, str(self.root / "store"), writer, 1, inputs, config,
-                   self.root / "work" / name / writer)  # fmt: skip
 
 
 @pytest.fixture(scope="module", name="setting")
@@ -98,21 +50,7 @@ def _whole(setting: Setting) -> dict[str, Any]:
     return train.run(setting.job("whole"))
 
 
-def sha_of_weights(manifest: dict[str, Any]) -> str:
-    (found,) = [f["sha256"] for f in manifest["files"] if f["name"] == "policy/model.safetensors"]
-    return str(found)
-
-
-def lines(store: Store, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    text = fetch.fetch_file(store, manifest["object_id"], "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
-
-
-def without_time(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in metrics]
-
-
-def test_what_a_round_leaves(setting: Setting, whole: dict[str, Any]) -> None:
+def test_train_leaves_metrics_and_summary(setting: Setting, whole: dict[str, Any]) -> None:
     metrics = lines(setting.store, whole)
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert [m["epoch"] for m in metrics] == [1] * 6 + [2] * 6
@@ -157,7 +95,7 @@ def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dic
     assert whole["metrics"]["real_logprob_change"] == pytest.approx(change, abs=1e-3)
 
 
-def test_output_is_readable_by_people_and_by_the_task(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_prints_progress_steps_and_alarms(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = train.run(setting.job("shown", learning_rate=0.05))  # far too high: human answers become less likely
     output = capsys.readouterr().out.splitlines()
     progress = [line for line in map(parse, output) if line]
@@ -168,41 +106,56 @@ def test_output_is_readable_by_people_and_by_the_task(setting: Setting, capsys: 
     assert manifest["metrics"]["real_logprob_change"] < 0
 
 
-def failing_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = RoundTrainer.step
+class Watched(RoundTrainer):
+    """A trainer that lists the steps it takes, and calls `before` ahead of each gradient."""
 
-    def failing(self: RoundTrainer) -> dict[str, Any]:
-        if self.state.done == step:
+    def __init__(self, *arguments: Any, before: Callable[[RoundTrainer], None], taken: list[int], **given: Any) -> None:
+        super().__init__(*arguments, **given)
+        self.before, self.taken = before, taken
+
+    def gradient(self, *arguments: Any) -> Any:
+        self.taken.append(self.state.done + 1)
+        self.before(self)
+        return super().gradient(*arguments)
+
+
+def watched(before: Callable[[RoundTrainer], None] = lambda trainer: None, taken: list[int] | None = None) -> Any:
+    return partial(Watched, before=before, taken=[] if taken is None else taken)
+
+
+def failing_at(step: int) -> Any:
+    """A trainer that fails after so many steps."""
+
+    def fail(trainer: RoundTrainer) -> None:
+        if trainer.state.done == step:
             raise RuntimeError("the machine broke")
-        return original(self)
 
-    monkeypatch.setattr(RoundTrainer, "step", failing)
+    return watched(fail)
+
+
+class InTurn(StepCheckpoints):
+    """Commits each checkpoint before the next step: how far a thread comes is chance otherwise."""
+
+    def after_step(self, stopped_at: float | None) -> bool:
+        stop = super().after_step(stopped_at)
+        self.wait()
+        return stop
 
 
 def broken_off(setting: Setting, name: str, step: int, **training: Any) -> Job:
-    """A round that failed after `step` steps, its checkpoints committed, and the job that goes on with it."""
-    with pytest.MonkeyPatch.context() as patch:
-        failing_at(step, patch)
-        wait_for_checkpoints(patch)
-        with pytest.raises(RuntimeError, match="broke"):
-            train.run(setting.job(name, **training))
+    """A round that failed after `step` steps, its checkpoints committed, and the job that resumes it."""
+    with pytest.raises(RuntimeError, match="broke"):
+        train.run(setting.job(name, **training), trainer=failing_at(step), checkpointer=InTurn)
     return setting.job(name, writer="e0002-bb", **training)
 
 
-def wait_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each is committed before the next step: how far a thread came is chance otherwise."""
-    after = StepCheckpoints.after_step
-    monkeypatch.setattr(StepCheckpoints, "after_step", lambda self, at: (after(self, at), self.wait())[0])
-
-
-def test_a_failed_round_goes_on_to_the_same_bits(
-    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_train_resumed_after_a_failure_repeats_all_bits(
+    setting: Setting, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = broken_off(setting, "failed", 8)
     assert objects.read_manifest(setting.store, job.object_id) is None
-    taken, step = [], RoundTrainer.step
-    monkeypatch.setattr(RoundTrainer, "step", lambda self: (taken.append(self.state.done + 1), step(self))[1])
-    manifest = train.run(job)
+    taken: list[int] = []
+    manifest = train.run(job, trainer=watched(taken=taken))
     assert taken == [6, 7, 8, 9, 10, 11, 12]  # from the checkpoint of step 5
     assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
     assert sha_of_weights(manifest) == sha_of_weights(whole)
@@ -223,16 +176,15 @@ def test_the_newest_checkpoints_are_kept_and_say_what_they_cost(setting: Setting
 
 
 @pytest.mark.parametrize("step", [9, 11], ids=["met by the next checkpoint", "met when the policy is published"])
-def test_an_older_checkpoint_that_cannot_be_read_is_removed_and_fails_nothing(
-    setting: Setting, whole: dict[str, Any], step: int, monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_unreadable_older_checkpoint_is_removed(
+    setting: Setting, whole: dict[str, Any], step: int, capsys: Any
 ) -> None:
     job = broken_off(setting, f"torn-{step}", step, checkpoint_every_steps=2, checkpoints_kept=3)
     oldest = objects.part_names(setting.store, job.object_id)[0]
     path = setting.store.local_path(objects.part_key(job.object_id, oldest))
     assert path is not None
     path.write_bytes(b"torn")
-    wait_for_checkpoints(monkeypatch)
-    manifest = train.run(job)
+    manifest = train.run(job, checkpointer=InTurn)
     output = capsys.readouterr().out
     assert f"checkpoint {oldest} cannot be read and is removed" in output
     assert "could not be stored" not in output
@@ -247,7 +199,9 @@ def test_a_checkpoint_is_due_by_time_too(setting: Setting) -> None:
     assert objects.list_parts(setting.store, job.object_id) == {}
 
 
-def test_a_damaged_checkpoint_is_passed_over(setting: Setting, whole: dict[str, Any], capsys: Any) -> None:
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    setting: Setting, whole: dict[str, Any], capsys: Any
+) -> None:
     job = broken_off(setting, "damaged", 11)
     for file in objects.list_parts(setting.store, job.object_id)["step-000010"]["files"]:
         path = setting.store.local_path(file["key"])
@@ -262,7 +216,7 @@ def test_a_damaged_checkpoint_is_passed_over(setting: Setting, whole: dict[str, 
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "missing"])
 def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
-    setting: Setting, whole: dict[str, Any], damage: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, whole: dict[str, Any], damage: str, capsys: Any
 ) -> None:
     job = broken_off(setting, f"replaced-{damage}", 11)
     part = objects.list_parts(setting.store, job.object_id)["step-000010"]
@@ -272,11 +226,8 @@ def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
     for path in paths:
         assert path is not None
         path.unlink() if damage == "missing" else path.write_bytes(b"torn")
-    with monkeypatch.context() as patch:
-        failing_at(11, patch)
-        wait_for_checkpoints(patch)
-        with pytest.raises(RuntimeError, match="broke"):
-            train.run(job)
+    with pytest.raises(RuntimeError, match="broke"):
+        train.run(job, trainer=failing_at(11), checkpointer=InTurn)
     assert "checkpoint step-000010 committed" in capsys.readouterr().out
     assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000005", "step-000010"]
     manifest = train.run(setting.job(f"replaced-{damage}", writer="e0003-cc"))
@@ -284,30 +235,33 @@ def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
     assert sha_of_weights(manifest) == sha_of_weights(whole)
 
 
-def test_a_store_that_fails_costs_a_checkpoint_and_nothing_else(
-    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(step_checkpoints, "upload", lambda *args: (_ for _ in ()).throw(OSError("no space left")))
-    wait_for_checkpoints(monkeypatch)
-    manifest = train.run(setting.job("away"))
+class FullStore(FolderStore):
+    def upload(self, path: Path, key: str) -> None:
+        raise OSError("no space left")
+
+
+class IntoAFullStore(InTurn):
+    def __init__(self, store: FolderStore, *rest: Any) -> None:
+        super().__init__(FullStore(store.root), *rest)
+
+
+def test_failing_store_costs_only_the_checkpoint(setting: Setting, whole: dict[str, Any], capsys: Any) -> None:
+    manifest = train.run(setting.job("away"), checkpointer=IntoAFullStore)
     output = capsys.readouterr().out
     for step in (5, 10):
         assert f"checkpoint step-{step:06d} could not be stored, training goes on: OSError: no space left" in output
     assert sha_of_weights(manifest) == sha_of_weights(whole)
 
 
-def stopping_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM arrives in the middle of a step."""
-    gradient = RoundTrainer.gradient
+def stopping_in(step: int) -> Any:
+    """A trainer that gets SIGTERM in the middle of a step."""
 
-    def stopped(self: RoundTrainer, *args: Any) -> Any:
-        if self.state.done == step - 1:
+    def stop(trainer: RoundTrainer) -> None:
+        if trainer.state.done == step - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return gradient(self, *args)
 
-    monkeypatch.setattr(RoundTrainer, "gradient", stopped)
-    monkeypatch.setattr(supervision, "_sigterm", supervision._Sigterm())
     signal.signal(signal.SIGTERM, supervision.on_sigterm)
+    return watched(stop)
 
 
 @pytest.fixture(autouse=True)
@@ -317,38 +271,36 @@ def _sigterm_is_ours_for_a_test() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(
-    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stopping_in(4, patch)
-        with pytest.raises(Preempted):
-            train.run(setting.job("stopped"))
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(setting: Setting, whole: dict[str, Any]) -> None:
+    with pytest.raises(Preempted):
+        train.run(setting.job("stopped"), trainer=stopping_in(4))
     job = setting.job("stopped", writer="e0002-bb")
     assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000004"]
     assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 
-def test_sigterm_in_the_last_step_lets_the_round_end(
-    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_in_the_last_step_lets_the_round_end(setting: Setting, whole: dict[str, Any]) -> None:
     """Nothing is left to train; the next start only publishes."""
-    with monkeypatch.context() as patch:
-        stopping_in(STEPS, patch)
-        with pytest.raises(Preempted):
-            train.run(setting.job("stopped-last"))
-    monkeypatch.setattr(RoundTrainer, "gradient", lambda *_: pytest.fail("a step was trained again"))
-    assert sha_of_weights(train.run(setting.job("stopped-last", writer="e0002-bb"))) == sha_of_weights(whole)
+    with pytest.raises(Preempted):
+        train.run(setting.job("stopped-last"), trainer=stopping_in(STEPS))
+    taken: list[int] = []
+    manifest = train.run(setting.job("stopped-last", writer="e0002-bb"), trainer=watched(taken=taken))
+    assert taken == []
+    assert sha_of_weights(manifest) == sha_of_weights(whole)
 
 
-def test_no_checkpoint_is_begun_for_which_there_is_no_time(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(StepCheckpoints, "_estimate", lambda self: 1e9)
-    stopping_in(4, monkeypatch)
+class Slow(StepCheckpoints):
+    """Checkpoints that took 1e9 s each until now."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.seconds = 1e9
+
+
+def test_sigterm_without_time_begins_no_checkpoint(setting: Setting, capsys: Any) -> None:
     job = setting.job("slow")
     with pytest.raises(Preempted):
-        train.run(job)
+        train.run(job, trainer=stopping_in(4), checkpointer=Slow)
     assert objects.list_parts(setting.store, job.object_id) == {}
     assert "stopped after step 4; no time for a checkpoint, the last is of step 0" in capsys.readouterr().out
 
@@ -421,7 +373,7 @@ def test_sigterm_ends_the_process_and_keeps_its_work(tmp_path: Path) -> None:
     assert f"checkpoint {part} committed" in rest
 
 
-def test_a_policy_in_another_format(setting: Setting, tmp_path: Path) -> None:
+def test_save_dtype_bfloat16_publishes_bfloat16(setting: Setting, tmp_path: Path) -> None:
     manifest = train.run(setting.job("half", save_dtype="bfloat16", precision="mixed"))
     folder = fetch.fetch_folder(setting.store, manifest["object_id"], "policy")
     assert {str(t.dtype) for t in load_file(folder / "model.safetensors").values()} == {"torch.bfloat16"}
@@ -446,7 +398,7 @@ runpy.run_module("spinreg_core.stages.train", run_name="__main__")
     assert done.stdout == "checked\n", done.stderr
 
 
-def test_an_adapter_goes_on_to_the_same_bits_and_into_the_next_round(setting: Setting, capsys: Any) -> None:
+def test_adapter_resumes_to_the_same_bits_and_continues(setting: Setting, capsys: Any) -> None:
     lora = {"lora_rank": 4, "lora_targets": ["q_proj", "v_proj"]}
     whole = train.run(setting.job("lora-whole", **lora))
     assert "LoRA of rank 4 on q_proj, v_proj: 896 of " in capsys.readouterr().out
@@ -481,25 +433,22 @@ def test_selective_checkpointing_is_not_compiled(setting: Setting, monkeypatch: 
     assert seen == [True, True, False]
 
 
-def test_the_last_sound_checkpoint_survives_weights_that_are_not_finite(
-    setting: Setting, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+def test_infinite_weights_leave_the_last_finite_checkpoint(
+    setting: Setting, whole: dict[str, Any], capsys: Any
 ) -> None:
-    """Weights become infinite in step 6, whose own loss is finite; a checkpoint after every step, two are kept."""
+    """Weights become infinite in step 6, with a finite loss; a checkpoint after every step, two are kept."""
     settings = {"checkpoint_every_steps": 1}
-    step = RoundTrainer.step
 
-    def spoilt(self: RoundTrainer) -> Any:
-        metrics = step(self)
-        if self.state.done == 6:
-            with torch.no_grad():
-                next(self.model.parameters())[:] = torch.inf
-        return metrics
+    class Spoilt(RoundTrainer):
+        def step(self) -> Any:
+            metrics = super().step()
+            if self.state.done == 6:
+                with torch.no_grad():
+                    next(self.model.parameters())[:] = torch.inf
+            return metrics
 
-    with monkeypatch.context() as patch:
-        wait_for_checkpoints(patch)
-        patch.setattr(RoundTrainer, "step", spoilt)
-        with pytest.raises(BadInput, match="steps 7 to 9"):
-            train.run(setting.job("spoilt", **settings))
+    with pytest.raises(BadInput, match="steps 7 to 9"):
+        train.run(setting.job("spoilt", **settings), trainer=Spoilt, checkpointer=InTurn)
     output = capsys.readouterr().out
     assert "checkpoint step-000006 holds numbers that are not finite and is removed" in output
     job = setting.job("spoilt", writer="e0002-bb", **settings)
@@ -507,7 +456,7 @@ def test_the_last_sound_checkpoint_survives_weights_that_are_not_finite(
     assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 
-def test_losses_that_are_not_finite_publish_nothing(setting: Setting) -> None:
+def test_train_with_infinite_losses_publishes_nothing(setting: Setting) -> None:
     job = setting.job("diverged", learning_rate=1e30, max_grad_norm=None)
     with pytest.raises(
         BadInput, match=r"training, steps \d+ to \d+, pairs 1:.* finite numbers; use a learning rate below 1e\+30"

@@ -14,10 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from spinreg_core.config import TrainingConfig
 from spinreg_core.errors import Damaged
 from spinreg_core.models.loading import load_policy
-from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.training.checkpoint_files import load_checkpoint, own_files, publish_policy, start_checkpoint
 from spinreg_core.training.optimizer import make_optimizer
-from tests.support.tiny_models import tiny_model, write_policy
+from tests.support.tiny_models import ALONE, tiny_model, write_policy
 
 
 def trained(model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
@@ -30,14 +29,9 @@ def trained(model: PreTrainedModel, optimizer: torch.optim.Optimizer, steps: int
         optimizer.step()
 
 
-ALONE = Ranks(torch.device("cpu"))
-
-
 @pytest.mark.parametrize("name", ["adamw", "rmsprop"])
 @pytest.mark.parametrize("kind", ["llama", "llama-tied"])
-def test_going_on_from_a_checkpoint_changes_no_bit(
-    tmp_path: Path, name: Literal["adamw", "rmsprop"], kind: str
-) -> None:
+def test_resume_from_a_checkpoint_changes_no_bit(tmp_path: Path, name: Literal["adamw", "rmsprop"], kind: str) -> None:
     model = tiny_model(kind)
     optimizer = make_optimizer(model, TrainingConfig(optimizer=name))
     trained(model, optimizer, 3, seed=1)

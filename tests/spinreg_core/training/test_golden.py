@@ -48,7 +48,7 @@ def trajectory() -> list[dict[str, float]]:
     return [{name: metrics[name] for name in KEPT} for metrics in (round_.step() for _ in range(round_.steps))]
 
 
-def test_the_trajectory_is_the_one_that_was_kept() -> None:
+def test_trajectory_equals_the_golden_one() -> None:
     kept: list[dict[str, Any]] = json.loads(FILE.read_text())
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

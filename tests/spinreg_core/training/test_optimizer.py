@@ -38,7 +38,7 @@ def test_rates_are_positive_and_fall_after_the_peak(schedule: Literal["linear", 
     assert max(found) == pytest.approx(2.0)
 
 
-def test_order_is_a_permutation_that_depends_on_names_seed_round_and_epoch() -> None:
+def test_data_order_depends_on_names_seed_round_and_epoch() -> None:
     order = data_order(PAIRS, seed=1, round_number=2, epoch=0)
     assert sorted(order) == list(range(20))
     shuffled = [PAIRS[i] for i in reversed(range(20))]

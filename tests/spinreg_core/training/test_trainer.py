@@ -256,7 +256,7 @@ def test_a_fall_of_human_answers_is_measured_and_reported(alpha: float, round_nu
     assert f"{change:+.2f} nats/answer" in found["alarms"][0]
 
 
-def test_noise_is_no_fall() -> None:
+def test_fell_ignores_noise() -> None:
     mean, error = mean_and_error([-1.0, 1.0, -2.0, 1.5])
     assert mean == pytest.approx(-0.125)
     assert error == pytest.approx(statistics.stdev([-1.0, 1.0, -2.0, 1.5]) / 2)
