@@ -12,6 +12,7 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data.contamination import Guard, evaluation_prompts, guarded
 from spinreg_core.data.filters import load_training
 from spinreg_core.errors import BadInput
+from tests.support.hub import keep_datasets_in
 
 PROMPT = "How many ducks does Anna feed on a Tuesday morning in March at the pond?"
 
@@ -59,18 +60,17 @@ def test_guarded_of_a_set_without_usable_prompts_raises(tmp_path: Path) -> None:
         evaluation_prompts(other)
 
 
-def test_evaluation_prompts_of_a_hub_subset_reads_that_subset(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def read(*arguments: Any) -> Any:
-        asked.append(arguments)
-        raise BadInput("dataset", "no hub here", "one")
-
-    monkeypatch.setattr("spinreg_core.data.contamination.read_records", read)
-    for name in ("openai/gsm8k:main", "owner/name"):
-        with pytest.raises(BadInput):
-            evaluation_prompts(name)
-    assert asked == [("openai/gsm8k", "test", "main"), ("owner/name", "test", None)]
+def test_evaluation_prompts_of_a_subset_reads_that_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone of a hub data set names its subsets in its card, and is read as the hub itself."""
+    keep_datasets_in(tmp_path / "cache", monkeypatch)
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    card = ["---", "configs:"]
+    for name in ("main", "other"):
+        written(clone / f"{name}.jsonl", [{"prompt": f"What is in {name}, and why?"}])
+        card += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}.jsonl"]
+    (clone / "README.md").write_text("\n".join([*card, "---", ""]))
+    assert evaluation_prompts(f"{clone}:other") == ["What is in other, and why?"]
 
 
 @pytest.mark.parametrize(("splits", "read"), [

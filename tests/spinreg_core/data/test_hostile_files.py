@@ -115,9 +115,7 @@ def test_read_parquet_that_claims_too_much_opens_no_column(tmp_path: Path) -> No
     refused(path, "unpacks to more than")
 
 
-def test_read_parquet_with_a_large_footer_raises_unopened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_parquet_with_a_large_footer_raises_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"prompt": ["q"], "response": ["a"]}), path)
     lower(monkeypatch, LARGEST_FOOTER=100)

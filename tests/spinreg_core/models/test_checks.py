@@ -40,7 +40,7 @@ def test_require_loadable_prints_unknown_tensors(folder: Path, capsys: pytest.Ca
     add(folder, "lm_head.weight", shape=(259, 64))  # of a model that ties it
     require_loadable(folder)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert told == ["warning: LlamaForCausalLM knows no tensors of these names, which take no part: "
+    assert told == ["warning: LlamaForCausalLM does not know these tensors and ignores them: "
                     "model.layers.0.mlp.strange, score.weight"]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_require_loadable_finds_layers_by_another_name(tmp_path: Path) -> None:
     save_file({name.removeprefix("transformer."): value for name, value in load_file(path).items()}, path)
     require_loadable(tmp_path)
     configure(tmp_path, n_layer=1)
-    with pytest.raises(BadInput, match=r"weights of transformer\.h\.1, and 1 such by config\.json"):
+    with pytest.raises(BadInput, match=r"weights of transformer\.h\.1, but config\.json configures only 1"):
         require_loadable(tmp_path)
     configure(tmp_path, n_layer=0)
     with pytest.raises(BadInput, match=r"n_layer 0 in config\.json"):
@@ -73,7 +73,7 @@ def test_require_loadable_accepts_multi_token_prediction_layers(
     require_loadable(tmp_path)
     assert "model.layers.2.eh_proj.weight" in capsys.readouterr().out
     configure(tmp_path, num_hidden_layers=1)  # layer 1 predicts nothing ahead
-    with pytest.raises(BadInput, match=r"weights of model\.layers\.1, and 1 such"):
+    with pytest.raises(BadInput, match=r"weights of model\.layers\.1, but config\.json configures only 1"):
         require_loadable(tmp_path)
 
 

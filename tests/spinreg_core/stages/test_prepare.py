@@ -216,33 +216,28 @@ def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
     assert not set(train["messages"].to_pylist()) & set(heldout["messages"].to_pylist())
 
 
-def test_prepare_with_bad_rows_raises_before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("a model was asked for")
-
-    monkeypatch.setattr(prepare, "tokenizer_folder", never)
-    monkeypatch.setattr(prepare, "resolve_model", never)
+def test_prepare_with_bad_rows_raises_before_any_model(tmp_path: Path) -> None:
     dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x", "answer": ""}])
     with pytest.raises(BadInput, match=r"2\.4% bad rows \(1 of 41: 1 empty_answer\)"):
-        prepare.run(job(tmp_path, dataset))
-    with pytest.raises(AssertionError):
-        prepare.run(job(tmp_path, dataset, "lenient", data={"max_bad_share": 0.03}))
+        prepare.run(job(tmp_path, dataset, model="./nowhere"))
+    with pytest.raises(BadInput, match=r"no folder '\./nowhere'"):
+        prepare.run(job(tmp_path, dataset, "lenient", model="./nowhere", data={"max_bad_share": 0.03}))
 
 
-def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("weights were asked for")
-
-    monkeypatch.setattr(prepare, "resolve_model", never)
+def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path) -> None:
+    words = shutil.copytree(model_source.resolve_model("random:tiny", prepare.cache_folder()), tmp_path / "words")
+    (words / "model.safetensors").unlink()
     dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x" * 600, "answer": "a"}])
     with pytest.raises(BadInput, match="1 prompt_too_long"):
-        prepare.run(job(tmp_path, dataset))
+        prepare.run(job(tmp_path, dataset, model=str(words)))
     assert not (tmp_path / "store").exists()
+    with pytest.raises(BadInput, match=r"has no model\.safetensors"):
+        prepare.run(job(tmp_path, dataset, "lenient", model=str(words), data={"max_bad_share": 0.03}))
 
 
 def test_prepare_with_rows_beyond_the_model_raises(tmp_path: Path) -> None:
     dataset = save(tmp_path / "x.jsonl", ROWS)
-    with pytest.raises(BadInput, match="found 4096 tokens; expected at most 2048"):
+    with pytest.raises(BadInput, match="data\\.max_length is 4096; expected at most 2048"):
         prepare.run(job(tmp_path, dataset, data={"max_length": 4096}))
 
 
