@@ -23,6 +23,7 @@ from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.cache import cache_folder
 from spinreg_core.training.checkpoint_files import load_checkpoint, start_checkpoint
 from spinreg_core.training.optimizer import make_optimizer
+from tests.support.files import change_json
 from tests.support.tiny_models import tiny_model, write_policy
 
 
@@ -30,10 +31,6 @@ from tests.support.tiny_models import tiny_model, write_policy
 def folder(tmp_path: Path) -> Path:
     """A copy of the toy model to spoil."""
     return Path(shutil.copytree(resolve_model("random:tiny", cache_folder()), tmp_path / "model"))
-
-
-def change(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 class Bomb:
@@ -67,7 +64,9 @@ def test_resolve_model_with_code_raises_and_never_runs_it(folder: Path, tmp_path
     mark = f"import pathlib; pathlib.Path({str(tmp_path / 'mark')!r}).write_text('ran')\n"
     (folder / "modeling_own.py").write_text(mark + "class Own: pass\n")
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
-    change(folder / where, model_type="own", auto_map=dict.fromkeys(names, "modeling_own.Own"), tokenizer_class="Own")
+    change_json(
+        folder / where, model_type="own", auto_map=dict.fromkeys(names, "modeling_own.Own"), tokenizer_class="Own"
+    )
     with pytest.raises(BadInput, match="has code of its own"):
         resolve_model(str(folder), cache_folder())
     # And by what loads, wherever a folder came from.

@@ -23,6 +23,7 @@ from spinreg_core.models.source import (
 )
 from spinreg_core.store.cache import cache_folder
 from tests.support.chat_models import CHATML, chat_tokenizer
+from tests.support.files import change_json
 from tests.support.hub import disconnect
 from tests.support.servers import S3Server
 
@@ -36,10 +37,6 @@ def tiny() -> Path:
 def folder(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the toy model to spoil."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
-def change(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_random_tiny_is_the_same_every_time(tiny: Path, tmp_path: Path) -> None:
@@ -98,9 +95,9 @@ def test_model_fingerprint_covers_the_policy_alone(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickled weights"),
-        (lambda f: change(f / "config.json", auto_map={"AutoModel": "modeling.X"}), "has code of its own"),
-        (lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantised weights"),
-        (lambda f: change(f / "config.json", model_type="unheard-of"), "transformers refuses"),
+        (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "modeling.X"}), "has code of its own"),
+        (lambda f: change_json(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantised weights"),
+        (lambda f: change_json(f / "config.json", model_type="unheard-of"), "transformers refuses"),
         (lambda f: T5Config().save_pretrained(f), "a t5 model"),
     ],
 )
@@ -164,7 +161,7 @@ def test_link_policy_brings_a_template(tmp_path: Path, tiny: Path) -> None:
     assert not (bare / "chat_template.jinja").exists()  # somebody else's folder is not written to
     assert not (tmp_path / "without" / "README.md").exists()
     old = Path(shutil.copytree(bare, tmp_path / "old"))  # the template inside the tokenizer's configuration
-    change(old / "tokenizer_config.json", chat_template=CHATML)
+    change_json(old / "tokenizer_config.json", chat_template=CHATML)
     link_policy(old, tmp_path / "published")
     assert Renderer.from_folder(tmp_path / "published").tokenizer.chat_template == CHATML
     weights = (tmp_path / "without" / "model.safetensors").read_bytes()
