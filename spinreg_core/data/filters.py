@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.contamination import Guard, evaluation_prompts, guarded
-from spinreg_core.data.formats import Row
+from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.data.load import Loaded
 from spinreg_core.data.mixing import load_mixture, take_shares
 from spinreg_core.data.row_file import take_rows
@@ -31,23 +32,14 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A row that is left out of training: its number (from 1), a key of REASONS, and the details."""
-
-    row: int
-    reason: str
-    detail: str
-
-
-@dataclass(frozen=True)
 class Selected:
-    """The rows to train on, and those left out: as a list, and counted by reason, pattern and data set.
+    """The rows to train on, and those left out for one of REASONS: as a list, and counted by reason.
 
     Rows beyond a share are counted and not listed. They can be millions, and nothing is wrong with them.
     """
 
     loaded: Loaded
-    left_out: list[LeftOut]
+    left_out: list[Rejected]
     counts: dict[str, int]
 
 
@@ -67,28 +59,26 @@ def load_training(dataset: str, config: DataConfig) -> Selected:
     return Selected(replace(loaded, rows=kept, guards=guards), left_out, counts)
 
 
-def select(rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]) -> tuple[Sequence[Row], list[LeftOut]]:
+def select(
+    rows: Sequence[Row], config: DataConfig, known: dict[str, list[str]]
+) -> tuple[Sequence[Row], list[Rejected]]:
     """Return the rows to train on, and the others. `known`: prompts of the evaluation sets, by name of the set."""
     patterns = [re.compile(pattern) for pattern in config.drop_patterns]
     guard = Guard(known, config.contamination_words)
     kept = array("q")
-    left_out: list[LeftOut] = []
+    left_out: list[Rejected] = []
     for index, row in enumerate(rows):
         problem = _problem(row, config, patterns) or _overlap(row, guard)
         if problem is None:
             kept.append(index)
         else:
-            left_out.append(LeftOut(row.source_row, *problem))
+            left_out.append(Rejected(row.source_row, *problem))
     return take_rows(rows, kept), left_out
 
 
-def by_reason(left_out: Iterable[LeftOut]) -> dict[str, int]:
+def by_reason(left_out: Iterable[Rejected]) -> dict[str, int]:
     """Count rows by reason, and by pattern where that is the reason."""
-    found: dict[str, int] = {}
-    for one in left_out:
-        name = f"{one.reason} {one.detail}" if one.reason == "pattern" else one.reason
-        found[name] = found.get(name, 0) + 1
-    return found
+    return dict(Counter(f"{one.reason} {one.detail}" if one.reason == "pattern" else one.reason for one in left_out))
 
 
 def _problem(row: Row, config: DataConfig, patterns: Sequence[re.Pattern[str]]) -> tuple[str, str] | None:

@@ -83,7 +83,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A bad row: the number of its record (from 1), a key of REASONS, and the details of the problem."""
+    """A row that is refused or left out: the number of its record (from 1), the reason, and the details."""
 
     row: int
     reason: str

@@ -45,15 +45,15 @@ class PartReport:
     last_records: dict[str, int]
     rows: int
     duplicates: Duplicates
-    truncated_answers: int | None
-    final_answers: int | None
-    shortened_prompts: int | None
     examples: list[Example]
-    written_before_answers: str | None
     lengths: dict[str, dict[str, float]]
     bad_share: float
     bad_rows: dict[str, int]
     rejected: list[Rejected]
+    written_before_answers: str | None = None
+    truncated_answers: int | None = None
+    final_answers: int | None = None
+    shortened_prompts: int | None = None
 
 
 def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
@@ -73,7 +73,7 @@ def inspect(config: RunConfig) -> tuple[str, dict[str, Any]]:
     lines += [f"{guard['prompts']} prompts of {name} are guarded, {guard['too_short']} are too short for that"
               for name, guard in guards.items()]  # fmt: skip
     lines += [f"left out of training: {count} {reason}" for reason, count in selected.counts.items()]
-    lines += _listed([(row.row, row.reason, row.detail) for row in left_out], "  ")
+    lines += _listed(left_out, "  ")
     if renderer is None:
         lines.append(f"no token counts: {reason}")
     elif renderer.written_before:
@@ -102,12 +102,14 @@ def _report(loaded: Loaded, config: RunConfig, renderer: Renderer | None) -> Par
         "prompt_characters": length_distribution([sum(len(m["content"]) for m in row.messages) for row in rows]),
         "answer_characters": length_distribution([len(row.answer) for row in rows]),
     }
-    counts: Counter[str] | None = None
+    counts = Counter[str]()
     if renderer is None:
+        counts["rows"] = len(rows)
         examples = [Example(row.source_row, row.messages[-1]["content"], row.answer) for row in rows[:_EXAMPLES]]
     else:
-        counts, examples = Counter(), []
-        prompts, answers = array("q"), array("q")
+        # The names are those of the report's fields; a count of zero is one too.
+        counts.update({"truncated_answers": 0, "final_answers": 0, "shortened_prompts": 0, "rows": 0})
+        examples, prompts, answers = [], array("q"), array("q")
         for row in rows:
             encoded = encode_row(row, renderer, config.data, config.evaluation.final_answer)
             if isinstance(encoded, Rejected):
@@ -128,17 +130,14 @@ def _report(loaded: Loaded, config: RunConfig, renderer: Renderer | None) -> Par
         format=loaded.format,
         records=loaded.records,
         last_records=loaded.last,
-        rows=len(rows) if counts is None else counts["rows"],
         duplicates=loaded.duplicates,
-        truncated_answers=None if counts is None else counts["truncated_answers"],
-        final_answers=None if counts is None else counts["final_answers"],
-        shortened_prompts=None if counts is None else counts["shortened_prompts"],
         examples=examples,
-        written_before_answers=None if renderer is None else renderer.written_before,
         lengths=lengths,
         bad_share=bad_share(loaded.records, rejected),
         bad_rows=by_reason(rejected),
         rejected=rejected,
+        written_before_answers=None if renderer is None else renderer.written_before,
+        **counts,
     )
 
 
@@ -160,14 +159,14 @@ def _lines(name: str, report: PartReport, max_bad_share: float) -> Iterator[str]
     verdict = "within" if report.bad_share <= max_bad_share else "ABOVE"
     yield f"  bad rows: {report.bad_share:.2%}, {verdict} data.max_bad_share ({max_bad_share:.2%})"
     yield from (f"    {count} {reason}: {REASONS[reason]}" for reason, count in report.bad_rows.items())
-    yield from _listed([(bad.row, bad.reason, bad.detail) for bad in report.rejected], "    ")
+    yield from _listed(report.rejected, "    ")
     for example in report.examples:
         yield f"  example, row {example.row}; the part after the bar is trained on"
         yield from (f"    {line}" for line in f"{example.prompt}|{example.answer}".splitlines())
 
 
-def _listed(rows: Sequence[tuple[int, str, str]], indent: str) -> Iterator[str]:
-    for number, reason, detail in rows[:_LISTED]:
-        yield f"{indent}row {number}: {reason} ({shorten(detail, 120)})"
+def _listed(rows: Sequence[Rejected], indent: str) -> Iterator[str]:
+    for bad in rows[:_LISTED]:
+        yield f"{indent}row {bad.row}: {bad.reason} ({shorten(bad.detail, 120)})"
     if len(rows) > _LISTED:
         yield f"{indent}... and {len(rows) - _LISTED} more (--json lists all)"

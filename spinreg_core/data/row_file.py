@@ -22,15 +22,9 @@ from spinreg_core.data.formats import Row
 # Rows that are in memory at once while they are written.
 _BATCH = 256
 # Messages, extras and tools are JSON: a column of records would give every row the keys of all others.
-_SCHEMA = pa.schema(
-    [
-        ("source_row", pa.int64()),
-        ("messages", pa.large_string()),
-        ("answer", pa.large_string()),
-        ("extras", pa.large_string()),
-        ("tools", pa.large_string()),
-    ]
-)
+_JSON = ("messages", "extras", "tools")
+_SCHEMA = pa.schema([("source_row", pa.int64()), ("answer", pa.large_string()),
+                     *((name, pa.large_string()) for name in _JSON)])  # fmt: skip
 
 
 class RowFile(Sequence[Row]):
@@ -59,8 +53,9 @@ class RowFile(Sequence[Row]):
         # Rows are mostly read in order, so that one batch serves many of them.
         if batch != self._batch_number:
             self._batch_number, self._columns = batch, self._reader.get_batch(batch).columns
-        source_row, messages, answer, extras, tools = (column[offset].as_py() for column in self._columns)
-        return Row(source_row, tuple(json.loads(messages)), answer, json.loads(extras), json.loads(tools))
+        source_row, answer, *texts = (column[offset].as_py() for column in self._columns)
+        messages, extras, tools = map(json.loads, texts)
+        return Row(source_row, tuple(messages), answer, extras, tools)
 
 
 def write_rows(rows: Iterable[Row]) -> RowFile:
@@ -81,13 +76,7 @@ def write_rows(rows: Iterable[Row]) -> RowFile:
 
 
 def _columns(row: Row) -> dict[str, int | str]:
-    return {
-        "source_row": row.source_row,
-        "messages": json.dumps(row.messages),
-        "answer": row.answer,
-        "extras": json.dumps(row.extras),
-        "tools": json.dumps(row.tools),
-    }
+    return vars(row) | {name: json.dumps(getattr(row, name)) for name in _JSON}
 
 
 def take_rows(rows: Sequence[Row], indices: Iterable[int] | NDArray[np.int64]) -> Sequence[Row]:

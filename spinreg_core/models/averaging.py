@@ -1,17 +1,17 @@
-"""Policies that are averages of others in the space of weights: EMA over rounds, LITI towards the base, SLERP.
+"""Averages of policies in the space of weights: EMA over rounds, LITI towards the base, SLERP.
 
-Decides: the arithmetic, in float64 whatever the weights are stored in, rounded once, and that it goes piece by piece:
-what is in memory are four million numbers of each policy.
-Leaves out: what an average is used for (`runs/plans.py`), when it is made (`stages/train.py`).
+Decides: the arithmetic, which is float64 in every storage format and rounds once. Memory holds pieces of four million
+numbers of each policy.
+Leaves out: the use of an average (`runs`), the time of averaging (`stages`).
 
-With π_n the policy that round n trained, A_0 = π_0 the base, and w the weight of the new one:
+With π_n the policy that round n trained, A_0 = π_0 the base, and w the weight of the new policy:
 
     ema     A_n = (1 - w) A_{n-1} + w π_n
     liti    A_n = (1 - w) π_0 + w π_n                        (WARP, arXiv 2406.16768, equation 4)
     slerp   A_n = π_0 + slerp(A_{n-1} - π_0, π_n - π_0; w)   (WARP, equation 3, for every tensor on its own)
 
-A_1 of slerp is π_1: there is no earlier direction to turn from. A tensor that A_{n-1} has where π_0 has it turns from
-nothing: slerp's limit there is the straight line.
+A_1 of slerp is π_1, because there is no earlier direction. For a tensor that is equal in A_{n-1} and π_0, slerp is its
+limit, the straight line.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ from torch import Tensor
 from spinreg_core.errors import BadInput
 
 Method = Literal["ema", "liti", "slerp"]
-# Sine of the angle below which directions are so near (or so opposite) that the weights of slerp lose all digits.
+# Below this sine of the angle, directions are so close (or so opposite) that the weights of slerp lose all digits.
 _PARALLEL = 1e-4
-_PIECE = 2**22  # numbers of a tensor that are in memory at once
-_Read = Callable[[Any], Tensor]  # index -> that part of a tensor: float64, or rounded for good
+# Numbers of a tensor that are in memory at once.
+_PIECE = 2**22
+# Returns the part of a tensor at an index, in float64, or in float32 as the final result.
+_Read = Callable[[Any], Tensor]
 
 
 def lerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """(1 - weight) a + weight b, float32. The ends are exact."""
+    """Return (1 - weight) a + weight b in float32. The ends are exact."""
     return ((1 - weight) * a.double() + weight * b.double()).float()
 
 
 def arc(product: float, norm_a: float, norm_b: float, weight: float) -> tuple[float, float]:
-    """The weights of a and b in slerp(a, b; w) = [sin((1 - w) Ω) a + sin(w Ω) b] / sin Ω, with Ω the angle between
-    a and b as one vector each, from their inner product and lengths.
+    """Return the weights of a and b in slerp(a, b; w) = [sin((1 - w) Ω) a + sin(w Ω) b] / sin Ω.
 
-    Where one of them is zero or they are parallel there is no arc: the straight line then, which is its limit.
+    Ω is the angle between a and b, from their inner product and norms. If one of them is zero or they are parallel,
+    there is no arc, and the weights are those of the straight line, its limit.
     """
     cosine = product / norm_a / norm_b if norm_a > 0 and norm_b > 0 else 1.0
     sine = max(0.0, 1 - cosine**2) ** 0.5
@@ -58,19 +60,20 @@ def arc(product: float, norm_a: float, norm_b: float, weight: float) -> tuple[fl
 
 
 def average_policy(method: Method, weight: float, base: Path, before: Path, policy: Path, folder: Path) -> None:
-    """Write A_n as a policy folder: that of π_n (`policy`), other weights in the same files, everything else as it is.
+    """Write A_n as a policy folder: the files of π_n (`policy`) with other weights.
 
-    `before` is A_{n-1}. Raises BadInput where a tensor is not in all of them with one shape.
+    `before` is A_{n-1}. Raises BadInput for a tensor that is absent from one of them or differs in shape.
     """
-    first = before.resolve() == base.resolve()  # no earlier direction
+    # In the first round, slerp has no earlier direction.
+    first = before.resolve() == base.resolve()
     with ExitStack() as stack:
         read = {name: _reader(path, stack) for name, path in {"base": base, "before": before}.items()}
 
         def other(which: str, name: str, shape: list[int]) -> _Read:
             found = read[which](name)
             if found is None or found.get_shape() != shape:
-                held = "nothing" if found is None else f"shape {tuple(found.get_shape())}"
-                raise BadInput(f"average of policies, tensor {name}", f"{held} in {which}", f"{tuple(shape)}")
+                problem = "is absent from" if found is None else f"has shape {tuple(found.get_shape())} in"
+                raise BadInput(f"average of policies, tensor {name}", f"{problem} {which}", f"shape {tuple(shape)}")
             return partial(_doubled, found)
 
         def averaged(name: str, new: _Read, shape: list[int]) -> _Read:
@@ -109,7 +112,10 @@ def average_policy(method: Method, weight: float, base: Path, before: Path, poli
 
 
 def _rewrite(source: Path, averaged: Callable[[str, _Read, list[int]], _Read], target: Path) -> None:
-    """A safetensors file with the same header and other numbers. (The library's writer wants all of a file at once.)"""
+    """Write a safetensors file with the same header and other numbers.
+
+    The writer of the library would need the whole file in memory.
+    """
     with open(source, "rb") as file, open(target, "wb") as out, safe_open(source, "pt") as tensors:
         size = file.read(8)
         header = file.read(int.from_bytes(size, "little"))
@@ -131,7 +137,7 @@ def _doubled(tensor: Any, piece: Any) -> Tensor:
 
 
 def _pieces(shape: list[int]) -> Iterator[Any]:
-    """Indices that cut a tensor along its first dimension into parts of a bounded size."""
+    """Yield indices that cut a tensor along its first dimension into parts of bounded size."""
     if not shape:
         yield ...
         return
@@ -141,7 +147,7 @@ def _pieces(shape: list[int]) -> Iterator[Any]:
 
 
 def _reader(folder: Path, stack: ExitStack) -> Callable[[str], Any]:
-    """name -> the tensor's slices, or None."""
+    """Return a function from the name of a tensor to its slices, or None."""
     files = [stack.enter_context(safe_open(path, "pt")) for path in sorted(folder.glob("*.safetensors"))]
     where = {name: file for file in files for name in file.keys()}  # noqa: SIM118
     return lambda name: where[name].get_slice(name) if name in where else None

@@ -1,8 +1,8 @@
-"""What the weights of a user's model must be before a run begins with it.
+"""Checks of the weights of a user's model, before a run starts with it.
 
-Decides: that they are plain floating-point numbers, fit config.json (neither fewer layers nor more), and are finite;
-and which tensors that the architecture does not know are told of instead of refused. Leaves out: which files a model
-folder has (`source.py`), loading it for a purpose (`logprobs/sequence.py`).
+Decides: that weights are plain, finite floating-point numbers that fit config.json, with neither fewer layers nor more.
+Tensors that the architecture does not know are printed, not refused.
+Leaves out: the files of a model folder (`source`), loading (`loading`).
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from transformers import PreTrainedModel
 
 from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
-from spinreg_core.models.loading import architecture, load_with_info, loading_errors_as_bad_input
+from spinreg_core.models.loading import architecture, load_and_list_unknown, loading_errors_as_bad_input
 from spinreg_core.models.source import model_files
 
-_PLAIN = ("F64", "F32", "F16", "BF16")  # number formats of weights, as safetensors calls them
-_TOLD = 10  # names in one warning
+# Number formats of weights, in the terms of safetensors.
+_PLAIN = ("F64", "F32", "F16", "BF16")
+# Names in one warning.
+_LISTED = 10
 
 
 def require_loadable(folder: Path) -> None:
-    """Raise BadInput for a folder that `load_policy` would refuse, or whose weights are not plain floating-point
-    numbers or are of more layers than its config.json names, without reading them: from the heads of its files.
+    """Raise BadInput for a folder that `load_policy` would refuse, without reading its weights.
 
-    Tensors that the architecture does not know are printed by name, but for those that transformers lists as left out
-    on purpose.
+    Also refuse weights that are not plain floating-point numbers or belong to more layers than config.json has. Print
+    the names of tensors that the architecture does not know, except those that transformers ignores on purpose.
     """
     names = _plain_tensors(folder)
     with loading_errors_as_bad_input(folder):
@@ -38,62 +39,65 @@ def require_loadable(folder: Path) -> None:
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", None)
     if isinstance(layers, int):
-        # Every layer has a tensor of its own; a model of millions of layers would take hours to be made.
+        # Every layer has at least one tensor. Building a model of millions of layers would take hours.
         field = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         if not 1 <= layers <= len(names):
-            raise BadInput(f"policy folder {folder}", f"{field} {layers} in config.json, and {len(names)} tensors",
-                           "the number of layers that there are weights for")  # fmt: skip
-    model, info = load_with_info(folder, "fp32", "meta", more={"device_map": "meta"})
-    unknown = sorted(info["unexpected_keys"])
+            raise BadInput(f"policy folder {folder}", f"has {field} {layers} in config.json, but {len(names)} tensors",
+                           "the number of layers that the weights have")  # fmt: skip
+    model, unknown = load_and_list_unknown(folder, "fp32", "meta", more={"device_map": "meta"})
     beyond = _beyond(model, unknown)
     if beyond:
         where, there, configured = beyond
-        raise BadInput(f"policy folder {folder}", f"weights of {where}.{there}, and {configured} such by config.json",
-                       "a config.json for all of them: the model would be cut short")  # fmt: skip
+        raise BadInput(f"policy folder {folder}",
+                       f"has weights of {where}.{there}, but config.json configures only {configured}",
+                       "a config.json for all of them; otherwise the model would be cut short")  # fmt: skip
     if unknown:
-        more = f" and {len(unknown) - _TOLD} more" if len(unknown) > _TOLD else ""
-        print(f"warning: {type(model).__name__} knows no tensors of these names, which take no part: "
-              f"{', '.join(unknown[:_TOLD])}{more}", flush=True)  # fmt: skip
+        more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+        print(f"warning: {type(model).__name__} does not know these tensors and ignores them: "
+              f"{', '.join(unknown[:_LISTED])}{more}", flush=True)  # fmt: skip
 
 
 def require_finite(folder: Path) -> None:
-    """Raise BadInput for a model with NaN or an infinity in a tensor, by name. Reads all weights once."""
+    """Raise BadInput that names the first tensor with NaN or infinity. Reads all weights once."""
     for path in model_files(folder):
         if path.suffix != ".safetensors":
             continue
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                # Both ends of the range are NaN where anything is: one pass, without a copy.
+                # Minimum and maximum are NaN if any number is. This takes one pass and no copy.
                 ends = torch.stack(tensor.aminmax()) if tensor.is_floating_point() and tensor.numel() else tensor
                 if ends is not tensor and not ends.isfinite().all():
-                    raise BadInput("model", f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} numbers of {name} "
-                                   f"in {path} NaN or infinite", "finite weights")  # fmt: skip
+                    bad = int((~tensor.isfinite()).sum())
+                    raise BadInput(f"model file {path}", f"has NaN or infinity in {bad} of {tensor.numel()} numbers of "
+                                   f"{name}", "finite weights")  # fmt: skip
 
 
 def _plain_tensors(folder: Path) -> set[str]:
-    """The names of all tensors in a folder. Raises BadInput."""
+    """Return the names of all tensors in a folder. Raises BadInput."""
     names: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
                 kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise BadInput(f"policy folder {folder}", f"{path.name}, which cannot be read ({first_line(error)})",
-                           "whole safetensors (was a download cut, or left as a pointer of Git LFS?)"
+            raise BadInput(f"model file {path}", f"cannot be read ({first_line(error)})",
+                           "a complete safetensors file (is it a partial download, or a pointer of Git LFS?)"
                            ) from None  # fmt: skip
         strange = sorted(name for name, kind in kinds.items() if name.endswith(".weight") and kind not in _PLAIN)
         if strange:
-            raise BadInput(f"policy folder {folder}", f"{strange[0]} in {kinds[strange[0]]}",
+            raise BadInput(f"policy folder {folder}", f"has {strange[0]} in {kinds[strange[0]]}",
                            "weights in bfloat16, float16 or float32")  # fmt: skip
         names.update(kinds)
     return names
 
 
 def _beyond(model: PreTrainedModel, unknown: Iterable[str]) -> tuple[str, int, int] | None:
-    """The first list of the model's parts that the weights have more of than the model has: its name, the number of
-    one that is too many, how many the model has. Layers that predict tokens further ahead (DeepSeek-V3, section 2.2,
-    and its like number them on after the last layer) are no part of the model."""
+    """Return the first module list with fewer entries than the weights: its name, a surplus index, its length.
+
+    Layers for multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2) are numbered after the last layer.
+    They are not part of the model.
+    """
     ahead = {name.removesuffix("eh_proj.weight") for name in unknown if name.endswith(".eh_proj.weight")}
     for name in unknown:
         for found in re.finditer(r"\.(\d+)\.", name):

@@ -1,11 +1,11 @@
-"""A policy whose weights are spread over ranks (FSDP2), read from and written to an ordinary Hugging Face folder.
+"""Policies whose weights are sharded over ranks (FSDP2), read from and written to ordinary Hugging Face folders.
 
-Decides: what is gathered together (each transformer layer; embeddings, last norm and projection), in which number
-format, and that no rank ever holds all weights. Leaves out: the ranks (`runtime/distributed.py`), the loss and its
-gradient (`training/trainer.py`), checkpoints (`training/checkpoint_files.py`).
+Decides: the units that are gathered (each transformer layer; embeddings, last norm and projection), their number
+format, and that no rank ever holds all weights.
+Leaves out: ranks (`runtime`), the loss, its gradient and checkpoints (`training`).
 
-With `mixed`, weights are gathered and used in bfloat16, and gradients are added up in float32 onto float32 weights.
-Embeddings and residual stream are bfloat16 too then; on one device they stay float32.
+With `mixed`, weights are gathered and used in bfloat16, and gradients are reduced in float32 onto float32 weights.
+Then embeddings and the residual stream are bfloat16 too; on one device they stay float32.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ from spinreg_core.models.loading import Precision, architecture, loading_errors_
 from spinreg_core.models.lora import base_parameters
 from spinreg_core.runtime.distributed import Ranks
 
-_FILE_BYTES = 4 * 10**9  # of one safetensors file; the most that one rank holds while a policy is written
+# Size of one safetensors file. A rank holds one file at a time while it writes a policy.
+_FILE_BYTES = 4 * 10**9
 
 
 def empty_policy(folder: str | Path, precision: Precision) -> PreTrainedModel:
-    """The model of a policy folder with no numbers in it (meta parameters). Raises BadInput."""
+    """Return the model of a policy folder with meta parameters, which hold no numbers. Raises BadInput."""
     with loading_errors_as_bad_input(folder):
         config, arguments = architecture(folder)
         with init_empty_weights(include_buffers=False):
@@ -47,7 +48,7 @@ def empty_policy(folder: str | Path, precision: Precision) -> PreTrainedModel:
 
 
 def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
-    """Spread a model's parameters over the ranks, in place. Its forward pass is then `model.as_forward`."""
+    """Shard the parameters of a model over the ranks, in place. Then call it through `model.as_forward`."""
     kept: dict[str, Any] = {"mesh": ranks.mesh}
     if precision == "mixed":
         kept["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -55,6 +56,7 @@ def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
         fully_shard(layer, **kept)
     fully_shard(model, **kept)
 
+    # FSDP gathers weights only inside forward methods, so that a loss computed elsewhere needs one of its own.
     def as_forward(model: nn.Module, function: Callable[..., Any], *arguments: object) -> Any:
         return function(model, *arguments)
 
@@ -63,14 +65,14 @@ def shard(model: PreTrainedModel, ranks: Ranks, precision: Precision) -> None:
 
 
 def transformer_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer layers: the modules that transformers itself keeps on one device."""
+    """Return the transformer layers: the modules that transformers itself keeps on one device."""
     names = set(model._no_split_modules or ())
     found = {name: m for name, m in model.base_model.named_modules() if type(m).__name__ in names}
     return [m for name, m in found.items() if not any(name.startswith(f"{outer}.") for outer in found)]
 
 
 def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
-    """File and shape of every tensor in a policy folder."""
+    """Return file and shape of every tensor in a policy folder."""
     found: dict[str, tuple[Path, tuple[int, ...]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with loading_errors_as_bad_input(folder), safe_open(path, "pt") as file:
@@ -79,46 +81,48 @@ def _stored(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:
 
 
 def require_weights(model: PreTrainedModel, folder: Path) -> None:
-    """Every parameter is in the folder's files, under its own name and with its shape. Raises BadInput."""
+    """Raise BadInput if a parameter is not in the files of a folder under its own name and with its shape."""
     stored = {name: shape for name, (_, shape) in _stored(folder).items()}
     absent = [name for name, p in base_parameters(model).items() if stored.get(name) != tuple(p.shape)]
     if absent:
         raise BadInput(
             f"policy folder {folder}",
-            f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...) under the names that "
+            f"has no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...) under the names that "
             "transformers gives them",
-            "weights for every tensor of the architecture its config.json names; where transformers renames weights as "
-            "it loads them, only one process that trains all weights can read them (resources.processes: 1, no "
+            "weights for every tensor of the architecture in its config.json; if transformers renames weights while "
+            "loading, only one process that trains all weights can read them (resources.processes: 1, no "
             "training.lora_rank)",
         )
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor, on every rank."""
+    """Return the whole tensor, on every rank."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
+    """Return the part of a tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def save_weights(model: PreTrainedModel, folder: Path, ranks: Ranks, dtype: torch.dtype | None) -> None:
-    """Write a sharded model's weights into files, each rank its share. Every rank must call it."""
-    parameters = dict(model.named_parameters())  # a tied weight appears once
+    """Write the weights of a sharded model, each rank its share of the files. Every rank must call it."""
+    # A tied weight appears once.
+    parameters = dict(model.named_parameters())
     numbers = {name: p.numel() * (p.dtype if dtype is None else dtype).itemsize for name, p in parameters.items()}
 
     def tensor(name: str, own: bool) -> Tensor | None:
-        found = full_tensor(parameters[name].detach())  # the other ranks hold parts of it
+        # Every rank takes part, because each holds a part of the tensor.
+        found = full_tensor(parameters[name].detach())
         return found.to(device="cpu", dtype=dtype or found.dtype) if own else None
 
     _save(numbers, tensor, folder, ranks)
 
 
 def rewrite(source: Path, change: Callable[[str, Tensor], Tensor], folder: Path, ranks: Ranks) -> None:
-    """Write the weights of a policy folder, each as `change(name, weight)` returns it (at most four bytes a number).
+    """Write the weights of a policy folder as `change(name, weight)` returns them, in at most four bytes a number.
 
-    One file's weights are in memory at a time. Each rank writes its share, for which it needs no other.
+    Memory holds the weights of one file. Each rank writes its share without the others.
     """
     stored = _stored(source)
 
@@ -132,10 +136,10 @@ def rewrite(source: Path, change: Callable[[str, Tensor], Tensor], folder: Path,
 
 
 def _save(numbers: dict[str, int], tensor: Callable[[str, bool], Tensor | None], folder: Path, ranks: Ranks) -> None:
-    """Tensors (name: bytes) as safetensors files of at most 4 GB, and their index.
+    """Write tensors as safetensors files of at most 4 GB, with their index. `numbers`: bytes by name.
 
-    Files go to the ranks in turn: each holds one at a time, and writes its own into its `folder`.
-    `tensor(name, own)` is called for all names on every rank, in one order.
+    The ranks take turns: each holds one file at a time and writes it into its own `folder`. Every rank calls
+    `tensor(name, own)` for all names in the same order.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[list[str]] = [[]]

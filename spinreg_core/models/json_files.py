@@ -1,7 +1,7 @@
-"""The JSON files of a model folder, read in one way.
+"""JSON files of a model folder.
 
-Decides: that a file which is no JSON object is bad input. Leaves out: what the files say (`source.py`,
-`chat_template.py`).
+Decides: that a file without a JSON object is bad input.
+Leaves out: the meaning of the files (`source`, `chat_template`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from spinreg_core.errors import BadInput
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no file. Raises BadInput."""
+    """Return the object in a file, or an empty one if there is no file. Raises BadInput."""
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (ValueError, RecursionError, OSError) as error:
-        raise BadInput("model", f"{path}, which cannot be read ({error})", "a JSON object") from None
+        raise BadInput(f"model file {path}", f"cannot be read ({error})", "a JSON object") from None
     if not isinstance(found, dict):
-        raise BadInput("model", f"{path} with a {type(found).__name__} in it", "a JSON object")
+        raise BadInput(f"model file {path}", f"holds a {type(found).__name__}", "a JSON object")
     return found

@@ -1,6 +1,7 @@
-"""Load a policy from a folder: number format, attention implementation, no dropout.
+"""Loading of a policy from a folder.
 
-Leaves out: log-probabilities (`logprobs/`), sharded loading (`fsdp.py`).
+Decides: the number format of weights, the attention implementation, and that dropout is off.
+Leaves out: log-probabilities (`logprobs`), sharded loading (`fsdp`).
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ Precision = Literal["mixed", "bf16", "fp32"]
 
 
 def master_dtype(precision: Precision) -> torch.dtype:
-    """Number format of the weights that are trained: float32 for `mixed` and `fp32`, bfloat16 for `bf16`."""
+    """Return the number format of trained weights: float32 for `mixed` and `fp32`, bfloat16 for `bf16`."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
 def load_policy(
     folder: str | Path, precision: Precision, device: str | torch.device, *, more: Mapping[str, Any] | None = None
 ) -> PreTrainedModel:
-    """The causal language model in a Hugging Face folder, ready for `answer_logprobs`, in `master_dtype`.
+    """Load the causal language model of a Hugging Face folder, ready for `answer_logprobs`, in `master_dtype`.
 
-    Only safetensors are read and no code from the folder is run. Every dropout rate is zero, so training mode and
-    evaluation mode compute the same. Attention is SDPA where the architecture has it, and eager for models that cap
-    attention logits (Gemma 2), because SDPA would leave the cap out without saying so. `more`: further arguments of
-    `from_pretrained` (`quantize.loading`). Raises BadInput for a folder that cannot be loaded.
+    Only safetensors are read, and no code from the folder is run. Every dropout rate is zero, so that training mode and
+    evaluation mode compute the same. Attention is SDPA where the architecture supports it. Models that cap attention
+    logits (Gemma 2) use eager attention, because SDPA would silently ignore the cap. `more`: further arguments of
+    `from_pretrained` (`load_quantized`). Raises BadInput for a folder that cannot be loaded.
     """
-    return load_with_info(folder, precision, device, more=more)[0]
+    return load_and_list_unknown(folder, precision, device, more=more)[0]
 
 
-def load_with_info(
+def load_and_list_unknown(
     folder: str | Path, precision: Precision, device: str | torch.device, *, more: Mapping[str, Any] | None = None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """`load_policy`, and what transformers tells of the loading (`output_loading_info`)."""
+) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model of `load_policy`, and the names of tensors in its files that the architecture does not know."""
     with loading_errors_as_bad_input(folder):
         config, arguments = architecture(folder)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -54,25 +55,29 @@ def load_with_info(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            # Refused below, with their names.
+            ignore_mismatched_sizes=True,
             **arguments | dict(more or {}),
         )
     model: PreTrainedModel = loaded[0]
-    # transformers fills such tensors with random numbers and goes on: another policy at every loading.
-    absent = sorted([*loaded[1]["missing_keys"], *(str(key[0]) for key in loaded[1]["mismatched_keys"])])
+    report = loaded[1]
+    # transformers fills such tensors with random numbers: every loading would give another policy.
+    absent = sorted([*report["missing_keys"], *(str(key[0]) for key in report["mismatched_keys"])])
     if absent:
         raise BadInput(
-            f"policy folder {folder}", f"no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...)",
-            "weights for every tensor of the architecture its config.json names",
+            f"policy folder {folder}",
+            f"has no usable weights for {len(absent)} tensors ({', '.join(absent[:3])}, ...)",
+            "weights for every tensor of the architecture in its config.json",
         )  # fmt: skip
-    if not more:  # else it is where it was asked to be
+    # Further arguments place the model themselves (device_map).
+    if not more:
         model.to(device)  # type: ignore[arg-type]
-    return without_dropout(model), loaded[1]
+    return without_dropout(model), sorted(report["unexpected_keys"])
 
 
 @contextmanager
 def loading_errors_as_bad_input(folder: str | Path) -> Iterator[None]:
-    """What transformers raises for a folder it cannot load, as BadInput."""
+    """Raise errors of transformers for a folder that it cannot load as BadInput."""
     try:
         yield
     except (
@@ -80,20 +85,23 @@ def loading_errors_as_bad_input(folder: str | Path) -> Iterator[None]:
     ) as error:  # fmt: skip
         raise BadInput(
             f"policy folder {folder}",
-            first_line(error),
+            f"cannot be loaded ({first_line(error)})",
             "a Hugging Face causal language model with safetensors weights",
         ) from error
 
 
-def architecture(folder: str | Path) -> tuple[Any, dict[str, Any]]:
-    """A folder's configuration without dropout, and what the model is to be made with besides."""
+def architecture(folder: str | Path) -> tuple[Any, dict[str, str]]:
+    """Return the configuration of a folder without dropout, and further arguments for making its model."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     _zero_dropout(config)
     return config, {"attn_implementation": "eager"} if _caps_attention(config) else {}
 
 
 def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in evaluation mode, its dropout layers at rate zero: some take theirs from nowhere in the config."""
+    """Return the model in evaluation mode with dropout layers at rate zero.
+
+    Some architectures have dropout rates that are not in the configuration.
+    """
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

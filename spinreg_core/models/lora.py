@@ -1,13 +1,11 @@
-"""LoRA: a policy that is the base model plus a low-rank adapter, trained while the base stays as it is.
+"""LoRA: policies of a frozen base model and a trained low-rank adapter.
 
-Decides: which matrices get one (through peft), how it starts, its files, and how base and adapter become the published
-policy. Leaves out: the loop (`training/trainer.py`), how weights are spread (`fsdp.py`), whose scores are the
-reference.
+Decides: the matrices with an adapter (through peft), its initial numbers and its files, and the merged policy.
+Leaves out: the training loop (`training`), sharding (`fsdp`).
 
-One adapter is carried through all rounds: policy n is the base plus the adapter of round n,
-W_0 + (lora_alpha / rank) B A (Hu et al., arXiv 2106.09685, section 4.1). No policy is ever had by switching an adapter
-off: what is scored, sampled and referred to is the merged folder that a round published, and round n + 1 starts from
-its adapter.
+One adapter runs through all rounds. Policy n is the base plus the adapter of round n, W_0 + (lora_alpha / rank) B A
+(Hu et al., arXiv 2106.09685, section 4.1). Scoring, sampling and the reference use the merged folder that a round
+published, never a model with its adapter switched off. Round n + 1 starts from the adapter of round n.
 """
 
 from __future__ import annotations
@@ -27,18 +25,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from spinreg_core.config import TrainingConfig
-from spinreg_core.errors import BadInput, Damaged
+from spinreg_core.errors import BadInput, Damaged, problem_text
 
 FILE = "adapter_model.safetensors"
-_NAME = "default"  # of the one adapter
+# The name that peft gives the only adapter.
+_NAME = "default"
 
 
 def add_adapter(model: PreTrainedModel, training: TrainingConfig) -> None:
-    """Put an adapter, its numbers still to be set, on the matrices of `training.lora_targets`; freeze all else.
+    """Add an uninitialised adapter to the matrices of `training.lora_targets`, and freeze everything else.
 
-    Adapters are float32 whatever the precision. Raises BadInput for targets that are not there, and for embeddings.
+    Adapters are float32 in every precision. Raises BadInput for targets that the model lacks, and for embeddings.
     """
-    from peft import LoraConfig, inject_adapter_in_model  # here: only those who use LoRA need it
+    # Only runs with LoRA need peft.
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     assert training.lora_rank is not None
@@ -51,19 +51,20 @@ def add_adapter(model: PreTrainedModel, training: TrainingConfig) -> None:
     )
     found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     if isinstance(names, list) and (absent := sorted(set(names) - found)):
-        raise BadInput("training.lora_targets", ", ".join(absent), f"some of {', '.join(sorted(found))}")
+        raise BadInput("training.lora_targets", f"names {', '.join(absent)}, which the model does not have",
+                       f"some of {', '.join(sorted(found))}")  # fmt: skip
     meta = any(p.device.type == "meta" for p in model.parameters())
     inject_adapter_in_model(wanted, model, adapter_name=_NAME, low_cpu_mem_usage=meta)
     if any(isinstance(m, BaseTunerLayer) for m in (model.get_output_embeddings(), model.get_input_embeddings())):
         raise BadInput(
             "training.lora_targets",
-            f"{names}, the vocabulary projection among them",
+            f"is {names}, which includes the vocabulary projection",
             "matrices of the transformer layers",
         )
     for module in model.modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(layer := module.get_base_layer(), nn.Linear):
-            raise BadInput("training.lora_rank", f"a model with matrices of type {type(layer).__name__}",
-                           "one with plain linear layers; merging is known for those only")  # fmt: skip
+            raise BadInput("training.lora_rank", f"is set, but the model has matrices of type {type(layer).__name__}",
+                           "a model with plain linear layers, the only ones that can be merged")  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             _set(model, name, parameter.detach().float())
@@ -75,9 +76,9 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def start_adapter(model: PreTrainedModel, seed: int) -> None:
-    """The numbers of a fresh adapter: A uniform in ±1/sqrt(inputs) (peft's), B zero, so the policy is the base.
+    """Initialise an adapter: A uniform in ±1/sqrt(inputs) as in peft, B zero, so that the policy is the base.
 
-    They depend on seed and name alone, so the same on any number of ranks.
+    The numbers depend on the seed and the names alone, and are equal on any number of ranks.
     """
     for name, parameter in _numbers(model).items():
         if ".lora_B." in name:
@@ -95,23 +96,24 @@ def start_adapter(model: PreTrainedModel, seed: int) -> None:
 
 
 def read_adapter(model: PreTrainedModel, folder: Path, *, alone: bool) -> None:
-    """Put a written adapter in place. `alone`: there are no other ranks. Raises Damaged where it does not fit."""
+    """Load the adapter of a folder. `alone`: there are no other ranks. Raises Damaged if it does not fit."""
     try:
         with safe_open(folder / FILE, "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"adapter {folder}: found {FILE} that cannot be read ({error}); expected an adapter") from None
+        problem = problem_text(f"adapter {folder}", f"has an unreadable {FILE} ({error})", "a complete adapter")
+        raise Damaged(problem) from None
     tensors = {_peft_name(name): parameter.detach() for name, parameter in _numbers(model).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if differing := sorted(name for name in wanted.keys() | stored.keys() if wanted.get(name) != stored.get(name)):
         name = differing[0]
-        found, fits = stored.get(name, "nothing"), wanted.get(name, "nothing: the base has no such matrix")
-        raise Damaged(f"adapter {folder}: found {found} as the shape of {name}; expected {fits}")
+        found, fits = stored.get(name, "no tensor"), wanted.get(name, "none, because the base has no such matrix")
+        raise Damaged(problem_text(f"adapter {folder}", f"has shape {found} for {name}", f"{fits}"))
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
 
 
 def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """All numbers of the adapter on the CPU, by peft's names. Every rank must call it."""
+    """Return all numbers of the adapter on the CPU, by peft's names. Every rank must call it."""
     return {
         _peft_name(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().cpu().contiguous()
         for name, p in _numbers(model).items()
@@ -121,7 +123,7 @@ def adapter_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 def write_adapter(
     tensors: dict[str, Tensor], training: TrainingConfig, folder: Path, *, model_name: str, targets: set[str]
 ) -> None:
-    """A folder that `peft.PeftModel.from_pretrained(base, folder)` and vLLM's LoRARequest read."""
+    """Write a folder for `peft.PeftModel.from_pretrained(base, folder)` and vLLM's LoRARequest."""
     from peft import LoraConfig
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,17 +137,18 @@ def write_adapter(
         task_type="CAUSAL_LM",
         inference_mode=True,
     ).to_dict()
-    config["target_modules"] = sorted(config["target_modules"])  # peft holds a set, in any order
+    # peft holds a set, whose order differs between processes.
+    config["target_modules"] = sorted(config["target_modules"])
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def targets_of(model: PreTrainedModel) -> set[str]:
-    """Last parts of the names of the matrices that carry the adapter."""
+    """Return the last parts of the names of the matrices with an adapter."""
     return {name.partition(".lora_")[0].rpartition(".")[2] for name in _numbers(model)}
 
 
 def updates(tensors: dict[str, Tensor], training: TrainingConfig) -> dict[str, tuple[Tensor, Tensor]]:
-    """By weight name of the base: (B times lora_alpha / rank, A); their product is what the adapter adds."""
+    """Return (B times lora_alpha / rank, A) by weight name of the base. The adapter adds their product."""
     assert training.lora_rank is not None
     scale = training.lora_alpha / training.lora_rank
     found = {}
@@ -160,7 +163,7 @@ def updates(tensors: dict[str, Tensor], training: TrainingConfig) -> dict[str, t
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters without an adapter's, by the names they have without it."""
+    """Return the parameters of a model without those of the adapter, by their names without it."""
     own = _numbers(model)
     return {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if name not in own}
 

@@ -1,12 +1,11 @@
-"""A frozen base in 4 or 8 bits under a LoRA adapter (bitsandbytes).
+"""Quantised base models in 4 or 8 bits under a LoRA adapter (bitsandbytes).
 
-Decides: the formats, and that a run's base model is what is left of it in that format. Leaves out: loading
-(`logprobs/sequence.py`), the adapter (`lora.py`).
+Decides: the formats, and that the base model of a run consists of the rounded weights.
+Leaves out: loading (`loading`), the adapter (`lora`).
 
-A base kept in few bits is another model than the one it was made of. So that reference, samples and the start of
-training are one policy, the run's base object holds the rounded weights, written out in full (`round_weights`).
-To round them again changes no bit: of every block the largest number stays what it is, and the others lie on the
-format's levels already.
+A quantised base is another model than its original. Reference, samples and the start of training must be one policy, so
+the base object of a run holds the rounded weights in full precision (`round_weights`). Rounding them again changes no
+bit: the largest number of each block stays as it is, and the others already lie on the levels of the format.
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ Bits = Literal["4bit", "8bit"]
 
 
 def require_library(bits: Bits) -> None:
-    """Raise BadInput where bitsandbytes is not installed."""
+    """Raise BadInput if bitsandbytes is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise BadInput("training.lora_quantize", f"{bits}, and no bitsandbytes", "`pip install spinreg[quantize]`")
+        raise BadInput("training.lora_quantize", f"is {bits}, but bitsandbytes is not installed",
+                       "run `pip install spinreg[quantize]`")  # fmt: skip
 
 
 def load_quantized(folder: Path, precision: Precision, device: torch.device, bits: Bits) -> PreTrainedModel:
-    """`load_policy` with every linear map but the vocabulary projection in that format, frozen. Raises BadInput.
+    """Load a policy with every linear map except the vocabulary projection in `bits`, frozen. Raises BadInput.
 
-    4bit is NF4 in blocks of 64 with float32 scales (Dettmers et al., arXiv 2305.14314, without double quantisation,
-    which would not survive a second rounding); 8bit is int8 by rows (LLM.int8, arXiv 2208.07339), which rounds
-    activations too.
+    4bit is NF4 in blocks of 64 with float32 scales (Dettmers et al., arXiv 2305.14314). Double quantisation is off,
+    because a second rounding would change it. 8bit is int8 by rows (LLM.int8, arXiv 2208.07339), which also rounds
+    activations.
     """
     require_library(bits)
     compute = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -50,14 +50,16 @@ def load_quantized(folder: Path, precision: Precision, device: torch.device, bit
     model = load_policy(folder, precision, device, more={"quantization_config": config, "device_map": {"": device}})
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            # Else weights are repacked for bfloat16 as soon as an input needs no gradient, the first layer's say.
+            # Otherwise bitsandbytes repacks weights for bfloat16 if an input needs no gradient, as in the first layer.
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 
 def round_weights(source: Path, folder: Path, bits: Bits, device: torch.device) -> None:
-    """Write the weights of a policy folder as they are after rounding to `bits`, in float32: what the few bits stand
-    for is not always a number that bfloat16 has."""
+    """Write the weights of a policy folder in float32 after rounding to `bits`.
+
+    Their levels are not always numbers that bfloat16 can represent.
+    """
     require_library(bits)
     chosen = {f"{name}.weight" for name in _linear_names(source)}
 
@@ -70,7 +72,7 @@ def round_weights(source: Path, folder: Path, bits: Bits, device: torch.device) 
 
 
 def _linear_names(folder: Path) -> set[str]:
-    """What transformers hands to bitsandbytes: every linear map but the vocabulary projection."""
+    """Return the modules that transformers quantises: every linear map except the vocabulary projection."""
     model = empty_policy(folder, "fp32")
     head = model.get_output_embeddings()
     return {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}

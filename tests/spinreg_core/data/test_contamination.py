@@ -1,4 +1,4 @@
-"""The contamination guard: what of an evaluation set is guarded, in any script, and that a guard is never empty."""
+"""Contamination guard: the guarded prompts of evaluation sets, in any script, never none."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from spinreg_core.config import DataConfig
 from spinreg_core.data.contamination import Guard, evaluation_prompts, guarded
 from spinreg_core.data.filters import load_training
 from spinreg_core.errors import BadInput
+from tests.support.files import write_jsonl
+from tests.support.hub import keep_datasets_in
 
 PROMPT = "How many ducks does Anna feed on a Tuesday morning in March at the pond?"
-
-
-def written(path: Path, records: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -36,9 +33,9 @@ def written(path: Path, records: list[dict[str, Any]]) -> str:
     ],
 )
 def test_evaluation_prompts_without_answers_are_guarded(tmp_path: Path, record: dict[str, Any]) -> None:
-    bench = written(tmp_path / "bench.jsonl", [record])
+    bench = write_jsonl(tmp_path / "bench.jsonl", [record])
     assert evaluation_prompts(bench) == [PROMPT]
-    train = written(tmp_path / "train.jsonl", [{"prompt": f"Well. {PROMPT}", "response": "x"},
+    train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"Well. {PROMPT}", "response": "x"},
                                                {"prompt": "Something else?", "response": "y"}])  # fmt: skip
     found = load_training(train, DataConfig(evaluation_sets=[bench]))
     loaded, left_out = found.loaded, found.left_out
@@ -48,29 +45,28 @@ def test_evaluation_prompts_without_answers_are_guarded(tmp_path: Path, record: 
 
 
 def test_guarded_of_a_set_without_usable_prompts_raises(tmp_path: Path) -> None:
-    short = written(tmp_path / "short.jsonl", [{"question": "What is it?", "answer": "x"}] * 3)
+    short = write_jsonl(tmp_path / "short.jsonl", [{"question": "What is it?", "answer": "x"}] * 3)
     with pytest.raises(BadInput, match=r"short\.jsonl has 3 prompts, all of fewer than 5 words"):
         guarded(short, evaluation_prompts(short))
-    empty = written(tmp_path / "empty.jsonl", [{"question": None, "answer": "x"}])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"question": None, "answer": "x"}])
     with pytest.raises(BadInput, match=r"empty\.jsonl has 1 records and no prompt"):
         evaluation_prompts(empty)
-    other = written(tmp_path / "other.jsonl", [{"text": "x"}])
+    other = write_jsonl(tmp_path / "other.jsonl", [{"text": "x"}])
     with pytest.raises(BadInput, match=r"evaluation set \S+other\.jsonl has the columns text"):
         evaluation_prompts(other)
 
 
-def test_evaluation_prompts_of_a_hub_subset_reads_that_subset(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def read(*arguments: Any) -> Any:
-        asked.append(arguments)
-        raise BadInput("dataset", "no hub here", "one")
-
-    monkeypatch.setattr("spinreg_core.data.contamination.read_records", read)
-    for name in ("openai/gsm8k:main", "owner/name"):
-        with pytest.raises(BadInput):
-            evaluation_prompts(name)
-    assert asked == [("openai/gsm8k", "test", "main"), ("owner/name", "test", None)]
+def test_evaluation_prompts_of_a_subset_reads_that_subset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone of a hub data set names its subsets in its card, and is read as the hub itself."""
+    keep_datasets_in(tmp_path / "cache", monkeypatch)
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    card = ["---", "configs:"]
+    for name in ("main", "other"):
+        write_jsonl(clone / f"{name}.jsonl", [{"prompt": f"What is in {name}, and why?"}])
+        card += [f"- config_name: {name}", "  data_files:", "  - split: test", f"    path: {name}.jsonl"]
+    (clone / "README.md").write_text("\n".join([*card, "---", ""]))
+    assert evaluation_prompts(f"{clone}:other") == ["What is in other, and why?"]
 
 
 @pytest.mark.parametrize(("splits", "read"), [
@@ -79,7 +75,7 @@ def test_evaluation_prompts_of_a_hub_subset_reads_that_subset(monkeypatch: pytes
 ])  # fmt: skip
 def test_evaluation_prompts_reads_the_first_split_in_order(tmp_path: Path, splits: list[str], read: str) -> None:
     for split in splits:
-        written(tmp_path / f"{split}.jsonl", [{"prompt": f"What is in {split}, and why?"}])
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"prompt": f"What is in {split}, and why?"}])
     assert evaluation_prompts(str(tmp_path)) == [f"What is in {read}, and why?"]
 
 

@@ -13,6 +13,7 @@ from spinreg_core.data.filters import by_reason, load_training, select
 from spinreg_core.data.formats import Row
 from spinreg_core.data.load import load_heldout
 from spinreg_core.errors import BadInput
+from tests.support.files import write_jsonl
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
          "eleven", "twelve", "thirteen", "fourteen", "fifteen"]  # fmt: skip
@@ -77,15 +78,10 @@ def test_select_also_searches_thoughts_and_calls() -> None:
     assert chosen(rows, min_answer_characters=3)[0] == [1, 2, 3, 4], "a call is no short answer"
 
 
-def save(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
-
-
 def test_load_training_leaves_out_contaminated_rows(tmp_path: Path) -> None:
-    bench = save(tmp_path / "bench.jsonl", [{"prompt": " ".join(WORDS), "answer": "b"}])
+    bench = write_jsonl(tmp_path / "bench.jsonl", [{"prompt": " ".join(WORDS), "answer": "b"}])
     rows = [{"prompt": f"Question {i}", "answer": "yes"} for i in range(5)]
-    train = save(tmp_path / "train.jsonl", [*rows, {"prompt": f"Now: {' '.join(WORDS)}", "answer": "no"}])
+    train = write_jsonl(tmp_path / "train.jsonl", [*rows, {"prompt": f"Now: {' '.join(WORDS)}", "answer": "no"}])
     found = load_training(train, DataConfig(evaluation_sets=[bench]))
     assert len(found.loaded.rows) == 5
     assert [(one.row, one.reason) for one in found.left_out] == [(6, "contaminated")]

@@ -1,4 +1,4 @@
-"""What `spinreg data inspect` shows."""
+"""Text and document of `spinreg data inspect`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.config import RunConfig
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import BadInput
+from tests.support.builders import make_config
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def dataset(tmp_path: Path) -> str:
 
 
 def test_inspect_with_a_tokenizer_counts_tokens(dataset: str) -> None:
-    text, document = inspect(RunConfig(dataset=dataset, model="random:tiny"))
+    text, document = inspect(make_config(dataset=dataset, model="random:tiny"))
     found = document["train"]
     assert found["records"] == 23
     assert found["rows"] == found["final_answers"] == 20
@@ -36,7 +36,7 @@ def test_inspect_with_a_tokenizer_counts_tokens(dataset: str) -> None:
 
 
 def test_inspect_without_a_tokenizer_counts_characters(dataset: str) -> None:
-    text, document = inspect(RunConfig(dataset=dataset, model="./nowhere"))
+    text, document = inspect(make_config(dataset=dataset, model="./nowhere"))
     assert document["tokenizer"] is None
     assert "prompt_tokens" not in document["train"]["lengths"]
     assert document["train"]["lengths"]["prompt_characters"]["max"] == 600
@@ -44,7 +44,7 @@ def test_inspect_without_a_tokenizer_counts_characters(dataset: str) -> None:
 
 
 def test_inspect_of_the_demo_shows_its_heldout_rows() -> None:
-    text, document = inspect(RunConfig(model="random:tiny"))
+    text, document = inspect(make_config(model="random:tiny"))
     assert not document["train"]["rejected"]
     assert not document["heldout"]["rejected"]
     assert "heldout: builtin:demo" in text
@@ -52,12 +52,12 @@ def test_inspect_of_the_demo_shows_its_heldout_rows() -> None:
 
 def test_inspect_of_a_mixture_shows_bad_rows(dataset: str, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text("{broken\n" * 5 + json.dumps({"prompt": "Why?", "answer": "So."}))
-    _, document = inspect(RunConfig.model_validate({
-        "dataset": dataset, "model": "random:tiny", "data": {"mixed_datasets": {str(tmp_path / "bad.jsonl"): 0.1}},
-    }))  # fmt: skip
+    _, document = inspect(
+        make_config(dataset=dataset, model="random:tiny", data={"mixed_datasets": {str(tmp_path / "bad.jsonl"): 0.1}})
+    )
     assert document["train"]["bad_rows"]["broken_json"] == 6
 
 
 def test_inspect_of_a_missing_data_set_raises() -> None:
     with pytest.raises(BadInput, match="dataset"):
-        inspect(RunConfig(dataset="./nowhere.jsonl", model="random:tiny"))
+        inspect(make_config(dataset="./nowhere.jsonl", model="random:tiny"))

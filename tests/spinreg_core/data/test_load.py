@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from spinreg_core.config import DataConfig
 from spinreg_core.data.load import by_reason, load_heldout, load_rows, require_usable
 from spinreg_core.errors import BadInput
-
-
-def save(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows))
-    return str(path)
+from tests.support.files import write_jsonl
 
 
 def pair(prompt: str, answer: str) -> dict[str, str]:
@@ -24,7 +19,7 @@ def pair(prompt: str, answer: str) -> dict[str, str]:
 
 def test_load_rows_lists_bad_rows_with_numbers_and_reasons(tmp_path: Path) -> None:
     rows = [pair("a", "1"), "{broken", pair("b", ""), {"prompt": "c"}, pair("d", "4"), [1]]
-    loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig())
+    loaded = load_rows(write_jsonl(tmp_path / "x.jsonl", rows), DataConfig())
     assert loaded.records == 6
     assert [row.source_row for row in loaded.rows] == [1, 5]
     assert [(bad.row, bad.reason) for bad in loaded.rejected] == [
@@ -40,7 +35,7 @@ def test_load_rows_lists_bad_rows_with_numbers_and_reasons(tmp_path: Path) -> No
 def test_require_usable_counts_records_and_not_turns(tmp_path: Path) -> None:
     good = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}] * 5
     rows = [{"messages": good}, {"messages": good[:1]}]
-    loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig(turns="all"))
+    loaded = load_rows(write_jsonl(tmp_path / "x.jsonl", rows), DataConfig(turns="all"))
     assert len(loaded.rows) == 5
     require_usable(loaded, loaded.rejected, 0.5)
     with pytest.raises(BadInput, match=r"50\.0% bad rows"):
@@ -48,21 +43,21 @@ def test_require_usable_counts_records_and_not_turns(tmp_path: Path) -> None:
 
 
 def test_require_usable_without_a_good_row_raises(tmp_path: Path) -> None:
-    loaded = load_rows(save(tmp_path / "x.jsonl", [pair("a", "")]), DataConfig())
+    loaded = load_rows(write_jsonl(tmp_path / "x.jsonl", [pair("a", "")]), DataConfig())
     with pytest.raises(BadInput, match=r"100\.0% bad rows"):
         require_usable(loaded, loaded.rejected, 1.0)
 
 
 def test_load_rows_without_records_raises(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="has no rows"):
-        load_rows(save(tmp_path / "x.jsonl", []), DataConfig())
+        load_rows(write_jsonl(tmp_path / "x.jsonl", []), DataConfig())
     with pytest.raises(BadInput, match=r"none of them is a record \(row 1: broken_json"):
-        load_rows(save(tmp_path / "y.jsonl", ["{", "["]), DataConfig())
+        load_rows(write_jsonl(tmp_path / "y.jsonl", ["{", "["]), DataConfig())
 
 
 def test_load_rows_leaves_out_exact_duplicates(tmp_path: Path) -> None:
     rows = [pair("a", "1"), pair("b", "1"), pair("a", "1"), pair("a", "2"), pair("c", "1")]
-    loaded = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig())
+    loaded = load_rows(write_jsonl(tmp_path / "x.jsonl", rows), DataConfig())
     assert [row.source_row for row in loaded.rows] == [1, 2, 4, 5]
     assert loaded.duplicates.exact == 1
     assert loaded.duplicates.prompts == 1
@@ -71,15 +66,15 @@ def test_load_rows_leaves_out_exact_duplicates(tmp_path: Path) -> None:
 
 def test_content_hash_depends_on_content_alone(tmp_path: Path) -> None:
     rows = [pair("a", "1"), pair("b", "2")]
-    first = load_rows(save(tmp_path / "x.jsonl", rows), DataConfig()).content_hash()
+    first = load_rows(write_jsonl(tmp_path / "x.jsonl", rows), DataConfig()).content_hash()
     (tmp_path / "y.json").write_text(json.dumps(rows, indent=3))
     assert load_rows(str(tmp_path / "y.json"), DataConfig()).content_hash() == first
     for other in ([pair("a", "1"), pair("b", "3")], [*rows, "{"], rows[::-1]):
-        assert load_rows(save(tmp_path / "z.jsonl", other), DataConfig()).content_hash() != first
+        assert load_rows(write_jsonl(tmp_path / "z.jsonl", other), DataConfig()).content_hash() != first
 
 
 def test_load_heldout_prefers_the_configured_data_set(tmp_path: Path) -> None:
-    path = save(tmp_path / "x.jsonl", [pair("a", "1")])
+    path = write_jsonl(tmp_path / "x.jsonl", [pair("a", "1")])
     assert load_heldout(path, DataConfig()) is None
     found = load_heldout("builtin:demo", DataConfig(heldout_dataset=path, split="train[:5]"))
     assert found is not None
@@ -92,7 +87,7 @@ def test_load_heldout_prefers_the_configured_data_set(tmp_path: Path) -> None:
 
 def test_by_reason_counts_most_frequent_first(tmp_path: Path) -> None:
     loaded = load_rows(
-        save(tmp_path / "x.jsonl", ["{", pair("", "x"), pair("a", ""), "{", pair("b", "1")]), DataConfig()
+        write_jsonl(tmp_path / "x.jsonl", ["{", pair("", "x"), pair("a", ""), "{", pair("b", "1")]), DataConfig()
     )
     assert next(iter(by_reason(loaded.rejected).items())) == ("broken_json", 2)
 
@@ -104,16 +99,16 @@ def test_load_rows_of_hostile_lines_loses_one_row_each(tmp_path: Path) -> None:
         pair("a", "1"), "[" * 200_000, {"\ud800y": 1},
         {"messages": [{"role": "user", "content": "x"}, call]}, pair("b", "1"),
     ]  # fmt: skip
-    loaded = load_rows(save(tmp_path / "x.jsonl", lines), DataConfig(format="prompt_response"))
+    loaded = load_rows(write_jsonl(tmp_path / "x.jsonl", lines), DataConfig(format="prompt_response"))
     assert [row.source_row for row in loaded.rows] == [1, 5]
     assert [(bad.row, bad.reason) for bad in loaded.rejected] == [
         (2, "broken_json"), (3, "missing_column"), (4, "missing_column"),
     ]  # fmt: skip
     json.dumps([bad.detail for bad in loaded.rejected], ensure_ascii=False).encode()
     loaded = load_rows(
-        save(tmp_path / "y.jsonl", [lines[3], {"messages": [{"role": "user", "content": "x"}]}]), DataConfig()
+        write_jsonl(tmp_path / "y.jsonl", [lines[3], {"messages": [{"role": "user", "content": "x"}]}]), DataConfig()
     )
     assert [bad.reason for bad in loaded.rejected] == ["wrong_type", "no_assistant_turn"]
     with pytest.raises(BadInput, match=r"has the columns \\ud800y") as error:
-        load_rows(save(tmp_path / "z.jsonl", [lines[2]]), DataConfig())
+        load_rows(write_jsonl(tmp_path / "z.jsonl", [lines[2]]), DataConfig())
     str(error.value).encode()

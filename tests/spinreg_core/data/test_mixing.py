@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -15,11 +14,7 @@ from spinreg_core.data.filters import load_training
 from spinreg_core.data.formats import Row
 from spinreg_core.data.mixing import load_mixture, take_shares
 from spinreg_core.errors import BadInput
-
-
-def save(path: Path, lines: list[object]) -> str:
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
-    return str(path)
+from tests.support.files import write_jsonl
 
 
 def pairs(name: str, n: int) -> list[object]:
@@ -58,9 +53,9 @@ def test_take_shares_of_a_larger_share_contains_the_smaller() -> None:
 
 
 def test_load_mixture_numbers_records_on_and_drops_duplicates(tmp_path: Path) -> None:
-    first = save(tmp_path / "a.jsonl", [*pairs("a", 2), "", "{broken", *pairs("a", 1)])  # line 5 is a duplicate
-    second = save(tmp_path / "b.jsonl", [*pairs("a", 1), *pairs("b", 2), {"prompt": "", "response": "x"}])
-    third = save(tmp_path / "c.jsonl", [{"instruction": "c", "output": "answer"}])
+    first = write_jsonl(tmp_path / "a.jsonl", [*pairs("a", 2), "", "{broken", *pairs("a", 1)])  # line 5 is a duplicate
+    second = write_jsonl(tmp_path / "b.jsonl", [*pairs("a", 1), *pairs("b", 2), {"prompt": "", "response": "x"}])
+    third = write_jsonl(tmp_path / "c.jsonl", [{"instruction": "c", "output": "answer"}])
     loaded = load_mixture(first, DataConfig(mixed_datasets={second: 1, third: 1}, max_bad_share=0.5))
     assert loaded.last == {first: 5, second: 9, third: 10}
     assert [row.source_row for row in loaded.rows] == [1, 2, 7, 8, 10]
@@ -72,8 +67,8 @@ def test_load_mixture_numbers_records_on_and_drops_duplicates(tmp_path: Path) ->
 
 def test_load_training_applies_filters_before_shares(tmp_path: Path) -> None:
     """Filters come first: the shares are those of what they leave."""
-    first = save(tmp_path / "a.jsonl", pairs("a", 10))
-    second = save(tmp_path / "b.jsonl", pairs("b", 100))
+    first = write_jsonl(tmp_path / "a.jsonl", pairs("a", 10))
+    second = write_jsonl(tmp_path / "b.jsonl", pairs("b", 100))
     config = DataConfig(mixed_datasets={second: 2.0}, drop_patterns=["^a [0-4]$"])
     found = load_training(first, config)
     counts = Counter(str(row.messages[0]["content"])[0] for row in found.loaded.rows)
@@ -83,15 +78,15 @@ def test_load_training_applies_filters_before_shares(tmp_path: Path) -> None:
 
 
 def test_load_mixture_that_cannot_be_mixed_raises(tmp_path: Path) -> None:
-    first = save(tmp_path / "a.jsonl", pairs("a", 3))
+    first = write_jsonl(tmp_path / "a.jsonl", pairs("a", 3))
     with pytest.raises(BadInput, match="which is the dataset itself"):
         load_mixture(first, DataConfig(mixed_datasets={first: 1}))
-    copy = save(tmp_path / "b.jsonl", pairs("a", 3))
+    copy = write_jsonl(tmp_path / "b.jsonl", pairs("a", 3))
     with pytest.raises(BadInput, match=r"b\.jsonl, which has no row that is new and not left out"):
         load_training(first, DataConfig(mixed_datasets={copy: 1}))
     with pytest.raises(BadInput, match=r"no file or folder .*none\.jsonl"):
         load_training(first, DataConfig(mixed_datasets={str(tmp_path / "none.jsonl"): 1}))
-    broken = save(tmp_path / "c.jsonl", [*pairs("c", 2), "{broken"])
+    broken = write_jsonl(tmp_path / "c.jsonl", [*pairs("c", 2), "{broken"])
     with pytest.raises(BadInput, match=r"dataset \S+c\.jsonl has 33\.3% bad rows"):
         load_mixture(first, DataConfig(mixed_datasets={broken: 1}))
     for weight in (0, -1, float("inf"), "x"):

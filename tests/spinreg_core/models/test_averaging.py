@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spinreg_core.errors import BadInput
-from spinreg_core.models import averaging
 from spinreg_core.models.averaging import Method, arc, average_policy, lerp
 from tests.support.tiny_models import write_policy
 
@@ -129,7 +128,7 @@ def test_average_policy_of_other_shapes_raises(tmp_path: Path) -> None:
     tensors = load_file(before / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:5].contiguous()
     save_file(tensors, before / "model.safetensors")
-    with pytest.raises(BadInput, match=r"tensor lm_head.weight: found shape \(5, 32\) in before; expected \(61, 32\)"):
+    with pytest.raises(BadInput, match=r"lm_head\.weight has shape \(5, 32\) in before; expected shape \(61, 32\)"):
         average_policy("ema", 0.5, base, before, policy, tmp_path / "out")
 
 
@@ -153,7 +152,7 @@ def test_average_policy_of_an_unmoved_tensor_is_the_limit(tmp_path: Path) -> Non
 MEASURE = """
 import json, resource, sys
 from pathlib import Path
-from spinreg_core.averaging import average_policy
+from spinreg_core.models.averaging import average_policy
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 small, large = ([Path(p) for p in folders] for folders in json.loads(sys.argv[1]))
@@ -187,23 +186,23 @@ def test_average_policy_holds_one_tensor_in_memory(tmp_path: Path) -> None:
     assert (tmp_path / "large-out" / "model.safetensors").stat().st_size > 12 * 16e6
 
 
-def test_average_policy_of_a_large_tensor_reads_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same numbers whatever the pieces, and scalars and whole numbers as they are."""
-    folders = []
+@pytest.mark.parametrize("method", ["ema", "liti", "slerp"])
+def test_average_policy_of_a_large_tensor_reads_pieces(tmp_path: Path, method: Method) -> None:
+    """A tensor of several pieces gets the numbers of the whole; scalars are averaged and whole numbers kept."""
+    folders, values = [], []
     for seed in range(3):
-        torch.manual_seed(seed)
-        folder = tmp_path / str(seed)
-        folder.mkdir()
-        save_file({"w": torch.randn(7, 3), "s": torch.tensor(float(seed)), "n": torch.arange(3)},
-                  folder / "model.safetensors")  # fmt: skip
-        folders.append(folder)
-    for method in ("ema", "liti", "slerp"):
-        average_policy(method, 0.3, *folders, tmp_path / f"{method}-whole")  # type: ignore[arg-type]
-        monkeypatch.setattr(averaging, "_PIECE", 6)
-        average_policy(method, 0.3, *folders, tmp_path / f"{method}-pieces")  # type: ignore[arg-type]
-        monkeypatch.undo()
-        whole, pieces = (load_file(tmp_path / f"{method}-{n}" / "model.safetensors") for n in ("whole", "pieces"))
-        for name in whole:
-            torch.testing.assert_close(pieces[name], whole[name], rtol=1e-6, atol=1e-7)
-        assert pieces["n"].tolist() == [0, 1, 2]
-        assert float(pieces["s"]) == pytest.approx(1.3 if method != "liti" else 0.6)
+        draw = torch.Generator().manual_seed(seed)
+        folders.append(tmp_path / str(seed))
+        folders[-1].mkdir()
+        values.append(torch.randn(2**21 + 5, 4, generator=draw))
+        tensors = {"w": values[-1], "s": torch.tensor(float(seed)), "n": torch.arange(3)}
+        save_file(tensors, folders[-1] / "model.safetensors")
+    average_policy(method, 0.3, *folders, tmp_path / "out")
+    found, (zero, old, new) = load_file(tmp_path / "out" / "model.safetensors"), values
+    expected = {
+        "ema": lambda: lerp(old, new, 0.3), "liti": lambda: lerp(zero, new, 0.3),
+        "slerp": lambda: zero + slerp(old - zero, new - zero, 0.3),
+    }[method]()  # fmt: skip
+    torch.testing.assert_close(found["w"], expected, rtol=1e-5, atol=1e-6)
+    assert found["n"].tolist() == [0, 1, 2]
+    assert float(found["s"]) == pytest.approx(1.3 if method != "liti" else 0.6)

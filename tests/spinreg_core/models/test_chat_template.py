@@ -140,7 +140,7 @@ def test_prompt_ids_agree_with_and_without_protection(kind: str, text: str) -> N
 
 @pytest.mark.parametrize("name", USELESS)
 def test_renderer_without_a_place_for_the_answer_raises(name: str) -> None:
-    with pytest.raises(BadInput, match="chat template: found"):
+    with pytest.raises(BadInput, match=r"^chat template (does not write|has)"):
         Renderer(chat_tokenizer("byte_bpe", USELESS[name]))
 
 
@@ -200,7 +200,7 @@ def test_stop_ids_include_those_of_the_generation_config(tmp_path: Path) -> None
 
 
 def test_from_folder_without_a_tokenizer_raises(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="model: found"):
+    with pytest.raises(BadInput, match=r"^model has no usable tokenizer"):
         Renderer.from_folder(tmp_path)
 
 

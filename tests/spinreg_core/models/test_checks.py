@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.models.checks import require_finite, require_loadable
 from spinreg_core.models.source import resolve_model
 from spinreg_core.store.cache import cache_folder
+from tests.support.files import change_json
 
 
 @pytest.fixture
@@ -28,11 +28,6 @@ def add(folder: Path, *names: str, shape: tuple[int, ...] = (2,)) -> None:
     save_file(load_file(path) | {name: torch.zeros(shape) for name in names}, path)
 
 
-def configure(folder: Path, **fields: object) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
 def test_require_loadable_prints_unknown_tensors(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     require_loadable(folder)
     assert "warning" not in capsys.readouterr().out
@@ -40,7 +35,7 @@ def test_require_loadable_prints_unknown_tensors(folder: Path, capsys: pytest.Ca
     add(folder, "lm_head.weight", shape=(259, 64))  # of a model that ties it
     require_loadable(folder)
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert told == ["warning: LlamaForCausalLM knows no tensors of these names, which take no part: "
+    assert told == ["warning: LlamaForCausalLM does not know these tensors and ignores them: "
                     "model.layers.0.mlp.strange, score.weight"]  # fmt: skip
 
 
@@ -51,10 +46,10 @@ def test_require_loadable_finds_layers_by_another_name(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file({name.removeprefix("transformer."): value for name, value in load_file(path).items()}, path)
     require_loadable(tmp_path)
-    configure(tmp_path, n_layer=1)
-    with pytest.raises(BadInput, match=r"weights of transformer\.h\.1, and 1 such by config\.json"):
+    change_json(tmp_path / "config.json", n_layer=1)
+    with pytest.raises(BadInput, match=r"weights of transformer\.h\.1, but config\.json configures only 1"):
         require_loadable(tmp_path)
-    configure(tmp_path, n_layer=0)
+    change_json(tmp_path / "config.json", n_layer=0)
     with pytest.raises(BadInput, match=r"n_layer 0 in config\.json"):
         require_loadable(tmp_path)
 
@@ -72,8 +67,8 @@ def test_require_loadable_accepts_multi_token_prediction_layers(
     add(tmp_path, "model.layers.2.eh_proj.weight", "model.layers.2.enorm.weight", "model.layers.2.mlp.up_proj.weight")
     require_loadable(tmp_path)
     assert "model.layers.2.eh_proj.weight" in capsys.readouterr().out
-    configure(tmp_path, num_hidden_layers=1)  # layer 1 predicts nothing ahead
-    with pytest.raises(BadInput, match=r"weights of model\.layers\.1, and 1 such"):
+    change_json(tmp_path / "config.json", num_hidden_layers=1)  # layer 1 predicts nothing ahead
+    with pytest.raises(BadInput, match=r"weights of model\.layers\.1, but config\.json configures only 1"):
         require_loadable(tmp_path)
 
 

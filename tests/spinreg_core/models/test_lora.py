@@ -11,59 +11,18 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
-from spinreg_core.config import ObjectiveConfig, ResourcesConfig, RunConfig, TrainingConfig
+from spinreg_core.config import ResourcesConfig, RunConfig
 from spinreg_core.errors import BadInput, Damaged
-from spinreg_core.logprobs.scoring import score
 from spinreg_core.logprobs.sequence import answer_logprobs, packs
 from spinreg_core.models.loading import load_policy
-from spinreg_core.models.lora import add_adapter, read_adapter, start_adapter
+from spinreg_core.models.lora import add_adapter, read_adapter
 from spinreg_core.runs.plans import plan_train
 from spinreg_core.stages.prepare import require_adaptable
-from spinreg_core.training.checkpoint_files import publish_adapted
-from spinreg_core.training.trainer import RoundTrainer
-from tests.support.tiny_models import ALONE, random_pairs, random_rows, write_policy
-
-LORA = {"lora_rank": 3, "lora_alpha": 12.0, "precision": "fp32", "learning_rate": 1e-2, "batch_size": 4, "epochs": 2}
-
-
-def settings(**changes: Any) -> TrainingConfig:
-    return TrainingConfig.model_validate(LORA | changes)
-
-
-def adapted(base: Path, training: TrainingConfig, seed: int = 5) -> PreTrainedModel:
-    model = load_policy(base, training.precision, "cpu")
-    add_adapter(model, training)
-    start_adapter(model, seed)
-    return model
-
-
-def scored(policy: Path | PreTrainedModel, pairs: list[dict[str, Any]], which: str) -> list[float]:
-    answers = [p[f"{which}_ids"] for p in pairs]
-    return score(policy, [p["prompt_ids"] for p in pairs], answers, precision="fp32", tokens_per_pass=200)
-
-
-def a_round(model: PreTrainedModel, previous: Path, base: Path, training: TrainingConfig, number: int) -> RoundTrainer:
-    """Its pairs scored under the policies that were published, as mix-opponent does."""
-    pairs = random_pairs(12, number, number)
-    for name, policy in (("previous", previous), ("base", base)):
-        for which in ("real", "generated"):
-            for pair, value in zip(pairs, scored(policy, pairs, which), strict=True):
-                pair[f"{name}_{which}"] = value
-    return RoundTrainer(model, pairs, objective=ObjectiveConfig(alpha=1.0, beta=0.1), training=training, seed=1,
-                 round_number=number, tokens_per_pass=120)  # fmt: skip
-
-
-def finished(round_: RoundTrainer) -> RoundTrainer:
-    while round_.state.done < round_.steps:
-        round_.step()
-    return round_
-
-
-def publish(model: PreTrainedModel, base: Path, folder: Path, training: TrainingConfig) -> Path:
-    publish_adapted(model, base, folder, training, "the/base", ALONE)
-    return folder
+from tests.support.builders import make_config, make_head
+from tests.support.lora_rounds import a_round, adapted, finished, publish, scored, settings
+from tests.support.tiny_models import random_rows, write_policy
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama-tied", "qwen2", "gemma2", "phi"])
@@ -189,12 +148,12 @@ def test_add_adapter_finds_its_targets(tmp_path: Path) -> None:
     assert trained == {f"model.layers.{i}.self_attn.{name}" for i in range(2) for name in ("q_proj", "v_proj")}
     out = publish(model, base, tmp_path / "out", settings(lora_targets=["q_proj", "v_proj"]))
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
-    with pytest.raises(BadInput, match=r"training\.lora_targets: found q_porj; expected some of .*q_proj"):
+    with pytest.raises(BadInput, match=r"lora_targets names q_porj, which .* not have; expected some of .*q_proj"):
         adapted(base, settings(lora_targets=["q_porj", "v_proj"]))
-    with pytest.raises(BadInput, match="the vocabulary projection among them"):
+    with pytest.raises(BadInput, match="which includes the vocabulary projection"):
         adapted(base, settings(lora_targets=["q_proj", "lm_head"]))
     gpt2 = write_policy(tmp_path / "gpt2", 0, "gpt2")
-    with pytest.raises(BadInput, match=r"training\.lora_rank: found a model with matrices of type Conv1D"):
+    with pytest.raises(BadInput, match=r"training\.lora_rank is set, but the model has matrices of type Conv1D"):
         adapted(gpt2, settings())
 
 
@@ -214,39 +173,33 @@ def test_read_adapter_of_another_shape_raises_damaged(tmp_path: Path) -> None:
     base = write_policy(tmp_path / "base", 0)
     out = publish(adapted(base, settings()), base, tmp_path / "out", settings())
     wider = adapted(base, settings(lora_rank=4))
-    with pytest.raises(Damaged, match=r"found \(3, \d+\) as the shape of .*lora_A\.weight; expected \(4, \d+\)"):
+    with pytest.raises(Damaged, match=r"has shape \(3, \d+\) for .*lora_A\.weight; expected \(4, \d+\)"):
         read_adapter(wider, out / "adapter", alone=True)
-
-
-def head(rounds: int) -> dict[str, Any]:
-    stages = [{"mix-opponent": f"mix-{n}", "train": f"train-{n}"} for n in range(1, rounds + 1)]
-    entries = [{"round": n, "stages": found} for n, found in enumerate([{}, *stages])]
-    return {"run": "r", "base": "base-0", "data": "data-0", "rounds": entries}
 
 
 def test_train_key_covers_what_changes_a_result() -> None:
     def key(**training: Any) -> dict[str, Any]:
-        return plan_train(RunConfig.model_validate({"training": training}), head(2), 2).key
+        return plan_train(make_config(training=training), make_head(2), 2).key
 
     assert not [name for name in key()["training"] if name.startswith("lora")], "runs without LoRA keep their names"
     assert "base" not in key()
-    assert key(lora_rank=4)["base"] == "base-0"
+    assert key(lora_rank=4)["base"] == "base-x"
     assert key(lora_rank=4)["training"] | {"lora_rank": 8} == key(lora_rank=8)["training"]
     assert key(lora_rank=4) != key(lora_rank=4, lora_alpha=8)
 
 
 def test_require_adaptable_refuses_models_without_linear_layers(tmp_path: Path) -> None:
     def config(**training: Any) -> RunConfig:
-        return RunConfig.model_validate({"training": {"lora_rank": 4} | training, "resources": {"device": "cpu"}})
+        return make_config(training={"lora_rank": 4} | training, resources__device="cpu")
 
     base = write_policy(tmp_path / "base", 0)
     require_adaptable(base, config())
-    with pytest.raises(BadInput, match="found q_porj"):
+    with pytest.raises(BadInput, match="names q_porj"):
         require_adaptable(base, config(lora_targets=["q_porj"]))
     with pytest.raises(BadInput, match="Conv1D"):
         require_adaptable(write_policy(tmp_path / "gpt2", 0, "gpt2"), config())
     two = config(lora_quantize="4bit").model_copy(update={"resources": ResourcesConfig(device="cpu", processes=2)})
-    with pytest.raises(BadInput, match=r"resources\.processes: found 2 in all, with training\.lora_quantize 4bit"):
+    with pytest.raises(BadInput, match=r"resources\.processes is 2 in all, with training\.lora_quantize 4bit"):
         require_adaptable(base, two)
     weights = load_file(base / "model.safetensors")
     save_file({f"renamed.{name}": value for name, value in weights.items()}, base / "model.safetensors")
@@ -256,13 +209,11 @@ def test_require_adaptable_refuses_models_without_linear_layers(tmp_path: Path) 
 
 def test_lora_in_bf16_raises() -> None:
     """It would be another policy than base and adapter, which the next round starts from."""
-    with pytest.raises(ValueError, match="save_dtype bfloat16 cannot be combined with lora_rank"):
+    with pytest.raises(ValueError, match="save_dtype bfloat16 with lora_rank"):
         settings(save_dtype="bfloat16")
 
 
 def test_lora_settings_without_lora_rank_raise() -> None:
-    with pytest.raises(ValueError, match="lora_alpha needs lora_rank, which is not set"):
-        RunConfig.model_validate({"training": {"lora_alpha": 8}})
-    assert (
-        RunConfig.model_validate({"training": {"lora_alpha": 16}}).training.lora_rank is None
-    )  # said, but the default
+    with pytest.raises(BadInput, match="lora_alpha needs lora_rank, which is not set"):
+        make_config(training__lora_alpha=8)
+    assert make_config(training__lora_alpha=16).training.lora_rank is None, "16 is the default"

