@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.registry import results_of
+from spinreg_core.benchmarks.results import PartResults
 from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
@@ -125,7 +126,7 @@ def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores
     return {name: Scores(block, ids, *found[name]) for name in HELDOUT if name in found}
 
 
-def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
+def read_benchmark(store: Store, document: PartResults, definitions: dict[str, dict[str, Any]]) -> dict[str, Scores]:
     """The primary metric of a benchmark's part, item by item; nothing where it is not the mean of its items."""
     name, primary = document["name"], document["primary"]
     rows = pq.read_table(fetch_file(store, document["object_id"], "items.parquet")).to_pylist()
@@ -141,7 +142,7 @@ def read_benchmark(store: Store, document: dict[str, Any], definitions: dict[str
     return {key: Scores(asked_of(document), tuple(items), values, np.ones(len(values)))}
 
 
-def asked_of(document: dict[str, Any]) -> str:
+def asked_of(document: PartResults) -> str:
     """All of a benchmark's results that two policies must have in common to be compared by it: the questions and their
     prompts, the judge, and the answers that theirs were held against.
 

@@ -1,11 +1,10 @@
-"""Numbers with 95 % intervals: what each held-out metric is called, means, and how sure it is.
+"""The held-out metrics: names, units, directions and definitions.
 
-Decides: the metrics' definitions (`METRICS`), which of them comes first (`PRIMARY`), and the estimators.
-Leaves out: where the log-probabilities come from (`stages/evaluate.py`) and how rows become metrics
-(`heldout.py`).
+Decides: the definitions (`METRICS`, `GAME`) and the primary metric (`PRIMARY`). Leaves out: the log-probabilities
+(`stages`), the metrics of given rows (`heldout`), and the estimators (`intervals`).
 
-The intervals speak about held-out rows: rows drawn again from where these came from. They do not contain
-the spread between training seeds. Of rows that open alike, such as the turns of a conversation, one is held out.
+Intervals cover other held-out rows from the same source. They do not cover the spread between training seeds. Of rows
+with the same opening, such as the turns of a conversation, one is held out.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown. `better` is None where neither direction is better by itself."""
+    """A metric as people see it. `better` is None where neither direction is better in itself."""
 
     label: str
     unit: str
@@ -96,7 +95,7 @@ METRICS: dict[str, Metric] = {
         "tokens (end-of-turn excluded). It sees repetition within an answer, not likeness between answers.",
     ),
 }
-# What the game of a round was like: shown beside the metrics, and better or worse by themselves in no direction.
+# Diagnostics of a round, shown next to the metrics. Neither direction is better in itself.
 GAME: dict[str, Metric] = {
     "margin": Metric(
         "margin",
@@ -149,10 +148,10 @@ SEPARATED = 2.0  # beta times margin
 
 
 def distinct_bigrams(token_ids: Sequence[int]) -> float | None:
-    """Different bigrams / bigrams of one answer (end-of-turn left out by the caller); None below two tokens.
+    """Return different bigrams / all bigrams of one answer without its end-of-turn; None below two tokens.
 
-    Distinct-n (Li et al. 2016, arXiv 1510.03055) pools all answers; this is per answer and then averaged,
-    because pooling falls with the number of answers and a resample's repeated answers would bias it down.
+    Distinct-n (Li et al. 2016, arXiv 1510.03055) pools all answers. Here it is computed per answer and then averaged:
+    the pooled value falls with the number of answers, and the repeated answers of a resample would bias it down.
     """
     bigrams = list(itertools.pairwise(token_ids))
     return len(set(bigrams)) / len(bigrams) if bigrams else None

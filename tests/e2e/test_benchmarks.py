@@ -36,7 +36,7 @@ def test_a_run_is_measured_and_measured_with_more_later(tmp_path: Path) -> None:
     # Data that are not there are noticed before anything is prepared, sampled or trained.
     refused = start(arguments("gone"), env, tmp_path / "refused")
     assert refused.wait(timeout=300) == EXIT_BAD_INPUT
-    assert "benchmarks.tasks: found gone, whose data could not be loaded" in (tmp_path / "refused").read_text()
+    assert "benchmarks.tasks: found gone, but its data cannot be loaded" in (tmp_path / "refused").read_text()
     assert store.list("objects/") == []
 
     text = run(arguments("colours"), env, tmp_path / "first")

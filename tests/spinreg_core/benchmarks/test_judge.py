@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from spinreg_core.benchmarks import judge_client as endpoint
-from spinreg_core.benchmarks.judge import JudgeQuestion, JudgeVerdicts, ask_judge, request_of, verdict_key
+from spinreg_core.benchmarks.judge import JudgeQuestion, JudgeRequest, JudgeVerdicts, ask_judge
 from spinreg_core.benchmarks.judge_prompts import parse_rating
 from spinreg_core.config import JudgeConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed
@@ -26,8 +25,7 @@ from tests.support.judge_server import Does, JudgeServer, judge_server
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.02)
+def _no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -41,7 +39,7 @@ def ask(
 ) -> JudgeVerdicts[float]:
     judge = JudgeConfig(base_url=server.url, model="judge", **{"at_once": 3, "patience_seconds": 20.0} | fields)
     questions = [JudgeQuestion(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
-    return ask_judge(store, judge, questions, parse_rating, payer=payer)
+    return ask_judge(store, judge, questions, parse_rating, payer=payer, first_wait=0.02)
 
 
 def rated(body: dict[str, Any], _number: int) -> Does:
@@ -177,9 +175,9 @@ def test_an_endpoint_that_is_not_there(store: Store) -> None:
 @pytest.mark.parametrize(
     ("status", "message"),
     [
-        (401, r"judge.key_variable, OPENAI_API_KEY: found no key, and 127.0.0.1/v1 answers HTTP 401 \(who\?\)"),
+        (401, r"judge.key_variable, OPENAI_API_KEY holds no key, and 127.0.0.1/v1 answers HTTP 401 \(who\?\)"),
         (403, "judge.key_variable"),
-        (404, r"judge.model: found 'judge', and .*HTTP 404 \(who\?\); expected a model of that endpoint"),
+        (404, r"judge.model: found 'judge', for which .*HTTP 404 \(who\?\); expected a model of that endpoint"),
         (400, r"judge, question 0: found HTTP 400 \(who\?\)"),
         (302, "judge.model.*base_url"),
     ],
@@ -196,7 +194,10 @@ def test_max_requests_is_exact_with_requests_under_way(store: Store, most: int) 
     """Also over attempts: what an earlier one spent counts."""
     with judge_server(lambda b, n: Does(seconds=0.01)) as server:
         for _attempt in range(2):
-            with pytest.raises(BadInput, match=rf"judge.max_requests: found {most} requests made .*more than {most}; "):
+            with pytest.raises(
+                BadInput,
+                match=rf"max_requests is used up: {most} requests .*; set it above {most} ",
+            ):
                 ask(server, store, count=20, at_once=8, max_requests=most)
             assert len(server.bodies) == most
         found = ask(server, store, count=20, at_once=8, max_requests=20)  # a higher budget goes on from there
@@ -210,7 +211,7 @@ def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store
     with judge_server(lambda b, n: Does(status=503) if n % 2 == 0 else rated(b, n)) as server:
         assert ask(server, store, count=6, max_requests=6, at_once=4).cost["requests"] == 6
     with judge_server(lambda b, n: Does(cut=True) if n == 0 else rated(b, n)) as server:
-        with pytest.raises(BadInput, match="found 2 requests made"):
+        with pytest.raises(BadInput, match="is used up: 2 requests made"):
             ask(server, store, count=2, payer="mt-bench-c", temperature=1.0, max_requests=2, at_once=1)
         assert len(server.bodies) == 2
 
@@ -218,7 +219,7 @@ def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store
 @pytest.mark.parametrize("status", [408, 502, 504, 524])
 def test_what_a_gateway_cut_off_may_have_been_billed(store: Store, status: int) -> None:
     with judge_server(lambda b, n: Does(status=status)) as server:
-        with pytest.raises(BadInput, match="found 3 requests made"):
+        with pytest.raises(BadInput, match="is used up: 3 requests made"):
             ask(server, store, count=2, max_requests=3, at_once=1)
         assert len(server.bodies) == 3
     assert len(store.list("verdicts/unanswered/")) == 3
@@ -228,10 +229,10 @@ def test_lost_requests_count_after_another_start_too(store: Store) -> None:
     """Before, each start had its budget anew, and an endpoint too slow for the time-out was billed without end."""
     with judge_server(lambda b, n: Does(seconds=1.0)) as server:
         for _ in range(2):
-            with pytest.raises(BadInput, match="found 3 requests made"):
+            with pytest.raises(BadInput, match="is used up: 3 requests made"):
                 ask(server, store, count=2, max_requests=3, timeout_seconds=0.2, at_once=1)
             assert len(server.bodies) == 3
-        with pytest.raises(BadInput, match="found 1 requests made"):
+        with pytest.raises(BadInput, match="is used up: 1 requests made"):
             ask(server, store, count=2, payer="mt-bench-b", max_requests=1, timeout_seconds=0.2, at_once=1)
     with judge_server(rated) as server:
         found = ask(server, store, count=2, max_requests=5)
@@ -244,7 +245,7 @@ def test_max_cost_is_never_exceeded_and_used_as_far_as_it_goes(store: Store, at_
     prompts are free here."""
     with judge_server(lambda b, n: Does(seconds=0.01)) as server:
         fields: dict[str, Any] = {"at_once": at_once, "max_tokens": 100, "price_answer": 1e4}  # 0.01 a token
-        with pytest.raises(BadInput, match=r"judge.max_cost: found 2.1 spent .*up to 1; expected more than 3"):
+        with pytest.raises(BadInput, match=r"judge.max_cost is used up: 2.1 spent, .*up to 1; set it above 3 to "):
             ask(server, store, count=60, max_cost=3.0, **fields)
         assert len(server.bodies) == 21  # after 2.1 another one might have cost 3.1
         assert ask(server, store, count=60, max_cost=7.0, **fields).cost["paid"] == pytest.approx(6.0)
@@ -259,16 +260,16 @@ def test_an_endpoint_that_does_not_count_is_counted_at_most(store: Store) -> Non
 
 SCRIPT = """
 import sys
-from spinreg_core.benchmarks.judge import Asked, judged
-from spinreg_core.benchmarks.prompts import parse_rating
+from spinreg_core.benchmarks.judge import JudgeQuestion, ask_judge
+from spinreg_core.benchmarks.judge_prompts import parse_rating
 from spinreg_core.config import JudgeConfig
-from spinreg_core.stages import job
-from spinreg_core.store import open_store
+from spinreg_core.runtime.supervision import on_sigterm
+from spinreg_core.store.open import open_store
 import signal
-signal.signal(signal.SIGTERM, job._on_sigterm)
-questions = [Asked(str(i), [{"role": "user", "content": f"rate {i}"}]) for i in range(30)]
+signal.signal(signal.SIGTERM, on_sigterm)
+questions = [JudgeQuestion(str(i), [{"role": "user", "content": f"rate {i}"}]) for i in range(30)]
 judge = JudgeConfig(base_url=sys.argv[1], model="judge", at_once=3)
-print(judged(open_store(sys.argv[2]), judge, questions, parse_rating, payer="p").cost["requests"])
+print(ask_judge(open_store(sys.argv[2]), judge, questions, parse_rating, payer="p").cost["requests"])
 """
 
 
@@ -315,7 +316,7 @@ def test_the_key_is_sent_and_nowhere_else(
         ask(server, store, key_variable="MY_JUDGE", temperature=2.0)
         assert not any("Authorization" in headers for headers in server.headers)
         monkeypatch.setenv("MY_JUDGE", "sk-\u00e9")
-        with pytest.raises(BadInput, match="MY_JUDGE: found characters that no key has") as odd:
+        with pytest.raises(BadInput, match="MY_JUDGE has characters that no key has") as odd:
             ask(server, store, key_variable="MY_JUDGE", temperature=3.0)
     said = capsys.readouterr()
     everything = [str(refused.value), str(odd.value), said.out, said.err]
@@ -328,11 +329,11 @@ def test_a_stored_verdict_is_checked_when_it_is_read(store: Store) -> None:
     with judge_server(rated) as server:
         judge = JudgeConfig(base_url=server.url, model="judge")
         ask(server, store, count=2)
-        keys = [verdict_key(request_of(judge, [{"role": "user", "content": f"rate {i}"}], 0)) for i in (0, 1)]
+        keys = [JudgeRequest.to(judge, [{"role": "user", "content": f"rate {i}"}], 0).key for i in (0, 1)]
         assert store.list("verdicts/") == sorted(keys)
         paths = [Path(store.url, key) for key in keys]
         paths[0].write_bytes(paths[1].read_bytes())
-        with pytest.raises(Damaged, match="found the verdict on another request"):
+        with pytest.raises(Damaged, match="holds the verdict on another request"):
             ask(server, store, count=2)
         paths[0].write_bytes(paths[1].read_bytes()[:-20])
         with pytest.raises(Damaged, match="expected JSON"):

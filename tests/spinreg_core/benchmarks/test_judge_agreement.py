@@ -98,7 +98,7 @@ def test_two_orders_make_one_verdict(as_given: Any, swapped: Any, verdict: Winne
         ({"turn": 3}, "row 1, turn: found 3; expected 1 or 2"),
         ({"winner": "nobody"}, "row 1, winner: found 'nobody'"),
         ({"conversation_a": VOTES[0]["conversation_a"][1:]}, "row 1, conversation_a: found 2 messages"),
-        ({"conversation_b": row(99, "tie")["conversation_b"]}, "row 1, conversation_b: found other questions"),
+        ({"conversation_b": row(99, "tie")["conversation_b"]}, "row 1, conversation_b has other questions"),
         ({"question_id": None}, "row 1, question_id: found None"),
     ],
 )
@@ -111,5 +111,5 @@ def test_votes_that_cannot_be_used(
         assert message in capsys.readouterr().err
         assert main(command(server, tmp_path, tmp_path / "nowhere.jsonl")) == 65
         assert main(["judge-agreement", "human", "--store", str(tmp_path / "store")]) == 65
-        assert "judge.base_url: found nothing" in capsys.readouterr().err
+        assert "judge.base_url is not set; set it to the address of the judge's endpoint" in capsys.readouterr().err
         assert server.bodies == []

@@ -169,12 +169,12 @@ def own_manager(include: Path) -> Any:
 
 
 def test_a_name_that_lm_eval_does_not_know(include: Path) -> None:
-    with pytest.raises(BadInput, match=r"benchmarks.tasks: found 'colour'.*near it: .*colours"):
+    with pytest.raises(BadInput, match=r"benchmarks.tasks: found 'colour'.*such as .*colours"):
         load_task(own_manager(include), "colour")
 
 
 def test_data_that_are_not_there(include: Path) -> None:
-    with pytest.raises(BadInput, match=r"found gone, whose data could not be loaded: .*gone.jsonl"):
+    with pytest.raises(BadInput, match=r"found gone, but its data cannot be loaded: .*gone.jsonl"):
         load_task(own_manager(include), "gone")
 
 
@@ -194,7 +194,7 @@ def test_examples_where_lm_eval_allows_none(tmp_path: Path) -> None:
 
 
 def test_where_the_index_of_lm_eval_is_not_needed(include: Path) -> None:
-    manager = open_tasks(str(include), ["sums", "all_choices"], {})
+    manager = open_tasks(str(include), ["sums", "all_choices"], Path())
     assert set(manager.all_tasks) == {
         "all_choices", "broken", "colours", "fair", "gone", "letters", "sums"}  # fmt: skip
 
@@ -226,14 +226,14 @@ def test_a_task_that_needs_more_than_lm_eval(tmp_path: Path) -> None:
     """As IFEval does, whose packages come with the extra."""
     folder = write_tasks(tmp_path / "tasks")
     (folder / "judging.py").write_text("import a_package_that_nobody_has\n")
-    with pytest.raises(BadInput, match=r"broken, which needs what is not installed here: .*a_package_that_nobody_has"):
+    with pytest.raises(BadInput, match="broken, which needs a package that is not .*a_package_that_nobody_has"):
         load_task(own_manager(folder), "broken")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect, of the extra, is not installed")
 def test_ifeval_loads_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPINREG_EVAL_DATA", str(tmp_path))
-    with pytest.raises(BadInput, match=r"ifeval, whose data could not be loaded: .*input_data.jsonl is not there"):
+    with pytest.raises(BadInput, match=r"ifeval, but its data cannot be loaded: .*input_data.jsonl is not there"):
         load_task(own_manager(LOCAL), "ifeval")
 
 
@@ -254,5 +254,5 @@ def test_the_chat_template_is_given_the_arguments_of_the_run(tmp_path: Path, inc
 
 def test_a_folder_of_data_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPINREG_EVAL_DATA", raising=False)
-    with pytest.raises(BadInput, match=r"gsm8k, whose data could not be loaded: .*SPINREG_EVAL_DATA is not set"):
+    with pytest.raises(BadInput, match=r"gsm8k, but its data cannot be loaded: .*SPINREG_EVAL_DATA is not set"):
         check_task(own_manager(LOCAL), "gsm8k", None)

@@ -155,9 +155,9 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(BadInput, match=r"benchmarks.tasks: found tasks of lm-eval, which is not installed here"):
+    with pytest.raises(BadInput, match=r"benchmarks.tasks needs lm-eval, which is not installed here; run `pip"):
         lm_eval.plan_check(config())
-    with pytest.raises(BadInput, match=r"benchmarks.backend: found vllm, which is not installed here"):
+    with pytest.raises(BadInput, match=r"benchmarks.backend is vllm, which is not installed here; use hf"):
         lm_eval.plan_check(config(backend="vllm"))
 
 
@@ -167,7 +167,7 @@ def test_an_include_path_without_tasks(content: str | None, tmp_path: Path) -> N
     if content:
         folder.mkdir()
         (folder / content).write_text("")
-    with pytest.raises(BadInput, match=r"benchmarks.include_path: found .*tasks: "):
+    with pytest.raises(BadInput, match=r"benchmarks.include_path: found no (folder|\*.yaml in the folder) .*tasks; "):
         lm_eval.plan_check(config(include_path=str(folder)))
 
 
@@ -189,7 +189,8 @@ def test_planning_loads_nothing_heavy() -> None:
 
     code = """
 import sys
-from spinreg_core.benchmarks import lm_eval, plan_benchmark
+from spinreg_core.benchmarks import lm_eval
+from spinreg_core.benchmarks.registry import plan_benchmark
 from spinreg_core.config import RunConfig
 config = RunConfig.model_validate({"benchmarks": {"tasks": ["leaderboard"]}})
 assert lm_eval.plan_check(config) and plan_benchmark(config, {"run": "r", "base": "base-1", "rounds": []}, 0)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from spinreg_core.benchmarks.lm_eval_model import LoadedTasks
 from spinreg_core.benchmarks.lm_eval_results import (
     BOOTSTRAP,
     NONE,
@@ -60,7 +61,7 @@ def evaluated(values: Values, aggregate: Any = mean, group: Any = None, **higher
             get_all_tasks=lambda: list(tasks.values()),
         )  # fmt: skip
     name = "all" if group is not None else next(iter(values))
-    return measured(results, {"tasks": tasks, "groups": groups}, name, resamples=4000, seed=3)
+    return measured(results, LoadedTasks(tasks, groups), name, resamples=4000, seed=3)  # type: ignore[arg-type]
 
 
 def test_right_or_wrong_is_wilsons() -> None:

@@ -151,7 +151,7 @@ def test_grades_prompts_and_results(house: House) -> None:
     assert {row["item"] for row in items if row["metric"] == "score/turn_2"} == {"1", "2", "3", "5"}
 
 
-def test_answers_go_on_where_they_were(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_go_on_where_they_were(house: House) -> None:
     """Killed when two groups of six were committed, or with one whose document cannot be read: the rest is answered, to
     the same."""
     with judge_server(grade) as server:
@@ -166,21 +166,19 @@ def test_answers_go_on_where_they_were(house: House, monkeypatch: pytest.MonkeyP
         house.store.delete(f"objects/{whole['object_id']}/parts/{name}.json")
     house.store.create(f"objects/{whole['object_id']}/parts/2-0.7.json", b"torn")
     asked: list[int] = []
-    open_ = mt_bench_answers.open_engine
 
-    def counted(*arguments: Any, **more: Any) -> Any:
-        engine = open_(*arguments, **more)
-        generate = engine.generate
+    class Counting:
+        def __init__(self, *arguments: Any, **more: Any) -> None:
+            self.engine = open_engine(*arguments, **more)
 
-        def counting(prompts: Sequence[Any], *rest: Any) -> Any:
+        def generate(self, prompts: Sequence[Any], *rest: Any) -> Any:
             asked.append(len(prompts))
-            return generate(prompts, *rest)
+            return self.engine.generate(prompts, *rest)
 
-        monkeypatch.setattr(engine, "generate", counting)
-        return engine
+        def close(self) -> None:
+            self.engine.close()
 
-    monkeypatch.setattr(mt_bench_answers, "open_engine", counted)
-    again = mt_bench_answers.run(replace(answers_job(house, job), writer="e2-b"))
+    again = mt_bench_answers.run(replace(answers_job(house, job), writer="e2-b"), open_engine=Counting)
     assert asked == [1, 3, 1, 1]
     assert {n: pq.read_table(p) for n, p in fetch_files(house.store, again["object_id"], "answers").items()} == before
 
@@ -219,25 +217,25 @@ def test_what_changes_the_answers_and_what_only_the_grades(house: House) -> None
 def test_a_judge_without_any_grade_and_files_that_changed_are_bad_input(house: House) -> None:
     with judge_server(lambda _b, _n: Does("fine")) as server:
         job = job_of(house, config(house, server))
-        with pytest.raises(BadInput, match=r"judge.model: found 'judge', none of whose 10 answers holds a rating"):
+        with pytest.raises(BadInput, match=r"judge.model names 'judge', which gave no rating in 10 answers; use"):
             mt_bench.run(job)
         lines(house.root / "gpt-4.jsonl", [])
-        with pytest.raises(BadInput, match="changed since this was planned"):
+        with pytest.raises(BadInput, match="changed after this job was planned; start again"):
             mt_bench.run(job)
     lines(house.root / "question.jsonl", [QUESTIONS[0] | {"turns": ["an ode", "shorter"]}])
-    with pytest.raises(BadInput, match="changed since this was planned"):
+    with pytest.raises(BadInput, match="changed after this job was planned; start again"):
         mt_bench_answers.run(replace(answers_job(house, job)))
 
 
-def test_a_context_without_room_for_both_turns_is_refused_before_anything_is_sampled(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(mt_bench_answers, "open_engine", None)
+def test_a_context_without_room_for_both_turns_is_refused_before_anything_is_sampled(house: House) -> None:
+    def never(*_arguments: Any, **_more: Any) -> Any:
+        raise AssertionError("an engine was opened")
+
     wanted = config(house, None)
     wanted = wanted.model_copy(update={"benchmarks": wanted.benchmarks.model_copy(update={"mt_bench_max_tokens": 40})})
     with pytest.raises(BadInput, match=r"mt_bench_max_tokens: found 40, twice, after the \d+ tokens of question 1; "
-                       "expected at most 96 in all"):  # fmt: skip
-        mt_bench.run(job_of(house, wanted))
+                       "expected at most 96 tokens in all"):  # fmt: skip
+        mt_bench_answers.run(answers_job(house, job_of(house, wanted)), open_engine=never)
 
 
 def test_scores_leave_out_what_was_not_graded() -> None:

@@ -1,8 +1,12 @@
-"""Win rates out of verdicts in both orders, against values computed by hand; and the part on a store."""
+"""Win rates of verdicts in both orders: by hand, as a part on a store, and as `spinreg win-rate` of two runs."""
 
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from flows.cli import main
 from spinreg_core.benchmarks import win_rate
-from spinreg_core.benchmarks.win_rate import Pair, length_controlled, shown, win_metrics
+from spinreg_core.benchmarks.win_rate import Pair, conversation_text, length_controlled, win_metrics
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
 from spinreg_core.evaluation.intervals import wilson
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.judge_server import Does, judge_server
@@ -129,11 +135,11 @@ def test_the_length_controlled_win_rate_agrees_with_another_fit_and_stays_finite
     assert length_controlled((even > 0).astype(float)[None], even[None])[0] == pytest.approx(0.5, abs=1e-9)
 
 
-def test_a_conversation_as_it_is_shown() -> None:
-    assert shown([{"role": "user", "content": "Why?"}]) == "Why?"
+def test_a_conversation_as_it_is_conversation_text() -> None:
+    assert conversation_text([{"role": "user", "content": "Why?"}]) == "Why?"
     several = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     assert (
-        shown([*several, {"role": "assistant", "content": "So."}])
+        conversation_text([*several, {"role": "assistant", "content": "So."}])
         == "System: Be short.\n\nUser: Why?\n\nAssistant: So."
     )
 
@@ -217,6 +223,78 @@ def test_the_part_against_base_previous_and_human(store: Store, tmp_path: Path) 
 def test_a_judge_without_a_verdict_is_bad_input(store: Store, tmp_path: Path) -> None:
     with (
         judge_server(lambda _b, _n: Does("both are fine")) as server,
-        pytest.raises(BadInput, match="without a verdict in both orders on any prompt"),
+        pytest.raises(BadInput, match="which gave no prompt a verdict in both orders; use a judge"),
     ):
         run(store, server.url, 0, tmp_path, win_rate=["human"])
+
+
+ROUND = ("generate", "mix-opponent", "train")
+
+
+@pytest.fixture
+def runs(store: Store) -> Store:
+    """`ours` and `theirs` differ in round 1 and share round 0; the rows of `elsewhere` are others."""
+    for run, data, answers in (
+        ("ours", "data", "evaluate-1"),
+        ("theirs", "data", "evaluate-0"),
+        ("elsewhere", "x", "y"),
+    ):
+        with hold_lease(store, RunConfig(run=run, store=store.url), "test") as session:
+            session.commit_inputs("base", data)
+            session.commit(0, "evaluate", "evaluate-0")
+            for stage in ROUND:
+                session.commit(1, stage, f"{stage}-of-{run}")
+            session.commit(1, "evaluate", answers)
+    return store
+
+
+def test_two_runs_are_compared_and_nothing_is_asked_twice(runs: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    with judge_server(prefers_own) as server:
+        judge = ["-p", f"judge.base_url={server.url}", "-p", "judge.model=judge", "-p", "judge.tries=1"]
+        command = ["win-rate", "ours", "theirs", "--store", runs.url, *judge]
+        assert main([*command, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        # As in test_win_rate: two wins, a tie of places, equal texts; one prompt has no verdict in both orders.
+        assert found["metrics"]["win_rate"]["value"] == pytest.approx((1 + 1 + 0.5 + 0.5) / 4)
+        assert found["metrics"]["first_place"]["n"] == 6
+        assert found["fingerprints"]["policies"] == ["train-of-ours", "train-of-theirs"]
+        assert (found["round"], found["cost"]["requests"], len(server.bodies)) == (1, 8, 8)
+        assert main(command) == 0
+        assert "ours against theirs, round 1, 5 prompts, judged by judge" in (text := capsys.readouterr().out)
+        assert "win_rate: 0.75 [" in text
+        assert len(server.bodies) == 8, "what was paid for is found again"
+
+
+def test_what_was_asked_is_kept_on_sigterm(runs: Store) -> None:
+    with judge_server(lambda b, n: Does("[[A]]", seconds=2.0)) as server:
+        judge = ["-p", f"judge.base_url={server.url}", "-p", "judge.model=judge", "-p", "judge.at_once=3"]
+        command = [sys.executable, "-m", "flows.cli", "win-rate", "ours", "theirs", "--store", runs.url, *judge]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while len(server.bodies) < 3:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "Traceback" not in error
+    assert len(runs.list("verdicts/")) == len(server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["ours", "theirs", "--round", "2"], "--round: found 2; expected a round that both runs have evaluated (0, 1)"),
+        (
+            ["ours", "theirs", "--round", "0"],
+            "round 0 has the same policy in 'ours' and 'theirs'; choose a round",
+        ),
+        (["ours", "elsewhere"], "run 'elsewhere' has other held-out rows than 'ours'; choose runs"),
+        (["ours", "nobody"], "nobody"),
+    ],
+)
+def test_what_cannot_be_compared(
+    runs: Store, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = ["-p", "judge.base_url=http://127.0.0.1:9/v1", "-p", "judge.model=judge"]
+    assert main(["win-rate", *more, "--store", runs.url, *judge]) == EXIT_BAD_INPUT
+    assert message in capsys.readouterr().err
