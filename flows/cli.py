@@ -235,7 +235,7 @@ def _judge_agreement(arguments: argparse.Namespace) -> int:
 
 
 def _win_rate(arguments: argparse.Namespace) -> int:
-    from spinreg_core.benchmarks.win_rate_of_runs import win_rate_of_runs
+    from spinreg_core.benchmarks.win_rate import win_rate_of_runs
     from spinreg_core.config.resolve import assignments, resolve
     from spinreg_core.runs.head import require_config
 

@@ -1,12 +1,12 @@
-"""One request to a judge behind an OpenAI-compatible endpoint, and what may be spent on it.
+"""Requests to a judge behind an OpenAI-compatible endpoint, within budgets.
 
-Decides: what is waited out (rate limits, errors of the server, connections that break) and what is bad input (no
-right, no such model), how long is waited, and that neither budget is ever exceeded, also with requests under way
-together. Leaves out: what is asked, and what is kept of it (`judge.py`).
+Decides: which failures are retried (rate limits, errors of the server, broken connections) and which are bad input (no
+permission, no such model), how long to wait, and that concurrent requests never exceed a budget. Leaves out: the
+questions and the stored verdicts (`judge`).
 
-What a request may cost at most is put aside before it is sent. A reply settles it. What the endpoint refused with an
-error of its own, or never took, costs nothing. A request whose reply did not arrive may have been billed: it counts
-with all that was put aside for it.
+The highest possible cost of a request is reserved before it is sent, and its reply settles the actual cost. A request
+that the endpoint refused or never received costs nothing. A request without a reply may have been billed, so it counts
+with its full reservation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,15 +28,16 @@ from spinreg_core.errors import BadInput, JudgeAway
 
 Messages = list[dict[str, str]]
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 1.0, 60.0
-# Tokens of the endpoint's own around messages: their roles, a system prompt that it puts first where there is none.
+# Tokens that the endpoint may add around messages: roles, and its own system prompt where there is none.
 _AROUND_MESSAGES = 256
 _RETRIED = (408, 409, 425, 429)
-_CUT_OFF = (408, 502, 504, 524)  # of a gateway that waited for the judge no longer, which may have billed it
+# A gateway gave up waiting for the judge, which may have billed the request.
+_CUT_OFF = (408, 502, 504, 524)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """`counted`: whether the endpoint said how many tokens there were; if not, they are the most there can be."""
+    """A judge's reply. Where the endpoint did not count tokens, `counted` is False and they are upper bounds."""
 
     content: str
     finish: str
@@ -46,13 +47,13 @@ class Reply:
 
 
 class Stopped(Exception):
-    """Another request failed for good, and this one is not sent any more."""
+    """This request is not sent because another one failed for good."""
 
 
 class Budget:
-    """What may still be spent of `judge.max_requests` and `judge.max_cost`, shared by the threads of one benchmark.
+    """The budgets `judge.max_requests` and `judge.max_cost`, shared by the threads of one benchmark.
 
-    `requests` and `cost`: spent by earlier attempts at the same benchmark.
+    requests, cost: spent by earlier attempts at the same benchmark.
     """
 
     def __init__(self, judge: JudgeConfig, requests: int, cost: float) -> None:
@@ -61,8 +62,11 @@ class Budget:
         self._under_way = 0
 
     def reserve(self, cost: float, stop: threading.Event) -> None:
-        """Put one request and its highest cost aside. Waits for requests under way where they decide whether it still
-        fits. Raises BadInput, naming the budget, where it does not; Stopped."""
+        """Reserve one request and its highest cost.
+
+        Waits for requests under way if their actual cost decides whether it still fits. Raises BadInput, naming the
+        budget, where it does not fit; Stopped.
+        """
         with self._changed:
             while (over := self._exceeded(cost)) is not None:
                 if not self._under_way:
@@ -73,7 +77,7 @@ class Budget:
             self.requests, self.cost, self._under_way = self.requests + 1, self.cost + cost, self._under_way + 1
 
     def settle(self, reserved: float, *, cost: float | None = None, refused: bool = False) -> None:
-        """A request is over: it cost `cost`, or was `refused`, or (neither) its reply did not arrive."""
+        """Replace a reservation by the actual cost, by nothing (`refused`), or keep it (neither: no reply)."""
         with self._changed:
             self._under_way -= 1
             if refused:
@@ -86,48 +90,55 @@ class Budget:
 
     def _exceeded(self, cost: float) -> BadInput | None:
         judge = self._judge
-        kept = "; verdicts so far are kept and not asked for again"
+        kept = "to continue; verdicts so far are kept and not asked for again"
         if judge.max_requests is not None and self.requests + 1 > judge.max_requests:
-            return BadInput("judge.max_requests", f"{self.requests} requests made and verdicts that are missing",
-                            f"more than {judge.max_requests}{kept}")  # fmt: skip
+            return BadInput("judge.max_requests", f"is used up: {self.requests} requests made, more are needed",
+                            f"set it above {judge.max_requests} {kept}")  # fmt: skip
         if judge.max_cost is not None and self.cost + cost > judge.max_cost + 1e-9 * judge.max_cost:
             return BadInput(
                 "judge.max_cost",
-                f"{self.cost:.6g} spent and verdicts that are missing, the next of which may cost up to {cost:.6g}",
-                f"more than {judge.max_cost:g}{kept}",
+                f"is used up: {self.cost:.6g} spent, and the next of the missing verdicts may cost up to {cost:.6g}",
+                f"set it above {judge.max_cost:g} {kept}",
             )
         return None
 
 
 def price(judge: JudgeConfig, prompt_tokens: int, answer_tokens: int) -> float:
-    """Cost of a request, in the currency of the prices, which are per million tokens."""
+    """Return the cost of a request in the currency of the prices, which are per million tokens."""
     return (prompt_tokens * judge.price_prompt + answer_tokens * judge.price_answer) / 1e6
 
 
 def most_prompt_tokens(messages: Messages) -> int:
-    """No tokenizer makes more tokens of a text than it has bytes."""
+    """Return an upper bound: no tokenizer makes more tokens of a text than it has bytes."""
     return _AROUND_MESSAGES + sum(len(message["content"].encode()) for message in messages)
 
 
 def endpoint_identity(judge: JudgeConfig) -> str:
-    """Host and path of the endpoint, without its port: who starts a server anew, or behind another port, asks the same
-    judge."""
+    """Return host and path of the endpoint. The port is left out: a restarted server is the same judge."""
     parts = urlsplit(str(judge.base_url))
     return f"{parts.hostname}{parts.path.rstrip('/')}"
 
 
 class Endpoint:
-    """Sends requests from several threads. `stop`: set when nothing more is to be sent. `unanswered`: told of each
-    request whose reply did not arrive, which may have been billed."""
+    """A connection to the judge for several threads.
+
+    stop: set it to send nothing more. unanswered: called with each request without a reply, which may have been billed.
+    """
 
     def __init__(
-        self, judge: JudgeConfig, budget: Budget, stop: threading.Event, unanswered: Callable[[Messages], None]
+        self,
+        judge: JudgeConfig,
+        budget: Budget,
+        stop: threading.Event,
+        unanswered: Callable[[Messages], None],
+        first_wait: float = FIRST_WAIT_SECONDS,
     ) -> None:
         self._judge, self._budget, self.stop, self._unanswered = judge, budget, stop, unanswered
+        self._first_wait = first_wait
         self._key = os.environ.get(judge.key_variable, "").strip()
         if not self._key.isascii() or not self._key.isprintable():
-            raise BadInput(f"judge.key_variable, {judge.key_variable}", "characters that no key has (not shown)",
-                           "printable ASCII")  # fmt: skip
+            raise BadInput(f"judge.key_variable, {judge.key_variable}", "has characters that no key has (not shown)",
+                           "use printable ASCII")  # fmt: skip
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         limits = httpx.Limits(max_connections=judge.at_once, max_keepalive_connections=judge.at_once)
         self._client = httpx.Client(headers=headers, timeout=judge.timeout_seconds, limits=limits)
@@ -138,10 +149,10 @@ class Endpoint:
         self._client.close()
 
     def ask(self, where: str, messages: Messages) -> Reply:
-        """The judge's reply. `where`: what messages of errors call the request.
+        """Return the judge's reply. where: the request's name in error messages.
 
-        Raises BadInput (a budget is used up, the endpoint refuses the key, the model or the request), JudgeAway
-        (no reply for `judge.patience_seconds`), Stopped.
+        Raises BadInput (a budget is used up, or the endpoint refuses the key, the model or the request), JudgeAway (no
+        reply for `judge.patience_seconds`), Stopped.
         """
         judge, reserved = self._judge, price(self._judge, most_prompt_tokens(messages), self._judge.max_tokens)
         body = {"model": judge.model, "messages": messages, "temperature": judge.temperature,
@@ -164,15 +175,15 @@ class Endpoint:
                 self._unanswered(messages)
             first_failure = sent if first_failure is None else first_failure
             if wait is None:
-                wait = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**failures) * random.uniform(0.5, 1.0)
+                wait = min(LONGEST_WAIT_SECONDS, self._first_wait * 2.0**failures) * random.uniform(0.5, 1.0)
             else:
-                with self._lock:  # what was said to one holds for all
+                with self._lock:  # Retry-After holds for the requests of all threads
                     self._quiet_until = max(self._quiet_until, time.monotonic() + wait)
-                wait += random.uniform(0.0, FIRST_WAIT_SECONDS)
+                wait += random.uniform(0.0, self._first_wait)
             failures += 1
             if time.monotonic() + wait > first_failure + judge.patience_seconds:
                 raise JudgeAway(
-                    f"judge.base_url, {endpoint_identity(judge)}: {problem}, {failures} times; not waiting longer than "
+                    f"judge.base_url, {endpoint_identity(judge)}: {problem}, {failures} times; gave up after "
                     f"judge.patience_seconds ({judge.patience_seconds:g}). Verdicts so far are kept"
                 )
             self._pause(wait)
@@ -185,8 +196,8 @@ class Endpoint:
         if self.stop.is_set():
             raise Stopped
 
-    def _send(self, where: str, body: dict[str, Any]) -> tuple[Reply | None, str, bool, float | None]:
-        """(reply or None, what went wrong, whether the endpoint refused it, seconds that it asks to wait)."""
+    def _send(self, where: str, body: Mapping[str, Any]) -> tuple[Reply | None, str, bool, float | None]:
+        """Return (reply or None, the problem, True if the endpoint refused it, seconds that it asks to wait)."""
         try:
             response = self._client.post(self._url, json=body)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
@@ -207,7 +218,7 @@ class Endpoint:
         try:
             return self._reply(response.json(), body["messages"]), "", False, None
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            return None, f"a reply that is no chat completion ({self._said(response)})", False, None
+            return None, f"the reply is no chat completion ({self._said(response)})", False, None
 
     def _reply(self, document: Any, messages: Messages) -> Reply:
         choice = document["choices"][0]
@@ -221,13 +232,15 @@ class Endpoint:
     def _refusal(self, where: str, status: int, said: str) -> BadInput:
         judge = self._judge
         if status in (401, 403):
-            held, where_ = "a key" if self._key else "no key", endpoint_identity(judge)
-            return BadInput(f"judge.key_variable, {judge.key_variable}", f"{held}, and {where_} answers {said}",
-                            "the name of an environment variable with a key of that endpoint")  # fmt: skip
+            held = "holds a key, and" if self._key else "holds no key, and"
+            return BadInput(f"judge.key_variable, {judge.key_variable}",
+                            f"{held} {endpoint_identity(judge)} answers {said}",
+                            "name an environment variable with a key of that endpoint")  # fmt: skip
         if status in (404, 405) or 300 <= status < 400:
-            return BadInput("judge.model", f"{judge.model!r}, and {endpoint_identity(judge)} answers {said}",
+            return BadInput("judge.model", f"{judge.model!r}, for which {endpoint_identity(judge)} answers {said}",
                             "a model of that endpoint, and a base_url that ends before /chat/completions")  # fmt: skip
-        return BadInput(f"judge, {where}", said, f"a request that {judge.model!r} at {endpoint_identity(judge)} takes")
+        return BadInput(f"judge, {where}", said,
+                        f"a request that {judge.model!r} at {endpoint_identity(judge)} accepts")  # fmt: skip
 
     def _said(self, response: httpx.Response) -> str:
         try:
@@ -238,13 +251,13 @@ class Endpoint:
         return self._clean(" ".join(text.split())[:300]) or "nothing more"
 
     def _clean(self, text: str) -> str:
-        """Without the key, which some endpoints repeat in what they say, and without halves of characters."""
+        """Remove the key, which some endpoints repeat in their messages, and unpaired surrogates."""
         text = text.encode(errors="replace").decode()
         return text.replace(self._key, "***") if self._key else text
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds, of a number or a date (RFC 9110, 10.2.3); None where nothing usable is said."""
+    """Return the seconds of a Retry-After header, a number or a date (RFC 9110, 10.2.3); None where unusable."""
     value = response.headers.get("Retry-After", "").strip()
     try:
         seconds = float(value)

@@ -1,8 +1,8 @@
-"""What a judge is asked and how its verdict is read, after MT-Bench (arXiv 2306.05685).
+"""Prompts for a judge, and the parsing of its verdicts, after MT-Bench (arXiv 2306.05685).
 
-Decides: the names of prompts and their placeholders (FastChat's, whose own judge_prompts.jsonl can be given), and what
-counts as a rating or a preference. Leaves out: the wording (`judge_prompts.yaml`, or the user's file), who is asked
-(`judge.py`).
+Decides: the names of prompts and their placeholders (FastChat's, so that its judge_prompts.jsonl can be used), and what
+counts as a rating or a preference. Leaves out: the wording (`judge_prompts.yaml`, or the user's file), and asking the
+judge (`judge`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,11 +53,13 @@ class Prompts:
 
 
 def load_prompts(judge: JudgeConfig, names: Iterable[str]) -> Prompts:
-    """The prompts of `judge.prompts`, or spinreg's own. The file is YAML, {name: {system_prompt, prompt_template}}, or
-    JSON lines with those fields and `name`, as FastChat's judge_prompts.jsonl. Other names in it are not looked at.
+    """Read the prompts of `judge.prompts`, or spinreg's own.
 
-    Raises BadInput for a file that cannot be read, or where one of `names` is missing, lacks a placeholder or has one
-    that nothing is put into.
+    The file is YAML, {name: {system_prompt, prompt_template}}, or JSON lines with those fields and `name`, like
+    FastChat's judge_prompts.jsonl. Other names in it are ignored.
+
+    Raises BadInput for an unreadable file, and where one of `names` is missing, lacks a placeholder or has an unknown
+    one.
     """
     path = Path(judge.prompts or Path(__file__).with_name("judge_prompts.yaml"))
     require_small_file("judge.prompts", path)
@@ -65,18 +67,18 @@ def load_prompts(judge: JudgeConfig, names: Iterable[str]) -> Prompts:
         raw = path.read_bytes()
         text = raw.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput("judge.prompts", f"{path} ({error})", "a file that can be read, in UTF-8") from None
+        raise BadInput("judge.prompts", f"{path} ({error})", "a readable file in UTF-8") from None
     found = _records(path, text)
     by_name = {}
     for name in names:
         where = f"judge.prompts, {path.name}, {name}"
         if name not in found:
-            raise BadInput(where, "no such prompt", f"prompts {', '.join(names)}")
+            raise BadInput(where, "is missing", f"the prompts {', '.join(names)}")
         by_name[name] = _checked(where, found[name], PLACEHOLDERS[name])
     return Prompts(by_name, hashlib.sha256(raw).hexdigest())
 
 
-def _records(path: Path, text: str) -> dict[str, Any]:
+def _records(path: Path, text: str) -> Mapping[str, object]:
     try:
         if path.suffix == ".jsonl":
             lines = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -92,7 +94,7 @@ def _records(path: Path, text: str) -> dict[str, Any]:
 
 def _checked(where: str, record: Any, wanted: set[str]) -> tuple[str, str]:
     if not isinstance(record, dict) or not isinstance(record.get("prompt_template"), str):
-        raise BadInput(where, "no prompt_template", "a text with placeholders")
+        raise BadInput(where, "has no prompt_template", "a text with placeholders")
     system, template = record.get("system_prompt") or "", record["prompt_template"]
     if not isinstance(system, str):
         raise BadInput(f"{where}.system_prompt", repr(system)[:100], "a text")
@@ -109,8 +111,10 @@ def _checked(where: str, record: Any, wanted: set[str]) -> tuple[str, str]:
 
 
 def parse_rating(text: str) -> float | None:
-    """The rating in a judge's answer: the first `[[7]]`, or where there is none the first `[7]`, as FastChat reads it.
-    None where there is neither, or the number is not within 1 and 10."""
+    """Return the rating in a judge's answer: the first `[[7]]`, else the first `[7]`, as FastChat parses it.
+
+    None where there is neither, or the number is not between 1 and 10.
+    """
     for pattern in _RATINGS:
         if match := pattern.search(text):
             rating = float(match[1])
@@ -119,6 +123,6 @@ def parse_rating(text: str) -> float | None:
 
 
 def parse_preference(text: str) -> Preference | None:
-    """Who a judge prefers, as FastChat reads it: `[[A]]` anywhere, or else `[[B]]`, or else `[[C]]` for a tie."""
+    """Return a judge's preference as FastChat parses it: `[[A]]` anywhere, else `[[B]]`, else `[[C]]` for a tie."""
     found: dict[str, Preference] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
     return next((verdict for mark, verdict in found.items() if mark in text), None)

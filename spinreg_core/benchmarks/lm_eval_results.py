@@ -1,15 +1,15 @@
-"""From lm-eval's results to what every part of a benchmark leaves (`results.py`), and what lm-eval said itself.
+"""Metrics and intervals from lm-eval's results, and the files with its own output.
 
-Decides: the names of metrics, which one counts (the Leaderboard's, else the task's first), and their intervals. Values
-are lm-eval's own numbers. Leaves out: evaluating (`lm_eval_model.py`).
+Decides: the names of metrics, the primary metric (the Leaderboard's, else the task's first), and the intervals. Values
+are lm-eval's own numbers. Leaves out: evaluating (`lm_eval_model`).
 
-A metric is named as by lm-eval, without the filter where it is the task's first one (`exact_match` of gsm8k is its
-strict-match), else with it (`exact_match,flexible-extract`). Those of a group's subtasks and subgroups have their names
-in front: `mmlu_anatomy/acc`.
+Metrics have lm-eval's names, without the filter where it is the task's first one (`exact_match` of gsm8k is its
+strict-match), else with it (`exact_match,flexible-extract`). The name of a subtask or subgroup is a prefix:
+`mmlu_anatomy/acc`.
 
-Intervals are over questions: Wilson's where each question counts 0 or 1, also for a group whose questions all weigh the
-same, which are then taken as one sample; else percentile bootstrap, for a group within each subtask. Metrics that no
-resampling makes cheap (bleu, chrf, ter), and groups with a subtask of one question, have none.
+Intervals are over questions. Wilson's is used where each question counts 0 or 1. A group whose questions all have the
+same weight is one sample. Everything else has a percentile bootstrap, for a group within each subtask. Metrics that are
+too expensive to resample (bleu, chrf, ter), and groups with a subtask of one question, have no interval.
 """
 
 from __future__ import annotations
@@ -19,34 +19,45 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
-from spinreg_core.evaluation.intervals import Estimate, bootstrap_mean, wilson
+from spinreg_core.benchmarks.lm_eval_model import EvalResults, EvalSample, LoadedTasks
+from spinreg_core.benchmarks.results import Item
+from spinreg_core.evaluation.intervals import (
+    Estimate,
+    Floats,
+    bootstrap_mean,
+    percentile_estimate,
+    wilson,
+    without_interval,
+)
 
-PRIMARY = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}  # of the Leaderboard, where it is not the first
+# The Leaderboard's metrics of tasks for which it is not lm-eval's first.
+PRIMARY = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm"}
 _COSTLY = ("bleu", "chrf", "ter")
 WILSON, BOOTSTRAP = "Wilson", "bootstrap over questions"
 STRATIFIED, NONE = "bootstrap over the questions of each subtask", "none"
+Values = dict[tuple[str, str], dict[int, object]]  # by (metric, filter): the value of each question, by its index
 
 
 @dataclass
 class Measured:
-    """Metrics by their names. `stderr` is lm-eval's own standard error; `intervals` says how they were computed."""
+    """Metrics by name. `stderr` is lm-eval's own standard error; `intervals` names the methods of the intervals."""
 
     metrics: dict[str, Estimate] = field(default_factory=dict)
     stderr: dict[str, float | None] = field(default_factory=dict)
     intervals: dict[str, str] = field(default_factory=dict)
     better: dict[str, str] = field(default_factory=dict)
-    items: list[tuple[str, str, float]] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
 
-    def add(self, name: str, estimate: Estimate, how: str, stderr: Any, higher: Any) -> None:
-        if not math.isfinite(estimate["value"]):  # it is in lm_eval.json
-            print(f"{name} is not a number for this policy, and left out", flush=True)
+    def add(self, name: str, estimate: Estimate, how: str, stderr: object, higher: bool | None) -> None:
+        if not math.isfinite(estimate["value"]):  # lm_eval.json has it
+            print(f"{name} is not a number for this policy, and is left out", flush=True)
             return
         if estimate["low"] is None:
             how = NONE
@@ -54,23 +65,27 @@ class Measured:
         self.stderr[name] = float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None
         self.better[name] = "lower" if higher is False else "higher"
 
-    def add_items(self, name: str, value: float, items: dict[str, Any]) -> None:
-        """What each question counts, where the metric is the mean of that. (A perplexity is not, nor is a group whose
-        subtasks weigh the same: means over their questions may even differ the other way round.)"""
-        if items and all(map(_is_number, items.values())):
-            numbers = {item: float(one) for item, one in items.items()}
-            if math.isclose(np.mean([*numbers.values()]), value, rel_tol=1e-9, abs_tol=1e-9):
-                self.items += [(item, name, one) for item, one in numbers.items()]
+    def add_items(self, name: str, value: float, items: Mapping[str, object]) -> None:
+        """Add the questions' values where the metric is their mean.
+
+        A perplexity is not, nor is a group whose subtasks have equal weights: there, the mean over questions may even
+        differ in the other direction.
+        """
+        numbers = {item: float(one) for item, one in items.items() if _is_number(one)}
+        if not numbers or len(numbers) < len(items):
+            return
+        if math.isclose(np.mean([*numbers.values()]), value, rel_tol=1e-9, abs_tol=1e-9):
+            self.items += [(item, name, one) for item, one in numbers.items()]
 
 
-def measured(results: dict[str, Any], loaded: dict[str, Any], name: str, *, resamples: int, seed: int) -> Measured:
-    """All metrics of a task or a group. `loaded`: the tasks and groups that were evaluated (`harness.load_task`)."""
+def measured(results: EvalResults, loaded: LoadedTasks, name: str, *, resamples: int, seed: int) -> Measured:
+    """Return all metrics of a task or a group. loaded: the tasks and groups that were evaluated."""
     found = Measured()
     values = {task: _values(samples) for task, samples in results["samples"].items()}
-    groups = sorted(loaded["groups"].values(), key=lambda group: group.name != name)  # the one that was asked for first
+    groups = sorted(loaded.groups.values(), key=lambda group: group.name != name)  # the requested group first
     for group in groups:
         _group(found, results, group, name, values, resamples, seed)
-    for task_name, task in loaded["tasks"].items():
+    for task_name, task in loaded.tasks.items():
         numbers, prefix = results["results"][task_name], "" if task_name == name else f"{task_name}/"
         filters = list(dict.fromkeys(filter_name for _, filter_name in values[task_name]))
         for (metric, filter_name), by_doc in values[task_name].items():
@@ -85,61 +100,60 @@ def measured(results: dict[str, Any], loaded: dict[str, Any], name: str, *, resa
     return found
 
 
-def _values(samples: list[dict[str, Any]]) -> dict[tuple[str, str], dict[int, Any]]:
-    """What each question counts, by its index, of every (metric, filter)."""
-    found: dict[tuple[str, str], dict[int, Any]] = {}
+def _values(samples: Sequence[EvalSample]) -> Values:
+    found: Values = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            found.setdefault((metric, sample["filter"]), {})[sample["doc_id"]] = sample[metric]
+            value = sample[metric]  # type: ignore[literal-required]
+            found.setdefault((metric, sample["filter"]), {})[sample["doc_id"]] = value
     return found
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, bool | int | float | np.number | np.bool_) and math.isfinite(value)
 
 
 def _estimate(
-    value: float, values: Sequence[Any], metric: str, aggregate: Callable[..., Any] | None, resamples: int, seed: int
+    value: float, values: Sequence[object], metric: str, aggregate: Callable[..., Any] | None, resamples: int, seed: int
 ) -> tuple[Estimate, str]:
     n = len(values)
-    plain = {"value": float(value), "low": None, "high": None, "n": n}
-    if all(_is_number(one) for one in values):
-        numbers = np.array([float(one) for one in values])
+    numbers = np.array([float(one) for one in values if _is_number(one)])
+    if len(numbers) == n:
         unit = "share" if numbers.min() >= 0 and numbers.max() <= 1 else ""
         if math.isclose(numbers.mean(), value, rel_tol=1e-9, abs_tol=1e-12):
             if set(numbers) <= {0.0, 1.0}:
                 return _with_value(wilson(float(numbers.sum()), n), value), WILSON
             return _with_value(bootstrap_mean(numbers, unit, resamples=resamples, seed=seed), value), BOOTSTRAP
     unit = "share" if metric.endswith("acc") or metric in ("f1", "mcc", "exact_match") else ""
+    plain = without_interval(value, n, unit)
     if aggregate is None or metric in _COSTLY or n < 2:
-        return Estimate(**plain, unit=unit), NONE  # type: ignore[typeddict-item]
+        return plain, NONE
     rng = np.random.default_rng(seed)
     try:
         draws = [float(aggregate([values[i] for i in rng.integers(0, n, n)])) for _ in range(resamples)]
-    except (ValueError, ZeroDivisionError, ArithmeticError):  # not defined for some of them
-        return Estimate(**plain, unit=unit), NONE  # type: ignore[typeddict-item]
-    low, high = (float(bound) for bound in np.quantile(draws, (0.025, 0.975)))
-    if not math.isfinite(low + high):
-        return Estimate(**plain, unit=unit), NONE  # type: ignore[typeddict-item]
-    return {"value": float(value), "low": low, "high": high, "n": n, "unit": unit}, BOOTSTRAP
+    except (ValueError, ArithmeticError):  # the metric is not defined for some draws
+        return plain, NONE
+    found = percentile_estimate(value, draws, n, unit)
+    bounded = all(bound is not None and math.isfinite(bound) for bound in (found["low"], found["high"]))
+    return (found, BOOTSTRAP) if bounded else (plain, NONE)
 
 
 def _with_value(estimate: Estimate, value: float) -> Estimate:
-    """The same with lm-eval's number to its last digit: it adds up in another order."""
+    """Set the value to lm-eval's: it sums in another order, which changes the last digit."""
     estimate["value"] = float(value)
     return estimate
 
 
 def _group(
     found: Measured,
-    results: dict[str, Any],
+    results: EvalResults,
     group: Any,
     name: str,
-    values: dict[str, dict[tuple[str, str], dict[int, Any]]],
+    values: Mapping[str, Values],
     resamples: int,
     seed: int,
 ) -> None:
-    """The metrics that a group has of its subtasks."""
+    """Add the metrics that lm-eval aggregates over a group's subtasks."""
     if not group.has_aggregation:
         return
     numbers, tasks = results["results"][group.name], [task.task_name for task in group.get_all_tasks()]
@@ -152,7 +166,7 @@ def _group(
             by_task = {
                 task: values[task][metric, filter_name] for task in tasks if (metric, filter_name) in values[task]
             }
-            strata = [np.array([float(one) for one in by_doc.values()]) for by_doc in by_task.values()]
+            strata = [np.array([*by_doc.values()], np.float64) for by_doc in by_task.values()]
             estimate, how = _pooled(numbers[key], strata, aggregated.weight_by_size, resamples, seed)
             label = metric if i == 0 else f"{metric},{filter_name}"
             higher = [results["higher_is_better"].get(task, {}).get(metric) for task in by_task]
@@ -166,18 +180,20 @@ def _group(
                 )
 
 
-def _pooled(value: float, strata: list[Any], weigh_by_size: bool, resamples: int, seed: int) -> tuple[Estimate, str]:
+def _pooled(
+    value: float, strata: Sequence[Floats], weigh_by_size: bool, resamples: int, seed: int
+) -> tuple[Estimate, str]:
     n = sum(map(len, strata))
     everything = np.concatenate(strata)
     if weigh_by_size and set(everything) <= {0.0, 1.0}:
         return _with_value(wilson(float(everything.sum()), n), value), WILSON
-    if set(everything) in ({0.0}, {1.0}):  # which no resampling moves
-        # As many questions as one sample would have whose mean varies as this one's does.
+    if set(everything) in ({0.0}, {1.0}):
+        # Resampling cannot vary it. Wilson's interval of the effective sample size, by the variance of the mean.
         effective = max(1, round(len(strata) ** 2 / sum(1 / len(numbers) for numbers in strata)))
         return _with_value(wilson(float(everything[0]) * effective, effective), value) | {"n": n}, WILSON
     unit = "share" if everything.min() >= 0 and everything.max() <= 1 else ""
     if min(map(len, strata)) < 2:
-        return {"value": float(value), "low": None, "high": None, "n": n, "unit": unit}, NONE
+        return without_interval(value, n, unit), NONE
     rng = np.random.default_rng(seed)
     draws = np.zeros(resamples)
     for numbers in strata:
@@ -185,25 +201,24 @@ def _pooled(value: float, strata: list[Any], weigh_by_size: bool, resamples: int
         draws += weight * np.array(
             [numbers[rng.integers(0, len(numbers), len(numbers))].mean() for _ in range(resamples)]
         )
-    low, high = (float(bound) for bound in np.quantile(draws, (0.025, 0.975)))
-    return {"value": float(value), "low": low, "high": high, "n": n, "unit": unit}, STRATIFIED
+    return percentile_estimate(value, draws, n, unit), STRATIFIED
 
 
 def primary_of(found: Measured, name: str) -> str:
-    """The metric that counts. Raises ValueError where the task has none at all."""
+    """Return the primary metric. Raises ValueError where the task has no metric."""
     if not found.metrics:
         raise ValueError(f"{name} has no metric that is a number")
     wanted = PRIMARY.get(name)
     return wanted if wanted in found.metrics else next(iter(found.metrics))
 
 
-def fingerprints(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
-    """SHA-256 of the questions as they were asked: `data` of their documents, `prompts` of all requests about them."""
+def fingerprints(samples: Mapping[str, Sequence[EvalSample]]) -> dict[str, str]:
+    """Return the SHA-256 of the questions: `data` of their documents, `prompts` of all requests about them."""
     data, prompts = hashlib.sha256(), hashlib.sha256()
     for task in sorted(samples):
         seen = set()
         for sample in sorted(samples[task], key=lambda sample: sample["doc_id"]):
-            if sample["doc_id"] in seen:  # once more for another filter
+            if sample["doc_id"] in seen:  # the same question with another filter
                 continue
             seen.add(sample["doc_id"])
             data.update(f"{task}\0{sample['doc_id']}\0{sample['doc_hash']}\n".encode())
@@ -212,8 +227,8 @@ def fingerprints(samples: dict[str, list[dict[str, Any]]]) -> dict[str, str]:
     return {"data": data.hexdigest(), "prompts": prompts.hexdigest()}
 
 
-def write_own(folder: Path, results: dict[str, Any]) -> None:
-    """What lm-eval said: `samples.jsonl.gz`, a line for each question and filter, and `lm_eval.json`, all the rest."""
+def write_own(folder: Path, results: EvalResults) -> None:
+    """Write lm-eval's output: `samples.jsonl.gz`, a line per question and filter, and `lm_eval.json` with the rest."""
     from lm_eval.utils import handle_non_serializable
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +239,7 @@ def write_own(folder: Path, results: dict[str, Any]) -> None:
     ):
         for task, samples in results["samples"].items():
             for sample in samples:
-                line = {"task": task} | sample
+                line = {"task": task, **sample}
                 file.write(json.dumps(line, default=handle_non_serializable, ensure_ascii=False) + "\n")
     rest = {name: value for name, value in results.items() if name not in ("samples", "pretty_env_info")}
     text = json.dumps(rest, indent=1, default=handle_non_serializable, ensure_ascii=False)

@@ -1,13 +1,17 @@
-"""MT-Bench (arXiv 2306.05685): two turns, each graded 1 to 10 by a judge.
+"""MT-Bench (arXiv 2306.05685): questions of two turns, each answer graded 1 to 10 by a judge.
 
-Decides: the fingerprints of the answers and of the grades, which prompt a grade is asked with, and the metrics.
-Leaves out: the answers (`mt_bench_answers.py`), asking the judge (`judge.py`), reading a grade (`judge_prompts.py`).
+Decides: the keys of answers and grades, the prompt of each grade, and the metrics. Leaves out: the answers
+(`mt_bench_answers`), asking the judge (`judge`), parsing a grade (`judge_prompts`).
 
-Each turn is graded by itself: the first on its own, the second with the whole conversation. Questions of mathematics,
-reasoning and coding that have a reference answer are graded against it. The metrics are `score`, the mean over
-questions of the mean of their turns; `score/turn_1` and `score/turn_2`; `score/CATEGORY`; `malformed`, the share of
-grades that no answer of the judge held; `truncated`, the share of the policy's answers that were cut off. A question
-without any grade is left out of the means. Intervals are over questions: both turns of one are drawn together.
+The first turn is graded on its own, the second with the whole conversation. Questions of mathematics, reasoning and
+coding with a reference answer are graded against it. A question without any grade is left out of the means. Intervals
+are over questions: both turns of a question are drawn together. The metrics:
+
+    score                         mean over questions of the mean of their turns
+    score/turn_1, score/turn_2    the same for one turn
+    score/CATEGORY                the same for one category
+    malformed                     share of grades that no answer of the judge held
+    truncated                     share of the policy's answers that were cut off at the length limit
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from spinreg_core.benchmarks.mt_bench_questions import (
     load_questions,
     references_hash,
 )
-from spinreg_core.benchmarks.results import write_part
+from spinreg_core.benchmarks.results import Item, PartResults, write_part
 from spinreg_core.config import RunConfig, resolve_engine, sampling_dtype
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.intervals import Estimate, bootstrap_mean, grouped_share
@@ -41,8 +45,7 @@ from spinreg_core.store.open import open_store
 
 
 def require_mt_bench_files(config: RunConfig) -> None:
-    """Raise BadInput for questions, references or prompts that cannot be used; questions of the hub are looked at when
-    they are loaded."""
+    """Raise BadInput for questions, references or prompts that cannot be used. The hub is not asked yet."""
     if config.benchmarks.mt_bench is None:
         return
     load_prompts(config.judge, SINGLE)
@@ -51,8 +54,10 @@ def require_mt_bench_files(config: RunConfig) -> None:
 
 
 def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
-    """The grades of iterate n's answers, and in `extra` the job that answers. Raises BadInput as
-    `require_benchmark_files`."""
+    """Return the part that grades iterate n's answers; its `extra` holds the job that answers.
+
+    Raises BadInput as `require_mt_bench_files`.
+    """
     benchmarks = config.benchmarks
     if benchmarks.mt_bench is None:
         return []
@@ -63,7 +68,7 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePl
         "questions": "hub" if of_hub else content_hash(questions),
         "policy": policy, "seed": config.seed, "max_tokens": benchmarks.mt_bench_max_tokens,
         "temperatures": TEMPERATURES, "template_arguments": config.data.template_arguments,
-        # As configured: what auto means differs between machines, and all of them should find the answers.
+        # As configured: the meaning of auto differs between machines, and all of them should find the answers.
         "engine": config.generation.engine, "dtype": sampling_dtype(config),
     }  # fmt: skip
     answers = StagePlan("mt-bench-answers", iterate, answers_key, {"policy": policy}, {})
@@ -86,8 +91,8 @@ def run(job: Job) -> dict[str, Any]:
     store, config = open_store(job.store), job.config
     prompts, questions = load_prompts(config.judge, SINGLE), load_questions(config.benchmarks)
     if job.key["prompts"] != prompts.sha256 or job.key["references"] not in (references_hash(questions), "hub"):
-        raise BadInput("judge.prompts, benchmarks.mt_bench_references", "files that changed since this was planned",
-                       "the same; start again to have the new ones used")  # fmt: skip
+        raise BadInput("judge.prompts, benchmarks.mt_bench_references", "files that changed after this job was planned",
+                       "start again to use the new files")  # fmt: skip
     answers = _answers(store, job)
     table = [row for path in fetch_files(store, answers["object_id"], "answers").values()
              for row in pq.read_table(path, columns=["question_id", "turn", "text", "finish"]).to_pylist()]  # fmt: skip
@@ -102,15 +107,15 @@ def run(job: Job) -> dict[str, Any]:
     found = ask_judge(store, config.judge, asked, parse_rating, payer=job.object_id)
     grades = {(q.question_id, turn): value for (q, turn), value in zip(wanted, found.values, strict=True)}
     if not any(value is not None for value in grades.values()):
-        raise BadInput("judge.model", f"{config.judge.model!r}, none of whose {len(asked)} answers holds a rating",
-                       "a judge that writes one as its prompt asks, such as [[7]]")  # fmt: skip
+        raise BadInput("judge.model", f"names {config.judge.model!r}, which gave no rating in {len(asked)} answers",
+                       "use a judge that writes its rating as the prompt asks, such as [[7]]")  # fmt: skip
     resamples = config.evaluation.bootstrap
     metrics, items = scores(questions, grades, resamples=resamples, seed=config.seed)
     cut = {(row["question_id"], row["turn"]): row["finish"] == "length" for row in table}
     for name, of in (("malformed", {turn: grade is None for turn, grade in grades.items()}), ("truncated", cut)):
         both = [float(of[q.question_id, 1] + of[q.question_id, 2]) for q in questions]
         metrics[name] = grouped_share(both, [2.0] * len(questions), resamples=resamples, seed=config.seed)
-    document = {
+    document: PartResults = {
         "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher", "metrics": metrics,
         "settings": {
             "judge": settings_of(config.judge), "questions": len(questions),
@@ -129,12 +134,14 @@ def run(job: Job) -> dict[str, Any]:
     }  # fmt: skip
     folder = job.workdir / "out"
     flat = write_part(folder, document, items)
-    return publish(store, job, folder, metrics=flat, seconds=document["cost"]["seconds"])  # type: ignore[index]
+    return publish(store, job, folder, metrics=flat, seconds=document["cost"]["seconds"])
 
 
 def _answers(store: Store, job: Job) -> dict[str, Any]:
-    """The manifest of the answers, made now if they are not there: with engine vllm in a process of its own, because
-    only its end surely gives the GPU's memory back."""
+    """Return the manifest of the answers, after answering where they are missing.
+
+    The engine vllm runs in a separate process, because only the end of that process reliably frees the GPU's memory.
+    """
     own = replace(job, stage="mt-bench-answers", extra={}, workdir=job.workdir / "answers", **job.extra["answers"])
     found = read_manifest(store, own.object_id)
     if found is None:
@@ -149,7 +156,7 @@ def _answers(store: Store, job: Job) -> dict[str, Any]:
 
 
 def graded_with(prompts: Prompts, question: Question, turn: int, texts: dict[tuple[str, int], str]) -> Messages:
-    """Messages to the judge about one turn. texts: the policy's answers by (question_id, turn)."""
+    """Return the messages to the judge about one turn. texts: the policy's answers by (question_id, turn)."""
     against, values = question.reference is not None, {}
     if question.reference is not None:
         values = {"ref_answer_1": question.reference[0]} | (
@@ -168,8 +175,8 @@ def graded_with(prompts: Prompts, question: Question, turn: int, texts: dict[tup
 
 def scores(
     questions: list[Question], grades: dict[tuple[str, int], float | None], *, resamples: int, seed: int
-) -> tuple[dict[str, Estimate], list[tuple[str, str, float]]]:
-    """Metrics and items out of grades by (question_id, turn), None being malformed. At least one is not."""
+) -> tuple[dict[str, Estimate], list[Item]]:
+    """Return metrics and items of grades by (question_id, turn). None is malformed; at least one grade is not."""
     values: dict[str, dict[str, float]] = {"score": {}, "score/turn_1": {}, "score/turn_2": {}}
     for question in questions:
         own = {turn: grade for turn in (1, 2) if (grade := grades[question.question_id, turn]) is not None}

@@ -1,18 +1,19 @@
-"""A policy's answers to the questions of MT-Bench, both turns: an object of its own, which no judge changes.
+"""A policy's answers to both turns of MT-Bench's questions: an object of its own, independent of the judge.
 
-Decides: what is asked in the second turn, the sampler's settings, and what is committed when. Leaves out: decoding
-(`engines/`), the questions (`mt_bench_questions.py`), grading (`mt_bench.py`).
+Decides: the second turn's conversation, the sampler's settings, and when answers are committed. Leaves out: decoding
+(`generation`), the questions (`mt_bench_questions`), grading (`mt_bench`).
 
     python -m spinreg_core.benchmarks.mt_bench_answers JOB.json
 
-A job's `inputs`: {"policy": object id}. One engine answers everything, the questions of one turn and temperature
-together; each of these groups is committed when it is answered, as a part. Leaves `answers/`, a Parquet file each.
-Temperature 0 is the most likely token. top_p and top_k take no part, whatever the run's own sampler is.
+A job's `inputs` are {"policy": object id}. One engine answers everything. The questions of one turn and temperature are
+answered together and then committed as a part. Leaves `answers/` with a Parquet file per part. Temperature 0 is greedy
+decoding. The run's own top_p and top_k do not apply.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,8 @@ import pyarrow.parquet as pq
 from spinreg_core.benchmarks.mt_bench_questions import TEMPERATURES, Question, content_hash, load_questions
 from spinreg_core.config import resolve_engine, sampling_dtype
 from spinreg_core.errors import BadInput
+from spinreg_core.generation import open as engines
 from spinreg_core.generation.engine import Answer, Engine, Sampling
-from spinreg_core.generation.open import open_engine
 from spinreg_core.generation.shards import answer_seed
 from spinreg_core.runs.fetch import fetch_folder, fetch_part
 from spinreg_core.runs.job import Job
@@ -52,11 +53,11 @@ ANSWERS_SCHEMA = pa.schema(
 )
 
 
-def run(job: Job) -> dict[str, Any]:
-    """Answer what is not committed yet, then publish. Returns the manifest.
+def run(job: Job, open_engine: Callable[..., Engine] = engines.open_engine) -> dict[str, Any]:
+    """Answer the questions that are not committed yet, then publish. Returns the manifest.
 
-    Its metrics: `answers`, `tokens` (sampled), `truncated` (share cut off by mt_bench_max_tokens), `engine`. Raises
-    BadInput (questions that changed since, or too long for the model), Damaged.
+    Its metrics are `answers`, `tokens` (sampled), `truncated` (share cut off by mt_bench_max_tokens) and `engine`.
+    Raises BadInput (the questions changed, or are too long for the model), Damaged.
     """
     from spinreg_core.models.chat_template import Renderer
 
@@ -77,7 +78,7 @@ def run(job: Job) -> dict[str, Any]:
                 names.append(name)
                 if name in parts:
                     continue
-                engine = engine or _engine(job, folder, renderer, longest)
+                engine = engine or _engine(open_engine, job, folder, renderer, longest)
                 own = [q for q in questions if TEMPERATURES[q.category] == temperature]
                 prompts = [renderer.prompt_ids(_messages(q, turn, texts)) for q in own]
                 sampling = sampler(temperature, config.benchmarks.mt_bench_max_tokens, renderer.stop_ids)
@@ -109,17 +110,18 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def the_questions(job: Job) -> list[Question]:
-    """The questions that the job was planned for. Raises BadInput where the file was changed meanwhile."""
+    """Return the questions of the job. Raises BadInput where the file changed after the job was planned."""
     questions, planned = load_questions(job.config.benchmarks), job.key["questions"]
     found = content_hash(questions)
     if planned not in (found, "hub"):
-        raise BadInput("benchmarks.mt_bench", f"{job.config.benchmarks.mt_bench}, changed since this was planned",
-                       "the same questions; start again to have the new ones answered")  # fmt: skip
+        raise BadInput("benchmarks.mt_bench",
+                       f"names {job.config.benchmarks.mt_bench}, which changed after this job was planned",
+                       "start again to have the new questions answered")  # fmt: skip
     return questions
 
 
 def sampler(temperature: float, max_tokens: int, stop_ids: list[int]) -> Sampling:
-    """Engines divide by temperature: 0 is the most likely token, at any."""
+    """Return the sampler's settings. Engines divide by the temperature, so 0 becomes top-k 1 at temperature 1."""
     greedy = temperature == 0
     return Sampling(1.0 if greedy else temperature, 1.0, 1 if greedy else 0, max_tokens, tuple(stop_ids))
 
@@ -133,8 +135,11 @@ def _messages(question: Question, turn: int, texts: dict[tuple[str, int], str]) 
 
 
 def _longest(questions: list[Question], renderer: Renderer, folder: Path, max_tokens: int) -> int:
-    """Tokens of the longest conversation there can be, both answers included. Raises BadInput where the model has no
-    room for it. (An answer read back as text has more tokens than were sampled only if it was no valid text.)"""
+    """Return the tokens of the longest possible conversation, both answers included.
+
+    Raises BadInput where the model's context is too short for it. (The text of an answer has more tokens than were
+    sampled only if it was not valid text.)
+    """
     from transformers import AutoConfig
 
     text = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
@@ -147,12 +152,12 @@ def _longest(questions: list[Question], renderer: Renderer, folder: Path, max_to
             raise BadInput(
                 "benchmarks.mt_bench_max_tokens",
                 f"{max_tokens}, twice, after the {prompt} tokens of question {question.question_id}",
-                f"at most {context} in all, the model's context (max_position_embeddings)",
+                f"at most {context} tokens in all, the model's context (max_position_embeddings)",
             )
     return longest if context is None else min(context, longest + max_tokens)
 
 
-def _engine(job: Job, folder: Path, renderer: Renderer, longest: int) -> Engine:
+def _engine(open_engine: Callable[..., Engine], job: Job, folder: Path, renderer: Renderer, longest: int) -> Engine:
     config = job.config
     generation = config.generation.model_copy(update={"dtype": sampling_dtype(config)})
     name = resolve_engine(generation.engine)
@@ -179,12 +184,12 @@ def _table(
     return pa.table(columns, schema=ANSWERS_SCHEMA)
 
 
-def _texts(paths: Any) -> dict[tuple[str, int], str]:
+def _texts(paths: Iterable[Path]) -> dict[tuple[str, int], str]:
     rows = [row for path in paths for row in pq.read_table(path, columns=["question_id", "turn", "text"]).to_pylist()]
     return {(row["question_id"], row["turn"]): row["text"] for row in rows}
 
 
-def _meta(answers: list[Answer]) -> dict[str, Any]:
+def _meta(answers: list[Answer]) -> dict[str, int]:
     return {
         "answers": len(answers),
         "tokens": sum(len(a.token_ids) for a in answers),

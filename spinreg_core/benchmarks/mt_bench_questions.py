@@ -1,14 +1,14 @@
-"""The questions of MT-Bench and the reference answers to them, from a user's files or from the hub.
+"""Questions of MT-Bench and their reference answers, from a user's files or from the hub.
 
-Decides: what a question has to have, the temperature of each category, and which categories are graded against a
-reference (all as in FastChat's llm_judge). Leaves out: answering (`mt_bench_answers.py`) and grading (`mt_bench.py`).
+Decides: the required fields of a question, the temperature of each category, and which categories are graded against a
+reference (all as in FastChat's llm_judge). Leaves out: answering (`mt_bench_answers`) and grading (`mt_bench`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ REFERENCED = ("math", "reasoning", "coding")
 
 @dataclass(frozen=True)
 class Question:
-    """`reference`: answers to both turns, or None; only of categories in REFERENCED."""
+    """A question of two turns. Only categories in REFERENCED have a `reference`: answers to both turns, or None."""
 
     question_id: str
     category: str
@@ -36,7 +36,7 @@ class Question:
 
 
 def load_questions(benchmarks: BenchmarksConfig) -> list[Question]:
-    """In the order of the file. With `hub` this loads `datasets`. Raises BadInput, naming file and line."""
+    """Read the questions in the order of the file. Raises BadInput, naming file and line."""
     assert benchmarks.mt_bench is not None
     references = _references(benchmarks.mt_bench_references)
     found: dict[str, Question] = {}
@@ -44,26 +44,26 @@ def load_questions(benchmarks: BenchmarksConfig) -> list[Question]:
         question_id, category, turns = (record.get(name) for name in ("question_id", "category", "turns"))
         if not isinstance(question_id, int | str) or str(question_id) in found:
             raise BadInput(f"{where}, question_id", repr(question_id), "a number or name that no other question has")
-        if category not in TEMPERATURES:
+        if not isinstance(category, str) or category not in TEMPERATURES:
             raise BadInput(f"{where}, category", repr(category), f"one of {', '.join(TEMPERATURES)}")
         pair = _two_texts(turns)
         if pair is None:
             raise BadInput(f"{where}, turns", repr(turns)[:100], "a list of two texts")
-        # (FastChat's own question.jsonl has a field `reference` too: hints, which its graders never see.)
+        # Not the field `reference` of FastChat's question.jsonl: it holds hints that its graders never see.
         own = references.get(str(question_id)) or _two_texts(record.get("hub_reference"))
         reference = own if category in REFERENCED else None
         found[str(question_id)] = Question(str(question_id), category, pair, reference)
     if not found:
-        raise BadInput("benchmarks.mt_bench", f"no question in {benchmarks.mt_bench}", "questions, one a line")
+        raise BadInput("benchmarks.mt_bench", f"no question in {benchmarks.mt_bench}", "one question per line")
     unknown = references.keys() - found.keys()
     if unknown:
         raise BadInput("benchmarks.mt_bench_references", f"an answer to {min(unknown)!r}, which is no question",
-                       "answers to the questions of benchmarks.mt_bench")  # fmt: skip
+                       "only answers to the questions of benchmarks.mt_bench")  # fmt: skip
     return list(found.values())
 
 
 def content_hash(questions: list[Question]) -> str:
-    """SHA-256 (hex) over everything that is asked."""
+    """Return the SHA-256 (hex) over ids, categories and texts of the questions."""
     asked = [{k: v for k, v in asdict(q).items() if k != "reference"} for q in questions]
     return _hash(asked)
 
@@ -99,13 +99,14 @@ def _references(path: str | None) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _lines(field: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _lines(field: str, path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield the place and the fields of every line. Raises BadInput."""
     name = Path(path).name
     require_small_file(f"benchmarks.{field}", Path(path))
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise BadInput(f"benchmarks.{field}", f"{path} ({error})", "a file of JSON lines that can be read") from None
+        raise BadInput(f"benchmarks.{field}", f"{path} ({error})", "a readable file of JSON lines") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -119,14 +120,15 @@ def _lines(field: str, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, record
 
 
-def _from_hub() -> Iterator[tuple[str, dict[str, Any]]]:
+def _from_hub() -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield the place and the fields of every question on the hub, by FastChat's names. Raises BadInput."""
     from datasets import load_dataset
 
     try:
         rows = load_dataset(HUB, split="train")
-    except Exception as error:  # the library's own kinds of error are many
-        raise BadInput("benchmarks.mt_bench", f"hub, and {HUB} cannot be loaded ({error})"[:500],
-                       "a hub within reach, or a file of questions") from None  # fmt: skip
+    except Exception as error:  # `datasets` and the hub's client raise many classes of errors
+        raise BadInput("benchmarks.mt_bench", f"is hub, but {HUB} cannot be loaded ({error})"[:500],
+                       "check the connection to the hub, or give a file of questions") from None  # fmt: skip
     for number, row in enumerate(rows, 1):
         where = f"benchmarks.mt_bench, {HUB}, row {number}"
         yield where, {"question_id": row["prompt_id"], "category": row["category"], "turns": row["prompt"],

@@ -1,20 +1,20 @@
-"""Benchmarks of an iterate besides held-out rows: which there are, and what each leaves in the store.
+"""Registry of the benchmarks: the parts of an iterate's benchmark, and their results in the store.
 
-Decides: the parts of an iterate's benchmark (one object each, so that adding a task measures that task alone) and
-how they are found again. Leaves out: how a part is measured (`lm_eval.py`, `mt_bench.py`, `win_rate.py`) and what it
-leaves (`results.py`).
+Decides: the parts (one object each, so that an added task is measured alone) and how they are found again. Leaves out:
+measuring a part (`lm_eval`, `mt_bench`, `win_rate`) and its files (`results`).
 
-What is wanted follows from the configuration, which may ask for something else tomorrow. What was measured is in the
-run's head, by kind and name: a report made elsewhere (another version of lm-eval, no GPU) still finds it. `spinreg gc`
-leaves these objects.
+The configuration says which parts are wanted, and it may change. The run's head says what was measured, by kind and
+name. So a report made elsewhere (another version of lm-eval, no GPU) still finds it. `spinreg gc` keeps these objects.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
+from spinreg_core.benchmarks.results import PartResults, part_job
 from spinreg_core.config import RunConfig
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.lease import RunLease
@@ -26,15 +26,16 @@ KINDS = {"lm-eval": lm_eval, "mt-bench": mt_bench, "win-rate": win_rate}
 
 
 def require_benchmark_files(config: RunConfig) -> None:
-    """Raise BadInput for what a benchmark would be refused for later: files that cannot be used. Takes no GPU, asks no
-    judge."""
+    """Raise BadInput for files that a benchmark could not use later. Needs no GPU and no judge."""
     mt_bench.require_mt_bench_files(config)
-    win_rate.require_judge(config)
+    win_rate.require_win_rate_files(config)
 
 
 def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
-    """What iterate n is measured with, as the configuration says now. Needs its committed evaluation. Raises BadInput
-    for what cannot be measured here (`lm_eval.plans`)."""
+    """Return the parts of iterate n that the configuration wants. Needs the iterate's committed evaluation.
+
+    Raises BadInput where a part cannot be measured on this machine (`lm_eval.plans`).
+    """
     wanted = config.benchmarks.rounds
     if wanted != "all" and iterate not in wanted:
         return []
@@ -42,9 +43,11 @@ def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Stag
 
 
 def is_measured(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> bool:
-    """Whether iterate n is measured with what the configuration asks for now. What the machine that measures settles
-    (lm-eval's version, what `auto` stands for, data outside the include path) may have been another. Raises BadInput
-    where files that it names are not here, Damaged."""
+    """Return True if every part of iterate n that the configuration wants has been measured.
+
+    Choices of the measuring machine may differ: lm-eval's version, the meaning of `auto`, data outside the include
+    path. Raises BadInput where named files are missing on this machine; Damaged.
+    """
     wanted, found = config.benchmarks.rounds, measured_objects(head, iterate)
     if wanted != "all" and iterate not in wanted:
         return True
@@ -56,11 +59,11 @@ def is_measured(store: Store, config: RunConfig, head: dict[str, Any], iterate: 
     return all(found.get(part_name(plan.key, plan.stage)) == plan.object_id for plan in judged)
 
 
-_keys: dict[tuple[str, str], dict[str, Any]] = {}
+_keys: dict[tuple[str, str], Mapping[str, object]] = {}
 
 
-def _key_of(store: Store, object_id: str) -> dict[str, Any]:
-    """What an object is named after, which never changes: asked for again and again while members are waited for."""
+def _key_of(store: Store, object_id: str) -> Mapping[str, object]:
+    """Return the key of an object. It never changes, and a grid asks for it repeatedly, so it is kept in memory."""
     place = store.url, object_id
     if place not in _keys:
         _keys[place] = require_manifest(store, object_id).get("key", {})
@@ -68,35 +71,32 @@ def _key_of(store: Store, object_id: str) -> dict[str, Any]:
 
 
 def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> StagePlan | None:
-    """The job that measures whatever of iterate n's parts is missing; None where nothing is wanted."""
+    """Return the job that measures the missing parts of iterate n; None where no part is wanted."""
     parts = parts_of(config, head, iterate)
     if not parts:
         return None
     inputs = {plan.object_id: plan.object_id for plan in parts}
-    extra = {
-        "parts": [
-            {"stage": plan.stage, "object_id": plan.object_id, "key": plan.key, "inputs": plan.inputs,
-             "extra": plan.extra} for plan in parts
-        ]
-    }  # fmt: skip
+    extra = {"parts": [part_job(plan) for plan in parts]}
     return StagePlan("benchmark", iterate, {"parts": sorted(inputs)}, inputs, extra)
 
 
-def part_name(key: dict[str, Any], stage: str) -> str:
-    """What a part is called in a run's head, e.g. `lm-eval gsm8k`."""
+def part_name(key: Mapping[str, object], stage: str) -> str:
+    """Return the name of a part in a run's head, e.g. `lm-eval gsm8k`."""
     return f"{stage} {key.get('name', stage)}"
 
 
 def measured_of(store: Store, plan: StagePlan) -> dict[str, str]:
-    """Of the parts of `plan_benchmark`, the objects of those that are measured, by their names."""
+    """Return the measured parts of `plan_benchmark`: objects by `part_name`."""
     parts = plan.extra["parts"]
     found = {part_name(part["key"], part["stage"]): part["object_id"] for part in parts}
     return {name: object_id for name, object_id in found.items() if read_manifest(store, object_id) is not None}
 
 
 def record_measured(session: RunLease, iterate: int, objects: dict[str, str]) -> None:
-    """Say in a run's head what an iterate is measured with, by `part_name`. Unlike a stage, a benchmark may be another
-    object later: with other settings. Raises LeaseLost."""
+    """Record the measured parts of an iterate in the run's head, by `part_name`.
+
+    Unlike a stage's, the object of a part may be replaced later, by one with other settings. Raises LeaseLost.
+    """
     if objects.items() <= measured_objects(session.head, iterate).items():
         return
 
@@ -107,9 +107,11 @@ def record_measured(session: RunLease, iterate: int, objects: dict[str, str]) ->
     session.update(change)
 
 
-def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> list[dict[str, Any]]:
-    """`results.json` of every part that has been measured, with its `object_id`: first those that the configuration
-    asks for, in its order, then what it asked for earlier."""
+def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> list[PartResults]:
+    """Return the results of every measured part, with its `object_id`.
+
+    Parts that the configuration wants come first, in its order, then those that it wanted earlier.
+    """
     found = measured_objects(head, iterate)
     kinds = list(KINDS)
     tasks = config.benchmarks.lm_eval_tasks()
@@ -124,8 +126,3 @@ def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: i
             document = json.loads(fetch_file(store, found[name], "results.json").read_bytes())
             results.append(document | {"object_id": found[name]})
     return results
-
-
-__all__ = ["KINDS", "is_measured", "measured_of", "part_name", "parts_of", "plan_benchmark", "record_measured",
-"require_benchmark_files",
-           "results_of"]  # fmt: skip

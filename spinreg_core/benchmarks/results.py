@@ -1,41 +1,66 @@
-"""What every part of a benchmark leaves in its object, whatever measured it.
+"""Files that every part of a benchmark leaves in its object.
 
-Decides: the two files, which the report and comparisons read:
+Decides: the two files that reports and comparisons read. Leaves out: other files of single benchmarks.
 
-    results.json   {"kind": lm-eval | mt-bench | win-rate, "name", "primary": the metric that counts,
-                   "better": higher | lower, "metrics": {name: Estimate}, "settings": {...},
-                   "fingerprints": {"policy", "data", "prompts"}, "versions": {...}, "cost": {"seconds", ...}}
-    items.parquet  columns item (string), metric (string), value (float64): what the metrics are means of, a row for
-                   each question and metric, so that two policies can be compared question by question
-
-Leaves out: whatever else a part keeps (`lm_eval.py`, `mt_bench.py`, `win_rate.py`).
+    results.json   `PartResults` as JSON
+    items.parquet  columns item (string), metric (string), value (float64): a row per question and metric, of which
+                   the metrics are means, so that two policies can be compared question by question
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.early_stopping import BenchmarkMetrics
+from spinreg_core.runs.job import Job
+from spinreg_core.runs.plans import StagePlan
 
 ITEMS_SCHEMA = pa.schema([("item", pa.string()), ("metric", pa.string()), ("value", pa.float64())])
+Item = tuple[str, str, float]  # question, metric, value
 
 
-def write_part(folder: Path, document: dict[str, Any], items: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
-    """Write `results.json` and `items.parquet` to `folder`; returns the metrics of the part's manifest.
+class PartResults(BenchmarkMetrics):
+    """The content of `results.json`. `cost` has at least "seconds"; only lm-eval has `stderr`, `intervals`, `notes`."""
 
-    items: (item, metric, value), one for each question and metric.
-    """
+    kind: Literal["lm-eval", "mt-bench", "win-rate"]
+    settings: Mapping[str, Any]
+    fingerprints: dict[str, Any]
+    versions: dict[str, str]
+    cost: dict[str, float]
+    stderr: NotRequired[dict[str, float | None]]
+    intervals: NotRequired[dict[str, str]]
+    notes: NotRequired[list[str]]
+    object_id: NotRequired[str]  # only where it is read back
+
+
+class PartJob(TypedDict):
+    """The fields of a part's job that differ from those of the job that measures several parts."""
+
+    stage: str
+    object_id: str
+    key: dict[str, Any]
+    inputs: dict[str, Any]
+    extra: dict[str, Any]
+
+
+def part_job(part: StagePlan | Job) -> PartJob:
+    return {"stage": part.stage, "object_id": part.object_id, "key": part.key, "inputs": part.inputs,
+            "extra": part.extra}  # fmt: skip
+
+
+def write_part(folder: Path, results: PartResults, items: Sequence[Item]) -> dict[str, Any]:
+    """Write `results.json` and `items.parquet` to `folder`; returns the metrics of the part's manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "results.json").write_text(text, encoding="utf-8")
     columns = [list(column) for column in zip(*items, strict=True)] if items else [[], [], []]
     pq.write_table(pa.table(columns, schema=ITEMS_SCHEMA), folder / "items.parquet")
-    estimates: dict[str, Estimate] = document["metrics"]
+    estimates = results["metrics"]
     values: dict[str, Any] = {name: estimate["value"] for name, estimate in estimates.items()}
     return values | {"intervals": {name: [e["low"], e["high"]] for name, e in estimates.items()}}

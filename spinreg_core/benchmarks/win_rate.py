@@ -1,18 +1,19 @@
-"""How often a judge prefers an iterate's held-out samples to the base's, the previous iterate's or the human answers.
+"""Win rates: how often a judge prefers one policy's held-out samples to other answers to the same prompts.
 
-Decides: what is compared, that every pair is judged in both orders, and the metrics. Leaves out: asking the judge
-(`judge.py`), the prompt and reading a preference (`judge_prompts.py`).
+Decides: which answers are compared (an iterate's with the base's, the previous iterate's or the human answers; or those
+of two runs, `spinreg win-rate RUN OTHER`), that every pair is judged in both orders, and the metrics. Leaves out:
+asking the judge (`judge`), and the prompt (`judge_prompts`).
 
-The samples are those that the evaluation has; nothing is sampled for this. Pairs of equal texts are ties, and nobody is
-asked. A verdict counts 1, 1/2 (tie) or 0 for the iterate; the score of a prompt is the mean over both orders. A prompt
-with a malformed verdict is left out of all but `malformed`. Metrics, intervals over prompts (both verdicts on a
-prompt are drawn together):
+The samples are those of the evaluations; nothing is sampled for this. Pairs of equal texts are ties and are not sent to
+the judge. A verdict counts 1, 1/2 (tie) or 0 for the first policy; the score of a prompt is the mean over both orders.
+A prompt with a malformed verdict counts only in `malformed`. Intervals are over prompts (both verdicts on a prompt are
+drawn together):
 
     win_rate            mean score
-    wins, ties, losses  shares of prompts whose score is above, at, below 1/2
-    first_place         share of the verdicts that name a winner which name the answer shown first; 1/2 without bias
-    consistent          share of prompts on which both orders came to the same verdict
-    length_difference   characters of the iterate's answer minus the other's
+    wins, ties, losses  shares of prompts with a score above, at, below 1/2
+    first_place         share of verdicts for the answer shown first, among those that name a winner; 1/2 without bias
+    consistent          share of prompts with the same verdict in both orders
+    length_difference   characters of the first policy's answer minus the other's
     length_correlation  Pearson's, of score and length difference
     length_controlled_win_rate  win rate at equal lengths, by a logistic regression (`length_controlled`)
     malformed           share of verdicts that no answer of the judge held
@@ -22,18 +23,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.judge import JudgeQuestion, JudgeVerdicts, ask_judge, settings_of
-from spinreg_core.benchmarks.judge_prompts import Preference, Prompts, load_prompts, parse_preference
-from spinreg_core.benchmarks.results import write_part
+from spinreg_core.benchmarks.judge import (
+    Both,
+    JudgeQuestion,
+    ask_both_orders,
+    paid_text,
+    require_judge,
+    settings_of,
+)
+from spinreg_core.benchmarks.judge_prompts import Prompts, load_prompts
+from spinreg_core.benchmarks.results import Item, PartResults, write_part
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, SpinregError
+from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.intervals import (
     Estimate,
     Floats,
@@ -45,21 +54,20 @@ from spinreg_core.evaluation.intervals import (
     wilson,
 )
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import stage_object
+from spinreg_core.runs.head import require_head, stage_object
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import publish, versions
+from spinreg_core.runs.objects import fingerprint, publish, versions
 from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
-Both = tuple[Preference | None, Preference | None]  # of a pair, in both orders; None where malformed
 PROMPT = "pair-v2"
 _RIDGE = 0.01  # keeps the regression finite where one side wins everything; far below the weight of one prompt
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One prompt: what was asked, the iterate's answer (`own`) and the one it is compared with."""
+    """A prompt with two answers: the first policy's (`own`) and the one that it is compared with."""
 
     prompt_id: str
     question: str
@@ -67,14 +75,17 @@ class Pair:
     other: str
 
 
-def require_judge(config: RunConfig) -> None:
-    """Raise BadInput for prompts that cannot be used."""
+def require_win_rate_files(config: RunConfig) -> None:
+    """Raise BadInput for a file of prompts that cannot be used."""
     if config.benchmarks.win_rate:
         load_prompts(config.judge, [PROMPT])
 
 
 def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
-    """One part for each of `benchmarks.win_rate`. The base has itself as base and no previous. Raises BadInput."""
+    """Return one part for each of `benchmarks.win_rate`. The base is compared only with human answers.
+
+    Raises BadInput.
+    """
     found = []
     for against in config.benchmarks.win_rate:
         if iterate == 0 and against != "human":
@@ -105,12 +116,12 @@ def run(job: Job) -> dict[str, Any]:
     start, store, config = time.monotonic(), open_store(job.store), job.config
     prompts = load_prompts(config.judge, [PROMPT])
     if job.key["prompts"] != prompts.sha256:
-        raise BadInput("judge.prompts", "a file that changed since this was planned",
-                       "the same; start again to have the new one used")  # fmt: skip
+        raise BadInput("judge.prompts", "names a file that changed after this job was planned",
+                       "start again to use the new prompts")  # fmt: skip
     pairs = pairs_of(store, job.inputs["data"], job.inputs["evaluate"], job.inputs["against"])
     pairs = pairs[: config.benchmarks.win_rate_prompts]
     metrics, items, cost = judge_pairs(store, config, pairs, prompts, payer=job.object_id)
-    document = {
+    document: PartResults = {
         "kind": "win-rate", "name": job.key["name"], "primary": "win_rate", "better": "higher", "metrics": metrics,
         "settings": pair_settings(config, pairs),
         "fingerprints": {
@@ -125,9 +136,57 @@ def run(job: Job) -> dict[str, Any]:
     return publish(store, job, folder, metrics=flat, seconds=time.monotonic() - start)
 
 
+def win_rate_of_runs(
+    store: Store, config: RunConfig, run: str, other: str, number: int | None = None
+) -> tuple[str, Mapping[str, object]]:
+    """Have the samples of the same iterate of two runs judged. Returns a text and the same as JSON.
+
+    config: judge, `benchmarks.win_rate_prompts`, seed and resamples of the bootstrap. number: the iterate of both runs;
+    None for the last that both have evaluated.
+
+    Raises BadInput where a run lacks that iterate, where the held-out rows differ, or where the policies are the same;
+    and as `judge_pairs`.
+    """
+    require_judge(config.judge)
+    prompts, heads = load_prompts(config.judge, [PROMPT]), [require_head(store, name) for name in (run, other)]
+    if heads[0].get("data") != heads[1].get("data"):
+        raise BadInput(f"run {other!r}", f"has other held-out rows than {run!r}",
+                       "choose runs of the same data set, model and seed")  # fmt: skip
+    evaluated = [{e["round"] for e in head["rounds"] if stage_object(head, e["round"], "evaluate")} for head in heads]
+    both = sorted(evaluated[0] & evaluated[1])
+    number = max(both, default=0) if number is None else number
+    if number not in both:
+        raise BadInput(
+            "--round", number, f"a round that both runs have evaluated ({', '.join(map(str, both)) or 'none'})"
+        )
+    policies = [policy_object(head, number) for head in heads]
+    if policies[0] == policies[1]:
+        raise BadInput(f"round {number}", f"has the same policy in {run!r} and {other!r}",
+                       "choose a round in which they differ")  # fmt: skip
+    evaluations = [_evaluation(head, number) for head in heads]
+    pairs = pairs_of(store, str(heads[0]["data"]), *evaluations)[: config.benchmarks.win_rate_prompts]
+    settings = pair_settings(config, pairs)
+    fingerprints = {
+        "policies": policies, "evaluations": evaluations, "data": heads[0]["data"], "prompts": prompts.sha256
+    }  # fmt: skip
+    payer = fingerprint("win-rate-of-runs", {"settings": settings, "fingerprints": fingerprints})
+    metrics, _, cost = judge_pairs(store, config, pairs, prompts, payer=payer)
+    lines = [
+        f"{run} against {other}, round {number}, {len(pairs)} prompts, "
+        f"judged by {config.judge.model} in both orders; 95 % intervals over prompts"
+    ]
+    lines += [f"{name}: {format_estimate(one)} {one['unit']}, n {one['n']}" for name, one in metrics.items()]
+    return "\n".join([*lines, paid_text(cost)]), {
+        "run": run, "other": other, "round": number, "metrics": metrics, "settings": settings,
+        "fingerprints": fingerprints, "versions": versions(), "cost": cost,
+    }  # fmt: skip
+
+
 def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> list[Pair]:
-    """The samples of two evaluations of the same held-out rows, in the order of the rows. against: None for the human
-    answers."""
+    """Return the samples of two evaluations of the same held-out rows, in the order of the rows.
+
+    against: None for the human answers. Raises Damaged where an evaluation has other rows than the data.
+    """
     columns = ["prompt_id", "messages", "answer"]
     data = pq.read_table(fetch_file(store, data_id, "heldout.parquet"), columns=columns).to_pydict()
 
@@ -141,11 +200,10 @@ def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> 
 
     others = data["answer"] if against is None else samples(against)
     rows = zip(data["prompt_id"], data["messages"], samples(evaluate), others, strict=True)
-    return [Pair(name, shown(json.loads(messages)), own, other) for name, messages, own, other in rows]
+    return [Pair(name, conversation_text(json.loads(messages)), own, other) for name, messages, own, other in rows]
 
 
-def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What a win rate depends on besides prompts and answers, for its document."""
+def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> Mapping[str, object]:
     return {
         "judge": settings_of(config.judge), "prompts": len(pairs),
         "identical": sum(pair.own == pair.other for pair in pairs),
@@ -155,29 +213,32 @@ def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> dict[str, Any]:
 
 def judge_pairs(
     store: Store, config: RunConfig, pairs: Sequence[Pair], prompts: Prompts, *, payer: str
-) -> tuple[dict[str, Estimate], list[tuple[str, str, float]], dict[str, Any]]:
-    """Have every pair of different texts judged in both orders. Returns metrics and items (`win_metrics`), and the
-    cost. Raises as `ask_judge`; BadInput where the judge gave no verdict on any prompt in both orders."""
-    different = [pair for pair in pairs if pair.own != pair.other]
-    asked = []
-    for pair in different:
-        for order, a, b in (("own first", pair.own, pair.other), ("own second", pair.other, pair.own)):
-            messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
-            asked.append(JudgeQuestion(f"prompt {pair.prompt_id}, {order}", messages))
-    found: JudgeVerdicts[Preference] = ask_judge(store, config.judge, asked, parse_preference, payer=payer)
-    in_order = iter(found.values)
-    verdicts: list[Both | None] = [
-        (next(in_order), next(in_order)) if pair.own != pair.other else None for pair in pairs
-    ]
+) -> tuple[dict[str, Estimate], list[Item], dict[str, float]]:
+    """Have every pair of different texts judged in both orders. Returns `win_metrics` and the cost.
+
+    Raises as `ask_judge`, and BadInput where the judge gave no verdict in both orders on any prompt.
+    """
+
+    def question(pair: Pair, order: str, a: str, b: str) -> JudgeQuestion:
+        messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
+        return JudgeQuestion(f"prompt {pair.prompt_id}, {order}", messages)
+
+    asked = [
+        (question(pair, "own first", pair.own, pair.other), question(pair, "own second", pair.other, pair.own))
+        for pair in pairs if pair.own != pair.other
+    ]  # fmt: skip
+    found, cost = ask_both_orders(store, config.judge, asked, payer=payer)
+    in_order = iter(found)
+    verdicts = [next(in_order) if pair.own != pair.other else None for pair in pairs]
     metrics, items = win_metrics(pairs, verdicts, resamples=config.evaluation.bootstrap, seed=config.seed)
     if not items:
-        raise BadInput("judge.model", f"{config.judge.model!r}, without a verdict in both orders on any prompt",
-                       "a judge that writes one as its prompt asks, such as [[A]]")  # fmt: skip
-    return metrics, items, found.cost
+        raise BadInput("judge.model", f"names {config.judge.model!r}, which gave no prompt a verdict in both orders",
+                       "use a judge that writes its verdict as the prompt asks, such as [[A]]")  # fmt: skip
+    return metrics, items, cost
 
 
-def shown(messages: Sequence[dict[str, Any]]) -> str:
-    """A conversation as a judge reads it: the user's text alone where there is nothing else."""
+def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
+    """Return a conversation as the judge reads it: one user message alone is shown without its role."""
     if len(messages) == 1 and messages[0]["role"] == "user":
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
@@ -189,19 +250,21 @@ def win_metrics(
     *,
     resamples: int,
     seed: int,
-) -> tuple[dict[str, Estimate], list[tuple[str, str, float]]]:
-    """Metrics and items. verdicts: of each pair with its own answer shown as A, and with it shown as B; None where the
-    texts are equal. Without a prompt that has both, there are none."""
+) -> tuple[dict[str, Estimate], list[Item]]:
+    """Return metrics and items; both are empty where no prompt has a verdict in both orders.
+
+    verdicts: of each pair, with the own answer shown as A and shown as B; None where the texts are equal.
+    """
     usable = [(pair, v) for pair, v in zip(pairs, verdicts, strict=True) if v is None or None not in v]
     if not usable:
         return {}, []
     orders = [("tie", "tie") if v is None else v for _, v in usable]
-    # What each order says of the iterate's own answer.
+    # The score of the own answer in each order.
     first = np.array([{"A": 1.0, "tie": 0.5, "B": 0.0}[v[0]] for v in orders])  # type: ignore[index]
     second = np.array([{"A": 0.0, "tie": 0.5, "B": 1.0}[v[1]] for v in orders])  # type: ignore[index]
     score = (first + second) / 2
     longer = np.array([float(len(pair.own) - len(pair.other)) for pair, _ in usable])
-    judged_ = np.array([v is not None for _, v in usable])
+    judged = np.array([v is not None for _, v in usable])
     n = len(score)
 
     metrics = {
@@ -211,15 +274,15 @@ def win_metrics(
         "losses": wilson(int((score < 0.5).sum()), n),
         "length_difference": bootstrap_mean(longer, "characters", resamples=resamples, seed=seed),
     }
-    # Of each prompt, how many verdicts name a winner, and in how many it is the answer shown first.
-    named = judged_ * ((first != 0.5).astype(np.float64) + (second != 0.5))
+    # Verdicts per prompt that name a winner; below, those of them that name the answer shown first.
+    named = judged * ((first != 0.5).astype(np.float64) + (second != 0.5))
     if named.any():
         metrics["first_place"] = grouped_share(
-            judged_ * ((first == 1).astype(np.float64) + (second == 0)), named, resamples=resamples, seed=seed
+            judged * ((first == 1).astype(np.float64) + (second == 0)), named, resamples=resamples, seed=seed
         )
-    if judged_.any():
-        metrics["consistent"] = wilson(int((first == second)[judged_].sum()), int(judged_.sum()))
-    if n > 2 and longer.std() > 0 and score.std() > 0:  # else no resampling tells of other prompts
+    if judged.any():
+        metrics["consistent"] = wilson(int((first == second)[judged].sum()), int(judged.sum()))
+    if n > 2 and longer.std() > 0 and score.std() > 0:  # else resampling cannot vary
         correlation = bootstrap_correlation(score, longer, resamples=resamples, seed=seed)
         if correlation is not None:
             metrics["length_correlation"] = correlation
@@ -231,18 +294,18 @@ def win_metrics(
 
 
 def _length_controlled(score: Floats, longer: Floats, *, resamples: int, seed: int) -> Estimate:
-    """With the percentile interval over prompts. Both arguments: [prompts]."""
+    """Return `length_controlled` with its percentile interval over prompts. Both arguments have shape [prompts]."""
     pieces = resampled_rows(len(score), resamples=resamples, seed=seed, cells=1_000_000)
     draws = np.concatenate([length_controlled(score[rows], longer[rows]) for rows in pieces])
     return percentile_estimate(length_controlled(score[None], longer[None])[0], draws, len(score), "share")
 
 
 def length_controlled(scores: Floats, lengths: Floats) -> Floats:
-    """Win rate at equal lengths, row by row; scores in [0, 1] and lengths (differences) are [rows, prompts].
+    """Return the win rate at equal lengths of each row; `scores` in [0, 1] and length differences [rows, prompts].
 
-    sigma(a) of the logistic regression P = sigma(a + b tanh(d / s)) with s the standard deviation of the differences d,
-    as in length-controlled AlpacaEval (arXiv 2404.04475), without its terms for the instruction. By Newton's method,
-    with a ridge of `_RIDGE` on both.
+    It is sigma(a) of the logistic regression P = sigma(a + b tanh(d / s)), with s the standard deviation of the length
+    differences d, as in length-controlled AlpacaEval (arXiv 2404.04475) without its terms for the instruction. It is
+    fitted by Newton's method, with a ridge of `_RIDGE` on a and b.
     """
     spread = lengths.std(1, keepdims=True)
     x = np.tanh(np.divide(lengths, spread, out=np.zeros_like(lengths), where=spread > 0))
@@ -254,7 +317,7 @@ def length_controlled(scores: Floats, lengths: Floats) -> Floats:
         haa, hab, hbb = w.sum(1) + _RIDGE, (w * x).sum(1), (w * x * x).sum(1) + _RIDGE
         determinant = haa * hbb - hab * hab
         steps = np.stack([hbb * ga - hab * gb, haa * gb - hab * ga]) / determinant
-        steps *= np.minimum(1.0, 2.0 / np.maximum(np.abs(steps).max(0), 1e-12))  # no leap out of the region it holds in
+        steps *= np.minimum(1.0, 2.0 / np.maximum(np.abs(steps).max(0), 1e-12))  # stay where the quadratic model holds
         a, b = a + steps[0][:, None], b + steps[1][:, None]
         if np.abs(steps).max() < 1e-10:
             break

@@ -1,15 +1,14 @@
-"""What the game of a round looks like from near: the distribution of margins, and the credit of single tokens.
+"""Diagnostics of a round: the distribution of margins, and the credit of single tokens.
 
-Decides: the histogram's bins, and how an answer's implicit reward is spread over its tokens.
-Leaves out: figures with intervals (`heldout.py`), which answers are looked at (`stages/evaluate.py`), and the
-picture (`report.html.jinja`).
+Decides: the histogram's bins, and how an answer's implicit reward is distributed over its tokens. Leaves out: metrics
+with intervals (`heldout`), the choice of the answers (`stages`), and the figure (`reports`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
@@ -26,13 +25,14 @@ _BINS = 30
 
 @dataclass
 class Tokens:
-    """Answers that are looked at token by token: `found` maps a policy object to log-probabilities [answer][token]."""
+    """Answers to inspect token by token: `found` maps a policy object to log-probabilities [answer][token], in nats."""
 
     prompts: list[list[int]]
     answers: list[list[int]]
     found: dict[str, list[list[float]]] = field(default_factory=dict)
 
     def score(self, policy: str, model: PreTrainedModel, precision: Precision) -> None:
+        """Add the log-probabilities of all answers under a policy."""
         import torch
 
         from spinreg_core.logprobs.sequence import answer_token_logprobs
@@ -45,13 +45,13 @@ class Tokens:
 
 
 def credit(
-    tokens: Tokens, decode: Callable[[list[int]], str], policies: Mapping[str, Any], *, alpha: float, beta: float
+    tokens: Tokens, decode: Callable[[list[int]], str], policies: Mapping[str, str], *, alpha: float, beta: float
 ) -> list[list[tuple[str, float]]]:
-    """(text, credit) of every token of every answer.
+    """Return (text, credit) of every token of every answer.
 
-    A token's credit is beta (log p - alpha log p_previous - (1 - alpha) log p_base), each log-probability given the
-    prompt and the tokens before it: they sum to beta r(x, y) of arXiv 2404.04291 (Rafailov et al., arXiv 2404.12358,
-    read the sum so). policies: object ids of "policy", "previous", "base".
+    A token's credit is beta (log p - alpha log p_previous - (1 - alpha) log p_base), with each log-probability given
+    the prompt and the tokens before it. The credits sum to beta r(x, y) of arXiv 2404.04291; Rafailov et al. (arXiv
+    2404.12358) interpret the sum in this way. policies: object ids of "policy", "previous", "base".
     """
     own, previous, base = (tokens.found[policies[name]] for name in ("policy", "previous", "base"))
     spread = []
@@ -62,7 +62,7 @@ def credit(
 
 
 def _pieces(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
-    """What each token adds to the text. A character of several tokens stands with its last one."""
+    """Return the text that each token adds. A character of several tokens belongs to its last one."""
     found, shown = [], ""
     for k in range(len(ids)):
         text = decode(ids[: k + 1])
@@ -72,9 +72,16 @@ def _pieces(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
     return found
 
 
-def histogram(margins: Floats) -> dict[str, Any]:
-    """Counts of margins in bins of equal width, and their quantiles: {"edges" (one more than counts), "counts",
-    "quantiles": {"0.05", "0.25", "0.5", "0.75", "0.95"}}, nats."""
+class Histogram(TypedDict):
+    """Counts in bins of equal width, one more edge than counts, and the quantiles 0.05 to 0.95 by their level."""
+
+    edges: list[float]
+    counts: list[int]
+    quantiles: dict[str, float]
+
+
+def histogram(margins: Floats) -> Histogram:
+    """Return the histogram of margins [rows], in nats."""
     counts, edges = np.histogram(margins, bins=_BINS)
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     quantiles = dict(zip(map(str, shares), np.quantile(margins, shares).tolist(), strict=True))

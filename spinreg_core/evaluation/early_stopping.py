@@ -1,26 +1,46 @@
-"""Whether a run has reached what ends it before the round it was to reach.
+"""Early stopping: the conditions that end a run before its last round.
 
-Decides: what counts as a gain, and the sentence that says why a run ends. Leaves out: the conditions' fields
-(`config_benchmarks.UntilConfig`), and who asks (`flows/spin.py`, before every round).
+Decides: what counts as a gain, and the sentence that says why a run ended. Leaves out: the fields of the conditions
+(`config`), and when they are checked (`flows`).
 
-Values are compared, not intervals: a condition that waited for support would end most short runs at once.
+Values are compared, not intervals: a condition that waited for statistical support would end most short runs at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NotRequired, TypedDict
 
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import METRICS
 
 
-def require_metric(config: RunConfig) -> None:
-    """Raise BadInput for a metric of `until` that no evaluation has, or of which no value is better than another.
+class BenchmarkMetrics(TypedDict):
+    """Metrics of one benchmark. `better` is the direction of `primary`; lm-eval gives `directions` of all metrics."""
 
-    Neither can one against the previous iterate say that a run stands still: it is held against another policy in
-    every round. Whether a benchmark has such a metric is known when it is measured (`why_ended`).
+    name: str
+    primary: str
+    better: str
+    directions: NotRequired[dict[str, str]]
+    metrics: dict[str, Estimate]
+
+
+class EvaluatedRound(TypedDict):
+    """A round as a run's report has it; `metrics` is empty where the round was not evaluated."""
+
+    round: int
+    metrics: dict[str, Estimate]
+    benchmarks: NotRequired[Sequence[BenchmarkMetrics] | None]
+
+
+def require_metric(config: RunConfig) -> None:
+    """Raise BadInput where `until.metric` can never end a run.
+
+    It must be a metric of every evaluation with a better direction. Metrics against the previous iterate do not
+    qualify: they compare with another policy in every round. The metrics of a benchmark are known only when it was
+    measured (`why_ended`).
     """
     metric = config.until.metric
     if metric is None:
@@ -37,7 +57,7 @@ def require_metric(config: RunConfig) -> None:
 
 
 def _benchmarks(config: RunConfig) -> list[str]:
-    """Names of what every round is measured with: lm-eval's tasks, mt-bench, and whom it is held against by a judge."""
+    """Return the names of the benchmarks that measure every round in the same way."""
     wanted = config.benchmarks
     if wanted.rounds != "all":
         return []
@@ -45,12 +65,11 @@ def _benchmarks(config: RunConfig) -> list[str]:
     return wanted.lm_eval_tasks() + judged + [name for name in wanted.win_rate if name != "previous"]
 
 
-def why_ended(until: UntilConfig, rounds: Sequence[Mapping[str, Any]]) -> str | None:
-    """The reason why no further round is made, or None. Raises BadInput where the benchmark of `until.metric` is
-    measured and has no such metric.
+def why_ended(until: UntilConfig, rounds: Sequence[EvaluatedRound]) -> str | None:
+    """Return the reason to make no further round, or None.
 
-    rounds: those evaluated so far, the base first, as `report.report_data` has them: `round`, `metrics` {name:
-    Estimate}, `benchmarks` [{"name", "primary", "better", "metrics"}].
+    rounds: the rounds so far, the base first. Raises BadInput where the benchmark of `until.metric` was measured and
+    has no such metric.
     """
     done = [entry for entry in rounds if entry["metrics"]]
     if until.kl_base_above is not None and done:
@@ -72,20 +91,19 @@ def why_ended(until: UntilConfig, rounds: Sequence[Mapping[str, Any]]) -> str | 
 
 
 def ended_early(head: dict[str, Any]) -> str | None:
-    """How a run ended before the round that it was last told to reach, as the rest of a sentence; None where it did
-    not."""
+    """Return how the last advance of a run ended before its round, as the rest of a sentence; None if it did not."""
     last = head["advances"][-1] if head["advances"] else {}
     return f"ended before round {last['to']}: {last['ended']}" if last.get("ended") else None
 
 
-def _heldout(metric: str, done: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """(round, value) where it was measured, with the sign that makes less better."""
+def _heldout(metric: str, done: Iterable[EvaluatedRound]) -> list[tuple[int, float]]:
+    """Return (round, value) of the rounds that have the metric; the sign makes lower values better."""
     sign = 1 if METRICS[metric].better == "lower" else -1
     return [(entry["round"], sign * entry["metrics"][metric]["value"]) for entry in done if metric in entry["metrics"]]
 
 
-def _of_benchmark(metric: str, done: Sequence[Mapping[str, Any]]) -> list[tuple[int, float]]:
-    """The same of a benchmark. Raises BadInput as `why_ended`."""
+def _of_benchmark(metric: str, done: Iterable[EvaluatedRound]) -> list[tuple[int, float]]:
+    """Return the same for a metric of a benchmark. Raises BadInput as `why_ended`."""
     values: list[tuple[int, float]] = []
     has: dict[str, None] = {}
     for entry in done:
@@ -103,9 +121,11 @@ def _of_benchmark(metric: str, done: Sequence[Mapping[str, Any]]) -> list[tuple[
     return values
 
 
-def _directions(part: dict[str, Any]) -> dict[str, str]:
-    """Which way a benchmark's metrics are better, of those of which it is known: lm-eval says it of all, others have it
-    for the one that counts, also where that is of one turn, one category or one subtask."""
-    said, primary = part.get("directions") or {}, part["primary"]
+def _directions(part: BenchmarkMetrics) -> dict[str, str]:
+    """Return the better direction of each metric for which it is known.
+
+    The direction of the primary metric also holds where it is measured on one turn, one category or one subtask.
+    """
+    said, primary = part.get("directions", {}), part["primary"]
     same = [name for name in part["metrics"] if name == primary or primary in (name.split("/")[0], name.split("/")[-1])]
     return dict.fromkeys(same, part["better"]) | {name: said[name] for name in part["metrics"] if name in said}

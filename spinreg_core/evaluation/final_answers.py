@@ -1,4 +1,4 @@
-"""Numeric final answers in text: the number an answer ends with, and exact matches with the reference."""
+"""Numeric final answers in texts: the final number of an answer, and exact matches with the reference."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from spinreg_core.errors import BadInput
 def require_final_answers(mode: str, references: list[str | None]) -> None:
     """Raise BadInput where `evaluation.final_answer` is gsm8k and no held-out answer ends in `#### <number>`."""
     if mode == "gsm8k" and not any(text is not None and reference_number(text) is not None for text in references):
-        raise BadInput(
-            "evaluation.final_answer", "gsm8k, and no held-out answer that ends in `####` and a number", "auto or none"
-        )
+        raise BadInput("evaluation.final_answer", "is gsm8k, but no held-out answer ends in `####` and a number",
+                       "use auto or none")  # fmt: skip
 
 
 def exact_matches(references: list[str | None], answers: list[str]) -> list[bool]:
-    """Whether each answer's final number is the reference's; rows whose reference has no number are left out."""
+    """Return whether each answer's final number equals the reference's; references without a number are left out."""
     numbers = [None if text is None else reference_number(text) for text in references]
     return [answered_number(a) == n for n, a in zip(numbers, answers, strict=True) if n is not None]
 
 
-# A minus sign counts where no digit, letter or bracket stands before it: "10-5" holds 10 and 5.
+# A minus sign counts unless a digit, letter or bracket precedes it: "10-5" holds 10 and 5.
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?\$?(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)")
 
 
@@ -37,9 +36,9 @@ def _number(text: str) -> Decimal | None:
 
 
 def reference_number(text: str) -> Decimal | None:
-    """The number a reference ends in: after `####` where there is one, else the text's only number.
+    """Return the final number of a reference: the one after `####`, else the only number of the text.
 
-    Thousands separators, `$` and trailing zeros do not count. None where the text does not define a number.
+    Thousands separators, `$` and trailing zeros are ignored. None where the text does not define a number.
     """
     _, marker, tail = text.rpartition("####")
     if marker:
@@ -48,13 +47,16 @@ def reference_number(text: str) -> Decimal | None:
     return _number(numbers[0]) if len(numbers) == 1 else None
 
 
-# A line that holds a number and at most its unit: "#### 72", "#### $5 dollars.", not "#### Step 1: add".
+# A line with only a number and its unit: "#### 72", "#### $5 dollars.", not "#### Step 1: add".
+# The possessive quantifiers keep a line of many blanks from being tried in every way.
 _NUMBER_LINE = re.compile(rf"\s*+{_NUMBER.pattern}\s*+(?:%\s*+)?[^\W\d]*+[.!]?\s*+$")
 
 
 def answered_number(text: str) -> Decimal | None:
-    """The number an answer gives: the one that stands alone after a `####` (the first such line), or the first
-    number after the last `####`, or the answer's last number.
+    """Return the final number of an answer; None where it has no number.
+
+    It is the first number that stands alone after a `####`, else the first number after the last `####`, else the last
+    number of the answer.
     """
     tails = text.split("####")[1:]
     for tail in tails:

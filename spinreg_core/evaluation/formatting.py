@@ -1,4 +1,4 @@
-"""Metrics as text: numbers with their intervals, labels, arrows for better and worse."""
+"""Metrics as text: numbers with their intervals, labels, and arrows for the better direction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 
 
 def _decimals(estimate: Estimate) -> int:
-    """As many decimals as give half the interval two significant digits; 3 where there is no width."""
+    """Return the decimals that give half the interval's width two significant digits; 3 without an interval."""
     low, high = estimate["low"], estimate["high"]
     if low is None or high is None or high <= low:
         return 3
@@ -20,13 +20,13 @@ def _decimals(estimate: Estimate) -> int:
 
 
 def format_number(value: float, estimate: Estimate) -> str:
-    """A number with the decimals that fit the estimate's interval; never `-0.00`."""
+    """Return a number with decimals that fit the estimate's interval; never `-0.00`."""
     text = f"{value:.{_decimals(estimate)}f}"
     return text.lstrip("-") if float(text) == 0 else text
 
 
 def format_estimate(estimate: Estimate | None) -> str:
-    """`1.236 [1.201, 1.261]`; only the value where there is no interval; an empty text where it is not defined."""
+    """Return `1.236 [1.201, 1.261]`; only the value without an interval; an empty text for None."""
     if estimate is None:
         return ""
     value = format_number(estimate["value"], estimate)
@@ -37,12 +37,12 @@ def format_estimate(estimate: Estimate | None) -> str:
 
 
 def counts(estimates: Iterable[Estimate | None]) -> str:
-    """`n 64`: how many rows or questions numbers are about; all of them where they are not equal."""
+    """Return `n 64`, the number of rows or questions; several numbers where estimates differ."""
     return f"n {', '.join(map(str, sorted({one['n'] for one in estimates if one is not None})))}"
 
 
 def label(name: str, n: str | None = None) -> str:
-    """`held-out NLL * ↓ (nats/token, n 64)`; the star marks the primary metric. n: as `counts` says it."""
+    """Return `held-out NLL * ↓ (nats/token, n 64)`; the star marks the primary metric. n: from `counts`."""
     metric = METRICS.get(name) or GAME.get(name)
     if metric is None:
         return name.replace("_", " ")

@@ -1,12 +1,12 @@
-"""From scored held-out rows to metrics: one table per iterate in, one number with its interval per metric out.
+"""Held-out metrics: from an iterate's table of scored rows to one estimate with its interval per metric.
 
-Decides: the columns of an evaluate object's `rows.parquet`, and how each metric is formed from them. All
-metrics of an iterate follow from its own table, so anybody can compute them again.
-Leaves out: sampling and scoring (`stages/evaluate.py`), the estimators (`metrics.py`).
+Decides: the columns of an evaluate object's `rows.parquet`, and the computation of each metric from them. The metrics
+of an iterate depend only on its own table, so they can be computed again from it. Leaves out: sampling and scoring
+(`stages`), and the estimators (`intervals`).
 
-Columns, one row per held-out row (log-probabilities: float64 sums over answer tokens, nats; y the human
-answer, y' this policy's sample, y'' the previous policy's sample for the same prompt; null where there is no
-such policy or number):
+Each row is a held-out row. Log-probabilities are float64 sums over answer tokens, in nats. y is the human answer, y'
+this policy's sample, and y'' the previous policy's sample for the same prompt. A value is null where there is no such
+policy or number. The columns:
 
     prompt_id                       as in heldout.parquet
     answer_tokens                   tokens of y
@@ -17,7 +17,7 @@ such policy or number):
     sample_finish                   stop | length
     sample_distinct_2               distinct-2 of y'
     sample_logp                     log p(y'); likewise sample_base_logp, sample_previous_logp
-    sample_engine_logp              log p(y') as the engine that sampled it told it
+    sample_engine_logp              log p(y') as reported by the engine that sampled it
     previous_sample_tokens          tokens of y''
     previous_sample_logp            log p(y''); likewise previous_sample_base_logp, previous_sample_previous_logp
 """
@@ -63,24 +63,24 @@ ROWS_SCHEMA = pa.schema(
         ("previous_sample_previous_logp", pa.float64()),
     ]
 )
-# Rewards closer than float32 sums are exact are equal: a sequence scored in other company differs in its last bits.
+# Rewards that differ by less than the error of float32 sums are ties: a sequence's score depends in its last bits on
+# the other sequences of its batch.
 TIE_NATS = 1e-3
 
 
 def implicit_reward(policy: Floats, previous: Floats, base: Floats, alpha: float) -> Floats:
-    """r = log p_theta - alpha log p_t - (1 - alpha) log p_0 per row, nats, up to a function of the prompt.
+    """Return r = log p_theta - alpha log p_t - (1 - alpha) log p_0 [rows], in nats, up to a function of the prompt.
 
-    arXiv 2404.04291, alpha on the previous iterate (our convention, docs/concepts.md).
+    As in arXiv 2404.04291, with alpha as the weight of the previous iterate (our convention, docs/concepts.md).
     """
     return policy - alpha * previous - (1 - alpha) * base
 
 
 def margins(rows: pa.Table, alpha: float) -> Floats:
-    """r(y) - r(y'') of every row, nats: the human answer against the previous policy's sample."""
+    """Return r(y) - r(y'') [rows], in nats: the human answer against the previous policy's sample."""
 
     def reward(own: str, previous: str, base: str) -> Floats:
-        columns = (rows[name].to_numpy().astype(np.float64) for name in (own, previous, base))
-        policy, reference, first = columns
+        policy, reference, first = (rows[name].to_numpy().astype(np.float64) for name in (own, previous, base))
         return implicit_reward(policy, reference, first, alpha)
 
     return reward("real_logp", "real_previous_logp", "real_base_logp") - reward(
@@ -89,10 +89,11 @@ def margins(rows: pa.Table, alpha: float) -> Floats:
 
 
 def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]:
-    """(numerator, denominator) [rows] of every metric that is the ratio of their sums; both 0 where it is not defined.
+    """Return (numerator, denominator) [rows] of every metric that is the ratio of their sums.
 
-    rows: a table with `ROWS_SCHEMA`. A metric that no row defines is left out: what needs a previous policy for the
-    base, exact match where no row has a final number. A mean has denominator 1.
+    rows: a table with `ROWS_SCHEMA`. Both are 0 where a row does not define the metric; a mean has denominator 1. A
+    metric that no row defines is left out: comparisons with a previous policy for the base, and exact match where no
+    row has a final number.
     """
     found: dict[str, tuple[Floats, Floats]] = {}
 
@@ -131,21 +132,20 @@ def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]
 
 
 def _matches(rows: pa.Table) -> Floats:
-    """1 or 0 for each row whose reference has a number, NaN for the others."""
+    """Return 1 or 0 for each row with a number in its reference, NaN for the others."""
     pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
     found = [exact_matches([reference], [text]) for reference, text in pairs]
     return np.array([float(one[0]) if one else np.nan for one in found])
 
 
-_SHARES = ("reward_accuracy", "end_of_turn_rate", "exact_match")  # of rows, each of which has it or not
+_SHARES = ("reward_accuracy", "end_of_turn_rate", "exact_match")  # shares of rows: each row counts 0 or 1
 
 
 def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int, seed: int) -> dict[str, Estimate]:
-    """Every metric and diagnostic of the game that is defined for this iterate, with its 95 % interval.
+    """Return every metric and diagnostic that is defined for this iterate, with its 95 % interval.
 
-    rows: a table with `ROWS_SCHEMA`, at least one row. What is not defined (`row_scores`) is left out.
-    For the base itself (`real_previous_logp` null) the two human numbers are added, which no round changes:
-    `human_answer_length` and `human_distinct_2`.
+    rows: a table with `ROWS_SCHEMA` and at least one row. Undefined metrics are left out (`row_scores`). For the base
+    (`real_previous_logp` null), `human_answer_length` and `human_distinct_2` are added, which no round changes.
     """
 
     def mean(values: Floats, unit: str) -> Estimate:

@@ -1,11 +1,10 @@
-"""Numbers with 95 % intervals: what each held-out metric is called, means, and how sure it is.
+"""The held-out metrics: names, units, directions and definitions.
 
-Decides: the metrics' definitions (`METRICS`), which of them comes first (`PRIMARY`), and the estimators.
-Leaves out: where the log-probabilities come from (`stages/evaluate.py`) and how rows become metrics
-(`heldout.py`).
+Decides: the definitions (`METRICS`, `GAME`) and the primary metric (`PRIMARY`). Leaves out: the log-probabilities
+(`stages`), the metrics of given rows (`heldout`), and the estimators (`intervals`).
 
-The intervals speak about held-out rows: rows drawn again from where these came from. They do not contain
-the spread between training seeds. Of rows that open alike, such as the turns of a conversation, one is held out.
+Intervals cover other held-out rows from the same source. They do not cover the spread between training seeds. Of rows
+with the same opening, such as the turns of a conversation, one is held out.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown. `better` is None where neither direction is better by itself."""
+    """A metric as people see it. `better` is None where neither direction is better in itself."""
 
     label: str
     unit: str
@@ -86,17 +85,17 @@ METRICS: dict[str, Metric] = {
         "end-of-turn rate",
         "share",
         None,
-        "Share of sampled answers that ended by themselves before the length limit.",
+        "Share of sampled answers that ended before the length limit.",
     ),
     "distinct_2": Metric(
         "distinct-2",
         "share",
         None,
         "Different token bigrams divided by all token bigrams of an answer, averaged over answers of at least two "
-        "tokens (end-of-turn excluded). It sees repetition within an answer, not likeness between answers.",
+        "tokens (end-of-turn excluded). It measures repetition within an answer, not similarity between answers.",
     ),
 }
-# What the game of a round was like: shown beside the metrics, and better or worse by themselves in no direction.
+# Diagnostics of a round, shown next to the metrics. Neither direction is better in itself.
 GAME: dict[str, Metric] = {
     "margin": Metric(
         "margin",
@@ -115,8 +114,8 @@ GAME: dict[str, Metric] = {
         "log p of human answers",
         "nats/answer",
         None,
-        "Mean change of log p of the held-out human answers against the previous policy. That it falls is the known "
-        "disease of such losses.",
+        "Mean change of log p of the held-out human answers against the previous policy. A fall is a known failure "
+        "mode of such losses.",
     ),
     "generated_change": Metric(
         "log p of generated answers",
@@ -129,7 +128,7 @@ GAME: dict[str, Metric] = {
         "correlation",
         None,
         "Pearson correlation over held-out prompts between the margin and by how many tokens the human answer is "
-        "longer than the previous policy's sample. Near 1 or -1 it is length that is told apart.",
+        "longer than the previous policy's sample. Near 1 or -1 the margin measures length.",
     ),
     "entropy": Metric(
         "entropy",
@@ -141,18 +140,18 @@ GAME: dict[str, Metric] = {
         "sampler - scorer",
         "nats/answer",
         None,
-        "Mean of log p of the policy's samples as the sampling engine told it, minus the scorer's. Not near 0: the "
-        "sampled policy is not the scored one.",
+        "Mean of log p of the policy's samples as reported by the sampling engine, minus the scorer's. If it is not "
+        "near 0, the sampled policy is not the scored one.",
     ),
 }
 SEPARATED = 2.0  # beta times margin
 
 
 def distinct_bigrams(token_ids: Sequence[int]) -> float | None:
-    """Different bigrams / bigrams of one answer (end-of-turn left out by the caller); None below two tokens.
+    """Return different bigrams / all bigrams of one answer without its end-of-turn; None below two tokens.
 
-    Distinct-n (Li et al. 2016, arXiv 1510.03055) pools all answers; this is per answer and then averaged,
-    because pooling falls with the number of answers and a resample's repeated answers would bias it down.
+    Distinct-n (Li et al. 2016, arXiv 1510.03055) pools all answers. Here it is computed per answer and then averaged:
+    the pooled value falls with the number of answers, and the repeated answers of a resample would bias it down.
     """
     bigrams = list(itertools.pairwise(token_ids))
     return len(set(bigrams)) / len(bigrams) if bigrams else None

@@ -3,8 +3,8 @@
 Decides: the estimate of a difference over several questions and seeds, its intervals, its p-value and Holm's
 correction. Leaves out: the source of the scores, and the choice of differences (`comparison`).
 
-A score is a ratio: sum of `num` over sum of `den` over a run's questions. A mean has den 1 everywhere; a question without
-a value has den 0. Runs of one variant that differ only in their seed are averaged.
+A score is a ratio: sum of `num` over sum of `den` over a run's questions. A mean has den 1 everywhere; a question
+without a value has den 0. Runs of one variant that differ only in their seed are averaged.
 
 An interval covers other questions, drawn from the same source and put to the same trained policies. Questions are drawn
 once for all runs together, by their identity. So both sides of a difference see the same draw, also where the held-out
@@ -116,9 +116,9 @@ def _blocks(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
 def estimate(scores: Sequence[Scores], resampled: Resampled, unit: str) -> MeanEstimate:
     """Return the mean of a metric over runs, with its 95 % percentile bootstrap interval.
 
-    Runs of one block are averaged first. `spread` is None for one run. A share whose questions count 0 or 1 has Wilson's
-    interval for one run, and for several runs where all questions count the same (as if they were one sample): no
-    resampling can show that another question might count differently.
+    Runs of one block are averaged first. `spread` is None for one run. A share whose questions count 0 or 1 has
+    Wilson's interval for one run, and for several runs where all questions count the same (as if they were one sample):
+    no resampling can show that another question might count differently.
     """
     blocks = _blocks(scores)
     values = [one.value for one in scores]
@@ -285,8 +285,8 @@ def apply_holm(family: Sequence[Difference]) -> None:
     else 0. A difference is supported where p_holm <= 5 % and neither interval holds zero.
 
     Objects compared with themselves (`same`) are no tests: they do not count, and support nothing. The corrected
-    intervals are inverted tests. Together they are not a simultaneous confidence region, which Holm's procedure does not
-    provide.
+    intervals are inverted tests. Together they are not a simultaneous confidence region, which Holm's procedure does
+    not provide.
     """
     tested = [one for one in family if not one.get("same")]
     adjusted = holm([one["p"] for one in tested])

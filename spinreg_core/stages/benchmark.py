@@ -1,11 +1,11 @@
-"""The stage `benchmark`: what an iterate is measured with besides held-out rows, part by part.
+"""The stage `benchmark`: measures the parts of an iterate's benchmark, one by one.
 
-Decides: that a part which is measured already, by whichever run, is not measured again, and that one that fails does
-not keep the others from being measured, unless the judge is away, who is waited for once. Leaves out: the parts
-(`benchmarks/`).
+Decides: a part that any run has measured is not measured again, and a failed part does not stop the others. Only if the
+judge is away are the other judged parts skipped, so that its patience is spent once. Leaves out: the parts
+(`benchmarks`).
 
-A job's `extra`: {"parts": [{"stage", "object_id", "key", "inputs", "extra"}]}, one job each. Leaves no files of its
-own: the manifest names the parts as its inputs, and holds their metrics.
+A job's `extra` has {"parts": [`PartJob`]}. The stage leaves no files: the manifest names the parts as its inputs and
+holds their metrics.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from spinreg_core.store.open import open_store
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Measure the parts that are missing. Returns the manifest.
+    """Measure the missing parts. Returns the manifest.
 
-    Raises what the first part raised that failed, after the others were measured; JudgeAway before all: what another
-    attempt would wait for again.
+    Raises the error of the first failed part after the others were measured. JudgeAway takes precedence, since a retry
+    is worthwhile after it.
     """
     start, store = time.monotonic(), open_store(job.store)
     metrics: dict[str, Any] = {}
@@ -56,12 +56,13 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def _measured(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
-    """Each part with its manifest, or with what it raised."""
-    yield from lm_eval.run_all([job for job in jobs if job.stage == "lm-eval"])  # which load the policy once
+    """Yield each part with its manifest, or with the error that it raised."""
+    # Together, because one process loads the policy once for all tasks of lm-eval.
+    yield from lm_eval.run_all([job for job in jobs if job.stage == "lm-eval"])
     away: JudgeAway | None = None
     for job in jobs:
         if job.stage != "lm-eval" and away is not None:
-            yield job, JudgeAway("not begun, since the judge is away")
+            yield job, JudgeAway("not started, because the judge is away")
         elif job.stage != "lm-eval":
             print(f"[benchmark] {part_name(job.key, job.stage)}", flush=True)
             try:

@@ -1,12 +1,10 @@
-"""Measures tasks of lm-eval, one after the other, with one policy: a process of the stage `benchmark`.
+"""Process of the stage `benchmark` that measures tasks of lm-eval with one policy, one after the other.
 
-Decides: what of a task's evaluation goes into its object, which is published before the next task begins. Stops at the
-first that fails; who started it goes on with the others (`benchmarks/lm_eval.py`). Leaves out: lm-eval itself
-(`benchmarks/lm_eval_model.py`), the metrics (`benchmarks/lm_eval_results.py`).
+Decides: the content of a task's object, which is published before the next task begins. The process stops at the first
+failure, and its parent continues with the other tasks. Leaves out: lm-eval itself, and the metrics (`benchmarks`).
 
-A job's `extra`: {"parts": [{"stage", "object_id", "key", "inputs", "extra"}]}, all of one policy. Leaves of each part,
-besides what every benchmark does (`benchmarks/results.py`): `samples.jsonl.gz`, lm-eval's record of every single
-answer, and `lm_eval.json`, its own results.
+A job's `extra` has {"parts": [`PartJob`]}, all of one policy. The object of a part also has `samples.jsonl.gz`,
+lm-eval's record of every answer, and `lm_eval.json`, its own results.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from spinreg_core.benchmarks.lm_eval_model import (
     restrict_gpus,
 )
 from spinreg_core.benchmarks.lm_eval_results import fingerprints, measured, primary_of, write_own
-from spinreg_core.benchmarks.results import write_part
+from spinreg_core.benchmarks.results import PartResults, write_part
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.job import Job
@@ -36,15 +34,17 @@ from spinreg_core.runtime.main import main
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
-# Of torchrun: accelerate and vLLM would take them for theirs, and each process has a whole model to itself.
+# Set by torchrun. accelerate and vLLM would use them to join the ranks, but each process has its own model.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR",
                    "MASTER_PORT")  # fmt: skip
 _SHOWN_METRICS = 6
 
 
 def run(job: Job) -> dict[str, Any]:
-    """Measure and publish the parts. Returns the manifest of the last one (empty on ranks but the first). Opening the
-    model is part of what the first of them cost."""
+    """Measure and publish the parts. Returns the manifest of the last one (empty on ranks other than 0).
+
+    The cost of the first part includes the time to open the model.
+    """
     begin = time.monotonic()
     share = Share(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), job.workdir / "exchange")
     share.folder.mkdir(exist_ok=True)
@@ -56,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
         restrict_gpus(share.rank, job.config.generation.tensor_parallel)
     policy = fetch_folder(store, job.inputs["policy"], "policy")
     names = [part["key"]["name"] for part in parts]
-    manager = open_tasks(wanted.include_path, names, {"pretrained": str(policy)})
+    manager = open_tasks(wanted.include_path, names, policy)
     meter = Meter()
     model = open_model(policy, job.config, backend, share, meter)
     manifest: dict[str, Any] = {}
@@ -83,13 +83,13 @@ def _measure(
         return {}
     found = measured(results, loaded, name, resamples=key["bootstrap"], seed=SEEDS["numpy"])
     primary = primary_of(found, name)
-    shots = {results["n-shot"][task] for task in loaded["tasks"]}
+    shots = {results["n-shot"][task] for task in loaded.tasks}
     too_long = cost.pop("too_long")
     notes = [] if not too_long else [
         f"{too_long} of {cost['requests']} requests are longer than the model's context of {model.max_length} tokens; "
         "lm-eval leaves out their beginning"
     ]  # fmt: skip
-    document = {
+    document: PartResults = {
         "kind": "lm-eval",
         "name": name,
         "primary": primary,
@@ -103,7 +103,7 @@ def _measure(
             "precision": key["precision"], "questions_as": key["questions_as"], "processes": share.size,
             "batch_size": config.benchmarks.batch_size if key["backend"] == "hf" else None,
             "include_path": config.benchmarks.include_path, "include_sha256": key["include"],
-            "seeds": SEEDS, "task_versions": {task: results["versions"][task] for task in loaded["tasks"]},
+            "seeds": SEEDS, "task_versions": {task: results["versions"][task] for task in loaded.tasks},
         } | {name: key[name] for name in ("template_arguments",) if name in key},
         "fingerprints": {"policy": job.inputs["policy"]} | fingerprints(results["samples"]),
         "versions": versions() | {"lm-eval": key["lm_eval"]},

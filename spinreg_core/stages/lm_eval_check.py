@@ -1,11 +1,10 @@
-"""The stage `lm-eval-check`: whether lm-eval knows the tasks, can load their data and has enough examples, asked on the
-CPU before anything is sampled or trained.
+"""The stage `lm-eval-check`: checks lm-eval's tasks, their data and their few-shot examples before a run starts.
 
-Decides: what is tried of a task: its data are loaded and one question is put. Leaves out: what can be told without
-lm-eval (`benchmarks/lm_eval.py`), lm-eval itself (`benchmarks/lm_eval_model.py`).
+Runs on the CPU: it loads the data of each task and builds one question. Leaves out: the checks without lm-eval, and
+lm-eval itself (`benchmarks`).
 
-A job's `key`: {"tasks": {name: {"fewshot", "limit"}}, ...}. Leaves no files; its manifest's metrics are {name:
-{"documents", "fewshot"}}.
+A job's `key` has {"tasks": {name: {"fewshot", "limit"}}, ...}. The stage leaves no files; its manifest's metrics are
+{name: {"documents", "fewshot"}}.
 """
 
 from __future__ import annotations
@@ -25,8 +24,9 @@ from spinreg_core.store.open import open_store
 def run(job: Job) -> dict[str, Any]:
     """Check the tasks. Returns the manifest. Raises BadInput."""
     start, tasks = time.monotonic(), job.key["tasks"]
-    metadata = {"pretrained": str(tokenizer_folder(job.config.model, cache_folder()))}  # some make up data for a length
-    manager = open_tasks(job.config.benchmarks.include_path, list(tasks), metadata)
+    # Tasks that generate their data, such as ruler, need the tokenizer to fill a context length.
+    pretrained = tokenizer_folder(job.config.model, cache_folder())
+    manager = open_tasks(job.config.benchmarks.include_path, list(tasks), pretrained)
     found = {}
     for name, asked in tasks.items():
         found[name] = check_task(manager, name, asked["fewshot"])

@@ -34,7 +34,7 @@ def test_run_asked_for_more_benchmarks_later_adds_only_those(tmp_path: Path) -> 
     # Missing data are reported before anything is prepared, sampled or trained.
     refused = start(arguments("gone"), env, tmp_path / "refused")
     assert refused.wait(timeout=300) == EXIT_BAD_INPUT
-    assert "benchmarks.tasks: found gone, whose data could not be loaded" in (tmp_path / "refused").read_text()
+    assert "benchmarks.tasks: found gone, but its data cannot be loaded" in (tmp_path / "refused").read_text()
     assert store.list("objects/") == []
 
     text = run(arguments("colours"), env, tmp_path / "first")

@@ -49,7 +49,7 @@ def command(server: JudgeServer, tmp_path: Path, file: Path | str, *more: str) -
     return ["judge-agreement", str(file), "--store", str(tmp_path / "store"), *settings, *more]
 
 
-def test_one_command_measures_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_agreement_of_votes_equals_hand_computation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl, parquet = tmp_path / "votes.jsonl", tmp_path / "votes.parquet"
     jsonl.write_text("".join(json.dumps(vote) + "\n" for vote in VOTES))
     pq.write_table(pa.Table.from_pylist(VOTES), parquet)
@@ -88,7 +88,7 @@ def test_one_command_measures_agreement(tmp_path: Path, capsys: pytest.CaptureFi
         ("A", "tie", "tie"), ("tie", "A", "tie"), (None, "A", None), ("A", None, None),
     ],
 )  # fmt: skip
-def test_two_orders_make_one_verdict(as_given: Any, swapped: Any, verdict: Winner | None) -> None:
+def test_combined_of_two_orders_is_one_verdict(as_given: Any, swapped: Any, verdict: Winner | None) -> None:
     assert combined(as_given, swapped) == verdict
 
 
@@ -98,11 +98,11 @@ def test_two_orders_make_one_verdict(as_given: Any, swapped: Any, verdict: Winne
         ({"turn": 3}, "row 1, turn: found 3; expected 1 or 2"),
         ({"winner": "nobody"}, "row 1, winner: found 'nobody'"),
         ({"conversation_a": VOTES[0]["conversation_a"][1:]}, "row 1, conversation_a: found 2 messages"),
-        ({"conversation_b": row(99, "tie")["conversation_b"]}, "row 1, conversation_b: found other questions"),
+        ({"conversation_b": row(99, "tie")["conversation_b"]}, "row 1, conversation_b has other questions"),
         ({"question_id": None}, "row 1, question_id: found None"),
     ],
 )
-def test_votes_that_cannot_be_used(
+def test_judge_agreement_bad_votes_are_bad_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "votes.jsonl").write_text(json.dumps(VOTES[0] | bad))
@@ -111,5 +111,5 @@ def test_votes_that_cannot_be_used(
         assert message in capsys.readouterr().err
         assert main(command(server, tmp_path, tmp_path / "nowhere.jsonl")) == 65
         assert main(["judge-agreement", "human", "--store", str(tmp_path / "store")]) == 65
-        assert "judge.base_url: found nothing" in capsys.readouterr().err
+        assert "judge.base_url is not set; set it to the address of the judge's endpoint" in capsys.readouterr().err
         assert server.bodies == []
