@@ -16,7 +16,6 @@ object is `test_head.py`'s.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -28,12 +27,12 @@ from typing import Any
 import pytest
 
 from spinreg_core.config import ResourcesConfig, RunConfig
-from spinreg_core.errors import Conflict, LeaseHeld, LeaseLost
-from spinreg_core.runs import head as heads
+from spinreg_core.errors import LeaseHeld, LeaseLost
 from spinreg_core.runs import objects
-from spinreg_core.runs.head import config_key, head_key
+from spinreg_core.runs.head import Head, read_head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
+from tests.support.memory_store import Clock, Memory
 
 CONFIG = RunConfig(run="r", resources=ResourcesConfig(lease_seconds=3600))
 WRITERS = (0, 1)
@@ -100,117 +99,25 @@ class Scheduler:
                 assert self._state.wait_for(lambda: self._turn is None, 30), "a writer that does not move"
 
 
-class Memory:
-    """A store whose requests are steps, and which checks what must hold after each."""
-
-    url = "memory"
-
-    def __init__(self, scheduler: Scheduler | None, data: dict[str, bytes]) -> None:
-        self.scheduler, self.data, self.writer = scheduler, data, threading.local()
-
-    def _step(self) -> bool:
-        return self.scheduler is not None and self.scheduler.step(self.writer.number)
-
-    def check(self) -> None:
-        pass
-
-    def uri(self, key: str) -> str:
-        return key
-
-    def read(self, key: str) -> bytes | None:
-        self._step()
-        return self.data.get(key)
-
-    def read_tagged(self, key: str) -> tuple[bytes, str] | None:
-        found = self.read(key)
-        return None if found is None else (found, tag(found))
-
-    def create(self, key: str, data: bytes) -> str:
-        lost = self._step()
-        if self.data.get(key, data) != data:
-            raise Conflict(key)
-        return self._put(key, data, lost)
-
-    def replace(self, key: str, data: bytes, expected: str) -> str:
-        lost = self._step()
-        if key not in self.data or tag(self.data[key]) != expected:
-            raise Conflict(key)
-        return self._put(key, data, lost)
-
-    def upload(self, path: Path, key: str) -> None:
-        self._step()
-        self._put(key, path.read_bytes())
-
-    def delete(self, key: str) -> None:
-        assert key.startswith("probes/"), "the only keys that go, and no step: nobody else knows of them"
-        self.data.pop(key, None)
-
-    def size(self, key: str) -> int | None:
-        self._step()
-        return len(self.data[key]) if key in self.data else None
-
-    def list(self, prefix: str) -> list[str]:
-        self._step()
-        return sorted(key for key in self.data if key.startswith(prefix))
-
-    def _put(self, key: str, data: bytes, lost: bool = False) -> str:
-        before, self.data[key] = self.data.get(key), data
-        if self.scheduler is not None and before is not None and before != data:
-            problem = self._problem(key, before, data)
-            if problem:
-                self.scheduler.problems.append(problem)
-        if lost:
-            raise Conflict(key)
-        return tag(data)
-
-    def _problem(self, key: str, before: bytes, after: bytes) -> str | None:
-        if key == config_key("r") or key.startswith("probes/"):
-            return None  # of a run that has not begun, and of no run
-        if key != head_key("r"):
-            return f"{key} was written over"
-        old, new = json.loads(before), json.loads(after)
-        if new["lease"]["epoch"] < old["lease"]["epoch"]:
-            return "the epoch fell"
-        committed = [(e["round"], stage, found) for e in old["rounds"] for stage, found in e["stages"].items()]
-        if any(new.stage(number, stage) != found for number, stage, found in committed):
-            return "a committed stage was changed"
-        if any(old.get(name) not in (None, new.get(name)) for name in ("base", "data")):
-            return "a committed input was changed"
-        if new["rounds"] != old["rounds"]:
-            if new["lease"]["epoch"] != old["lease"]["epoch"]:
-                return "a stage was committed with a change of the lease"
-            if new["lease"]["holder"] is None or new["lease"]["holder"]["label"] != str(self.writer.number):
-                return f"writer {self.writer.number} committed under the lease of {new['lease']['holder']}"
-        return None
+def beat(head: Head) -> None:
+    head.lease.beat += 1
 
 
-def tag(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-class Clock:
-    """In place of `time` in head.py: every sleep lasts longer than any lease, for who sleeps."""
-
-    def __init__(self, store: Memory) -> None:
-        self._store, self._now = store, threading.local()
-
-    def monotonic(self) -> float:
-        return getattr(self._now, "seconds", 0.0)
-
-    def sleep(self, seconds: float) -> None:
-        self._store._step()
-        self._now.seconds = self.monotonic() + 1e6
+def head_in(data: dict[str, bytes]) -> Head:
+    head = read_head(Memory(None, data), "r")  # type: ignore[arg-type]
+    assert head is not None
+    return head
 
 
 def write(store: Any, writer: int, folder: Path) -> None:
     """What a flow run does with the store: take the lease, make objects, commit them."""
-    with hold_lease(store, CONFIG, str(writer)) as session:
+    with hold_lease(store, CONFIG, str(writer), clock=Clock(store)) as session:
         session.commit_inputs("base-x", "data-x")
         for stage in STAGES:
             job = Job(stage, f"{stage}-x", {}, "memory", f"{session.writer()}-{writer}", 1, {}, CONFIG, folder)
             objects.publish(store, job, folder / str(writer), metrics={})
             session.commit(1, stage, job.object_id)
-            session.update(lambda head: head.lease.update(beat=head.lease.beat + 1))
+            session.update(beat)
 
 
 @pytest.fixture
@@ -246,14 +153,12 @@ def one_order(
         finally:
             scheduler.ended(writer)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "time", Clock(store))
-        threads = [threading.Thread(target=run, args=(writer,)) for writer in WRITERS]
-        for thread in threads:
-            thread.start()
-        scheduler.drive()
-        for thread in threads:
-            thread.join(30)
+    threads = [threading.Thread(target=run, args=(writer,)) for writer in WRITERS]
+    for thread in threads:
+        thread.start()
+    scheduler.drive()
+    for thread in threads:
+        thread.join(30)
     for writer, error in ends.items():
         if not isinstance(error, LeaseHeld | LeaseLost | Killed | None):
             scheduler.problems.append(f"writer {writer} ended with {error!r}")
@@ -306,13 +211,9 @@ def test_no_order_of_requests_mixes_two_writers(
         (data,) = last
         assert not found.problems, (found.problems, [chosen for _, chosen, _ in found.log])
         # Whoever comes next finishes the run, from what is committed.
-        before = json.loads(data[head_key("r")])
-        with pytest.MonkeyPatch.context() as patch:
-            store = Memory(None, data)
-            store._step = lambda: False  # type: ignore[method-assign]
-            patch.setattr(heads, "time", Clock(store))
-            write(store, 9, folder)
-        after = json.loads(data[head_key("r")])
+        before = head_in(data)
+        write(Memory(None, data), 9, folder)
+        after = head_in(data)
         assert all(after.stage(1, stage) == f"{stage}-x" for stage in STAGES)
         assert all(before.stage(1, s) in (None, after.stage(1, s)) for s in STAGES)
         writers = tuple(json.loads(data[f"objects/{stage}-x/manifest.json"])["writer"][-1] for stage in STAGES)
@@ -329,7 +230,7 @@ def test_the_walk_would_see_a_commit_without_a_lease(folder: Path, monkeypatch: 
     """The check itself: with a head that is written whatever its tag, orders are found that mix writers."""
 
     def careless(self: Memory, key: str, data: bytes, expected: str) -> str:
-        return self._put(key, data, self._step())
+        return self.put(key, data, self.step())
 
     start = begun()
     monkeypatch.setattr(Memory, "replace", careless)

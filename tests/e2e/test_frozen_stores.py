@@ -1,8 +1,8 @@
 """Stores that earlier versions wrote stay usable: read, verified, compared, exported, cleaned, continued, resumed.
 
-tests/data holds, for each version, a store of two finished runs (`store-VERSION.tar.gz`), stores of the same configuration
-killed in the middle of a stage (`interrupted-VERSION.tar.gz`) and the object ids (`ids-VERSION.json`). They are written
-by scripts/freeze_store.py and never change.
+tests/data holds, for each version, a store of two finished runs (`store-VERSION.tar.gz`), stores of the same
+configuration killed in the middle of a stage (`interrupted-VERSION.tar.gz`) and the object ids (`ids-VERSION.json`).
+They are written by scripts/freeze_store.py and never change.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ TEMPLATE = (
 LOADS = """
 import os
 from pathlib import Path
-from spinreg_core.engines import hf
+from spinreg_core.generation import hf
 load = hf.load_policy
 def noted(folder, *more):
     with open(Path({root!r}, "loads"), "a") as file:

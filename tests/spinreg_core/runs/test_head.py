@@ -32,7 +32,7 @@ from spinreg_core.runs import head as heads
 from spinreg_core.runs import lease
 from spinreg_core.runs.head import Advance, Entry, Lease, read_head
 from spinreg_core.runs.lease import hold_lease, make_holder
-from spinreg_core.runs.stages import stages_of
+from spinreg_core.runs.stages import complete_round, stages_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 
@@ -53,7 +53,7 @@ def advance(store: Store, by: str, *, rounds: int | None = None, until: int | No
     with hold_lease(store, QUICK, by) as session:
         _, target, _ = session.begin_advance(by, rounds, until)
         if work:
-            for number in range(heads.complete_round(session.head) + 1, target + 1):
+            for number in range(complete_round(session.head) + 1, target + 1):
                 finish_round(session, number)
             session.finish_advance()
         return target
@@ -99,7 +99,7 @@ def partly(store: Store, by: str, *, rounds: int | None = None, until: int | Non
     """An advance that is killed after round `to`."""
     with hold_lease(store, QUICK, by) as session:
         session.begin_advance(by, rounds, until)
-        for number in range(heads.complete_round(session.head) + 1, to + 1):
+        for number in range(complete_round(session.head) + 1, to + 1):
             finish_round(session, number)
 
 
@@ -131,9 +131,9 @@ def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         for stage in stages_of(1)[:-1]:
             session.commit(1, stage, stage)
-        assert heads.complete_round(session.head) == 0
+        assert complete_round(session.head) == 0
         session.commit(1, "evaluate", "evaluate")
-        assert heads.complete_round(session.head) == 1
+        assert complete_round(session.head) == 1
 
 
 def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_a_committed_stage_is_not_replaced(store: Store) -> None:
             session.commit_inputs("base-1", "data-2")
     final = read_head(store, "demo")
     assert final is not None
-    assert heads.final.stage(1, "train") == "train-x"
+    assert final.stage(1, "train") == "train-x"
 
 
 def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
@@ -212,8 +212,8 @@ def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, mon
             return real(key)
 
         monkeypatch.setattr(other, "read_tagged", read_tagged)
-        with pytest.raises(LeaseHeld, match="the holder"):
-            lease._acquire(other, "demo", make_holder("hasty"), QUICK.resources.lease_seconds)
+        with pytest.raises(LeaseHeld, match="the holder"), hold_lease(other, QUICK, "hasty"):
+            pass
         session.check()
         assert not slow
 
@@ -344,11 +344,11 @@ def _holder_process(tmp_path: Path) -> subprocess.Popen[str]:
     script = textwrap.dedent(
         """
         import sys, time
-        from spinreg_core.config import MUTABLE_FIELDS, ResourcesConfig, RunConfig
-        from spinreg_core.head import open_session
+        from spinreg_core.config import ResourcesConfig, RunConfig
         from spinreg_core.errors import LeaseLost
-        from spinreg_core.store import open_store
-        with open_session(open_store(sys.argv[1]), RunConfig(resources=ResourcesConfig(lease_seconds=2)), "other") as s:
+        from spinreg_core.runs.lease import hold_lease
+        from spinreg_core.store.open import open_store
+        with hold_lease(open_store(sys.argv[1]), RunConfig(resources=ResourcesConfig(lease_seconds=2)), "other") as s:
             print("held", flush=True)
             sys.stdin.readline()
             try:
@@ -474,12 +474,13 @@ def test_the_conditions_that_were_said_last_are_gone_on_with(store: Store) -> No
 
 
 def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
-    until = UntilConfig(kl_base_above=3.0).model_dump(mode="json")
+    until = UntilConfig(kl_base_above=3.0)
     with hold_lease(store, QUICK, "a") as session:
         session.begin_advance("first", None, 3)
         session.finish_advance(ended="far away", ended_by=until)
         (first,) = session.head.advances
-        assert first == Advance(by="first", from_=0, to=3, done=True, ended="far away", ended_by=until)
+        said = until.model_dump(mode="json")
+        assert first == Advance(by="first", from_=0, to=3, done=True, ended="far away", ended_by=said)
         session.begin_advance("second", None, 3)
         session.finish_advance()
         assert session.head.advances[-1] == Advance(by="second", from_=0, to=3, done=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,9 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StoreRefused
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Part
 from spinreg_core.store.base import Store
+from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.open import open_store
 
 
@@ -61,7 +62,7 @@ def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
     )
     assert objects.read_manifest(store, j.object_id) == manifest
     assert manifest.metrics == {"loss": 0.5}
-    assert {f["name"] for f in manifest.files} == {"policy/config", "policy/sub/weights", "notes"}
+    assert {f.name for f in manifest.files} == {"policy/config", "policy/sub/weights", "notes"}
     assert fetch.fetch_file(store, j.object_id, "notes").read_text() == "n"
     policy = fetch.fetch_folder(store, j.object_id, "policy")
     assert (policy / "config").read_text() == "{}"
@@ -78,7 +79,7 @@ def test_the_first_manifest_wins_and_nothing_of_it_changes(store: Store, tmp_pat
     assert fetch.fetch_file(store, first.object_id, "f").read_text() == "first"
 
 
-def commit(store: Store, j: Job, name: str, files: Path) -> dict[str, Any]:
+def commit(store: Store, j: Job, name: str, files: Path) -> Part:
     return objects.commit_part(store, j, name, objects.upload(store, j, files), {"rows": 1})
 
 
@@ -89,7 +90,7 @@ def test_a_part_that_is_no_longer_needed_goes_with_its_files_and_nothing_else(st
     objects.delete_part(store, j.object_id, old)
     objects.delete_part(store, j.object_id, old)  # again after a kill half way
     assert objects.list_parts(store, j.object_id) == {"step-000002": new}
-    assert store.size(old["files"][0]["key"]) is None
+    assert store.size(old.files[0].key) is None
     assert [p.read_text() for p in fetch.fetch_part(store, new).values()] == ["2"]
 
 
@@ -112,7 +113,7 @@ def test_damage_is_noticed_where_bytes_are_read(tmp_path: Path, damage: str) -> 
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
-    path = store.local_path(manifest.files[0]["key"])
+    path = store.local_path(manifest.files[0].key)
     assert path is not None
     if damage == "missing":
         path.unlink()
@@ -132,15 +133,15 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
-    path = store.local_path(manifest.files[0]["key"])
+    path = store.local_path(manifest.files[0].key)
     assert path is not None
     unreadable(path)
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
         fetch.fetch_folder(store, j.object_id, "policy")
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
-        objects.sha256_file(path)
+        sha256_file(path)
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
-        store.size(manifest.files[0]["key"])
+        store.size(manifest.files[0].key)
 
 
 @pytest.mark.slow
