@@ -54,7 +54,8 @@ def is_complete(head: Head, round_number: int) -> bool:
 
     Only the evaluation reads held-out answers, so a round of an older head is complete without them.
     """
-    return all(head.stage(round_number, stage) for stage in stages_of(round_number) if stage != HELDOUT)
+    entry = head.entry(round_number)
+    return entry is not None and entry.stages.keys() | {HELDOUT} >= {*stages_of(round_number)}
 
 
 def complete_round(head: Head) -> int:

@@ -39,7 +39,7 @@ def folder(tmp_path: Path, **files: str) -> Path:
     return root
 
 
-def test_fingerprints_depend_on_everything_and_on_no_order() -> None:
+def test_fingerprint_depends_on_everything_but_the_order() -> None:
     one = objects.fingerprint("train", {"a": 1, "b": [1, 2]})
     assert one == objects.fingerprint("train", {"b": [1, 2], "a": 1})
     others = [
@@ -51,7 +51,7 @@ def test_fingerprints_depend_on_everything_and_on_no_order() -> None:
     assert len({one, *others}) == 5
 
 
-def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
+def test_fetch_after_publish_gives_the_same_files(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=1)
     assert objects.read_manifest(store, j.object_id) is None
     manifest = objects.publish(
@@ -72,7 +72,7 @@ def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
         fetch.fetch_file(store, j.object_id, "other")
 
 
-def test_the_first_manifest_wins_and_nothing_of_it_changes(store: Store, tmp_path: Path) -> None:
+def test_publish_of_a_second_attempt_returns_the_first_manifest(store: Store, tmp_path: Path) -> None:
     first, second = job(tmp_path, "e0001-aaaa"), job(tmp_path, "e0002-bbbb")
     won = objects.publish(store, first, folder(tmp_path, f="first"), metrics={})
     assert objects.publish(store, second, folder(tmp_path, f="second"), metrics={}) == won
@@ -83,7 +83,7 @@ def commit(store: Store, j: Job, name: str, files: Path) -> Part:
     return objects.commit_part(store, j, name, objects.upload(store, j, files), {"rows": 1})
 
 
-def test_a_part_that_is_no_longer_needed_goes_with_its_files_and_nothing_else(store: Store, tmp_path: Path) -> None:
+def test_delete_part_removes_its_files_and_no_others(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=4)
     old = commit(store, j, "step-000001", folder(tmp_path, step1__x="1"))
     new = commit(store, j, "step-000002", folder(tmp_path, step2__x="2"))
@@ -94,7 +94,7 @@ def test_a_part_that_is_no_longer_needed_goes_with_its_files_and_nothing_else(st
     assert [p.read_text() for p in fetch.fetch_part(store, new).values()] == ["2"]
 
 
-def test_parts_are_committed_once_and_listed_in_the_manifest(store: Store, tmp_path: Path) -> None:
+def test_commit_part_keeps_the_first_and_publish_lists_it(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=2)
     commit(store, j, "shard-00001", folder(tmp_path, shards__00001="b"))
     first = commit(store, j, "shard-00000", folder(tmp_path, shards__00000="a"))
@@ -109,7 +109,7 @@ def test_parts_are_committed_once_and_listed_in_the_manifest(store: Store, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_damage_is_noticed_where_bytes_are_read(tmp_path: Path, damage: str) -> None:
+def test_fetch_folder_of_a_damaged_file_raises(tmp_path: Path, damage: str) -> None:
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
@@ -129,7 +129,7 @@ def unreadable(path: Path) -> None:
     path.symlink_to(path)
 
 
-def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+def test_fetch_folder_of_an_unreadable_file_raises_one_error(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
@@ -145,7 +145,7 @@ def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_damaged_cached_copy_is_fetched_again(
+def test_fetch_file_with_a_damaged_cached_copy_fetches_again(
     s3_server: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
@@ -160,7 +160,7 @@ def test_a_damaged_cached_copy_is_fetched_again(
     assert (fetch.fetch_folder(store, j.object_id, "policy") / "w").read_text() == "weights"
 
 
-def test_manifests_of_another_schema_or_no_manifest_are_refused(tmp_path: Path) -> None:
+def test_read_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     store.create("objects/train-1/manifest.json", json.dumps({"schema": 99}).encode())
     with pytest.raises(BadInput, match="schema 99"):
