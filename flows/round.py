@@ -1,8 +1,7 @@
-"""The flow `round`: one round of self-play, generate -> mix-opponent -> train -> evaluate; and stages made anew.
+"""The flow `round`: one round of self-play, all its stages in order; also the stages of a repair, and benchmarks.
 
-Decides: the order of the stages of a round and what is shown when it ends. Leaves out: which round it is and
-who may run it (`flows.spin`), the stages themselves (`tasks`), and which of them a repair makes anew
-(`spinreg_core/maintenance/repair.py`). Runs inside `spin` only, which holds the lease.
+Decides: the Prefect task of each stage, and what is shown at the end of a round. Leaves out: the order of stages and
+rounds (`spinreg_core.runs`), the tasks (`tasks`). Runs inside `spin` only, which holds the lease.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.runs.head import HELDOUT
-from spinreg_core.runs.loop import run_stages
+from spinreg_core.runs.loop import StageResult, run_stages
 from spinreg_core.runs.stages import STAGES
 from tasks.benchmark import benchmark
 from tasks.context import current_context
@@ -34,7 +33,7 @@ from tasks.server import flush, wait_for_server
 from tasks.train import train
 
 
-def stage_calls(config: RunConfig) -> dict[str, Callable[[int], dict[str, Any]]]:
+def stage_calls(config: RunConfig) -> dict[str, Callable[[int], StageResult]]:
     """Return a call of its Prefect task for every stage, as `advance` and `run_stages` take them."""
     tasks: dict[str, tuple[Task[..., Any], tuple[str, ...]]] = {
         "generate": (generate, ()), "mix-opponent": (mix_opponent, ()), "train": (train, ()),
@@ -42,7 +41,7 @@ def stage_calls(config: RunConfig) -> dict[str, Callable[[int], dict[str, Any]]]
     }  # fmt: skip
     assert tasks.keys() == STAGES.keys()
 
-    def call(stage: str) -> Callable[[int], dict[str, Any]]:
+    def call(stage: str) -> Callable[[int], StageResult]:
         task, more = tasks[stage]
         return lambda number: run_task(task, config.resources, config.run, number, *more)
 
@@ -50,8 +49,8 @@ def stage_calls(config: RunConfig) -> dict[str, Callable[[int], dict[str, Any]]]
 
 
 @flow(name="round", flow_run_name="{run}/round-{round_number}", persist_result=False)
-def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Train iterate `round_number` out of the one before it, and evaluate it.
+def round_(run: str, round_number: int) -> dict[str, StageResult] | State[dict[str, StageResult]]:
+    """Train iterate `round_number` from the one before it, and evaluate it.
 
     Args:
         run: Name of the run.
@@ -66,15 +65,14 @@ def round_(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]
     show_round(round_number)
     track(context.store, context.config)
     flush()
-    wait_for_server()  # a restart is soon over, and the end of this flow run can be told
+    # A restart of the server is soon over; without this wait the end of the flow run could not be reported.
+    wait_for_server()
     return results
 
 
 def finish_repair() -> None:
-    """Make again what an unfinished repair of the run left open.
-
-    Its rounds are no flow runs of their own: on a retry, Prefect would take them for those of the advance.
-    """
+    """Make the stages that an unfinished repair of the run left open."""
+    # Not as nested flow runs: on a retry, Prefect would take them for the rounds of the advance.
     context = current_context()
     config, calls = context.config, stage_calls(context.config)
     for number, stage in stages_to_make(context.store, context.session, config, run_log()):
@@ -85,19 +83,18 @@ def finish_repair() -> None:
 
 
 def measure(round_number: int) -> bool:
-    """Measure what the configuration asks for of an iterate. No later round reads it, so that a failure (a judge that
-    is away, a task that lm-eval cannot run) is told, and ends the flow run when its rounds are done. The next round
-    begins when it is over: it would have no GPU before.
+    """Run the benchmarks of an iterate. Returns whether anything was measured that was not measured before.
 
-    Returns whether anything was measured that was not before. Raises what stops the flow run itself: a lost lease,
-    cancellation, preemption.
+    No later round reads benchmarks. A failure (an absent judge, a task that lm-eval cannot run) is therefore logged,
+    and fails the flow run after its rounds. Raises what stops the flow run: a lost lease, cancellation, preemption.
     """
     context = current_context()
     config = context.config
     try:
         if plan_benchmark(config, context.session.head, round_number) is not None:
             return not run_task(benchmark, config.resources, config.run, round_number)["reused"]
-    except StagePreempted:  # a StageFailed too
+    # Named before its base class StageFailed: preemption stops the flow run.
+    except StagePreempted:
         raise
     except (BadInput, Damaged, StageFailed, StoreFailed) as error:
         run_log()(f"round {round_number} is not measured in full: {error}")

@@ -1,6 +1,4 @@
-"""The public face: advance and read runs from Python, without Prefect. `import spinreg_core` offers it lazily.
-
-import spinreg_core
+"""The public face: advance and read runs from Python, without Prefect. `import spinreg_core` loads it lazily.
 
 run = spinreg_core.run(spinreg_core.RunConfig(run="mine", model="/models/chat", dataset="rows.jsonl", until_round=2))
 run.metrics(2)["heldout_nll"]
@@ -23,6 +21,7 @@ from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import resolve
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.early_stopping import why_ended
+from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.reports.run_report import report_data, write_report
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
@@ -38,24 +37,25 @@ from spinreg_core.store.open import open_store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from spinreg_core.evaluation.intervals import Estimate
     from spinreg_core.models.loading import Precision
 
 
 def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print, **fields: Any) -> Run:
     """Advance a run in plain processes, without Prefect, and return it.
 
-    Running again what was killed finishes it and adds nothing; `until_round` reached already, it changes nothing. There
-    are no retries, trackers or pages of progress: use the flow `spin` for those.
+    A call after a killed one finishes the same advance and adds nothing. A call with an `until_round` that is reached
+    changes nothing. Retries, trackers and progress pages come with the flow `spin`.
 
     Args:
         config: the configuration, or the path of its file (YAML or JSON).
         say: gets lines about the advance. What stages print goes to standard output.
-        fields: fields of the configuration that win over it, e.g. `until_round=3` or `objective={"alpha": 1.0}`.
+        fields: fields that win over the configuration, e.g. `until_round=3` or `objective={"alpha": 1.0}`.
 
     Raises:
-        BadInput: a configuration that is not valid, or that the run was not started with.
+        BadInput: the configuration is not valid, or differs from the one that the run was started with.
         LeaseHeld: another process advances the run.
-        StageFailed, Damaged, StoreFailed: as the stages fail; what was committed stays.
+        StageFailed, Damaged, StoreFailed: a stage failed. Committed stages stay committed.
     """
     if isinstance(config, RunConfig):
         given = config.model_dump(mode="json", exclude_unset=True) | fields
@@ -69,7 +69,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
     label = f"spinreg_core.run (pid {os.getpid()} on {socket.gethostname()})"
     with hold_lease(store, resolved, label) as lease:
 
-        def start(job: Job, name: str) -> dict[str, Any]:
+        def start(job: Job, name: str) -> object:
             lease.check()
             return run_in_process(job, f"spinreg_core.stages.{job.stage.replace('-', '_')}")
 
@@ -100,7 +100,8 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             prepare() if stage == "prepare" else calls[stage](number)
         steps = Steps(prepare, calls, run_round, measure, ended, show=lambda number: None)
         advance(lease, resolved, label, steps, say)
-        lease.check()  # a writer that was frozen leaves the report to its successor
+        # A process that was frozen and lost the run leaves the report to its successor.
+        lease.check()
         write_report(store, resolved.run)
         lease.finish_advance()
     return Run(store, resolved.run)
@@ -110,9 +111,10 @@ class Run:
     """A run in a store: its configuration, metrics, samples and policies. Made by `run` and `read_run`."""
 
     def __init__(self, store: Store, name: str) -> None:
-        """Raises BadInput where there is no such run, Damaged where its configuration cannot be read."""
+        """Raises BadInput if there is no such run, Damaged if its head or configuration cannot be read."""
         self.store, self.name = store, name
-        self.config = require_config(store, name) if require_head(store, name) else RunConfig()
+        require_head(store, name)
+        self.config = require_config(store, name)
 
     @property
     def head(self) -> Head:
@@ -121,30 +123,34 @@ class Run:
 
     @property
     def complete_round(self) -> int:
-        """The last complete round; 0 where only the base is evaluated, or nothing is yet."""
+        """The last complete round; 0 also before any round is complete."""
         return complete_round(self.head)
 
     def report(self) -> dict[str, Any]:
         """Return the content of report.json, computed from what is committed now."""
         return report_data(self.store, self.name)
 
-    def metrics(self, round_number: int) -> dict[str, Any]:
-        """Return the held-out metrics of an iterate: {"value", "low", "high", ...} by name, with 95 % intervals.
+    def metrics(self, round_number: int) -> dict[str, Estimate]:
+        """Return the held-out metrics of an iterate (0: the base) by name, with 95 % intervals.
 
-        Round 0 is the base. Raises BadInput for a round that is not evaluated.
+        Raises BadInput for a round that is not evaluated.
         """
         file = fetch_file(self.store, self._object(round_number, "evaluate"), "metrics.json")
         return dict(json.loads(file.read_text()))
 
-    def samples(self, round_number: int) -> list[dict[str, Any]]:
-        """Return the shown held-out prompts of an iterate with the human answer and the iterate's sample."""
+    def samples(self, round_number: int) -> list[ShownSample]:
+        """Return the shown held-out prompts of an iterate with the human answer and the iterate's sample.
+
+        Raises BadInput for a round that is not evaluated.
+        """
         file = fetch_file(self.store, self._object(round_number, "evaluate"), "samples.json")
         return list(json.loads(file.read_text())["samples"])
 
     def policy(self, round_number: int) -> Path:
         """Return a verified local folder with the policy of an iterate, in the Hugging Face layout (0: the base).
 
-        Raises BadInput for a round that is not trained, Damaged where the store's files are not those committed.
+        Raises BadInput for a round that is not trained, Damaged if files differ from those committed, Removed if
+        `spinreg gc` has removed the policy.
         """
         object_id = self.head.base if round_number == 0 else None
         return fetch_folder(self.store, object_id or self._object(round_number, "train"), "policy")
@@ -158,14 +164,14 @@ class Run:
 
 
 def read_run(store: Store | str, name: str) -> Run:
-    """Return a run of a store (or of its URL). Raises BadInput where there is no such run."""
+    """Return a run of a store (or of its URL). Raises BadInput if there is no such run."""
     return Run(open_store(store) if isinstance(store, str) else store, name)
 
 
 def load_policy(folder: Path | str, precision: Precision = "fp32", device: str = "cpu") -> PreTrainedModel:
-    """Return the policy in a folder, in the number format and with the attention that training and scoring use.
+    """Return the policy in a folder, with the number format and attention of training and scoring.
 
-    Only safetensors are read, and no code of the folder runs. Raises BadInput for a folder that cannot be loaded.
+    Reads safetensors alone and runs no code of the folder. Raises BadInput for a folder that cannot be loaded.
     """
     from spinreg_core.models.loading import load_policy as load
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -10,6 +10,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import task_run
 
 from spinreg_core.runs.head import HELDOUT
+from spinreg_core.runs.loop import StageResult
 from tasks.run_stage import stage_task
 
 
@@ -26,14 +27,15 @@ def _name() -> str:
     name="generate",
     task_run_name=_name,
     tags=["spinreg", "generate"],
-    cache_policy=NO_CACHE,  # the store decides what is done
+    # The store decides what is done already.
+    cache_policy=NO_CACHE,
 )
 def generate(
     run: str, round_number: int, rows: Literal["train", "heldout"] = "train"
-) -> dict[str, Any] | State[dict[str, Any]]:
-    """Return the stage's `StageResult`.
+) -> StageResult | State[StageResult]:
+    """Return the result of the stage.
 
-    rows: "train" are the round's prompts, answered by the opponent's iterates; "heldout" the held-out prompts, answered
-    by the iterate that the round has trained (round 0: by the base).
+    rows: "train" are the prompts of the round, for the iterates of the opponent. "heldout" are the held-out prompts,
+        for the iterate that the round has trained (round 0: the base).
     """
     return stage_task(_stage(rows), round_number)

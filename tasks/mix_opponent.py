@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from spinreg_core.runs.loop import StageResult
 from tasks.run_stage import stage_task
 
 
@@ -15,8 +14,9 @@ from tasks.run_stage import stage_task
     name="mix-opponent",
     task_run_name="{run}/round-{round_number}/mix-opponent",
     tags=["spinreg", "mix-opponent"],
-    cache_policy=NO_CACHE,  # the store decides what is done
+    # The store decides what is done already.
+    cache_policy=NO_CACHE,
 )
-def mix_opponent(run: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Return the stage's `StageResult`."""
+def mix_opponent(run: str, round_number: int) -> StageResult | State[StageResult]:
+    """Return the result of the stage."""
     return stage_task("mix-opponent", round_number)

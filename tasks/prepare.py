@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from spinreg_core.runs.loop import do_prepare
+from spinreg_core.runs.loop import Prepared, do_prepare
 from tasks.run_stage import run_committed
 
 
@@ -16,8 +14,9 @@ from tasks.run_stage import run_committed
     name="prepare",
     task_run_name="{run}/prepare",
     tags=["spinreg", "prepare"],
-    cache_policy=NO_CACHE,  # the store decides what is done
+    # The store decides what is done already.
+    cache_policy=NO_CACHE,
 )
-def prepare(run: str) -> dict[str, Any] | State[dict[str, Any]]:
+def prepare(run: str) -> Prepared | State[Prepared]:
     """Return `Prepared`: the object ids of base and data, and the counts of rows."""
     return run_committed("prepare", lambda c, start: do_prepare(c.store, c.session, c.config, start))

@@ -1,13 +1,13 @@
-"""What the stage tasks have in common: reuse what is committed, else run the process, then commit.
+"""The common part of the stage tasks: run a stage under Prefect, with retries, progress and the state "Reused".
 
-Decides: when a stage counts as done, what a task returns and what it retries. Leaves out: what the stages do,
-and what each of them shows (their own files).
+Decides: the results of a task, and the failures that Prefect retries. Leaves out: when a stage counts as done
+(`spinreg_core.runs`), the process of a stage (`tasks.stage_process`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.states import Completed, Failed
@@ -16,7 +16,7 @@ from prefect.tasks import Task, exponential_backoff
 from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput, Damaged, JudgeAway, LeaseLost, StagePreempted
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.loop import Start, do_stage
+from spinreg_core.runs.loop import StageResult, Start, do_stage
 from tasks.artifacts import StageProgress, artifact_key
 from tasks.cancellation import RunCancelled
 from tasks.context import Context, current_context
@@ -24,10 +24,14 @@ from tasks.log import run_log
 from tasks.server import call_task
 from tasks.stage_process import run_stage
 
+R = TypeVar("R", bound=Mapping[str, Any])
+
 
 def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Only failures that another attempt may cure: not bad input, damage, a lost lease or a cancelled run; nor a judge
-    that is away, which was waited for."""
+    """Return whether another attempt may cure a failure.
+
+    Bad input, damage, a lost lease and a cancelled run stay. An absent judge was waited for already.
+    """
     try:
         state.result()
     except (BadInput, Damaged, JudgeAway, LeaseLost, RunCancelled):
@@ -38,12 +42,13 @@ def may_retry(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 def preempted(error: StagePreempted) -> State[Any]:
-    """A failure for Prefect, which retries it, under the name of what it is."""
+    """Return the failed state "Preempted", which Prefect retries."""
     return Failed(name="Preempted", message=str(error), data=error)
 
 
-def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: object) -> dict[str, Any]:
-    """Call a task with the run's retries: delays double and are spread, so that workers do not align."""
+def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: object) -> Any:
+    """Call a task with the retries of the run, and return the data of its result."""
+    # Delays double and are jittered, so that the runs of one outage do not retry at the same moment.
     if resources.retries:
         task = task.with_options(
             retries=resources.retries,
@@ -52,12 +57,12 @@ def run_task(task: Task[..., Any], resources: ResourcesConfig, *arguments: objec
             retry_condition_fn=may_retry,
         )
     result: Any = call_task(task, *arguments)
-    # A task that returns a state of its own ("Reused") hands back the state, not its data.
+    # Prefect returns the state itself, not its data, if the task returned one ("Reused").
     return result.result() if isinstance(result, State) else result
 
 
-def watched_stage(job: Job, name: str) -> dict[str, Any]:
-    """`run_stage` within the run's deadline and lease, its progress shown under the artifact key of `name`."""
+def watched_stage(job: Job, name: str) -> object:
+    """Run the process of a stage within the deadline and lease of the run, and show its progress in Prefect."""
     context = current_context()
     deadline = context.config.resources.deadline_minutes
     return run_stage(
@@ -68,12 +73,10 @@ def watched_stage(job: Job, name: str) -> dict[str, Any]:
     )
 
 
-def run_committed(
-    name: str, do: Callable[[Context, Start], Mapping[str, Any]]
-) -> dict[str, Any] | State[dict[str, Any]]:
-    """Return the result of a stage as that of a task: a state "Reused" for work that was done before.
+def run_committed(name: str, do: Callable[[Context, Start], R]) -> R | State[R]:
+    """Make sure that a stage is committed, and return its result as the result of a task.
 
-    `do` makes sure that the stage is committed, with the function that starts its process.
+    `do` makes sure of it with the function that starts a process. Work that was done before gets the state "Reused".
     """
     context = current_context()
     context.check()
@@ -82,13 +85,13 @@ def run_committed(
     except StagePreempted as error:
         return preempted(error)
     if not result["reused"]:
-        return dict(result)
+        return result
     run_log()(f"{name} is done already")
-    return Completed(name="Reused", message=f"{name}: committed before", data=dict(result))
+    return Completed(name="Reused", message=f"{name}: committed before", data=result)
 
 
-def stage_task(stage: str, round_number: int) -> dict[str, Any] | State[dict[str, Any]]:
-    """Make sure that a round's stage is committed. Returns a `StageResult`, as the task's result."""
+def stage_task(stage: str, round_number: int) -> StageResult | State[StageResult]:
+    """Make sure that a stage of a round is committed, and return its result as the result of a task."""
     return run_committed(
         f"{stage} of round {round_number}",
         lambda c, start: do_stage(c.store, c.session, c.config, stage, round_number, start),

@@ -1,20 +1,21 @@
-"""What nobody needs in a store: found, and removed so that nothing that is needed can be lost.
+"""Garbage collection: find objects that no run needs, and remove them so that no needed object can be lost.
 
-Decides: what is left over besides what rules let go (`retention.py`), and the order of every step of a removal.
-Leaves out: who needs what (`retention.py`), the command (`flows/cli.py`).
+Decides: what is left over, and the order of every step of a removal. Leaves out: the needs of runs (`retention.py`),
+the command (`flows`).
 
-An object is removed in steps, each a compare-and-swap of its manifest or without effect if done twice:
+An object is removed in steps. Each is a compare-and-swap of its manifest, or has no effect if it is done twice:
 
-1. It is marked, in its manifest. Whoever would make or take it over does not find it any more; its files are there.
-2. The heads of all runs are read again, and what a run needs now is unmarked. That is all that a run has or will take
-   over next, but for base and data, whose ids are not known ahead: the task `prepare` looks once more after its
-   commit. Either its commit is seen here, or it sees the mark, and makes the object anew.
-3. Its parts go, the manifest says which files go, and they go. The manifest stays, for lineage, and for `status` and
-   `verify` to tell what was removed from what was lost. Publishing the object anew replaces it, by compare-and-swap.
+1. The manifest is marked. A run that would make or take over the object does not find it any more; its files are there.
+2. The heads of all runs are read again, and objects that a run needs by now are unmarked. A run needs the objects that
+   it has or will take over next. Ids of base and data are not known ahead, so `prepare` reads both again after its
+   commit: either its commit is seen here, or it sees the mark and makes the object again.
+3. The parts are deleted, the manifest lists the files to go, and the files are deleted. The manifest stays for lineage,
+   and so that `status` and `verify` tell removed files from lost ones. A new publication of the object replaces it, by
+   compare-and-swap.
 
-What had been removed before and came to be again in part goes in the same steps.
+An object that was removed and has come back in part goes in the same steps.
 
-A kill leaves a whole object, a marked one, or one that says which files it lost; the next removal finishes it.
+A kill leaves a whole object, a marked one, or one that lists the files it lost. The next removal finishes it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.formatting import format_bytes, format_duration
@@ -34,17 +35,23 @@ from spinreg_core.runs.objects import manifest_key, now, read_record
 from spinreg_core.store import documents
 from spinreg_core.store.base import OURS, Listed, Store
 
-# What nothing names may be on its way into a manifest, and an object no run names may just have been made for one.
 D = TypeVar("D", Manifest, Part)
+# A file that no manifest lists may be on its way into one, and an object of no run may just have been made for one.
 GRACE_SECONDS = 7 * 86400.0
-_MEASURED = ("benchmark-", "lm-eval-", "mt-bench-", "win-rate-")  # objects that weigh little and cost much: they stay
-_WEIGHTY = ("policy/", "adapter/", "shards/")  # what rules remove of an object; the rest is small and tells of it
+# Measurements are small and expensive to make again, so they stay.
+_MEASURED = ("benchmark-", "lm-eval-", "mt-bench-", "win-rate-")
+# Rules remove these files of an object; the others are small and describe it.
+_WEIGHTY = ("policy/", "adapter/", "shards/")
 
 
 @dataclass(frozen=True)
 class Item:
-    """Something to remove. kind "object": with a mark, `record` being its manifest now; "files": `keys` alone, which
-    nobody reads; "upload": a write that never ended; "unmark": the opposite, for what is needed again."""
+    """Something to remove.
+
+    kind: "object" is removed by way of a mark, and `record` is its manifest now; "files" are `keys` that no run reads;
+        "upload" is a write that never ended; "unmark" takes back the mark of an object that is needed again.
+    orphan: no run may know the object when it is removed.
+    """
 
     kind: str
     object_id: str
@@ -52,12 +59,15 @@ class Item:
     why: str
     keys: tuple[str, ...] = ()
     bytes: int = 0
-    orphan: bool = False  # no run may know it when it goes
+    orphan: bool = False
     record: Manifest | None = None
 
 
 def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
-    """What can be removed; changes nothing. `rules_only`: leave leftovers and what no run knows for another time."""
+    """Return what can be removed, and change nothing. `rules_only` leaves out leftovers and objects of no run.
+
+    Objects that cannot be read, or lie behind a link, are added to `needs.notes` and left as they are.
+    """
     objects: dict[str, list[Listed]] = defaultdict(list)
     for entry in store.entries("objects/"):
         objects[entry.key.split("/")[1]].append(entry)
@@ -84,7 +94,7 @@ def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> l
 
 
 def _behind_links(store: Store) -> Callable[[str], bool]:
-    """Whether a key leads by a link to another place than it says; never so in a bucket."""
+    """Return a test whether a key leads to another place by a link; never true in a bucket."""
     top = store.local_path("objects")
     root = "" if top is None else os.path.realpath(top.parent)
 
@@ -100,7 +110,8 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
     manifest = sizes.pop(manifest_key(object_id), None)
     removed = None if record is None else record.removed
     marked = removed is not None and removed.marked
-    age = min((e.age for e in entries if e.key in sizes or not marked), default=GRACE_SECONDS)  # since the last write
+    # Seconds since the last write to the object; our own mark does not count.
+    age = min((e.age for e in entries if e.key in sizes or not marked), default=GRACE_SECONDS)
     entries = [entry for entry in entries if entry.key in sizes]
     orphan = object_id not in needs.known and (age >= GRACE_SECONDS or marked) and needs.complete and not rules_only
     rule = needs.freed.get(object_id) if object_id not in needs.kept else None
@@ -117,7 +128,7 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
         assert record is not None
         return [Item("unmark", object_id, what, "needed again", record=record)] if record.stage else []
     if orphan:
-        why = "no run knows it" if manifest is not None else "unfinished, and no run goes on with it"
+        why = "no run knows it" if manifest is not None else "unfinished, and no run continues it"
         if marked:
             assert removed is not None
             why = removed.why
@@ -132,7 +143,7 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
 
 
 def removed_by(record: Manifest, keys: Iterable[str]) -> set[str]:
-    """Which of the files of a manifest are among these keys."""
+    """Return the files of a manifest that are among these keys."""
     return {entry.key for entry in record.files} & set(keys)
 
 
@@ -143,8 +154,7 @@ def _leftovers(
     entries: list[Listed],
     item: Callable[[str, str, Iterable[str]], list[Item]],
 ) -> list[Item]:
-    """Of an object that stays: what a removal that was killed left, checkpoints of a finished round, files of writers
-    that died."""
+    """Find the leftovers of an object that stays: of a killed removal, of a finished stage, and of killed writers."""
     keys = {entry.key for entry in entries}
     gone = frozenset() if record is None else record.removed_keys
     files = {entry.key for entry in record.files} if record else set()
@@ -165,12 +175,13 @@ def _leftovers(
 
 
 def _named(store: Store, object_id: str, record: Manifest | None, keys: Iterable[str]) -> set[str]:
-    """Keys that the manifest, a part, or a manifest that was set aside speaks of, and theirs."""
+    """Return the keys that the manifest, the parts and manifests set aside list, and the keys of these documents."""
     aside = [key for key in keys if key.startswith(f"objects/{object_id}/aside/")]
     parts = _parts(object_id, keys)
     found: list[Manifest | Part] = [*_read(store, parts, Part).values(), *([record] if record else [])]
     for key in aside:
-        with contextlib.suppress(Damaged, BadInput):  # what was set aside may say nothing: that was its damage
+        # The manifest may have been set aside because it is unreadable.
+        with contextlib.suppress(Damaged, BadInput):
             found += _read(store, [key], Manifest).values()
     return {*parts, *aside, *(entry.key for document in found for entry in document.files)}
 
@@ -187,9 +198,9 @@ def _read(store: Store, keys: Iterable[str], kind: type[D]) -> dict[str, D]:
 def remove_items(
     store: Store, items: Sequence[Item], needs_now: Callable[[], Needs], say: Callable[[str], None] = lambda line: None
 ) -> list[Item]:
-    """Remove what was found, as far as nobody needs it by now. Returns what was removed.
+    """Remove what was found, except objects that a run needs by now. Returns what was removed.
 
-    needs_now: reads the heads of all runs again. Whatever is interrupted is finished by finding and removing again.
+    `needs_now` reads the heads of all runs again. After an interruption, find and remove again to finish.
     """
     done: list[Item] = []
     needs = needs_now()
@@ -199,6 +210,8 @@ def remove_items(
             tag = _mark(store, item)
             if tag is not None:
                 marks.append((item, tag))
+    # Read after all marks are written: a run that took an object over before its mark is seen here, and one that comes
+    # later does not find the object.
     needs = needs_now()
     for item, tag in marks:
         if _needed(item, needs):
@@ -227,18 +240,19 @@ def _needed(item: Item, needs: Needs) -> bool:
 
 
 def _mark(store: Store, item: Item) -> str | None:
-    """The tag of the marked manifest; None where the object is not what it was when it was found."""
+    """Mark an object. Returns the tag of the marked manifest, or None if the object has changed since it was found."""
     key = manifest_key(item.object_id)
     found = store.read_tagged(key)
     record = None if found is None else documents.parse(store, key, found[0], Manifest)
     if record != item.record:
         return None
-    # Without a manifest, a mark where it would be: what publishes later sees that parts may have gone.
+    # An unfinished object gets a mark in place of a manifest: a later publication sees that parts may have gone.
     record = record or Manifest(object_id=item.object_id, files=[], inputs={})
     old = record.removed
     if old is not None and old.marked:
         old = old.before
-    keys = dict.fromkeys([*record.removed_keys, *item.keys])  # what had gone before stays told
+    # Files that were removed earlier stay listed.
+    keys = dict.fromkeys([*record.removed_keys, *item.keys])
     record.removed = Removed(marked=True, why=item.why, at=now(), keys=list(keys), before=old)
     try:
         if found is None:
@@ -252,7 +266,8 @@ def _unmark(store: Store, object_id: str, tag: str) -> None:
     key = manifest_key(object_id)
     record = documents.read(store, key, Manifest)
     if record is None or record.removed is None or not record.removed.marked or not record.stage:
-        return  # published meanwhile, or a mark on an object that had not been finished
+        # The object was published in between, or the mark stands for an unfinished object and may stay.
+        return
     record.removed = record.removed.before
     try:
         store.replace(key, documents.dump(record), tag)
@@ -261,12 +276,12 @@ def _unmark(store: Store, object_id: str, tag: str) -> None:
 
 
 def _remove_marked(store: Store, item: Item, tag: str) -> bool:
-    """Whether the object was removed; it was not where somebody published it anew."""
+    """Remove a marked object. Returns False if it was published again in between."""
     key = manifest_key(item.object_id)
     record = documents.read(store, key, Manifest)
     if record is None or record.removed is None or not record.removed.marked:
         return False
-    # Parts first: whoever finds them would count on their files.
+    # Parts go before their files, because a stage that finds a part relies on its files.
     parts = _parts(item.object_id, item.keys)
     for part in parts:
         store.delete(part)
@@ -282,7 +297,7 @@ def _remove_marked(store: Store, item: Item, tag: str) -> bool:
 
 
 def format_items(items: Sequence[Item], notes: Sequence[str], where: str, *, removed: bool) -> str:
-    """A text for people: what, why, how much."""
+    """Return a text for people with the objects, the reasons and the sizes."""
     lines = [f"note: {note}" for note in notes]
     items = [item for item in items if item.kind != "unmark"]
     if not items:
@@ -298,9 +313,28 @@ def format_items(items: Sequence[Item], notes: Sequence[str], where: str, *, rem
     return "\n".join(lines)
 
 
-def as_json(items: Sequence[Item], notes: Sequence[str], *, removed: bool) -> dict[str, Any]:
-    """The same as plain values."""
-    listed = [
+class ListedItem(TypedDict):
+    """One line of `spinreg gc --json`."""
+
+    object: str | None
+    what: str
+    why: str
+    keys: list[str]
+    bytes: int
+
+
+class Listing(TypedDict):
+    """The output of `spinreg gc --json`."""
+
+    removed: bool
+    bytes: int
+    items: list[ListedItem]
+    notes: list[str]
+
+
+def as_json(items: Sequence[Item], notes: Sequence[str], *, removed: bool) -> Listing:
+    """Return the same as plain values."""
+    listed: list[ListedItem] = [
         {"object": item.object_id or None, "what": item.what, "why": item.why, "keys": list(item.keys),
          "bytes": item.bytes} for item in items if item.kind != "unmark"
     ]  # fmt: skip

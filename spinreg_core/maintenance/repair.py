@@ -1,32 +1,31 @@
-"""Making anew what `verify` found damaged, and what was made from it where it comes out otherwise.
+"""Repair: make damaged objects again, and their dependents too if the result differs.
 
-Decides: the order of every step of a repair. Leaves out: what counts as damage (`verify.py`), how stages are made
-(`stages/`, by way of the flow `spin`).
+Decides: the order of every step of a repair. Leaves out: what counts as damage (`verify.py`), running stages
+(`flows`, `spinreg_core.api`).
 
-A repair is recorded in the head of its run, and whoever starts the run next finishes it before anything else; the
-recorded advances are not touched. Nothing is removed. In this order, all of it under the lease of the run:
+A repair is recorded in the head of its run, and the next start of the run finishes it before anything else. Recorded
+advances stay as they are, and nothing is removed. All steps happen under the lease of the run, in this order:
 
-1. What was found damaged is read once more, and the tags of its manifests and parts are kept. It may be sound by now:
-   somebody else has repaired it since, and then there is nothing to do. What cannot be made anew, because rules of the
-   user have removed what it is made from, stays as it is.
-2. Where a run that is being advanced has one of the objects, or one that was made from them, the repair is refused.
-3. One compare-and-swap of the head: the stages are open again, and the head says which documents are to be set aside
-   (with their tags), what the content of the objects was, and what was made from them.
-4. These documents are set aside, parts first, each by compare-and-swap with its tag: a part is made void, a manifest is
-   marked `removed` by this repair (a copy stays in `aside/`). Whoever makes the object does not find it any more, and
-   its publication replaces the marked manifest; its files stay, for other runs that read them meanwhile.
-5. The stages work, as any open ones, from the shards that are sound.
-6. The content of the objects is compared with what it was. Where it is another one, or nobody knows what it was, what
-   was made from them is next: one compare-and-swap of the head puts their record in place of this one, with all their
-   parts, and it goes on with 4. Else one compare-and-swap takes the record away.
+1. The damaged objects are read once more, and the tags of their manifests and parts are kept. Objects that are sound by
+   now (another repair was faster) are left out, and so are objects whose inputs were removed by rules of the user.
+2. The repair is refused while another run that is being advanced has one of the objects or of their dependents.
+3. One compare-and-swap of the head opens the stages again. The head then lists the documents to set aside with their
+   tags, the content of the objects before the repair, and their dependents.
+4. The documents are set aside, parts first, each by compare-and-swap with its tag. A part becomes void; a manifest is
+   marked `removed` by this repair, with a copy in `aside/`. A stage does not find the object any more, and its
+   publication replaces the marked manifest. The files stay, because other runs may be reading them.
+5. The stages run, as any open stages, from the sound shards.
+6. The content of the objects is compared with their content before. If it differs, or was unknown, the dependents are
+   next: one compare-and-swap of the head puts a record for them in place of this one, with all their parts, and step 4
+   follows. Otherwise one compare-and-swap removes the record.
 
-Killed before 3, nothing has happened. Killed after 3, the head says what is left: 4 does nothing where it was done, as
-the tags are others then; 5 goes on from what is committed; 6 reads only. A writer that lost its lease fails at 3 and 6,
-whose tags it does not have; what it still does in 4 is what its successor does, or nothing, because no tag of what was
-made anew is that of what was damaged. A run that starts after 2 and shares an object reads the old files, or makes the
-object itself: who publishes first counts, as always.
+A kill before step 3 leaves no trace. After it, the head says what is left: step 4 has no effect if it is repeated,
+since the tags have changed; step 5 continues from what is committed; step 6 only reads. A writer that lost its lease
+fails at steps 3 and 6, because it lacks the tag of the head. In step 4 it can only do what its successor does, because
+no object made again has the tag of a damaged one. A run that starts after step 2 and shares an object reads the old
+files or makes the object itself: the first publication counts, as always.
 
-`verify`, `status` and `resume` tell of a repair that was not finished, and `spinreg gc` waits for it.
+`verify`, `status` and `resume` report an unfinished repair, and `spinreg gc` waits for it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
 from spinreg_core.maintenance.verify import Stage, Verdict, verify
-from spinreg_core.runs.head import Head, Made, Repair, list_runs, require_config, require_head
+from spinreg_core.runs.head import HELDOUT, Head, Made, Repair, list_runs, require_config, require_head
 from spinreg_core.runs.lease import RunLease, describe_lease, is_held
 from spinreg_core.runs.manifest import Manifest, Part, Removed
 from spinreg_core.runs.objects import now, read_manifest
@@ -50,14 +49,16 @@ from spinreg_core.store.base import Store
 def begin(
     store: Store, session: RunLease, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
 ) -> list[Stage]:
-    """Steps 1 to 3 for those of these objects of the session's run that are damaged still; returns the stages that are
-    open now. Raises LeaseHeld (another run is being advanced and has one of the objects) and LeaseLost."""
+    """Do steps 1 to 3 for those of these objects of the run that are still damaged. Returns the stages it has opened.
+
+    Raises LeaseHeld if another run that is being advanced has one of the objects, and LeaseLost.
+    """
     verdict = verify(store, session.run, only=damaged)
     stages = _possible(verdict, {verdict.objects[object_id] for object_id in verdict.damaged}, say)
     if not stages:
         return []
-    # With all that a stage makes on its way (answers of an evaluation, an average): it is looked for first. Base, data
-    # and benchmarks are each by itself.
+    # Set aside everything that a stage makes (an average of policies too): a stage takes over what it finds. Base, data
+    # and each benchmark are made independently of each other, although they share a stage.
     taken = {o for o in verdict.damaged if verdict.objects[o] in stages}
     single = ("prepare", "benchmark")
     taken |= {o for o, stage in verdict.objects.items() if stage in stages and stage[1] not in single}
@@ -84,9 +85,11 @@ def begin(
 def stages_to_make(
     store: Store, session: RunLease, config: RunConfig, say: Callable[[str], object] = lambda line: None
 ) -> Iterator[Stage]:
-    """Finish the repair that the head records, if there is one: steps 4 to 6. Yields the stages to make, in their
-    order; each must be committed when the next one is asked for. Those of rounds that were not complete are left open,
-    as they were. Raises as `begin`."""
+    """Finish the repair that the head records, if there is one: steps 4 to 6.
+
+    Yields the stages to make in their order; each must be committed before the next one is requested. Stages of rounds
+    that were not complete are left open. Raises as `begin`.
+    """
     while (repair := session.head.repair) is not None:
         session.check()
         _set_aside(store, session.run, repair.replace)
@@ -101,20 +104,21 @@ def stages_to_make(
 
 
 def _is_missing(store: Store, config: RunConfig, head: Head, made: Stage, opened: Collection[Stage]) -> bool:
-    """Whether a stage was opened by the repair, or a rule removed what it made and an open stage reads that."""
-    object_id = head.stage(*made)
+    """Return whether the repair opened a stage, or a rule removed its object and an open stage reads that."""
+    object_id, (number, stage) = head.stage(*made), made
     if object_id is None:
-        return made in opened
+        # Heads of 0.1.0 do not name the held-out answers that an evaluation needs to be made again.
+        return made in opened or (stage == HELDOUT and (number, "evaluate") in opened)
     return read_manifest(store, object_id) is None and object_id in needed_by_later_stages(config, head)
 
 
 def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> None:
-    """Step 6."""
+    """Do step 6."""
     repair, verdict = session.head.repair, verify(store, session.run, only=())
     assert repair is not None
     others = [o for o, was in repair.was.items() if was is None or verdict.content.get(o) != was]
     stages = _possible(verdict, {stage for o in others for stage in _stages(repair.dependents[o])}, say)
-    # Parts of stages that are open are made from the last rounds, and may be made from these.
+    # Parts of open stages were made from the last rounds, which may include the objects that differ now.
     taken = {o for o, stage in verdict.objects.items() if stage in stages or (others and o in verdict.opened)}
     after = None
     if taken:
@@ -131,8 +135,10 @@ def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> Non
 
 
 def _possible(verdict: Verdict, stages: set[Stage], say: Callable[[str], object]) -> set[Stage]:
-    """Those of these stages that can be made anew: what rules removed of their inputs can be made once more, as it was
-    made from what is there. The others stay as they are, so that the run can go on."""
+    """Return those of these stages that can be made again; the others stay committed, so that the run can continue.
+
+    An input that rules have removed can be made once more if its own inputs are there.
+    """
     while True:
         taken = {o for o, stage in verdict.objects.items() if stage in stages}
         gone = verdict.removed.keys() - taken
@@ -145,7 +151,7 @@ def _possible(verdict: Verdict, stages: set[Stage], say: Callable[[str], object]
             return stages
         for (number, stage), found in sorted(impossible.items()):
             why = f"made from {min(found)}, {verdict.removed[min(found)]}, as was what that is made from"
-            say(f"{stage} of round {number} cannot be made anew and stays as it is: {why}")
+            say(f"{stage} of round {number} cannot be made again and stays as it is: {why}")
         stages = stages - impossible.keys()
 
 
@@ -155,8 +161,8 @@ def _open(head: Head, stages: Collection[Stage]) -> None:
 
 
 def _both(old: Repair, new: Repair) -> Repair:
-    """The record of a repair that finds another one unfinished."""
-    # What was made from the new ones may be among what the old one opened, and then is not in the head.
+    """Return the record of a repair that starts while another one is unfinished."""
+    # Dependents of the new objects may be stages that the old repair has opened, and then the head does not name them.
     behind = _stages(old.stages).union(*map(_stages, old.dependents.values()))
     dependents = {o: _listed(_stages(found) | behind) for o, found in new.dependents.items()}
     dependents |= {o: _listed(_stages(f) | _stages(dependents.get(o, ()))) for o, f in old.dependents.items()}
@@ -172,8 +178,10 @@ def _both(old: Repair, new: Repair) -> Repair:
 def _documents(
     verdict: Verdict, objects: Collection[str], unsound: Callable[[Collection[str] | None], bool]
 ) -> dict[str, str]:
-    """Manifests of objects, and those of their parts that are unsound, by what files they list (None: one that cannot
-    be read): keys, and their tags."""
+    """Return the keys and tags of the manifests of objects, and of those of their parts that are unsound.
+
+    `unsound` gets the keys of the files that a part lists, or None for an unreadable one.
+    """
     return {
         key: tag for key, (tag, files) in verdict.documents.items()
         if key.split("/")[1] in objects and (key.endswith("/manifest.json") or unsound(files))
@@ -181,7 +189,8 @@ def _documents(
 
 
 def _set_aside(store: Store, run: str, replace: Mapping[str, str]) -> None:
-    """Step 4."""
+    """Do step 4."""
+    # Manifests come last: a stage that found a manifest gone and its old parts present would continue from those.
     for key, tag in sorted(replace.items(), key=lambda item: item[0].endswith("/manifest.json")):
         found = store.read_tagged(key)
         if found is None or found[1] != tag:
@@ -197,7 +206,7 @@ def _set_aside(store: Store, run: str, replace: Mapping[str, str]) -> None:
 
 
 def _marked(store: Store, run: str, key: str, raw: bytes) -> Manifest:
-    """A manifest that says it was set aside; of one that cannot be read, no more than that there was one."""
+    """Return a manifest marked as set aside; of an unreadable one only its id and stage are known."""
     try:
         record = documents.parse(store, key, raw, Manifest)
     except (Damaged, BadInput):
@@ -213,11 +222,12 @@ def _marked(store: Store, run: str, key: str, raw: bytes) -> Manifest:
 
 
 def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
-    """Raise LeaseHeld where another run that is being advanced has one of these objects, or will take it over next."""
+    """Raise LeaseHeld if another run that is being advanced has one of these objects or will take it over next."""
     for other in list_runs(store):
         if other == run:
             continue
-        with contextlib.suppress(Damaged, BadInput):  # nobody can commit to a run whose head cannot be read
+        # No process can commit to a run with an unreadable head.
+        with contextlib.suppress(Damaged, BadInput):
             head = require_head(store, other)
             if not is_held(head):
                 continue
@@ -225,7 +235,7 @@ def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
             if shared:
                 raise LeaseHeld(
                     f"run {other!r} is being advanced by {describe_lease(head.lease)} and has {shared[0]} too, "
-                    f"which would be made anew for run {run!r}: wait for it, or cancel it; where its machine is gone, "
+                    f"which would be made again for run {run!r}: wait for it, or cancel it; where its machine is gone, "
                     f"`spinreg run --run {other} --until-round 0` takes the lease and gives it back"
                 )
 

@@ -1,17 +1,16 @@
-"""Which objects the runs of a store need, and which of them the users' rules (`RunConfig.keep`) let go.
+"""The objects that the runs of a store need, and those that the users' rules (`RunConfig.keep`) release.
 
-Decides: that a run which is not finished, or is being advanced, needs everything; that a finished one needs what its
-later rounds would read, and what its rules keep. Leaves out: finding and removing files (`gc.py`).
+Decides: that a run which is unfinished or being advanced needs everything, and that a finished run needs the objects
+its later rounds would read and those its rules keep. Leaves out: finding and removing files (`gc.py`).
 
-What later rounds read is not written down here a second time: rounds are planned ahead (`runs/plans.py`) as if the run
-went on, which works because object ids are fingerprints and not hashes of what comes out.
+The reads of later rounds are not listed here again: rounds are planned ahead (`spinreg_core.runs.stages`) as if the run
+continued. That works because object ids are fingerprints of keys and not hashes of results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from spinreg_core.config import KeepConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
@@ -24,10 +23,14 @@ from spinreg_core.store.base import Store
 
 @dataclass
 class Needs:
-    """`kept`: objects that some run needs, with all their files. `known`: objects that are part of runs, and those
-    runs, or will be part of one. `freed`: objects that the rules of some run let go, and why; others may need them.
-    `notes`: runs whose rules wait, and for what. `complete`: whether all runs are known, so that what is of none is
-    of none indeed."""
+    """The objects that the runs of a store need, as of one reading of all heads.
+
+    kept: objects that a run needs with all their files.
+    known: objects that are or will be part of runs, with the names of the runs they are part of.
+    freed: objects that the rules of a run release, with the rule; another run may need them.
+    notes: runs with rules that wait, and the reasons.
+    complete: whether all runs are known. Otherwise an object of no known run may belong to a run with a lost head.
+    """
 
     kept: set[str] = field(default_factory=set)
     known: dict[str, list[str]] = field(default_factory=dict)
@@ -36,16 +39,18 @@ class Needs:
     complete: bool = True
 
 
-def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[str, Any] | None = None) -> Needs:
-    """What all runs of a store need. `runs`: those whose rules count (default: all; the others keep everything).
-    `keep`: fields of the configuration's group of that name, in place of theirs.
+def store_needs(store: Store, runs: Collection[str] | None = None, keep: Mapping[str, object] | None = None) -> Needs:
+    """Return the needs of all runs of a store.
 
-    Raises BadInput and Damaged where a run cannot be read: it may need anything.
+    `runs` have rules that count (default: all); other runs keep everything. `keep` has fields of the group `keep` of
+    the configuration, which win over those of the runs.
+
+    Raises BadInput and Damaged for an unreadable run: it may need anything.
     """
     needs, runs_here = Needs(), list_runs(store)
     named = {key.split("/")[1] for key in store.list("runs/")} | _empty_folders(store)
     for name in sorted(named - set(runs_here)):
-        needs.complete = False  # its head may have been lost
+        needs.complete = False
         needs.notes.append(f"runs/{name} has no head.json, and what it needs is not known: what no run knows stays. To "
                            "be rid of the run, remove the rest of it")  # fmt: skip
     if not runs_here and needs.complete and store.list("objects/"):
@@ -54,7 +59,7 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
     for run in runs_here:
         head, config = require_head(store, run), require_config(store, run)
         if keep:
-            config = validate(merge(config.model_dump(mode="json"), {"keep": keep}))
+            config = validate(merge(config.model_dump(mode="json"), {"keep": dict(keep)}))
         own, ahead = set(objects_of(config, head)), set(objects_now_and_next(config, head))
         for object_id in own | ahead:
             needs.known.setdefault(object_id, []).extend([run] if object_id in own else [])
@@ -71,7 +76,7 @@ def store_needs(store: Store, runs: Collection[str] | None = None, keep: dict[st
 
 
 def _empty_folders(store: Store) -> set[str]:
-    """Of runs: what a place looks like where no file system is mounted."""
+    """Return the empty folders of `runs/`: each may be the mount point of a file system that is not mounted."""
     runs = store.local_path("runs")
     if runs is None or not runs.is_dir():
         return set()
@@ -79,7 +84,7 @@ def _empty_folders(store: Store) -> set[str]:
 
 
 def waits_for(head: Head) -> str | None:
-    """Why a run may still read any of its objects; None for a finished one."""
+    """Return why a run may still read any of its objects, or None for a finished run."""
     if is_held(head):
         return "is being advanced (where its machine is gone: `spinreg run` of it with --until-round 0 ends that)"
     advance = head.pending_advance
@@ -93,7 +98,7 @@ def waits_for(head: Head) -> str | None:
 
 
 def released_by_rules(config: RunConfig, head: Head) -> dict[str, str]:
-    """Objects of a finished run that its rules let go and its later rounds do not read, with the rule."""
+    """Return the objects of a finished run that its rules release and no later round reads, with the rule."""
     last, keep, found = complete_round(head), config.keep, dict[str, str]()
     if keep.policies != "all":
         rule = f"keep.policies: {keep.policies}"

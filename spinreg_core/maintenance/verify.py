@@ -1,10 +1,9 @@
-"""Is what a run is made of still what was committed? Every byte is read, and nothing is changed.
+"""Check every file of a run against its manifest, without changing anything.
 
-Decides: which objects a run is made of, what counts as damage, and which stages were made from a damaged object.
-Leaves out: making it anew, and why no kill and no lost lease does harm there (`repair.py`), single reads, which are
-checked anyway (`runs/objects.py`).
+Decides: the objects of a run, what counts as damage, and the stages that were made from a damaged object.
+Leaves out: repair (`repair.py`), the checks of single reads (`spinreg_core.runs`).
 
-Parts (shards, checkpoints) of stages that are still open are read too: a stage goes on from them.
+Parts (shards, checkpoints) of open stages are read too, because a stage continues from them.
 """
 
 from __future__ import annotations
@@ -28,13 +27,16 @@ from spinreg_core.store import documents
 from spinreg_core.store.base import NO_RIGHT, Store
 from spinreg_core.store.hashing import sha256_file
 
-Stage = tuple[int, str]  # (round, stage)
+# (round, stage)
+Stage = tuple[int, str]
+# The tag of every manifest and part at the time it was judged, and the keys of the files it lists (None: unreadable).
+Documents = dict[str, tuple[str, list[str] | None]]
 D = TypeVar("D", Manifest, Part)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as it was committed. `file`: its key in the store."""
+    """A difference from what was committed. `file` is a key of the store."""
 
     object_id: str
     file: str
@@ -44,12 +46,16 @@ class Problem:
 
 @dataclass
 class Verdict:
-    """`objects`: every object of the run and the stage that makes it ((0, "prepare") for base and data), and those of
-    open stages of which there is something (`opened`). `dependents`: of each, the committed stages made from it.
-    `made_from`: the other way, as manifests say. `content`: one SHA-256 over what later stages read of an object.
-    `removed`: objects that `spinreg gc` has taken files from, and why; these files are not looked for. `unfinished`:
-    stages that a repair which was begun has opened. `documents`: of every manifest and part its tag when it was judged,
-    and the files that it lists (None: it cannot be read)."""
+    """The result of `verify`.
+
+    objects: every object of the run with the stage that makes it, also those of open stages that have files.
+    opened: the objects of open stages.
+    dependents: for each object, the committed stages that were made from it.
+    made_from: for each object, the objects it was made from, by its manifest.
+    content: for each object, one SHA-256 of what later stages read of it.
+    removed: objects with files that `spinreg gc` has removed, and the reason. These files are not looked for.
+    unfinished: stages that an unfinished repair has opened.
+    """
 
     run: str
     objects: dict[str, Stage] = field(default_factory=dict)
@@ -60,7 +66,7 @@ class Verdict:
     content: dict[str, str] = field(default_factory=dict)
     removed: dict[str, str] = field(default_factory=dict)
     unfinished: list[Stage] = field(default_factory=list)
-    documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
+    documents: Documents = field(default_factory=dict)
     checked: int = 0
     bytes: int = 0
 
@@ -74,7 +80,7 @@ def verify(
 ) -> Verdict:
     """Read every file of a run and compare it with its manifest; with `only`, the files of these objects alone.
 
-    Raises BadInput where there is no such run, Damaged where the run's own head or configuration cannot be read.
+    Raises BadInput if there is no such run, Damaged if the head or configuration of the run cannot be read.
     """
     head, config = require_head(store, run), require_config(store, run)
     committed = objects_of(config, head)
@@ -90,7 +96,8 @@ def verify(
             again = _examined(store, object_id, open_=object_id in opened, hashing=False)
             if again.documents == found.documents:
                 break
-            found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)  # it was being changed
+            # Its documents changed while it was read: the problems may be those of an object in between.
+            found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
         verdict.problems += found.problems
         verdict.documents |= found.documents
         verdict.checked += found.checked
@@ -98,7 +105,8 @@ def verify(
         state = "DAMAGED" if found.problems else "ok"
         if found.record is not None:
             verdict.made_from[object_id] = sorted(set(ids_in(found.record.inputs)))
-            if found.record.removed is None or found.record.removed.repair is None:  # else it is still to be made anew
+            # An object that a repair has set aside is still to be made again, so its content is unknown.
+            if found.record.removed is None or found.record.removed.repair is None:
                 verdict.content[object_id] = _content(found.record, found.parts)
             if found.record.removed_keys:
                 verdict.removed[object_id] = found.record.why_removed
@@ -113,7 +121,7 @@ def verify(
 
 
 def format_verdict(verdict: Verdict) -> str:
-    """A text for people."""
+    """Return a verdict as a text for people."""
     after = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
     if verdict.unfinished:
         stages = ", ".join(f"{stage} of round {number}" for number, stage in verdict.unfinished)
@@ -133,7 +141,7 @@ def format_verdict(verdict: Verdict) -> str:
 
 
 def _strange(store: Store, object_id: str, record: Manifest) -> list[Problem]:
-    """Files that lie in a folder of a policy and that no manifest lists: whoever loads the folder would read them."""
+    """Find unlisted files in the folders of a policy: a library that loads the folder would read them."""
     listed = {entry.key for entry in record.files}
     folders = {key.rpartition("/")[0] for key in listed if key.rpartition("/")[0].endswith(("/policy", "/adapter"))}
     problems = []
@@ -151,25 +159,27 @@ def _strange(store: Store, object_id: str, record: Manifest) -> list[Problem]:
 
 
 def _is_damage(store: Store, key: str, error: StoreRefused) -> bool:
-    """Whether a refusal tells of what lies there: not one of a server, nor one for lack of rights."""
+    """Return whether a refusal means damage: not one of a server, and not one for a lack of rights."""
     return store.local_path(key) is not None and getattr(error.__cause__, "errno", None) not in NO_RIGHT
 
 
 @dataclass
 class _Examined:
-    """An object: its manifest (None: there is none that can be read), its parts that can be read and are not void, and
-    `documents` as of a Verdict."""
+    """An object: its manifest (None if missing or unreadable), its readable parts that are not void, its problems."""
 
     record: Manifest | None = None
     parts: list[Part] = field(default_factory=list)
-    documents: dict[str, tuple[str, list[str] | None]] = field(default_factory=dict)
+    documents: Documents = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     checked: int = 0
     bytes: int = 0
 
 
 def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _Examined:
-    """`open_`: no manifest is asked for, and a stage goes on from the parts. Without `hashing` no problem is found."""
+    """Read an object. Without `hashing` no problem is reported.
+
+    open_: the object belongs to an open stage, which needs no manifest and continues from its parts.
+    """
     found, problems, key = _Examined(), list[Problem](), manifest_key(object_id)
 
     def read(key: str, kind: type[D]) -> D | None:
@@ -188,7 +198,8 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
             document = documents.parse(store, key, tagged[0], kind)
         except (Damaged, BadInput) as error:
             found.documents[key] = tagged[1], None
-            if open_ or key == manifest_key(object_id):  # of a finished stage nobody reads parts
+            # Parts of a finished stage are not read any more.
+            if open_ or key == manifest_key(object_id):
                 problems.append(Problem(object_id, key, str(error), "what spinreg wrote there"))
             return None
         found.documents[key] = tagged[1], [entry.key for entry in document.files]
@@ -204,7 +215,8 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
     if found.record and found.record.sum is not None and found.record.sum != documents.digest(found.record):
         problems.append(Problem(object_id, key, "other content than its sum is of", "what spinreg wrote there"))
     read_by: list[Manifest | Part] = [*([found.record] if found.record else []), *(found.parts if open_ else [])]
-    if open_ and found.record and found.record.removed is not None:  # whoever makes it replaces that
+    # The open stage will replace a manifest that is set aside or marked.
+    if open_ and found.record and found.record.removed is not None:
         read_by.remove(found.record)
     gone = found.record.removed_keys if found.record else frozenset()
     for file, entry in {entry.key: entry for document in read_by for entry in document.files}.items():
@@ -219,8 +231,10 @@ def _examined(store: Store, object_id: str, *, open_: bool, hashing: bool) -> _E
 
 
 def _content(record: Manifest, parts: list[Part]) -> str:
-    """Of what later stages read of an object, as manifest and parts say; of shards the answers alone. The rest (step
-    metrics, say) holds times."""
+    """Return one SHA-256 of what later stages read of an object, by its manifest and parts.
+
+    Other files (step metrics) hold times. Of a shard the drawn answers count, not the file, which holds times too.
+    """
     read = ("policy/", "adapter/", "shards/", "pairs.parquet", "rows.parquet", "train.parquet", "heldout.parquet")
     found = {entry.name: entry.sha256 for entry in record.files if entry.name.startswith(read)}
     keys = {entry.key for entry in record.files}
@@ -234,7 +248,8 @@ def _check(store: Store, object_id: str, entry: File) -> Iterator[Problem]:
     key = entry.key
     try:
         yield from _compared(store, object_id, entry)
-    except FileNotFoundError:  # removed since its size was asked for
+    # The file was removed after its size was read.
+    except FileNotFoundError:
         yield Problem(object_id, key, "no file", f"{entry.size} bytes")
     except StoreRefused as error:
         if not _is_damage(store, key, error):
@@ -254,7 +269,8 @@ def _compared(store: Store, object_id: str, entry: File) -> Iterator[Problem]:
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "file"
-            store.download(key, path)  # not by way of the cache, which has a copy of its own
+            # Not through the cache: its copy may be sound while the file in the store is not.
+            store.download(key, path)
             sha256 = sha256_file(path)
     if sha256 != entry.sha256:
         yield Problem(object_id, key, f"SHA-256 {sha256}", entry.sha256)

@@ -1,6 +1,6 @@
 """Verified local copies of objects: files, parts and folders, checked against their manifests.
 
-Leaves out: writing objects (`objects.py`), the cache itself (`store/cache.py`).
+Leaves out: writing objects (`objects.py`), the cache itself (`spinreg_core.store`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from spinreg_core.errors import Damaged, Removed, StoreRefused
-from spinreg_core.runs.manifest import File, Manifest, Part
+from spinreg_core.runs.manifest import File, Manifest, Part, files_below
 from spinreg_core.runs.objects import require_manifest
 from spinreg_core.store.base import Store, os_errors_as_store_refused
 from spinreg_core.store.cache import fetch_lock, pin, reserve_space
 from spinreg_core.store.hashing import sha256_file
 
-_verified: set[tuple[str, int, int, str]] = set()  # (path, size, mtime_ns, sha256) hashed by this process
+# (path, size, mtime_ns, sha256) of the files that this process has hashed: a policy of many gigabytes is hashed once.
+_verified: set[tuple[str, int, int, str]] = set()
 
 
 def _verify(path: Path, entry: File, where: str) -> None:
@@ -47,10 +48,10 @@ def _sound(path: Path, entry: File) -> bool:
 
 
 def _local(store: Store, entries: Sequence[File]) -> list[Path]:
-    """Verified local files holding the bytes of entries of one object: in place for a folder store, else in the cache.
+    """Return verified local files with the bytes of entries of one object: in place, or in the cache.
 
-    What arrives is hashed; what is there already is hashed when this process uses it first, and by size and time of
-    change whenever it does again. A copy that is not what it was is ours, not the store's: it is fetched anew.
+    A file that arrives is hashed. A file that is there is hashed at its first use in this process, and compared by size
+    and time of change at later ones. A spoilt copy in the cache is fetched again, as the store may still be sound.
     """
     in_place = [path for entry in entries if (path := store.local_path(entry.key)) is not None]
     if len(in_place) == len(entries):
@@ -62,6 +63,7 @@ def _local(store: Store, entries: Sequence[File]) -> list[Path]:
     missing = {path: entry for path, entry in wanted.items() if not _sound(path, entry)}
     if missing:
         with fetch_lock(folder):
+            # Another process may have fetched them while this one waited for the lock.
             missing = {path: entry for path, entry in missing.items() if not _sound(path, entry)}
             with reserve_space([entry.size for entry in missing.values()]) as targets:
                 for (path, entry), target in zip(missing.items(), targets, strict=True):
@@ -80,36 +82,35 @@ def _download(store: Store, entry: File, target: Path) -> None:
 
 
 def fetch_file(store: Store, object_id: str, name: str) -> Path:
-    """A verified local copy of one file of a finished object. Raises Damaged."""
+    """Return a verified local copy of one file of a finished object. Raises Damaged, Removed."""
     record = require_manifest(store, object_id)
-    for entry in record.files:
-        if entry.name == name:
-            return _local(store, _present(store, record, [entry]))[0]
-    raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no file {name!r} in its manifest; expected one")
+    entry = record.file(name)
+    if entry is None:
+        raise Damaged(f"{store.uri(f'objects/{object_id}')}: found no file {name!r} in its manifest; expected one")
+    return _local(store, _present(store, record, [entry]))[0]
 
 
 def fetch_files(store: Store, object_id: str, prefix: str) -> dict[str, Path]:
-    """Verified local copies of all files below `prefix` of a finished object, by name. Raises Damaged."""
+    """Return verified local copies of the files below `prefix` of a finished object, by name.
+
+    Raises Damaged, Removed.
+    """
     record = require_manifest(store, object_id)
-    return _by_name(store, _present(store, record, _below(prefix, record.files)))
-
-
-def _below(prefix: str, files: Iterable[File]) -> list[File]:
-    return [entry for entry in files if entry.name.startswith(f"{prefix}/")]
+    return _by_name(store, _present(store, record, files_below(prefix, record.files)))
 
 
 def _present(store: Store, record: Manifest, entries: list[File]) -> list[File]:
-    """The entries, none of which may have been removed. Raises Removed."""
+    """Return the entries. Raises Removed if garbage collection has taken the file of one of them."""
     removed = record.removed_keys
     for entry in entries:
         if entry.key in removed:
             raise Removed(f"{store.uri(entry.key)}: {record.why_removed}; a run of the same configuration under "
-                          "another name makes it anew")  # fmt: skip
+                          "another name makes it again")  # fmt: skip
     return entries
 
 
 def fetch_part(store: Store, part: Part) -> dict[str, Path]:
-    """Verified local copies of a part's files, by name. Raises Damaged."""
+    """Return verified local copies of a part's files, by name. Raises Damaged."""
     return _by_name(store, part.files)
 
 
@@ -118,17 +119,17 @@ def _by_name(store: Store, entries: Sequence[File]) -> dict[str, Path]:
 
 
 def fetch_folder(store: Store, object_id: str, prefix: str) -> Path:
-    """A verified local folder with the files below `prefix` under their own names. Raises Damaged.
+    """Return a verified local folder with the files below `prefix` under their own names. Raises Damaged, Removed.
 
-    In place for a folder store. For a remote one the folder is made of links to the copies in the cache.
+    The folder is the store's own for a folder store. For a remote store it consists of links to copies in the cache.
     """
     record = require_manifest(store, object_id)
-    return folder_of(store, object_id, _present(store, record, _below(prefix, record.files)), prefix)
+    return folder_of(store, object_id, _present(store, record, files_below(prefix, record.files)), prefix)
 
 
 def folder_of(store: Store, object_id: str, files: Iterable[File], prefix: str) -> Path:
-    """The same, of an object whose manifest, which will list `files`, is still to be written. They must be uploaded."""
-    entries = _below(prefix, files)
+    """Return the folder as `fetch_folder` does, for an object without a manifest yet, from its uploaded files."""
+    entries = files_below(prefix, files)
     if not entries:
         raise Damaged(
             f"{store.uri(f'objects/{object_id}')}: found no files below {prefix!r} in its manifest; expected some"
@@ -136,7 +137,7 @@ def folder_of(store: Store, object_id: str, files: Iterable[File], prefix: str) 
     paths = {name.removeprefix(f"{prefix}/"): path for name, path in _by_name(store, entries).items()}
     in_place = store.local_path(entries[0].key.removesuffix(entries[0].name) + prefix)
     if in_place is not None:
-        # Whoever loads a model looks for files by their names: one that nobody listed would be read unverified.
+        # Libraries that load a model look for files by their names: an unlisted file would be read unverified.
         there = {path.relative_to(in_place).as_posix() for path in in_place.rglob("*") if path.is_file()}
         strange = sorted(name for name in there - paths.keys() if not name.rpartition("/")[2].startswith(".tmp-"))
         if strange:
@@ -148,10 +149,13 @@ def folder_of(store: Store, object_id: str, files: Iterable[File], prefix: str) 
     folder = pin(object_id) / f"{prefix}-{digest}"
     for name, path in paths.items():
         link = folder / name
-        if not link.exists() or not os.path.samefile(link, path):  # none yet, or one to a file that was fetched anew
+        # The link is missing, or it leads to a copy that was spoilt and has been fetched again.
+        if not link.exists() or not os.path.samefile(link, path):
             link.parent.mkdir(parents=True, exist_ok=True)
             temporary = link.with_name(f".tmp-{uuid.uuid4().hex}")
             os.link(path, temporary)
-            os.replace(temporary, link)  # at no instant missing for another process that uses the folder
-            temporary.unlink(missing_ok=True)  # where another process made the same link meanwhile
+            # Replaced in one step, because other processes may be reading the folder. POSIX rename does nothing if both
+            # names are links to one file already (another process was faster), so the temporary name may remain.
+            os.replace(temporary, link)
+            temporary.unlink(missing_ok=True)
     return folder

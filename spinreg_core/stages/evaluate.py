@@ -1,16 +1,16 @@
-"""The stage `evaluate`: held-out metrics, what the game was like, and sample answers of an iterate (round 0: the base).
+"""The stage `evaluate`: held-out metrics, diagnostics of the game, and shown samples of an iterate (round 0: the base).
 
-Decides: which sequences are scored under which policy, and that nothing an earlier evaluation holds is scored
-again. Leaves out: sampling (the stage `generate`), the metrics (`spinreg_core.evaluation`), scoring (`logprobs`).
+Decides: the sequences that each policy scores, without any score that an earlier evaluation holds. Leaves out: sampling
+(the stage `generate`), the metrics (`spinreg_core.evaluation`), scoring (`spinreg_core.logprobs`).
 
 A job's `inputs`: {"data", "policy", "base", "heldout" (this policy's answers to the held-out prompts): object ids,
 "previous", "evaluate_base", "evaluate_previous": object ids, null for the base}.
 
-With y the human answer, y' this policy's sample and y'' the previous one's, iterate n scores y, y', y'' under
-p_n, and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory
-at a time. Leaves `rows.parquet` (columns: `evaluation/heldout.py`), `metrics.json`, and `samples.json`: the first
-`shown_samples` held-out prompts, {"samples": [{"prompt_id", "messages", "answer", "sample", "finish"}]}; of a round,
-each with its `credit` (`evaluation/diagnostics.py`), and "margins": the histogram of the held-out margins.
+With y the human answer, y' this policy's sample and y'' the previous policy's, iterate n scores y, y', y'' under p_n,
+and y' under p_{n-1} and p_0. The other scores are in the two earlier `rows.parquet`. One model is in memory at a time.
+
+Writes `rows.parquet` (columns: `evaluation/heldout.py`), `metrics.json`, and `samples.json` with the first
+`shown_samples` held-out prompts (`evaluation/samples.py`) and, after a round, the histogram "margins" of their margins.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ from spinreg_core.evaluation.formatting import counts, format_estimate, label
 from spinreg_core.evaluation.heldout import ROWS_SCHEMA, heldout_metrics, margins
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import distinct_bigrams
+from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.logprobs.policy import load_for
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.models.chat_template import Renderer
-from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.runs.fetch import fetch_file, fetch_files, fetch_folder
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Manifest
-from spinreg_core.runs.objects import publish, require_manifest
+from spinreg_core.runs.objects import publish
 from spinreg_core.runtime.distributed import Ranks, init_ranks
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.progress import Progress
@@ -52,10 +53,10 @@ Columns = dict[str, list[Any]]
 
 
 def run(job: Job) -> Manifest | None:
-    """Evaluate one iterate. Returns the manifest, None on ranks but the first.
+    """Evaluate one iterate. Returns the manifest on the first rank, None on the others.
 
-    Its metrics are {name: value, ..., "intervals": {name: [low, high]}}. Raises BadInput (a job without the earlier
-    evaluations it needs, a policy whose scores are not finite), Damaged.
+    The metrics of the manifest are {name: value, ..., "intervals": {name: [low, high]}}. Raises BadInput (a job without
+    the earlier evaluations it needs, a policy with scores that are not finite) and Damaged.
     """
     start = time.monotonic()
     store, config = open_store(job.store), job.config
@@ -83,13 +84,7 @@ def run(job: Job) -> Manifest | None:
     table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
     alpha = effective_alpha(config.objective.alpha, job.round)
     beta = of_round(config.objective.beta, max(job.round, 1))
-    metrics = heldout_metrics(
-        table,
-        alpha=alpha,
-        beta=beta,
-        resamples=config.evaluation.bootstrap,
-        seed=config.seed,
-    )
+    metrics = heldout_metrics(table, alpha=alpha, beta=beta, resamples=config.evaluation.bootstrap, seed=config.seed)
     for name, estimate in metrics.items():
         print(f"{label(name, counts([estimate]))}: {format_estimate(estimate)}", flush=True)
 
@@ -97,11 +92,12 @@ def run(job: Job) -> Manifest | None:
     folder.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, folder / "rows.parquet")
     _write_json(folder / "metrics.json", metrics)
-    document: dict[str, Any] = {"samples": _shown(data, rows, len(shown))}
+    samples = _shown(data, rows, len(shown))
+    document: dict[str, object] = {"samples": samples}
     if job.round:
         policy = fetch_folder(store, job.inputs["policy"], "policy")
         credits = credit(tokens, Renderer.from_folder(policy).text, job.inputs, alpha=alpha, beta=beta)
-        for i, sample in enumerate(document["samples"]):
+        for i, sample in enumerate(samples):
             sample["credit"] = {"answer": credits[i], "sample": credits[len(shown) + i]}
         document["margins"] = histogram(margins(table, alpha))
     _write_json(folder / "samples.json", document)
@@ -110,7 +106,7 @@ def run(job: Job) -> Manifest | None:
 
 
 def _earlier(store: Store, job: Job, name: str, data: Columns) -> Columns:
-    """The rows of an earlier evaluation, which is one of the same held-out rows; empty for the base."""
+    """Return the rows of an earlier evaluation of the same held-out rows; empty for the base."""
     object_id = job.inputs[name]
     if (object_id is None) != (job.round == 0):
         raise BadInput(f"evaluate job of round {job.round}, inputs.{name}", object_id,
@@ -125,17 +121,16 @@ def _earlier(store: Store, job: Job, name: str, data: Columns) -> Columns:
 
 
 def _spoken(ids: list[int], *, finished: bool) -> list[int]:
-    """Answer tokens without the end-of-turn that a finished answer has last."""
+    """Return answer tokens without the end-of-turn token of a finished answer."""
     return ids[:-1] if finished else ids
 
 
 def _samples(store: Store, job: Job, prompt_ids: list[str]) -> Columns:
-    """This policy's answers, in the order of the held-out rows."""
+    """Return this policy's answers, in the order of the held-out rows."""
     object_id = job.inputs["heldout"]
+    columns = ["prompt_id", "answer_ids", "text", "finish", "logprobs"]
     found: dict[str, dict[str, Any]] = {}
-    for file in require_manifest(store, object_id).files:
-        path = fetch_file(store, object_id, file.name)
-        columns = ["prompt_id", "answer_ids", "text", "finish", "logprobs"]
+    for path in fetch_files(store, object_id, "shards").values():
         for answer in pq.read_table(path, columns=columns).to_pylist():
             found[answer["prompt_id"]] = answer
     if found.keys() != set(prompt_ids):
@@ -162,7 +157,7 @@ def _scores(
     ranks: Ranks,
     tokens: Tokens,
 ) -> Columns:
-    """Every log-probability column: the earlier evaluations' where they have it, else scored now, model by model."""
+    """Return every log-probability column, from the earlier evaluations if they have it, otherwise scored now."""
     prompts, real = data["prompt_ids"], data["answer_ids"]
     nothing: list[Any] = [None] * len(prompts)
     own = {"real_logp": real, "sample_logp": sample_ids}
@@ -194,8 +189,11 @@ def _score(
     ranks: Ranks,
     tokens: Tokens | None,
 ) -> Columns:
-    """Log-probabilities of answers to `prompts`; work: (policy object, {column: answers}), each policy loaded once.
-    `tokens` are looked at one by one under each."""
+    """Return the log-probabilities of answers to `prompts` by column.
+
+    work: (policy object, {column: answers}), each policy loaded once.
+    tokens: shown answers, which each policy also scores token by token.
+    """
     config = job.config
     progress = Progress("evaluate", sum(len(columns) for _, columns in work) * len(prompts), "sequences")
     found: Columns = {}
@@ -220,13 +218,16 @@ def _score(
             found[name] = values[i * len(prompts) : (i + 1) * len(prompts)]
         if tokens is not None:
             tokens.score(policy, model, config.training.precision)
-        del model  # one at a time
+        # Before the next one is loaded: the GPU may hold one model only.
+        del model
     return found
 
 
 def _tokens_scored(job: Job, table: pa.Table) -> int:
-    """Answer tokens that `_scores` puts through policies, as often as it does. (What is shown token by token, a few
-    rows, is put through once more and not counted.)"""
+    """Return the number of answer tokens that `_scores` puts through policies, counted once per policy.
+
+    The few shown rows, scored token by token, are not counted again.
+    """
     real, samples = pc.sum(table["answer_tokens"]).as_py(), pc.sum(pc.list_value_length(table["sample_ids"])).as_py()
     if job.round == 0:
         return int(real + samples)
@@ -234,8 +235,8 @@ def _tokens_scored(job: Job, table: pa.Table) -> int:
     return int(real + policies * samples + pc.sum(table["previous_sample_tokens"]).as_py())
 
 
-def _shown(data: Columns, rows: Columns, count: int) -> list[dict[str, Any]]:
-    """The first held-out prompts in the order of the data: none is chosen by what was answered."""
+def _shown(data: Columns, rows: Columns, count: int) -> list[ShownSample]:
+    """Return the first held-out prompts in the order of the data, so that no answer decides what is shown."""
     return [
         {
             "prompt_id": data["prompt_id"][i],

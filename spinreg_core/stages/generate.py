@@ -1,18 +1,16 @@
-"""The stage `generate`: iterates answer prompts, shard by shard, each shard committed when it is finished.
+"""The stage `generate`: iterates answer prompts shard by shard, and every finished shard is committed.
 
-Decides: how many engines there are, which of the shards are missing, and what is known when all are there.
-Leaves out: who answers which prompt (`generation/shards.py`), what an engine does (`generation/worker.py`) and how
-several share the work (`generation/pool.py`), decoding (`engines/`), pairing answers with human ones
-(`mix_opponent.py`).
+Decides: the number of engines, the missing shards, and the metrics of the whole. Leaves out: engines, their pool, and
+the iterate of each prompt (`spinreg_core.generation`); pairing with human answers (the stage `mix-opponent`).
 
 A job's `inputs`: {"data": object id, "policies": {"<iterate n>": object id with `policy/`}}. Its `extra`:
 
     rows       "train": the prompts of the job's round. "heldout": every held-out prompt.
-    weights    of the iterates round-1, round-2, ... (rows train only); each answer's is drawn with them.
+    weights    of the iterates round-1, round-2, ... (rows train only); the iterate of each answer is drawn with them.
     geometric  optional: {"share", "alpha"} of answers sampled from the mixture of their iterate with iterate 0.
-    replay_share  optional: of the answers of earlier iterates, how many are not given (`opponent.replay_share`).
+    replay_share  optional: the share of the answers of earlier iterates that are left out (`opponent.replay_share`).
 
-`key["sampler"]["engine"]` names the engine, so that what is run is what was fingerprinted.
+`key["sampler"]["engine"]` names the engine, so that the engine that runs is the one in the fingerprint.
 """
 
 from __future__ import annotations
@@ -39,13 +37,13 @@ from spinreg_core.store.open import open_store
 
 
 def run(job: Job) -> Manifest:
-    """Answer what is not committed yet, then publish. Returns the manifest.
+    """Answer the prompts of missing shards, then publish. Returns the manifest.
 
     Its metrics: `prompts` (answers), `tokens` (sampled), `mean_length` (tokens), `truncated` (share cut off by
-    max_new_tokens), `empty` (answers without text but blanks), `invalid_text` (answers that are no valid UTF-8:
-    their tokens are kept, their text shows U+FFFD), `geometric` (share sampled from the mixture), `tokens_per_second`
-    (of one engine, while answering), `startup_seconds` (loading engines, all attempts together), `replayed` (answers
-    not given, by iterate: pairs of earlier rounds stand for them). Raises BadInput, Damaged.
+    max_new_tokens), `empty` (answers of blanks alone), `invalid_text` (answers that are not valid UTF-8: their tokens
+    are kept, their text shows U+FFFD), `geometric` (share sampled from the mixture), `tokens_per_second` (of one engine
+    while it answers), `startup_seconds` (of loading engines in all attempts), `replayed` (answers left out, by iterate:
+    pairs of earlier rounds replace them). Raises BadInput, Damaged.
     """
     start = time.monotonic()
     store = open_store(job.store)
@@ -115,10 +113,10 @@ def _waves(shards: list[Shard]) -> Iterable[list[Shard]]:
         yield wave
 
 
-def lend(job: Job) -> dict[str, Any]:
-    """On a further machine of a run: answer with all engines of this one what the machine of the flow gives them.
+def lend(job: Job) -> dict[str, str]:
+    """Lend the engines of this machine to a run of another machine, which sends them shards to answer.
 
-    The job's `extra` has the sources as well, as an engine's (`generation/worker.py`).
+    The `extra` of the job also has the sources, as the job of a worker has.
     """
     engine = engine_of(job, Source(*job.extra["sources"][0]))[0]
     offer_workers(job, os.environ[ATTEMPT_VARIABLE], _devices(job, engine))
@@ -126,7 +124,10 @@ def lend(job: Job) -> dict[str, Any]:
 
 
 def _devices(job: Job, engine: str) -> list[dict[str, str]]:
-    """The environment of each engine of this machine: one per GPU, or per `tensor_parallel` GPUs. Raises BadInput."""
+    """Return the environment of each engine of this machine: one per GPU, or per `tensor_parallel` GPUs.
+
+    Raises BadInput if `tensor_parallel` does not divide the number of GPUs.
+    """
     resources = job.config.resources
     tensor_parallel = job.config.generation.tensor_parallel if engine == "vllm" else 1
     if resources.processes in ("auto", 1) and resources.device == "cpu":

@@ -1,7 +1,7 @@
-"""The small JSON documents of the store (heads, manifests, parts, orders, verdicts), typed, and how they are read.
+"""The small JSON documents of the store (heads, manifests, parts, orders, verdicts): their types, reading and writing.
 
-Decides: the schema number and the errors of an unusable document. Undeclared fields may hold anything and are kept.
-Leaves out: what the documents of runs and objects say (`spinreg_core.runs`).
+Decides: the schema number, and the errors for an unusable document. Undeclared fields may hold anything and are kept.
+Leaves out: the documents of runs and objects (`spinreg_core.runs`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SCHEMA = 1
 
 def _inside(name: str) -> str:
     try:
-        return valid_key(name + "/x").removesuffix("/x")  # a key may end in a slash, a file's name may not
+        # A key may end in a slash, the name of a file may not.
+        return valid_key(name + "/x").removesuffix("/x")
     except BadInput as error:
         raise ValueError(str(error).partition("; expected ")[2]) from None
 
@@ -45,24 +46,25 @@ def _finite(value: float) -> float:
 Name = Annotated[str, AfterValidator(_inside)]
 Key = Annotated[str, StringConstraints(pattern=r"^objects/[^/]+/[^/]"), AfterValidator(_inside)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-# Either kind of number stays as it was written: a manifest's sum is over its JSON.
+# An integer stays an integer and a float a float, because the sum of a manifest covers its JSON text.
 Number = Annotated[int | float, AfterValidator(_finite)]
 Round = Annotated[int, Field(ge=0, lt=100_000)]
 
 
 class Document(BaseModel):
-    """A JSON document, or a part of one. Fields that nobody declared are kept as they are."""
+    """A JSON document, or a part of one. Undeclared fields are kept as they are."""
 
     model_config = ConfigDict(extra="allow", strict=True, populate_by_name=True)
 
     @model_serializer(mode="wrap")
     def _leave_out_absent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Optional fields that are None were never written: heads and manifests keep the bytes of earlier versions.
         said: dict[str, Any] = handler(self)
         absent = {info.alias or name for name, info in type(self).model_fields.items() if info.default is None}
         return {name: value for name, value in said.items() if value is not None or name not in absent}
 
     def check(self, where: str, key: str) -> None:
-        """Raise Damaged for a document at `key` that its declared fields alone do not refuse."""
+        """Raise Damaged if the document at `key` breaks a rule that the types of its fields do not express."""
 
     # Index access, until every reader uses attributes.
     def __getitem__(self, name: str) -> Any:
@@ -102,7 +104,7 @@ class Marker(Document):
 
 
 class Usage(Document):
-    """Tokens of one request to a judge; counted by the server, or estimated."""
+    """The tokens of one request to a judge, counted by the server or estimated."""
 
     prompt_tokens: Count
     answer_tokens: Count
@@ -123,12 +125,12 @@ D = TypeVar("D", bound=Document)
 
 
 def plain(document: Document | None) -> Any:
-    """Return a document as plain JSON values, without fields that were never set; None for None."""
+    """Return a document as plain JSON values, without fields that were never set. None stays None."""
     return None if document is None else document.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def fields(document: Document | Mapping[str, object]) -> dict[str, object]:
-    """Return the JSON fields of a stored document, its schema number included."""
+    """Return the JSON fields of a stored document, with its schema number."""
     return {"schema": SCHEMA, **(plain(document) if isinstance(document, Document) else document)}
 
 
@@ -138,13 +140,13 @@ def dump(document: Document | Mapping[str, object]) -> bytes:
 
 
 def digest(manifest: Document) -> str:
-    """Return the SHA-256 of a manifest without what was removed since: its field `sum`."""
+    """Return the SHA-256 of a manifest without `removed`, which changes later: the value of its field `sum`."""
     said = {name: value for name, value in fields(manifest).items() if name not in ("sum", "removed")}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def parse(store: Store, key: str, raw: bytes, kind: Any = None) -> Any:
-    """Return the document in `raw`. Raises Damaged for anything else, BadInput for another schema."""
+    """Return the document in `raw`. Raises Damaged if it is not one, BadInput for another schema."""
     where = store.uri(key)
     try:
         content = json.loads(raw)
@@ -167,7 +169,7 @@ def parse(store: Store, key: str, raw: bytes, kind: Any = None) -> Any:
 
 
 def read(store: Store, key: str, kind: Any = None) -> Any:
-    """Return the document at a key, or None where there is none. Raises as `parse`."""
+    """Return the document at a key, or None if there is none. Raises as `parse`."""
     raw = store.read(key)
     return None if raw is None else parse(store, key, raw, kind)
 

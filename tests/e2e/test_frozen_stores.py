@@ -1,8 +1,8 @@
 """Stores that earlier versions wrote stay usable: read, verified, compared, exported, cleaned, continued, resumed.
 
-tests/data holds, for each version, a store of two finished runs (`store-VERSION.tar.gz`), stores of the same configuration
-killed in the middle of a stage (`interrupted-VERSION.tar.gz`) and the object ids (`ids-VERSION.json`). They are written
-by scripts/freeze_store.py and never change.
+tests/data holds, for each version, a store of two finished runs (`store-VERSION.tar.gz`), stores of the same
+configuration killed in the middle of a stage (`interrupted-VERSION.tar.gz`) and the object ids (`ids-VERSION.json`).
+They are written by scripts/freeze_store.py and never change.
 """
 
 from __future__ import annotations
@@ -16,13 +16,18 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+import spinreg_core
 from flows.cli import main
+from spinreg_core.maintenance.repair import begin
+from spinreg_core.maintenance.verify import verify
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
-from spinreg_core.runs.head import HELDOUT, require_head
+from spinreg_core.runs.head import HELDOUT, require_config, require_head
+from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.objects import manifest_key
 from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
-from tests.support.whole_runs import SMOKE, environment, run
+from tests.support.whole_runs import ROOT, SMOKE, environment, run
 
 DATA = Path(__file__).parents[1] / "data"
 VERSIONS = sorted(path.name.removeprefix("ids-").removesuffix(".json") for path in DATA.glob("ids-*.json"))
@@ -78,6 +83,40 @@ def test_verify_of_a_frozen_store_finds_damage_of_heldout_answers(finished: Path
     shard = next(finished.glob(f"objects/{answers}/data/*/shards/00000.parquet"))
     shard.write_bytes(b"damaged")
     assert main(["verify", "smoke", "--store", str(finished)]) == 74
+
+
+def damage_evaluation(folder: Path) -> str:
+    """Cut the manifest of round 1's evaluation, which alone says from which held-out answers it was made."""
+    object_id = str(require_head(open_store(str(folder)), "smoke").stage(1, "evaluate"))
+    path = folder / manifest_key(object_id)
+    path.write_bytes(path.read_bytes()[:100])
+    return object_id
+
+
+def test_verify_of_a_frozen_store_finds_a_damaged_evaluation(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    object_id = damage_evaluation(finished)
+    assert require_head(open_store(str(finished)), "smoke").stage(1, HELDOUT) is None
+    assert main(["verify", "smoke", "--store", str(finished), "--json"]) == 74
+    found = json.loads(capsys.readouterr().out)
+    assert {problem["object_id"] for problem in found["problems"]} == {object_id}
+
+
+@pytest.mark.slow
+def test_repair_of_a_frozen_store_makes_a_damaged_evaluation_again(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
+    store = open_store(str(finished))
+    heldout = require_head(store, "smoke").stage(1, HELDOUT)
+    object_id = damage_evaluation(finished)
+    with hold_lease(store, require_config(store, "smoke"), "test") as lease:
+        assert begin(store, lease, [object_id]) == [(1, "evaluate")]
+    head = spinreg_core.run(ROOT / SMOKE, store=str(finished), until_round=0).head
+    assert (head.stage(1, HELDOUT), head.stage(1, "evaluate")) == (heldout, object_id)
+    assert head.repair is None
+    assert verify(store, "smoke").problems == []
 
 
 def test_report_of_a_frozen_store_has_the_numbers_it_had(finished: Path) -> None:

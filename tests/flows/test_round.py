@@ -19,7 +19,7 @@ from tasks.context import Context, use_context
     ("error", "ends"),
     [(JudgeAway("a"), False), (StageFailed("a"), False), (StagePreempted("a"), True), (LeaseLost("a"), True)],
 )
-def test_preemption_stops_it_and_a_failure_is_kept_for_the_end(
+def test_measure_with_a_failure_keeps_it_and_with_preemption_stops(
     error: Exception, ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, config = open_store(str(tmp_path / "store")), RunConfig(store=str(tmp_path / "store"))

@@ -1,14 +1,20 @@
-"""Runs whose stages are a few lines that read what the real ones read and make files out of it, by the real `do_stage`.
+"""Runs with toy stages: a few lines read what the real stages read and make files of it, under the library's own loop.
 
-What a run comes to is a function of its configuration: whatever is removed from the store in between.
+What a run comes to is a function of its configuration, whatever is removed from the store in between.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import shutil
+import sys
+import time
+import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +24,16 @@ from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
 from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.runs import fetch, objects
-from spinreg_core.runs.head import HELDOUT, read_head
+from spinreg_core.runs.head import read_head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.loop import do_prepare, do_stage, run_stages
 from spinreg_core.runs.plans import average_key
 from spinreg_core.runs.stages import STAGES, complete_round
 from spinreg_core.store.base import Store
+from spinreg_core.store.folder import FolderStore
+
+Make = Callable[[dict[str, Any], list[bytes]], bytes]
 
 
 class Interrupted(Exception):
@@ -36,116 +45,122 @@ def config(run: str, **groups: Any) -> RunConfig:
     return validate({"run": run} | quiet | groups)
 
 
-def advance(store: Store, config: RunConfig, until: int, *, killed_at: tuple[int, str] | None = None) -> None:
-    """Advance a run as the flow `spin` does. `killed_at`: the stage in whose middle the run ends, with Interrupted."""
-    _killed.clear()
-    with hold_lease(store, config, "test") as session:
+def digest_of(key: dict[str, Any], read: list[bytes]) -> bytes:
+    """The content of a file that a stage makes: a digest of its key and of all it reads."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
+    for content in read:
+        digest.update(content)
+    return digest.hexdigest().encode()
 
-        def start(job: Job, _name: str) -> dict[str, Any]:
-            return toy(store, job)
+
+def advance(
+    store: Store, config: RunConfig, until: int, *, killed_at: tuple[int, str] | None = None, make: Make = digest_of
+) -> None:
+    """Advance a run as the flow `spin` does. `killed_at`: the stage in whose middle the run ends, with Interrupted."""
+    with hold_lease(store, config, "test") as session:
 
         def call(stage: str) -> Callable[[int], object]:
             def do(number: int) -> object:
-                if (number, stage) == killed_at:
-                    _killed.append(job_stage(stage))
-                return do_stage(store, session, config, stage, number, start)
+                toy = ToyStages(store, make, killed=(number, stage) == killed_at)
+                return do_stage(store, session, config, stage, number, toy)
 
             return do
 
+        def prepare() -> None:
+            do_prepare(store, session, config, ToyStages(store, make))
+
         calls = {stage: call(stage) for stage in STAGES}
         for number, stage in stages_to_make(store, session, config):
-            do_prepare(store, session, config, start) if stage == "prepare" else calls[stage](number)
+            prepare() if stage == "prepare" else calls[stage](number)
         session.begin_advance(f"to {until}", None, until)
-        do_prepare(store, session, config, start)
+        prepare()
         for number in range(until + 1):
             run_stages(number, calls)
         session.finish_advance()
 
 
-def job_stage(stage: str) -> str:
-    return "generate" if stage == HELDOUT else stage
+class ToyStages:
+    """Stand in for the processes of stages. `killed`: the process ends in its middle."""
 
+    def __init__(self, store: Store, make: Make, *, killed: bool = False) -> None:
+        self.store, self.make, self.killed = store, make, killed
 
-_killed: list[str] = []
+    def __call__(self, job: Job, name: str) -> dict[str, Any]:
+        made: dict[str, Any] | None = getattr(self, job.stage.replace("-", "_"))(job)
+        return made or {}
 
-
-def toy(store: Store, job: Job) -> dict[str, Any]:
-    """Stand in for a stage's process."""
-    if job.stage == "prepare":
-        base = _publish(store, job, "base", {"model": job.config.model}, {"policy/weights": b"the base"})
+    def prepare(self, job: Job) -> dict[str, Any]:
+        base = self._publish(job, "base", {"model": job.config.model}, {"policy/weights": b"the base"})
         rows = {"train.parquet": b"rows", "heldout.parquet": b"other rows"}
-        return {
-            "base": base,
-            "data": _publish(store, job, "data", {"dataset": job.config.dataset}, rows),
-            "summary": {},
-        }
-    {"generate": _generate, "mix-opponent": _mix, "train": _train, "evaluate": _evaluate}[job.stage](store, job)
-    return {}
+        return {"base": base, "data": self._publish(job, "data", {"dataset": job.config.dataset}, rows)}
 
+    def generate(self, job: Job) -> None:
+        read = [fetch.fetch_file(self.store, job.inputs["data"], "train.parquet").read_bytes()]
+        read += [self._policy(policy) for policy in job.inputs["policies"].values()]
+        names = ["shard-00000", "shard-00001"]
+        committed = objects.usable_parts(self.store, job.object_id)
+        for number, name in enumerate(names):
+            if name not in committed:
+                answers = self.make(job.key | {"shard": number}, read)
+                files = objects.upload(self.store, job, _folder(job, {f"shards/{number:05d}.parquet": answers}))
+                objects.commit_part(self.store, job, name, files, {"drawn": answers.decode()})
+            self._die_if_killed(job)
+        objects.publish(self.store, job, _folder(job, {}), metrics={}, parts=names)
 
-def _generate(store: Store, job: Job) -> None:
-    read = [fetch.fetch_file(store, job.inputs["data"], "train.parquet").read_bytes()]
-    read += [_policy(store, policy) for policy in job.inputs["policies"].values()]
-    names = ["shard-00000", "shard-00001"]
-    committed = objects.usable_parts(store, job.object_id)
-    for number, name in enumerate(names):
-        if name not in committed:
-            answers = _made(job.key | {"shard": number}, read)
-            folder = _folder(job, {f"shards/{number:05d}.parquet": answers})
-            objects.commit_part(store, job, name, objects.upload(store, job, folder), {"drawn": answers.decode()})
-        _perhaps_killed(store, job)
-    objects.publish(store, job, _folder(job, {}), metrics={}, parts=names)
+    def mix_opponent(self, job: Job) -> None:
+        read = [self._policy(job.inputs["previous"]), self._policy(job.inputs["base"])]
+        for generations in (job.inputs["generations"], *(e["generations"] for e in job.inputs["earlier"])):
+            read += [path.read_bytes() for path in fetch.fetch_files(self.store, generations, "shards").values()]
+        # Known scores are read too, and change nothing.
+        for pairs in (*(e["pairs"] for e in job.inputs["earlier"]), *job.extra["scored"]):
+            fetch.fetch_file(self.store, pairs, "pairs.parquet").read_bytes()
+        self._die_if_killed(job)
+        files = {"pairs.parquet": self.make(job.key, read), "summary.json": b"{}"}
+        objects.publish(self.store, job, _folder(job, files), metrics={})
 
+    def train(self, job: Job) -> None:
+        read = [fetch.fetch_file(self.store, job.inputs["pairs"], "pairs.parquet").read_bytes()]
+        read.append(self._policy(job.inputs["previous"]))
+        policy = self.make(job.key, read)
+        checkpoint = objects.upload(self.store, job, _folder(job, {"step-000001/state": b"half of it"}))
+        objects.commit_part(self.store, job, "step-000001", checkpoint, {})
+        self._die_if_killed(job)
+        if job.config.training.average is not None:
+            before, base = job.inputs["before"], job.inputs["base"]
+            key = average_key(job.config.training, job.object_id, before, base)
+            mean = self.make(key, [policy, self._policy(before), self._policy(base)])
+            self._publish(job, "average", key, {"policy/weights": mean}, inputs=key)
+        files = {"policy/weights": policy, "metrics.jsonl": b"{}\n", "summary.json": b"{}"}
+        # Its checkpoint stays, as after a kill right here.
+        objects.publish(self.store, job, _folder(job, files), metrics={})
 
-def _mix(store: Store, job: Job) -> None:
-    read = [_policy(store, job.inputs["previous"]), _policy(store, job.inputs["base"])]
-    for generations in (job.inputs["generations"], *(e["generations"] for e in job.inputs["earlier"])):
-        read += [path.read_bytes() for path in fetch.fetch_files(store, generations, "shards").values()]
-    for pairs in (*(e["pairs"] for e in job.inputs["earlier"]), *job.extra["scored"]):
-        fetch.fetch_file(store, pairs, "pairs.parquet").read_bytes()  # known scores: they change nothing
-    _perhaps_killed(store, job)
-    files = {"pairs.parquet": _made(job.key, read), "summary.json": b"{}"}
-    objects.publish(store, job, _folder(job, files), metrics={})
+    def evaluate(self, job: Job) -> None:
+        self._die_if_killed(job)
+        samples = fetch.fetch_files(self.store, job.inputs["heldout"], "shards").values()
+        read = [path.read_bytes() for path in samples]
+        read += [self._policy(policy) for name in ("policy", "base", "previous") if (policy := job.inputs[name])]
+        for name in ("evaluate_base", "evaluate_previous"):
+            if job.inputs[name]:
+                read.append(fetch.fetch_file(self.store, job.inputs[name], "rows.parquet").read_bytes())
+        files = {"rows.parquet": self.make(job.key, read), "metrics.json": b"{}"}
+        objects.publish(self.store, job, _folder(job, files), metrics={})
 
+    def _policy(self, object_id: str) -> bytes:
+        return (fetch.fetch_folder(self.store, object_id, "policy") / "weights").read_bytes()
 
-def _train(store: Store, job: Job) -> None:
-    read = [fetch.fetch_file(store, job.inputs["pairs"], "pairs.parquet").read_bytes()]
-    read.append(_policy(store, job.inputs["previous"]))
-    policy = _made(job.key, read)
-    folder = _folder(job, {"step-000001/state": b"half of it"})
-    objects.commit_part(store, job, "step-000001", objects.upload(store, job, folder), {})
-    _perhaps_killed(store, job)
-    if job.config.training.average is not None:
-        before, base = job.inputs["before"], job.inputs["base"]
-        key = average_key(job.config.training, job.object_id, before, base)
-        mean = _made(key, [policy, _policy(store, before), _policy(store, base)])
-        if objects.read_manifest(store, objects.fingerprint("average", key)) is None:
-            _publish(store, job, "average", key, {"policy/weights": mean}, inputs=key)
-    files = {"policy/weights": policy, "metrics.jsonl": b"{}\n", "summary.json": b"{}"}
-    objects.publish(store, job, _folder(job, files), metrics={})  # and is killed before it removes its checkpoint
+    def _publish(
+        self, job: Job, stage: str, key: dict[str, Any], files: dict[str, bytes], inputs: dict[str, Any] | None = None
+    ) -> str:
+        made = Job(stage, objects.fingerprint(stage, key), key, job.store, job.writer, job.round, inputs or {},
+                   job.config, job.workdir)  # fmt: skip
+        if objects.read_manifest(self.store, made.object_id) is None:
+            objects.publish(self.store, made, _folder(made, files), metrics={})
+        return made.object_id
 
-
-def _evaluate(store: Store, job: Job) -> None:
-    _perhaps_killed(store, job)
-    samples = fetch.fetch_files(store, job.inputs["heldout"], "shards").values()
-    read = [path.read_bytes() for path in samples]
-    read += [_policy(store, policy) for name in ("policy", "base", "previous") if (policy := job.inputs[name])]
-    for name in ("evaluate_base", "evaluate_previous"):
-        if job.inputs[name]:
-            read.append(fetch.fetch_file(store, job.inputs[name], "rows.parquet").read_bytes())
-    files = {"rows.parquet": _made(job.key, read), "metrics.json": b"{}"}
-    objects.publish(store, job, _folder(job, files), metrics={})
-
-
-def _policy(store: Store, object_id: str) -> bytes:
-    return (fetch.fetch_folder(store, object_id, "policy") / "weights").read_bytes()
-
-
-def _made(key: dict[str, Any], read: list[bytes]) -> bytes:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode())
-    for content in read:
-        digest.update(content)
-    return digest.hexdigest().encode()
+    def _die_if_killed(self, job: Job) -> None:
+        if self.killed:
+            objects.upload(self.store, job, _folder(job, {"torn": b"no manifest will name it"}))
+            raise Interrupted
 
 
 def _folder(job: Job, files: dict[str, bytes]) -> Path:
@@ -157,28 +172,6 @@ def _folder(job: Job, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def _publish(
-    store: Store,
-    job: Job,
-    stage: str,
-    key: dict[str, Any],
-    files: dict[str, bytes],
-    inputs: dict[str, Any] | None = None,
-) -> str:
-    made = Job(stage, objects.fingerprint(stage, key), key, job.store, job.writer, job.round, inputs or {}, job.config,
-               job.workdir)  # fmt: skip
-    if objects.read_manifest(store, made.object_id) is None:
-        objects.publish(store, made, _folder(made, files), metrics={})
-    return made.object_id
-
-
-def _perhaps_killed(store: Store, job: Job) -> None:
-    if _killed and job.stage == _killed[0]:
-        _killed.clear()
-        objects.upload(store, job, _folder(job, {"torn": b"what nobody will name"}))
-        raise Interrupted
-
-
 def outcome(store: Store, run: str) -> dict[str, str]:
     """SHA-256 of every policy and evaluation of a run, as its manifests have them."""
     head = read_head(store, run)
@@ -188,8 +181,9 @@ def outcome(store: Store, run: str) -> dict[str, str]:
         for stage, name in (("train", "policy/weights"), ("evaluate", "rows.parquet")):
             object_id = head.stage(number, stage)
             if object_id is not None:
-                record = objects.require_manifest(store, object_id)
-                (found[f"{name} {number}"],) = (e.sha256 for e in record.files if e.name == name)
+                file = objects.require_manifest(store, object_id).file(name)
+                assert file is not None
+                found[f"{name} {number}"] = file.sha256
     return found
 
 
@@ -197,10 +191,36 @@ def content(store: Store) -> dict[str, bytes | None]:
     return {key: store.read(key) for prefix in ("objects/", "runs/") for key in store.list(prefix)}
 
 
+def make_old(root: Path, days: float = 8) -> None:
+    """Set the times of all files below a folder back, beyond the grace period of `spinreg gc`."""
+    for path in root.rglob("*"):
+        then = time.time() - days * 86400
+        os.utime(path, (then, then))
+
+
+def install_engine(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    """Make this machine one where `engine: auto` stands for `engine`."""
+    vllm = types.ModuleType("vllm")
+    vllm.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", vllm if engine == "vllm" else None)
+
+
+def littered(store: FolderStore) -> None:
+    """Two runs that share, rules, a run that is gone, a stage that was killed, a write that was."""
+    advance(store, config("a", keep={"policies": 1, "generations": "needed"}, opponent={"history": 1}), 2)
+    advance(store, config("b", opponent={"history": 1}), 1)
+    with pytest.raises(Interrupted):
+        advance(store, config("c", seed=5), 1, killed_at=(1, "generate"))
+    with pytest.raises(Interrupted):
+        advance(store, config("d", seed=6), 1, killed_at=(1, "generate"))
+    shutil.rmtree(store.root / "runs" / "c")
+    (store.root / "objects" / ".tmp-x").write_bytes(b"half")
+    make_old(store.root)
+
+
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing waits for a disk, or for lists of installed packages."""
+    """Wait neither for a disk nor for lists of installed packages."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("os.fsync", lambda _: None)
     monkeypatch.setattr("spinreg_core.runs.objects.versions", dict)
-    _killed.clear()

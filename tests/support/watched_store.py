@@ -33,6 +33,16 @@ class Watched:
         return call
 
 
+class Altered:
+    """A store with other functions in place of some calls: `Altered(store, size=...)`."""
+
+    def __init__(self, store: Store, **calls: Callable[..., Any]) -> None:
+        self._store, self._calls = store, calls
+
+    def __getattr__(self, name: str) -> Any:
+        return self._calls.get(name) or getattr(self._store, name)
+
+
 def head_of(store: Store, run: str) -> Head:
     head = read_head(store, run)
     assert head is not None

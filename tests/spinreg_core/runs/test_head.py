@@ -30,11 +30,13 @@ from spinreg_core.config import (
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, LeaseHeld, LeaseLost, SpinregError
 from spinreg_core.runs import head as heads
 from spinreg_core.runs import lease
-from spinreg_core.runs.head import Advance, Entry, Lease, read_head
+from spinreg_core.runs.head import Advance, Entry, Head, Lease, read_head
 from spinreg_core.runs.lease import hold_lease, make_holder
-from spinreg_core.runs.stages import stages_of
+from spinreg_core.runs.stages import complete_round, stages_of
+from spinreg_core.store import documents
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
+from tests.support.watched_store import Altered
 
 QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
 
@@ -42,6 +44,10 @@ QUICK = RunConfig(resources=ResourcesConfig(lease_seconds=2))
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
+
+
+def beat(head: Head) -> None:
+    head.lease.beat += 1
 
 
 def finish_round(session: lease.RunLease, number: int) -> None:
@@ -53,19 +59,19 @@ def advance(store: Store, by: str, *, rounds: int | None = None, until: int | No
     with hold_lease(store, QUICK, by) as session:
         _, target, _ = session.begin_advance(by, rounds, until)
         if work:
-            for number in range(heads.complete_round(session.head) + 1, target + 1):
+            for number in range(complete_round(session.head) + 1, target + 1):
                 finish_round(session, number)
             session.finish_advance()
         return target
 
 
-def test_rounds_advance_by_so_many(store: Store) -> None:
+def test_begin_advance_with_rounds_adds_them(store: Store) -> None:
     assert advance(store, "a") == 1
     assert advance(store, "b", rounds=2) == 3
     assert advance(store, "c", rounds=1) == 4
 
 
-def test_until_round_changes_nothing_when_reached(store: Store) -> None:
+def test_begin_advance_to_a_reached_round_changes_nothing(store: Store) -> None:
     assert advance(store, "a", until=2) == 2
     before = read_head(store, "demo")
     assert advance(store, "b", until=2) == 2
@@ -76,19 +82,19 @@ def test_until_round_changes_nothing_when_reached(store: Store) -> None:
     assert before.advances == after.advances
 
 
-def test_a_rerun_finishes_the_recorded_advance_and_adds_nothing(store: Store) -> None:
+def test_begin_advance_after_a_kill_finishes_the_recorded_one(store: Store) -> None:
     advance(store, "a", rounds=3, work=False)  # killed right after recording it
     assert advance(store, "b", rounds=3) == 3
     assert advance(store, "c", rounds=1) == 4
 
 
-def test_a_retry_of_the_same_flow_run_adds_nothing_even_when_it_was_done(store: Store) -> None:
+def test_begin_advance_by_the_same_flow_run_adds_nothing(store: Store) -> None:
     assert advance(store, "a", rounds=2) == 2
     assert advance(store, "a", rounds=2) == 2
     assert advance(store, "b", rounds=2) == 4
 
 
-def test_a_killed_rerun_between_the_last_commit_and_its_end_adds_nothing(store: Store) -> None:
+def test_begin_advance_after_the_last_commit_adds_nothing(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         _, target, _ = session.begin_advance("a", 1, None)
         finish_round(session, 1)
@@ -99,11 +105,11 @@ def partly(store: Store, by: str, *, rounds: int | None = None, until: int | Non
     """An advance that is killed after round `to`."""
     with hold_lease(store, QUICK, by) as session:
         session.begin_advance(by, rounds, until)
-        for number in range(heads.complete_round(session.head) + 1, to + 1):
+        for number in range(complete_round(session.head) + 1, to + 1):
             finish_round(session, number)
 
 
-def test_somebody_elses_unfinished_advance_stays_unfinished(store: Store) -> None:
+def test_begin_advance_to_a_reached_round_keeps_a_pending_one(store: Store) -> None:
     """A call that asks for nothing new, or a late retry, between a kill and the rerun: still nothing is added."""
     assert advance(store, "a", until=2) == 2
     partly(store, "b", rounds=3, to=3)
@@ -113,13 +119,13 @@ def test_somebody_elses_unfinished_advance_stays_unfinished(store: Store) -> Non
     assert advance(store, "e", rounds=3) == 8
 
 
-def test_a_higher_until_round_takes_the_place_of_an_unfinished_advance(store: Store) -> None:
+def test_begin_advance_to_a_round_replaces_a_pending_one(store: Store) -> None:
     partly(store, "a", rounds=4, to=1)
     assert advance(store, "b", until=2) == 2
     assert advance(store, "c", rounds=1) == 3
 
 
-def test_a_retry_goes_out_from_where_its_advance_began(store: Store) -> None:
+def test_begin_advance_retried_starts_where_it_began(store: Store) -> None:
     """Prefect counts nested flow runs by the order of calls, so a retry must make the same calls."""
     advance(store, "a", rounds=1)
     partly(store, "b", rounds=2, to=2)
@@ -127,16 +133,16 @@ def test_a_retry_goes_out_from_where_its_advance_began(store: Store) -> None:
         assert session.begin_advance("b", 2, None)[:2] == (1, 3)
 
 
-def test_a_round_is_complete_with_its_last_stage(store: Store) -> None:
+def test_complete_round_counts_a_round_with_its_last_stage(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         for stage in stages_of(1)[:-1]:
             session.commit(1, stage, stage)
-        assert heads.complete_round(session.head) == 0
+        assert complete_round(session.head) == 0
         session.commit(1, "evaluate", "evaluate")
-        assert heads.complete_round(session.head) == 1
+        assert complete_round(session.head) == 1
 
 
-def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
+def test_begin_advance_beyond_the_most_rounds_is_refused(tmp_path: Path) -> None:
     """Before, `until_round=1000000` was written to the head, which nothing could read from then on."""
     store = open_store(str(tmp_path))
     for field in ("rounds", "until_round"):
@@ -151,7 +157,7 @@ def test_no_head_says_what_it_cannot_be_read_with(tmp_path: Path) -> None:
     assert read_head(store, "demo") is not None
 
 
-def test_a_committed_stage_is_not_replaced(store: Store) -> None:
+def test_commit_of_another_object_is_refused(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         session.commit(1, "train", "train-x")
         session.commit(1, "train", "train-x")
@@ -162,10 +168,10 @@ def test_a_committed_stage_is_not_replaced(store: Store) -> None:
             session.commit_inputs("base-1", "data-2")
     final = read_head(store, "demo")
     assert final is not None
-    assert heads.final.stage(1, "train") == "train-x"
+    assert final.stage(1, "train") == "train-x"
 
 
-def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
+def test_hold_lease_of_a_held_run_names_the_holder(store: Store) -> None:
     with hold_lease(store, QUICK, "the first"):
         started = time.monotonic()
         with (
@@ -176,7 +182,7 @@ def test_a_second_writer_is_told_who_holds_the_run(store: Store) -> None:
         assert time.monotonic() - started < 2 * QUICK.resources.lease_seconds
 
 
-def test_the_holders_own_patience_counts(store: Store) -> None:
+def test_hold_lease_waits_for_the_holders_own_lease_seconds(store: Store) -> None:
     """A holder that renews every 100 s is not dead because a watcher would have renewed within one."""
     slow = QUICK.model_copy(update={"resources": ResourcesConfig(lease_seconds=300)})
     with hold_lease(store, slow, "slow") as session:
@@ -193,12 +199,12 @@ def test_the_holders_own_patience_counts(store: Store) -> None:
         watcher.start()
         time.sleep(3 * QUICK.resources.lease_seconds)
         assert found == []
-        session.update(lambda head: setattr(head.lease, "beat", 99))  # the holder is seen to live
+        session.update(beat)  # the holder is seen to live
         watcher.join(timeout=60)
         assert isinstance(found[0], LeaseHeld)
 
 
-def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hold_lease_after_a_slow_read_does_not_count_it_as_silence(store: Store) -> None:
     """The holder renews just before the slow first read of the watcher returns, and again within its lease."""
     other = open_store(store.url)
     real: Callable[[str], tuple[bytes, str] | None] = other.read_tagged
@@ -208,17 +214,17 @@ def test_a_read_that_takes_longer_than_the_lease_is_no_silence(store: Store, mon
         def read_tagged(key: str) -> tuple[bytes, str] | None:
             if key == heads.head_key("demo") and slow:
                 time.sleep(slow.pop())
-                session.update(lambda head: setattr(head.lease, "beat", head.lease.beat + 1))
+                session.update(beat)
             return real(key)
 
-        monkeypatch.setattr(other, "read_tagged", read_tagged)
-        with pytest.raises(LeaseHeld, match="the holder"):
-            lease._acquire(other, "demo", make_holder("hasty"), QUICK.resources.lease_seconds)
+        watcher = Altered(other, read_tagged=read_tagged)
+        with pytest.raises(LeaseHeld, match="the holder"), hold_lease(watcher, QUICK, "hasty"):
+            pass
         session.check()
         assert not slow
 
 
-def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: Store) -> None:
+def test_hold_lease_replaces_the_configuration_of_an_unbegun_run(store: Store) -> None:
     wrong = QUICK.model_copy(update={"dataset": "no/such"})
     with hold_lease(store, wrong, "a") as session:
         session.begin_advance("a", 1, None)  # and then prepare refuses the data set
@@ -230,7 +236,7 @@ def test_a_first_start_that_committed_nothing_does_not_use_up_the_name(store: St
         pass
 
 
-def test_a_corrected_first_start_goes_as_far_as_it_says(store: Store) -> None:
+def test_begin_advance_of_a_corrected_start_ignores_the_old_one(store: Store) -> None:
     wrong = QUICK.model_copy(update={"dataset": "no/such"})
     with hold_lease(store, wrong, "a") as session:
         session.begin_advance("a", 30, None)
@@ -238,7 +244,7 @@ def test_a_corrected_first_start_goes_as_far_as_it_says(store: Store) -> None:
 
 
 @pytest.mark.parametrize("gone", ["head.json", "run.json"])
-def test_a_run_that_lost_a_document_is_not_started_anew(store: Store, gone: str) -> None:
+def test_hold_lease_of_a_run_that_lost_a_document_is_refused(store: Store, gone: str) -> None:
     """With the other one kept, a start would begin at epoch 1, or go on with another configuration."""
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
@@ -253,9 +259,7 @@ def test_a_run_that_lost_a_document_is_not_started_anew(store: Store, gone: str)
 
 @pytest.mark.parametrize("key", ["runs/demo/run.json", "runs/demo/head.json"])
 @pytest.mark.parametrize("written", [False, True])
-def test_a_first_start_killed_at_one_of_its_documents_is_completed(
-    store: Store, monkeypatch: pytest.MonkeyPatch, key: str, written: bool
-) -> None:
+def test_hold_lease_after_a_killed_first_start_completes_it(store: Store, key: str, written: bool) -> None:
     real = store.create
 
     def killed(name: str, data: bytes) -> None:
@@ -264,42 +268,37 @@ def test_a_first_start_killed_at_one_of_its_documents_is_completed(
         if name == key:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "create", killed)
-        with pytest.raises(KeyboardInterrupt), hold_lease(store, QUICK, "a"):
-            pass
+    with pytest.raises(KeyboardInterrupt), hold_lease(Altered(store, create=killed), QUICK, "a"):
+        pass
     assert advance(store, "b") == 1
 
 
-def test_a_frozen_first_start_cannot_replace_the_configuration_of_its_successor(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hold_lease_frozen_before_its_write_keeps_the_successors_config(store: Store) -> None:
     """Taken over between its lease and its write, it wakes after the successor has committed."""
     late = QUICK.model_copy(update={"dataset": "late"})
-    real = lease.read_config_with_tag
     frozen: list[int] = []
 
-    def taken_over(place: Store, run: str) -> tuple[RunConfig, str]:
-        found = real(place, run)
-        if frozen:
+    def taken_over(key: str) -> tuple[bytes, str] | None:
+        found = store.read_tagged(key)
+        if frozen or key != heads.config_key("demo"):
             return found
         frozen.append(1)
+        assert found is not None
         head, tag = store.read_tagged("runs/demo/head.json") or (b"", "")
         stolen = json.loads(head) | {"base": "base-1", "data": "data-1"}
         stolen["lease"] = Lease(epoch=9, holder=make_holder("successor"), beat=0).model_dump()
         store.replace("runs/demo/head.json", json.dumps(stolen).encode(), tag)
-        store.replace("runs/demo/run.json", lease._config_document(QUICK, 9), found[1])
+        document = heads.Configuration(config=QUICK.model_dump(mode="json"), epoch=9)
+        store.replace(key, documents.dump(document), found[1])
         return found
 
-    monkeypatch.setattr(lease, "read_config_with_tag", taken_over)
-    with pytest.raises(LeaseLost, match="successor"), hold_lease(store, late, "late"):
+    frozen_store = Altered(store, read_tagged=taken_over)
+    with pytest.raises(LeaseLost, match="successor"), hold_lease(frozen_store, late, "late"):
         pass
     assert heads.read_config(store, "demo") == QUICK
 
 
-def test_a_frozen_start_cannot_replace_what_its_successor_said_to_keep(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hold_lease_frozen_before_its_write_keeps_the_successors_rules(store: Store) -> None:
     """Also where the successor says what was said before, and so has nothing new to write."""
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
@@ -317,22 +316,25 @@ def test_a_frozen_start_cannot_replace_what_its_successor_said_to_keep(
                 pass
         return real(key, data, tag)
 
-    monkeypatch.setattr(store, "replace", late)
     greedy = QUICK.model_copy(update={"keep": KeepConfig(policies=1)})
-    with pytest.raises(LeaseLost), hold_lease(store, greedy, "late"):
+    with pytest.raises(LeaseLost), hold_lease(Altered(store, replace=late), greedy, "late"):
         pass
     assert heads.require_config(store, "demo").keep == KeepConfig(), "which lets nothing go"
 
 
-def test_a_store_that_is_away_does_not_hide_what_ended_the_session(
-    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_close_with_the_store_away_does_not_hide_the_first_error(
+    store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def away(*_: object) -> str:
-        raise OSError("the store is away")
+    reachable = [True]
+
+    def replace(*arguments: Any) -> str:
+        if not reachable:
+            raise OSError("the store is away")
+        return store.replace(*arguments)
 
     def interrupted() -> None:
-        with hold_lease(store, QUICK, "a"):
-            monkeypatch.setattr(store, "replace", away)
+        with hold_lease(Altered(store, replace=replace), QUICK, "a"):
+            reachable.clear()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -344,11 +346,12 @@ def _holder_process(tmp_path: Path) -> subprocess.Popen[str]:
     script = textwrap.dedent(
         """
         import sys, time
-        from spinreg_core.config import MUTABLE_FIELDS, ResourcesConfig, RunConfig
-        from spinreg_core.head import open_session
+        from spinreg_core.config import ResourcesConfig, RunConfig
         from spinreg_core.errors import LeaseLost
-        from spinreg_core.store import open_store
-        with open_session(open_store(sys.argv[1]), RunConfig(resources=ResourcesConfig(lease_seconds=2)), "other") as s:
+        from spinreg_core.runs.lease import hold_lease
+        from spinreg_core.store.open import open_store
+from tests.support.watched_store import Altered
+        with hold_lease(open_store(sys.argv[1]), RunConfig(resources=ResourcesConfig(lease_seconds=2)), "other") as s:
             print("held", flush=True)
             sys.stdin.readline()
             try:
@@ -367,7 +370,7 @@ def _holder_process(tmp_path: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_killed_holder_on_this_machine_is_replaced_at_once(store: Store, tmp_path: Path) -> None:
+def test_hold_lease_replaces_a_dead_holder_at_once(store: Store, tmp_path: Path) -> None:
     process = _holder_process(tmp_path)
     process.kill()
     process.wait()
@@ -377,7 +380,7 @@ def test_a_killed_holder_on_this_machine_is_replaced_at_once(store: Store, tmp_p
         assert time.monotonic() - started < QUICK.resources.lease_seconds
 
 
-def test_a_frozen_holder_loses_the_run_and_cannot_commit_when_it_wakes(store: Store, tmp_path: Path) -> None:
+def test_commit_by_a_frozen_holder_is_refused_when_it_wakes(store: Store, tmp_path: Path) -> None:
     process = _holder_process(tmp_path)
     process.send_signal(signal.SIGSTOP)
     try:
@@ -392,7 +395,7 @@ def test_a_frozen_holder_loses_the_run_and_cannot_commit_when_it_wakes(store: St
         process.kill()
 
 
-def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
+def test_heartbeat_notices_a_stolen_lease(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         found = store.read_tagged("runs/demo/head.json")
         assert found is not None
@@ -415,7 +418,7 @@ def test_a_stolen_lease_is_noticed_by_the_heartbeat(store: Store) -> None:
     assert final.lease.epoch == 9
 
 
-def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -> None:
+def test_hold_lease_with_another_configuration_shows_differences(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     changed = QUICK.model_copy(update={"seed": 7, "until_round": 5, "model": "other"})
@@ -427,7 +430,7 @@ def test_a_changed_configuration_is_refused_with_the_differences(store: Store) -
 
 
 @pytest.mark.parametrize("field", sorted(MUTABLE_FIELDS))
-def test_fields_that_may_change(store: Store, field: str) -> None:
+def test_hold_lease_accepts_changes_of_mutable_fields(store: Store, field: str) -> None:
     values: dict[str, Any] = {
         "rounds": 3, "until_round": 4, "store": "elsewhere", "resources": ResourcesConfig(lease_seconds=3, retries=9),
         "training.activation_checkpointing": "full", "training.checkpoint_every_steps": 3,
@@ -445,7 +448,7 @@ def test_fields_that_may_change(store: Store, field: str) -> None:
         pass
 
 
-def test_what_to_keep_is_what_was_said_last(store: Store) -> None:
+def test_hold_lease_stores_the_rules_that_came_last(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     hurried = {"resources": ResourcesConfig(lease_seconds=3), "keep": KeepConfig(policies=3)}
@@ -454,7 +457,7 @@ def test_what_to_keep_is_what_was_said_last(store: Store) -> None:
     assert heads.read_config(store, "demo") == QUICK.model_copy(update={"keep": KeepConfig(policies=3)})
 
 
-def test_a_run_goes_on_in_the_trackers_that_were_said_last(store: Store) -> None:
+def test_hold_lease_stores_the_trackers_that_came_last(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
     shown = QUICK.model_copy(update={"tracking": TrackingConfig(to=["tensorboard"])})
@@ -463,7 +466,7 @@ def test_a_run_goes_on_in_the_trackers_that_were_said_last(store: Store) -> None
     assert heads.read_config(store, "demo") == shown
 
 
-def test_the_conditions_that_were_said_last_are_gone_on_with(store: Store) -> None:
+def test_hold_lease_stores_the_conditions_that_came_last(store: Store) -> None:
     """`spinreg resume` reads them: what was killed would else be ended by conditions that were taken back."""
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
@@ -473,31 +476,32 @@ def test_the_conditions_that_were_said_last_are_gone_on_with(store: Store) -> No
     assert heads.read_config(store, "demo") == looser
 
 
-def test_an_advance_says_which_conditions_ended_it(store: Store) -> None:
-    until = UntilConfig(kl_base_above=3.0).model_dump(mode="json")
+def test_finish_advance_records_the_conditions_that_ended_it(store: Store) -> None:
+    until = UntilConfig(kl_base_above=3.0)
     with hold_lease(store, QUICK, "a") as session:
         session.begin_advance("first", None, 3)
         session.finish_advance(ended="far away", ended_by=until)
         (first,) = session.head.advances
-        assert first == Advance(by="first", from_=0, to=3, done=True, ended="far away", ended_by=until)
+        said = until.model_dump(mode="json")
+        assert first == Advance(by="first", from_=0, to=3, done=True, ended="far away", ended_by=said)
         session.begin_advance("second", None, 3)
         session.finish_advance()
         assert session.head.advances[-1] == Advance(by="second", from_=0, to=3, done=False)
 
 
-def test_a_lost_acknowledgement_of_a_commit_is_no_conflict(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_with_a_lost_reply_finds_its_own_write(store: Store) -> None:
     """The write happened, the reply did not: the next try must find its own work and go on."""
-    with hold_lease(store, QUICK, "a") as session:
-        real: Callable[..., str] = store.replace
-        calls = []
+    lose: list[int] = []
 
-        def lossy(key: str, data: bytes, tag: str) -> str:
-            calls.append(key)
-            done = real(key, data, tag)
-            if len(calls) == 1:
-                return real(key, data, "stale")  # raises Conflict after the write took effect
-            return done
+    def lossy(key: str, data: bytes, tag: str) -> str:
+        done = store.replace(key, data, tag)
+        if lose:
+            lose.clear()
+            return store.replace(key, data, "stale")  # raises Conflict after the write took effect
+        return done
 
-        monkeypatch.setattr(store, "replace", lossy)
+    with hold_lease(Altered(store, replace=lossy), QUICK, "a") as session:
+        lose.append(1)
         session.commit(1, "train", "train-x")
+        assert not lose
         assert session.head.stage(1, "train") == "train-x"

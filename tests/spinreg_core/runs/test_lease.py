@@ -26,7 +26,7 @@ def other() -> Iterator[Holder]:
 
 
 @pytest.mark.parametrize("problem", [errno.EMFILE, errno.EACCES, errno.ENOENT])
-def test_a_living_holder_that_cannot_be_looked_at_is_not_dead(
+def test_is_dead_of_an_unreadable_living_holder_is_false(
     other: Holder, problem: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.read_text
@@ -41,7 +41,7 @@ def test_a_living_holder_that_cannot_be_looked_at_is_not_dead(
     assert not is_dead(other)
 
 
-def test_a_holder_is_dead_when_it_is_gone_or_its_number_is_another_process(other: Holder) -> None:
+def test_is_dead_is_true_for_an_ended_or_replaced_process(other: Holder) -> None:
     assert not is_dead(other)
     assert not is_dead(make_holder("me"))
     assert is_dead(other.model_copy(update={"identity": f"{other.identity}0"})), "started at another time"

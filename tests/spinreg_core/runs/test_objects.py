@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import uuid
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,9 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, StoreRefused
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Part
 from spinreg_core.store.base import Store
+from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.open import open_store
 
 
@@ -38,7 +39,7 @@ def folder(tmp_path: Path, **files: str) -> Path:
     return root
 
 
-def test_fingerprints_depend_on_everything_and_on_no_order() -> None:
+def test_fingerprint_depends_on_everything_but_the_order() -> None:
     one = objects.fingerprint("train", {"a": 1, "b": [1, 2]})
     assert one == objects.fingerprint("train", {"b": [1, 2], "a": 1})
     others = [
@@ -50,7 +51,7 @@ def test_fingerprints_depend_on_everything_and_on_no_order() -> None:
     assert len({one, *others}) == 5
 
 
-def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
+def test_fetch_after_publish_gives_the_same_files(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=1)
     assert objects.read_manifest(store, j.object_id) is None
     manifest = objects.publish(
@@ -61,7 +62,7 @@ def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
     )
     assert objects.read_manifest(store, j.object_id) == manifest
     assert manifest.metrics == {"loss": 0.5}
-    assert {f["name"] for f in manifest.files} == {"policy/config", "policy/sub/weights", "notes"}
+    assert {f.name for f in manifest.files} == {"policy/config", "policy/sub/weights", "notes"}
     assert fetch.fetch_file(store, j.object_id, "notes").read_text() == "n"
     policy = fetch.fetch_folder(store, j.object_id, "policy")
     assert (policy / "config").read_text() == "{}"
@@ -71,29 +72,29 @@ def test_publish_and_fetch(store: Store, tmp_path: Path) -> None:
         fetch.fetch_file(store, j.object_id, "other")
 
 
-def test_the_first_manifest_wins_and_nothing_of_it_changes(store: Store, tmp_path: Path) -> None:
+def test_publish_of_a_second_attempt_returns_the_first_manifest(store: Store, tmp_path: Path) -> None:
     first, second = job(tmp_path, "e0001-aaaa"), job(tmp_path, "e0002-bbbb")
     won = objects.publish(store, first, folder(tmp_path, f="first"), metrics={})
     assert objects.publish(store, second, folder(tmp_path, f="second"), metrics={}) == won
     assert fetch.fetch_file(store, first.object_id, "f").read_text() == "first"
 
 
-def commit(store: Store, j: Job, name: str, files: Path) -> dict[str, Any]:
+def commit(store: Store, j: Job, name: str, files: Path) -> Part:
     return objects.commit_part(store, j, name, objects.upload(store, j, files), {"rows": 1})
 
 
-def test_a_part_that_is_no_longer_needed_goes_with_its_files_and_nothing_else(store: Store, tmp_path: Path) -> None:
+def test_delete_part_removes_its_files_and_no_others(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=4)
     old = commit(store, j, "step-000001", folder(tmp_path, step1__x="1"))
     new = commit(store, j, "step-000002", folder(tmp_path, step2__x="2"))
     objects.delete_part(store, j.object_id, old)
     objects.delete_part(store, j.object_id, old)  # again after a kill half way
     assert objects.list_parts(store, j.object_id) == {"step-000002": new}
-    assert store.size(old["files"][0]["key"]) is None
+    assert store.size(old.files[0].key) is None
     assert [p.read_text() for p in fetch.fetch_part(store, new).values()] == ["2"]
 
 
-def test_parts_are_committed_once_and_listed_in_the_manifest(store: Store, tmp_path: Path) -> None:
+def test_commit_part_keeps_the_first_and_publish_lists_it(store: Store, tmp_path: Path) -> None:
     j = job(tmp_path, a=2)
     commit(store, j, "shard-00001", folder(tmp_path, shards__00001="b"))
     first = commit(store, j, "shard-00000", folder(tmp_path, shards__00000="a"))
@@ -108,11 +109,11 @@ def test_parts_are_committed_once_and_listed_in_the_manifest(store: Store, tmp_p
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
-def test_damage_is_noticed_where_bytes_are_read(tmp_path: Path, damage: str) -> None:
+def test_fetch_folder_of_a_damaged_file_raises(tmp_path: Path, damage: str) -> None:
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
-    path = store.local_path(manifest.files[0]["key"])
+    path = store.local_path(manifest.files[0].key)
     assert path is not None
     if damage == "missing":
         path.unlink()
@@ -128,23 +129,23 @@ def unreadable(path: Path) -> None:
     path.symlink_to(path)
 
 
-def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
+def test_fetch_folder_of_an_unreadable_file_raises_one_error(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     j = job(tmp_path, a=3)
     manifest = objects.publish(store, j, folder(tmp_path, policy__w="weights"), metrics={})
-    path = store.local_path(manifest.files[0]["key"])
+    path = store.local_path(manifest.files[0].key)
     assert path is not None
     unreadable(path)
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
         fetch.fetch_folder(store, j.object_id, "policy")
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
-        objects.sha256_file(path)
+        sha256_file(path)
     with pytest.raises(StoreRefused, match=r"reading .*/policy/w: found .*Too many levels"):
-        store.size(manifest.files[0]["key"])
+        store.size(manifest.files[0].key)
 
 
 @pytest.mark.slow
-def test_a_damaged_cached_copy_is_fetched_again(
+def test_fetch_file_with_a_damaged_cached_copy_fetches_again(
     s3_server: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
@@ -159,7 +160,7 @@ def test_a_damaged_cached_copy_is_fetched_again(
     assert (fetch.fetch_folder(store, j.object_id, "policy") / "w").read_text() == "weights"
 
 
-def test_manifests_of_another_schema_or_no_manifest_are_refused(tmp_path: Path) -> None:
+def test_read_manifest_of_another_schema_is_refused(tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     store.create("objects/train-1/manifest.json", json.dumps({"schema": 99}).encode())
     with pytest.raises(BadInput, match="schema 99"):

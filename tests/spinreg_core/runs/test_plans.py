@@ -8,7 +8,7 @@ import pytest
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, SpinregError
-from spinreg_core.runs.head import Head
+from spinreg_core.runs.head import HELDOUT, Head
 from spinreg_core.runs.objects import fingerprint
 from spinreg_core.runs.plans import (
     average_key,
@@ -77,25 +77,29 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "changes", "first", "second"), CASES)
-def test_what_makes_another_object(stage: str, changes: dict[str, Any], first: bool, second: bool) -> None:
+def test_plan_with_a_changed_field_makes_another_object(
+    stage: str, changes: dict[str, Any], first: bool, second: bool
+) -> None:
     for round_number, differs in ((1, first), (2, second)):
         assert (object_id(stage, round_number, **changes) != object_id(stage, round_number)) is differs
 
 
 @pytest.mark.parametrize("stage", stages_of(1))
-def test_inputs_are_part_of_the_key(stage: str) -> None:
+def test_plan_with_other_inputs_makes_another_object(stage: str) -> None:
     other = make_head(2, data="data-y", base="base-y")
     assert object_id(stage, 1, other) != object_id(stage, 1, make_head(2))
     changed = make_head(2)
     changed.rounds[1].stages |= {"train": "train-z", "generate": "generate-z", "mix-opponent": "mix-opponent-z"}
+    if stage == HELDOUT:  # of round 2's own policy alone
+        changed.rounds[2].stages["train"] = "train-z"
     assert object_id(stage, 2, changed) != object_id(stage, 2, make_head(2))
 
 
-def test_the_evaluation_of_the_base_is_shared_by_every_alpha() -> None:
+def test_plan_evaluate_of_the_base_is_the_same_for_every_alpha() -> None:
     assert object_id("evaluate", 0, objective__alpha=1.0) == object_id("evaluate", 0, objective__alpha=0.25)
 
 
-def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
+def test_plans_read_earlier_pairs_or_policies_by_source() -> None:
     replay = STAGES["mix-opponent"].plan(config(), make_head(3), 3)
     assert [e["round"] for e in replay.inputs["earlier"]] == [2, 1]
     assert STAGES["generate"].plan(config(), make_head(3), 3).inputs["policies"] == {"2": "train-2"}
@@ -111,7 +115,7 @@ def test_replay_reads_earlier_pairs_and_regenerate_earlier_policies() -> None:
     )
 
 
-def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history() -> None:
+def test_plan_mix_opponent_refers_to_the_iterate_before() -> None:
     for history in (1, 2, "all"):
         plan = STAGES["mix-opponent"].plan(config(opponent__history=history), make_head(3), 3)
         assert plan.inputs["previous"] == "train-2"
@@ -119,19 +123,19 @@ def test_the_reference_of_a_round_is_the_iterate_before_it_whatever_the_history(
         assert STAGES["train"].plan(config(opponent__history=history), make_head(3), 3).inputs["previous"] == "train-2"
 
 
-def test_an_iterate_that_was_never_trained_is_named() -> None:
+def test_policy_object_of_an_untrained_iterate_raises() -> None:
     assert policy_object(make_head(1), 0) == "base-x"
     with pytest.raises(SpinregError, match="no iterate 2"):
         policy_object(make_head(1), 2)
 
 
-def test_heldout_answers_are_one_object_per_iterate() -> None:
+def test_plan_heldout_makes_one_object_per_iterate() -> None:
     ids = {plan_heldout(config(), make_head(2), n).object_id for n in range(3)}
     assert len(ids) == 3
     assert plan_heldout(config(objective__alpha=1.0), make_head(2), 1).object_id in ids
 
 
-def test_averages_play_the_roles_they_are_given() -> None:
+def test_plans_use_averages_in_the_configured_roles() -> None:
     done = make_head(3)
     policy, base = "train-2", "base-x"
     for roles in (["opponent"], ["reference"], ["start"], ["opponent", "reference", "start"]):
@@ -155,7 +159,7 @@ def test_averages_play_the_roles_they_are_given() -> None:
     assert plan_train(config(), done, 3).object_id == plan_train(config(training__average=None), done, 3).object_id
 
 
-def test_averages_and_adapters_do_not_go_together() -> None:
+def test_config_with_average_and_lora_rank_is_refused() -> None:
     with pytest.raises(BadInput, match="average cannot be combined with lora_rank"):
         config(training__average="ema", training__lora_rank=4)
     with pytest.raises(BadInput, match="average_weight needs average"):

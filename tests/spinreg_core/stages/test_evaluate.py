@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +19,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from spinreg_core.config import EvaluationConfig, GenerationConfig, RunConfig, TrainingConfig
-from spinreg_core.errors import BadInput
+from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.heldout import heldout_metrics
 from spinreg_core.evaluation.metrics import GAME, METRICS
 from spinreg_core.logprobs import policy as policy_module
 from spinreg_core.models.chat_template import Renderer
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import fingerprint, publish, read_manifest
+from spinreg_core.runs.manifest import Manifest
+from spinreg_core.runs.objects import fingerprint, publish, read_manifest, require_manifest
 from spinreg_core.stages import evaluate, generate
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -84,21 +86,28 @@ class World:
     root: Path
 
     def job(self, iterate: int, evaluated: Sequence[str] = (), config: RunConfig = CONFIG) -> Job:
-        policies = {str(iterate): self.policies[iterate]}
-        key = {"policies": policies, "data": self.data, "sampler": {"engine": "hf"}}
-        part = {
-            "object_id": fingerprint("generate", key), "key": key, "extra": {"rows": "heldout"},
-            "inputs": {"data": self.data, "policies": policies},
-        }  # fmt: skip
+        """The job of an iterate's evaluation; its held-out answers are sampled unless they are there."""
         inputs = {
             "data": self.data, "policy": self.policies[iterate], "base": self.policies[0],
             "previous": self.policies[iterate - 1] if iterate else None,
             "evaluate_base": evaluated[0] if iterate else None,
             "evaluate_previous": evaluated[iterate - 1] if iterate else None,
+            "heldout": self.heldout(iterate),
         }  # fmt: skip
         key = {"n": iterate, "inputs": inputs, "config": config.model_dump(mode="json")}
         return Job("evaluate", fingerprint("evaluate", key), key, self.store.url, "e0001-test", iterate, inputs,
-                   config, self.root / f"work-{iterate}", {"generate": part})  # fmt: skip
+                   config, self.root / f"work-{iterate}")  # fmt: skip
+
+    def heldout(self, iterate: int) -> str:
+        """This iterate's answers to the held-out prompts."""
+        inputs = {"data": self.data, "policies": {str(iterate): self.policies[iterate]}}
+        key = inputs | {"sampler": {"engine": "hf"}}
+        job = Job("generate", fingerprint("generate", key), key, self.store.url, "e0001-test", iterate, inputs, CONFIG,
+                  self.root / f"answers-{iterate}", {"rows": "heldout"})  # fmt: skip
+        if read_manifest(self.store, job.object_id) is None:
+            job.workdir.mkdir(exist_ok=True)
+            generate.run(job)
+        return job.object_id
 
     def rows(self, object_id: str) -> dict[str, list[Any]]:
         return pq.read_table(fetch_file(self.store, object_id, "rows.parquet")).to_pydict()
@@ -106,7 +115,7 @@ class World:
     def put(self, stage: str, folder: Path) -> str:
         job = Job(stage, fingerprint(stage, {"folder": str(folder)}), {}, self.store.url, "e0001-put", 0, {}, CONFIG,
                   folder)  # fmt: skip
-        return str(publish(self.store, job, folder, metrics={})["object_id"])
+        return publish(self.store, job, folder, metrics={}).object_id
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +144,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made
 
 
+def evaluated_by(job: Job) -> Manifest:
+    manifest = evaluate.run(job)
+    assert manifest is not None
+    return manifest
+
+
 @pytest.fixture(scope="module")
 def evaluated(world: World) -> list[str]:
     """Object ids of the evaluations of iterates 0, 1 and 2."""
     found: list[str] = []
     for iterate in range(3):
-        found.append(evaluate.run(world.job(iterate, found))["object_id"])
+        found.append(evaluated_by(world.job(iterate, found)).object_id)
     return found
 
 
@@ -228,11 +243,10 @@ def test_samples_are_this_policys_own_answers(world: World, evaluated: list[str]
         assert [s["sample"] for s in shown] == rows["sample_text"][:3]
         assert shown[1]["messages"] == json.loads(data["messages"][1])
         seen.append(rows["sample_text"])
-        generated = world.job(iterate, evaluated).extra["generate"]["object_id"]
-        shards = read_manifest(world.store, generated)
-        assert shards is not None
-        assert len(shards["files"]) == 3
-        tables = [pq.read_table(fetch_file(world.store, generated, f["name"])).to_pylist() for f in shards["files"]]
+        generated = world.heldout(iterate)
+        files = require_manifest(world.store, generated).files
+        assert len(files) == 3
+        tables = [pq.read_table(fetch_file(world.store, generated, file.name)).to_pylist() for file in files]
         answers = {answer["prompt_id"]: answer["answer_ids"] for table in tables for answer in table}
         assert rows["sample_ids"] == [answers[prompt_id] for prompt_id in data["prompt_id"]]
     assert len({tuple(texts) for texts in seen}) == 3
@@ -249,28 +263,26 @@ def test_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterat
     later = {"nll_vs_base", "nll_vs_previous", "reward_accuracy", "kl_previous", "margin", "separated", "real_change",
              "generated_change", "length_bias"}  # fmt: skip
     assert {*METRICS, *GAME} <= set(stored) | (later if iterate == 0 else set())
-    manifest = read_manifest(world.store, evaluated[iterate])
-    assert manifest is not None
-    intervals, scored = manifest["metrics"].pop("intervals"), manifest["metrics"].pop("tokens_scored")
+    manifest = require_manifest(world.store, evaluated[iterate])
+    intervals, scored = manifest.metrics.pop("intervals"), manifest.metrics.pop("tokens_scored")
     rows = table.to_pydict()
     human, samples = sum(rows["answer_tokens"]), sum(map(len, rows["sample_ids"]))
     opponents = sum(rows["previous_sample_tokens"]) if iterate else 0
     # Under the iterate all three; its samples under base and previous policy too, which are one in round 1.
     assert scored == human + opponents + samples * (1 + min(iterate, 2))
-    assert manifest["metrics"] == {name: e["value"] for name, e in expected.items()}
+    assert manifest.metrics == {name: e["value"] for name, e in expected.items()}
     assert intervals == {name: [e["low"], e["high"]] for name, e in expected.items()}
 
 
 def test_a_round_that_changed_nothing_shows_as_nothing(world: World, evaluated: list[str]) -> None:
     """Equal policies get one seed and give equal answers: every difference is 0 but for rounding, every pair a tie."""
     still = replace(world, policies=[world.policies[0]] * 2)
-    object_id = evaluate.run(still.job(1, evaluated))["object_id"]
+    object_id = evaluated_by(still.job(1, evaluated)).object_id
     assert world.rows(object_id)["sample_ids"] == world.rows(evaluated[0])["sample_ids"]
-    manifest = read_manifest(world.store, object_id)
-    assert manifest is not None
+    manifest = require_manifest(world.store, object_id)
     zero = ("nll_vs_base", "nll_vs_previous", "kl_base", "kl_previous")
-    assert [manifest["metrics"][name] for name in zero] == pytest.approx([0, 0, 0, 0], abs=1e-5)
-    assert manifest["metrics"]["reward_accuracy"] == 0.5
+    assert [manifest.metrics[name] for name in zero] == pytest.approx([0, 0, 0, 0], abs=1e-5)
+    assert manifest.metrics["reward_accuracy"] == 0.5
 
 
 def test_reward_accuracy_from_the_policies_themselves(world: World, evaluated: list[str]) -> None:
@@ -283,9 +295,8 @@ def test_reward_accuracy_from_the_policies_themselves(world: World, evaluated: l
         return own - ALPHA * previous - (1 - ALPHA) * base
 
     wins = (reward(data["answer_ids"]) > reward(opponents)).mean()
-    manifest = read_manifest(world.store, evaluated[2])
-    assert manifest is not None
-    assert manifest["metrics"]["reward_accuracy"] == pytest.approx(wins)
+    manifest = require_manifest(world.store, evaluated[2])
+    assert manifest.metrics["reward_accuracy"] == pytest.approx(wins)
 
 
 @pytest.mark.parametrize(
@@ -326,29 +337,27 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
     monkeypatch.setattr(evaluate, "score", score)
     monkeypatch.setattr(evaluate, "load_for", load)
     job = world.job(iterate, evaluated)
-    part = job.extra["generate"]
-    sampled_anew = {"generate": part | {"object_id": part["object_id"] + "-again"}}
-    again = replace(job, object_id=job.object_id + "-again", workdir=tmp_path / "work", extra=sampled_anew)
+    again = replace(job, object_id=job.object_id + "-again", workdir=tmp_path / "work")
     evaluate.run(again)
     folders = [str(world.store.local_path(f"objects/{p}/data/e0001-put/policy")) for p in world.policies]
     assert [(folders.index(folder), answers) for folder, answers in calls] == expected
     assert alive == [before] * len(expected)
-    assert world.rows(again.object_id) == world.rows(evaluated[iterate])  # the same seeds: the same samples
+    assert world.rows(again.object_id) == world.rows(evaluated[iterate])
 
 
-def test_samples_that_exist_are_not_sampled_again(
-    world: World, evaluated: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A killed evaluation finds its answers in the store."""
-    monkeypatch.setattr(generate, "run", lambda *_: pytest.fail("sampled again"))
+def test_heldout_answers_to_other_prompts_are_refused(world: World, evaluated: list[str], tmp_path: Path) -> None:
+    """As they are where a shard of them is missing."""
     job = world.job(1, evaluated)
-    again = replace(job, object_id=job.object_id + "-resumed", workdir=tmp_path / "work")
-    assert evaluate.run(again)["object_id"] == again.object_id
+    shard = fetch_file(world.store, job.inputs["heldout"], "shards/00000.parquet")
+    (tmp_path / "shards").mkdir()
+    shutil.copy(shard, tmp_path / "shards")
+    with pytest.raises(Damaged, match="found answers to 5 prompts; expected 12"):
+        evaluate.run(replace(job, inputs=job.inputs | {"heldout": world.put("generate", tmp_path)}))
 
 
 def test_evaluating_again_keeps_what_was_committed_first(world: World, evaluated: list[str], tmp_path: Path) -> None:
     job = replace(world.job(1, evaluated), writer="e0002-late", workdir=tmp_path / "work")
-    assert evaluate.run(job)["writer"] == "e0001-test"
+    assert evaluated_by(job).writer == "e0001-test"
 
 
 def test_a_job_without_the_earlier_evaluations_is_refused(world: World, evaluated: list[str]) -> None:

@@ -24,9 +24,10 @@ from spinreg_core.generation import worker_process as engine_process
 from spinreg_core.generation.shards import SHARD_SCHEMA, Rows, Source, drawn_sources, round_prompts
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runtime.child import run_in_process
 from spinreg_core.runtime.progress import parse
 from spinreg_core.stages import generate
-from spinreg_core.stages.generate import ensure_generations, run
+from spinreg_core.stages.generate import run
 from spinreg_core.store.base import Store
 from tests.support.generation_fixtures import END, HELDOUT, LOADS, PROMPTS, House, by_answer, drawn
 
@@ -34,7 +35,7 @@ from tests.support.generation_fixtures import END, HELDOUT, LOADS, PROMPTS, Hous
 def parts_bytes(store: Store, object_id: str) -> dict[str, tuple[bytes | None, bytes | None]]:
     """Name -> (part file, shard file), as they lie in the store."""
     return {
-        name: (store.read(f"objects/{object_id}/parts/{name}.json"), store.read(part["files"][0]["key"]))
+        name: (store.read(f"objects/{object_id}/parts/{name}.json"), store.read(part.files[0].key))
         for name, part in objects.list_parts(store, object_id).items()
     }
 
@@ -50,7 +51,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
     """Every further commit dies before it happens, as a kill would."""
     real, left = answer_stage.commit_part, [shards]
 
-    def commit(*arguments: Any) -> dict[str, Any]:
+    def commit(*arguments: Any) -> Any:
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
@@ -92,7 +93,7 @@ def test_a_round_by_one_iterate(house: House) -> None:
         assert answer["logprobs"] == pytest.approx(token_logprobs(model, answer["prompt_ids"], ids), abs=1e-4)
     assert len(set(found["finish"].to_pylist())) == 2
     lengths = [len(ids) for ids in found["answer_ids"].to_pylist()]
-    metrics = manifest["metrics"]
+    metrics = manifest.metrics
     assert metrics["prompts"] == 13
     assert metrics["tokens"] == sum(lengths)
     assert metrics["mean_length"] == pytest.approx(sum(lengths) / 13)
@@ -151,9 +152,9 @@ def test_a_killed_stage_goes_on_from_its_shards(
     manifest = run(house.job("killed", iterates=[2, 1], writer="e2-b"))
     after = parts_bytes(house.store, "generate-killed")
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(manifest["files"]) > finished
+    assert len(after) == len(manifest.files) > finished
     assert_equal(house.answers(manifest), whole)  # no row lost or doubled
-    assert manifest["metrics"]["prompts"] == 13
+    assert manifest.metrics["prompts"] == 13
     output = capsys.readouterr().out
     assert f"{finished} of {len(after)} shards were committed before" in output
     assert "13/13 answers (100 %)" in output
@@ -181,9 +182,9 @@ def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monke
         with pytest.raises(KeyboardInterrupt):
             run(house.job("late", iterates=[2]))
     no_engine(monkeypatch)
-    manifest = ensure_generations(house.job("late", iterates=[2], writer="e2-b"))
-    assert manifest["metrics"]["prompts"] == 13
-    assert ensure_generations(house.job("late", iterates=[2], writer="e3-c")) == manifest
+    manifest = run(house.job("late", iterates=[2], writer="e2-b"))
+    assert manifest.metrics["prompts"] == 13
+    assert run(house.job("late", iterates=[2], writer="e3-c")) == manifest
 
 
 def test_another_sampler_than_the_policys_own_is_said(house: House, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,13 +215,13 @@ def test_an_iterate_without_a_policy_is_refused(house: House) -> None:
 
 def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> None:
     whole = house.answers(run(house.job("whole", iterates=[2, 1])))
-    generate.run_in_process(house.job("child", iterates=[2, 1]), "spinreg_core.stages.generate")
+    run_in_process(house.job("child", iterates=[2, 1]), "spinreg_core.stages.generate")
     found = objects.require_manifest(house.store, "generate-child")
     assert_equal(house.answers(found), whole)
     job = house.job("bad", iterates=[2, 1])
     bad = replace(job, inputs=job.inputs | {"policies": {"1": "policy-1"}})
     with pytest.raises(BadInput, match=r"^generate job of round 3: found no policy for iterates \[2\]"):
-        generate.run_in_process(bad, "spinreg_core.stages.generate")
+        run_in_process(bad, "spinreg_core.stages.generate")
 
 
 @pytest.mark.long
@@ -233,7 +234,7 @@ def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: 
         resources = {"kv_cache_tokens": tokens, "processes": processes}
         found = run(house.job(name, **wanted, shard_size=size, resources=resources))
         assert drawn(by_answer(house.answers(found))) == whole
-        assert found["metrics"]["prompts"] == 26
+        assert found.metrics["prompts"] == 26
 
 
 def test_several_answers_to_a_prompt_are_drawn_on_their_own(house: House) -> None:
@@ -254,7 +255,7 @@ def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: Hous
     manifest = run(job)
     rows = by_answer(house.answers(manifest)).values()
     assert 5 < sum(row["geometric"] for row in rows) < 21
-    assert manifest["metrics"]["geometric"] == sum(row["geometric"] for row in rows) / 26
+    assert manifest.metrics["geometric"] == sum(row["geometric"] for row in rows) / 26
     models = [LlamaForCausalLM.from_pretrained(house.root / f"iterate-{n}" / "policy").eval() for n in range(3)]
     for row in rows:
         own = token_table(models[row["iterate"]], row["prompt_ids"], row["answer_ids"])
@@ -263,8 +264,8 @@ def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: Hous
             own = (alpha * own + (1 - alpha) * base).log_softmax(-1)
         expected = own[range(len(row["answer_ids"])), row["answer_ids"]].tolist()
         assert row["logprobs"] == pytest.approx(expected, abs=1e-4)
-    settings = [json.loads(pq.read_schema(house.store.local_path(e["key"])).metadata[b"spinreg"])["mixture"]  # type: ignore[arg-type]
-                for e in manifest["files"]]  # fmt: skip
+    settings = [json.loads(pq.read_schema(house.store.local_path(e.key)).metadata[b"spinreg"])["mixture"]  # type: ignore[arg-type]
+                for e in manifest.files]  # fmt: skip
     assert {"policies": ["policy-2", "policy-0"], "weights": [alpha, 1 - alpha]} in settings
     assert None in settings
 
@@ -310,7 +311,7 @@ def test_each_policy_is_loaded_once(
     assert loaded == [f"policy-{n}" for n in expected]
     gc.collect()
     assert not [model for model in models if model() is not None]
-    metas = {name: part["meta"] for name, part in objects.list_parts(house.store, job.object_id).items()}
+    metas = {name: part.meta for name, part in objects.list_parts(house.store, job.object_id).items()}
     assert {name: meta["drawn"] for name, meta in metas.items()} == alone
     begun = [(m["iterate"], m["geometric"]) for m in metas.values() if m["startup_seconds"] > 0]
     assert sorted(begun) == sorted({(m["iterate"], m["geometric"]) for m in metas.values()})
@@ -329,7 +330,7 @@ def test_each_policy_is_loaded_once_by_each_of_two_engines(
     )
     monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
     run(house.job("two", **settings, resources={"processes": 2}))
-    assert {n: p["meta"]["drawn"] for n, p in objects.list_parts(house.store, "generate-two").items()} == alone
+    assert {n: p.meta["drawn"] for n, p in objects.list_parts(house.store, "generate-two").items()} == alone
     loads = house.loads()
     assert len(loads) == 2, "four sources, and no process but the two engines"
     assert all(len(set(own)) == len(own) for own in loads.values()), loads
@@ -349,8 +350,8 @@ def test_each_vllm_answers_for_one_iterate_and_one_hf_for_all_mixtures(house: Ho
 
 KILLER = """
 import os, sys
-from spinreg_core.engines.hf import HfEngine
-from spinreg_core.stages import answer
+from spinreg_core.generation.hf import HfEngine
+from spinreg_core.generation import worker
 original = HfEngine._decode
 def dies(self, prompts, seeds, sampling, note):
     flag = {flag!r}
@@ -359,7 +360,7 @@ def dies(self, prompts, seeds, sampling, note):
         os.kill(os.getpid(), 9)
     return original(self, prompts, seeds, sampling, note)
 HfEngine._decode = dies
-answer.main(answer.run)
+worker.main(worker.run)
 """
 
 
@@ -385,8 +386,8 @@ def test_a_dead_engines_shards_go_back_to_the_list(
 
 AFTER_COMMIT = """
 import os
-from spinreg_core.stages import answer
-commit = answer.commit_part
+from spinreg_core.generation import worker
+commit = worker.commit_part
 def dies(*arguments):
     part = commit(*arguments)
     flag = {flag!r}
@@ -394,8 +395,8 @@ def dies(*arguments):
         open(flag, "w").close()
         os.kill(os.getpid(), 9)
     return part
-answer.commit_part = dies
-answer.main(answer.run)
+worker.commit_part = dies
+worker.main(worker.run)
 """
 
 
@@ -410,9 +411,9 @@ def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
     manifest = run(house.job("quiet", iterates=[2], resources={"processes": 2}))
     assert (tmp_path / "flag").exists()
     parts = objects.list_parts(house.store, "generate-quiet")
-    writers = {part["files"][0]["key"].split("/")[3] for part in parts.values()}
+    writers = {part.files[0].key.split("/")[3] for part in parts.values()}
     assert len(writers) > 1, "every engine process writes below a name of its own"
-    assert manifest["metrics"]["prompts"] == 13
+    assert manifest.metrics["prompts"] == 13
     assert len(house.answers(manifest)) == 13  # every file has the hash that was committed
     data = list((house.root / "store" / "objects" / "generate-quiet" / "data").rglob("*.parquet"))
     assert len(data) == len(parts), "no shard was answered twice"
@@ -434,7 +435,7 @@ def test_vllm_answers_in_processes_of_their_own(house: House) -> None:
     """Two iterates, so two vLLMs one after the other; each draws what its own policy makes most likely."""
     cold = {"iterates": [2, 1], "temperature": 0.01}
     expected = house.answers(run(house.job("hf", **cold)))
-    found = house.answers(ensure_generations(house.job("vllm", engine="vllm", **cold)))
+    found = house.answers(run(house.job("vllm", engine="vllm", **cold)))
     differ = ["answer_ids", "logprobs", "text", "finish"]
     assert found.drop_columns(differ).equals(expected.drop_columns(differ))
     models = [LlamaForCausalLM.from_pretrained(house.root / f"iterate-{n}" / "policy").eval() for n in range(3)]
@@ -469,6 +470,6 @@ def test_a_round_of_replayed_pairs_alone(house: House) -> None:
     job = house.job("replayed", iterates=[2, 1])
     job = replace(job, extra=job.extra | {"replay_share": 1.0, "weights": [1e-12, 1 - 1e-12]})
     manifest = run(job)
-    assert manifest["metrics"]["replayed"] == {"1": 13}
-    assert manifest["metrics"]["prompts"] == 0
-    assert manifest["files"] == []
+    assert manifest.metrics["replayed"] == {"1": 13}
+    assert manifest.metrics["prompts"] == 0
+    assert manifest.files == []
