@@ -23,13 +23,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Generic, TypedDict, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
 from spinreg_core.benchmarks.judge_client import (
     FIRST_WAIT_SECONDS,
     Budget,
     Endpoint,
     Messages,
+    Reply,
     Stopped,
     endpoint_identity,
     most_prompt_tokens,
@@ -42,7 +43,7 @@ from spinreg_core.runs.objects import now
 from spinreg_core.runtime.progress import Progress
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
-from spinreg_core.store.documents import SCHEMA, Verdict
+from spinreg_core.store.documents import SCHEMA, Usage, Verdict
 
 T = TypeVar("T")
 Both = tuple[Preference | None, Preference | None]  # of a pair, in both orders; None where malformed
@@ -78,16 +79,6 @@ class JudgeRequest:
         return f"verdicts/{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
-class JudgeSettings(TypedDict):
-    """Settings of the judge that can change its verdicts."""
-
-    endpoint: str
-    model: str | None
-    temperature: float
-    max_tokens: int
-    tries: int
-
-
 @dataclass(frozen=True)
 class JudgeVerdicts(Generic[T]):
     """`values`: a verdict per question, in their order; None where none of `judge.tries` answers held one.
@@ -99,10 +90,6 @@ class JudgeVerdicts(Generic[T]):
 
     values: list[T | None]
     cost: dict[str, float]
-
-    @property
-    def malformed(self) -> int:
-        return sum(value is None for value in self.values)
 
 
 @dataclass
@@ -127,12 +114,10 @@ def require_judge(judge: JudgeConfig) -> None:
             raise BadInput(f"judge.{field}", "is not set", f"set it to the {expected}")
 
 
-def settings_of(judge: JudgeConfig) -> JudgeSettings:
+def settings_of(judge: JudgeConfig) -> dict[str, str | float | None]:
     """Return the settings of the judge that belong to the fingerprint of a result."""
-    return {
-        "endpoint": endpoint_identity(judge), "model": judge.model, "temperature": judge.temperature,
-        "max_tokens": judge.max_tokens, "tries": judge.tries,
-    }  # fmt: skip
+    names = ("model", "temperature", "max_tokens", "tries")
+    return {"endpoint": endpoint_identity(judge)} | {name: getattr(judge, name) for name in names}
 
 
 def paid_text(cost: Mapping[str, float]) -> str:
@@ -186,18 +171,9 @@ def ask_judge(
 
         def record_unanswered(messages: Messages) -> None:
             # It counts in full in the payer's budgets, also after a restart.
-            _create(
-                store,
-                f"verdicts/unanswered/{payer}/{uuid.uuid4().hex}.json",
-                {
-                    "request": asdict(JudgeRequest.to(judge, messages, 0)), "content": "", "finish": "unanswered",
-                    "payer": payer,
-                    "usage": {
-                        "prompt_tokens": most_prompt_tokens(messages), "answer_tokens": judge.max_tokens,
-                        "counted": False,
-                    },
-                },
-            )  # fmt: skip
+            most = Reply("", "unanswered", most_prompt_tokens(messages), judge.max_tokens, counted=False)
+            key = f"verdicts/unanswered/{payer}/{uuid.uuid4().hex}.json"
+            _create(store, key, _verdict(JudgeRequest.to(judge, messages, 0), most, payer))
 
         endpoint = Endpoint(judge, budget, stop, record_unanswered, first_wait)
         try:
@@ -242,18 +218,21 @@ def _complete(
         except Exception:
             endpoint.stop.set()
             raise
-        verdict: Verdict = {
-            "request": asdict(request), "content": reply.content, "finish": reply.finish, "payer": payer,
-            "usage": {
-                "prompt_tokens": reply.prompt_tokens, "answer_tokens": reply.answer_tokens, "counted": reply.counted
-            },
-        }  # fmt: skip
+        verdict = _verdict(request, reply, payer)
         try:
             _create(store, request.key, verdict)
         except Conflict:
             # Another run asked at the same time. The verdict that was stored first counts for both runs.
             verdict = _verdict_on(store, request) or verdict
         state.add(verdict, parse)
+
+
+def _verdict(request: JudgeRequest, reply: Reply, payer: str) -> Verdict:
+    usage: Usage = {
+        "prompt_tokens": reply.prompt_tokens, "answer_tokens": reply.answer_tokens, "counted": reply.counted
+    }  # fmt: skip
+    return {"request": asdict(request), "content": reply.content, "finish": reply.finish, "usage": usage,
+            "payer": payer}  # fmt: skip
 
 
 def _verdict_on(store: Store, request: JudgeRequest) -> Verdict | None:

@@ -17,11 +17,10 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal
 
 from spinreg_core.benchmarks.judge import (
     JudgeQuestion,
-    JudgeSettings,
     ask_both_orders,
     paid_text,
     require_judge,
@@ -56,23 +55,9 @@ class Vote:
         return self.questions, self.answers_a, self.answers_b
 
 
-class Agreement(TypedDict):
-    """The document of `spinreg judge-agreement --json`."""
-
-    source: str
-    votes: int
-    pairs: int
-    judge: JudgeSettings
-    prompts: str
-    fingerprint: str
-    bootstrap: int
-    seed: int
-    versions: dict[str, str]
-    metrics: dict[str, Estimate]
-    cost: dict[str, float]
-
-
-def agreement(store: Store, config: RunConfig, source: str, limit: int | None = None) -> tuple[str, Agreement]:
+def agreement(
+    store: Store, config: RunConfig, source: str, limit: int | None = None
+) -> tuple[str, Mapping[str, object]]:
     """Have the pairs of `source` judged and compare. Returns a text and the same as JSON.
 
     source: `human` or `gpt4_pair`, splits of the published data on the hub, or a file (Parquet, JSON lines). limit: use
@@ -99,13 +84,18 @@ def agreement(store: Store, config: RunConfig, source: str, limit: int | None = 
     for vote, orders in zip(pairs.values(), both, strict=True):
         failed[vote.question_id] += [value is None for value in orders]
     metrics["malformed"] = _share(failed, resamples=config.evaluation.bootstrap, seed=config.seed)
-    document: Agreement = {
+    lines = [f"{config.judge.model} on {len(votes)} votes about {len(pairs)} pairs of answers"]
+    for name, what in (("with_ties", "agreement, ties included"), ("without_ties", "agreement where neither is a tie"),
+                       ("malformed", "malformed verdicts")):  # fmt: skip
+        if (found := metrics.get(name)) is not None:
+            interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+            lines.append(f"{what}: {found['value']:.3f}{interval}, n = {found['n']}")
+    return "\n".join([*lines, paid_text(cost)]), {
         "source": source, "votes": len(votes), "pairs": len(pairs), "judge": settings_of(config.judge),
         "prompts": prompts.sha256, "fingerprint": fingerprint("votes", {"votes": [repr(vote) for vote in votes]}),
         "bootstrap": config.evaluation.bootstrap, "seed": config.seed, "versions": versions(),
         "metrics": metrics, "cost": cost,
     }  # fmt: skip
-    return _text(document), document
 
 
 def combined(as_given: Preference | None, swapped: Preference | None) -> Winner | None:
@@ -212,13 +202,3 @@ def _messages(prompts: Prompts, vote: Vote, *, swapped: bool) -> Messages:
         "pair-v2-multi-turn", question_1=vote.questions[0], question_2=vote.questions[1],
         answer_a_1=a[0], answer_a_2=a[1], answer_b_1=b[0], answer_b_2=b[1],
     )  # fmt: skip
-
-
-def _text(document: Agreement) -> str:
-    lines = [f"{document['judge']['model']} on {document['votes']} votes about {document['pairs']} pairs of answers"]
-    for name, what in (("with_ties", "agreement, ties included"), ("without_ties", "agreement where neither is a tie"),
-                       ("malformed", "malformed verdicts")):  # fmt: skip
-        if (found := document["metrics"].get(name)) is not None:
-            interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
-            lines.append(f"{what}: {found['value']:.3f}{interval}, n = {found['n']}")
-    return "\n".join([*lines, paid_text(document["cost"])])

@@ -293,11 +293,3 @@ def _failure(job: Job, status: int, output: list[str]) -> Exception:
             return BadInput.from_message(message) if code == EXIT_BAD_INPUT else Damaged(message)
     end = "\n".join(f"  {line}" for line in output[-20:])
     return StageFailed(f"lm-eval {job.key['name']}: exit status {status}; the end of its output:\n{end}")
-
-
-def run(job: Job) -> dict[str, Any]:
-    """Measure one part. Returns its manifest."""
-    ((_, found),) = run_all([job])
-    if isinstance(found, Exception):
-        raise found
-    return found

@@ -26,6 +26,7 @@ from typing import Any, TypedDict
 from spinreg_core.benchmarks.lm_eval import SEEDS, chat_arguments, installed
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
+from spinreg_core.formatting import first_line
 from spinreg_core.runtime.distributed import resolve_device
 from spinreg_core.runtime.progress import Progress
 
@@ -154,10 +155,10 @@ def load_task(manager: Any, name: str) -> LoadedTasks:
     try:
         found = manager.load([name])
     except ImportError as error:
-        raise BadInput(where, f"{name}, which needs a package that is not installed here: {_first_line(error)}",
+        raise BadInput(where, f"{name}, which needs a package that is not installed here: {first_line(error)}",
                        "install the packages of the task, such as `lm-eval[ifeval]`") from error  # fmt: skip
     except Exception as error:
-        raise BadInput(where, f"{name}, but its data cannot be loaded: {type(error).__name__}: {_first_line(error)}",
+        raise BadInput(where, f"{name}, but its data cannot be loaded: {type(error).__name__}: {first_line(error)}",
                        "data on the hub, or on this machine through benchmarks.include_path") from error  # fmt: skip
     unsafe = [task for task, one in found["tasks"].items() if getattr(one, "UNSAFE_CODE", False)]
     if unsafe:
@@ -183,13 +184,9 @@ def check_task(manager: Any, name: str, fewshot: int | None) -> dict[str, int]:
         try:
             task.build_all_requests(limit=1, rank=0, world_size=1)
         except Exception as error:
-            found = f"{number} examples for {task_name}: {type(error).__name__}: {_first_line(error)}"
+            found = f"{number} examples for {task_name}: {type(error).__name__}: {first_line(error)}"
             raise BadInput("benchmarks.fewshot", found, "no more examples than the data of the task hold") from error
     return {"documents": sum(len(task.eval_docs) for task in loaded.tasks.values()), "fewshot": max(given)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["no message"])[0][:300]
 
 
 def model_arguments(folder: Path, config: RunConfig, backend: str, device: str) -> dict[str, Any]:

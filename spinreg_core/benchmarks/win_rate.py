@@ -25,7 +25,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -33,7 +33,6 @@ import pyarrow.parquet as pq
 from spinreg_core.benchmarks.judge import (
     Both,
     JudgeQuestion,
-    JudgeSettings,
     ask_both_orders,
     paid_text,
     require_judge,
@@ -74,30 +73,6 @@ class Pair:
     question: str
     own: str
     other: str
-
-
-class PairSettings(TypedDict):
-    """Settings that a win rate depends on, next to prompts and answers."""
-
-    judge: JudgeSettings
-    prompts: int
-    identical: int
-    limit: int | None
-    bootstrap: int
-    seed: int
-
-
-class RunsWinRate(TypedDict):
-    """The document of `spinreg win-rate --json`."""
-
-    run: str
-    other: str
-    round: int
-    metrics: dict[str, Estimate]
-    settings: PairSettings
-    fingerprints: dict[str, Any]
-    versions: dict[str, str]
-    cost: dict[str, float]
 
 
 def require_win_rate_files(config: RunConfig) -> None:
@@ -163,7 +138,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def win_rate_of_runs(
     store: Store, config: RunConfig, run: str, other: str, number: int | None = None
-) -> tuple[str, RunsWinRate]:
+) -> tuple[str, Mapping[str, object]]:
     """Have the samples of the same iterate of two runs judged. Returns a text and the same as JSON.
 
     config: judge, `benchmarks.win_rate_prompts`, seed and resamples of the bootstrap. number: the iterate of both runs;
@@ -197,8 +172,8 @@ def win_rate_of_runs(
     payer = fingerprint("win-rate-of-runs", {"settings": settings, "fingerprints": fingerprints})
     metrics, _, cost = judge_pairs(store, config, pairs, prompts, payer=payer)
     lines = [
-        f"{run} against {other}, round {number}, {settings['prompts']} prompts, "
-        f"judged by {settings['judge']['model']} in both orders; 95 % intervals over prompts"
+        f"{run} against {other}, round {number}, {len(pairs)} prompts, "
+        f"judged by {config.judge.model} in both orders; 95 % intervals over prompts"
     ]
     lines += [f"{name}: {format_estimate(one)} {one['unit']}, n {one['n']}" for name, one in metrics.items()]
     return "\n".join([*lines, paid_text(cost)]), {
@@ -228,7 +203,7 @@ def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> 
     return [Pair(name, conversation_text(json.loads(messages)), own, other) for name, messages, own, other in rows]
 
 
-def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> PairSettings:
+def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> Mapping[str, object]:
     return {
         "judge": settings_of(config.judge), "prompts": len(pairs),
         "identical": sum(pair.own == pair.other for pair in pairs),

@@ -85,14 +85,14 @@ METRICS: dict[str, Metric] = {
         "end-of-turn rate",
         "share",
         None,
-        "Share of sampled answers that ended by themselves before the length limit.",
+        "Share of sampled answers that ended before the length limit.",
     ),
     "distinct_2": Metric(
         "distinct-2",
         "share",
         None,
         "Different token bigrams divided by all token bigrams of an answer, averaged over answers of at least two "
-        "tokens (end-of-turn excluded). It sees repetition within an answer, not likeness between answers.",
+        "tokens (end-of-turn excluded). It measures repetition within an answer, not similarity between answers.",
     ),
 }
 # Diagnostics of a round, shown next to the metrics. Neither direction is better in itself.
@@ -114,8 +114,8 @@ GAME: dict[str, Metric] = {
         "log p of human answers",
         "nats/answer",
         None,
-        "Mean change of log p of the held-out human answers against the previous policy. That it falls is the known "
-        "disease of such losses.",
+        "Mean change of log p of the held-out human answers against the previous policy. A fall is a known failure mode "
+        "of such losses.",
     ),
     "generated_change": Metric(
         "log p of generated answers",
@@ -128,7 +128,7 @@ GAME: dict[str, Metric] = {
         "correlation",
         None,
         "Pearson correlation over held-out prompts between the margin and by how many tokens the human answer is "
-        "longer than the previous policy's sample. Near 1 or -1 it is length that is told apart.",
+        "longer than the previous policy's sample. Near 1 or -1 the margin measures length.",
     ),
     "entropy": Metric(
         "entropy",
@@ -140,8 +140,8 @@ GAME: dict[str, Metric] = {
         "sampler - scorer",
         "nats/answer",
         None,
-        "Mean of log p of the policy's samples as the sampling engine told it, minus the scorer's. Not near 0: the "
-        "sampled policy is not the scored one.",
+        "Mean of log p of the policy's samples as reported by the sampling engine, minus the scorer's. If it is not near "
+        "0, the sampled policy is not the scored one.",
     ),
 }
 SEPARATED = 2.0  # beta times margin

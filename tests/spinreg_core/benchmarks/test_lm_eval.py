@@ -226,7 +226,7 @@ def test_a_task_that_needs_more_than_lm_eval(tmp_path: Path) -> None:
     """As IFEval does, whose packages come with the extra."""
     folder = write_tasks(tmp_path / "tasks")
     (folder / "judging.py").write_text("import a_package_that_nobody_has\n")
-    with pytest.raises(BadInput, match="broken, which needs a package that is not .*a_package_that_nobody_has"):
+    with pytest.raises(BadInput, match=r"broken, which needs a package that is not .*a_package_that_nobody_has"):
         load_task(own_manager(folder), "broken")
 
 
