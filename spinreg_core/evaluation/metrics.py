@@ -114,8 +114,8 @@ GAME: dict[str, Metric] = {
         "log p of human answers",
         "nats/answer",
         None,
-        "Mean change of log p of the held-out human answers against the previous policy. A fall is a known failure mode "
-        "of such losses.",
+        "Mean change of log p of the held-out human answers against the previous policy. A fall is a known failure "
+        "mode of such losses.",
     ),
     "generated_change": Metric(
         "log p of generated answers",
@@ -140,8 +140,8 @@ GAME: dict[str, Metric] = {
         "sampler - scorer",
         "nats/answer",
         None,
-        "Mean of log p of the policy's samples as reported by the sampling engine, minus the scorer's. If it is not near "
-        "0, the sampled policy is not the scored one.",
+        "Mean of log p of the policy's samples as reported by the sampling engine, minus the scorer's. If it is not "
+        "near 0, the sampled policy is not the scored one.",
     ),
 }
 SEPARATED = 2.0  # beta times margin

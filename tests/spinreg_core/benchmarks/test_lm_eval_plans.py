@@ -1,4 +1,4 @@
-"""Which objects tasks of lm-eval go into, and what is refused before lm-eval is loaded."""
+"""Keys of lm-eval's tasks, and errors that are found before lm-eval is loaded."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from spinreg_core.benchmarks import lm_eval
 from spinreg_core.benchmarks.registry import parts_of, plan_benchmark
 from spinreg_core.config import DataConfig, RunConfig
 from spinreg_core.errors import BadInput
 from tests.support.benchmark_data import write_tasks
+from tests.support.builders import make_config
 
 LOCAL = Path(__file__).resolve().parents[3] / "deployments/lm_eval_local"
 HEAD: dict[str, Any] = {"run": "r", "base": "base-1", "rounds": [{"round": 1, "stages": {"train": "train-1"}}]}
 
 
 def config(**benchmarks: Any) -> RunConfig:
-    return RunConfig.model_validate({"benchmarks": {"tasks": ["gsm8k"], "backend": "hf"} | benchmarks})
+    return make_config(benchmarks={"tasks": ["gsm8k"], "backend": "hf"} | benchmarks)
 
 
 def ids(configuration: RunConfig, iterate: int = 0) -> list[str]:
     return [plan.object_id for plan in lm_eval.plans(configuration, HEAD, iterate)]
 
 
-def test_the_leaderboard() -> None:
+def test_plans_leaderboard_has_its_tasks_and_examples() -> None:
     plans = lm_eval.plans(config(tasks=["leaderboard", "ifeval"], limit={"mmlu": 3}, fewshot={"gsm8k": 8}), HEAD, 0)
     assert {plan.key["name"]: (plan.key["fewshot"], plan.key["limit"]) for plan in plans} == {
         "arc_challenge": (25, None), "hellaswag": (10, None), "mmlu": (5, 3), "truthfulqa_mc2": (0, None),
@@ -39,7 +39,7 @@ def test_the_leaderboard() -> None:
     assert by_itself.key["fewshot"] is None
 
 
-def test_adding_a_task_leaves_the_others_where_they_are() -> None:
+def test_plans_added_task_keeps_other_objects() -> None:
     assert ids(config(tasks=["piqa", "gsm8k"]))[1:] == ids(config())
 
 
@@ -47,23 +47,23 @@ def test_adding_a_task_leaves_the_others_where_they_are() -> None:
     "fields",
     [{"limit": 5}, {"fewshot": {"gsm8k": 3}}, {"questions_as": "chat"}, {"backend": "vllm"}],
 )
-def test_what_can_change_a_number_changes_the_object(fields: dict[str, Any]) -> None:
+def test_plans_result_settings_change_the_object(fields: dict[str, Any]) -> None:
     assert ids(config(**fields)) != ids(config())
 
 
-def test_so_do_precision_and_policy() -> None:
+def test_plans_precision_and_policy_change_the_object() -> None:
     other = config().model_copy(update={"training": RunConfig().training.model_copy(update={"precision": "bf16"})})
     assert ids(other) != ids(config())
     assert ids(config(), 1) != ids(config(), 0)
 
 
-def test_what_cannot_does_not() -> None:
+def test_plans_seed_and_batch_size_keep_the_object() -> None:
     """Runs of another seed share what their base was measured with."""
     assert ids(config().model_copy(update={"seed": 5})) == ids(config())
     assert ids(config(batch_size=2)) == ids(config())
 
 
-def test_the_include_path_counts_by_its_content(tmp_path: Path) -> None:
+def test_plans_include_path_counts_by_content(tmp_path: Path) -> None:
     one, two = write_tasks(tmp_path / "one"), tmp_path / "two"
     two.mkdir()
     for path in one.iterdir():
@@ -75,7 +75,7 @@ def test_the_include_path_counts_by_its_content(tmp_path: Path) -> None:
     assert ids(config(include_path=str(one))) != ids(config(include_path=str(two)))
 
 
-def test_large_files_of_it_count_too(tmp_path: Path) -> None:
+def test_plans_large_file_of_include_path_counts(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     (folder / "large.bin").write_bytes(b"a" * 2_000_000)
     before = ids(config(include_path=str(folder)))
@@ -94,7 +94,7 @@ def data(folder: Path) -> Path:
     return folder
 
 
-def test_data_on_this_machine_count_by_their_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_local_data_counts_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the task files of deployments/lm_eval_local read, whichever folder it is in."""
     monkeypatch.delenv(lm_eval.DATA_VARIABLE, raising=False)
     local = config(include_path=str(LOCAL))
@@ -114,7 +114,7 @@ def test_data_on_this_machine_count_by_their_content(tmp_path: Path, monkeypatch
     assert f'VARIABLE = "{lm_eval.DATA_VARIABLE}"' in (LOCAL / "local.py").read_text()
 
 
-def test_so_do_those_that_a_task_file_names_by_their_path(tmp_path: Path) -> None:
+def test_plans_data_named_by_path_counts_by_content(tmp_path: Path) -> None:
     folder = write_tasks(tmp_path / "tasks")
     (folder / "sums.jsonl").rename(tmp_path / "sums.jsonl")
     text = (folder / "sums.yaml").read_text()
@@ -124,7 +124,7 @@ def test_so_do_those_that_a_task_file_names_by_their_path(tmp_path: Path) -> Non
     assert ids(config(include_path=str(folder))) != before
 
 
-def test_a_check_holds_for_its_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_check_on_another_machine_is_another_object(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another one that shares the store may not have the data."""
     here = lm_eval.plan_check(config())
     assert here is not None
@@ -135,14 +135,14 @@ def test_a_check_holds_for_its_machine_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert there.object_id != here.object_id
 
 
-def test_arguments_of_the_chat_template_count_where_it_is_used() -> None:
+def test_plans_template_arguments_count_only_for_chat() -> None:
     given = {"data": DataConfig(template_arguments={"enable_thinking": False})}
     for questions_as, same in (("plain", True), ("chat", False)):
         wanted = config(questions_as=questions_as)
         assert (ids(wanted.model_copy(update=given)) == ids(wanted)) is same
 
 
-def test_only_the_rounds_that_are_asked_for() -> None:
+def test_parts_of_unwanted_round_is_empty() -> None:
     assert parts_of(config(rounds=[1]), HEAD, 0) == []
     assert len(parts_of(config(rounds=[1]), HEAD, 1)) == 1
     assert plan_benchmark(config(tasks=[]), HEAD, 0) is None
@@ -150,7 +150,7 @@ def test_only_the_rounds_that_are_asked_for() -> None:
     assert lm_eval.plan_check(config(tasks=[])) is None
 
 
-def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_check_missing_package_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         raise importlib.metadata.PackageNotFoundError(name)
 
@@ -162,7 +162,7 @@ def test_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "notes.txt"])
-def test_an_include_path_without_tasks(content: str | None, tmp_path: Path) -> None:
+def test_plan_check_include_path_without_tasks_is_bad_input(content: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "tasks"
     if content:
         folder.mkdir()
@@ -179,12 +179,12 @@ def test_an_include_path_without_tasks(content: str | None, tmp_path: Path) -> N
         ({"limit": {"mmlu": 5}}, "limit names mmlu, but tasks has gsm8k"),
     ],
 )
-def test_fields_that_do_not_fit_each_other(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+def test_benchmarks_config_inconsistent_fields_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
         config(**fields)
 
 
-def test_planning_loads_nothing_heavy() -> None:
+def test_plan_benchmark_loads_nothing_heavy() -> None:
     import subprocess
 
     code = """

@@ -64,7 +64,7 @@ def evaluated(values: Values, aggregate: Any = mean, group: Any = None, **higher
     return measured(results, LoadedTasks(tasks, groups), name, resamples=4000, seed=3)  # type: ignore[arg-type]
 
 
-def test_right_or_wrong_is_wilsons() -> None:
+def test_measured_binary_values_have_wilsons_interval() -> None:
     found = evaluated({"t": {("acc", "none"): [1.0, 0.0, 1.0, 1.0]}}, acc=True)
     assert found.metrics == {"acc": wilson(3, 4)}
     assert (found.intervals, found.stderr, found.better) == ({"acc": WILSON}, {"acc": 0.25}, {"acc": "higher"})
@@ -72,7 +72,7 @@ def test_right_or_wrong_is_wilsons() -> None:
 
 
 @pytest.mark.parametrize("right", [1.0, 0.0])
-def test_a_group_that_is_all_right_or_wrong_is_as_uncertain_as_its_smallest_task(right: float) -> None:
+def test_measured_constant_group_is_as_uncertain_as_its_smallest_task(right: float) -> None:
     values: Any = {"large": {("acc", "none"): [right] * 400}, "small": {("acc", "none"): [right] * 10}}
     found = evaluated(values, group=False).metrics["acc"]
     alone = wilson(39 * right, 39)  # 2^2 / (1/400 + 1/10)
@@ -81,7 +81,7 @@ def test_a_group_that_is_all_right_or_wrong_is_as_uncertain_as_its_smallest_task
     assert (sized["low"], sized["high"]) == (wilson(410 * right, 410)["low"], wilson(410 * right, 410)["high"])
 
 
-def test_other_numbers_are_resampled() -> None:
+def test_measured_numbers_have_a_bootstrap_interval() -> None:
     values = list(np.random.default_rng(0).random(200))
     found = evaluated({"t": {("acc", "none"): values}})
     estimate, error = found.metrics["acc"], np.std(values) / np.sqrt(200)
@@ -92,7 +92,7 @@ def test_other_numbers_are_resampled() -> None:
     assert evaluated({"t": {("acc", "none"): values}}).metrics == found.metrics
 
 
-def test_other_sums_than_means_are_resampled_whole() -> None:
+def test_measured_corpus_metric_is_resampled_whole() -> None:
     """As IFEval's share of instructions: questions have several."""
     values = [[True] * (i % 3 + 1) if i % 2 else [False, True] for i in range(60)]
     found = evaluated({"t": {("inst_level_acc", "none"): values}}, all_of)
@@ -102,7 +102,7 @@ def test_other_sums_than_means_are_resampled_whole() -> None:
     assert (estimate["n"], found.intervals["inst_level_acc"], found.items) == (60, BOOTSTRAP, [])
 
 
-def test_items_are_what_a_metric_is_the_mean_of_or_there_are_none() -> None:
+def test_measured_metric_that_is_no_mean_has_no_items() -> None:
     """A perplexity's questions count log-likelihoods: of those the higher is the better."""
     logs = [-2.0, -3.0, -1.5]
     perplexity = evaluated(
@@ -116,20 +116,20 @@ def test_items_are_what_a_metric_is_the_mean_of_or_there_are_none() -> None:
     assert len(evaluated(parts, group=True).items) == 10
 
 
-def test_the_first_filter_gives_the_plain_name() -> None:
+def test_measured_first_filter_has_the_plain_name() -> None:
     values = {("exact_match", "strict"): [0.0, 0.0, 1.0], ("exact_match", "flexible"): [1.0, 0.0, 1.0]}
     found = evaluated({"t": values})
     assert list(found.metrics) == ["exact_match", "exact_match,flexible"]
     assert primary_of(found, "t") == "exact_match"
 
 
-def test_the_leaderboards_metric() -> None:
+def test_primary_of_leaderboard_task_is_its_metric() -> None:
     values = {("acc", "none"): [0.0, 1.0], ("acc_norm", "none"): [1.0, 1.0]}
     assert primary_of(evaluated({"arc_challenge": values}), "arc_challenge") == "acc_norm"
     assert primary_of(evaluated({"arc_easy": values}), "arc_easy") == "acc"
 
 
-def test_a_group_whose_questions_weigh_the_same_is_one_sample() -> None:
+def test_measured_group_of_equal_questions_is_one_sample() -> None:
     parts: Values = {"a": {("acc", "none"): [1.0, 0.0, 0.0]}, "b": {("acc", "none"): [1.0] * 5}}
     found = evaluated(parts, group=True)
     assert found.metrics["acc"] == wilson(6, 8)
@@ -139,7 +139,7 @@ def test_a_group_whose_questions_weigh_the_same_is_one_sample() -> None:
     assert found.stderr["acc"] is None
 
 
-def test_a_group_whose_subtasks_weigh_the_same_is_resampled_within_each() -> None:
+def test_measured_group_of_equal_subtasks_is_resampled_within_each() -> None:
     rng = np.random.default_rng(1)
     parts: Values = {"a": {("acc", "none"): [1.0] * 50}, "b": {("acc", "none"): list(map(float, rng.random(80) < 0.5))}}
     found = evaluated(parts, group=False)
@@ -153,7 +153,7 @@ def test_a_group_whose_subtasks_weigh_the_same_is_resampled_within_each() -> Non
     assert (alone.metrics["acc"]["low"], alone.intervals["acc"]) == (None, NONE)
 
 
-def test_what_is_not_a_number_is_left_out() -> None:
+def test_measured_nan_metric_is_left_out() -> None:
     found = evaluated({"t": {("f1", "none"): [float("nan"), 1.0], ("acc", "none"): [1.0, 1.0]}})
     assert list(found.metrics) == ["acc"]
     json.dumps(found.metrics, allow_nan=False)
@@ -163,7 +163,7 @@ def sample(doc: int, text: str = "q", document: str = "d") -> dict[str, Any]:
     return {"doc_id": doc, "doc_hash": f"{document}{doc}", "arguments": [(f"{text}{doc}", " a")]}
 
 
-def test_fingerprints_of_questions() -> None:
+def test_fingerprints_of_other_questions_differ() -> None:
     one = fingerprints({"t": [sample(0), sample(1)]})
     assert fingerprints({"t": [sample(1), sample(0), sample(1)]}) == one  # in another order, with another filter
     asked = fingerprints({"t": [sample(0, "other"), sample(1)]})

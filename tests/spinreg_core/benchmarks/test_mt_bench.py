@@ -72,7 +72,7 @@ def grade(body: dict[str, Any], _number: int) -> Does:
     return Does(f"[[{10 if 'it is two' in said else 4 if 'conversation' in said else 8}]]")
 
 
-def test_answers_are_the_policys_own_and_stay_when_the_judge_changes(house: House) -> None:
+def test_run_with_another_judge_keeps_the_policys_answers(house: House) -> None:
     with judge_server(grade) as server:
         job = job_of(house, config(house, server))
         manifest = mt_bench.run(job)
@@ -106,7 +106,7 @@ def test_answers_are_the_policys_own_and_stay_when_the_judge_changes(house: Hous
         assert len(server.bodies) == 2 * asked
 
 
-def test_grades_prompts_and_results(house: House) -> None:
+def test_run_grades_equal_hand_computation(house: House) -> None:
     with judge_server(grade) as server:
         job = job_of(house, config(house, server, tries=2, price_answer=1e6))
         manifest = mt_bench.run(job)
@@ -151,7 +151,7 @@ def test_grades_prompts_and_results(house: House) -> None:
     assert {row["item"] for row in items if row["metric"] == "score/turn_2"} == {"1", "2", "3", "5"}
 
 
-def test_answers_go_on_where_they_were(house: House) -> None:
+def test_answers_after_a_kill_resume_to_the_same_rows(house: House) -> None:
     """Killed when two groups of six were committed, or with one whose document cannot be read: the rest is answered, to
     the same."""
     with judge_server(grade) as server:
@@ -187,7 +187,7 @@ def answers_job(house: House, job: Job) -> Job:
     return replace(job, stage="mt-bench-answers", workdir=house._workdir(), **job.extra["answers"])
 
 
-def test_what_changes_the_answers_and_what_only_the_grades(house: House) -> None:
+def test_plans_changed_field_changes_answers_or_only_grades(house: House) -> None:
     base = config(house, None)
     (plan,) = mt_bench.plans(base, HEAD, 1)
     only_grades: list[tuple[str, dict[str, Any]]] = [
@@ -214,7 +214,7 @@ def test_what_changes_the_answers_and_what_only_the_grades(house: House) -> None
     assert mt_bench.plans(base, HEAD, 1)[0].inputs["answers"] != plan.inputs["answers"]
 
 
-def test_a_judge_without_any_grade_and_files_that_changed_are_bad_input(house: House) -> None:
+def test_run_without_grades_or_with_changed_files_is_bad_input(house: House) -> None:
     with judge_server(lambda _b, _n: Does("fine")) as server:
         job = job_of(house, config(house, server))
         with pytest.raises(BadInput, match=r"judge.model names 'judge', which gave no rating in 10 answers; use"):
@@ -227,7 +227,7 @@ def test_a_judge_without_any_grade_and_files_that_changed_are_bad_input(house: H
         mt_bench_answers.run(replace(answers_job(house, job)))
 
 
-def test_a_context_without_room_for_both_turns_is_refused_before_anything_is_sampled(house: House) -> None:
+def test_answers_short_context_is_refused_before_sampling(house: House) -> None:
     def never(*_arguments: Any, **_more: Any) -> Any:
         raise AssertionError("an engine was opened")
 
@@ -238,7 +238,7 @@ def test_a_context_without_room_for_both_turns_is_refused_before_anything_is_sam
         mt_bench_answers.run(answers_job(house, job_of(house, wanted)), open_engine=never)
 
 
-def test_scores_leave_out_what_was_not_graded() -> None:
+def test_scores_leave_out_ungraded_turns() -> None:
     questions = [Question(name, category, ("", ""), None) for name, category in (("a", "stem"), ("b", "stem"),
                                                                                   ("c", "math"))]  # fmt: skip
     grades = {("a", 1): 9.0, ("a", 2): 6.0, ("b", 1): None, ("b", 2): 3.0, ("c", 1): None, ("c", 2): None}
@@ -271,14 +271,14 @@ def test_scores_leave_out_what_was_not_graded() -> None:
         ([], "found no question in"),
     ],
 )
-def test_questions_that_cannot_be_used(tmp_path: Path, rows: list[Any], message: str) -> None:
+def test_load_questions_bad_file_is_bad_input(tmp_path: Path, rows: list[Any], message: str) -> None:
     benchmarks = {"mt_bench": lines(tmp_path / "question.jsonl", rows)}
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
     with pytest.raises(BadInput, match=message):
         require_benchmark_files(RunConfig.model_validate({"benchmarks": benchmarks, "judge": judge}))
 
 
-def test_the_published_questions() -> None:
+def test_load_questions_published_file_has_80_questions() -> None:
     folder = Path(__file__).parents[4] / "shared/data/mt_bench"
     folder = folder if folder.exists() else Path("/work/shared/data/mt_bench")
     if not folder.exists():

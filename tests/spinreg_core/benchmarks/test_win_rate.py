@@ -22,10 +22,10 @@ from spinreg_core.config import RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
 from spinreg_core.evaluation.intervals import wilson
 from spinreg_core.runs import fetch, objects
-from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
+from tests.support.builders import make_config, make_job
 from tests.support.judge_server import Does, judge_server
 
 
@@ -33,7 +33,7 @@ def pair(name: str, own: int, other: int) -> Pair:
     return Pair(name, "q", "x" * own, "y" * other)
 
 
-def test_metrics_by_hand() -> None:
+def test_win_metrics_of_few_pairs_equal_hand_computation() -> None:
     pairs = [pair("a", 9, 4), pair("b", 2, 8), pair("c", 5, 5), pair("d", 7, 3), pair("e", 1, 1), pair("f", 6, 6)]
     # As A and as B: wins both (1), first place twice (1/2), win and tie (3/4), loses both (0); malformed; equal texts.
     verdicts: list[Any] = [("A", "B"), ("A", "A"), ("A", "tie"), ("B", "A"), (None, "A"), None]
@@ -55,7 +55,7 @@ def test_metrics_by_hand() -> None:
 
 
 @pytest.mark.parametrize("won", [1.0, 0.5, 0.0])
-def test_where_every_prompt_ends_alike_there_is_an_interval_too(won: float) -> None:
+def test_win_metrics_equal_prompts_have_wilsons_interval(won: float) -> None:
     """No resampling sees that another prompt might end otherwise."""
     pairs = [pair(str(i), 3 + i, 5) for i in range(20)]
     verdicts: list[Any] = [{1.0: ("A", "B"), 0.5: ("A", "A"), 0.0: ("B", "A")}[won]] * 20  # 0.5: always the first
@@ -66,7 +66,7 @@ def test_where_every_prompt_ends_alike_there_is_an_interval_too(won: float) -> N
     assert "length_correlation" not in metrics
 
 
-def test_intervals_are_over_prompts_whose_two_verdicts_are_alike() -> None:
+def test_win_metrics_intervals_are_over_prompts() -> None:
     """A judge that names the same place in both orders, either as often: 80 verdicts that say as much as 40."""
     pairs = [pair(str(i), 5, 3) for i in range(40)]
     metrics, _ = win_metrics(pairs, [("A", "A") if i % 2 else ("B", "B") for i in range(40)], resamples=2000, seed=1)
@@ -85,7 +85,7 @@ def test_intervals_are_over_prompts_whose_two_verdicts_are_alike() -> None:
     assert (none["value"], none["high"], none["n"]) == (0.0, wilson(0, 40)["high"], 80)
 
 
-def test_swapping_sides_turns_everything_round() -> None:
+def test_win_metrics_of_swapped_sides_are_mirrored() -> None:
     rng = np.random.default_rng(0)
     pairs = [pair(str(i), *rng.integers(1, 50, 2)) for i in range(40)]
     verdicts: list[Any] = [tuple(rng.choice(["A", "B", "tie"], 2)) for _ in pairs]
@@ -100,7 +100,7 @@ def test_swapping_sides_turns_everything_round() -> None:
         assert one[name]["value"] == pytest.approx(two[name]["value"])
 
 
-def test_the_length_controlled_win_rate_takes_length_out() -> None:
+def test_length_controlled_removes_the_effect_of_length() -> None:
     rng = np.random.default_rng(3)
     lengths = rng.normal(300, 200, 20_000)  # longer by 300 characters, on average
     x = np.tanh(lengths / lengths.std())
@@ -113,7 +113,7 @@ def test_the_length_controlled_win_rate_takes_length_out() -> None:
     assert both[0] == pytest.approx(length_controlled(by_length[None, :500], lengths[None, :500])[0])
 
 
-def test_the_length_controlled_win_rate_agrees_with_another_fit_and_stays_finite() -> None:
+def test_length_controlled_equals_another_fit_and_stays_finite() -> None:
     from scipy.optimize import minimize
 
     rng = np.random.default_rng(4)
@@ -135,7 +135,7 @@ def test_the_length_controlled_win_rate_agrees_with_another_fit_and_stays_finite
     assert length_controlled((even > 0).astype(float)[None], even[None])[0] == pytest.approx(0.5, abs=1e-9)
 
 
-def test_a_conversation_as_it_is_conversation_text() -> None:
+def test_conversation_text_of_one_user_message_has_no_role() -> None:
     assert conversation_text([{"role": "user", "content": "Why?"}]) == "Why?"
     several = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]
     assert (
@@ -165,19 +165,14 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
         folder = tmp_path / name
         folder.mkdir()
         pq.write_table(pa.table(columns), folder / file)
-        objects.publish(store, Job("base", name, {}, store.url, "w", 0, {}, RunConfig(), tmp_path), folder, metrics={})
+        objects.publish(store, make_job("base", tmp_path, object_id=name), folder, metrics={})
     return store
 
 
 def run(store: Store, url: str, iterate: int, tmp_path: Path, **benchmarks: Any) -> dict[str, dict[str, Any]]:
     """results.json by name."""
-    config = RunConfig.model_validate(
-        {
-            "store": store.url,
-            "benchmarks": benchmarks,
-            "judge": {"base_url": url, "model": "judge", "tries": 1, "patience_seconds": 5.0},
-        }
-    )
+    judge = {"base_url": url, "model": "judge", "tries": 1, "patience_seconds": 5.0}
+    config = make_config(store=store.url, benchmarks=benchmarks, judge=judge)
     found = {}
     for plan in win_rate.plans(config, HEAD, iterate):
         win_rate.run(plan.job(config, store.url, "e1-a", tmp_path / plan.object_id))
@@ -197,7 +192,7 @@ def prefers_own(body: dict[str, Any], _number: int) -> Does:
     return Does("[[A]]" if first == "own" else "[[B]]")
 
 
-def test_the_part_against_base_previous_and_human(store: Store, tmp_path: Path) -> None:
+def test_run_against_base_previous_and_human_equals_hand_computation(store: Store, tmp_path: Path) -> None:
     with judge_server(prefers_own) as server:
         found = run(store, server.url, 1, tmp_path, win_rate=["base", "previous", "human"])
         # In round 1 the base is the previous iterate: nothing is asked twice. Equal answers are not asked about.
@@ -220,7 +215,7 @@ def test_the_part_against_base_previous_and_human(store: Store, tmp_path: Path) 
         assert first["metrics"]["win_rate"]["n"] == 2
 
 
-def test_a_judge_without_a_verdict_is_bad_input(store: Store, tmp_path: Path) -> None:
+def test_run_judge_without_a_verdict_is_bad_input(store: Store, tmp_path: Path) -> None:
     with (
         judge_server(lambda _b, _n: Does("both are fine")) as server,
         pytest.raises(BadInput, match="which gave no prompt a verdict in both orders; use a judge"),
@@ -248,7 +243,9 @@ def runs(store: Store) -> Store:
     return store
 
 
-def test_two_runs_are_compared_and_nothing_is_asked_twice(runs: Store, capsys: pytest.CaptureFixture[str]) -> None:
+def test_win_rate_command_compares_two_runs_and_reuses_verdicts(
+    runs: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
     with judge_server(prefers_own) as server:
         judge = ["-p", f"judge.base_url={server.url}", "-p", "judge.model=judge", "-p", "judge.tries=1"]
         command = ["win-rate", "ours", "theirs", "--store", runs.url, *judge]
@@ -265,7 +262,7 @@ def test_two_runs_are_compared_and_nothing_is_asked_twice(runs: Store, capsys: p
         assert len(server.bodies) == 8, "what was paid for is found again"
 
 
-def test_what_was_asked_is_kept_on_sigterm(runs: Store) -> None:
+def test_win_rate_command_on_sigterm_keeps_verdicts(runs: Store) -> None:
     with judge_server(lambda b, n: Does("[[A]]", seconds=2.0)) as server:
         judge = ["-p", f"judge.base_url={server.url}", "-p", "judge.model=judge", "-p", "judge.at_once=3"]
         command = [sys.executable, "-m", "flows.cli", "win-rate", "ours", "theirs", "--store", runs.url, *judge]
@@ -292,7 +289,7 @@ def test_what_was_asked_is_kept_on_sigterm(runs: Store) -> None:
         (["ours", "nobody"], "nobody"),
     ],
 )
-def test_what_cannot_be_compared(
+def test_win_rate_command_incomparable_runs_are_bad_input(
     runs: Store, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = ["-p", "judge.base_url=http://127.0.0.1:9/v1", "-p", "judge.model=judge"]

@@ -1,4 +1,4 @@
-"""When a run ends before its round: no gain, too far from the base, or neither."""
+"""Early stopping: no gain, too far from the base, or neither."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
+from tests.support.builders import make_config
 
 
 def rounds(name: str, values: list[float | None], kl: float = 0.0) -> list[dict[str, Any]]:
@@ -31,13 +32,15 @@ def rounds(name: str, values: list[float | None], kl: float = 0.0) -> list[dict[
         ([3.0, None], 1, None),  # not measured there: nothing is known
     ],
 )
-def test_rounds_without_gain(values: list[float | None], patience: int, ended: str | None) -> None:
+def test_why_ended_after_rounds_without_gain_names_the_best(
+    values: list[float | None], patience: int, ended: str | None
+) -> None:
     until = UntilConfig(metric="heldout_nll", rounds_without_gain=patience)
     found = why_ended(until, rounds("heldout_nll", values))
     assert (found or "").startswith(ended) if ended else found is None
 
 
-def test_higher_is_better_where_it_is() -> None:
+def test_why_ended_metric_where_higher_is_better() -> None:
     until = UntilConfig(metric="exact_match", rounds_without_gain=1)
     assert why_ended(until, rounds("exact_match", [0.1, 0.2])) is None
     assert why_ended(until, rounds("exact_match", [0.2, 0.1])) is not None
@@ -70,7 +73,9 @@ MT_BENCH = {"name": "mt-bench", "primary": "score", "better": "higher"}
          {"mmlu_law/acc": 0.1}, True),
     ],
 )  # fmt: skip
-def test_a_benchmark(metric: str, part: Any, before: Any, after: Any, ended: bool) -> None:
+def test_why_ended_benchmark_metric_uses_its_own_direction(
+    metric: str, part: Any, before: Any, after: Any, ended: bool
+) -> None:
     """Each of its metrics in the direction that is its own."""
     found = why_ended(UntilConfig(metric=metric, rounds_without_gain=1), measured(part, before, after))
     assert (f"better in {metric}" in (found or "")) is ended
@@ -84,7 +89,7 @@ def test_a_benchmark(metric: str, part: Any, before: Any, after: Any, ended: boo
         ("mt-bench/malformed", MT_BENCH, "mt-bench/score"),  # of which nobody knows which way it is better
     ],
 )
-def test_a_benchmark_that_has_no_such_metric(metric: str, part: dict[str, Any], has: str) -> None:
+def test_why_ended_unknown_benchmark_metric_is_bad_input(metric: str, part: dict[str, Any], has: str) -> None:
     until = UntilConfig(metric=metric, rounds_without_gain=1)
     values = {str(part["primary"]): 0.5, "malformed": 0.1}
     with pytest.raises(BadInput, match=f"until.metric: found {metric}; expected a metric .* has: {has}$"):
@@ -95,10 +100,10 @@ def test_a_benchmark_that_has_no_such_metric(metric: str, part: dict[str, Any], 
 def wanting(metric: str, **benchmarks: Any) -> RunConfig:
     until = {"metric": metric, "rounds_without_gain": 1}
     judge = {"base_url": "http://127.0.0.1:1/v1", "model": "judge"}
-    return RunConfig.model_validate({"until": until, "benchmarks": benchmarks, "judge": judge})
+    return make_config(until=until, benchmarks=benchmarks, judge=judge)
 
 
-def test_the_benchmarks_that_every_round_is_measured_with() -> None:
+def test_require_metric_benchmark_must_measure_every_round() -> None:
     wanted: dict[str, Any] = {"tasks": ["leaderboard", "piqa"], "mt_bench": "hub", "win_rate": ["human", "previous"]}
     for metric in ("gsm8k/exact_match", "piqa/acc", "mt-bench/score", "human/win_rate"):
         require_metric(wanting(metric, **wanted))
@@ -110,7 +115,7 @@ def test_the_benchmarks_that_every_round_is_measured_with() -> None:
             require_metric(wanting(metric, **wanted))
 
 
-def test_kl_to_the_base() -> None:
+def test_why_ended_kl_above_the_limit_ends() -> None:
     until = UntilConfig(kl_base_above=5.0)
     assert why_ended(until, rounds("heldout_nll", [3.0, 2.0], kl=5.0)) is None
     assert why_ended(until, rounds("heldout_nll", [3.0, 2.0, 2.0], kl=5.0)) == (
@@ -121,7 +126,7 @@ def test_kl_to_the_base() -> None:
 
 
 @pytest.mark.parametrize("metric", ["heldout_loss", "kl_base", "answer_length", "nll_vs_previous", "nll_vs_base"])
-def test_metrics_that_cannot_end_a_run(metric: str) -> None:
+def test_require_metric_unusable_metric_is_bad_input(metric: str) -> None:
     with pytest.raises(BadInput, match="expected one of heldout_nll, reward_accuracy, exact_match, or NAME/METRIC"):
         require_metric(wanting(metric))
     require_metric(wanting("heldout_nll"))

@@ -48,7 +48,7 @@ def table(n: int = 40, *, base: bool = False, seed: int = 0) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
 
 
-def test_every_value_equals_a_plain_loop() -> None:
+def test_heldout_metrics_equal_a_plain_loop() -> None:
     alpha, rows = 0.3, table()
     found = heldout_metrics(rows, alpha=alpha, beta=BETA, resamples=100, seed=0)
     margins, longer, separated, real_change, generated_change, gap, entropy = [], [], 0, 0.0, 0.0, 0.0, 0.0
@@ -112,7 +112,7 @@ def test_every_value_equals_a_plain_loop() -> None:
     assert {name: e["unit"] for name, e in found.items()} == {name: ALL[name].unit for name in found}
 
 
-def test_the_base_has_what_is_defined_for_it() -> None:
+def test_heldout_metrics_of_the_base_leave_out_comparisons() -> None:
     found = heldout_metrics(table(base=True), alpha=0.5, beta=BETA, resamples=100, seed=0)
     assert set(found) == set(ALL) - AFTER_BASE - GAME_AFTER_BASE | BASE_ONLY
     assert (found["kl_base"]["value"], found["kl_base"]["low"], found["kl_base"]["high"]) == (0, 0, 0)
@@ -120,7 +120,7 @@ def test_the_base_has_what_is_defined_for_it() -> None:
     assert set(later) == set(ALL)
 
 
-def test_undefined_metrics_are_absent() -> None:
+def test_heldout_metrics_undefined_ones_are_absent() -> None:
     rows = table(3)
     rows = rows.set_column(rows.schema.get_field_index("final_answer"), "final_answer", pa.nulls(3, pa.string()))
     rows = rows.set_column(
@@ -139,7 +139,7 @@ def test_undefined_metrics_are_absent() -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_a_policy_equal_to_its_reference_wins_half(alpha: float) -> None:
+def test_reward_accuracy_of_the_reference_itself_is_half(alpha: float) -> None:
     """With p = p_previous = p_base every reward is 0, all pairs tie, and every difference is exactly 0."""
     rows = table()
     for kind in ("real", "sample", "previous_sample"):
@@ -152,7 +152,7 @@ def test_a_policy_equal_to_its_reference_wins_half(alpha: float) -> None:
         assert (found[name]["value"], found[name]["low"], found[name]["high"]) == (0, 0, 0)
 
 
-def test_reward_accuracy_ignores_what_depends_on_the_prompt_alone() -> None:
+def test_reward_accuracy_ignores_shifts_per_prompt() -> None:
     """Adding a function of x to log p of both answers moves no row: only the pair's difference counts."""
     rows, shift = table(), np.random.default_rng(1).normal(size=40) * 50
     moved = rows
@@ -164,7 +164,7 @@ def test_reward_accuracy_ignores_what_depends_on_the_prompt_alone() -> None:
     assert first["heldout_nll"] != second["heldout_nll"]
 
 
-def test_alpha_weighs_the_previous_policy() -> None:
+def test_implicit_reward_alpha_weighs_the_previous_policy() -> None:
     policy, previous, base = np.array([-1.0]), np.array([-3.0]), np.array([-7.0])
     assert implicit_reward(policy, previous, base, 1.0) == policy - previous
     assert implicit_reward(policy, previous, base, 0.0) == policy - base

@@ -25,7 +25,7 @@ HEAD: dict[str, Any] = {"run": "r", "base": "policy-0", "data": "data", "rounds"
 ]}  # fmt: skip
 
 
-def test_a_judge_that_is_away_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_judge_away_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     store = open_store(str(tmp_path / "store"))
     data = {"prompt_id": ["a"], "messages": ['[{"role": "user", "content": "Why?"}]'], "answer": ["human"]}

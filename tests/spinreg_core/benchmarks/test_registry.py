@@ -1,4 +1,4 @@
-"""What a run's head says of benchmarks, and how they are found and shown."""
+"""Parts of benchmarks in a run's head, in tables and in the status."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from spinreg_core.runs.objects import publish
 from spinreg_core.runs.plans import StagePlan, measured_objects, objects_of, plan_heldout
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
+from tests.support.builders import make_config
 
 TASKS = ["gsm8k", "arc_challenge"]
 
 
 def config(store: Store, tasks: list[str], **fields: Any) -> RunConfig:
-    return RunConfig.model_validate({"store": store.url, "benchmarks": {"tasks": tasks, "backend": "hf"} | fields})
+    return make_config(store=store.url, benchmarks={"tasks": tasks, "backend": "hf"} | fields)
 
 
 def measure(store: Store, plan: StagePlan, right: int, folder: Path) -> str:
@@ -50,7 +51,7 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "store"))
 
 
-def test_what_is_measured_is_named_in_the_head(store: Store, tmp_path: Path) -> None:
+def test_record_measured_parts_are_named_in_the_head(store: Store, tmp_path: Path) -> None:
     wanted = config(store, TASKS)
     with hold_lease(store, wanted, "test") as session:
         session.commit_inputs("base-1", "data-1")
@@ -87,7 +88,7 @@ def test_what_is_measured_is_named_in_the_head(store: Store, tmp_path: Path) -> 
     assert "measured: lm-eval arc_challenge done" in format_status(store, wanted.run)[0]
 
 
-def test_tables_have_a_line_for_each(store: Store) -> None:
+def test_metrics_tables_have_a_line_per_benchmark(store: Store) -> None:
     def entry(number: int, **right: int) -> dict[str, Any]:
         found = [
             {"kind": "lm-eval", "name": name, "primary": "acc", "better": "higher", "metrics": {"acc": wilson(n, 10)}}
