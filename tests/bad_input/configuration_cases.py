@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from spinreg_core.benchmarks.judge_agreement import _from_file
+from spinreg_core.benchmarks.judge_agreement import load_votes
 from spinreg_core.benchmarks.registry import require_benchmark_files
 from spinreg_core.config.resolve import LARGEST_FILE, assignments, load_config_file, resolve
 from spinreg_core.input_limits import LARGEST_QUESTIONS
@@ -197,7 +197,7 @@ def _(place: Place) -> object:
 @case("a pipe with votes of the judge's agreement")
 def _(place: Place) -> object:
     os.mkfifo(place.folder / "votes.jsonl")
-    return _from_file(place.folder / "votes.jsonl")
+    return load_votes(str(place.folder / "votes.jsonl"))
 
 
 @case("a file of questions that is larger than any")
