@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from spinreg_core.config import RunConfig
 from spinreg_core.reports.figures import run_figures

@@ -166,6 +166,7 @@ def ask_judge(
         own = [verdict for state in states.values() for verdict in state.found if verdict["payer"] == payer]
         spent = _sum(judge, unanswered + own)
         budget = Budget(judge, int(spent["requests"]), spent["paid"])
+        # Stored verdicts may be malformed: such questions continue with their next try.
         open_ = [state for state in states.values() if state.value is None and state.attempt < judge.tries]
         progress.update(len(states) - len(open_))
 

@@ -71,6 +71,7 @@ class Budget:
             while (over := self._exceeded(cost)) is not None:
                 if not self._under_way:
                     raise over
+                # With a timeout, because setting `stop` does not notify this condition.
                 self._changed.wait(0.1)
                 if stop.is_set():
                     raise Stopped

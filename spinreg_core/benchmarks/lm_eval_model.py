@@ -49,6 +49,7 @@ class Share:
             return [answers]
         self.calls += 1
         paths = [self.folder / f"{self.calls}-{rank}.json" for rank in range(self.size)]
+        # Renamed when it is complete, because the other processes read a file as soon as it exists.
         temporary = paths[self.rank].with_suffix(".tmp")
         temporary.write_text(json.dumps(answers, default=lambda number: number.item()))  # numpy's
         temporary.replace(paths[self.rank])

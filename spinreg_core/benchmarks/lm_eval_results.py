@@ -232,6 +232,7 @@ def write_own(folder: Path, results: EvalResults) -> None:
     from lm_eval.utils import handle_non_serializable
 
     folder.mkdir(parents=True, exist_ok=True)
+    # Without a name and a time in its header, so that equal samples give equal files.
     with (
         open(folder / "samples.jsonl.gz", "wb") as raw,
         gzip.GzipFile("", "wb", 6, raw, mtime=0) as packed,

@@ -3,8 +3,8 @@
 Decides: the two files that reports and comparisons read. Leaves out: other files of single benchmarks.
 
     results.json   `PartResults` as JSON
-    items.parquet  columns item (string), metric (string), value (float64): a row per question and metric, of which
-                   the metrics are means, so that two policies can be compared question by question
+    items.parquet  columns item (string), metric (string), value (float64): a row per question and metric. The
+                   metrics are means of these values, so that two policies can be compared question by question
 """
 
 from __future__ import annotations

@@ -295,6 +295,7 @@ def win_metrics(
 
 def _length_controlled(score: Floats, longer: Floats, *, resamples: int, seed: int) -> Estimate:
     """Return `length_controlled` with its percentile interval over prompts. Both arguments have shape [prompts]."""
+    # Small pieces: the regression keeps several tables of this size.
     pieces = resampled_rows(len(score), resamples=resamples, seed=seed, cells=1_000_000)
     draws = np.concatenate([length_controlled(score[rows], longer[rows]) for rows in pieces])
     return percentile_estimate(length_controlled(score[None], longer[None])[0], draws, len(score), "share")

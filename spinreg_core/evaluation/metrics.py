@@ -66,7 +66,7 @@ METRICS: dict[str, Metric] = {
         "exact match",
         "share",
         "higher",
-        "Share of sampled answers whose final number equals the reference's (after ####, else the last number).",
+        "Share of sampled answers with the final number of the reference (after ####, else the last number).",
     ),
     "kl_base": Metric(
         "KL to base",

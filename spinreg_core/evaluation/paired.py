@@ -98,6 +98,7 @@ class Resampled:
                 found.append((weights @ sums[0]) / (weights @ sums[1]))
         draws = np.concatenate(found)
         for column, one in enumerate(new):
+            # The score is kept with its draws: otherwise another object could get its id.
             self._known[id(one)] = (one, draws[:, column])
 
     def draws(self, one: Scores) -> Floats:

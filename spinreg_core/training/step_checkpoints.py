@@ -21,10 +21,10 @@ from spinreg_core.errors import Damaged
 from spinreg_core.models.fsdp import local_shard
 from spinreg_core.runs.fetch import fetch_part
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import File
 from spinreg_core.runs.objects import commit_part, delete_part, part_key, part_names, read_part, upload
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.base import Store
-from spinreg_core.runs.manifest import File
 from spinreg_core.store.transfers import main_thread_waits_for
 from spinreg_core.training.checkpoint_files import load_checkpoint, own_files, start_checkpoint
 from spinreg_core.training.records import RoundState
