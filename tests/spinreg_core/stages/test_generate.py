@@ -199,9 +199,7 @@ def test_a_prompt_without_room_ends_the_stage_before_anything_is_committed(house
     house._publish("policy-9", house.root / "iterate-2")
     job = house.job("long", iterates=[2], max_new_tokens=32)
     job = replace(job, inputs=job.inputs | {"policies": {"2": "policy-9"}})
-    with pytest.raises(
-        BadInput, match=r"prompt train-\d+ has 1\d tokens plus max_new_tokens 32; expected at most 48"
-    ):
+    with pytest.raises(BadInput, match=r"prompt train-\d+ has 1\d tokens plus max_new_tokens 32; expected at most 48"):
         run(job)
     assert objects.list_parts(house.store, "generate-long") == {}
 
