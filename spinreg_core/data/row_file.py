@@ -67,7 +67,7 @@ def write_rows(rows: Iterable[Row]) -> RowFile:
     with tempfile.TemporaryFile(prefix="spinreg-rows-") as file:
         with pa.ipc.new_file(file, _SCHEMA) as writer:
             while group := list(islice(remaining, _BATCH)):
-                writer.write_batch(pa.RecordBatch.from_pylist([_columns(row) for row in group], schema=_SCHEMA))
+                writer.write_batch(_batch_of(group))
                 count += len(group)
         file.flush()
         # A mapping keeps the file alive after its descriptor is closed.
@@ -75,8 +75,11 @@ def write_rows(rows: Iterable[Row]) -> RowFile:
     return RowFile(pa.ipc.open_file(pa.py_buffer(mapped)), np.arange(count))
 
 
-def _columns(row: Row) -> dict[str, int | str]:
-    return vars(row) | {name: json.dumps(getattr(row, name)) for name in _JSON}
+def _batch_of(rows: list[Row]) -> Any:
+    columns = [[row.source_row for row in rows], [row.answer for row in rows]]
+    columns += [[json.dumps(getattr(row, name)) for row in rows] for name in _JSON]
+    return pa.record_batch([pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)],
+                           schema=_SCHEMA)  # fmt: skip
 
 
 def take_rows(rows: Sequence[Row], indices: Iterable[int] | NDArray[np.int64]) -> Sequence[Row]:
