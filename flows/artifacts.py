@@ -44,11 +44,11 @@ def show_round(round_number: int) -> None:
         )
         lines = [f"# {run}, round {round_number}", "", metrics_markdown(data), "", run_figures(data), ""]
         lines += ["## In the store", ""]
-        for entry in head["rounds"]:
-            if entry["round"] == round_number:
+        for entry in head.rounds:
+            if entry.round == round_number:
                 lines += [
                     f"- {stage}: {link(context.store.uri(f'objects/{object_id}'))}"
-                    for stage, object_id in (entry["stages"] | entry.get("measured", {})).items()
+                    for stage, object_id in (entry.stages | entry.measured).items()
                 ]
         show_markdown(artifact_key(run, "round", round_number), "\n".join(lines), f"Round {round_number} of run {run}")
     except Exception as error:

@@ -29,6 +29,7 @@ from spinreg_core.comparison.grid import (
     require_two,
     rounds_open,
 )
+from spinreg_core.comparison.schema import WrittenComparison
 from spinreg_core.comparison.text import comparison_figures, comparison_markdown, comparison_rows, comparison_table
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import load_config_file, merge, show, validate
@@ -165,7 +166,7 @@ def compare(
 
 def compare_complete(
     store: Store, name: str, members: Sequence[Member], failures: Mapping[str, str], reference: str
-) -> tuple[dict[str, Any], GridSummary]:
+) -> tuple[WrittenComparison, GridSummary]:
     """Compare the members that are complete, and name the others on the page. Returns what was written, and a summary.
 
     Raises SpinregError for fewer than two complete members.

@@ -24,7 +24,8 @@ from prefect.types._datetime import now
 from flows.spin import spin
 from spinreg_core.comparison.grid import Member, open_reason, rounds_open, waits_for
 from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed, StoreRefused
-from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.runs.head import Head, read_head
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tasks.artifacts import artifact_key, show_table
@@ -242,7 +243,7 @@ def run_on_pool(
     return failures
 
 
-def _head(store: Store, run: str) -> dict[str, Any] | None:
+def _head(store: Store, run: str) -> Head | None:
     try:
         return read_head(store, run)
     except Damaged:  # `open_reason` reports it when the member's flow run ends

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreFailed
-from spinreg_core.runs.head import ROUND_STAGES
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.stages import stages_of
 from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE, read_order
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -46,15 +46,15 @@ def join_run(store_url: str, run: str, *, say: Callable[[str], None]) -> NoRetur
             say(str(error))
             time.sleep(_POLL_SECONDS)
             continue
-        if order is None or order["attempt"] in (None, done):
+        if order is None or order.attempt in (None, done):
             time.sleep(_POLL_SECONDS)
             continue
-        done = order["attempt"]
+        done = order.attempt
         with tempfile.TemporaryDirectory(prefix=f"spinreg-{run}-") as folder:
             try:
-                job = _ordered(order["job"], store, run, Path(folder) / "work")
+                job = _ordered(order.job or {}, store, run, Path(folder) / "work")
                 say(f"taking part in {job.stage} of round {job.round}")
-                _take_part(store, run, job, order["attempt"], say)
+                _take_part(store, run, job, order.attempt, say)
             except _Over:
                 say(f"{order['job']['stage']} of round {order['job']['round']} is over")
             except SpinregError as error:
@@ -65,9 +65,9 @@ def _ordered(fields: dict[str, Any], store: Store, run: str, workdir: Path) -> J
     """The job of an order, kept to the run and the store that this machine was told to work for, and to stages that
     read nothing else: `prepare` would publish the files of this machine that the order names. Raises BadInput."""
     job = Job.from_fields(fields)
-    if job.stage not in ROUND_STAGES or job.config.run != run:
+    if job.stage not in stages_of(1) or job.config.run != run:
         raise BadInput(f"order of run {run}", f"{job.stage} of run {job.config.run}",
-                       f"one of {', '.join(ROUND_STAGES)} of run {run}")  # fmt: skip
+                       f"one of {', '.join(stages_of(1))} of run {run}")  # fmt: skip
     return replace(job, store=store.url, workdir=workdir)
 
 
@@ -83,7 +83,7 @@ def _take_part(store: Store, run: str, job: Job, attempt: str, say: Callable[[st
             asked = time.monotonic()
             with contextlib.suppress(StoreFailed):  # a store that is away for a moment ends nothing
                 order = read_order(store, run)
-                if order is None or order["attempt"] != attempt:
+                if order is None or order.attempt != attempt:
                     raise _Over
 
     module = f"spinreg_core.stages.{job.stage.replace('-', '_')}"

@@ -44,22 +44,29 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+class Marker(documents.Document):
+    """The document by which 0.1.0 knew that the commits of a bucket lie in a folder."""
+
+    commits: str
+    id: str | None = None
+
+
 def join_commits(store: Store, folder: Path) -> str:
     """Copy all commits into the store, and return one line about it.
 
     Raises BadInput for a folder that does not belong to the store, and for a server without conditional writes;
     Conflict for a key that the store holds with other content.
     """
-    marker = documents.read(store, COMMITS_MARKER)
+    marker = documents.read(store, COMMITS_MARKER, Marker)
     if marker is None:
         return f"{store.url} holds no {COMMITS_MARKER}: its commits are in it already, and nothing was copied"
     below = folder / store.url.removeprefix("s3://")
     commits = FolderStore(below if store.url.startswith("s3://") and below.is_dir() else folder)
     keys = [key for name in COMMITTED for key in commits.list(f"{name}/")]
-    own = documents.read(commits, COMMITS_MARKER)
+    own = documents.read(commits, COMMITS_MARKER, Marker)
     # Early markers carry no id, and their folders no marker: such a folder must at least hold commits.
-    if own is None or own.get("id") != marker["id"] if "id" in marker else not keys:
-        expected = f"name the folder with its commits, which was {marker['commits']} (is its file system mounted?)"
+    if own is None or own.id != marker.id if marker.id is not None else not keys:
+        expected = f"name the folder with its commits, which was {marker.commits} (is its file system mounted?)"
         raise BadInput(str(commits.root), f"does not hold the commits of {store.url}", expected)
     require_conditional_writes(store)
     for key in keys:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from spinreg_core.evaluation.intervals import Estimate
     from spinreg_core.models.loading import Precision
+    from spinreg_core.reports.schema import Report
 
 
 def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print, **fields: Any) -> Run:
@@ -126,7 +127,7 @@ class Run:
         """The last complete round; 0 also before any round is complete."""
         return complete_round(self.head)
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Return the content of report.json, computed from what is committed now."""
         return report_data(self.store, self.name)
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from spinreg_core.benchmarks.judge_client import (
     FIRST_WAIT_SECONDS,
@@ -43,10 +43,28 @@ from spinreg_core.runs.objects import now
 from spinreg_core.runtime.progress import Progress
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
-from spinreg_core.store.documents import SCHEMA, Usage, Verdict
+from spinreg_core.store.documents import SCHEMA, Count, Document
 
 T = TypeVar("T")
 Both = tuple[Preference | None, Preference | None]  # of a pair, in both orders; None where malformed
+
+
+class Usage(Document):
+    """The tokens of one request to a judge, counted by the server or estimated."""
+
+    prompt_tokens: Count
+    answer_tokens: Count
+    counted: bool
+
+
+class Verdict(Document):
+    """The answer of a judge to one request, and the object that paid for it."""
+
+    request: dict[str, Any]
+    content: str
+    finish: str
+    usage: Usage
+    payer: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +122,7 @@ class _State(Generic[T]):
     def add(self, verdict: Verdict, parse: Callable[[str], T | None]) -> None:
         self.found.append(verdict)
         self.attempt += 1
-        self.value = parse(verdict["content"])
+        self.value = parse(verdict.content)
 
 
 def require_judge(judge: JudgeConfig) -> None:
@@ -162,8 +180,8 @@ def ask_judge(
         found = pool.map(lambda question: _stored(store, judge, question, parse), unique.values())
         states = dict(zip(unique, found, strict=True))
         keys = store.list(f"verdicts/unanswered/{payer}/")
-        unanswered = [verdict for key in keys if (verdict := _read(store, key)) is not None]
-        own = [verdict for state in states.values() for verdict in state.found if verdict["payer"] == payer]
+        unanswered = [verdict for key in keys if (verdict := documents.read(store, key, Verdict)) is not None]
+        own = [verdict for state in states.values() for verdict in state.found if verdict.payer == payer]
         spent = _sum(judge, unanswered + own)
         budget = Budget(judge, int(spent["requests"]), spent["paid"])
         # Stored verdicts may be malformed: such questions continue with their next try.
@@ -174,7 +192,7 @@ def ask_judge(
             # It counts in full in the payer's budgets, also after a restart.
             most = Reply("", "unanswered", most_prompt_tokens(messages), judge.max_tokens, counted=False)
             key = f"verdicts/unanswered/{payer}/{uuid.uuid4().hex}.json"
-            _create(store, key, _verdict(JudgeRequest.to(judge, messages, 0), most, payer))
+            store.create(key, documents.dump(_verdict(JudgeRequest.to(judge, messages, 0), most, payer)))
 
         endpoint = Endpoint(judge, budget, stop, record_unanswered, first_wait)
         try:
@@ -191,8 +209,8 @@ def ask_judge(
         finally:
             endpoint.close()
     verdicts = [verdict for state in states.values() for verdict in state.found]
-    paid = _sum(judge, [verdict for verdict in verdicts if verdict["payer"] == payer])
-    before = _sum(judge, [verdict for verdict in verdicts if verdict["payer"] != payer])
+    paid = _sum(judge, [verdict for verdict in verdicts if verdict.payer == payer])
+    before = _sum(judge, [verdict for verdict in verdicts if verdict.payer != payer])
     cost = {"seconds": round(time.monotonic() - start, 3)} | paid | {f"{k}_before": v for k, v in before.items()}
     cost["unanswered"] = len(unanswered) + budget.unanswered
     return JudgeVerdicts([states[JudgeRequest.to(judge, q.messages, 0).key].value for q in questions], cost)
@@ -221,7 +239,7 @@ def _complete(
             raise
         verdict = _verdict(request, reply, payer)
         try:
-            _create(store, request.key, verdict)
+            store.create(request.key, documents.dump(verdict))
         except Conflict:
             # Another run asked at the same time. The verdict that was stored first counts for both runs.
             verdict = _verdict_on(store, request) or verdict
@@ -229,31 +247,20 @@ def _complete(
 
 
 def _verdict(request: JudgeRequest, reply: Reply, payer: str) -> Verdict:
-    usage: Usage = {
-        "prompt_tokens": reply.prompt_tokens, "answer_tokens": reply.answer_tokens, "counted": reply.counted
-    }  # fmt: skip
-    return {"request": asdict(request), "content": reply.content, "finish": reply.finish, "usage": usage,
-            "payer": payer}  # fmt: skip
+    usage = Usage(prompt_tokens=reply.prompt_tokens, answer_tokens=reply.answer_tokens, counted=reply.counted)
+    return Verdict(request=asdict(request), content=reply.content, finish=reply.finish, usage=usage, payer=payer,
+                   created=now())  # fmt: skip
 
 
 def _verdict_on(store: Store, request: JudgeRequest) -> Verdict | None:
-    verdict = _read(store, request.key)
-    if verdict is not None and verdict["request"] != asdict(request):
+    verdict = documents.read(store, request.key, Verdict)
+    if verdict is not None and verdict.request != asdict(request):
         raise Damaged(f"{store.uri(request.key)} holds the verdict on another request; expected the one it is named by")
     return verdict
 
 
-def _read(store: Store, key: str) -> Verdict | None:
-    # The store's documents are checked against `Verdict` when they are read.
-    return cast("Verdict | None", documents.read(store, key))
-
-
-def _create(store: Store, key: str, verdict: Verdict) -> None:
-    store.create(key, documents.dump({"schema": SCHEMA, "created": now(), **verdict}))
-
-
 def _sum(judge: JudgeConfig, verdicts: Sequence[Verdict]) -> dict[str, float]:
-    prompt = sum(verdict["usage"]["prompt_tokens"] for verdict in verdicts)
-    answer = sum(verdict["usage"]["answer_tokens"] for verdict in verdicts)
+    prompt = sum(verdict.usage.prompt_tokens for verdict in verdicts)
+    answer = sum(verdict.usage.answer_tokens for verdict in verdicts)
     return {"requests": len(verdicts), "prompt_tokens": prompt, "answer_tokens": answer,
             "paid": price(judge, prompt, answer)}  # fmt: skip

@@ -32,7 +32,9 @@ from spinreg_core.config import BenchmarksConfig, RunConfig
 from spinreg_core.config.benchmarks import LEADERBOARD
 from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, StageFailed
 from spinreg_core.input_limits import LARGEST_TASK_FILE, require_small_file
+from spinreg_core.runs.head import Head
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_manifest
 from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.runtime.supervision import Preempted
@@ -67,7 +69,7 @@ class TaskKey(TaskShots):
     template_arguments: NotRequired[Mapping[str, object]]  # absent where there are none
 
 
-def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
+def plans(config: RunConfig, head: Head, iterate: int) -> list[StagePlan]:
     """Return a part for each task. Raises BadInput where lm-eval, its backend or the include path is missing."""
     wanted = config.benchmarks
     if not wanted.tasks:
@@ -79,7 +81,7 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePl
     ]
 
 
-def known(config: RunConfig, head: dict[str, Any], iterate: int) -> list[TaskKey]:
+def known(config: RunConfig, head: Head, iterate: int) -> list[TaskKey]:
     """Return the known part of each task's key. Raises BadInput where the include path is missing."""
     wanted = config.benchmarks
     found = []
@@ -220,7 +222,7 @@ def _version() -> str:
     return importlib.metadata.version("lm-eval")
 
 
-def run_all(jobs: Sequence[Job]) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+def run_all(jobs: Sequence[Job]) -> Iterator[tuple[Job, Manifest | Exception]]:
     """Measure the parts in a separate process; yields each with its manifest, or with the error that prevented it.
 
     Raises Preempted when the process was stopped from outside.

@@ -17,7 +17,6 @@ are over questions: both turns of a question are drawn together. The metrics:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -36,7 +35,9 @@ from spinreg_core.config import RunConfig, resolve_engine, sampling_dtype
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.intervals import Estimate, bootstrap_mean, grouped_share
 from spinreg_core.runs.fetch import fetch_files
+from spinreg_core.runs.head import Head
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import publish, read_manifest, require_manifest, versions
 from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.runtime.child import run_in_process
@@ -53,7 +54,7 @@ def require_mt_bench_files(config: RunConfig) -> None:
         load_questions(config.benchmarks)
 
 
-def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
+def plans(config: RunConfig, head: Head, iterate: int) -> list[StagePlan]:
     """Return the part that grades iterate n's answers; its `extra` holds the job that answers.
 
     Raises BadInput as `require_mt_bench_files`.
@@ -83,7 +84,7 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePl
     return [StagePlan("mt-bench", iterate, key, inputs, {"answers": part})]
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest:
     """Have the questions answered and the answers graded. Returns the manifest.
 
     Raises as `ask_judge`; BadInput where the judge gave no grade at all, or a file changed since the job was planned.
@@ -94,12 +95,12 @@ def run(job: Job) -> dict[str, Any]:
         raise BadInput("judge.prompts, benchmarks.mt_bench_references", "files that changed after this job was planned",
                        "start again to use the new files")  # fmt: skip
     answers = _answers(store, job)
-    table = [row for path in fetch_files(store, answers["object_id"], "answers").values()
+    table = [row for path in fetch_files(store, answers.object_id, "answers").values()
              for row in pq.read_table(path, columns=["question_id", "turn", "text", "finish"]).to_pylist()]  # fmt: skip
     texts = {(row["question_id"], row["turn"]): row["text"] for row in table}
     wanted = [(q, turn) for q in questions for turn in (1, 2)]
     if texts.keys() != {(q.question_id, turn) for q, turn in wanted}:
-        raise Damaged(f"{answers['object_id']}: found answers to other questions; expected those of this benchmark")
+        raise Damaged(f"{answers.object_id}: found answers to other questions; expected those of this benchmark")
     asked = [
         JudgeQuestion(f"question {q.question_id}, turn {turn}", graded_with(prompts, q, turn, texts))
         for q, turn in wanted
@@ -121,15 +122,15 @@ def run(job: Job) -> dict[str, Any]:
             "judge": settings_of(config.judge), "questions": len(questions),
             "with_reference": sum(q.reference is not None for q in questions),
             "max_tokens": config.benchmarks.mt_bench_max_tokens, "temperatures": TEMPERATURES,
-            "engine": answers["metrics"]["engine"], "bootstrap": resamples, "seed": config.seed,
+            "engine": answers.metrics["engine"], "bootstrap": resamples, "seed": config.seed,
         },
         "fingerprints": {
             "policy": job.inputs["policy"], "data": content_hash(questions), "prompts": prompts.sha256,
-            "references": references_hash(questions), "answers": answers["object_id"],
+            "references": references_hash(questions), "answers": answers.object_id,
         },
         "versions": versions(),
         "cost": found.cost | {
-            "seconds": round(found.cost["seconds"] + answers["seconds"], 3), "tokens": answers["metrics"]["tokens"],
+            "seconds": round(found.cost["seconds"] + answers.seconds, 3), "tokens": answers.metrics["tokens"],
         },
     }  # fmt: skip
     folder = job.workdir / "out"
@@ -137,7 +138,7 @@ def run(job: Job) -> dict[str, Any]:
     return publish(store, job, folder, metrics=flat, seconds=document["cost"]["seconds"])
 
 
-def _answers(store: Store, job: Job) -> dict[str, Any]:
+def _answers(store: Store, job: Job) -> Manifest:
     """Return the manifest of the answers, after answering where they are missing.
 
     The engine vllm runs in a separate process, because only the end of that process reliably frees the GPU's memory.

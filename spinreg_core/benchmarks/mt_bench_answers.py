@@ -15,7 +15,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,6 +28,7 @@ from spinreg_core.generation.engine import Answer, Engine, Sampling
 from spinreg_core.generation.shards import answer_seed
 from spinreg_core.runs.fetch import fetch_folder, fetch_part
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import commit_part, publish, upload, usable_parts
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.progress import Progress
@@ -53,7 +54,7 @@ ANSWERS_SCHEMA = pa.schema(
 )
 
 
-def run(job: Job, open_engine: Callable[..., Engine] = engines.open_engine) -> dict[str, Any]:
+def run(job: Job, open_engine: Callable[..., Engine] = engines.open_engine) -> Manifest:
     """Answer the questions that are not committed yet, then publish. Returns the manifest.
 
     Its metrics are `answers`, `tokens` (sampled), `truncated` (share cut off by mt_bench_max_tokens) and `engine`.
@@ -96,7 +97,7 @@ def run(job: Job, open_engine: Callable[..., Engine] = engines.open_engine) -> d
     finally:
         if engine is not None:
             engine.close()
-    metas = [parts[name]["meta"] for name in names]
+    metas = [parts[name].meta for name in names]
     answered = sum(meta["answers"] for meta in metas)
     metrics = {
         "answers": answered,

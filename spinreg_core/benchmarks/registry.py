@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
 from spinreg_core.benchmarks.results import PartResults, part_job
 from spinreg_core.config import RunConfig
 from spinreg_core.runs.fetch import fetch_file
+from spinreg_core.runs.head import Head
 from spinreg_core.runs.lease import RunLease
 from spinreg_core.runs.objects import read_manifest, require_manifest
-from spinreg_core.runs.plans import StagePlan, measured_objects
+from spinreg_core.runs.plans import StagePlan
 from spinreg_core.store.base import Store
 
 KINDS = {"lm-eval": lm_eval, "mt-bench": mt_bench, "win-rate": win_rate}
@@ -31,7 +31,7 @@ def require_benchmark_files(config: RunConfig) -> None:
     win_rate.require_win_rate_files(config)
 
 
-def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
+def parts_of(config: RunConfig, head: Head, iterate: int) -> list[StagePlan]:
     """Return the parts of iterate n that the configuration wants. Needs the iterate's committed evaluation.
 
     Raises BadInput where a part cannot be measured on this machine (`lm_eval.plans`).
@@ -42,13 +42,13 @@ def parts_of(config: RunConfig, head: dict[str, Any], iterate: int) -> list[Stag
     return [plan for kind in KINDS.values() for plan in kind.plans(config, head, iterate)]
 
 
-def is_measured(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> bool:
+def is_measured(store: Store, config: RunConfig, head: Head, iterate: int) -> bool:
     """Return True if every part of iterate n that the configuration wants has been measured.
 
     Choices of the measuring machine may differ: lm-eval's version, the meaning of `auto`, data outside the include
     path. Raises BadInput where named files are missing on this machine; Damaged.
     """
-    wanted, found = config.benchmarks.rounds, measured_objects(head, iterate)
+    wanted, found = config.benchmarks.rounds, head.measured(iterate)
     if wanted != "all" and iterate not in wanted:
         return True
     for known in lm_eval.known(config, head, iterate):
@@ -66,11 +66,11 @@ def _key_of(store: Store, object_id: str) -> Mapping[str, object]:
     """Return the key of an object. It never changes, and a grid asks for it repeatedly, so it is kept in memory."""
     place = store.url, object_id
     if place not in _keys:
-        _keys[place] = require_manifest(store, object_id).get("key", {})
+        _keys[place] = require_manifest(store, object_id).key or {}
     return _keys[place]
 
 
-def plan_benchmark(config: RunConfig, head: dict[str, Any], iterate: int) -> StagePlan | None:
+def plan_benchmark(config: RunConfig, head: Head, iterate: int) -> StagePlan | None:
     """Return the job that measures the missing parts of iterate n; None where no part is wanted."""
     parts = parts_of(config, head, iterate)
     if not parts:
@@ -97,22 +97,22 @@ def record_measured(session: RunLease, iterate: int, objects: dict[str, str]) ->
 
     Unlike a stage's, the object of a part may be replaced later, by one with other settings. Raises LeaseLost.
     """
-    if objects.items() <= measured_objects(session.head, iterate).items():
+    if objects.items() <= session.head.measured(iterate).items():
         return
 
-    def change(head: dict[str, Any]) -> None:
-        entry = next(entry for entry in head["rounds"] if entry["round"] == iterate)
-        entry["measured"] = entry.get("measured", {}) | objects
+    def change(head: Head) -> None:
+        entry = next(entry for entry in head.rounds if entry.round == iterate)
+        entry.measured = entry.measured | objects
 
     session.update(change)
 
 
-def results_of(store: Store, config: RunConfig, head: dict[str, Any], iterate: int) -> list[PartResults]:
+def results_of(store: Store, config: RunConfig, head: Head, iterate: int) -> list[PartResults]:
     """Return the results of every measured part, with its `object_id`.
 
     Parts that the configuration wants come first, in its order, then those that it wanted earlier.
     """
-    found = measured_objects(head, iterate)
+    found = head.measured(iterate)
     kinds = list(KINDS)
     tasks = config.benchmarks.lm_eval_tasks()
 

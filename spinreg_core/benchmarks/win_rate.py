@@ -25,7 +25,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -54,8 +53,9 @@ from spinreg_core.evaluation.intervals import (
     wilson,
 )
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import require_head, stage_object
+from spinreg_core.runs.head import Head, require_head
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import fingerprint, publish, versions
 from spinreg_core.runs.plans import StagePlan, policy_object
 from spinreg_core.store.base import Store
@@ -81,7 +81,7 @@ def require_win_rate_files(config: RunConfig) -> None:
         load_prompts(config.judge, [PROMPT])
 
 
-def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePlan]:
+def plans(config: RunConfig, head: Head, iterate: int) -> list[StagePlan]:
     """Return one part for each of `benchmarks.win_rate`. The base is compared only with human answers.
 
     Raises BadInput.
@@ -92,7 +92,7 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePl
             continue
         other = {"base": 0, "previous": iterate - 1}.get(against)
         inputs = {
-            "policy": policy_object(head, iterate), "data": head["data"], "evaluate": _evaluation(head, iterate),
+            "policy": policy_object(head, iterate), "data": head.data, "evaluate": _evaluation(head, iterate),
             "against": None if other is None else _evaluation(head, other),
         }  # fmt: skip
         key = inputs | {
@@ -104,14 +104,14 @@ def plans(config: RunConfig, head: dict[str, Any], iterate: int) -> list[StagePl
     return found
 
 
-def _evaluation(head: dict[str, Any], iterate: int) -> str:
-    found = stage_object(head, iterate, "evaluate")
+def _evaluation(head: Head, iterate: int) -> str:
+    found = head.stage(iterate, "evaluate")
     if found is None:
-        raise SpinregError(f"run {head['run']!r}: round {iterate} has no committed evaluate")
+        raise SpinregError(f"run {head.run!r}: round {iterate} has no committed evaluate")
     return found
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest:
     """Have the pairs judged. Returns the manifest. Raises as `judge_pairs`."""
     start, store, config = time.monotonic(), open_store(job.store), job.config
     prompts = load_prompts(config.judge, [PROMPT])
@@ -149,10 +149,10 @@ def win_rate_of_runs(
     """
     require_judge(config.judge)
     prompts, heads = load_prompts(config.judge, [PROMPT]), [require_head(store, name) for name in (run, other)]
-    if heads[0].get("data") != heads[1].get("data"):
+    if heads[0].data != heads[1].data:
         raise BadInput(f"run {other!r}", f"has other held-out rows than {run!r}",
                        "choose runs of the same data set, model and seed")  # fmt: skip
-    evaluated = [{e["round"] for e in head["rounds"] if stage_object(head, e["round"], "evaluate")} for head in heads]
+    evaluated = [{entry.round for entry in head.rounds if "evaluate" in entry.stages} for head in heads]
     both = sorted(evaluated[0] & evaluated[1])
     number = max(both, default=0) if number is None else number
     if number not in both:
@@ -164,10 +164,10 @@ def win_rate_of_runs(
         raise BadInput(f"round {number}", f"has the same policy in {run!r} and {other!r}",
                        "choose a round in which they differ")  # fmt: skip
     evaluations = [_evaluation(head, number) for head in heads]
-    pairs = pairs_of(store, str(heads[0]["data"]), *evaluations)[: config.benchmarks.win_rate_prompts]
+    pairs = pairs_of(store, str(heads[0].data), *evaluations)[: config.benchmarks.win_rate_prompts]
     settings = pair_settings(config, pairs)
     fingerprints = {
-        "policies": policies, "evaluations": evaluations, "data": heads[0]["data"], "prompts": prompts.sha256
+        "policies": policies, "evaluations": evaluations, "data": heads[0].data, "prompts": prompts.sha256
     }  # fmt: skip
     payer = fingerprint("win-rate-of-runs", {"settings": settings, "fingerprints": fingerprints})
     metrics, _, cost = judge_pairs(store, config, pairs, prompts, payer=payer)

@@ -41,7 +41,6 @@ from spinreg_core.comparison.text import grid_of, notes, plane_of, verdict
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
-from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.evaluation.metrics import PRIMARY
 from spinreg_core.evaluation.paired import Resampled, Scores, apply_holm, difference, estimate
 from spinreg_core.reports.schema import Definition
@@ -174,7 +173,7 @@ def compare(
 def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
     return {
         "run": member.run, "variant": variant.label, "seed": member.config.seed, "data": member.data,
-        "rounds": member.rounds, "ended": ended_early(member.head),
+        "rounds": member.rounds, "ended": member.head.ended_early,
         "sampler": member.config.generation.model_dump(include={"temperature", "top_p", "top_k"}),
     }  # fmt: skip
 

@@ -18,20 +18,9 @@ from spinreg_core.benchmarks.registry import is_measured
 from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.config.resolve import differences, merge, validate
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, SpinregError
-from spinreg_core.runs.head import (
-    ROUND_STAGES,
-    check_config,
-    complete_round,
-    enter_stage,
-    has_begun,
-    pending_advance,
-    read_config,
-    read_head,
-    require_head,
-    stage_object,
-)
+from spinreg_core.runs.head import Head, Lease, check_config, read_config, read_head, require_head
 from spinreg_core.runs.objects import fingerprint
-from spinreg_core.runs.plans import STAGE_PLANS
+from spinreg_core.runs.stages import STAGES, complete_round, stages_of
 from spinreg_core.store.base import Store
 
 BASE = (0, "base")
@@ -62,11 +51,13 @@ class Member:
         """
         rows = self.config.model_dump(mode="json", include={"dataset", "data", "model", "seed"})
         base = fingerprint("base", {"model": self.config.model, "quantize": self.config.training.lora_quantize})
-        head: dict[str, Any] = {"run": "", "rounds": [], "base": base, "data": fingerprint("data", rows)}
+        nobody = Lease(epoch=0, holder=None, beat=0)
+        head = Head(run="", lease=nobody, advances=[], rounds=[], base=base, data=fingerprint("data", rows))
         found = {BASE: base}
-        for number, stage in [(0, "evaluate"), *itertools.product(range(1, self.target + 1), ROUND_STAGES)]:
-            found[number, stage] = STAGE_PLANS[stage](self.config, head, number).object_id
-            enter_stage(head, number, stage, found[number, stage])
+        for number in range(self.target + 1):
+            for stage in stages_of(number):
+                found[number, stage] = STAGES[stage].plan(self.config, head, number).object_id
+                head.enter(number, stage, found[number, stage])
         return found
 
 
@@ -202,19 +193,19 @@ def check_stored(store: Store, members: Sequence[Member]) -> None:
             _check_config(store, member, read_head(store, member.run))
 
 
-def _check_config(store: Store, member: Member, head: dict[str, Any] | None) -> None:
-    stored = read_config(store, member.run) if head is not None and has_begun(head) else None
+def _check_config(store: Store, member: Member, head: Head | None) -> None:
+    stored = read_config(store, member.run) if head is not None and head.has_begun else None
     if stored is not None:
         check_config(stored, member.config)
 
 
-def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict[str, Any] | None]]) -> Member | None:
+def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, Head | None]]) -> Member | None:
     """Return a running member that will make an object that `member` needs too, or None.
 
     `member` should wait for it instead of making the object a second time. running: members with their heads, None for
     one without a head yet.
     """
-    own: dict[str, Any] | None = None
+    own: Head | None = None
     for other, head in running:
         common = [place for place, made in member.makes.items() if other.makes.get(place) == made]
         missing = [place for place in common if not _is_made(store, other, head, place)]
@@ -225,16 +216,16 @@ def waits_for(member: Member, store: Store, running: Sequence[tuple[Member, dict
     return None
 
 
-def _is_made(store: Store, member: Member, head: dict[str, Any] | None, place: tuple[int, str]) -> bool:
+def _is_made(store: Store, member: Member, head: Head | None, place: tuple[int, str]) -> bool:
     """An evaluation counts once the benchmarks of its iterate are measured too."""
     if head is None or place == BASE:
-        return head is not None and head.get("base") is not None
-    return stage_object(head, *place) is not None and (
+        return head is not None and head.base is not None
+    return head.stage(*place) is not None and (
         place[1] != "evaluate" or _is_measured(store, member, head, place[0], unknown=True)
     )
 
 
-def _is_measured(store: Store, member: Member, head: dict[str, Any], number: int, *, unknown: bool) -> bool:
+def _is_measured(store: Store, member: Member, head: Head, number: int, *, unknown: bool) -> bool:
     """unknown: the answer if this machine cannot tell, for example because it lacks the include path of the tasks."""
     try:
         return is_measured(store, member.config, head, number)
@@ -255,13 +246,14 @@ def rounds_open(store: Store, member: Member) -> str | None:
         _check_config(store, member, head)
     except (Damaged, ConfigChanged) as error:
         return str(error)
-    if head.get("repair") is not None:
+    if head.repair is not None:
         return "its repair is not finished"
     done = complete_round(head)
     if done >= member.target:
         return None
-    last = head["advances"][-1] if head["advances"] else {"to": 0}
-    if last["to"] >= member.target and last.get("ended_by") == member.config.until.model_dump(mode="json"):
+    last = head.advances[-1] if head.advances else None
+    until = member.config.until.model_dump(mode="json")
+    if last is not None and last.to >= member.target and last.ended_by == until:
         return None
     return f"round {done} of {member.target} is complete"
 
@@ -276,7 +268,7 @@ def open_reason(store: Store, member: Member) -> str | None:
     if reason is not None:
         return reason
     head = require_head(store, member.run)
-    if pending_advance(head) is not None:
+    if head.pending_advance is not None:
         return "its advance is not finished"
     missing = [n for n in range(complete_round(head) + 1) if not _is_measured(store, member, head, n, unknown=False)]
     return f"round {missing[0]} is not measured in full, as far as this machine can tell" if missing else None

@@ -25,19 +25,20 @@ from spinreg_core.evaluation.heldout import row_scores
 from spinreg_core.evaluation.metrics import GAME, METRICS
 from spinreg_core.evaluation.paired import Scores
 from spinreg_core.formatting import flatten
-from spinreg_core.reports.lineage import BENCHMARK, HELDOUT_ANSWERS, objects_of_run, tokens_of
+from spinreg_core.reports.lineage import BENCHMARK, objects_of_run, tokens_of
 from spinreg_core.reports.run_report import heldout_alarms, read_json
 from spinreg_core.reports.schema import Definition, Measured
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import ROUND_STAGES, require_config, require_head, stage_object
+from spinreg_core.runs.head import HELDOUT, Head, require_config, require_head
+from spinreg_core.runs.stages import STAGES
 from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.store.base import Store
 
-HELDOUT = (
+HELDOUT_METRICS = (
     "heldout_nll", "reward_accuracy", "exact_match", "kl_base", "kl_previous", "answer_length", "end_of_turn_rate",
     "distinct_2", "margin", "real_change", "generated_change", "entropy",
 )  # fmt: skip
-COST_STAGES = (*ROUND_STAGES, HELDOUT_ANSWERS, BENCHMARK)
+COST_STAGES = (*STAGES, BENCHMARK)
 # Settings of a benchmark that do not change its questions or its judge: they say how it was computed, or belong to the
 # policy, or are covered by `fingerprints` and `prompts`.
 _NOT_ASKED = {
@@ -58,7 +59,7 @@ class Evaluated:
 
     run: str
     config: RunConfig
-    head: dict[str, Any]
+    head: Head
     scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
     definitions: dict[str, Definition] = field(default_factory=dict)
     no_items: set[str] = field(default_factory=set)
@@ -71,11 +72,11 @@ class Evaluated:
     @property
     def data(self) -> str:
         """The object with its rows."""
-        return str(self.head["data"])
+        return str(self.head.data)
 
     def evaluation(self, number: int) -> str | None:
         """Return the object of a round's evaluation."""
-        return stage_object(self.head, number, "evaluate")
+        return self.head.stage(number, "evaluate")
 
     def read(self, store: Store, number: int, name: str) -> Any:
         """Return a JSON file of the evaluation of an evaluated round. Raises Damaged."""
@@ -117,10 +118,10 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
     Raises BadInput for a missing run or one without evaluation, Removed or Damaged for a missing or altered file.
     """
     head, config = require_head(store, run), require_config(store, run)
-    if not head.get("data"):
+    if not head.data:
         raise BadInput(f"run {run!r}", "has no evaluated round yet", "run it to round 1 at least, then compare it")
     member = Evaluated(run, config, head)
-    for number in sorted(entry["round"] for entry in head["rounds"]):
+    for number in sorted(entry.round for entry in head.rounds):
         object_id = member.evaluation(number)
         if object_id is None:
             continue
@@ -147,7 +148,7 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
 def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores]:
     """Return the metrics that are compared row by row, from an evaluation's rows."""
     ids, found = tuple(rows["prompt_id"].to_pylist()), row_scores(rows, alpha)
-    return {name: Scores(block, ids, *found[name]) for name in HELDOUT if name in found}
+    return {name: Scores(block, ids, *found[name]) for name in HELDOUT_METRICS if name in found}
 
 
 def benchmark_scores(store: Store, part: Measured) -> Scores | None:
@@ -192,7 +193,9 @@ def alarms_of(store: Store, members: list[Evaluated]) -> list[SharedAlarm]:
 def definitions_of(members: list[Evaluated]) -> dict[str, Definition]:
     """Return how each metric that any run has is shown, in the order of the page."""
     there = {name for member in members for scores in member.scores.values() for name in scores}
-    found = {name: cast(Definition, asdict(METRICS.get(name) or GAME[name])) for name in HELDOUT if name in there}
+    found = {
+        name: cast(Definition, asdict(METRICS.get(name) or GAME[name])) for name in HELDOUT_METRICS if name in there
+    }
     for member in members:
         found |= member.definitions
     return found
@@ -272,13 +275,14 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[SharedObject]:
     for member in members:
         paid = {one["object_id"]: (one["cost"] or {}).get("paid", 0.0) for one in member.measured}
         for made in objects_of_run(store, member.head):
+            record = made.record
             if made.object_id not in found:
                 found[made.object_id] = {
                     "round": made.round, "stage": made.stage, "object_id": made.object_id,
-                    "uri": store.uri(f"objects/{made.object_id}"), "seconds": made.record.get("seconds"),
-                    "created": made.record.get("created"), "runs": [], "tokens": tokens_of(made),
-                    "paid": paid.get(made.object_id, 0.0), "inputs": made.record.get("inputs"),
-                    "versions": made.record.get("versions"),
+                    "uri": store.uri(f"objects/{made.object_id}"), "seconds": record.seconds if record else None,
+                    "created": record.created if record else None, "runs": [], "tokens": tokens_of(made),
+                    "paid": paid.get(made.object_id, 0.0), "inputs": record.inputs if record else None,
+                    "versions": record.versions if record else None,
                 }  # fmt: skip
             found[made.object_id]["runs"].append(member.run)
     return list(found.values())
@@ -302,6 +306,6 @@ def cost_of(variant: Variant, lineage: Sequence[SharedObject]) -> Cost:
         "variant": variant.label, "runs": len(runs),
         "rounds": max(max(member.rounds, default=0) for member in variant.members),
         "seconds": seconds, "total_seconds": sum(seconds.values()), "shared_seconds": per_run(shared, "seconds"),
-        "tokens": {stage: tokens(stage) for stage in ("generate", HELDOUT_ANSWERS, "train", "evaluate")},
+        "tokens": {stage: tokens(stage) for stage in ("generate", HELDOUT, "train", "evaluate")},
         "paid": per_run(stages[BENCHMARK], "paid"),
     }  # fmt: skip

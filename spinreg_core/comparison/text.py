@@ -20,9 +20,9 @@ from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import PRIMARY
 from spinreg_core.formatting import format_duration, markdown_table, text_table, wrap
 from spinreg_core.reports.figures import Curves, curves_markdown
-from spinreg_core.reports.lineage import HELDOUT_ANSWERS
 from spinreg_core.reports.run_report import sample_notes
 from spinreg_core.reports.tables import link
+from spinreg_core.runs.head import HELDOUT
 
 MARKS = {1: "better", -1: "worse", 0: ""}
 
@@ -274,7 +274,7 @@ def comparison_markdown(data: Comparison, places: dict[str, str]) -> str:
     lines += ["", *(f"- {note}" for note in data["notes"]), ""]
     rows = [["mean of its runs", "took", "of it shared", "tokens sampled", "tokens trained on", "paid to judges"]]
     for one in data["cost"]:
-        sampled = _total(one["tokens"]["generate"], one["tokens"][HELDOUT_ANSWERS])
+        sampled = _total(one["tokens"]["generate"], one["tokens"][HELDOUT])
         took = [format_duration(one["total_seconds"]), format_duration(one["shared_seconds"])]
         rows.append([one["variant"], *took, sampled, _total(one["tokens"]["train"]), f"{one['paid']:.2f}"])
     lines += [*markdown_table(rows), "", *(f"- {kind}: {link(place)}" for kind, place in places.items())]

@@ -8,8 +8,8 @@ Values are compared, not intervals: a condition that waited for statistical supp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NotRequired, TypedDict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict, cast
 
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.errors import BadInput
@@ -65,13 +65,13 @@ def _benchmarks(config: RunConfig) -> list[str]:
     return wanted.lm_eval_tasks() + judged + [name for name in wanted.win_rate if name != "previous"]
 
 
-def why_ended(until: UntilConfig, rounds: Sequence[EvaluatedRound]) -> str | None:
+def why_ended(until: UntilConfig, rounds: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the reason to make no further round, or None.
 
     rounds: the rounds so far, the base first. Raises BadInput where the benchmark of `until.metric` was measured and
     has no such metric.
     """
-    done = [entry for entry in rounds if entry["metrics"]]
+    done = [cast(EvaluatedRound, entry) for entry in rounds if entry["metrics"]]
     if until.kl_base_above is not None and done:
         kl = done[-1]["metrics"]["kl_base"]["value"]
         if kl > until.kl_base_above:
@@ -88,12 +88,6 @@ def why_ended(until: UntilConfig, rounds: Sequence[EvaluatedRound]) -> str | Non
         return None
     return (f"no round after {best or 'the base'} was better in {until.metric}, for {since} rounds "
             f"(until.rounds_without_gain: {until.rounds_without_gain})")  # fmt: skip
-
-
-def ended_early(head: dict[str, Any]) -> str | None:
-    """Return how the last advance of a run ended before its round, as the rest of a sentence; None if it did not."""
-    last = head["advances"][-1] if head["advances"] else {}
-    return f"ended before round {last['to']}: {last['ended']}" if last.get("ended") else None
 
 
 def _heldout(metric: str, done: Iterable[EvaluatedRound]) -> list[tuple[int, float]]:

@@ -240,7 +240,7 @@ class _Pool:
         for number in list(engine.open):  # committed, and not told of any more
             part: Any = read_part(self.store, self.job.object_id, self.by_number[number].name)
             if part is not None:
-                self._committed(engine, number, part["meta"])
+                self._committed(engine, number, part.meta)
         self._count(-engine.uncommitted)
         if engine.status == 0 and not engine.open:
             return

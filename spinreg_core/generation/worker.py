@@ -128,7 +128,7 @@ def answer_shards(
         part: Any = commit_part(store, job, done.shard.name, upload(store, job, folder), dict(meta))
         shutil.rmtree(folder)
         # The meta of the part: another worker may have committed the shard first.
-        on_commit(done.shard.number, part["meta"])
+        on_commit(done.shard.number, part.meta)
 
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -262,7 +262,7 @@ def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
     return make_shards(chosen, iterates, mixed, size, replayed), {str(n): int(count) for n, count in not_given}
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> None:
     """Answer the waves from standard input. Raises as `answer_shards`."""
     say, speaking = int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), threading.Lock()
 
@@ -291,7 +291,6 @@ def run(job: Job) -> dict[str, Any]:
         on_answer=lambda n: tell(f"answered {n}"),
         on_commit=lambda number, meta: tell(f"committed {number} {json.dumps(meta)}"),
     )  # fmt: skip
-    return {"object_id": "nothing more: no shard is left for this engine"}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from spinreg_core.reports.run_report import report_data
 from spinreg_core.reports.schema import Measured
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_folder
-from spinreg_core.runs.head import require_head, stage_object
+from spinreg_core.runs.head import require_head
 from spinreg_core.runs.objects import require_manifest
 from spinreg_core.runs.plans import policy_object
 from spinreg_core.store.base import Store
@@ -50,9 +50,9 @@ def export(
         Damaged: a committed file is missing or altered.
     """
     head = require_head(store, run)
-    trained = [entry["round"] for entry in head["rounds"] if "train" in entry["stages"]]
+    trained = [entry.round for entry in head.rounds if "train" in entry.stages]
     number = max(trained, default=0) if round_number is None else round_number
-    if head.get("base") is None:
+    if head.base is None:
         raise BadInput(f"run {run!r}", "has no prepared base yet", "run its first round, then export it")
     if number and number not in trained:
         known = ", ".join(map(str, sorted(trained))) or "none"
@@ -154,17 +154,17 @@ def model_card(store: Store, run: str, number: int) -> str:
         tags=["spinreg", "self-play", "spin", "alignment"],
     )
     made = require_manifest(store, policy_object(head, number))
-    weights = [entry for entry in made["files"] if entry["name"].endswith(".safetensors")]
+    weights = [file for file in made.files if file.name.endswith(".safetensors")]
     measured = {entry["round"]: entry for entry in data["rounds"] if entry["metrics"]}
     shown = [measured[n] for n in dict.fromkeys((0, number)) if n in measured]
     names = [name for name in data["definitions"] if any(name in (entry["metrics"] or {}) for entry in shown)]
-    lineage = [("base", head["base"]), ("data", head["data"])]
-    lineage += [(f"round {n}, {stage}", str(stage_object(head, n, stage)))
+    lineage = [("base", head.base), ("data", head.data)]
+    lineage += [(f"round {n}, {stage}", str(head.stage(n, stage)))
                 for n in range(1, number + 1) for stage in ("generate", "mix-opponent", "train")]  # fmt: skip
     return template("model_card.md.jinja").render(
         about=about.to_yaml(), run=run, number=number, config=config, data=data, weights=weights, shown=shown,
         rows=[_row(name, [(entry["metrics"] or {}).get(name) for entry in shown]) for name in names],
-        versions=made["versions"],
+        versions=made.versions,
         lineage=lineage, estimate=format_estimate, text=_plain, how=how_measured,
     )  # fmt: skip
 

@@ -3,48 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from spinreg_core.runs.head import ROUND_STAGES
+from spinreg_core.runs.head import HELDOUT, Head
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_record
-from spinreg_core.runs.plans import measured_objects
+from spinreg_core.runs.stages import STAGES
 from spinreg_core.store.base import Store
 
-HELDOUT_ANSWERS = "generate (held-out)"  # the tables' name for the answers that an evaluation sampled
 BENCHMARK = "benchmark"
 INPUTS = ("base", "data")
 
 
 class Made(NamedTuple):
-    """An object of a run. `record` is its manifest, empty where that is gone. Base and data are made in round 0."""
+    """An object of a run. `record` is its manifest, None where that is gone. Base and data are made in round 0."""
 
     round: int
     stage: str
     object_id: str
-    record: dict[str, Any]
+    record: Manifest | None
 
 
-def objects_of_run(store: Store, head: dict[str, Any]) -> Iterator[Made]:
+def objects_of_run(store: Store, head: Head) -> Iterator[Made]:
     """Yield the objects of a run round by round, its benchmarks (stage `benchmark`) after the stages of their round."""
-    named = [(0, name, head.get(name)) for name in INPUTS]
-    for entry in sorted(head["rounds"], key=lambda entry: int(entry["round"])):
-        number = entry["round"]
-        named += [(number, stage, entry["stages"].get(stage)) for stage in ROUND_STAGES]
-        named += [(number, BENCHMARK, object_id) for object_id in measured_objects(head, number).values()]
+    named: list[tuple[int, str, str | None]] = [(0, "base", head.base), (0, "data", head.data)]
+    for entry in sorted(head.rounds, key=lambda entry: entry.round):
+        named += [(entry.round, stage, entry.stages.get(stage)) for stage in STAGES]
+        named += [(entry.round, BENCHMARK, object_id) for object_id in entry.measured.values()]
     for number, stage, object_id in named:
-        if object_id is None:
-            continue
-        record = read_record(store, object_id) or {}
-        heldout = record.get("inputs", {}).get("heldout") if stage == "evaluate" else None
-        if heldout is not None:
-            yield Made(number, HELDOUT_ANSWERS, heldout, read_record(store, heldout) or {})
-        yield Made(number, stage, object_id, record)
+        if object_id is not None:
+            yield Made(number, stage, object_id, read_record(store, object_id))
 
 
 def tokens_of(made: Made) -> float | None:
     """Return the tokens that an object sampled, trained on or scored; None if nothing counted them."""
-    metrics = made.record.get("metrics", {})
-    if made.stage in ("generate", HELDOUT_ANSWERS):
+    metrics = {} if made.record is None else made.record.metrics
+    if made.stage in ("generate", HELDOUT):
         return metrics.get("tokens")
     if made.stage == "evaluate":
         return metrics.get("tokens_scored")

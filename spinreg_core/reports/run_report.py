@@ -16,18 +16,18 @@ from typing import Any, cast
 from spinreg_core.benchmarks.registry import results_of
 from spinreg_core.config import RunConfig
 from spinreg_core.config.groups import GenerationConfig
-from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.evaluation.formatting import format_estimate, format_number
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY, PRIMARY_REASON
 from spinreg_core.formatting import flatten, format_bytes, format_duration, json_safe
-from spinreg_core.reports.lineage import HELDOUT_ANSWERS, INPUTS, objects_of_run, tokens_of
+from spinreg_core.reports.lineage import BENCHMARK, INPUTS, objects_of_run, tokens_of
 from spinreg_core.reports.schema import Alarm, Lineage, Measured, Report, Round, Sample, Verdict, WrittenReport
 from spinreg_core.reports.tables import benchmark_of, benchmarks, counted
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_file
-from spinreg_core.runs.head import ROUND_STAGES, require_config, require_head, stage_object
-from spinreg_core.runs.objects import read_manifest, removed_keys, versions
+from spinreg_core.runs.head import Head, require_config, require_head
+from spinreg_core.runs.objects import read_manifest, versions
+from spinreg_core.runs.stages import STAGES
 from spinreg_core.selfplay import REMEDIES
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import pinned
@@ -70,7 +70,7 @@ def report_data(store: Store, run: str) -> Report:
         Damaged: a file or document of the run is missing or altered.
     """
     head, config = require_head(store, run), require_config(store, run)
-    last = max((entry["round"] for entry in head["rounds"]), default=0)
+    last = head.last_round
     # A flow's process shows reports for days; files that it has read must be free to leave the cache.
     with pinned():
         rounds = [_round(store, config, head, number) for number in range(last + 1)]
@@ -88,7 +88,7 @@ def report_data(store: Store, run: str) -> Report:
         "game": {name: asdict(metric) for name, metric in GAME.items()},  # type: ignore[misc]
         "verdict": verdict(rounds),
         "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
-        "notes": notes(config.generation, rounds, ended_early(head)),
+        "notes": notes(config.generation, rounds, head.ended_early),
         "rounds": rounds,
         "human": human,
         "samples": samples,
@@ -102,8 +102,8 @@ def read_json(store: Store, object_id: str, name: str) -> Any:
     return json.loads(fetch_file(store, object_id, name).read_bytes())
 
 
-def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -> Round:
-    stages = {stage: object_id for stage in ROUND_STAGES if (object_id := stage_object(head, number, stage))}
+def _round(store: Store, config: RunConfig, head: Head, number: int) -> Round:
+    stages = {stage: object_id for stage in STAGES if (object_id := head.stage(number, stage))}
     measured = [part | {"uri": store.uri(f"objects/{part['object_id']}")}
                 for part in results_of(store, config, head, number)]  # fmt: skip
     found: Round = {
@@ -111,7 +111,7 @@ def _round(store: Store, config: RunConfig, head: dict[str, Any], number: int) -
         "pairs": None, "training": None, "margins": None,
     }  # fmt: skip
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
-        found["pairs"] = manifest["metrics"]
+        found["pairs"] = manifest.metrics
     if "evaluate" in stages:
         found["metrics"] = read_json(store, stages["evaluate"], "metrics.json")
         found["margins"] = read_json(store, stages["evaluate"], "samples.json").get("margins")
@@ -139,20 +139,19 @@ def _samples(store: Store, rounds: Sequence[Round]) -> list[Sample]:
     return list(found.values())
 
 
-def _lineage(store: Store, head: dict[str, Any]) -> list[Lineage]:
+def _lineage(store: Store, head: Head) -> list[Lineage]:
     lines: list[Lineage] = []
-    # Readers of report.json find the held-out answers after the evaluation that sampled them.
-    order = (*INPUTS, *ROUND_STAGES, HELDOUT_ANSWERS)
-    found = [made for made in objects_of_run(store, head) if made.record and made.stage in order]
-    for made in sorted(found, key=lambda made: (made.round, order.index(made.stage))):
-        manifest, removed = made.record, removed_keys(made.record)
-        files = [entry for entry in manifest["files"] if entry["key"] not in removed]
+    for made in objects_of_run(store, head):
+        manifest = made.record
+        if manifest is None or made.stage == BENCHMARK:
+            continue
+        files = [file for file in manifest.files if file.key not in manifest.removed_keys]
         lines.append({
             "round": None if made.stage in INPUTS else made.round, "stage": made.stage, "object_id": made.object_id,
-            "uri": store.uri(f"objects/{made.object_id}"), "inputs": manifest["inputs"],
-            "files": len(files), "removed": len(manifest["files"]) - len(files),
-            "bytes": sum(entry["size"] for entry in files), "seconds": manifest["seconds"], "tokens": tokens_of(made),
-            "created": manifest["created"], "writer": manifest["writer"], "versions": manifest["versions"],
+            "uri": store.uri(f"objects/{made.object_id}"), "inputs": manifest.inputs,
+            "files": len(files), "removed": len(manifest.files) - len(files),
+            "bytes": sum(file.size for file in files), "seconds": manifest.seconds, "tokens": tokens_of(made),
+            "created": manifest.created, "writer": manifest.writer, "versions": manifest.versions,
         })  # fmt: skip
     return lines
 

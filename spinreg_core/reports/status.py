@@ -9,7 +9,6 @@ from typing import Any, NotRequired, TypedDict, final
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged, SpinregError, StoreRefused
-from spinreg_core.evaluation.early_stopping import ended_early
 from spinreg_core.formatting import format_bytes
 from spinreg_core.runs.head import Head, list_runs, require_config, require_head
 from spinreg_core.runs.manifest import Manifest
@@ -81,7 +80,7 @@ def run_status(store: Store, run: str) -> RunStatus:
         rounds.append({"round": number, "stages": found, "measured": measured})
     return {
         "run": run, "store": store.url, "complete_round": complete_round(head), "pending": plain(head.pending_advance),
-        "ended": ended_early(head), "repair": plain(head.repair), "lease": plain(head.lease), "rounds": rounds,
+        "ended": head.ended_early, "repair": plain(head.repair), "lease": plain(head.lease), "rounds": rounds,
     }  # fmt: skip
 
 

@@ -133,6 +133,12 @@ class Head(Document):
         return next((advance for advance in reversed(self.advances) if not advance.done), None)
 
     @property
+    def ended_early(self) -> str | None:
+        """How the last advance ended before its round, as the rest of a sentence; None if it did not."""
+        last = self.advances[-1] if self.advances else None
+        return f"ended before round {last.to}: {last.ended}" if last is not None and last.ended else None
+
+    @property
     def has_begun(self) -> bool:
         """Whether anything is committed; from then on the configuration is fixed."""
         return self.base is not None or bool(self.rounds)
@@ -223,29 +229,3 @@ def check_config(stored: RunConfig, given: RunConfig) -> None:
     found = differences(fixed_fields(stored), fixed_fields(given))
     if found:
         raise ConfigChanged(given.run, found)
-
-
-# SHIM: goes when all rooms use the documents' own methods.
-ROUND_STAGES = ("generate", "mix-opponent", "train", "evaluate")
-
-
-def stage_object(head: Any, round_number: int, stage: str) -> Any:
-    return head.stage(round_number, stage)
-
-
-def enter_stage(head: Any, round_number: int, stage: str, object_id: str) -> None:
-    head.enter(round_number, stage, object_id)
-
-
-def pending_advance(head: Any) -> Any:
-    return head.pending_advance
-
-
-def has_begun(head: Any) -> Any:
-    return head.has_begun
-
-
-def complete_round(head: Any) -> int:
-    import importlib
-
-    return int(importlib.import_module("spinreg_core.runs.stages").complete_round(head))

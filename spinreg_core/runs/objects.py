@@ -224,12 +224,3 @@ def read_part(store: Store, object_id: str, name: str) -> Part | None:
     """Return one part, or None if it was deleted or set aside. Raises Damaged."""
     part = documents.read(store, part_key(object_id, name), Part)
     return None if part is not None and part.void else part
-
-
-# SHIM
-def removed_keys(record: Any) -> frozenset[str]:
-    return record.removed_keys if record else frozenset()  # type: ignore[no-any-return]
-
-
-def why_removed(record: Any) -> str:
-    return str(record.why_removed)

@@ -263,17 +263,3 @@ def ids_in(inputs: Any) -> Iterator[str]:
             yield from ids_in(value)
     elif isinstance(inputs, str):
         yield inputs
-
-
-# SHIM
-def measured_objects(head: Any, iterate: int) -> dict[str, str]:
-    return head.measured(iterate)  # type: ignore[no-any-return]
-
-
-STAGE_PLANS = {"generate": plan_generate, "mix-opponent": plan_mix_opponent, "train": plan_train,
-               "generate-heldout": plan_heldout, "evaluate": plan_evaluate}  # fmt: skip
-
-
-def heldout_objects(config: RunConfig, head: Any, iterate: int) -> list[str]:
-    found = head.stage(iterate, "generate-heldout")
-    return [found] if found else []

@@ -13,16 +13,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from spinreg_core.errors import EXIT_PREEMPTED
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runtime.failures import describe_error, record
 from spinreg_core.runtime.rank_watch import RankWatch
 from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigterm
 
 
-def main(run: Callable[[Job], Any], *, ranked: bool = False) -> NoReturn:
+def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoReturn:
     """Run one stage from the command line: `python -m spinreg_core.stages.<name> JOB.json`.
 
     ranked: several processes can share the work. This process starts them where the job's resources ask for more than
@@ -71,8 +72,8 @@ def main(run: Callable[[Job], Any], *, ranked: bool = False) -> NoReturn:
         _end(status)
     if watch is not None:
         watch.finished()
-    if not rank:
-        print(f"[{job.stage}] committed {manifest['object_id']} after {time.monotonic() - start:.1f} s", flush=True)
+    if not rank and manifest is not None:
+        print(f"[{job.stage}] committed {manifest.object_id} after {time.monotonic() - start:.1f} s", flush=True)
     _end(0)
 
 

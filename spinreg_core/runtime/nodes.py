@@ -17,10 +17,21 @@ from spinreg_core.errors import Conflict, Damaged, LeaseLost
 from spinreg_core.runs.job import Job
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
-from spinreg_core.store.documents import SCHEMA
+from spinreg_core.store.documents import Count, Document
 
 ATTEMPT_VARIABLE = "SPINREG_ATTEMPT"  # set in the processes that other machines start
 _WAIT_SECONDS = 10.0
+
+
+class Order(Document):
+    attempt: str | None
+    epoch: Count
+    job: dict[str, Any] | None = None
+
+
+class Failure(Document):
+    status: int
+    message: str
 
 
 def post_order(store: Store, job: Job) -> str:
@@ -30,7 +41,7 @@ def post_order(store: Store, job: Job) -> str:
     lease has asked for something.
     """
     attempt, epoch = uuid.uuid4().hex, _epoch(job)
-    order = documents.dump({"schema": SCHEMA, "attempt": attempt, "epoch": epoch, "job": job.fields()})
+    order = documents.dump({"attempt": attempt, "epoch": epoch, "job": job.fields()})
     key = _order(job.config.run)
     while True:
         found = store.read_tagged(key)
@@ -39,7 +50,7 @@ def post_order(store: Store, job: Job) -> str:
                 store.create(key, order)
                 return attempt
             with contextlib.suppress(Damaged):
-                if documents.parse(store, key, found[0])["epoch"] > epoch:
+                if documents.parse(store, key, found[0], Order).epoch > epoch:
                     raise LeaseLost(
                         f"run {job.config.run!r} was taken over; its other machines work for its new holder"
                     )
@@ -55,19 +66,19 @@ def withdraw_order(store: Store, job: Job, attempt: str) -> None:
     key = _order(job.config.run)
     found = store.read_tagged(key)
     with contextlib.suppress(Conflict, Damaged):
-        if found is not None and documents.parse(store, key, found[0])["attempt"] == attempt:
-            store.replace(key, documents.dump({"schema": SCHEMA, "attempt": None, "epoch": _epoch(job)}), found[1])
+        if found is not None and documents.parse(store, key, found[0], Order).attempt == attempt:
+            store.replace(key, documents.dump({"attempt": None, "epoch": _epoch(job)}), found[1])
 
 
-def read_order(store: Store, run: str) -> dict[str, Any] | None:
+def read_order(store: Store, run: str) -> Order | None:
     """What was announced last; its `attempt` is None between stages. Raises Damaged."""
-    return documents.read(store, _order(run))
+    return documents.read(store, _order(run), Order)
 
 
 def report_failure(store: Store, job: Job, attempt: str, status: int, message: str) -> None:
     """Of ranks on another machine, for the log of the flow."""
     host = socket.gethostname()
-    entry = {"schema": SCHEMA, "status": status, "message": f"on {host}: {message}"}
+    entry = {"status": status, "message": f"on {host}: {message}"}
     store.write(f"{_failures(job.config.run)}{attempt}-{host}-{uuid.uuid4().hex[:8]}.json", documents.dump(entry))
 
 
@@ -77,8 +88,8 @@ def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, 
     while True:
         keys = [k for k in store.list(_failures(job.config.run)) if k.rsplit("/", 1)[-1].startswith(attempt)]
         if keys or time.monotonic() > end:
-            entries = [found for key in keys if (found := documents.read(store, key)) is not None]
-            return [(entry["status"], entry["message"]) for entry in entries]
+            entries = [found for key in keys if (found := documents.read(store, key, Failure)) is not None]
+            return [(entry.status, entry.message) for entry in entries]
         time.sleep(0.5)
 
 

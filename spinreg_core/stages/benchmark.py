@@ -19,12 +19,13 @@ from spinreg_core.benchmarks import lm_eval
 from spinreg_core.benchmarks.registry import KINDS, part_name
 from spinreg_core.errors import JudgeAway
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import publish, read_manifest
 from spinreg_core.runtime.main import main
 from spinreg_core.store.open import open_store
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest:
     """Measure the missing parts. Returns the manifest.
 
     Raises the error of the first failed part after the others were measured. JudgeAway takes precedence, since a retry
@@ -38,7 +39,7 @@ def run(job: Job) -> dict[str, Any]:
         if manifest is None:
             missing.append(replace(job, workdir=job.workdir / part["object_id"], **part))
         else:
-            metrics[part_name(part["key"], part["stage"])] = manifest["metrics"]
+            metrics[part_name(part["key"], part["stage"])] = manifest.metrics
     failed: Exception | None = None
     for one, found in _measured(missing):
         name = part_name(one.key, one.stage)
@@ -47,7 +48,7 @@ def run(job: Job) -> dict[str, Any]:
             if failed is None or (isinstance(found, JudgeAway) and not isinstance(failed, JudgeAway)):
                 failed = found
         else:
-            metrics[name] = found["metrics"]
+            metrics[name] = found.metrics
     if failed is not None:
         raise failed
     folder = job.workdir / "out"
@@ -55,7 +56,7 @@ def run(job: Job) -> dict[str, Any]:
     return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)
 
 
-def _measured(jobs: list[Job]) -> Iterator[tuple[Job, dict[str, Any] | Exception]]:
+def _measured(jobs: list[Job]) -> Iterator[tuple[Job, Manifest | Exception]]:
     """Yield each part with its manifest, or with the error that it raised."""
     # Together, because one process loads the policy once for all tasks of lm-eval.
     yield from lm_eval.run_all([job for job in jobs if job.stage == "lm-eval"])

@@ -113,14 +113,13 @@ def _waves(shards: list[Shard]) -> Iterable[list[Shard]]:
         yield wave
 
 
-def lend(job: Job) -> dict[str, str]:
+def lend(job: Job) -> None:
     """Lend the engines of this machine to a run of another machine, which sends them shards to answer.
 
     The `extra` of the job also has the sources, as the job of a worker has.
     """
     engine = engine_of(job, Source(*job.extra["sources"][0]))[0]
     offer_workers(job, os.environ[ATTEMPT_VARIABLE], _devices(job, engine))
-    return {"object_id": "what this machine was given"}
 
 
 def _devices(job: Job, engine: str) -> list[dict[str, str]]:

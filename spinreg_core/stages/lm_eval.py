@@ -29,6 +29,7 @@ from spinreg_core.benchmarks.results import PartResults, write_part
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import publish, versions
 from spinreg_core.runtime.main import main
 from spinreg_core.store.base import Store
@@ -40,7 +41,7 @@ _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROU
 _SHOWN_METRICS = 6
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest | None:
     """Measure and publish the parts. Returns the manifest of the last one (empty on ranks other than 0).
 
     The cost of the first part includes the time to open the model.
@@ -59,7 +60,7 @@ def run(job: Job) -> dict[str, Any]:
     manager = open_tasks(wanted.include_path, names, policy)
     meter = Meter()
     model = open_model(policy, job.config, backend, share, meter)
-    manifest: dict[str, Any] = {}
+    manifest: Manifest | None = None
     for part in parts:
         one = replace(job, workdir=job.workdir / part["object_id"], **part)
         manifest = _measure(store, one, model, manager, share, meter, begin)
@@ -69,7 +70,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def _measure(
     store: Store, job: Job, model: Any, manager: Any, share: Share, meter: Meter, begin: float
-) -> dict[str, Any]:
+) -> Manifest | None:
     key, config, opening = job.key, job.config, time.monotonic() - begin
     name = key["name"]
     loaded = load_task(manager, name)
@@ -80,7 +81,7 @@ def _measure(
     counts = [sum(each) for each in zip(*share.exchange([getattr(meter, name) for name in fields]), strict=True)]
     cost = dict(zip(fields, counts, strict=True))
     if share.rank:
-        return {}
+        return None
     found = measured(results, loaded, name, resamples=key["bootstrap"], seed=SEEDS["numpy"])
     primary = primary_of(found, name)
     shots = {results["n-shot"][task] for task in loaded.tasks}

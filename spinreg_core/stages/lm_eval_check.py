@@ -10,18 +10,18 @@ A job's `key` has {"tasks": {name: {"fewshot", "limit"}}, ...}. The stage leaves
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from spinreg_core.benchmarks.lm_eval_model import check_task, open_tasks
 from spinreg_core.models.source import tokenizer_folder
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import publish
 from spinreg_core.runtime.main import main
 from spinreg_core.store.cache import cache_folder
 from spinreg_core.store.open import open_store
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest:
     """Check the tasks. Returns the manifest. Raises BadInput."""
     start, tasks = time.monotonic(), job.key["tasks"]
     # Tasks that generate their data, such as ruler, need the tokenizer to fill a context length.

@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,6 +27,7 @@ from spinreg_core.logprobs.policy import load_for
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.runs.fetch import fetch_file, fetch_files, fetch_folder
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import publish, read_manifest
 from spinreg_core.runtime.distributed import Ranks, init_ranks
 from spinreg_core.runtime.main import main
@@ -78,7 +79,7 @@ class Summary(PairCounts, Treatment, ScoreCounts):
     """The stage's metrics, and what `summary.json` holds."""
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest | None:
     """Build, score and publish the pairs of a round. Returns the manifest, which is empty on ranks other than 0.
 
     Raises:
@@ -90,7 +91,7 @@ def run(job: Job) -> dict[str, Any]:
     pairs, treatment = _opponent(store, job)
     summary: Summary = {**counts(pairs), **treatment, **_add_scores(store, job, pairs, ranks)}
     if not ranks.first:
-        return {}
+        return None
     print(_described(summary), flush=True)
     folder = job.workdir / "out"
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def _not_given(store: Store, job: Job) -> dict[int, int]:
     manifest = read_manifest(store, job.inputs["generations"])
     if manifest is None:
         raise Damaged(f"{job.inputs['generations']}: found no manifest; expected the round's generations")
-    return {int(iterate): count for iterate, count in manifest["metrics"].get("replayed", {}).items()}
+    return {int(iterate): count for iterate, count in manifest.metrics.get("replayed", {}).items()}
 
 
 def _generations(store: Store, object_id: str, iterates: Iterable[int] | None = None) -> list[GeneratedRow]:

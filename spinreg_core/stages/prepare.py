@@ -47,6 +47,7 @@ from spinreg_core.models.checks import require_finite, require_loadable
 from spinreg_core.models.source import link_policy, model_fingerprint, require_fit, resolve_model, tokenizer_folder
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import fingerprint, publish, read_manifest
 from spinreg_core.runtime.main import main
 from spinreg_core.runtime.progress import Progress
@@ -55,7 +56,7 @@ from spinreg_core.store.open import open_store
 from spinreg_core.training.checkpoint_files import copy_rest
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: Job) -> Manifest:
     """Publish both objects and return the manifest of `data` with both ids. Raises BadInput."""
     config = job.config
     selected = load_training(config.dataset, config.data)
@@ -76,13 +77,13 @@ def run(job: Job) -> dict[str, Any]:
         print(f"warning: {renderer.written_before_warning}", flush=True)
     data = prepare_data(job, selected, heldout, renderer)
     folder = resolve_model(config.model, cache_folder())
-    largest = _largest_id(job, data["object_id"])
+    largest = _largest_id(job, data.object_id)
     require_fit(folder, config.data.max_length, [*renderer.stop_ids, renderer.pad_id, largest])
     require_loadable(folder)
     if config.training.lora_rank is not None:
         require_adaptable(folder, config)
     base = prepare_base(job, folder)
-    result = {"base": base["object_id"], "data": data["object_id"], "summary": data["metrics"]}
+    result = {"base": base.object_id, "data": data.object_id, "summary": data.metrics}
     (job.workdir / "result.json").write_text(json.dumps(result, indent=1))
     return data
 
@@ -146,7 +147,7 @@ def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, rend
     return key
 
 
-def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> dict[str, Any]:
+def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> Manifest:
     """Split and tokenise the rows, publish the object `data`, and return its manifest. Raises BadInput.
 
     Rows are on disk. Memory holds a few hundred bytes of each row, whatever its length.
@@ -317,7 +318,7 @@ def require_adaptable(folder: Path, config: RunConfig) -> None:
             raise BadInput("resources.processes", f"is {ranks} in all, with training.lora_quantize {bits}", "1")
 
 
-def prepare_base(job: Job, source: Path) -> dict[str, Any]:
+def prepare_base(job: Job, source: Path) -> Manifest:
     """Publish the object `base`, a model folder, and return its manifest. Raises BadInput."""
     store, start = open_store(job.store), time.monotonic()
     bits = job.config.training.lora_quantize

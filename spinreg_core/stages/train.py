@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import torch
@@ -33,6 +32,7 @@ from spinreg_core.models.lora import add_adapter, read_adapter, start_adapter, t
 from spinreg_core.models.quantization import load_quantized
 from spinreg_core.runs.fetch import fetch_file, fetch_folder, folder_of
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import fingerprint, publish, read_manifest, upload
 from spinreg_core.runs.plans import average_key
 from spinreg_core.runtime.distributed import Ranks, init_ranks
@@ -56,7 +56,7 @@ def run(
     *,
     trainer: Callable[..., RoundTrainer] = RoundTrainer,
     checkpointer: Callable[..., StepCheckpoints] = StepCheckpoints,
-) -> dict[str, Any]:
+) -> Manifest | None:
     """Train the rest of the round and publish the policy. Returns the manifest, which is empty on ranks other than 0.
 
     Raises:
@@ -106,7 +106,7 @@ def run(
         publish_adapted(model, source, folder, training, job.config.model, ranks)
     if not ranks.first:
         ranks.gather(upload(store, job, folder))
-        return {}
+        return None
     lines = (json.dumps(metrics) + "\n" for metrics in round_.state.metrics)
     (folder / "metrics.jsonl").write_text("".join(lines))
     (folder / "summary.json").write_text(json.dumps(summary, indent=1, sort_keys=True))

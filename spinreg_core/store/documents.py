@@ -66,60 +66,6 @@ class Document(BaseModel):
     def check(self, where: str, key: str) -> None:
         """Raise Damaged if the document at `key` breaks a rule that the types of its fields do not express."""
 
-    # Index access, until every reader uses attributes.
-    def __getitem__(self, name: str) -> Any:
-        try:
-            return getattr(self, _attribute(type(self), name))
-        except AttributeError:
-            raise KeyError(name) from None
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self, _attribute(type(self), name), value)
-
-    def __contains__(self, name: object) -> bool:
-        return getattr(self, _attribute(type(self), str(name)), None) is not None
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401
-
-
-def _attribute(kind: type[BaseModel], name: str) -> str:
-    return next((field for field, info in kind.model_fields.items() if info.alias == name), name)
-
-
-class Order(Document):
-    attempt: str | None
-    epoch: Count
-    job: dict[str, Any] | None = None
-
-
-class Failure(Document):
-    status: int
-    message: str
-
-
-class Marker(Document):
-    commits: str
-    id: str | None = None
-
-
-class Usage(Document):
-    """The tokens of one request to a judge, counted by the server or estimated."""
-
-    prompt_tokens: Count
-    answer_tokens: Count
-    counted: bool
-
-
-class Verdict(Document):
-    """The answer of a judge to one request, and the object that paid for it."""
-
-    request: dict[str, Any]
-    content: str
-    finish: str
-    usage: Usage
-    payer: str
-
 
 D = TypeVar("D", bound=Document)
 
@@ -145,7 +91,7 @@ def digest(manifest: Document) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
-def parse(store: Store, key: str, raw: bytes, kind: Any = None) -> Any:
+def parse(store: Store, key: str, raw: bytes, kind: type[D]) -> D:
     """Return the document in `raw`. Raises Damaged if it is not one, BadInput for another schema."""
     where = store.uri(key)
     try:
@@ -156,7 +102,7 @@ def parse(store: Store, key: str, raw: bytes, kind: Any = None) -> Any:
     if schema != SCHEMA or not isinstance(schema, int):
         raise BadInput(where, f"schema {schema}", f"schema {SCHEMA}; it was written by another spinreg version")
     try:
-        document = (kind or _kind(key)).model_validate(content)
+        document = kind.model_validate(content)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -168,20 +114,7 @@ def parse(store: Store, key: str, raw: bytes, kind: Any = None) -> Any:
     return document
 
 
-def read(store: Store, key: str, kind: Any = None) -> Any:
+def read(store: Store, key: str, kind: type[D]) -> D | None:
     """Return the document at a key, or None if there is none. Raises as `parse`."""
     raw = store.read(key)
     return None if raw is None else parse(store, key, raw, kind)
-
-
-def _kind(key: str) -> Any:  # SHIM
-    import importlib
-
-    folder, _, name = key.rpartition("/")
-    head, manifest = (importlib.import_module(f"spinreg_core.runs.{m}") for m in ("head", "manifest"))
-    if key.startswith("verdicts/"):
-        return Verdict
-    if name.endswith("manifest.json"):
-        return manifest.Manifest
-    kinds = {"head.json": head.Head, "run.json": head.Configuration, "order.json": Order, "commits.json": Marker}
-    return Failure if folder.endswith("/failures") else kinds.get(name, manifest.Part)
