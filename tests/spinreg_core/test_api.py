@@ -65,7 +65,7 @@ def test_read_run_of_an_unknown_run_names_those_that_exist(tmp_path: Path) -> No
         spinreg_core.read_run(str(tmp_path), "nobody")
 
 
-def test_every_name_of_the_face_is_there_and_nothing_heavy_is_loaded() -> None:
+def test_import_of_the_face_offers_every_name_and_loads_no_torch() -> None:
     code = (
         "import sys, spinreg_core\n"
         "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules\n"

@@ -350,7 +350,6 @@ def _holder_process(tmp_path: Path) -> subprocess.Popen[str]:
         from spinreg_core.errors import LeaseLost
         from spinreg_core.runs.lease import hold_lease
         from spinreg_core.store.open import open_store
-from tests.support.watched_store import Altered
         with hold_lease(open_store(sys.argv[1]), RunConfig(resources=ResourcesConfig(lease_seconds=2)), "other") as s:
             print("held", flush=True)
             sys.stdin.readline()

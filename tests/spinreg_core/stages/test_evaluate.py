@@ -174,7 +174,7 @@ def brute_force(world: World, iterate: int, prompts: list[list[int]], answers: l
 
 
 @pytest.mark.parametrize("iterate", [0, 1, 2])
-def test_every_score_equals_brute_force(world: World, evaluated: list[str], iterate: int) -> None:
+def test_evaluate_scores_equal_brute_force(world: World, evaluated: list[str], iterate: int) -> None:
     """Also those that were taken from earlier evaluations: each column is what its name says."""
     data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
     rows = world.rows(evaluated[iterate])
@@ -201,9 +201,7 @@ def test_every_score_equals_brute_force(world: World, evaluated: list[str], iter
 
 
 @pytest.mark.parametrize("iterate", [1, 2])
-def test_the_credit_of_tokens_sums_to_the_reward_of_their_answer(
-    world: World, evaluated: list[str], iterate: int
-) -> None:
+def test_evaluate_credit_of_tokens_sums_to_the_reward(world: World, evaluated: list[str], iterate: int) -> None:
     """beta (log p - alpha log p_previous - (1 - alpha) log p_base), token by token, for both answers."""
     data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
     rows = world.rows(evaluated[iterate])
@@ -227,7 +225,7 @@ def test_the_credit_of_tokens_sums_to_the_reward_of_their_answer(
     assert margins["edges"][0] < margins["quantiles"]["0.5"] < margins["edges"][-1]
 
 
-def test_samples_are_this_policys_own_answers(world: World, evaluated: list[str]) -> None:
+def test_evaluate_shows_samples_of_its_own_policy(world: World, evaluated: list[str]) -> None:
     renderer = Renderer.from_folder(world.root / "policy-0" / "policy")
     data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
     seen = []
@@ -253,7 +251,7 @@ def test_samples_are_this_policys_own_answers(world: World, evaluated: list[str]
 
 
 @pytest.mark.parametrize("iterate", [0, 1, 2])
-def test_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterate: int) -> None:
+def test_evaluate_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterate: int) -> None:
     """metrics.json and the manifest are what anybody gets from rows.parquet alone."""
     table = pq.read_table(fetch_file(world.store, evaluated[iterate], "rows.parquet"))
     alpha = ALPHA if iterate > 1 else 1.0  # in round 1 both references are the base
@@ -274,7 +272,7 @@ def test_metrics_follow_from_the_rows(world: World, evaluated: list[str], iterat
     assert intervals == {name: [e["low"], e["high"]] for name, e in expected.items()}
 
 
-def test_a_round_that_changed_nothing_shows_as_nothing(world: World, evaluated: list[str]) -> None:
+def test_evaluate_of_an_unchanged_policy_shows_no_difference(world: World, evaluated: list[str]) -> None:
     """Equal policies get one seed and give equal answers: every difference is 0 but for rounding, every pair a tie."""
     still = replace(world, policies=[world.policies[0]] * 2)
     object_id = evaluated_by(still.job(1, evaluated)).object_id
@@ -285,7 +283,7 @@ def test_a_round_that_changed_nothing_shows_as_nothing(world: World, evaluated: 
     assert manifest.metrics["reward_accuracy"] == 0.5
 
 
-def test_reward_accuracy_from_the_policies_themselves(world: World, evaluated: list[str]) -> None:
+def test_evaluate_reward_accuracy_equals_that_of_the_policies(world: World, evaluated: list[str]) -> None:
     """r = log p_2 - alpha log p_1 - (1 - alpha) log p_0, human answers against iterate 1's samples."""
     data = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet")).to_pydict()
     opponents = world.rows(evaluated[1])["sample_ids"]
@@ -307,7 +305,7 @@ def test_reward_accuracy_from_the_policies_themselves(world: World, evaluated: l
         (2, [(2, 36), (0, 12), (1, 12)]),
     ],
 )
-def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
+def test_evaluate_scores_nothing_twice_with_one_model_in_memory(
     world: World,
     evaluated: list[str],
     iterate: int,
@@ -345,7 +343,7 @@ def test_nothing_is_scored_twice_and_one_model_lives_at_a_time(
     assert world.rows(again.object_id) == world.rows(evaluated[iterate])
 
 
-def test_heldout_answers_to_other_prompts_are_refused(world: World, evaluated: list[str], tmp_path: Path) -> None:
+def test_evaluate_with_answers_to_other_prompts_raises(world: World, evaluated: list[str], tmp_path: Path) -> None:
     """As they are where a shard of them is missing."""
     job = world.job(1, evaluated)
     shard = fetch_file(world.store, job.inputs["heldout"], "shards/00000.parquet")
@@ -355,12 +353,12 @@ def test_heldout_answers_to_other_prompts_are_refused(world: World, evaluated: l
         evaluate.run(replace(job, inputs=job.inputs | {"heldout": world.put("generate", tmp_path)}))
 
 
-def test_evaluating_again_keeps_what_was_committed_first(world: World, evaluated: list[str], tmp_path: Path) -> None:
+def test_evaluate_again_keeps_the_first_manifest(world: World, evaluated: list[str], tmp_path: Path) -> None:
     job = replace(world.job(1, evaluated), writer="e0002-late", workdir=tmp_path / "work")
     assert evaluated_by(job).writer == "e0001-test"
 
 
-def test_a_job_without_the_earlier_evaluations_is_refused(world: World, evaluated: list[str]) -> None:
+def test_evaluate_without_the_earlier_evaluations_is_refused(world: World, evaluated: list[str]) -> None:
     job = world.job(1, evaluated)
     with pytest.raises(BadInput, match=r"round 1, inputs\.evaluate_previous: found None"):
         evaluate.run(replace(job, inputs=job.inputs | {"evaluate_previous": None}))
@@ -368,7 +366,9 @@ def test_a_job_without_the_earlier_evaluations_is_refused(world: World, evaluate
         evaluate.run(replace(job, round=0))
 
 
-def test_earlier_evaluations_of_other_rows_are_refused(world: World, evaluated: list[str], tmp_path: Path) -> None:
+def test_evaluate_with_earlier_evaluations_of_other_rows_is_refused(
+    world: World, evaluated: list[str], tmp_path: Path
+) -> None:
     table = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet"))
     pq.write_table(table.slice(1), tmp_path / "heldout.parquet")
     other = world.put("data", tmp_path)
@@ -377,7 +377,7 @@ def test_earlier_evaluations_of_other_rows_are_refused(world: World, evaluated: 
         evaluate.run(replace(job, inputs=job.inputs | {"data": other}))
 
 
-def test_gsm8k_without_a_single_marked_answer_ends_before_any_model(world: World, tmp_path: Path) -> None:
+def test_evaluate_gsm8k_without_marked_answers_is_refused(world: World, tmp_path: Path) -> None:
     table = pq.read_table(fetch_file(world.store, world.data, "heldout.parquet"))
     keep = [i for i, answer in enumerate(table["final_answer"].to_pylist()) if answer is None]
     pq.write_table(table.take(keep), tmp_path / "heldout.parquet")
@@ -387,7 +387,7 @@ def test_gsm8k_without_a_single_marked_answer_ends_before_any_model(world: World
         evaluate.run(replace(job, inputs=job.inputs | {"data": world.put("data", tmp_path)}))
 
 
-def test_a_broken_policy_is_named(world: World, tmp_path: Path) -> None:
+def test_evaluate_of_a_policy_with_nan_weights_names_it(world: World, tmp_path: Path) -> None:
     save_policy(tmp_path / "policy", 7)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "policy")
     with torch.no_grad():

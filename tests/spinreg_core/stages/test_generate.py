@@ -67,7 +67,7 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answer_stage, "open_engine", refuse)
 
 
-def test_a_round_by_one_iterate(house: House) -> None:
+def test_generate_by_one_iterate_answers_the_rounds_prompts(house: House) -> None:
     job = house.job("plain", iterates=[1], round_number=2, max_new_tokens=31)
     manifest = run(job)
     assert manifest == objects.read_manifest(house.store, job.object_id)
@@ -105,7 +105,7 @@ def test_a_round_by_one_iterate(house: House) -> None:
     assert metrics["tokens_per_second"] > 0
 
 
-def test_several_iterates_answer_their_own_drawn_prompts(house: House) -> None:
+def test_generate_by_several_iterates_answers_drawn_prompts(house: House) -> None:
     job = house.job("mixed", iterates=[2, 1, 0])
     found = house.answers(run(job))
     names = found["prompt_id"].to_pylist()
@@ -130,14 +130,14 @@ def test_several_iterates_answer_their_own_drawn_prompts(house: House) -> None:
     assert compared >= 5
 
 
-def test_held_out_rows_are_all_answered_by_the_policy(house: House) -> None:
+def test_generate_of_heldout_rows_answers_all_of_them(house: House) -> None:
     found = house.answers(run(house.job("heldout", iterates=[1], kind="heldout", shard_size=2)))
     assert found["prompt_id"].to_pylist() == [f"heldout-{i:04d}" for i in range(HELDOUT)]
     assert set(found["iterate"].to_pylist()) == {1}
 
 
 @pytest.mark.parametrize("finished", [1, 3])
-def test_a_killed_stage_goes_on_from_its_shards(
+def test_generate_after_a_kill_continues_from_its_shards(
     house: House, monkeypatch: pytest.MonkeyPatch, finished: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = house.answers(run(house.job("whole", iterates=[2, 1])))
@@ -163,7 +163,7 @@ def test_a_killed_stage_goes_on_from_its_shards(
     assert lines[-1].note == f"shards: {len(after)} of {len(after)} committed"
 
 
-def test_a_shard_whose_document_is_damaged_is_answered_again(house: House) -> None:
+def test_generate_with_a_damaged_part_answers_its_shard_again(house: House) -> None:
     """Alone; before, every start of the stage ended in Damaged."""
     job = house.job("cut", iterates=[2])
     expected = house.answers(run(job))
@@ -176,7 +176,7 @@ def test_a_shard_whose_document_is_damaged_is_answered_again(house: House) -> No
     assert {other for other in before if after[other][0] != before[other][0]} == {name}
 
 
-def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_with_all_shards_there_loads_no_model(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(generate, "publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -187,14 +187,14 @@ def test_nothing_is_loaded_when_only_the_manifest_is_missing(house: House, monke
     assert run(house.job("late", iterates=[2], writer="e3-c")) == manifest
 
 
-def test_another_sampler_than_the_policys_own_is_said(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_with_a_modified_sampler_says_so(house: House, capsys: pytest.CaptureFixture[str]) -> None:
     run(house.job("neutral", iterates=[2]))
     assert "is not the iterate" not in capsys.readouterr().out
     run(house.job("sharp", iterates=[2], top_p=0.9))
     assert "temperature 1, top_p 0.9, top_k 0; neutral is 1, 1, 0): the opponent q_t is not" in capsys.readouterr().out
 
 
-def test_a_prompt_without_room_ends_the_stage_before_anything_is_committed(house: House) -> None:
+def test_generate_with_a_prompt_without_room_commits_nothing(house: House) -> None:
     file = house.root / "iterate-2" / "policy" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": 48}))
     house._publish("policy-9", house.root / "iterate-2")
@@ -205,13 +205,13 @@ def test_a_prompt_without_room_ends_the_stage_before_anything_is_committed(house
     assert objects.list_parts(house.store, "generate-long") == {}
 
 
-def test_an_iterate_without_a_policy_is_refused(house: House) -> None:
+def test_generate_without_a_policy_of_an_iterate_is_refused(house: House) -> None:
     job = house.job("gap", iterates=[2, 1, 0])
     with pytest.raises(BadInput, match=r"no policy for iterates \[1\]"):
         run(replace(job, inputs=job.inputs | {"policies": {"0": "policy-0", "2": "policy-2"}}))
 
 
-def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> None:
+def test_generate_in_a_child_process_makes_the_same_or_raises(house: House) -> None:
     whole = house.answers(run(house.job("whole", iterates=[2, 1])))
     run_in_process(house.job("child", iterates=[2, 1]), "spinreg_core.stages.generate")
     found = objects.require_manifest(house.store, "generate-child")
@@ -223,7 +223,7 @@ def test_a_child_process_makes_the_same_and_its_errors_arrive(house: House) -> N
 
 
 @pytest.mark.long
-def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: House) -> None:
+def test_generate_answers_do_not_depend_on_shards_or_engines(house: House) -> None:
     """Engine hf on a CPU; two engines are two processes that take shards from one list."""
     wanted = {"iterates": [2, 1], "answers_per_prompt": 2}
     whole = drawn(by_answer(house.answers(run(house.job("whole", **wanted)))))
@@ -235,7 +235,7 @@ def test_answers_do_not_depend_on_shards_memory_or_the_number_of_engines(house: 
         assert found.metrics["prompts"] == 26
 
 
-def test_several_answers_to_a_prompt_are_drawn_on_their_own(house: House) -> None:
+def test_generate_of_several_answers_draws_each_on_its_own(house: House) -> None:
     found = by_answer(house.answers(run(house.job("several", iterates=[2, 1, 0], answers_per_prompt=3))))
     names = {name for name, _ in found}
     assert len(names) == 13
@@ -247,7 +247,7 @@ def test_several_answers_to_a_prompt_are_drawn_on_their_own(house: House) -> Non
     assert drawn(single) == {key: value for key, value in drawn(found).items() if key[1] == 0}
 
 
-def test_a_share_of_the_answers_comes_from_the_mixture_with_the_base(house: House) -> None:
+def test_generate_with_a_share_of_mixtures_samples_from_them(house: House) -> None:
     alpha = 0.3
     job = house.job("mixed", iterates=[2, 1], answers_per_prompt=2, geometric={"share": 0.5, "alpha": alpha})
     manifest = run(job)
@@ -288,7 +288,7 @@ BOTH = {"share": 0.5, "alpha": 0.3}  # plain answers, and such of the mixture
 @pytest.mark.parametrize(
     ("iterates", "expected"), [([2, 1, 0], [0, 1, 2]), pytest.param([2, 1], [1, 0, 2], marks=pytest.mark.long)]
 )
-def test_each_policy_is_loaded_once(
+def test_generate_loads_each_policy_once(
     house: House, monkeypatch: pytest.MonkeyPatch, iterates: list[int], expected: list[int]
 ) -> None:
     """However many sources it takes part in, and with no more than one other in memory."""
@@ -317,7 +317,7 @@ def test_each_policy_is_loaded_once(
 
 
 @pytest.mark.long
-def test_each_policy_is_loaded_once_by_each_of_two_engines(
+def test_generate_with_two_engines_loads_each_policy_once_each(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"iterates": [2, 1], "answers_per_prompt": 2, "geometric": BOTH, "shard_size": 2}
@@ -335,7 +335,7 @@ def test_each_policy_is_loaded_once_by_each_of_two_engines(
     assert set().union(*loads.values()) == {"policy-0", "policy-1", "policy-2"}
 
 
-def test_each_vllm_answers_for_one_iterate_and_one_hf_for_all_mixtures(house: House) -> None:
+def test_generate_with_vllm_gives_mixtures_to_one_hf_engine(house: House) -> None:
     job = house.job("both", engine="vllm", iterates=[2, 1], answers_per_prompt=2, geometric=BOTH)
     rows = Rows(fetch.fetch_file(house.store, "data", "train.parquet"))
     shards, _ = answer_stage.planned(job, rows)
@@ -370,7 +370,7 @@ def deadly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, always: bool) -> 
 
 
 @pytest.mark.long
-def test_a_dead_engines_shards_go_back_to_the_list(
+def test_generate_with_a_dead_engine_reassigns_its_shards(
     house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     whole = drawn(by_answer(house.answers(run(house.job("whole", iterates=[2])))))
@@ -399,7 +399,7 @@ worker.main(worker.run)
 
 
 @pytest.mark.long
-def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
+def test_generate_keeps_unreported_shards_of_a_dead_engine(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Not answered again, and its bytes are not written over."""
@@ -418,7 +418,7 @@ def test_what_a_dead_engine_committed_but_did_not_tell_of_is_kept(
 
 
 @pytest.mark.long
-def test_a_shard_that_kills_every_engine_is_named(
+def test_generate_with_a_shard_that_kills_engines_names_it(
     house: House, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     deadly(monkeypatch, tmp_path, always=True)
@@ -429,7 +429,7 @@ def test_a_shard_that_kills_every_engine_is_named(
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-def test_vllm_answers_in_processes_of_their_own(house: House) -> None:
+def test_generate_with_vllm_runs_an_engine_per_iterate(house: House) -> None:
     """Two iterates, so two vLLMs one after the other; each draws what its own policy makes most likely."""
     cold = {"iterates": [2, 1], "temperature": 0.01}
     expected = house.answers(run(house.job("hf", **cold)))
@@ -463,7 +463,7 @@ def shortfall(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> 
     return float((logits.max(dim=1).values - chosen).max())
 
 
-def test_a_round_of_replayed_pairs_alone(house: House) -> None:
+def test_generate_of_replayed_pairs_alone_commits_no_shard(house: House) -> None:
     """Of few prompts all may be drawn for earlier iterates; nothing is generated then, and that is no mistake."""
     job = house.job("replayed", iterates=[2, 1])
     job = replace(job, extra=job.extra | {"replay_share": 1.0, "weights": [1e-12, 1 - 1e-12]})
