@@ -94,7 +94,7 @@ def test_decode_model_with_states_uses_transformers_loop() -> None:
     together = HfEngine([model], tokens=1000, pad_id=PAD).generate(pairs, own, range(5))
     alone = [HfEngine([model], tokens=1, pad_id=PAD).generate([p], own, [i])[0] for i, p in enumerate(pairs)]
     assert plain(together) == plain(alone)
-    with pytest.raises(BadInput, match="policies of a mixture: found MambaForCausalLM"):
+    with pytest.raises(BadInput, match="policies of a mixture are MambaForCausalLM"):
         HfEngine([model, model], weights=[0.5, 0.5], tokens=1000, pad_id=PAD)
 
 

@@ -180,7 +180,7 @@ def test_progress_counts_every_prompt_once(engine: HfEngine) -> None:
 def test_too_long_a_prompt_is_refused_before_work_starts(engine: HfEngine) -> None:
     done: list[int] = []
     fits = [1] * (CONTEXT - 6)
-    with pytest.raises(BadInput, match=rf"prompt 1: found {CONTEXT - 5} tokens"):
+    with pytest.raises(BadInput, match=rf"prompt 1 has {CONTEXT - 5} tokens"):
         engine.generate([fits, [*fits, 1]], sampling(), [0, 1], lambda i, _: done.append(i))
     assert not done
     assert len(engine.generate([fits], sampling(), [0])[0].token_ids) == 6
