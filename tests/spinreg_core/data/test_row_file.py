@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spinreg_core.data.formats import Row
@@ -37,6 +37,7 @@ ROWS = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(ROWS, max_size=5))
 def test_row_file_of_any_content_gives_equal_rows(rows: list[Row]) -> None:
     written = write_rows(rows)
@@ -46,6 +47,7 @@ def test_row_file_of_any_content_gives_equal_rows(rows: list[Row]) -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_row_file_views_equal_list_operations(data: st.DataObject) -> None:
     rows = [row(i) for i in range(data.draw(st.integers(1, 20)))]
@@ -87,6 +89,7 @@ def test_row_file_memory_does_not_hold_texts() -> None:
     assert held + pa.total_allocated_bytes() - before < 2000 * 100 < 2000 * 5000
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xyz")), min_size=1, max_size=30))
 def test_exact_duplicates_equal_those_of_the_plain_version(texts: list[tuple[str, str]]) -> None:
     rows = [row(2 * i, *text) for i, text in enumerate(texts)]

@@ -260,9 +260,9 @@ def test_prepare_cuts_and_counts_long_answers(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_prepare_as_a_process_reports_by_exit_status(tmp_path: Path) -> None:
     good = job(tmp_path, write_jsonl(tmp_path / "x.jsonl", ROWS))
-    good.write_jsonl(tmp_path / "good.json")
+    good.save(tmp_path / "good.json")
     bad = job(tmp_path, str(tmp_path / "nowhere.jsonl"), "bad")
-    bad.write_jsonl(tmp_path / "bad.json")
+    bad.save(tmp_path / "bad.json")
     ended = {
         name: subprocess.run(
             [sys.executable, "-m", "spinreg_core.stages.prepare", str(tmp_path / f"{name}.json")],
