@@ -56,7 +56,7 @@ def join_run(store_url: str, run: str, *, say: Callable[[str], None]) -> NoRetur
                 say(f"taking part in {job.stage} of round {job.round}")
                 _take_part(store, run, job, order.attempt, say)
             except _Over:
-                say(f"{order['job']['stage']} of round {order['job']['round']} is over")
+                say(f"{(order.job or {}).get('stage')} is over")
             except SpinregError as error:
                 say(str(error))
 

@@ -128,7 +128,7 @@ def main() -> None:
             while checkpoints.writing is not None and checkpoints.writing.is_alive():
                 beside.append(round_.step()["seconds"])
             checkpoints.wait()
-            metas.append(list(list_parts(store, object_id).values())[-1]["meta"])
+            metas.append(list(list_parts(store, object_id).values())[-1].meta)
         part = list(list_parts(store, object_id).values())[-1]
         files = list(fetch_part(store, part).values())
         raw = statistics.median(raw_rate(store, files, folder) for _ in range(3))

@@ -103,7 +103,7 @@ def timed_stage(job: Job, engine: Any, number: int) -> tuple[int, float]:
     folder = job.workdir.with_name(f"work-{number}")
     folder.mkdir()
     fields = job.fields() | {"object_id": f"generate-{number}", "workdir": str(folder)}
-    metrics = generate.run(Job.from_fields(fields))["metrics"]
+    metrics = generate.run(Job.from_fields(fields)).metrics
     return metrics["tokens"], time.monotonic() - begin
 
 

@@ -103,7 +103,7 @@ def measure(count: int, shard: int) -> dict[str, Any]:
 
         answer.commit_part = watched
         begin = time.monotonic()
-        metrics = generate.run(Job.from_fields(fields))["metrics"]
+        metrics = generate.run(Job.from_fields(fields)).metrics
         seconds = time.monotonic() - begin
         assert metrics["prompts"] == count
         shards = -(-count // shard)
@@ -139,7 +139,7 @@ def measure_prepare(count: int) -> dict[str, Any]:
         watching = threading.Thread(target=watch)
         watching.start()
         begin = time.monotonic()
-        metrics = prepare.run(job)["metrics"]
+        metrics = prepare.run(job).metrics
         seconds = time.monotonic() - begin
         over.set()
         watching.join()

@@ -32,7 +32,7 @@ from work import SHAPES, load_config, measured_peak, processor, rows, write_mode
 from spinreg_core.config import ObjectiveConfig, ResourcesConfig, TrainingConfig
 from spinreg_core.logprobs.packing import group
 from spinreg_core.logprobs.policy import load_for
-from spinreg_core.runtime.distributed import Ranks, destroy_ranks, init_ranks
+from spinreg_core.runtime.distributed import Ranks, init_ranks
 from spinreg_core.training.trainer import RoundTrainer
 
 MIDDLE = {"prompts": 8, "answers": 1, "prompt": 100, "answer": 150}
@@ -107,7 +107,7 @@ def on_ranks(arguments: argparse.Namespace, folder: str) -> None:
     times = [round_.step()["seconds"] for _ in range(3)]
     if ranks.first:
         print(json.dumps(times[1:]), flush=True)
-    destroy_ranks()
+    torch.distributed.destroy_process_group()
 
 
 def ranked(arguments: argparse.Namespace, folder: str, count: int) -> list[float]:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spinreg_core.maintenance.verify import verify
-from spinreg_core.runs.head import ROUND_STAGES, complete_round, read_head
+from spinreg_core.runs.head import read_head
 from spinreg_core.runs.objects import manifest_key, read_record
+from spinreg_core.runs.stages import complete_round, stages_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.chaos.process_kinds import SIGNALS, end_all, living, strike, wait_gone
@@ -88,7 +89,7 @@ class Run:
         return start([*arguments, *given], environment(self.folder, self.server, **self.env), self.log)
 
     def places(self) -> list[str]:
-        rounds = [f"round-{n}-{stage}" for n in range(1, self.rounds + 1) for stage in ROUND_STAGES]
+        rounds = [f"round-{n}-{stage}" for n in range(1, self.rounds + 1) for stage in stages_of(1)]
         return ["prepare", "round-0-evaluate", *rounds]
 
     def said(self, count: int = 3000) -> str:
@@ -116,7 +117,7 @@ class Run:
             if self._known:
                 self.losses.append(f"{self.name}: head.json is gone")
             return
-        now: dict[str, Any] = {f"{e['round']} {s}": o for e in head.rounds for s, o in e["stages"].items()}
+        now: dict[str, Any] = {f"{e.round} {s}": o for e in head.rounds for s, o in e.stages.items()}
         for object_id in {key.split("/")[1] for key in self.store.list("objects/") if key.endswith("/manifest.json")}:
             now[manifest_key(object_id)] = read_record(self.store, object_id)
         for name, value in self._known.items():

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.runs.head import read_head
+from spinreg_core.runs.stages import complete_round
 from tests.chaos.fault_proxy import FaultProxy, fault_proxy
 from tests.chaos.one_run import Kill, Killer, Lost, Run, kill_through
 from tests.chaos.process_kinds import end_all, living

@@ -31,9 +31,11 @@ from spinreg_core.maintenance.verify import verify
 from spinreg_core.reports.run_report import report_data
 from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_folder, fetch_part
-from spinreg_core.runs.head import ROUND_STAGES, read_config, read_head
+from spinreg_core.runs.head import Configuration, Head, read_config, read_head
 from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.manifest import Manifest, Part
 from spinreg_core.runs.objects import commit_part, list_parts, publish, read_record
+from spinreg_core.runs.stages import stages_of
 from spinreg_core.store import documents
 from spinreg_core.store.folder import FolderStore
 from tests.support.builders import make_job
@@ -129,7 +131,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
         session.begin_advance("test", 1, None)
         session.commit_inputs(make("base", 0), make("data", 0))
         session.commit(0, "evaluate", make("evaluate", 0))
-        for stage in ROUND_STAGES:
+        for stage in stages_of(1):
             session.commit(1, stage, make(stage, 1))
         session.finish_advance()
     return found
@@ -161,10 +163,12 @@ def read_all(store: FolderStore) -> None:
             reader()
 
 
-DOCUMENTS = (
-    "runs/demo/head.json", "runs/demo/run.json", "objects/base-0/manifest.json",
-    "objects/generate-1/parts/shard-00000.json",
-)  # fmt: skip
+DOCUMENTS: dict[str, type[documents.Document]] = {
+    "runs/demo/head.json": Head,
+    "runs/demo/run.json": Configuration,
+    "objects/base-0/manifest.json": Manifest,
+    "objects/generate-1/parts/shard-00000.json": Part,
+}
 
 
 @pytest.mark.parametrize("key", DOCUMENTS)
@@ -192,7 +196,7 @@ def test_parse_of_any_value_raises_only_own_errors(store: FolderStore, value: An
     for key in DOCUMENTS:
         for found in (value, {"schema": value}, {"schema": documents.SCHEMA, "files": value, "lease": value}):
             with contextlib.suppress(SpinregError):
-                documents.parse(store, key, json.dumps(found).encode())
+                documents.parse(store, key, json.dumps(found).encode(), DOCUMENTS[key])
 
 
 @examples(50)

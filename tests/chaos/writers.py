@@ -79,7 +79,7 @@ class Attempts:
     def seconds(self, store: Store) -> dict[str, float]:
         """Return the seconds of all attempts, their repeated seconds, and the seconds of uncommitted attempts."""
         records = [read_record(store, name) for name in {key.split("/")[1] for key in store.list("objects/")}]
-        done = {(_stage(r), r["writer"]) for r in records if r is not None}
+        done = {(_stage(r), r.writer) for r in records if r is not None}
         attempts = list(self.all.values())
         vain = [a for a in attempts if (a.place.split("-", 2)[-1], a.writer) not in done]
         return {
@@ -90,4 +90,4 @@ class Attempts:
 
 
 def _stage(record: dict[str, Any]) -> str:
-    return "prepare" if record.stage in ("data", "base", "prepare") else str(record.stage)
+    return "prepare" if record["stage"] in ("data", "base", "prepare") else str(record["stage"])

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.runs.head import read_head
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.open import open_store
 from tests.deployments.test_cancel_retry import processes, wait
 from tests.deployments.test_worker import start_run

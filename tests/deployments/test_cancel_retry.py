@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.runs.head import read_head
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.open import open_store
 from tests.deployments.test_worker import start_run
 from tests.support.browser import CHROMIUM, new_page
@@ -58,7 +59,7 @@ def test_spin_cancelled_then_crashed_can_be_retried(
         server.wait_for_state(cancelled, {"CANCELLED"}, 60)
         head = read_head(store, "smoke")
         assert head is not None
-        assert head["lease"]["holder"] is None, "a cancelled run gives its lease back"
+        assert head.lease.holder is None, "a cancelled run gives its lease back"
 
         crashed = start_run(server, *parameters)
         wait(stage_begun("round-2-mix-opponent"), 240, "round 2 has begun")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.runs.head import read_head, stage_object
+from spinreg_core.runs.head import read_head
 from spinreg_core.store.open import open_store
 from tests.deployments.test_worker import start_run
 from tests.support.servers import postgres, prefect_server, prefect_worker
@@ -35,7 +35,7 @@ def test_postgres_crash_stops_neither_of_two_workers(clone: Path, tmp_path: Path
         ):
             runs = {name: start_run(server, *common, f"run={name}") for name in ("a", "b")}
             deadline = time.monotonic() + 240
-            while not all((head := read_head(store, name)) is not None and head.get("base") for name in runs):
+            while not all((head := read_head(store, name)) is not None and head.base for name in runs):
                 assert time.monotonic() < deadline, (server.home / "worker.log").read_text()[-3000:]
                 time.sleep(0.2)
             database.ctl("restart", "-m", "immediate")  # as after a crash: the log is replayed, all connections end
@@ -47,4 +47,4 @@ def test_postgres_crash_stops_neither_of_two_workers(clone: Path, tmp_path: Path
         for name in runs:
             head = read_head(store, name)
             assert head is not None
-            assert stage_object(head, 0, "evaluate") is not None
+            assert head.stage(0, "evaluate") is not None

@@ -11,7 +11,8 @@ import pytest
 
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import resolve
-from spinreg_core.runs.head import complete_round, read_config, read_head
+from spinreg_core.runs.head import read_config, read_head
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.open import open_store
 from tests.support.servers import PrefectServer, prefect_worker
 
@@ -67,6 +68,6 @@ def test_worker_without_parameters_runs_the_demo(deployed_server: PrefectServer,
         assert server.cli("flow-run", "cancel", run).returncode == 0
         server.wait_for_state(run, {"CANCELLED"}, 90)
     assert head is not None
-    assert [(a["from"], a["to"]) for a in head["advances"]] == [(0, 1)]
+    assert [(a.from_, a.to) for a in head.advances] == [(0, 1)]
     demo = resolve({}, str(clone / "deployments/configs/demo.yaml"))
     assert read_config(store, "demo") == RunConfig() == demo.model_copy(update={"until_round": None})

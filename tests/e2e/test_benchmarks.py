@@ -10,8 +10,9 @@ import pytest
 
 from spinreg_core.errors import EXIT_BAD_INPUT
 from spinreg_core.maintenance.verify import verify
-from spinreg_core.runs.head import complete_round, require_head
+from spinreg_core.runs.head import require_head
 from spinreg_core.runs.objects import require_manifest
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.open import open_store
 from tests.support.benchmark_data import write_tasks
 from tests.support.whole_runs import SMOKE, environment, run, start
@@ -41,7 +42,7 @@ def test_run_asked_for_more_benchmarks_later_adds_only_those(tmp_path: Path) -> 
     assert "colours acc ↑ (lm-eval, n 4)" in text
     first = [require_head(store, "smoke").measured(n) for n in (0, 1)]
     assert [list(found) for found in first] == [["lm-eval colours"]] * 2
-    writers = [require_manifest(store, found["lm-eval colours"])["writer"] for found in first]
+    writers = [require_manifest(store, found["lm-eval colours"]).writer for found in first]
 
     # `letters` is new, `broken` cannot be judged: the rounds stay, and the other tasks are measured.
     failed = start(arguments("broken", "colours", "letters"), env, tmp_path / "second")
@@ -55,7 +56,7 @@ def test_run_asked_for_more_benchmarks_later_adds_only_those(tmp_path: Path) -> 
         found = head.measured(number)
         assert sorted(found) == ["lm-eval colours", "lm-eval letters"]
         assert found["lm-eval colours"] == first[number]["lm-eval colours"]
-        assert require_manifest(store, found["lm-eval colours"])["writer"] == writers[number]
+        assert require_manifest(store, found["lm-eval colours"]).writer == writers[number]
     names = {key.split("/")[1] for key in store.list("objects/")}
     assert len([name for name in names if re.match("lm-eval-[0-9a-f]{32}$", name)]) == 4
     report = json.loads(store.read("runs/smoke/report.json") or b"")
@@ -68,7 +69,7 @@ def test_run_asked_for_more_benchmarks_later_adds_only_those(tmp_path: Path) -> 
     verdict = verify(store, "smoke")
     assert not verdict.problems
     damaged = head.measured(1)["lm-eval letters"]
-    place = store.local_path(require_manifest(store, damaged)["files"][0]["key"])
+    place = store.local_path(require_manifest(store, damaged).files[0].key)
     assert place is not None
     place.write_bytes(b"x" * place.stat().st_size)
     assert verify(store, "smoke").damaged == [damaged]

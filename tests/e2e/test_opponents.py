@@ -46,7 +46,7 @@ def test_run_with_every_kind_of_opponent_trains_on_all_of_them(prefect_server: P
     assert average.startswith("average-")
     assert made(2, "train")["inputs"]["previous"] == average
     assert made(2, "generate")["inputs"]["policies"] == {"1": average, "0": base}
-    assert require_manifest(store, average)["inputs"] == {"policy": first["object_id"], "before": base, "base": base}
+    assert require_manifest(store, average).inputs == {"policy": first["object_id"], "before": base, "base": base}
 
     folders = [fetch_folder(store, name, "policy") for name in (base, base, first["object_id"], average)]
     average_policy("slerp", 0.4, *folders[:3], tmp_path / "again")  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.runs.head import read_head
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.open import open_store
 from tests.support.servers import PrefectServer, prefect_server
 from tests.support.whole_runs import SMOKE, environment, stage_processes, start, wait_until

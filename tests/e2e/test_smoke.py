@@ -21,7 +21,8 @@ from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.reports.export import export, parse_size, push, reshard
 from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
-from spinreg_core.runs.head import ROUND_STAGES, complete_round, read_head
+from spinreg_core.runs.head import read_head, require_head
+from spinreg_core.runs.stages import complete_round, stages_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.benchmark_data import write_tasks
@@ -47,7 +48,7 @@ def test_smoke_run_completes_both_rounds(finished: tuple[Store, str, Path]) -> N
     assert complete_round(head) == 2
     assert head.lease.holder is None
     for number in (1, 2):
-        for stage in ROUND_STAGES:
+        for stage in stages_of(1):
             assert head.stage(number, stage)
     assert "held-out NLL" in text
     assert str(store.local_path("runs/smoke/report.html")) in text
@@ -241,7 +242,7 @@ def test_export_equals_the_committed_policy_and_adds_a_card(
     assert report["rounds"][0]["benchmarks"] == []
     accuracy = report["rounds"][1]["benchmarks"][0]["metrics"]["acc"]
     assert f"| colours | acc | {format_estimate(accuracy)} | 4 |" in text
-    assert list(read_head(store, "smoke") or {}.measured(1)) == ["lm-eval colours"]
+    assert list(require_head(store, "smoke").measured(1)) == ["lm-eval colours"]
     low = report["rounds"][1]["metrics"]["heldout_nll"]["low"]
     assert f"[{low:.2f}"[:4] in text
     for line in report["lineage"]:

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from spinreg_core.runs.head import complete_round, read_head
+from spinreg_core.runs.head import read_head
+from spinreg_core.runs.stages import complete_round
 from spinreg_core.store.open import open_store
 from tests.support.servers import PrefectServer, prefect_server
 from tests.support.whole_runs import SMOKE, environment, run, stage_processes, start, wait_until

@@ -37,7 +37,7 @@ def files_of(store: Store, object_id: str | None) -> list[Path]:
     assert object_id is not None
     manifest = read_manifest(store, object_id)
     assert manifest is not None
-    paths = [store.local_path(entry["key"]) for entry in manifest.files]
+    paths = [store.local_path(entry.key) for entry in manifest.files]
     return [path for path in paths if path is not None]
 
 

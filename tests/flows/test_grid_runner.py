@@ -14,8 +14,8 @@ import pytest
 from flows.grid_runner import Progress, run_on_pool
 from spinreg_core.comparison.grid import Member, members_of
 from spinreg_core.errors import BadInput, StoreFailed, StoreRefused
-from spinreg_core.runs.head import ROUND_STAGES
 from spinreg_core.runs.lease import hold_lease
+from spinreg_core.runs.stages import stages_of
 from spinreg_core.store.folder import FolderStore
 
 BASE: dict[str, Any] = {"until_round": 1, "model": "random:tiny"}
@@ -70,8 +70,9 @@ class Server:
         with hold_lease(self.store, member.config, "tester") as session:
             session.begin_advance("tester", None, 1)
             session.commit_inputs("base-x", f"data-{member.config.seed}")
-            session.commit(0, "evaluate", "evaluate-0")
-            for stage in ROUND_STAGES if last else ROUND_STAGES[:-1]:
+            for stage in stages_of(0):
+                session.commit(0, stage, f"{stage}-0")
+            for stage in stages_of(1) if last else stages_of(1)[:-1]:
                 session.commit(1, stage, f"{stage}-1")
             session.finish_advance()
         self.failures[self.of(member)] = None

@@ -88,7 +88,7 @@ def publish_policy(store: Store, folder: Path) -> dict[str, Any]:
     link_policy(resolve_model("random:tiny", cache_folder()), folder / "out" / "policy")
     key = {"model": "tiny"}
     job = Job("base", fingerprint("base", key), key, store.url, "e1-a", 0, {}, RunConfig(), folder)
-    return {"run": "toy", "base": publish(store, job, folder / "out", metrics={})["object_id"], "rounds": []}
+    return {"run": "toy", "base": publish(store, job, folder / "out", metrics={}).object_id, "rounds": []}
 
 
 def jobs_of(config: RunConfig, head: dict[str, Any], folder: Path) -> list[Job]:

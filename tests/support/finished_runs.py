@@ -87,7 +87,7 @@ def make_run(
             else:
                 (place / name).write_text(content)
         job = Job(stage, fingerprint(stage, identity), identity, store.url, f"e0001-{run}", number, {}, config, folder)
-        return publish(store, job, place, metrics=metrics or {}, seconds=10.0 + number)["object_id"]
+        return publish(store, job, place, metrics=metrics or {}, seconds=10.0 + number).object_id
 
     with hold_lease(store, config, "test") as session:
         session.commit_inputs(put("base", 0, {"w": "w"}, "base"), put("data", 0, {"rows": "r"}, data))

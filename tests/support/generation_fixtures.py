@@ -16,6 +16,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.models.chat_template import Renderer
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.store.open import open_store
 
 END, PROMPTS, HELDOUT = 1, 23, 5
@@ -132,8 +133,8 @@ class House:
         folder.mkdir()
         return folder
 
-    def answers(self, manifest: dict[str, Any]) -> pa.Table:
-        names = sorted(entry["name"] for entry in manifest.files)
+    def answers(self, manifest: Manifest) -> pa.Table:
+        names = sorted(file.name for file in manifest.files)
         paths = [fetch.fetch_file(self.store, manifest.object_id, name) for name in names]
         return pa.concat_tables([pq.read_table(path) for path in paths])
 

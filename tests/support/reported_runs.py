@@ -100,7 +100,7 @@ def make_run(
         for name, content in files.items():
             (folder / name).write_text(content)
         job = Job(stage, fingerprint(stage, key), key, store.url, "e0001-aa", number, {"from": text}, config, tmp_path)
-        return publish(store, job, folder, metrics=found or {}, seconds=12.5 + 60 * number)["object_id"]
+        return publish(store, job, folder, metrics=found or {}, seconds=12.5 + 60 * number).object_id
 
     with hold_lease(store, config, "test") as session:
         session.commit_inputs(put("base", 0, {"weights": "w" * 2000}), put("data", 0, {"train.parquet": "p"}))

@@ -51,7 +51,7 @@ class Setting:
     def put(self, stage: str, folder: Path) -> str:
         key = {"from": folder.name}
         job = Job(stage, objects.fingerprint(stage, key), key, "", "e0001-aa", 0, {}, RunConfig(), folder)
-        return str(objects.publish(self.store, job, folder, metrics={})["object_id"])
+        return str(objects.publish(self.store, job, folder, metrics={}).object_id)
 
     def job(self, name: str, writer: str = "e0001-aa", resources: dict[str, Any] | None = None, **training: Any) -> Job:
         config = RunConfig(

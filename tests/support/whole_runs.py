@@ -129,16 +129,16 @@ def outcome(store: Store, run_name: str) -> dict[str, Any]:
     assert head is not None
     result: dict[str, Any] = {}
     for entry in head.rounds:
-        number = entry["round"]
-        metrics = fetch_file(store, entry["stages"]["evaluate"], "metrics.json")
+        number = entry.round
+        metrics = fetch_file(store, entry.stages["evaluate"], "metrics.json")
         result[f"metrics-{number}"] = json.loads(metrics.read_text())
         if number:
-            manifest = read_manifest(store, entry["stages"]["train"])
+            manifest = read_manifest(store, entry.stages["train"])
             assert manifest is not None
             result[f"weights-{number}"] = sorted(
-                (f["name"], f["sha256"]) for f in manifest.files if f["name"].startswith("policy/")
+                (f.name, f.sha256) for f in manifest.files if f.name.startswith("policy/")
             )
-            pairs = pq.read_table(fetch_file(store, entry["stages"]["mix-opponent"], "pairs.parquet")).to_pylist()
+            pairs = pq.read_table(fetch_file(store, entry.stages["mix-opponent"], "pairs.parquet")).to_pylist()
             result[f"pairs-{number}"] = pairs
     return result
 
@@ -151,5 +151,5 @@ def generations(store: Store, run_name: str, round_number: int) -> list[dict[str
     assert object_id is not None
     manifest = read_manifest(store, object_id)
     assert manifest is not None
-    names = [f["name"] for f in manifest.files if f["name"].endswith(".parquet")]
+    names = [f.name for f in manifest.files if f.name.endswith(".parquet")]
     return [row for name in names for row in pq.read_table(fetch_file(store, object_id, name)).to_pylist()]

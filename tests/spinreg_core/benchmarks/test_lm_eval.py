@@ -49,7 +49,7 @@ def measure(root: Path, include: Path, **fields: Any) -> tuple[Store, dict[str, 
     found = {}
     for job, manifest in lm_eval.run_all(jobs_of(config, head, root / "work")):
         assert not isinstance(manifest, Exception), manifest
-        found[job.key["name"]] = manifest["object_id"]
+        found[job.key["name"]] = manifest.object_id
     return store, found, head
 
 

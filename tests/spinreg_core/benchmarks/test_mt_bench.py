@@ -22,6 +22,7 @@ from spinreg_core.generation.open import open_engine
 from spinreg_core.generation.shards import answer_seed
 from spinreg_core.runs.fetch import fetch_file, fetch_files
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Part
 from spinreg_core.runs.objects import manifest_key
 from spinreg_core.store import documents
 from tests.support.generation_fixtures import House
@@ -102,7 +103,7 @@ def test_run_with_another_judge_keeps_the_policys_answers(house: House) -> None:
         assert other.inputs["answers"] == job.inputs["answers"]
         house.store.delete(f"objects/policy-1/{manifest_key('policy-1').rpartition('/')[2]}")  # nobody answers anew
         again = mt_bench.run(other)
-        assert again["metrics"]["score"] == manifest["metrics"]["score"]
+        assert again.metrics["score"] == manifest.metrics["score"]
         assert len(server.bodies) == 2 * asked
 
 
@@ -138,7 +139,7 @@ def test_run_grades_equal_hand_computation(house: House) -> None:
         "score": 5, "score/turn_2": 4, "malformed": 10
     }  # fmt: skip
     assert results["metrics"]["malformed"]["low"] == 0.0, "over questions: without the fourth there is none"
-    assert manifest["metrics"]["score"] == values["score"]
+    assert manifest.metrics["score"] == values["score"]
     assert (results["kind"], results["primary"], results["better"]) == ("mt-bench", "score", "higher")
     assert (results["cost"]["requests"], results["cost"]["answer_tokens"], results["cost"]["paid"]) == (11, 110, 110.0)
     assert results["cost"]["tokens"] == sum(len(row["answer_ids"]) for row in answers.values())
@@ -157,14 +158,14 @@ def test_answers_after_a_kill_resume_to_the_same_rows(house: House) -> None:
     with judge_server(grade) as server:
         job = job_of(house, config(house, server))
         whole = mt_bench_answers.run(answers_job(house, job))
-    paths = fetch_files(house.store, whole["object_id"], "answers")
+    paths = fetch_files(house.store, whole.object_id, "answers")
     before = {name: pq.read_table(path) for name, path in paths.items()}
-    house.store.delete(manifest_key(whole["object_id"]))
+    house.store.delete(manifest_key(whole.object_id))
     for name in ("1-0.7", "2-0", "2-0.1", "2-0.7"):
-        part = documents.read(house.store, f"objects/{whole['object_id']}/parts/{name}.json")
+        part = documents.read(house.store, f"objects/{whole.object_id}/parts/{name}.json", Part)
         assert part is not None
-        house.store.delete(f"objects/{whole['object_id']}/parts/{name}.json")
-    house.store.create(f"objects/{whole['object_id']}/parts/2-0.7.json", b"torn")
+        house.store.delete(f"objects/{whole.object_id}/parts/{name}.json")
+    house.store.create(f"objects/{whole.object_id}/parts/2-0.7.json", b"torn")
     asked: list[int] = []
 
     class Counting:
@@ -180,7 +181,7 @@ def test_answers_after_a_kill_resume_to_the_same_rows(house: House) -> None:
 
     again = mt_bench_answers.run(replace(answers_job(house, job), writer="e2-b"), open_engine=Counting)
     assert asked == [1, 3, 1, 1]
-    assert {n: pq.read_table(p) for n, p in fetch_files(house.store, again["object_id"], "answers").items()} == before
+    assert {n: pq.read_table(p) for n, p in fetch_files(house.store, again.object_id, "answers").items()} == before
 
 
 def answers_job(house: House, job: Job) -> Job:

@@ -15,7 +15,7 @@ from spinreg_core.reports.status import format_status, run_status
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
 from spinreg_core.runs.lease import RunLease, hold_lease
 from spinreg_core.runs.objects import publish
-from spinreg_core.runs.plans import StagePlan, measured_objects, objects_of, plan_heldout
+from spinreg_core.runs.plans import StagePlan, objects_of, plan_heldout
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.builders import make_config
@@ -37,7 +37,7 @@ def measure(store: Store, plan: StagePlan, right: int, folder: Path) -> str:
     items = [(f"{name}/{i}", "acc", float(i < right)) for i in range(10)]
     metrics = write_part(folder / plan.object_id, document, items)
     job = plan.job(RunConfig(), store.url, "e1-a", folder)
-    return str(publish(store, job, folder / plan.object_id, metrics=metrics)["object_id"])
+    return str(publish(store, job, folder / plan.object_id, metrics=metrics).object_id)
 
 
 def parts(configuration: RunConfig, session: RunLease, iterate: int = 0) -> list[StagePlan]:
@@ -76,7 +76,7 @@ def test_record_measured_parts_are_named_in_the_head(store: Store, tmp_path: Pat
         limited = parts(config(store, TASKS, limit=5), session)[0]
         measure(store, limited, 5, tmp_path)
         record_measured(session, 0, {"lm-eval gsm8k": limited.object_id})
-        assert measured_objects(session.head, 0)["lm-eval gsm8k"] == limited.object_id
+        assert session.head.measured(0)["lm-eval gsm8k"] == limited.object_id
         known = objects_of(wanted, session.head)
         assert known[limited.object_id] == known[second.object_id] == (0, "benchmark")
         assert plan_heldout(wanted, session.head, 0).object_id in known

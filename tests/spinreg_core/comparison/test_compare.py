@@ -182,10 +182,10 @@ def share_policies(store: Store, run: str, source: str, alpha: float) -> None:
     """A run with the objects of another."""
     config, head = RunConfig(run=run, objective=ObjectiveConfig(alpha=alpha)), require_head(store, source)
     with hold_lease(store, config, "test") as session:
-        session.commit_inputs(head["base"], head["data"])
-        for entry in head["rounds"]:
-            for stage, object_id in entry["stages"].items():
-                session.commit(entry["round"], stage, object_id)
+        session.commit_inputs(head.base, head.data)
+        for entry in head.rounds:
+            for stage, object_id in entry.stages.items():
+                session.commit(entry.round, stage, object_id)
 
 
 def test_compare_a_shared_policy_tests_it_once(store: Store, tmp_path: Path) -> None:

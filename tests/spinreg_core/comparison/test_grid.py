@@ -22,9 +22,10 @@ from spinreg_core.comparison.grid import (
     waits_for,
 )
 from spinreg_core.errors import BadInput, ConfigChanged, SpinregError
-from spinreg_core.runs.head import ROUND_STAGES, read_head
+from spinreg_core.runs.head import Repair, read_head
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import publish
+from spinreg_core.runs.stages import stages_of
 from spinreg_core.store.open import open_store
 
 BASE: dict[str, Any] = {"until_round": 3, "model": "random:tiny"}
@@ -120,11 +121,11 @@ def test_makes_is_equal_for_shared_objects() -> None:
                for m in members_of("g", BASE, alpha=[1, 0.5, 0], history=[1, 2, "all"], seeds=[0, 1])}  # fmt: skip
     for (one, a), (other, b) in itertools.combinations(members.items(), 2):
         common = {place for place, object_id in a.items() if b[place] == object_id}
-        round_1 = {(0, "base"), (0, "evaluate"), *((1, stage) for stage in ROUND_STAGES)}
+        round_1 = {(0, "base"), *((n, stage) for n in (0, 1) for stage in stages_of(n))}
         if one[2] != other[2]:
             assert common == {(0, "base")}
         elif one[0] == other[0] and 1 not in (one[1], other[1]):
-            assert common == round_1 | {(2, stage) for stage in ROUND_STAGES} | {(3, "generate")}
+            assert common == round_1 | {(2, stage) for stage in stages_of(1)} | {(3, "generate")}
         else:
             assert round_1 < common
             assert common - round_1 <= {(2, "generate"), (2, "mix-opponent")}
@@ -144,7 +145,7 @@ def test_waits_for_a_member_that_makes_a_shared_object(tmp_path: Path) -> None:
     with hold_lease(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 3)
         session.commit_inputs("base-x", "data-x")
-        for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
+        for number, stages in ((0, stages_of(0)), (1, stages_of(1)), (2, ["generate"])):
             for stage in stages:
                 head = read_head(store, plain.run)
                 assert waits_for(other_seed, store, [(mixed, begun), (plain, head)]) is plain, (number, stage)
@@ -152,7 +153,7 @@ def test_waits_for_a_member_that_makes_a_shared_object(tmp_path: Path) -> None:
         assert waits_for(other_seed, store, [(mixed, begun), (plain, read_head(store, plain.run))]) is None
     with hold_lease(store, other_seed.config, "tester") as session:  # which has it itself
         session.commit_inputs("base-x", "data-x")
-        for number, stages in ((0, ["evaluate"]), (1, list(ROUND_STAGES)), (2, ["generate"])):
+        for number, stages in ((0, stages_of(0)), (1, stages_of(1)), (2, ["generate"])):
             for stage in stages:
                 assert waits_for(other_seed, store, [(plain, None)]) is plain
                 session.commit(number, stage, f"{stage}-{number}")
@@ -167,19 +168,19 @@ def test_open_reason_follows_the_state_of_the_run(tmp_path: Path) -> None:
     with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
-        session.commit(0, "evaluate", "evaluate-0")
+        for stage in stages_of(0):
+            session.commit(0, stage, f"{stage}-0")
         assert open_reason(store, member) == rounds_open(store, member) == "round 0 of 1 is complete"
-        for stage in ROUND_STAGES:
+        for stage in stages_of(1):
             session.commit(1, stage, f"{stage}-1")
         assert rounds_open(store, member) is None
         assert open_reason(store, member) == "its advance is not finished", "what is measured is not there yet"
         session.finish_advance()
         assert open_reason(store, member) is None
-        session.update(
-            lambda head: head.update(repair={"to": 1, "stages": [], "replace": {}, "was": {}, "dependents": {}})
-        )
+        repair = Repair(to=1, stages=[], replace={}, was={}, dependents={})
+        session.update(lambda head: setattr(head, "repair", repair))
         assert rounds_open(store, member) == "its repair is not finished"
-        session.update(lambda head: head.pop("repair"))
+        session.update(lambda head: setattr(head, "repair", None))
     check_stored(store, [member, other])
     changed = members_of("g", base | {"training": {"epochs": 9}}, alpha=[1, 0], history=[1])
     with pytest.raises(ConfigChanged, match=r"run 'g-alpha-1-h-1-s0' exists .*\n.*training.epochs"):
@@ -217,9 +218,10 @@ def test_open_reason_with_missing_benchmark_names_the_round(tmp_path: Path) -> N
     with hold_lease(store, plain.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
-        session.commit(0, "evaluate", "evaluate-0")
+        for stage in stages_of(0):
+            session.commit(0, stage, f"{stage}-0")
         assert waits_for(other, store, [(plain, read_head(store, plain.run))]) is plain, "the base's benchmark"
-        for stage in ROUND_STAGES:
+        for stage in stages_of(1):
             session.commit(1, stage, f"{stage}-1")
         session.finish_advance()
         assert rounds_open(store, plain) is None
@@ -257,8 +259,9 @@ def test_open_reason_with_another_judge_names_the_round(tmp_path: Path) -> None:
     with hold_lease(store, member.config, "tester") as session:
         session.begin_advance("tester", None, 1)
         session.commit_inputs("base-x", "data-x")
-        session.commit(0, "evaluate", "evaluate-0")
-        for stage in ROUND_STAGES:
+        for stage in stages_of(0):
+            session.commit(0, stage, f"{stage}-0")
+        for stage in stages_of(1):
             session.commit(1, stage, f"{stage}-1")
         session.finish_advance()
         for number in (0, 1):

@@ -105,14 +105,14 @@ def test_another_machine_takes_shards(
         heard = second.stdout.read()
     assert drawn(by_answer(house.answers(found))) == expected
     assert re.search(r"an engine of \S+ \(127\.0\.0\.1|::1\) takes part", capsys.readouterr().out)
-    writers = {part["writer"] for part in objects.list_parts(house.store, job.object_id).values()}
+    writers = {part.writer for part in objects.list_parts(house.store, job.object_id).values()}
     assert {w for w in writers if socket.gethostname() in w}, writers
     assert len(writers) > 1, "both machines answered"
     assert "taking part in generate of round 3" in heard
     assert "Traceback" not in heard, heard
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
-    assert order["attempt"] is None
+    assert order.attempt is None
 
 
 @pytest.mark.long
@@ -129,8 +129,8 @@ def test_an_engine_elsewhere_goes_from_source_to_source(house: House, monkeypatc
     def lend() -> None:
         while (order := orders.read_order(house.store, job.config.run)) is None:
             time.sleep(0.05)
-        given = replace(Job.from_fields(order["job"]), workdir=house.root / "lent")
-        offer_workers(given, order["attempt"], [{"GUEST": "1"}])
+        given = replace(Job.from_fields(order.job), workdir=house.root / "lent")
+        offer_workers(given, order.attempt, [{"GUEST": "1"}])
 
     lender = threading.Thread(target=lend, daemon=True)
     lender.start()
@@ -156,7 +156,7 @@ class Guest(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while not (order := orders.read_order(self.store, self.job.config.run)) or not order["attempt"]:
+        while not (order := orders.read_order(self.store, self.job.config.run)) or not order.attempt:
             time.sleep(0.05)
         while not self.when():
             time.sleep(0.05)
@@ -167,7 +167,7 @@ class Guest(threading.Thread):
         again = True
         while again:
             with socket.create_connection(address) as line, line.makefile() as lines:
-                line.sendall(f"{order['attempt']} guest".encode().ljust(512))
+                line.sendall(f"{order.attempt} guest".encode().ljust(512))
                 if lines.readline() != "begin\n" or not (wave := lines.readline()):
                     return
                 self.waves.append(json.loads(wave))
@@ -307,11 +307,11 @@ def test_a_holder_that_lost_its_lease_takes_nobodys_machines_away(house: House) 
         orders.post_order(house.store, old)
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
-    assert order["attempt"] == second
+    assert order.attempt == second
     orders.withdraw_order(house.store, new, second)
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
-    assert order["attempt"] is None
+    assert order.attempt is None
     with pytest.raises(LeaseLost):
         orders.post_order(house.store, old)
 
@@ -327,7 +327,7 @@ def test_an_order_that_cannot_be_read_is_replaced_by_the_next(house: House, torn
     second = orders.post_order(house.store, job)
     order = orders.read_order(house.store, job.config.run)
     assert order is not None
-    assert order["attempt"] == second
+    assert order.attempt == second
 
 
 @pytest.mark.parametrize("shown", ["", "other", "the-attempt2", "the-attempt"])

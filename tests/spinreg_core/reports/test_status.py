@@ -11,7 +11,8 @@ from spinreg_core.config import RunConfig
 from spinreg_core.reports.status import format_status, run_status
 from spinreg_core.runs import objects
 from spinreg_core.runs.lease import hold_lease
-from spinreg_core.runs.plans import STAGE_PLANS, StagePlan
+from spinreg_core.runs.plans import StagePlan
+from spinreg_core.runs.stages import STAGES
 from spinreg_core.store.open import open_store
 
 
@@ -28,12 +29,12 @@ def test_status_in_mid_round_shows_parts_and_costs(tmp_path: Path) -> None:
         return job.object_id
 
     with hold_lease(store, config, "tester") as session:
-        assert [list(e["stages"]) for e in run_status(store, "r")["rounds"]] == [["evaluate"]]
+        assert [list(e["stages"]) for e in run_status(store, "r")["rounds"]] == [["generate-heldout", "evaluate"]]
         session.begin_advance("tester", 2, None)
         assert [e["round"] for e in run_status(store, "r")["rounds"]] == [0, 1, 2], "up to the round it is to reach"
         session.commit_inputs("base-x", "data-x")
-        session.commit(1, "generate", publish(STAGE_PLANS["generate"](config, session.head, 1)))
-        plan = STAGE_PLANS["mix-opponent"](config, session.head, 1)
+        session.commit(1, "generate", publish(STAGES["generate"].plan(config, session.head, 1)))
+        plan = STAGES["mix-opponent"].plan(config, session.head, 1)
         for name in ("a", "b"):
             objects.commit_part(store, plan.job(config, store.url, "e1-a", tmp_path), name, [], {})
         text, document = format_status(store, "r")

@@ -56,7 +56,7 @@ class Run:
     def _put(self, stage: str, folder: Path, metrics: dict[str, Any] | None = None) -> str:
         key = {"from": folder.name}
         job = Job(stage, objects.fingerprint(stage, key), key, "", "e0001-aa", 0, {}, RunConfig(), folder)
-        return str(objects.publish(self.store, job, folder, metrics=metrics or {})["object_id"])
+        return str(objects.publish(self.store, job, folder, metrics=metrics or {}).object_id)
 
     def _policy(self, seed: int) -> str:
         write_policy(self.root / f"policy-{seed}" / "policy", seed)
@@ -146,12 +146,12 @@ def test_round_1_scores_each_answer_once_for_both_references(prepared: Run, caps
     assert all(scores_of(pairs).values())
     assert [p["previous_real"] for p in pairs] == [p["base_real"] for p in pairs]
     prepared.check_scores(pairs, 0, "previous")
-    metrics = manifest["metrics"]
+    metrics = manifest.metrics
     different = len({(tuple(p["prompt_ids"]), tuple(p[f"{w}_ids"])) for p in pairs for w in ("real", "generated")})
     assert (metrics["scores_computed"], metrics["scores_reused"]) == (different, 0)
     lines = [line for line in map(parse, capsys.readouterr().out.splitlines()) if line]
     assert (lines[-1].stage, lines[-1].done, lines[-1].total) == ("mix-opponent", different, different)
-    summary = json.loads(fetch.fetch_file(prepared.store, manifest["object_id"], "summary.json").read_text())
+    summary = json.loads(fetch.fetch_file(prepared.store, manifest.object_id, "summary.json").read_text())
     assert summary == metrics
 
 
@@ -166,9 +166,9 @@ def test_scores_that_the_loss_does_not_read_are_null(prepared: Run, alpha: float
 def test_fictitious_play_replays_rounds_and_scores_the_base_once(prepared: Run) -> None:
     """log pi_0(real) is computed in round 1 and never again; log pi_0(generated) once per generated set."""
     first = mix_opponent.run(prepared.job(1, opponent={"truncated": "keep"}))
-    known = {1: first["object_id"]}
+    known = {1: first.object_id}
     second = mix_opponent.run(prepared.job(2, prepared.earlier(1, pairs=known), opponent={"truncated": "keep"}))
-    known[2] = second["object_id"]
+    known[2] = second.object_id
     third = mix_opponent.run(prepared.job(3, prepared.earlier(2, 1, pairs=known), opponent={"truncated": "keep"}))
     pairs = prepared.pairs(third)
     assert Counter(p["round"] for p in pairs) == {1: ROWS, 2: ROWS, 3: ROWS}
@@ -183,8 +183,8 @@ def test_fictitious_play_replays_rounds_and_scores_the_base_once(prepared: Run) 
     assert real == sequences("real", {1, 2, 3})
     new = sequences("generated", {3}) - old - real
     every = real | old | new
-    assert third["metrics"]["scores_computed"] == len(every) + len(new)  # all under pi_2, only new ones under pi_0
-    assert third["metrics"]["scores_reused"] == len(every) - len(new)
+    assert third.metrics["scores_computed"] == len(every) + len(new)  # all under pi_2, only new ones under pi_0
+    assert third.metrics["scores_reused"] == len(every) - len(new)
     by_id = {p["pair_id"]: p for n in (first, second) for p in prepared.pairs(n)}
     for pair in pairs:
         if pair["round"] < 3:
@@ -192,23 +192,23 @@ def test_fictitious_play_replays_rounds_and_scores_the_base_once(prepared: Run) 
 
     # The same, where no earlier pairs are replayed but the run names them.
     alone = prepared.job(3, opponent={"history": 1, "truncated": "keep"})
-    found = mix_opponent.run(replace(alone, extra={"scored": [first["object_id"]]}))["metrics"]
+    found = mix_opponent.run(replace(alone, extra={"scored": [first.object_id]})).metrics
     assert found["scores_reused"] >= ROWS
     assert found["scores_computed"] == 2 * len(real | sequences("generated", {3})) - found["scores_reused"]
 
 
 def test_clipped_answer_is_scored_again(prepared: Run) -> None:
     whole = mix_opponent.run(prepared.job(1, opponent={"truncated": "keep"}))
-    earlier = prepared.earlier(1, pairs={1: whole["object_id"]})
+    earlier = prepared.earlier(1, pairs={1: whole.object_id})
     manifest = mix_opponent.run(prepared.job(2, earlier, opponent={"truncated": "clip_real"}))
-    assert manifest["metrics"]["clipped"] > 0
+    assert manifest.metrics["clipped"] > 0
     prepared.check_scores(prepared.pairs(manifest), 0, "base")
 
 
 @pytest.mark.parametrize("truncated", ["keep", "drop", "clip_real"])
 def test_truncated_answers_are_treated_and_counted(prepared: Run, truncated: str) -> None:
     manifest = mix_opponent.run(prepared.job(1, opponent={"truncated": truncated}))
-    pairs, metrics = prepared.pairs(manifest), manifest["metrics"]
+    pairs, metrics = prepared.pairs(manifest), manifest.metrics
     before = prepared.pairs(mix_opponent.run(prepared.job(1, opponent={"truncated": "keep"})))
     cut = [p for p in before if p["generated_truncated"]]
     longer = [p for p in cut if len(p["real_ids"]) > LIMIT]
@@ -227,15 +227,15 @@ def test_truncated_answers_are_treated_and_counted(prepared: Run, truncated: str
 def test_weights_set_the_shares_of_the_rounds(prepared: Run) -> None:
     opponent = {"history": 3, "weighting": [2, 1, 1], "truncated": "keep"}
     manifest = mix_opponent.run(prepared.job(3, prepared.earlier(2, 1), opponent=opponent))
-    assert manifest["metrics"]["by_round"] == {"3": ROWS, "2": ROWS // 2, "1": ROWS // 2}
+    assert manifest.metrics["by_round"] == {"3": ROWS, "2": ROWS // 2, "1": ROWS // 2}
 
 
 def test_regenerated_answers_keep_the_iterate_that_was_drawn(prepared: Run) -> None:
     job = prepared.job(3, opponent={"source": "regenerate", "history": "all"})
     other = prepared.generate(3, 1)
     manifest = mix_opponent.run(replace(job, inputs=job.inputs | {"generations": other}, object_id=job.object_id + "r"))
-    assert manifest["metrics"]["by_iterate"] == {"1": ROWS}
-    assert manifest["metrics"]["by_round"] == {"3": ROWS}
+    assert manifest.metrics["by_iterate"] == {"1": ROWS}
+    assert manifest.metrics["by_round"] == {"3": ROWS}
 
 
 def test_replay_share_brings_back_pairs_of_each_iterate(prepared: Run) -> None:
@@ -246,12 +246,12 @@ def test_replay_share_brings_back_pairs_of_each_iterate(prepared: Run) -> None:
     for name, replayed in (("some", {"1": 5, "0": 3}), ("short", {"1": 5, "0": ROWS + 2}), ("more", {"1": 7, "0": 3})):
         inputs = job.inputs | {"generations": prepared.generate(3, 2, replayed)}
         found[name] = mix_opponent.run(replace(job, inputs=inputs, object_id=f"{job.object_id}-{name}"))
-    metrics = found["some"]["metrics"]
+    metrics = found["some"].metrics
     assert metrics["by_round"] == {"3": ROWS, "2": 5, "1": 3}
     assert metrics["by_iterate"] == {"2": ROWS, "1": 5, "0": 3}
     assert (metrics["replayed"], metrics["replay_short"]) == (8, 0)
-    assert found["short"]["metrics"]["by_iterate"] == {"2": ROWS, "1": 5, "0": ROWS}
-    assert found["short"]["metrics"]["replay_short"] == 2
+    assert found["short"].metrics["by_iterate"] == {"2": ROWS, "1": 5, "0": ROWS}
+    assert found["short"].metrics["replay_short"] == 2
     pairs = {name: prepared.pairs(manifest) for name, manifest in found.items()}
     taken = {name: {p["pair_id"] for p in own if p["iterate"] == 1} for name, own in pairs.items()}
     assert taken["some"] == taken["short"] < taken["more"]
@@ -270,7 +270,7 @@ def test_replayed_pairs_lose_as_many_as_generated_ones(prepared: Run) -> None:
         job = prepared.job(2, prepared.earlier(1), opponent=opponent | {"truncated": treatment})
         job = replace(job, inputs=job.inputs | {"generations": other}, object_id=f"{job.object_id}-{treatment}")
         manifest = mix_opponent.run(job)
-        found[treatment] = manifest["metrics"]
+        found[treatment] = manifest.metrics
         if treatment == "keep":
             cut = Counter(str(p["iterate"]) for p in prepared.pairs(manifest) if p["generated_truncated"])
     assert found["keep"]["by_iterate"] == {"0": ROWS, "1": ROWS}

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +23,7 @@ from spinreg_core.models import source as model_source
 from spinreg_core.models.chat_template import Renderer
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_manifest
 from spinreg_core.stages import prepare
 from spinreg_core.store.folder import FolderStore
@@ -42,6 +43,25 @@ def job(tmp_path: Path, dataset: str, name: str = "work", **fields: Any) -> Job:
     return make_job("prepare", workdir, config=config, object_id="", store=store, writer="e1-test", round=0)
 
 
+class Prepared(NamedTuple):
+    """The manifest of the rows, and the id of the base."""
+
+    data: Manifest
+    base: str
+
+    @property
+    def object_id(self) -> str:
+        return self.data.object_id
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        return self.data.metrics
+
+
+def run(work: Job) -> Prepared:
+    return Prepared(prepare.run(work), json.loads((work.workdir / "result.json").read_text())["base"])
+
+
 def table(store: FolderStore, data: str, part: str) -> Any:
     return pq.read_table(fetch_file(store, data, f"{part}.parquet"))
 
@@ -49,11 +69,11 @@ def table(store: FolderStore, data: str, part: str) -> Any:
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is missing")
 def test_prepare_with_quantized_base_publishes_float32(tmp_path: Path) -> None:
     rows = write_jsonl(tmp_path / "x.jsonl", ROWS)
-    plain = prepare.run(job(tmp_path, rows, "plain"))
-    rounded = prepare.run(job(tmp_path, rows, "rounded", training={"lora_rank": 4, "lora_quantize": "4bit"}))
-    assert plain["base"] != rounded["base"]
+    plain = run(job(tmp_path, rows, "plain"))
+    rounded = run(job(tmp_path, rows, "rounded", training={"lora_rank": 4, "lora_quantize": "4bit"}))
+    assert plain.base != rounded.base
     store = FolderStore(tmp_path / "store")
-    before, after = (fetch_folder(store, manifest["base"], "policy") for manifest in (plain, rounded))
+    before, after = (fetch_folder(store, manifest.base, "policy") for manifest in (plain, rounded))
     assert {p.name for p in before.iterdir()} == {p.name for p in after.iterdir()}
     assert json.loads((after / "config.json").read_text())["dtype"] == "float32"
     weights, changed = (load_file(folder / "model.safetensors") for folder in (before, after))
@@ -66,12 +86,12 @@ def test_prepare_publishes_data_and_base(tmp_path: Path, capsys: pytest.CaptureF
     work = job(
         tmp_path, write_jsonl(tmp_path / "x.jsonl", [*ROWS, ROWS[0], {"prompt": "?"}]), data={"max_bad_share": 0.1}
     )
-    manifest = prepare.run(work)
+    manifest = run(work)
     store = FolderStore(tmp_path / "store")
     result = json.loads((work.workdir / "result.json").read_text())
-    assert manifest["object_id"] == result["data"]
-    assert manifest["base"] == result["base"]
-    assert result["summary"] == manifest["metrics"]
+    assert manifest.object_id == result["data"]
+    assert manifest.base == result["base"]
+    assert result["summary"] == manifest.metrics
 
     policy = fetch_folder(store, result["base"], "policy")
     renderer = Renderer.from_folder(policy)
@@ -104,10 +124,10 @@ def test_prepare_publishes_data_and_base(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_prepare_again_publishes_nothing_new(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
-    first = prepare.run(job(tmp_path, dataset))
+    first = run(job(tmp_path, dataset))
     files = sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file())
-    again = prepare.run(job(tmp_path, dataset, "again"))
-    assert (again["object_id"], again["base"]) == (first["object_id"], first["base"])
+    again = run(job(tmp_path, dataset, "again"))
+    assert (again.object_id, again.base) == (first.object_id, first.base)
     assert sorted(p for p in (tmp_path / "store").rglob("*") if p.is_file()) == files
     assert capsys.readouterr().out.count("in the store already") == 2
 
@@ -128,11 +148,11 @@ def test_data_id_follows_everything_that_changes_rows(tmp_path: Path) -> None:
         "split": {"data": {"split": "train[:30]"}},
         "template": {"model": str(other)},
     }.items():
-        made[name] = prepare.run(job(tmp_path, dataset, name, **fields))
-    assert made["objective"]["object_id"] == made["same"]["object_id"]
-    assert len({m["object_id"] for m in made.values()}) == 7
-    assert made.pop("template")["base"] not in {m["base"] for m in made.values()}
-    assert len({m["base"] for m in made.values()}) == 1
+        made[name] = run(job(tmp_path, dataset, name, **fields))
+    assert made["objective"].object_id == made["same"].object_id
+    assert len({m.object_id for m in made.values()}) == 7
+    assert made.pop("template").base not in {m.base for m in made.values()}
+    assert len({m.base for m in made.values()}) == 1
 
 
 def test_prepare_warns_of_text_before_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,9 +160,9 @@ def test_prepare_warns_of_text_before_answers(tmp_path: Path, capsys: pytest.Cap
     other = shutil.copytree(toy, tmp_path / "other")
     (other / "chat_template.jinja").write_text(TEMPLATES["empty_thoughts"])
     dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
-    prepare.run(job(tmp_path, dataset))
+    run(job(tmp_path, dataset))
     assert "warning" not in capsys.readouterr().out
-    prepare.run(job(tmp_path, dataset, "other-run", model=str(other)))
+    run(job(tmp_path, dataset, "other-run", model=str(other)))
     warning = r"warning: the chat template writes '<think>\n\n</think>\n\n' before every answer"
     assert warning in capsys.readouterr().out
     config = make_config(model=str(other), dataset=dataset)
@@ -156,8 +176,8 @@ def test_prepare_counts_shortened_prompts(tmp_path: Path) -> None:
 
     dataset = write_jsonl(tmp_path / "x.jsonl", [chat(i, 1 + 9 * (i < 3)) for i in range(20)])
     limits = {"max_prompt_tokens": 400, "long_prompts": "drop_oldest"}
-    made = prepare.run(job(tmp_path, dataset, data=limits))
-    assert made["metrics"]["shortened_prompts"] == 3
+    made = run(job(tmp_path, dataset, data=limits))
+    assert made.metrics["shortened_prompts"] == 3
     config = make_config(model="random:tiny", dataset=dataset, data=limits)
     assert inspect(config)[1]["train"]["shortened_prompts"] == 3
 
@@ -172,13 +192,11 @@ def test_prepare_splits_by_the_messages_that_stay(tmp_path: Path) -> None:
     rows = [{"messages": question} for question in asked] + [{"messages": lost + question} for question in asked]
     other = [{"role": "user", "content": "What is 3?"}, {"role": "assistant", "content": "Three."}]
     limits = {"max_prompt_tokens": 130, "long_prompts": "drop_oldest", "heldout_rows": 10}
-    made = prepare.run(
-        job(tmp_path, write_jsonl(tmp_path / "x.jsonl", [*rows, {"messages": lost + other}]), data=limits)
-    )
+    made = run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", [*rows, {"messages": lost + other}]), data=limits))
     store = FolderStore(tmp_path / "store")
-    train, heldout = (table(store, made["object_id"], part).to_pylist() for part in ("train", "heldout"))
+    train, heldout = (table(store, made.object_id, part).to_pylist() for part in ("train", "heldout"))
     assert not {row["messages"] for row in train} & {row["messages"] for row in heldout}
-    assert (len(train) + len(heldout), made["metrics"]["alike_when_shortened"]) == (31, 30)
+    assert (len(train) + len(heldout), made.metrics["alike_when_shortened"]) == (31, 30)
     names = [row["prompt_id"] for row in train + heldout if "What is 3?" in row["messages"]]
     assert sorted(names) == [min(names), f"{min(names)}-2"]
 
@@ -192,11 +210,11 @@ def test_data_id_covers_what_filters_removed(tmp_path: Path) -> None:
         "length": {"max_answer_characters": 99}, "pattern": {"drop_patterns": ["^long"]},
         "guarded": {"max_answer_characters": 99, "evaluation_sets": [bench]},
     }.items():  # fmt: skip
-        made[name] = prepare.run(job(tmp_path, dataset, name, data=data))
-    assert made["length"]["metrics"]["left_out"] == {"answer_too_long": 1}
-    assert made["pattern"]["metrics"]["left_out"] == {"pattern ^long": 1}
-    assert made["guarded"]["metrics"]["guarded"] == {bench: {"prompts": 1, "too_short": 0}}
-    assert len({m["object_id"] for m in made.values()}) == 3
+        made[name] = run(job(tmp_path, dataset, name, data=data))
+    assert made["length"].metrics["left_out"] == {"answer_too_long": 1}
+    assert made["pattern"].metrics["left_out"] == {"pattern ^long": 1}
+    assert made["guarded"].metrics["guarded"] == {bench: {"prompts": 1, "too_short": 0}}
+    assert len({m.object_id for m in made.values()}) == 3
 
 
 def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
@@ -204,11 +222,11 @@ def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
         tmp_path / "heldout.jsonl", [*ROWS[:10], *[{"prompt": f"New {i}?", "answer": "Yes."} for i in range(10)]]
     )
     dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
-    made = prepare.run(job(tmp_path, dataset, data={"heldout_dataset": other, "heldout_rows": 15}))
+    made = run(job(tmp_path, dataset, data={"heldout_dataset": other, "heldout_rows": 15}))
     store = FolderStore(tmp_path / "store")
-    train, heldout = table(store, made["object_id"], "train"), table(store, made["object_id"], "heldout")
+    train, heldout = table(store, made.object_id, "train"), table(store, made.object_id, "heldout")
     assert heldout.num_rows == 15
-    dropped = made["metrics"]["train_rows_dropped_as_heldout"]
+    dropped = made.metrics["train_rows_dropped_as_heldout"]
     assert dropped >= 5  # ten of the twenty are training prompts, and fifteen are taken
     assert train.num_rows == 40 - dropped
     assert not set(train["messages"].to_pylist()) & set(heldout["messages"].to_pylist())
@@ -217,9 +235,9 @@ def test_prepare_with_heldout_data_drops_its_openings(tmp_path: Path) -> None:
 def test_prepare_with_bad_rows_raises_before_any_model(tmp_path: Path) -> None:
     dataset = write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x", "answer": ""}])
     with pytest.raises(BadInput, match=r"2\.4% bad rows \(1 of 41: 1 empty_answer\)"):
-        prepare.run(job(tmp_path, dataset, model="./nowhere"))
+        run(job(tmp_path, dataset, model="./nowhere"))
     with pytest.raises(BadInput, match=r"no folder '\./nowhere'"):
-        prepare.run(job(tmp_path, dataset, "lenient", model="./nowhere", data={"max_bad_share": 0.03}))
+        run(job(tmp_path, dataset, "lenient", model="./nowhere", data={"max_bad_share": 0.03}))
 
 
 def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path) -> None:
@@ -227,32 +245,32 @@ def test_prepare_with_long_prompts_raises_before_any_weights(tmp_path: Path) -> 
     (words / "model.safetensors").unlink()
     dataset = write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"prompt": "x" * 600, "answer": "a"}])
     with pytest.raises(BadInput, match="1 prompt_too_long"):
-        prepare.run(job(tmp_path, dataset, model=str(words)))
+        run(job(tmp_path, dataset, model=str(words)))
     assert not (tmp_path / "store").exists()
     with pytest.raises(BadInput, match=r"has no model\.safetensors"):
-        prepare.run(job(tmp_path, dataset, "lenient", model=str(words), data={"max_bad_share": 0.03}))
+        run(job(tmp_path, dataset, "lenient", model=str(words), data={"max_bad_share": 0.03}))
 
 
 def test_prepare_with_rows_beyond_the_model_raises(tmp_path: Path) -> None:
     dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
     with pytest.raises(BadInput, match="data\\.max_length is 4096; expected at most 2048"):
-        prepare.run(job(tmp_path, dataset, data={"max_length": 4096}))
+        run(job(tmp_path, dataset, data={"max_length": 4096}))
 
 
 def test_prepare_without_final_answers_raises(tmp_path: Path) -> None:
     dataset = write_jsonl(tmp_path / "x.jsonl", [{"prompt": f"{i}?", "answer": "yes"} for i in range(20)])
     with pytest.raises(BadInput, match=r"evaluation\.final_answer"):
-        prepare.run(job(tmp_path, dataset, evaluation={"final_answer": "gsm8k"}))
+        run(job(tmp_path, dataset, evaluation={"final_answer": "gsm8k"}))
 
 
 def test_prepare_cuts_and_counts_long_answers(tmp_path: Path) -> None:
     rows = [*ROWS, {"prompt": "Long?", "answer": "x" * 2000}]
-    made = prepare.run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", rows)))
-    assert made["metrics"]["truncated_answers"] == 1
+    made = run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", rows)))
+    assert made.metrics["truncated_answers"] == 1
     store = FolderStore(tmp_path / "store")
-    both = [r for part in ("train", "heldout") for r in table(store, made["object_id"], part).to_pylist()]
+    both = [r for part in ("train", "heldout") for r in table(store, made.object_id, part).to_pylist()]
     (cut,) = [r for r in both if r["answer_truncated"]]
-    end = Renderer.from_folder(fetch_folder(store, made["base"], "policy")).end_of_turn
+    end = Renderer.from_folder(fetch_folder(store, made.base, "policy")).end_of_turn
     assert end not in cut["answer_ids"]
     assert len(cut["prompt_ids"]) + len(cut["answer_ids"]) == 1024
 
@@ -278,9 +296,9 @@ def test_prepare_as_a_process_reports_by_exit_status(tmp_path: Path) -> None:
 
 
 def test_base_id_covers_the_model_files(tmp_path: Path) -> None:
-    made = prepare.run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", ROWS)))
-    base = read_manifest(FolderStore(tmp_path / "store"), made["base"])
+    made = run(job(tmp_path, write_jsonl(tmp_path / "x.jsonl", ROWS)))
+    base = read_manifest(FolderStore(tmp_path / "store"), made.base)
     assert base is not None
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
-    assert base["key"] == {"model": model_source.model_fingerprint(toy)}
-    assert base["metrics"]["source"] == "random:tiny"
+    assert base.key == {"model": model_source.model_fingerprint(toy)}
+    assert base.metrics["source"] == "random:tiny"

@@ -117,14 +117,13 @@ def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -
     assert status == 0, output
     manifest = objects.require_manifest(setting.store, one.object_id)
     a, b = (
-        load_file(fetch.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
-        for m in (manifest, whole)
+        load_file(fetch.fetch_file(setting.store, m.object_id, "policy/model.safetensors")) for m in (manifest, whole)
     )
     before = load_file(setting.folder / "model.safetensors")
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert float((b[name] - value).norm()) <= 0.05 * float((value - before[name]).norm()), name
-    names = [{f["name"] for f in m["files"]} for m in (manifest, whole)]
+    names = [{f.name for f in m.files} for m in (manifest, whole)]
     assert names[0] == names[1]
     metrics = [lines(setting.store, m) for m in (manifest, whole)]
     assert [m["loss"] for m in metrics[1]] == pytest.approx([m["loss"] for m in metrics[0]], rel=1e-2)
@@ -230,8 +229,8 @@ def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, A
         output = process.stdout.read()
     assert process.returncode == 1, output
     names = list(objects.list_parts(setting.store, job.object_id))
-    for file in objects.list_parts(setting.store, job.object_id)[names[-1]]["files"]:
-        path = setting.store.local_path(file["key"])
+    for file in objects.list_parts(setting.store, job.object_id)[names[-1]].files:
+        path = setting.store.local_path(file.key)
         assert path is not None
         path.write_bytes(b"torn")
     begin = time.monotonic()

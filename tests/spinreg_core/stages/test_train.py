@@ -102,8 +102,8 @@ def test_train_prints_progress_steps_and_alarms(setting: Setting, capsys: pytest
     assert (progress[-1].stage, progress[-1].done, progress[-1].total, progress[-1].unit) == ("train", 12, 12, "steps")
     assert any(line.startswith("step 12/12: loss ") for line in output)
     (alarm,) = [line for line in output if line.startswith("ALARM: ")]
-    assert manifest["metrics"]["alarms"] == [alarm.removeprefix("ALARM: ")]
-    assert manifest["metrics"]["real_logprob_change"] < 0
+    assert manifest.metrics["alarms"] == [alarm.removeprefix("ALARM: ")]
+    assert manifest.metrics["real_logprob_change"] < 0
 
 
 class Watched(RoundTrainer):
@@ -160,7 +160,7 @@ def test_train_resumed_after_a_failure_repeats_all_bits(
     assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
     assert sha_of_weights(manifest) == sha_of_weights(whole)
     assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
-    assert manifest["metrics"]["real_logprob_change"] == whole["metrics"]["real_logprob_change"]
+    assert manifest.metrics["real_logprob_change"] == whole["metrics"]["real_logprob_change"]
     assert objects.list_parts(setting.store, job.object_id) == {}
 
 
@@ -170,8 +170,8 @@ def test_the_newest_checkpoints_are_kept_and_say_what_they_cost(setting: Setting
     assert list(parts) == ["step-000004", "step-000006", "step-000008"]
     stored = setting.store.list(f"objects/{job.object_id}/data/")
     assert len([key for key in stored if "/step-" in key]) == 3 * 2, "files of older ones are gone too"
-    meta = parts["step-000008"]["meta"]
-    assert meta["bytes"] == sum(f["size"] for f in parts["step-000008"]["files"])
+    meta = parts["step-000008"].meta
+    assert meta["bytes"] == sum(f.size for f in parts["step-000008"].files)
     assert meta.keys() == {"step", "ranks", "pause_seconds", "bytes", "upload_seconds"}
 
 
@@ -203,8 +203,8 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
     setting: Setting, whole: dict[str, Any], capsys: Any
 ) -> None:
     job = broken_off(setting, "damaged", 11)
-    for file in objects.list_parts(setting.store, job.object_id)["step-000010"]["files"]:
-        path = setting.store.local_path(file["key"])
+    for file in objects.list_parts(setting.store, job.object_id)["step-000010"].files:
+        path = setting.store.local_path(file.key)
         assert path is not None
         path.write_bytes(path.read_bytes()[:-1])
     manifest = train.run(job)
@@ -220,7 +220,7 @@ def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
 ) -> None:
     job = broken_off(setting, f"replaced-{damage}", 11)
     part = objects.list_parts(setting.store, job.object_id)["step-000010"]
-    paths = [setting.store.local_path(file["key"]) for file in part["files"]]
+    paths = [setting.store.local_path(file.key) for file in part.files]
     if damage == "manifest":
         paths = [setting.store.local_path(f"objects/{job.object_id}/parts/step-000010.json")]
     for path in paths:
@@ -375,7 +375,7 @@ def test_sigterm_ends_the_process_and_keeps_its_work(tmp_path: Path) -> None:
 
 def test_save_dtype_bfloat16_publishes_bfloat16(setting: Setting, tmp_path: Path) -> None:
     manifest = train.run(setting.job("half", save_dtype="bfloat16", precision="mixed"))
-    folder = fetch.fetch_folder(setting.store, manifest["object_id"], "policy")
+    folder = fetch.fetch_folder(setting.store, manifest.object_id, "policy")
     assert {str(t.dtype) for t in load_file(folder / "model.safetensors").values()} == {"torch.bfloat16"}
     assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
     assert str(AutoModelForCausalLM.from_pretrained(folder).dtype) == "torch.bfloat16"
@@ -404,17 +404,17 @@ def test_adapter_resumes_to_the_same_bits_and_continues(setting: Setting, capsys
     assert "LoRA of rank 4 on q_proj, v_proj: 896 of " in capsys.readouterr().out
     job = broken_off(setting, "lora", 8, **lora)
     (part,) = objects.list_parts(setting.store, job.object_id).values()
-    assert part["meta"]["bytes"] < 30_000, "a checkpoint holds the adapter, not the model"
+    assert part.meta["bytes"] < 30_000, "a checkpoint holds the adapter, not the model"
     manifest = train.run(job)
     assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
-    files = [{f["name"]: f["sha256"] for f in m["files"]} for m in (whole, manifest)]
+    files = [{f.name: f.sha256 for f in m.files} for m in (whole, manifest)]
     for name in ("policy/model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
         assert files[0][name] == files[1][name], name
 
     later = setting.job("lora-next", learning_rate=1e-9, **lora)
-    later = replace(later, inputs=later.inputs | {"previous": whole["object_id"]})
+    later = replace(later, inputs=later.inputs | {"previous": whole.object_id})
     after = train.run(later)
-    policies = [load_file(fetch.fetch_file(setting.store, m["object_id"], "policy/model.safetensors"))
+    policies = [load_file(fetch.fetch_file(setting.store, m.object_id, "policy/model.safetensors"))
                 for m in (whole, after)]  # fmt: skip
     base = load_file(setting.folder / "model.safetensors")
     for name, value in policies[1].items():
