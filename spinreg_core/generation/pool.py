@@ -18,7 +18,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from spinreg_core.errors import StageFailed
 from spinreg_core.generation.remote_workers import BEGIN, Guests, remote_workers
@@ -238,9 +237,9 @@ class _Pool:
         if engine.own is not None:  # what another machine lacks does not end the run
             raise_verdict(engine.status, engine.last[-1] if engine.last else "")
         for number in list(engine.open):  # committed, and not told of any more
-            part: Any = read_part(self.store, self.job.object_id, self.by_number[number].name)
+            part = read_part(self.store, self.job.object_id, self.by_number[number].name)
             if part is not None:
-                self._committed(engine, number, part.meta)
+                self._committed(engine, number, cast(ShardMeta, part.meta))
         self._count(-engine.uncommitted)
         if engine.status == 0 and not engine.open:
             return

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -125,10 +125,10 @@ def answer_shards(
         folder = job.workdir / done.shard.name
         write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
                     done.seeds, policy=turn.policies[0], sampling=turn.sampling, mixture=turn.mixture)  # fmt: skip
-        part: Any = commit_part(store, job, done.shard.name, upload(store, job, folder), dict(meta))
+        part = commit_part(store, job, done.shard.name, upload(store, job, folder), dict(meta))
         shutil.rmtree(folder)
         # The meta of the part: another worker may have committed the shard first.
-        on_commit(done.shard.number, part.meta)
+        on_commit(done.shard.number, cast(ShardMeta, part.meta))
 
     try:
         with ThreadPoolExecutor(1) as pool:

@@ -195,7 +195,7 @@ class StepCheckpoints:
         try:
             future.result()
             start = time.monotonic()
-            entries: Any = upload(self.store, self.job, folder, own_files(folder / name, self.ranks))
+            entries = upload(self.store, self.job, folder, own_files(folder / name, self.ranks))
             share = _Share(entries, time.monotonic() - start)
         except BaseException as error:  # DCP raises a CheckpointException, which is no Exception.
             share = _Share(error=f"{type(error).__name__}: {error}")
@@ -215,8 +215,8 @@ class StepCheckpoints:
             print(f"checkpoint {name} could not be stored, training goes on: {errors[0]}", flush=True)
 
     def _commit(self, name: str, shares: list[_Share], pause: float) -> None:
-        files: Any = [entry for share in shares for entry in share.files]
-        size = sum(entry["size"] for entry in files)
+        files = [entry for share in shares for entry in share.files]
+        size = sum(entry.size for entry in files)
         uploading = max(share.seconds for share in shares)
         meta = {"step": int(name.removeprefix("step-")), "ranks": self.ranks.size, "pause_seconds": round(pause, 3),
                 "bytes": size, "upload_seconds": round(uploading, 3)}  # fmt: skip

@@ -60,7 +60,8 @@ class Place:
         given = {"model": "random:tiny", "dataset": dataset or self.rows(ROWS), "store": str(self.folder / "store")}
         config = validate(given | fields | {"data": data})
         (self.folder / "work").mkdir()
-        return prepare.run(Job("prepare", "", {}, config.store, "e1-test", 0, {}, config, self.folder / "work"))
+        prepare.run(Job("prepare", "", {}, config.store, "e1-test", 0, {}, config, self.folder / "work"))
+        return json.loads((self.folder / "work/result.json").read_text())
 
 
 @dataclass(frozen=True)

@@ -68,8 +68,8 @@ def begun(place: Place) -> Begun:
                        "data": {"heldout_rows": 2}, "resources": {"lease_seconds": 2}})  # fmt: skip
     with hold_lease(store, config, "test") as session:
         session.begin_advance("test", 1, None)
-        session.commit_inputs(made["base"], made["object_id"])
-    return Begun(store, config, made["base"], made["object_id"])
+        session.commit_inputs(made["base"], made["data"])
+    return Begun(store, config, made["base"], made["data"])
 
 
 @case("another configuration for a run that has begun", ConfigChanged)

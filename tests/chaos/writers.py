@@ -13,8 +13,8 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_record
 from spinreg_core.store.base import Store
 
@@ -89,5 +89,5 @@ class Attempts:
         }
 
 
-def _stage(record: dict[str, Any]) -> str:
-    return "prepare" if record["stage"] in ("data", "base", "prepare") else str(record["stage"])
+def _stage(record: Manifest) -> str:
+    return "prepare" if record.stage in ("data", "base", "prepare") else record.stage

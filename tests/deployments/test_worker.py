@@ -61,10 +61,9 @@ def test_worker_without_parameters_runs_the_demo(deployed_server: PrefectServer,
     with prefect_worker(server, "--limit", "1", cwd=tmp_path):
         run = start_run(server)
         end = time.monotonic() + 120
-        while read_head(store, "demo") is None or not read_head(store, "demo")["advances"]:  # type: ignore[index]
+        while (head := read_head(store, "demo")) is None or not head.advances:
             assert time.monotonic() < end, (server.home / "worker.log").read_text()[-3000:]
             time.sleep(0.5)
-        head = read_head(store, "demo")
         assert server.cli("flow-run", "cancel", run).returncode == 0
         server.wait_for_state(run, {"CANCELLED"}, 90)
     assert head is not None

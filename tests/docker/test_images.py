@@ -74,7 +74,7 @@ def test_everything_the_installation_reads_is_copied() -> None:
         project["project"]["readme"],
         *project["project"]["license-files"],
     }
-    needed |= {package.split(".")[0] for package in project["tool"]["setuptools"]["packages"]}
+    needed |= {pattern.rstrip("*") for pattern in project["tool"]["setuptools"]["packages"]["find"]["include"]}
     assert needed <= set(copied())
 
 

@@ -19,5 +19,5 @@ def test_track_failing_tracker_is_logged_and_ends_nothing(tmp_path: Path, caplog
         assert not caplog.records
         track(store, RunConfig(run="nobody", tracking=TrackingConfig(to=["tensorboard", "mlflow"])))
     first, second = caplog.messages
-    assert first.startswith("run 'nobody' is not shown in tensorboard: run 'nobody' in ")
+    assert first.startswith("run 'nobody' is not shown in tensorboard: run: found 'nobody'")
     assert second.startswith("run 'nobody' is not shown in mlflow: ")

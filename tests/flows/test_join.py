@@ -37,7 +37,9 @@ def test_stages_that_are_not_for_other_machines(tmp_path: Path, changes: dict[st
 
 
 def test_an_order_of_another_run(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="expected one of generate, mix-opponent, train, evaluate of run other"):
+    with pytest.raises(
+        BadInput, match="expected one of generate, mix-opponent, train, generate-heldout, evaluate of run other"
+    ):
         _ordered(fields(), open_store(str(tmp_path)), "other", tmp_path)
 
 

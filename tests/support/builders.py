@@ -21,12 +21,17 @@ def make_config(**fields: Any) -> RunConfig:
     return validate(nested)
 
 
-def make_head(rounds: int = 0, **fields: Any) -> Head:
-    """Return the head of a run with so many complete rounds, the base evaluated; objects are named STAGE-ROUND."""
+def make_head(rounds: int = 0, *, stages: dict[int, dict[str, str]] | None = None, **fields: Any) -> Head:
+    """Return the head of a run with so many complete rounds, the base evaluated; objects are named STAGE-ROUND.
+
+    `stages={0: {...}, 1: {...}}` names the objects of rounds instead.
+    """
     entries = [
         Entry(round=number, stages={stage: f"{stage}-{number}" for stage in stages_of(number)})
         for number in range(rounds + 1)
     ]
+    if stages is not None:
+        entries = [Entry(round=number, stages=named) for number, named in stages.items()]
     given = {"run": "demo", "lease": Lease(epoch=1, holder=None, beat=0), "advances": [], "rounds": entries}
     return Head(**given | {"base": "base-x", "data": "data-x"} | fields)
 

@@ -13,6 +13,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.selfplay.pairs import PAIRS_SCHEMA
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -66,13 +67,15 @@ class Setting:
                    self.root / "work" / name / writer)  # fmt: skip
 
 
-def sha_of_weights(manifest: dict[str, Any]) -> str:
-    (found,) = [f["sha256"] for f in manifest["files"] if f["name"] == "policy/model.safetensors"]
-    return str(found)
+def sha_of_weights(manifest: Manifest | None) -> str:
+    assert manifest is not None
+    (found,) = [file.sha256 for file in manifest.files if file.name == "policy/model.safetensors"]
+    return found
 
 
-def lines(store: Store, manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    text = fetch.fetch_file(store, manifest["object_id"], "metrics.jsonl").read_text()
+def lines(store: Store, manifest: Manifest | None) -> list[dict[str, Any]]:
+    assert manifest is not None
+    text = fetch.fetch_file(store, manifest.object_id, "metrics.jsonl").read_text()
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -15,10 +15,10 @@ from spinreg_core.benchmarks.registry import parts_of, plan_benchmark
 from spinreg_core.config import DataConfig, RunConfig
 from spinreg_core.errors import BadInput
 from tests.support.benchmark_data import write_tasks
-from tests.support.builders import make_config
+from tests.support.builders import make_config, make_head
 
 LOCAL = Path(__file__).resolve().parents[3] / "deployments/lm_eval_local"
-HEAD: dict[str, Any] = {"run": "r", "base": "base-1", "rounds": [{"round": 1, "stages": {"train": "train-1"}}]}
+HEAD = make_head(base="base-1", stages={1: {"train": "train-1"}})
 
 
 def config(**benchmarks: Any) -> RunConfig:

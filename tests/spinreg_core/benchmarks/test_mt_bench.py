@@ -25,6 +25,7 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Part
 from spinreg_core.runs.objects import manifest_key
 from spinreg_core.store import documents
+from tests.support.builders import make_head
 from tests.support.generation_fixtures import House
 from tests.support.judge_server import Does, JudgeServer, judge_server
 
@@ -36,7 +37,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"question_id": 5, "category": "math", "turns": ["3*3", "4*4"]},
 ]
 REFERENCES = [{"question_id": 2, "choices": [{"index": 0, "turns": ["it is two", "it is four"]}]}]
-HEAD = {"run": "r", "base": "policy-0", "data": "data", "rounds": [{"round": 1, "stages": {"train": "policy-1"}}]}
+HEAD = make_head(base="policy-0", data="data", stages={1: {"train": "policy-1"}})
 
 
 def lines(path: Path, rows: list[Any]) -> str:

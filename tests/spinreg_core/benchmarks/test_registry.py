@@ -13,6 +13,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.evaluation.intervals import wilson
 from spinreg_core.reports.status import format_status, run_status
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
+from spinreg_core.runs.head import HELDOUT
 from spinreg_core.runs.lease import RunLease, hold_lease
 from spinreg_core.runs.objects import publish
 from spinreg_core.runs.plans import StagePlan, objects_of, plan_heldout
@@ -55,6 +56,8 @@ def test_record_measured_parts_are_named_in_the_head(store: Store, tmp_path: Pat
     wanted = config(store, TASKS)
     with hold_lease(store, wanted, "test") as session:
         session.commit_inputs("base-1", "data-1")
+        answers = plan_heldout(wanted, session.head, 0).object_id
+        session.commit(0, HELDOUT, answers)
         session.commit(0, "evaluate", "evaluate-1")
         plan = plan_benchmark(wanted, session.head, 0)
         assert plan is not None
@@ -79,7 +82,7 @@ def test_record_measured_parts_are_named_in_the_head(store: Store, tmp_path: Pat
         assert session.head.measured(0)["lm-eval gsm8k"] == limited.object_id
         known = objects_of(wanted, session.head)
         assert known[limited.object_id] == known[second.object_id] == (0, "benchmark")
-        assert plan_heldout(wanted, session.head, 0).object_id in known
+        assert answers in known
         before = session.head
         record_measured(session, 0, {"lm-eval gsm8k": limited.object_id})
         assert session.head is before  # nothing to write

@@ -25,7 +25,7 @@ from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
-from tests.support.builders import make_config, make_job
+from tests.support.builders import make_config, make_head, make_job
 from tests.support.judge_server import Does, judge_server
 
 
@@ -147,10 +147,11 @@ def test_conversation_text_of_one_user_message_has_no_role() -> None:
 NAMES = [f"p{i}" for i in range(5)]
 SAMPLES = {"evaluate-0": ["base 0", "base 1", "same", "base 3", "base 4"],
            "evaluate-1": ["own 0!", "own 1", "same", "own 3", "own 4"]}  # fmt: skip
-HEAD = {"run": "r", "base": "policy-0", "data": "data", "rounds": [
-    {"round": 0, "stages": {"evaluate": "evaluate-0"}},
-    {"round": 1, "stages": {"train": "policy-1", "evaluate": "evaluate-1"}},
-]}  # fmt: skip
+HEAD = make_head(
+    base="policy-0",
+    data="data",
+    stages={0: {"evaluate": "evaluate-0"}, 1: {"train": "policy-1", "evaluate": "evaluate-1"}},
+)
 
 
 @pytest.fixture

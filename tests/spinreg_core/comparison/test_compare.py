@@ -12,7 +12,7 @@ import pytest
 from spinreg_core.benchmarks.registry import record_measured
 from spinreg_core.benchmarks.results import write_part
 from spinreg_core.comparison.compare import BASE, compare, comparison_name
-from spinreg_core.comparison.runs import HELDOUT, asked_of, benchmark_scores, heldout_scores
+from spinreg_core.comparison.runs import HELDOUT_METRICS, asked_of, benchmark_scores, heldout_scores
 from spinreg_core.comparison.text import agreeing_seeds, cells, comparison_table, grid_of, plane_of
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
@@ -51,7 +51,7 @@ def test_heldout_scores_equal_the_metrics_of_the_run(number: int) -> None:
     rows = rows_of(number, 0.1, np.random.default_rng(0), 7)
     expected = heldout_metrics(rows, alpha=0.5, beta=0.1, resamples=100, seed=0)
     found = heldout_scores(rows, "b", 0.5)
-    assert list(found) == [name for name in HELDOUT if name in expected]
+    assert list(found) == [name for name in HELDOUT_METRICS if name in expected]
     for name, one in found.items():
         assert one.value == pytest.approx(expected[name]["value"]), name
     final = rows.set_column(3, "final_answer", [["3", None, "1"] + ["7"] * (len(rows) - 3)])  # sampled: 0, 1, 2, ...
@@ -305,9 +305,9 @@ def test_compare_reports_stability_cost_and_lineage(store: Store, tmp_path: Path
     assert [s["round"] for s in data["stability"] if s["metric"] == "margin"] == [2, 2], "the base has no margin"
     cost = data["cost"][0]
     assert cost["seconds"] == {"generate": 23.0, "mix-opponent": 23.0, "train": 23.0, "evaluate": 33.0,
-                               "generate (held-out)": 0.0, "benchmark": 0.0}  # fmt: skip
+                               "generate-heldout": 0.0, "benchmark": 0.0}  # fmt: skip
     assert cost["shared_seconds"] == 10.0, "the base's evaluation"
-    assert cost["tokens"] == {"generate": 3000.0, "generate (held-out)": 0.0, "train": 4000.0,
+    assert cost["tokens"] == {"generate": 3000.0, "generate-heldout": 0.0, "train": 4000.0,
                               "evaluate": 100.0 + 200 + 300}  # fmt: skip
     assert data["variants"][1]["differences"] == ["objective.alpha: 1.0 -> 0.5"]
     shared = [line for line in data["lineage"] if line["runs"] == ["a", "b"]]

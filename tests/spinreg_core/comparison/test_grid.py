@@ -27,6 +27,7 @@ from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import publish
 from spinreg_core.runs.stages import stages_of
 from spinreg_core.store.open import open_store
+from tests.support.builders import make_head
 
 BASE: dict[str, Any] = {"until_round": 3, "model": "random:tiny"}
 
@@ -137,9 +138,9 @@ def test_waits_for_a_member_that_makes_a_shared_object(tmp_path: Path) -> None:
         :3
     ]
     assert (mixed.config.seed, other_seed.config.seed) == (1, 0)
-    head: dict[str, Any] | None = None
+    head = None
     assert waits_for(mixed, store, [(plain, None)]) is plain, "of another seed the base is the same"
-    begun: dict[str, Any] = {"base": "base-x", "rounds": []}
+    begun = make_head(base="base-x", stages={})
     assert waits_for(mixed, store, [(plain, begun)]) is None, "and nothing else"
     assert waits_for(other_seed, store, []) is None
     with hold_lease(store, plain.config, "tester") as session:
@@ -199,7 +200,7 @@ def test_rounds_open_after_early_stopping_is_none(tmp_path: Path) -> None:
         session.begin_advance("tester", None, 3)
         session.commit_inputs("base-x", "data-x")
         assert rounds_open(store, member) == "round 0 of 3 is complete"
-        session.finish_advance(ended_by=member.config.until.model_dump(mode="json"))
+        session.finish_advance(ended_by=member.config.until)
     assert rounds_open(store, member) is open_reason(store, member) is None
     looser, _ = members_of("g", base | {"until": {"kl_base_above": 300.0}}, alpha=[1, 0], history=[1])
     assert rounds_open(store, looser) == "round 0 of 3 is complete", "other conditions may let it go on"

@@ -292,5 +292,5 @@ def test_tools_reach_the_template() -> None:
 
 
 def test_data_config_with_reserved_template_arguments_raises() -> None:
-    with pytest.raises(ValueError, match="found tokenize; expected other names: spinreg itself says these"):
+    with pytest.raises(ValueError, match="found tokenize, which spinreg sets; expected other names"):
         DataConfig(template_arguments={"tokenize": True})

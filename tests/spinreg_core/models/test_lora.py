@@ -209,7 +209,7 @@ def test_require_adaptable_refuses_models_without_linear_layers(tmp_path: Path) 
 
 def test_lora_in_bf16_raises() -> None:
     """It would be another policy than base and adapter, which the next round starts from."""
-    with pytest.raises(ValueError, match="save_dtype bfloat16 with lora_rank"):
+    with pytest.raises(ValueError, match="save_dtype bfloat16 cannot be combined with lora_rank"):
         settings(save_dtype="bfloat16")
 
 

@@ -44,7 +44,7 @@ def test_status_in_mid_round_shows_parts_and_costs(tmp_path: Path) -> None:
         "state": "done", "object": None, "seconds": 61, "bytes": 2048, "parts": 0,
     }  # fmt: skip
     assert [(stage["state"], stage["parts"]) for stage in list(first["stages"].values())[1:]] == [
-        ("open", 2), ("open", 0), ("open", 0),
+        ("open", 2), ("open", 0), ("open", 0), ("open", 0),
     ]  # fmt: skip
     assert {stage["state"] for stage in second["stages"].values()} == {"open"}
     assert "round 1: generate done (61 s, 2.0 KiB), mix-opponent open (2 parts committed), train open" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,12 +16,14 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import publish
 from spinreg_core.stages import benchmark
 from spinreg_core.store.open import open_store
+from tests.support.builders import make_head
 from tests.support.judge_server import Does, judge_server
 
-HEAD: dict[str, Any] = {"run": "r", "base": "policy-0", "data": "data", "rounds": [
-    {"round": 0, "stages": {"evaluate": "evaluate-0"}},
-    {"round": 1, "stages": {"train": "policy-1", "evaluate": "evaluate-1"}},
-]}  # fmt: skip
+HEAD = make_head(
+    base="policy-0",
+    data="data",
+    stages={0: {"evaluate": "evaluate-0"}, 1: {"train": "policy-1", "evaluate": "evaluate-1"}},
+)
 
 
 def test_run_judge_away_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

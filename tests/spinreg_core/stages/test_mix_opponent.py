@@ -19,6 +19,7 @@ from spinreg_core.logprobs.scoring import score
 from spinreg_core.models.loading import load_policy
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.plans import plan_mix_opponent
 from spinreg_core.runtime.progress import parse
 from spinreg_core.selfplay.pairs import PAIRS_SCHEMA, Pair
@@ -108,8 +109,9 @@ class Run:
         pairs = pairs or {}
         return [{"round": n, "generations": self.generations[n - 1], "pairs": pairs.get(n)} for n in numbers]
 
-    def pairs(self, manifest: dict[str, Any]) -> list[Pair]:
-        table = pq.read_table(fetch.fetch_file(self.store, manifest["object_id"], "pairs.parquet"))
+    def pairs(self, manifest: Manifest | None) -> list[Pair]:
+        assert manifest is not None
+        table = pq.read_table(fetch.fetch_file(self.store, manifest.object_id, "pairs.parquet"))
         assert table.schema.equals(PAIRS_SCHEMA)
         return table.to_pylist()
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from tests.support.training_fixtures import Setting, lines, sha_of_weights, without_time
 
 LONG = pytest.mark.long
@@ -111,7 +112,7 @@ def _whole(setting: Setting) -> dict[str, Any]:
     return objects.require_manifest(setting.store, job.object_id)
 
 
-def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -> None:
+def test_two_ranks_end_where_one_does(setting: Setting, whole: Manifest) -> None:
     one = setting.job("whole-1")
     status, output = run(setting, one)
     assert status == 0, output
@@ -133,9 +134,7 @@ def test_two_ranks_end_where_one_does(setting: Setting, whole: dict[str, Any]) -
     ("before", "after"),
     [pytest.param(2, 1, marks=pytest.mark.long), (1, 2), pytest.param(2, 4, marks=pytest.mark.long)],
 )
-def test_round_resumes_with_another_number_of_ranks(
-    setting: Setting, whole: dict[str, Any], before: int, after: int
-) -> None:
+def test_round_resumes_with_another_number_of_ranks(setting: Setting, whole: Manifest, before: int, after: int) -> None:
     name = f"resharded-{before}-{after}"
     job = setting.job(name, resources=on(before), checkpoint_every_steps=1)
     with start(setting, job, "import time; time.sleep(600)", after=8) as process:  # so that it cannot end before
@@ -221,7 +220,7 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_was(setting: Setting
 
 
 @pytest.mark.long
-def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: dict[str, Any]) -> None:
+def test_a_damaged_checkpoint_stops_no_rank(setting: Setting, whole: Manifest) -> None:
     """One rank reads it first, and the others wait for that."""
     job = setting.job("damaged-2", resources=on(2, collective_timeout_seconds=4))
     with start(setting, job, "raise ZeroDivisionError", after=11) as process:
@@ -299,7 +298,7 @@ def test_suspended_rank_is_not_reported_as_out_of_memory(setting: Setting) -> No
 
 @pytest.mark.long
 @pytest.mark.parametrize("fault", [None, pytest.param("raise ZeroDivisionError('of machine two')", marks=LONG)])
-def test_two_machines_train_together(setting: Setting, whole: dict[str, Any], fault: str | None) -> None:
+def test_two_machines_train_together(setting: Setting, whole: Manifest, fault: str | None) -> None:
     """Two sets of processes on this one, with nothing in common but the store and the rendezvous."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -338,7 +337,7 @@ def test_two_machines_train_together(setting: Setting, whole: dict[str, Any], fa
 
 
 @pytest.mark.long
-def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: dict[str, Any]) -> None:
+def test_sigterm_finishes_the_step_of_all_ranks(setting: Setting, whole: Manifest) -> None:
     job = setting.job("stopped-2", resources=on(2))
     with start(setting, job, "import time; time.sleep(1.5)") as process:  # in step 4
         assert process.stdout is not None

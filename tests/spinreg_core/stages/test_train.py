@@ -26,6 +26,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.logprobs.scoring import score
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runtime import supervision
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.runtime.progress import parse
@@ -50,7 +51,7 @@ def _whole(setting: Setting) -> dict[str, Any]:
     return train.run(setting.job("whole"))
 
 
-def test_train_leaves_metrics_and_summary(setting: Setting, whole: dict[str, Any]) -> None:
+def test_train_leaves_metrics_and_summary(setting: Setting, whole: Manifest) -> None:
     metrics = lines(setting.store, whole)
     assert [m["step"] for m in metrics] == list(range(1, STEPS + 1))
     assert [m["epoch"] for m in metrics] == [1] * 6 + [2] * 6
@@ -66,16 +67,16 @@ def test_train_leaves_metrics_and_summary(setting: Setting, whole: dict[str, Any
         "tokens_per_second",
     }
     assert wanted <= metrics[0].keys()
-    summary = json.loads(fetch.fetch_file(setting.store, whole["object_id"], "summary.json").read_text())
-    assert summary == whole["metrics"]
+    summary = json.loads(fetch.fetch_file(setting.store, whole.object_id, "summary.json").read_text())
+    assert summary == whole.metrics
     assert (summary["steps"], summary["pairs"]) == (STEPS, PAIRS)
     assert summary["last_loss"] == metrics[-1]["loss"]
     assert {"real_logprob_change", "seconds", "tokens_per_second", "accuracy", "alarms"} <= summary.keys()
-    assert objects.list_parts(setting.store, whole["object_id"]) == {}, "checkpoints of a finished round"
+    assert objects.list_parts(setting.store, whole.object_id) == {}, "checkpoints of a finished round"
 
 
-def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dict[str, Any]) -> None:
-    folder = fetch.fetch_folder(setting.store, whole["object_id"], "policy")
+def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: Manifest) -> None:
+    folder = fetch.fetch_folder(setting.store, whole.object_id, "policy")
     names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
     assert names == {p.relative_to(setting.folder).as_posix() for p in setting.folder.rglob("*") if p.is_file()}
     for name in names - {"model.safetensors", "config.json"}:
@@ -92,7 +93,7 @@ def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: dic
         folder, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32", tokens_per_pass=200
     )
     change = sum(b - r["previous_real"] for b, r in zip(after, rows, strict=True)) / PAIRS
-    assert whole["metrics"]["real_logprob_change"] == pytest.approx(change, abs=1e-3)
+    assert whole.metrics["real_logprob_change"] == pytest.approx(change, abs=1e-3)
 
 
 def test_train_prints_progress_steps_and_alarms(setting: Setting, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +151,7 @@ def broken_off(setting: Setting, name: str, step: int, **training: Any) -> Job:
 
 
 def test_train_resumed_after_a_failure_repeats_all_bits(
-    setting: Setting, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    setting: Setting, whole: Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     job = broken_off(setting, "failed", 8)
     assert objects.read_manifest(setting.store, job.object_id) is None
@@ -160,7 +161,7 @@ def test_train_resumed_after_a_failure_repeats_all_bits(
     assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
     assert sha_of_weights(manifest) == sha_of_weights(whole)
     assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
-    assert manifest.metrics["real_logprob_change"] == whole["metrics"]["real_logprob_change"]
+    assert manifest.metrics["real_logprob_change"] == whole.metrics["real_logprob_change"]
     assert objects.list_parts(setting.store, job.object_id) == {}
 
 
@@ -176,9 +177,7 @@ def test_the_newest_checkpoints_are_kept_and_say_what_they_cost(setting: Setting
 
 
 @pytest.mark.parametrize("step", [9, 11], ids=["met by the next checkpoint", "met when the policy is published"])
-def test_unreadable_older_checkpoint_is_removed(
-    setting: Setting, whole: dict[str, Any], step: int, capsys: Any
-) -> None:
+def test_unreadable_older_checkpoint_is_removed(setting: Setting, whole: Manifest, step: int, capsys: Any) -> None:
     job = broken_off(setting, f"torn-{step}", step, checkpoint_every_steps=2, checkpoints_kept=3)
     oldest = objects.part_names(setting.store, job.object_id)[0]
     path = setting.store.local_path(objects.part_key(job.object_id, oldest))
@@ -199,9 +198,7 @@ def test_a_checkpoint_is_due_by_time_too(setting: Setting) -> None:
     assert objects.list_parts(setting.store, job.object_id) == {}
 
 
-def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
-    setting: Setting, whole: dict[str, Any], capsys: Any
-) -> None:
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(setting: Setting, whole: Manifest, capsys: Any) -> None:
     job = broken_off(setting, "damaged", 11)
     for file in objects.list_parts(setting.store, job.object_id)["step-000010"].files:
         path = setting.store.local_path(file.key)
@@ -216,7 +213,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "missing"])
 def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
-    setting: Setting, whole: dict[str, Any], damage: str, capsys: Any
+    setting: Setting, whole: Manifest, damage: str, capsys: Any
 ) -> None:
     job = broken_off(setting, f"replaced-{damage}", 11)
     part = objects.list_parts(setting.store, job.object_id)["step-000010"]
@@ -245,7 +242,7 @@ class IntoAFullStore(InTurn):
         super().__init__(FullStore(store.root), *rest)
 
 
-def test_failing_store_costs_only_the_checkpoint(setting: Setting, whole: dict[str, Any], capsys: Any) -> None:
+def test_failing_store_costs_only_the_checkpoint(setting: Setting, whole: Manifest, capsys: Any) -> None:
     manifest = train.run(setting.job("away"), checkpointer=IntoAFullStore)
     output = capsys.readouterr().out
     for step in (5, 10):
@@ -271,7 +268,7 @@ def _sigterm_is_ours_for_a_test() -> Iterator[None]:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(setting: Setting, whole: dict[str, Any]) -> None:
+def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(setting: Setting, whole: Manifest) -> None:
     with pytest.raises(Preempted):
         train.run(setting.job("stopped"), trainer=stopping_in(4))
     job = setting.job("stopped", writer="e0002-bb")
@@ -279,7 +276,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(setting: Settin
     assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 
-def test_sigterm_in_the_last_step_lets_the_round_end(setting: Setting, whole: dict[str, Any]) -> None:
+def test_sigterm_in_the_last_step_lets_the_round_end(setting: Setting, whole: Manifest) -> None:
     """Nothing is left to train; the next start only publishes."""
     with pytest.raises(Preempted):
         train.run(setting.job("stopped-last"), trainer=stopping_in(STEPS))
@@ -433,9 +430,7 @@ def test_selective_checkpointing_is_not_compiled(setting: Setting, monkeypatch: 
     assert seen == [True, True, False]
 
 
-def test_infinite_weights_leave_the_last_finite_checkpoint(
-    setting: Setting, whole: dict[str, Any], capsys: Any
-) -> None:
+def test_infinite_weights_leave_the_last_finite_checkpoint(setting: Setting, whole: Manifest, capsys: Any) -> None:
     """Weights become infinite in step 6, with a finite loss; a checkpoint after every step, two are kept."""
     settings = {"checkpoint_every_steps": 1}
 

@@ -18,6 +18,7 @@ from spinreg_core.maintenance.verify import verify
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.head import read_head
 from spinreg_core.runs.job import Job
+from spinreg_core.runs.manifest import Manifest
 from spinreg_core.store import documents
 from spinreg_core.store import remote_files as s3_files
 from spinreg_core.store.cache import cache_folder
@@ -38,19 +39,19 @@ def job(tmp_path: Path) -> Job:
     return make_job("train", tmp_path, object_id=objects.fingerprint("train", {}))
 
 
-def published(store: FolderStore, tmp_path: Path) -> dict[str, Any]:
+def published(store: FolderStore, tmp_path: Path) -> Manifest:
     policy = tmp_path / "made" / "policy"
     policy.mkdir(parents=True)
     (policy / "config.json").write_text("{}")
     return objects.publish(store, job(tmp_path), tmp_path / "made", metrics={})
 
 
-def rewritten(store: FolderStore, manifest: dict[str, Any], change: Callable[[dict[str, Any]], None]) -> str:
+def rewritten(store: FolderStore, manifest: Manifest, change: Callable[[dict[str, Any]], None]) -> str:
     """Put a changed manifest in place; its object's id."""
-    change(manifest)
-    object_id = str(manifest["object_id"])
-    (store.root / "objects" / object_id / "manifest.json").write_bytes(documents.dump(manifest))
-    return object_id
+    said = documents.plain(manifest)
+    change(said)
+    (store.root / "objects" / manifest.object_id / "manifest.json").write_bytes(documents.dump(said))
+    return manifest.object_id
 
 
 def outside(tmp_path: Path) -> dict[str, str]:
@@ -91,7 +92,7 @@ def test_manifest_with_files_of_another_object_is_damaged(
 ) -> None:
     (tmp_path / "victim").write_text("before")
     manifest = published(store, tmp_path)
-    told = {"tmp": str(tmp_path), "id": manifest["object_id"]}
+    told = {"tmp": str(tmp_path), "id": manifest.object_id}
     entry = {name: value.format(**told) if isinstance(value, str) else value for name, value in entry.items()}
     before = outside(tmp_path)
     object_id = rewritten(store, manifest, lambda m: m["files"][0].update(entry))
@@ -132,12 +133,12 @@ def test_fetched_policy_holds_the_listed_files_only(tmp_path: Path) -> None:
     """A library that loads a folder looks for names: an adapter, say, or weights in another format."""
     store = open_store(str(tmp_path / "store"))
     manifest = published(store, tmp_path)  # type: ignore[arg-type]
-    folder = fetch.fetch_folder(store, manifest["object_id"], "policy")
+    folder = fetch.fetch_folder(store, manifest.object_id, "policy")
     (folder / ".tmp-0").write_text("what a killed writer left")
-    assert fetch.fetch_folder(store, manifest["object_id"], "policy") == folder
+    assert fetch.fetch_folder(store, manifest.object_id, "policy") == folder
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(Damaged, match=r"found 'pytorch_model.bin', which no manifest lists"):
-        fetch.fetch_folder(store, manifest["object_id"], "policy")
+        fetch.fetch_folder(store, manifest.object_id, "policy")
 
 
 @pytest.mark.parametrize("object_id", ["../../victim", "..", "a/../../b", "/etc", ""])
@@ -204,6 +205,6 @@ def test_link_in_the_cache_stays_inside_its_object(tmp_path: Path, monkeypatch: 
     """The other side of the hostile names: what an honest manifest gives."""
     monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
     store = RemoteStore(tmp_path / "store")
-    folder = fetch.fetch_folder(store, published(store, tmp_path)["object_id"], "policy")
+    folder = fetch.fetch_folder(store, published(store, tmp_path).object_id, "policy")
     assert folder.is_relative_to(cache_folder() / "objects")
     assert os.listdir(folder) == ["config.json"]

@@ -108,7 +108,7 @@ def test_join_commits_makes_the_store_whole(
     assert store.list("objects/") + store.list("runs/") == split.keys
     head = read_head(store, "r")
     assert head is not None
-    assert head.rounds == [{"round": 1, "stages": {"train": "train-x"}}]
+    assert head.stage(1, "train") == "train-x"
     assert (fetch.fetch_folder(store, "train-x", "policy") / "weights").read_bytes() == b"w" * 1000
     assert store.read("commits.json") is None
     assert store.list("probes/") == []
