@@ -18,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from spinreg_core.errors import StageFailed
 from spinreg_core.generation.remote_workers import BEGIN, Guests, remote_workers

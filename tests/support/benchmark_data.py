@@ -13,11 +13,13 @@ from spinreg_core.benchmarks import lm_eval
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
 from spinreg_core.models.source import link_policy, resolve_model
+from spinreg_core.runs.head import Head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import fingerprint, publish
 from spinreg_core.runs.plans import StagePlan
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
+from tests.support.builders import make_head
 
 COLOURS = ["red", "green", "blue", "black"]
 
@@ -83,12 +85,12 @@ def configuration(store: Store, include: Path, tasks: list[str], **fields: Any) 
     )  # fmt: skip
 
 
-def publish_policy(store: Store, folder: Path) -> dict[str, Any]:
+def publish_policy(store: Store, folder: Path) -> Head:
     """Publish the tiny policy as the base of a run; returns the run's head."""
     link_policy(resolve_model("random:tiny", cache_folder()), folder / "out" / "policy")
     key = {"model": "tiny"}
     job = Job("base", fingerprint("base", key), key, store.url, "e1-a", 0, {}, RunConfig(), folder)
-    return {"run": "toy", "base": publish(store, job, folder / "out", metrics={}).object_id, "rounds": []}
+    return make_head(run="toy", base=publish(store, job, folder / "out", metrics={}).object_id, stages={})
 
 
 def jobs_of(config: RunConfig, head: dict[str, Any], folder: Path) -> list[Job]:

@@ -74,7 +74,7 @@ def test_lm_eval_metrics_equal_the_command_line(
 ) -> None:
     """To the last digit, every answer's log-probabilities included."""
     store, objects, head = measured
-    policy = fetch_folder(store, head["base"], "policy")
+    policy = fetch_folder(store, head.base, "policy")
     arguments = f"pretrained={policy},dtype=float32"
     # `sums` has no examples to give, so that it is asked without.
     include = Path(shutil.copytree(include, tmp_path / "include"))
@@ -147,7 +147,7 @@ def test_lm_eval_part_leaves_results_and_items(measured: tuple[Store, dict[str, 
     assert found["directions"] == dict.fromkeys(found["metrics"], "higher")
     assert found["metrics"]["acc"]["n"] == 12
     assert found["metrics"]["colours/acc"]["n"] == 6
-    assert found["fingerprints"]["policy"] == head["base"]
+    assert found["fingerprints"]["policy"] == head.base
     assert {"lm-eval", "transformers", "torch"} <= found["versions"].keys()
     assert found["cost"]["requests"] == 2 * 6 * 4
     assert found["cost"]["prompt_tokens"] > 1000
@@ -239,7 +239,7 @@ def test_load_task_ifeval_with_the_extra_asks_for_data(monkeypatch: pytest.Monke
 
 def test_open_model_chat_questions_use_template_arguments(tmp_path: Path, include: Path) -> None:
     store = open_store(str(tmp_path / "store"))
-    policy = fetch_folder(store, publish_policy(store, tmp_path)["base"], "policy")
+    policy = fetch_folder(store, publish_policy(store, tmp_path).base, "policy")
     (policy / "chat_template.jinja").write_text("{% if brief %}Be brief. {% endif %}{{ messages[0].content }}")
     data = {"template_arguments": {"brief": True}}
     said = []

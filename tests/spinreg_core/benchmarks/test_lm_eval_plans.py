@@ -192,8 +192,10 @@ import sys
 from spinreg_core.benchmarks import lm_eval
 from spinreg_core.benchmarks.registry import plan_benchmark
 from spinreg_core.config import RunConfig
+from spinreg_core.runs.head import Head, Lease
+head = Head(run="r", lease=Lease(epoch=1, holder=None, beat=0), advances=[], rounds=[], base="base-1")
 config = RunConfig.model_validate({"benchmarks": {"tasks": ["leaderboard"]}})
-assert lm_eval.plan_check(config) and plan_benchmark(config, {"run": "r", "base": "base-1", "rounds": []}, 0)
+assert lm_eval.plan_check(config) and plan_benchmark(config, head, 0)
 print([name for name in ("torch", "transformers", "datasets", "lm_eval", "vllm") if name in sys.modules])
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -38,12 +38,12 @@ if os.environ.get("RANK", "1") == os.environ.get("FAULT_RANK", "1") and "FAULT" 
             load = spec.loader.exec_module
             def exec_module(module):
                 load(module)
-                step = module.Round.step
+                step = module.RoundTrainer.step
                 def faulty(self):
                     if self.state.done == int(os.environ.get("FAULT_AFTER", "3")):
                         exec(os.environ["FAULT"])
                     return step(self)
-                module.Round.step = faulty
+                module.RoundTrainer.step = faulty
             spec.loader.exec_module = exec_module
             return spec
     sys.meta_path.insert(0, Patch())
