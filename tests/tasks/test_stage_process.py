@@ -95,7 +95,7 @@ def run(command: list[str], tmp_path: Path, **options: object) -> list[str]:
 
 def test_run_stage_returns_result_output_and_progress(toy_stage: Callable[[str], Job]) -> None:
     job = toy_stage("""
-        import json
+        import json, types
         from spinreg_core.runtime.progress import Progress
         from spinreg_core.runtime.main import main
 
@@ -105,7 +105,7 @@ def test_run_stage_returns_result_output_and_progress(toy_stage: Callable[[str],
             for _ in range(3):
                 progress.update()
             (job.workdir / "result.json").write_text(json.dumps({"inputs": job.inputs}))
-            return {"object_id": job.object_id}
+            return types.SimpleNamespace(object_id=job.object_id)
 
         if __name__ == "__main__":
             main(run)
