@@ -1,5 +1,7 @@
 """The parameters of `spin`: the fields of `RunConfig`, as the form of the Prefect UI needs them.
 
+To add a parameter, add a field to a group of `spinreg_core.config`; this module follows.
+
 Decides: that the form shows every field and fills none of them in.
 Leaves out: checks across fields, which only the resolved configuration can pass or fail.
 """

@@ -1,7 +1,7 @@
 """Early stopping: the conditions that end a run before its last round.
 
 Decides: what counts as a gain, and the sentence that says why a run ended. Leaves out: the fields of the conditions
-(`config`), and when they are checked (`flows`).
+(`UntilConfig` in `config.benchmarks`), and when they are checked (`runs.loop`).
 
 Values are compared, not intervals: a condition that waited for statistical support would end most short runs at once.
 """

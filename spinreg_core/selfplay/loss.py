@@ -1,6 +1,9 @@
 """The regularised self-play loss on sequence log-probabilities.
 
 Decides: the implicit reward, the margin of a pair, and the three links from a margin to a loss.
+To add a link, name it in `LINKS` and in `ObjectiveConfig.link` (`config.groups`). A term with a field of its own also
+needs that field in the key of training (`runs.plans`) and its value in `training.trainer`.
+
 Leaves out: log-probabilities (`logprobs`), the opponent's answers (`selfplay.opponent`), batch means (`training`).
 
 Convention: alpha is the weight of the PREVIOUS iterate in the reference, so alpha = 1 is SPIN (arXiv 2401.01335) and
