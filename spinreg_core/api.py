@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 import os
 import socket
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.benchmarks.measure import do_benchmark, do_check
-from spinreg_core.benchmarks.registry import plan_benchmark
+from spinreg_core.benchmarks.registry import plan_benchmark, require_benchmark_files
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import resolve
-from spinreg_core.errors import BadInput
-from spinreg_core.evaluation.early_stopping import why_ended
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StageFailed, StagePreempted, StoreFailed
+from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.reports.run_report import report_data, write_report
@@ -32,6 +33,7 @@ from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, run_sta
 from spinreg_core.runs.stages import STAGES, complete_round
 from spinreg_core.runtime.child import run_in_process
 from spinreg_core.store.base import Store
+from spinreg_core.store.cache import require_cache
 from spinreg_core.store.open import open_store
 
 if TYPE_CHECKING:
@@ -67,7 +69,12 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
     store = open_store(wanted.store)
     store.check()
     resolved = resolve(given, file, stored=read_config(store, wanted.run))
-    label = f"spinreg_core.run (pid {os.getpid()} on {socket.gethostname()})"
+    require_cache()
+    require_benchmark_files(resolved)
+    require_metric(resolved)
+    # A name of its own for every call: a caller that asks again under the same name gets its recorded advance.
+    label = f"spinreg_core.run (pid {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:12]})"
+    failures: list[SpinregError] = []
     with hold_lease(store, resolved, label) as lease:
 
         def start(job: Job, name: str) -> object:
@@ -83,9 +90,16 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             do_prepare(store, lease, resolved, start)
 
         def measure(number: int) -> bool:
-            if plan_benchmark(resolved, lease.head, number) is None:
-                return False
-            return not do_benchmark(store, lease, resolved, number, start)["reused"]
+            try:
+                if plan_benchmark(resolved, lease.head, number) is not None:
+                    return not do_benchmark(store, lease, resolved, number, start)["reused"]
+            except StagePreempted:
+                raise
+            # No round reads benchmarks: the rounds go on, and the first failure is raised after them.
+            except (BadInput, Damaged, StageFailed, StoreFailed) as error:
+                say(f"round {number} is not measured in full: {error}")
+                failures.append(error)
+            return False
 
         def run_round(number: int) -> None:
             run_stages(number, calls)
@@ -105,6 +119,8 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
         lease.check()
         write_report(store, resolved.run)
         lease.finish_advance()
+    if failures:
+        raise failures[0]
     return Run(store, resolved.run)
 
 

@@ -5,11 +5,13 @@ Leaves out: which parts there are (`registry.py`), measuring itself (`spinreg_co
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, TypedDict
 
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.benchmarks.registry import measured_of, plan_benchmark, record_measured
 from spinreg_core.config import RunConfig
+from spinreg_core.errors import Damaged, StoreFailed
 from spinreg_core.runs.lease import RunLease
 from spinreg_core.runs.loop import Start, run_plan
 from spinreg_core.runs.objects import read_manifest, require_manifest
@@ -46,9 +48,12 @@ def do_benchmark(store: Store, lease: RunLease, config: RunConfig, round_number:
     try:
         if not reused:
             run_plan(store, lease, config, plan, f"round-{round_number}-benchmark", start)
-    finally:
-        measured = measured if reused else measured_of(store, plan)
-        record_measured(lease, round_number, measured)
+    except BaseException:
+        with contextlib.suppress(StoreFailed, Damaged):  # they must not replace the error of the process
+            record_measured(lease, round_number, measured_of(store, plan))
+        raise
+    measured = measured if reused else measured_of(store, plan)
+    record_measured(lease, round_number, measured)
     manifests = {name: require_manifest(store, object_id) for name, object_id in measured.items()}
     return {
         "stage": "benchmark",

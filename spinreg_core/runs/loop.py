@@ -21,7 +21,7 @@ from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import RunLease
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_manifest, read_record, require_manifest
-from spinreg_core.runs.plans import StagePlan
+from spinreg_core.runs.plans import StagePlan, for_each_possible_engine
 from spinreg_core.runs.stages import STAGES, complete_round, is_complete, needed_by_later_stages, stages_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
@@ -130,6 +130,8 @@ def do_stage(
             manifest = record
     reused = manifest is not None
     if manifest is None:
+        if plan.object_id != object_id:
+            plan = _plan_of(store, config, lease.head, stage, round_number, object_id)
         run_plan(store, lease, config, plan, f"round-{round_number}-{stage}", start)
         manifest = require_manifest(store, object_id)
     lease.commit(round_number, stage, object_id)
@@ -138,6 +140,16 @@ def do_stage(
         "fingerprint": object_id.rpartition("-")[2], "metrics": manifest.metrics, "seconds": manifest.seconds,
         "reused": reused,
     }  # fmt: skip
+
+
+def _plan_of(store: Store, config: RunConfig, head: Head, stage: str, round_number: int, object_id: str) -> StagePlan:
+    """Return the plan that makes a committed object again. Raises Damaged where no engine of `auto` makes it."""
+    plans = [STAGES[stage].plan(one, head, round_number) for one in for_each_possible_engine(config)]
+    for plan in plans:
+        if plan.object_id == object_id:
+            return plan
+    where = store.uri(f"objects/{object_id}")
+    raise Damaged(f"{where}: its files are gone, and this machine would make {plans[0].object_id} instead of it")
 
 
 def _is_read_later(store: Store, config: RunConfig, head: Head, stage: str, round_number: int, object_id: str) -> bool:

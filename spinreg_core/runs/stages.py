@@ -93,9 +93,8 @@ def _ahead(config: RunConfig, head: Head) -> tuple[Head, list[StagePlan]]:
     window = max(history if isinstance(history, int) else 1, len(weighting) if isinstance(weighting, list) else 1)
     for number in range(max(head.last_round, complete_round(head) + window) + 1):
         for stage in stages_of(number):
-            # No stage will read answers that an older head leaves unnamed: their evaluation is committed.
-            done = stage == HELDOUT and head.stage(number, "evaluate") is not None
-            if head.stage(number, stage) is None and not done:
+            # Also answers without a name whose evaluation is committed: a repair may need them, so they must stay.
+            if head.stage(number, stage) is None:
                 plans.append(STAGES[stage].plan(config, head, number))
                 head.enter(number, stage, plans[-1].object_id)
     return head, plans

@@ -72,7 +72,7 @@ D = TypeVar("D", bound=Document)
 
 def plain(document: Document | None) -> Any:
     """Return a document as plain JSON values, without fields that were never set. None stays None."""
-    return None if document is None else document.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return None if document is None else document.model_dump(mode="python", by_alias=True, exclude_unset=True)
 
 
 def fields(document: Document | Mapping[str, object]) -> dict[str, object]:

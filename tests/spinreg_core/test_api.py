@@ -60,6 +60,15 @@ def test_running_a_finished_run_again_changes_nothing(
     assert "round 1 is complete" in said[0]
 
 
+@pytest.mark.slow
+def test_run_called_twice_in_a_process_advances_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPINREG_CACHE", str(tmp_path / "cache"))
+    store = str(tmp_path / "store")
+    small = {"store": store, "data": {"heldout_rows": 2, "prompts_per_round": 2}, "training": {"batch_size": 2}}
+    reached = [spinreg_core.run(ROOT / SMOKE, until_round=n, **small).complete_round for n in (0, 1)]
+    assert reached == [0, 1]
+
+
 def test_read_run_of_an_unknown_run_names_those_that_exist(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="nobody"):
         spinreg_core.read_run(str(tmp_path), "nobody")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spinreg_core.runs.head import HELDOUT
-from spinreg_core.runs.plans import plan_generate
+from spinreg_core.runs.plans import plan_generate, plan_heldout
 from spinreg_core.runs.stages import (
     complete_round,
     is_complete,
@@ -49,10 +49,13 @@ def test_needed_objects_of_an_open_evaluation_include_its_answers() -> None:
     assert needed >= {"generate-heldout-1", "train-1"}
 
 
-def test_answers_that_an_older_head_leaves_unnamed_are_not_planned() -> None:
-    config, head = make_config(generation__engine="hf"), make_head(1)
+def test_answers_that_a_head_leaves_unnamed_count_as_needed() -> None:
+    """A repair of their evaluation reads them, so `spinreg gc` must not take them for objects of no run."""
+    head = make_head(1)
     del head.rounds[1].stages[HELDOUT]
-    assert (1, HELDOUT) not in objects_now_and_next(config, head).values()
+    found = objects_now_and_next(make_config(generation__engine="auto"), head)
+    for engine in ("hf", "vllm"):
+        assert found[plan_heldout(make_config(generation__engine=engine), head, 1).object_id] == (1, HELDOUT)
 
 
 def test_objects_to_come_include_those_of_every_engine_for_auto() -> None:
