@@ -86,9 +86,8 @@ def _take_part(store: Store, run: str, job: Job, attempt: str, say: Callable[[st
                 if order is None or order.attempt != attempt:
                     raise _Over
 
-    module = f"spinreg_core.stages.{job.stage.replace('-', '_')}"
     run_process(
-        start_process([sys.executable, "-m", module, str(job_file)], environment={ATTEMPT_VARIABLE: attempt}),
+        start_process([sys.executable, "-m", job.module, str(job_file)], environment={ATTEMPT_VARIABLE: attempt}),
         job.workdir / "log.txt",
         name=job.stage,
         on_line=say,

@@ -79,7 +79,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
 
         def start(job: Job, name: str) -> object:
             lease.check()
-            return run_in_process(job, f"spinreg_core.stages.{job.stage.replace('-', '_')}")
+            return run_in_process(job, job.module)
 
         def call(stage: str) -> Callable[[int], object]:
             return lambda number: do_stage(store, lease, resolved, stage, number, start)

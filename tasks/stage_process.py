@@ -69,9 +69,8 @@ def run_stage(
     job.workdir.mkdir(parents=True, exist_ok=True)
     job_file = job.workdir / "job.json"
     job.save(job_file)
-    module = f"spinreg_core.stages.{job.stage.replace('-', '_')}"
     run_process(
-        start_process([sys.executable, "-m", module, str(job_file)]),
+        start_process([sys.executable, "-m", job.module, str(job_file)]),
         job.workdir / "log.txt",
         name=job.stage,
         deadline_seconds=deadline_seconds,

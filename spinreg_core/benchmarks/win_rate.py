@@ -40,7 +40,7 @@ from spinreg_core.benchmarks.judge import (
 from spinreg_core.benchmarks.judge_prompts import Prompts, load_prompts
 from spinreg_core.benchmarks.results import Item, PartResults, write_part
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Damaged, SpinregError
+from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.intervals import (
     Estimate,
@@ -92,8 +92,9 @@ def plans(config: RunConfig, head: Head, iterate: int) -> list[StagePlan]:
             continue
         other = {"base": 0, "previous": iterate - 1}.get(against)
         inputs = {
-            "policy": policy_object(head, iterate), "data": head.data, "evaluate": _evaluation(head, iterate),
-            "against": None if other is None else _evaluation(head, other),
+            "policy": policy_object(head, iterate), "data": head.data,
+            "evaluate": head.require_stage(iterate, "evaluate"),
+            "against": None if other is None else head.require_stage(other, "evaluate"),
         }  # fmt: skip
         key = inputs | {
             "name": against, "judge": settings_of(config.judge),
@@ -101,13 +102,6 @@ def plans(config: RunConfig, head: Head, iterate: int) -> list[StagePlan]:
             "seed": config.seed, "bootstrap": config.evaluation.bootstrap,
         }  # fmt: skip
         found.append(StagePlan("win-rate", iterate, key, inputs, {}))
-    return found
-
-
-def _evaluation(head: Head, iterate: int) -> str:
-    found = head.stage(iterate, "evaluate")
-    if found is None:
-        raise SpinregError(f"run {head.run!r}: round {iterate} has no committed evaluate")
     return found
 
 
@@ -163,7 +157,7 @@ def win_rate_of_runs(
     if policies[0] == policies[1]:
         raise BadInput(f"round {number}", f"has the same policy in {run!r} and {other!r}",
                        "choose a round in which they differ")  # fmt: skip
-    evaluations = [_evaluation(head, number) for head in heads]
+    evaluations = [head.require_stage(number, "evaluate") for head in heads]
     pairs = pairs_of(store, str(heads[0].data), *evaluations)[: config.benchmarks.win_rate_prompts]
     settings = pair_settings(config, pairs)
     fingerprints = {

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from spinreg_core.config import RunConfig, fixed_fields
 from spinreg_core.config.resolve import differences, stored_config
-from spinreg_core.errors import BadInput, ConfigChanged, Damaged
+from spinreg_core.errors import BadInput, ConfigChanged, Damaged, SpinregError
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
@@ -108,6 +108,13 @@ class Head(Document):
         """Return the committed object of a round's stage, or None."""
         entry = self.entry(round_number)
         return None if entry is None else entry.stages.get(stage)
+
+    def require_stage(self, round_number: int, stage: str) -> str:
+        """Return the object of a committed stage. Raises SpinregError if the stage is open."""
+        found = self.stage(round_number, stage)
+        if found is None:
+            raise SpinregError(f"run {self.run!r}: round {round_number} has no committed {stage}")
+        return found
 
     def measured(self, iterate: int) -> dict[str, str]:
         """Return the latest objects with benchmarks of an iterate, by kind and name (`lm-eval gsm8k`)."""

@@ -43,6 +43,11 @@ class Job:
         config, workdir = RunConfig.model_validate(fields["config"]), Path(fields["workdir"])
         return cls(**fields | {"config": config, "workdir": workdir})
 
+    @property
+    def module(self) -> str:
+        """The module that runs the stage: `python -m MODULE JOB.json`."""
+        return f"spinreg_core.stages.{self.stage.replace('-', '_')}"
+
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(self.fields(), indent=1, sort_keys=True))
 

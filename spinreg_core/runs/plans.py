@@ -97,13 +97,6 @@ def policy_for_role(
     return policy_object(head, iterate)
 
 
-def _required(head: Head, round_number: int, stage: str) -> str:
-    found = head.stage(round_number, stage)
-    if found is None:
-        raise SpinregError(f"run {head.run!r}: round {round_number} has no committed {stage}")
-    return found
-
-
 def _sampler(config: RunConfig) -> dict[str, object]:
     fields: dict[str, object] = config.generation.model_dump(mode="json", include=set(SAMPLER_FIELDS))
     return fields | {"engine": resolve_engine(config.generation.engine), "dtype": sampling_dtype(config)}
@@ -167,14 +160,14 @@ def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
 def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> StagePlan:
     """Plan the pairs of the round with their cached reference scores."""
     alpha, weights = config.objective.alpha, _history(config, round_number)
-    generations = _required(head, round_number, "generate")
+    generations = head.require_stage(round_number, "generate")
     earlier = []
     if config.opponent.source == "replay" or config.opponent.replay_share:
         earlier = [
             {
                 "round": round_number - k,
-                "generations": _required(head, round_number - k, "generate"),
-                "pairs": _required(head, round_number - k, "mix-opponent"),
+                "generations": head.require_stage(round_number - k, "generate"),
+                "pairs": head.require_stage(round_number - k, "mix-opponent"),
             }
             for k in range(1, len(weights))
         ]
@@ -197,7 +190,7 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
 def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
     """Plan the training of iterate n from iterate n - 1 and the pairs of the round."""
     inputs = {
-        "pairs": _required(head, round_number, "mix-opponent"),
+        "pairs": head.require_stage(round_number, "mix-opponent"),
         "previous": policy_for_role(config, head, round_number - 1, "start"),
     }
     if config.training.average is not None:
@@ -225,9 +218,9 @@ def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan
     inputs = {
         "data": _data(head), "policy": policy_object(head, n), "base": policy_object(head, 0),
         "previous": policy_object(head, n - 1) if n else None,
-        "evaluate_base": _required(head, 0, "evaluate") if n else None,
-        "evaluate_previous": _required(head, n - 1, "evaluate") if n else None,
-        "heldout": _required(head, n, HELDOUT),
+        "evaluate_base": head.require_stage(0, "evaluate") if n else None,
+        "evaluate_previous": head.require_stage(n - 1, "evaluate") if n else None,
+        "heldout": head.require_stage(n, HELDOUT),
     }  # fmt: skip
     key = inputs | {
         "precision": config.training.precision, "seed": config.seed,

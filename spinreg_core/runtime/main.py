@@ -57,7 +57,7 @@ def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoRe
         if processes * job.config.resources.nodes > 1 and ranked and rank is None:
             from spinreg_core.runtime.torchrun import launch
 
-            _end(launch(job, f"spinreg_core.stages.{job.stage.replace('-', '_')}", job_file, processes))
+            _end(launch(job, job.module, job_file, processes))
         manifest = run(job)
     except Preempted:
         if rank is not None:

@@ -33,7 +33,7 @@ LEAN = {"policies": 1, "generations": "needed"}
 
 
 def test_gc_of_a_store_without_runs_removes_nothing(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its runs may lie elsewhere (SPINREG_COMMITS), or have been lost."""
+    """Its runs may have been lost."""
     advance(store, config("a"), 1)
     shutil.rmtree(store.root / "runs")
     make_old(store.root)
