@@ -175,8 +175,8 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    from spinreg_core.comparison.page import write_comparison
-    from spinreg_core.comparison.text import comparison_table
+    from spinreg_core.comparison.files import write_comparison
+    from spinreg_core.comparison.wording import comparison_table
 
     store = _existing_store(arguments.store)
     written = write_comparison(store, arguments.runs, arguments.name, arguments.against)

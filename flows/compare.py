@@ -30,7 +30,7 @@ from spinreg_core.comparison.grid import (
     rounds_open,
 )
 from spinreg_core.comparison.schema import WrittenComparison
-from spinreg_core.comparison.text import comparison_figures, comparison_markdown, comparison_rows, comparison_table
+from spinreg_core.comparison.wording import comparison_figures, comparison_markdown, comparison_rows, comparison_table
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import load_config_file, merge, show, validate
 from spinreg_core.errors import BadInput
@@ -171,7 +171,7 @@ def compare_complete(
 
     Raises SpinregError for fewer than two complete members.
     """
-    from spinreg_core.comparison.page import write_comparison
+    from spinreg_core.comparison.files import write_comparison
 
     reasons = {member.run: rounds_open(store, member) for member in members}
     failed = dict(failures) | {run: failures.get(run, why) for run, why in reasons.items() if why is not None}

@@ -2,7 +2,7 @@
 
 Decides: the differences that are tested, the families in which they are corrected for multiple testing, and the other
 content (stability, cost, lineage, configuration). Leaves out: the statistics (`evaluation`), reading runs (`runs`),
-sentences (`text`) and the page (`page`).
+sentences (`wording`) and the files (`files`).
 
 Holm's procedure (Holm 1979) corrects each of three families, so that in each the chance of any false claim is about 5 %
 at most (`evaluation/paired.py` says how good the p-values are):
@@ -37,7 +37,7 @@ from spinreg_core.comparison.runs import (
     why_unpaired,
 )
 from spinreg_core.comparison.schema import Comparison, Difference, Numbers, RunEntry, Step, Unpaired, Value
-from spinreg_core.comparison.text import grid_of, notes, plane_of, verdict
+from spinreg_core.comparison.wording import grid_of, notes, plane_of, verdict
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput

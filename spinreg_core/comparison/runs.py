@@ -1,7 +1,7 @@
 """The runs of a comparison: scores question by question, sample answers, costs.
 
 Decides: the metrics that are compared question by question, when two sets of questions are the same (`block`), and
-which runs form one variant. Leaves out: the statistics (`evaluation`) and the sentences (`text`).
+which runs form one variant. Leaves out: the statistics (`evaluation`) and the sentences (`wording`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""What a case of bad input is, and what feeding it gives: the error, and its message without what differs by machine.
+"""What a case of bad input is, and what feeding it gives.
 
-Decides: who may notice something, and the placeholders. Leaves out: the cases (`*_cases.py`), the page (`page.py`).
+Decides: who may notice something, and the placeholders for what differs by machine.
+Leaves out: the cases (`*_cases.py`), the page (`write_page.py`).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def test_there_are_many_and_the_page_shows_what_they_come_to(fed: Fed) -> None:
     assert len(CASES) >= 60
     assert len({case.what for case in CASES}) == len(CASES)
     assert all(len(module.CASES) >= 25 for module in AREAS.values())
-    assert page(lambda case: fed(case)[1]) == PAGE.read_text(), "python tests/bad_input/page.py writes it anew"
+    assert page(lambda case: fed(case)[1]) == PAGE.read_text(), "python -m tests.bad_input.write_page writes it again"
     promise = (PAGE.parent / "reliability.md").read_text()
     assert f"| `tests/bad_input`, a scene of `make chaos` too | | | {len(CASES)} | | 0 |" in promise
 

@@ -32,7 +32,7 @@ AREAS: dict[str, ModuleType] = {
 CASES: list[Case] = [case for module in AREAS.values() for case in module.CASES]
 
 HEAD = f"""\
-<!-- Made by tests/bad_input/page.py out of what its cases came to. Change the code or the cases, not this page. -->
+<!-- Made by `python -m tests.bad_input.write_page` from the outcomes of its cases. Change the code or the cases. -->
 # What is refused, and how
 
 Every row was fed to spinreg by a test, and the message is what came out: to the letter, but for HERE (where it was

@@ -13,7 +13,7 @@ from spinreg_core.benchmarks.registry import record_measured
 from spinreg_core.benchmarks.results import write_part
 from spinreg_core.comparison.compare import BASE, compare, comparison_name
 from spinreg_core.comparison.runs import HELDOUT_METRICS, asked_of, benchmark_scores, heldout_scores
-from spinreg_core.comparison.text import agreeing_seeds, cells, comparison_table, grid_of, plane_of
+from spinreg_core.comparison.wording import agreeing_seeds, cells, comparison_table, grid_of, plane_of
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spinreg_core.comparison.text import comparison_figures
+from spinreg_core.comparison.wording import comparison_figures
 from spinreg_core.reports.figures import run_figures
 
 

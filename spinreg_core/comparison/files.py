@@ -1,7 +1,7 @@
 """The comparison of runs as one self-contained HTML page, as JSON and as a table, written to the store.
 
 Decides: the place of the files (`comparisons/<name>/`), the columns of the table, and its download links in the page.
-Leaves out: every number and sentence (`compare`, `text`) and the look of the page (`reports/templates`).
+Leaves out: every number and sentence (`compare`, `wording`) and the look of the page (`reports/templates`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from spinreg_core.comparison.compare import compare
 from spinreg_core.comparison.schema import Comparison, Numbers, WrittenComparison
-from spinreg_core.comparison.text import cells, counts_at, mark
+from spinreg_core.comparison.wording import cells, counts_at, mark
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.formatting import format_duration, json_safe
 from spinreg_core.reports.templating import template

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.cli import main
-from spinreg_core.comparison.page import TABLE_SCHEMA, csv_of, render, write_comparison
+from spinreg_core.comparison.files import TABLE_SCHEMA, csv_of, render, write_comparison
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
