@@ -16,10 +16,10 @@ from prefect.tasks import Task
 from flows.artifacts import show_round, track
 from spinreg_core.benchmarks.registry import plan_benchmark
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Damaged, StageFailed, StagePreempted, StoreFailed
+from spinreg_core.errors import StagePreempted
 from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.runs.head import HELDOUT
-from spinreg_core.runs.loop import StageResult, run_stages
+from spinreg_core.runs.loop import StageResult, measure_or_note, run_stages
 from spinreg_core.runs.stages import STAGES
 from tasks.benchmark import benchmark
 from tasks.context import current_context
@@ -85,18 +85,14 @@ def finish_repair() -> None:
 def measure(round_number: int) -> bool:
     """Run the benchmarks of an iterate. Returns whether anything was measured that was not measured before.
 
-    No later round reads benchmarks. A failure (an absent judge, a task that lm-eval cannot run) is therefore logged,
-    and fails the flow run after its rounds. Raises what stops the flow run: a lost lease, cancellation, preemption.
+    A failure fails the flow run after its rounds (`measure_or_note`).
     """
     context = current_context()
     config = context.config
-    try:
-        if plan_benchmark(config, context.session.head, round_number) is not None:
-            return not run_task(benchmark, config.resources, config.run, round_number)["reused"]
-    # Named before its base class StageFailed: preemption stops the flow run.
-    except StagePreempted:
-        raise
-    except (BadInput, Damaged, StageFailed, StoreFailed) as error:
-        run_log()(f"round {round_number} is not measured in full: {error}")
-        context.failures.append(error)
-    return False
+
+    def call() -> bool:
+        if plan_benchmark(config, context.session.head, round_number) is None:
+            return False
+        return not run_task(benchmark, config.resources, config.run, round_number)["reused"]
+
+    return measure_or_note(round_number, call, context.failures, run_log())
