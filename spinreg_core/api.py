@@ -20,7 +20,7 @@ from spinreg_core.benchmarks.measure import do_benchmark, do_check
 from spinreg_core.benchmarks.registry import plan_benchmark, require_benchmark_files
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import resolve
-from spinreg_core.errors import BadInput, Damaged, SpinregError, StageFailed, StagePreempted, StoreFailed
+from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance.repair import stages_to_make
@@ -29,7 +29,7 @@ from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.head import Head, read_config, require_config, require_head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
-from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, run_stages
+from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, measure_or_note, run_stages
 from spinreg_core.runs.stages import STAGES, complete_round
 from spinreg_core.runtime.child import run_in_process
 from spinreg_core.store.base import Store
@@ -58,6 +58,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
     Raises:
         BadInput: the configuration is not valid, or differs from the one that the run was started with.
         LeaseHeld: another process advances the run.
+        LeaseLost: another process took the run over; the stage under way was killed.
         StageFailed, Damaged, StoreFailed: a stage failed. Committed stages stay committed.
     """
     if isinstance(config, RunConfig):
@@ -79,7 +80,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
 
         def start(job: Job, name: str) -> object:
             lease.check()
-            return run_in_process(job, job.module)
+            return run_in_process(job, job.module, lease.check)
 
         def call(stage: str) -> Callable[[int], object]:
             return lambda number: do_stage(store, lease, resolved, stage, number, start)
@@ -90,16 +91,11 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             do_prepare(store, lease, resolved, start)
 
         def measure(number: int) -> bool:
-            try:
-                if plan_benchmark(resolved, lease.head, number) is not None:
-                    return not do_benchmark(store, lease, resolved, number, start)["reused"]
-            except StagePreempted:
-                raise
-            # No round reads benchmarks: the rounds go on, and the first failure is raised after them.
-            except (BadInput, Damaged, StageFailed, StoreFailed) as error:
-                say(f"round {number} is not measured in full: {error}")
-                failures.append(error)
-            return False
+            if plan_benchmark(resolved, lease.head, number) is None:
+                return False
+            return measure_or_note(
+                number, lambda: not do_benchmark(store, lease, resolved, number, start)["reused"], failures, say
+            )
 
         def run_round(number: int) -> None:
             run_stages(number, calls)
