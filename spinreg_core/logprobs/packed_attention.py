@@ -4,7 +4,7 @@ Decides: how a token is limited to its own prompt and answer. On CPUs attention 
 masked is computed; on GPUs a FlexAttention block mask does it. Sliding windows and capped logits are supported.
 Leaves out: the layout (`logprobs.packing`), and the test of models for packing (`logprobs.sequence`).
 
-A model opts in with `attn_implementation = NAME`, and its forward pass gets `packed=Layout` as a keyword, which
+A model opts in with `attn_implementation = NAME`, and its forward pass gets `packed=Row` as a keyword, which
 transformers passes on to every attention layer. Without the keyword the attention is transformers' own SDPA.
 """
 
@@ -25,6 +25,26 @@ from spinreg_core.logprobs.cpu_attention import LONGEST, CausalAttention
 from spinreg_core.logprobs.packing import Layout
 
 NAME = "spinreg"
+# Keywords that change nothing here: dropout is 0 in every loaded policy, and the layout has the positions.
+_NEUTRAL = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+
+
+class Row:
+    """A packed row during one forward pass: its layout, and the state that all layers share.
+
+    Not a dataclass: FSDP2 copies dataclasses among a layer's arguments, so that every layer would have its own state.
+
+    layout    the row's tokens.
+    windows   the sliding windows of the layers that have attended to the row.
+    masks     FlexAttention's block masks made so far, by sliding window.
+    pieces    True to attend piece by piece on every device.
+    """
+
+    def __init__(self, layout: Layout, *, pieces: bool = False) -> None:
+        self.layout = layout
+        self.pieces = pieces or layout.tokens.device.type != "cuda"
+        self.windows: set[int | None] = set()
+        self.masks: dict[int | None, Any] = {}
 
 
 # Outside of compiled layers, which would be compiled again for every layout. FlexAttention compiles itself.
@@ -37,7 +57,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    packed: Layout | None = None,
+    packed: Row | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -46,20 +66,27 @@ def packed_attention(
 
     query [batch, heads, T, width], key and value [batch, kv heads, T, width] -> [batch, T, heads, width] and None in
     place of attention weights.
+
+    Raises:
+        NotImplementedError: the model asks for a feature that a packed row does not have, sinks for example.
     """
     if packed is None:
         if softcap is not None:
             mask = _causal(query, key, sliding_window) if attention_mask is None else attention_mask
             return _capped(query, key, value, mask, scaling, softcap).transpose(1, 2), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _NEUTRAL)
+    if unknown:
+        raise NotImplementedError(f"its attention has {', '.join(unknown)}, which packed rows do not have")
     packed.windows.add(sliding_window)
-    if sliding_window is not None and packed.longest <= sliding_window:
+    if sliding_window is not None and packed.layout.longest <= sliding_window:
         # No sequence is longer than the window.
         sliding_window = None
-    if query.device.type == "cuda":
-        mask = block_mask(packed, sliding_window)
-        return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
-    return by_pieces(query, key, value, packed.sizes, scaling, sliding_window, softcap).transpose(1, 2), None
+    if packed.pieces:
+        found = by_pieces(query, key, value, packed.layout.sizes, scaling, sliding_window, softcap)
+        return found.transpose(1, 2).contiguous(), None
+    mask = block_mask(packed, sliding_window)
+    return flex_attention_forward(module, query, key, value, mask, scaling=scaling, softcap=softcap)[0], None
 
 
 def by_pieces(
@@ -100,7 +127,8 @@ def _attend(
     if window is None and softcap is None:
         autocast = torch.is_autocast_enabled(q.device.type)
         dtype = torch.get_autocast_dtype(q.device.type) if autocast else q.dtype
-        if dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= LONGEST:
+        one_width = q.shape[-1] == v.shape[-1]  # DeepSeek's latent attention has narrower values.
+        if dtype == torch.bfloat16 and q.device.type == "cpu" and k.shape[2] <= LONGEST and one_width:
             scale = q.shape[-1] ** -0.5 if scaling is None else scaling
             found: Tensor = CausalAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype), scale)
             return found
@@ -127,19 +155,19 @@ def _causal(q: Tensor, k: Tensor, window: int | None) -> Tensor:
     return at >= 0 if window is None else (at >= 0) & (at < window)
 
 
-def block_mask(packed: Layout, window: int | None) -> Any:
+def block_mask(row: Row, window: int | None) -> Any:
     """Return the same rule as a FlexAttention BlockMask, which all layers share."""
-    if window in packed.masks:
-        return packed.masks[window]
-    groups, segments, positions = packed.groups, packed.segments, packed.positions[0]
+    if window in row.masks:
+        return row.masks[window]
+    groups, segments, positions = row.layout.groups, row.layout.segments, row.layout.positions[0]
 
     def allowed(_batch: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         mine = (groups[q] == groups[k]) & ((segments[k] == 0) | (segments[k] == segments[q])) & (q >= k)
         return mine if window is None else mine & (positions[q] - positions[k] < window)
 
     length = len(groups)
-    packed.masks[window] = create_block_mask(allowed, None, None, length, length, device=str(groups.device))
-    return packed.masks[window]
+    row.masks[window] = create_block_mask(allowed, None, None, length, length, device=str(groups.device))
+    return row.masks[window]
 
 
 AttentionInterface.register(NAME, packed_attention)

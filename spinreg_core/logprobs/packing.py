@@ -11,7 +11,7 @@ positions continue from the end of the prompt. A token attends to its own prompt
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -154,8 +154,6 @@ class Layout:
     predictors          int64 [answer tokens]: where each answer token is predicted from.
     targets             int64 [answer tokens].
     owners              int64 [answer tokens]: the answer's number.
-    masks               block masks made so far, by sliding window (all layers share them).
-    windows             the sliding windows of the layers that attended to this row.
     """
 
     tokens: Tensor
@@ -166,13 +164,12 @@ class Layout:
     predictors: Tensor
     targets: Tensor
     owners: Tensor
-    masks: dict[int | None, Any] = field(default_factory=dict, repr=False, compare=False)
-    windows: set[int | None] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def longest(self) -> int:
         """Return the tokens of the longest sequence: a prompt and one answer."""
-        return int(self.positions.max()) + 1
+        # Not from `positions`: reading a number from a GPU waits for all its work.
+        return max(prompt + max(answers, default=0) for prompt, *answers in self.sizes)
 
 
 def layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:

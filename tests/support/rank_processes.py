@@ -49,6 +49,7 @@ def gradient(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) 
     """The gradient of eight pairs, and what it came with."""
     from safetensors.torch import save_file
 
+    from spinreg_core.logprobs.sequence import longest_packed
     from spinreg_core.models.fsdp import full_tensor
 
     pairs = json.loads((folder.parent / "pairs.json").read_text())
@@ -63,6 +64,7 @@ def gradient(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) 
     if ranks.first:
         save_file(grads, folder / "gradient.safetensors")
         (folder / "values.json").write_text(json.dumps(found))
+        (folder / "longest_packed.json").write_text(json.dumps(longest_packed(round_.model)))
 
 
 def steps(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) -> None:

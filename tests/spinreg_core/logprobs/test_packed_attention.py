@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spinreg_core.logprobs import packed_attention
-from spinreg_core.logprobs.packed_attention import block_mask, by_pieces
+from spinreg_core.logprobs.packed_attention import Row, block_mask, by_pieces
 from spinreg_core.logprobs.packing import Layout, group, layout
 from spinreg_core.logprobs.sequence import answer_logprobs, longest_packed, packs, padded_logprobs
 from spinreg_core.models.loading import load_policy
@@ -139,7 +139,8 @@ def test_by_pieces_and_block_mask_equal_masked_attention(window: int | None, sof
     def capped(score: Tensor, *_where: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    mask = block_mask(row, window)
+    packed = Row(row)
+    mask = block_mask(packed, window)
     with warnings.catch_warnings():  # FlexAttention has no backward on CPUs
         warnings.simplefilter("ignore")  # that it is slow without torch.compile
         flexible: Any = flex_attention(
@@ -148,7 +149,7 @@ def test_by_pieces_and_block_mask_equal_masked_attention(window: int | None, sof
     torch.testing.assert_close(flexible, expected[0], rtol=1e-5, atol=1e-5)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert block_mask(row, window) is mask, "made once for all layers"
+    assert block_mask(packed, window) is mask, "made once for all layers"
 
 
 def test_packs_model_with_states_is_padded_with_a_warning() -> None:
@@ -165,15 +166,15 @@ def test_packs_model_with_states_is_padded_with_a_warning() -> None:
 def test_longest_packed_ends_at_a_window_unknown_to_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     model, reference = tiny_model("mistral"), tiny_model("mistral")
     for each in (model, reference):
-        each.config.sliding_window = 10  # longer than what the probe tries
+        each.config.sliding_window = 100  # longer than what the probe tries
     attend = packed_attention.packed_attention
 
     def told_nothing(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
         return attend(*args, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, packed_attention.NAME, told_nothing)
-    assert longest_packed(model) == 10
-    prompts, answers = shared_rows()
+    assert longest_packed(model) == 100
+    prompts, answers = [[3, 4, 5] * 30], [[6, 7, 8] * 5]
     with recorded_calls(layout) as calls:
         found = answer_logprobs(model, prompts, answers, precision="fp32")
         assert not calls

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ WORK: dict[tuple[int, int | str], dict[str, Any]] = {
     (2, 1): RECOMPUTED,
     (3, "auto"): RECOMPUTED | SCORES,
     (4, "auto"): ROUNDS,
-    (4, 2): RECOMPUTED | ROUNDS,
+    (4, 2): RECOMPUTED | ROUNDS | MIXED,
 }
 
 
@@ -110,6 +111,11 @@ def test_mixed_precision_is_near_the_exact_gradient_and_not_biased(given: Given)
     assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.995
     residual = b - a
     assert abs(float(residual.mean())) < 4 * float(residual.std()) / len(residual) ** 0.5
+
+
+@pytest.mark.parametrize("ranks", [(2, "auto"), pytest.param((4, 2), marks=pytest.mark.long)], ids=str)
+def test_mixed_precision_on_ranks_is_packed(given: Given, ranks: Any) -> None:
+    assert json.loads((given.folder(*ranks) / "mixed/longest_packed.json").read_text()) == math.inf
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
