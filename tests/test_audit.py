@@ -41,7 +41,7 @@ def audit(project: Path, status: int) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_asks_about_what_is_installed_and_leaves_nothing(project: Path) -> None:
+def test_audit_asks_about_installed_packages_and_leaves_no_file(project: Path) -> None:
     done = audit(project, 0)
     assert done.returncode == 0, done.stderr
     assert (project / "asked.requirements").read_text() == "torch==2.13.0\njinja2==3.1.6\n"
@@ -49,14 +49,14 @@ def test_it_asks_about_what_is_installed_and_leaves_nothing(project: Path) -> No
     assert list((project / "scratch").iterdir()) == []
 
 
-def test_findings_and_packages_nobody_knows_fail(project: Path) -> None:
+def test_audit_fails_on_findings_and_unknown_packages(project: Path) -> None:
     done = audit(project, 1)
     assert done.returncode == 1
     assert "was not audited" in done.stderr
     assert list((project / "scratch").iterdir()) == []
 
 
-def test_it_is_a_make_target() -> None:
+def test_audit_is_a_make_target() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert re.search(r"^audit: install.*\n\tsh scripts/audit\.sh \$\(VENV\)$", makefile, re.MULTILINE)
     assert re.search(r"^\.PHONY:.*\baudit\b", makefile, re.MULTILINE)

@@ -157,7 +157,7 @@ def test_no_file_is_longer_than_one_thing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_every_module_says_what_it_is(path: Path) -> None:
+def test_every_module_has_a_docstring(path: Path) -> None:
     text = path.read_text()
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), "no docstring"
@@ -171,7 +171,7 @@ def test_every_package_is_shipped_and_nothing_else() -> None:
     assert set(found) == {name(path.parent).replace("/", ".") for path in FILES}
 
 
-def test_one_version() -> None:
+def test_all_places_name_one_version() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert spinreg_core.__version__ == project["version"]
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text().replace("[", "").replace("]", "")

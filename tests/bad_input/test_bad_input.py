@@ -32,7 +32,7 @@ def fed(request: pytest.FixtureRequest) -> Fed:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
-def test_one_clear_error(case: Case, fed: Fed) -> None:
+def test_bad_input_ends_with_one_clear_error(case: Case, fed: Fed) -> None:
     error, text = fed(case)
     assert type(error) is case.error
     assert case.noticed in NOTICED
@@ -49,7 +49,7 @@ def test_one_clear_error(case: Case, fed: Fed) -> None:
         assert re.match(sentence, text, re.DOTALL), "where, the problem, the remedy"
 
 
-def test_there_are_many_and_the_page_shows_what_they_come_to(fed: Fed) -> None:
+def test_page_shows_the_outcome_of_every_case(fed: Fed) -> None:
     assert len(CASES) >= 60
     assert len({case.what for case in CASES}) == len(CASES)
     assert all(len(module.CASES) >= 25 for module in AREAS.values())
@@ -58,7 +58,7 @@ def test_there_are_many_and_the_page_shows_what_they_come_to(fed: Fed) -> None:
     assert f"| `tests/bad_input`, a scene of `make chaos` too | | | {len(CASES)} | | 0 |" in promise
 
 
-def test_what_can_be_known_before_is_known_before() -> None:
+def test_bad_input_is_noticed_as_early_as_possible() -> None:
     for area in ("Configuration", "Data", "Models"):
         late = {case.what for case in AREAS[area].CASES if case.noticed == "use"}
         assert all(what in LATE or what.startswith("an adapter ") for what in late)

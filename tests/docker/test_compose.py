@@ -130,7 +130,7 @@ def test_docker_compose_accepts_the_files(files: list[Path]) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_what_is_there(services: dict[str, Any]) -> None:
+def test_compose_has_the_expected_services(services: dict[str, Any]) -> None:
     assert set(services) == {"postgres", "server", "seaweedfs", "deploy", "worker", "control"}
     assert set(load(CUDA_FILE)["services"]) <= set(services)
 
@@ -163,25 +163,25 @@ def test_dependencies_exist_and_can_be_met(services: dict[str, Any]) -> None:
     assert order["worker"] > order["deploy"] > order["server"] > order["postgres"]
 
 
-def test_what_stays_up_has_a_health_check(services: dict[str, Any]) -> None:
+def test_services_that_stay_up_have_a_health_check(services: dict[str, Any]) -> None:
     for name, service in services.items():
         assert (service["restart"] == "no") != ("healthcheck" in service), name
 
 
-def test_volumes_are_declared(services: dict[str, Any]) -> None:
+def test_compose_declares_its_volumes(services: dict[str, Any]) -> None:
     used = {volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])}
     assert used == set(load(FILE)["volumes"])
 
 
 @pytest.mark.parametrize("path", [FILE, CUDA_FILE], ids=lambda path: path.name)
-def test_images_are_pinned(path: Path) -> None:
+def test_compose_pins_its_images(path: Path) -> None:
     for service in load(path)["services"].values():
         assert re.fullmatch(r"[\w./-]+:v?\d+(\.\d+)+[\w.-]*", service["image"]), service["image"]
         if service["image"].startswith("spinreg:"):
             assert service["image"].split(":")[1].startswith(f"{__version__}-")
 
 
-def test_the_server_is_the_prefect_of_the_environment_and_the_store_that_of_the_tests(services: dict[str, Any]) -> None:
+def test_compose_uses_the_prefect_and_seaweedfs_of_the_tests(services: dict[str, Any]) -> None:
     from importlib.metadata import version
 
     assert services["server"]["image"].split(":")[1].startswith(version("prefect") + "-")
@@ -221,7 +221,7 @@ def test_services_are_reached_where_they_listen(services: dict[str, Any]) -> Non
     assert "-s3.port=8333" in services["seaweedfs"]["command"]
 
 
-def test_the_worker_runs_one_flow_at_a_time_in_the_pool_that_is_deployed_to(services: dict[str, Any]) -> None:
+def test_worker_runs_one_flow_at_a_time_in_its_pool(services: dict[str, Any]) -> None:
     command = services["worker"]["command"]
     assert command[command.index("--limit") + 1] == "1"
     pool = command[command.index("--pool") + 1]

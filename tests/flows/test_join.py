@@ -36,7 +36,7 @@ def test_stages_that_are_not_for_other_machines(tmp_path: Path, changes: dict[st
         _ordered(fields(**changes), open_store(str(tmp_path)), "mine", tmp_path)
 
 
-def test_an_order_of_another_run(tmp_path: Path) -> None:
+def test_join_refuses_the_order_of_another_run(tmp_path: Path) -> None:
     with pytest.raises(
         BadInput, match="expected one of generate, mix-opponent, train, generate-heldout, evaluate of run other"
     ):
@@ -47,9 +47,7 @@ class _Enough(Exception):
     pass
 
 
-def test_a_store_that_is_away_and_an_order_that_is_none_are_waited_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_join_waits_for_an_absent_store_and_for_orders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Said, and asked again: neither ends the machine's part in the run."""
     store = open_store(str(tmp_path))
     store.write("runs/mine/order.json", b'{"attempt": ')

@@ -60,7 +60,7 @@ def test_form_has_no_boolean_fields() -> None:
         ("training", {"optimizer": "sgd"}),
     ],
 )
-def test_form_refuses_what_the_group_refuses(group: str, values: dict[str, Any]) -> None:
+def test_form_refuses_the_values_that_its_group_refuses(group: str, values: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         GROUPS[group].model_validate(values)
     with pytest.raises(ValidationError):

@@ -17,7 +17,7 @@ SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name != "work.py")
 sys.path.insert(0, str(FOLDER))
 
 
-def test_there_are_scripts() -> None:
+def test_perf_has_scripts() -> None:
     assert {"train_vs_trl.py", "scaling.py", "checkpoints.py"} <= {path.name for path in SCRIPTS}
 
 
@@ -34,7 +34,7 @@ print(json.dumps(said))
 """
 
 
-def test_help_names_quick() -> None:
+def test_scripts_help_names_quick() -> None:
     command = [sys.executable, "-c", HELP, *map(str, SCRIPTS)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(FOLDER)}
@@ -61,7 +61,7 @@ def test_a_quick_run_ends_with_one_line_of_figures() -> None:
     assert "memory MB" in table[0]
 
 
-def test_model_flops_by_hand() -> None:
+def test_model_flops_equal_a_count_by_hand() -> None:
     """One layer of width 2 and MLP width 3, vocabulary 5; a prompt of 4 tokens, answers of 3 and 2."""
     from work import model_flops
 

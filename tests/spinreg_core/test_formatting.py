@@ -70,7 +70,7 @@ def test_markdown_table_escapes_bars() -> None:
     assert markdown_table([["a", "b"], ["x|y", "1"]]) == ["| a | b |", "|---|---|", r"| x\|y | 1 |"]
 
 
-def test_json_safe_replaces_what_json_cannot_hold() -> None:
+def test_json_safe_replaces_values_outside_json() -> None:
     assert json_safe({"a": [1, math.nan, {"b": -math.inf}], "c": "nan"}) == {"a": [1, None, {"b": None}], "c": "nan"}
 
 

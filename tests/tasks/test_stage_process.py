@@ -261,7 +261,7 @@ def test_stuck_display_delays_nothing_and_keeps_the_log(script: Callable[[str], 
     assert lines[-1] == f"line {count - 1}"
 
 
-def test_a_slow_display_is_told_what_it_missed(script: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_slow_display_gets_the_count_of_missed_lines(script: Callable[[str], list[str]], tmp_path: Path) -> None:
     seen: list[str] = []
 
     def slow(line: str) -> None:

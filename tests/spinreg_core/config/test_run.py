@@ -72,7 +72,7 @@ def test_cross_checks_name_their_fields_and_values(values: dict[str, Any], words
         {"objective": {"alpha": 1, "beta": [0.1, 1.0]}},
     ],
 )
-def test_cross_checks_accept_what_fits_together(values: dict[str, Any]) -> None:
+def test_cross_checks_accept_matching_fields(values: dict[str, Any]) -> None:
     config = RunConfig.model_validate(values)
     assert RunConfig.model_validate(config.model_dump(mode="json")) == config
 

@@ -175,7 +175,7 @@ class Guest(threading.Thread):
 
 
 @pytest.mark.long
-def test_what_an_engine_elsewhere_died_over_is_done_here(
+def test_shard_that_ended_a_remote_engine_is_sampled_here(
     house: House,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -212,7 +212,7 @@ def commit_last_shard(job: Job, store: Store) -> None:
 
 
 @pytest.mark.parametrize("status", [*(pytest.param(code, marks=pytest.mark.long) for code in (65, 74)), None])
-def test_what_another_machine_lacks_does_not_end_the_run(
+def test_machine_without_an_engine_does_not_end_the_run(
     house: House,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -277,7 +277,7 @@ def test_a_taken_rendezvous_is_said(house: House) -> None:
             run(job)
 
 
-def test_a_joined_machine_lets_go_when_it_is_told_to(house: House) -> None:
+def test_joined_machine_stops_at_sigterm(house: House) -> None:
     """Its engine waits for work that never comes."""
     with socket.create_server(("localhost", 0)) as server:
         job = house.job("lent", iterates=[2],
@@ -331,7 +331,7 @@ def test_an_order_that_cannot_be_read_is_replaced_by_the_next(house: House, torn
 
 
 @pytest.mark.parametrize("shown", ["", "other", "the-attempt2", "the-attempt"])
-def test_only_who_knows_the_attempt_is_let_in(shown: str) -> None:
+def test_connection_without_the_attempts_name_is_refused(shown: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         theirs = socket.create_connection(server.getsockname())
         ours = server.accept()[0]

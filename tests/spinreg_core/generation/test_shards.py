@@ -136,7 +136,7 @@ def test_engines_share_the_gpus_and_without_any_the_cores() -> None:
     assert [d["OMP_NUM_THREADS"] for d in devices_of(3, 1, [], 8)] == ["2"] * 3
 
 
-def test_shard_counts_of_odd_answers() -> None:
+def test_shard_counts_odd_answers() -> None:
     answers = [Answer([5, 1], "stop", [0.0, 0.0]), Answer([1], "stop", [0.0]), Answer([6, 7], "length", [0.0, 0.0])]
     found = shard_counts(answers, ["\ufffdx", "", " \n"])
     assert {name: found[name] for name in ("prompts", "tokens", "truncated", "empty", "invalid_text")} == {

@@ -39,7 +39,7 @@ def shared_rows() -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_is_padded_is_one_by_one(tmp_path: Path, family: str) -> None:
+def test_packed_rows_equal_padded_rows_and_single_rows(tmp_path: Path, family: str) -> None:
     folder = write_policy(tmp_path / "p", 3, family)
     reference, model = (load_policy(folder, "fp32", "cpu") for _ in range(2))
     prompts, answers = shared_rows()
@@ -184,7 +184,7 @@ def test_longest_packed_ends_at_a_window_unknown_to_attention(monkeypatch: pytes
         assert len(calls) == 1
 
 
-def test_a_packed_model_still_runs_as_transformers_runs_it(tmp_path: Path) -> None:
+def test_packed_model_still_generates_like_transformers(tmp_path: Path) -> None:
     for family in ("llama", "gemma2", "mistral"):
         folder = write_policy(tmp_path / family, 3, family)
         reference, model = (load_policy(folder, "fp32", "cpu") for _ in range(2))

@@ -49,7 +49,7 @@ def test_first_fit_is_a_partition_near_the_optimum(sizes: list[int], budget: int
         assert max(sizes) == sizes[found[0][0]]
 
 
-def test_first_fit_by_hand() -> None:
+def test_first_fit_equals_bins_by_hand() -> None:
     assert first_fit([4, 8, 1, 4, 2, 1], 10) == [[1, 4], [0, 3, 2, 5]]
     assert first_fit([30, 3], 10) == [[0], [1]]
     assert first_fit([], 10) == []
@@ -91,12 +91,12 @@ def test_items_are_dealt_once_and_evenly(sizes: list[int], hands: int) -> None:
     assert found == deal(sizes, hands)
 
 
-def test_dealing_by_hand() -> None:
+def test_deal_equals_hands_by_hand() -> None:
     assert deal([3, 9, 4, 4], 2) == [[1], [2, 3, 0]]
     assert deal([], 2) == [[], []]
 
 
-def test_a_row_by_hand() -> None:
+def test_layout_equals_a_row_by_hand() -> None:
     row = layout([Group((1, 2, 3), ((4, 5), (6,), (7, 8, 9))), Group((10,), ((11, 12),))])
     #                              prompt   4  7  8   10 11
     assert row.tokens.tolist() == [[1, 2, 3, 4, 7, 8, 10, 11]]

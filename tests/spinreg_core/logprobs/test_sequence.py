@@ -121,7 +121,7 @@ def test_unknown_projection_falls_back_to_the_models_own_logits() -> None:
     assert not torch.allclose(found, before)
 
 
-def test_empty_answers_and_prompts() -> None:
+def test_empty_answer_scores_zero_and_empty_prompt_raises() -> None:
     model = tiny_model()
     found = answer_logprobs(model, [[4, 5], [6], [7]], [[], [8, 1], []], precision="fp32")
     assert found[[0, 2]].tolist() == [0.0, 0.0]

@@ -43,7 +43,7 @@ def test_gc_of_a_store_without_runs_removes_nothing(store: FolderStore, capsys: 
     assert content(store).keys() >= {key for key in before if "/parts/step" not in key and "step-" not in key}
 
 
-def test_gc_command_removes_what_it_listed(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_command_removes_the_listed_objects(store: FolderStore, capsys: pytest.CaptureFixture[str]) -> None:
     littered(store)
     before = content(store)
     place = ["--store", str(store.root)]
@@ -107,7 +107,7 @@ def test_gc_on_s3_removes_the_same(s3_server: S3Server, monkeypatch: pytest.Monk
     assert sound(store)
 
 
-def test_gc_with_a_run_behind_a_link_keeps_what_it_needs(store: FolderStore, tmp_path: Path) -> None:
+def test_gc_with_a_run_behind_a_link_keeps_its_objects(store: FolderStore, tmp_path: Path) -> None:
     """Before, it was not seen, and `spinreg gc --delete` removed its objects."""
     advance(store, config("a"), 2)
     advance(store, config("b", seed=7), 1)

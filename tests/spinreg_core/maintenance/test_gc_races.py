@@ -144,7 +144,7 @@ def test_gc_killed_at_any_call_is_finished_by_the_next(store: FolderStore, tmp_p
 
 
 @pytest.mark.parametrize("gone", [False, True])
-def test_gc_with_a_run_at_any_call_leaves_what_it_takes_over(
+def test_gc_with_a_run_at_any_call_leaves_its_inputs(
     gone: bool, store: FolderStore, tmp_path: Path, undisturbed: dict[str, dict[str, str]]
 ) -> None:
     shape = {"opponent": {"history": 1}}

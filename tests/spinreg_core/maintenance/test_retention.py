@@ -69,7 +69,7 @@ def test_gc_without_rules_removes_checkpoints_alone(store: FolderStore) -> None:
         ({"opponent": {"source": "regenerate"}}, {"generations": "needed"}, "generate 1,2,3,4,5 heldout 0,1,2,3,4,5"),
     ],
 )  # fmt: skip
-def test_gc_with_rules_removes_what_no_later_round_reads(
+def test_gc_with_rules_removes_objects_unread_by_later_rounds(
     store: FolderStore, groups: dict[str, Any], keep: dict[str, Any], expected: str
 ) -> None:
     wanted = config("a", keep=keep, **groups)
@@ -94,7 +94,7 @@ def test_gc_with_rules_removes_what_no_later_round_reads(
     assert gc(store) == []
 
 
-def test_verify_after_gc_tells_removed_files_from_lost_ones(store: FolderStore) -> None:
+def test_verify_after_gc_distinguishes_removed_and_lost_files(store: FolderStore) -> None:
     advance(store, config("a", keep=LEAN), 3)
     gc(store)
     head = head_of(store, "a")
@@ -114,7 +114,7 @@ def test_verify_after_gc_tells_removed_files_from_lost_ones(store: FolderStore) 
     assert {problem.object_id for problem in verify(store, "a").problems} == {old, new}
 
 
-def test_gc_keeps_what_another_run_needs(store: FolderStore) -> None:
+def test_gc_keeps_objects_of_another_run(store: FolderStore) -> None:
     advance(store, config("a", keep=LEAN, opponent={"history": 1}), 3)
     taker = config("b", opponent={"history": 1})
     advance(store, taker, 2)  # the same rounds 1 and 2
@@ -253,7 +253,7 @@ def test_repair_makes_removed_inputs_again(store: FolderStore) -> None:
     assert set(verify(store, "a").removed) == set(verdict.removed) - {head.stage(2, "generate")}
 
 
-def test_gc_keeps_what_a_run_of_another_machine_needs(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_keeps_objects_of_a_run_on_another_machine(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
     install_engine(monkeypatch, "hf")
     advance(store, config("a", generation={"engine": "auto"}), 1)
     advance(store, config("b", keep={"generations": "needed"}), 1)  # hf as well, so that they share all

@@ -46,7 +46,7 @@ def test_averages_at_the_ends_are_the_policies(function: object, seed: int) -> N
 
 @given(seed=st.integers(0, 50), weight=WEIGHTS)
 @pytest.mark.parametrize("function", [lerp, slerp])
-def test_averages_are_symmetric(function: object, seed: int, weight: float) -> None:
+def test_averages_of_equal_weights_are_symmetric(function: object, seed: int, weight: float) -> None:
     a, b = vectors(seed)
     one, other = function(a, b, weight), function(b, a, 1 - weight)  # type: ignore[operator]
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

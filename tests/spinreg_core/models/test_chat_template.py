@@ -231,7 +231,7 @@ class TestSmolLM2:
     @given(
         text=st.text(st.characters(max_codepoint=0xFFFF, exclude_categories=["Cs", "Cn", "Co"]), max_size=40) | tricky
     )
-    def test_any_text_comes_back(self, smollm2: Renderer, text: str) -> None:
+    def test_render_of_any_text_decodes_to_it(self, smollm2: Renderer, text: str) -> None:
         assume(not lacking(smollm2) & set(text.encode()))
         messages = user(f"x{text}x")
         assert f"x{text}x" in smollm2.text(smollm2.prompt_ids(messages))

@@ -177,7 +177,7 @@ def test_read_adapter_of_another_shape_raises_damaged(tmp_path: Path) -> None:
         read_adapter(wider, out / "adapter", alone=True)
 
 
-def test_train_key_covers_what_changes_a_result() -> None:
+def test_train_key_covers_every_field_of_the_result() -> None:
     def key(**training: Any) -> dict[str, Any]:
         return plan_train(make_config(training=training), make_head(2), 2).key
 

@@ -88,7 +88,7 @@ def test_advance_calls_its_steps_in_their_order(store: Store) -> None:
         assert complete_round(lease.head) == 1
 
 
-def test_advance_measures_earlier_rounds_and_shows_what_is_new(store: Store) -> None:
+def test_advance_measures_earlier_rounds_and_shows_new_results(store: Store) -> None:
     with hold_lease(store, make(2), "test") as lease:
         Recorder(lease).advance(make(2), "a")
         lease.finish_advance()

@@ -86,7 +86,7 @@ def same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_of_8_is_8_accumulations_of_1_is_2_ranks_of_4(given: Given, kind: str) -> None:
+def test_gradient_of_a_batch_equals_that_of_passes_and_of_two_ranks(given: Given, kind: str) -> None:
     batch, values = given.gradient(f"{kind}-batch", 1)
     for name, processes in (("passes", 1), ("batch", 2), ("passes", 2)):
         found, other = given.gradient(f"{kind}-{name}", processes)

@@ -29,7 +29,7 @@ def test_a_silent_rank_is_recorded_in_its_own_name(tmp_path: Path) -> None:
     assert verdict(tmp_path, {0: -9}) == (1, entry["message"])  # the one that ended of itself is not at fault
 
 
-def test_ranks_that_were_all_suspended_blame_nobody(tmp_path: Path) -> None:
+def test_ranks_that_were_all_suspended_blame_no_rank(tmp_path: Path) -> None:
     watch, other = RankWatch(tmp_path, 0, 1.0), RankWatch(tmp_path, 1, 1.0)
     assert not watch.should_exit()
     for file in (watch.file, other.file):

@@ -30,7 +30,7 @@ def by_hand(link: str, m: float, beta: float) -> float:
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("beta", [0.02, 0.1, 5.0])
-def test_closed_form_of_every_link(link: str, alpha: float, beta: float) -> None:
+def test_links_equal_their_closed_forms(link: str, alpha: float, beta: float) -> None:
     pr, pg, tr, tg, br, bg = arguments = log_probabilities(seed=1)
     losses = self_play_loss(*arguments, alpha=alpha, beta=beta, link=link)
     assert losses.shape == (BATCH,)
@@ -134,7 +134,7 @@ def test_an_added_kl_term_is_a_larger_beta_and_a_smaller_alpha(beta_base: float)
 
 @pytest.mark.parametrize("link", LINKS)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_gradient_check(link: str, alpha: float) -> None:
+def test_loss_gradient_equals_finite_differences(link: str, alpha: float) -> None:
     generator = torch.Generator().manual_seed(9)
     arguments = [torch.randn(8, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(6)]
     references = [reference.detach() for reference in arguments[2:]]
@@ -239,7 +239,7 @@ def test_a_missing_reference_that_is_needed_is_named(missing: int, alpha: float,
 
 @pytest.mark.parametrize("position", range(6))
 @pytest.mark.parametrize("shape", [(1,), (), (BATCH, 1), (1, BATCH), (BATCH - 1,)])
-def test_nothing_is_broadcast(position: int, shape: tuple[int, ...]) -> None:
+def test_loss_refuses_shapes_that_would_broadcast(position: int, shape: tuple[int, ...]) -> None:
     arguments = log_probabilities(seed=16)
     arguments[position] = torch.zeros(shape, dtype=torch.float64)
     with pytest.raises(BadInput, match="shape"):

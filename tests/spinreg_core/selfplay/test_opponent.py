@@ -51,7 +51,7 @@ def test_recency_weights_fall_by_the_decay() -> None:
     assert mixture_weights(3, "all", "recency", decay=1.0) == [0.25] * 4
 
 
-def test_explicit_weights_are_truncated_to_what_exists_and_renormalised() -> None:
+def test_explicit_weights_are_cut_to_existing_iterates_and_renormalised() -> None:
     assert mixture_weights(5, 3, [2.0, 1.0, 1.0]) == [0.5, 0.25, 0.25]
     assert mixture_weights(1, 3, [3.0, 1.0, 4.0]) == [0.75, 0.25]
     assert mixture_weights(0, 3, [0.2, 0.3, 0.5]) == [1.0]
@@ -186,7 +186,7 @@ def test_uniform_replay_of_equal_rounds_takes_everything(rounds: int) -> None:
         ([1.0], [0], [0]),
     ],
 )
-def test_replay_quotas(weights: list[float], available: list[int], quota: list[int]) -> None:
+def test_replay_quotas_follow_the_weights(weights: list[float], available: list[int], quota: list[int]) -> None:
     assert replay_quota(weights, available) == quota
 
 

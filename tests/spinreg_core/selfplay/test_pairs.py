@@ -158,7 +158,7 @@ def test_scores_belong_to_tokens_not_to_names(pairs: list[Pair]) -> None:
     assert list(known_scores([scored], "previous").values()) == [-5.0]
 
 
-def test_counts_of_odd_pairs() -> None:
+def test_summary_counts_odd_pairs() -> None:
     rows = data({"a": 2, "b": 3, "c": 3})
     generations = [answer("a", [10, END], "stop"), answer("b", [END], "stop"), answer("c", [9], "length", 2)]
     found = counts(make_pairs(generations, rows, 5))

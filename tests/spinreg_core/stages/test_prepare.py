@@ -201,7 +201,7 @@ def test_prepare_splits_by_the_messages_that_stay(tmp_path: Path) -> None:
     assert sorted(names) == [min(names), f"{min(names)}-2"]
 
 
-def test_data_id_covers_what_filters_removed(tmp_path: Path) -> None:
+def test_data_id_covers_the_filtered_rows(tmp_path: Path) -> None:
     """Two configurations that leave the same rows for different reasons."""
     dataset = write_jsonl(tmp_path / "x.jsonl", [*ROWS, {"prompt": "Long?", "answer": "long " * 50}])
     bench = write_jsonl(tmp_path / "bench.jsonl", [{"prompt": "one two three four five six", "answer": "x"}])

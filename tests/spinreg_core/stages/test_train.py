@@ -165,7 +165,7 @@ def test_train_resumed_after_a_failure_repeats_all_bits(
     assert objects.list_parts(setting.store, job.object_id) == {}
 
 
-def test_the_newest_checkpoints_are_kept_and_say_what_they_cost(setting: Setting) -> None:
+def test_newest_checkpoints_are_kept_with_their_cost(setting: Setting) -> None:
     job = broken_off(setting, "kept", 9, checkpoint_every_steps=2, checkpoints_kept=3)
     parts = objects.list_parts(setting.store, job.object_id)
     assert list(parts) == ["step-000004", "step-000006", "step-000008"]

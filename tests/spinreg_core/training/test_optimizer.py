@@ -19,7 +19,7 @@ def rates(total: int, warmup: float, schedule: Literal["linear", "cosine", "cons
     return [learning_rate(s, total, peak=2.0, warmup=warmup, schedule=schedule) for s in range(total)]
 
 
-def test_schedules_in_closed_form() -> None:
+def test_learning_rate_equals_its_closed_form() -> None:
     assert rates(6, 0.34, "linear") == pytest.approx([2 / 3, 4 / 3, 2, 2, 2 * 2 / 3, 2 / 3])  # ceil(2.04) = 3 rise
     assert rates(4, 0.0, "linear") == pytest.approx([2, 1.5, 1, 0.5])
     assert rates(5, 0.2, "cosine") == pytest.approx([2, *(1 + math.cos(math.pi * u / 4) for u in range(4))])
