@@ -4,7 +4,7 @@ Decides: that only spinreg's settings have effect, how much is decoded at once, 
 memory. Leaves out: the decoding loop (`generation.decode`), several GPUs (`generation.pool`).
 
 A model with another memory than keys and values per position (Mamba's states, say) is decoded by transformers' own
-loop, one batch at a time, which is forced to take our draws.
+loop, one batch of equally long prompts at a time, which is forced to take our draws.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +119,15 @@ class HfEngine:
             decode(self._models, self._weights, prompts, seeds, sampling, tokens=self._tokens, pad_id=self._pad_id,
                    step=self._step, on_answer=note)  # fmt: skip
             return
-        order = list(range(len(prompts)))
-        while order:
-            size = max(1, self._tokens // (max(len(prompts[i]) for i in order) + sampling.max_new_tokens))
-            batch, order = order[:size], order[size:]
-            found = _batch(self._models[0], [prompts[i] for i in batch], [seeds[i] for i in batch], sampling,
-                           self._pad_id)  # fmt: skip
-            for i, answer in zip(batch, found, strict=True):
-                note(i, answer)
+        # Prompts of one length only: some states (MiniMax) do not leave out the padding of shorter prompts.
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        for length, same in groupby(by_length, key=lambda i: len(prompts[i])):
+            size = max(1, self._tokens // (length + sampling.max_new_tokens))
+            while batch := list(islice(same, size)):
+                found = _batch(self._models[0], [prompts[i] for i in batch], [seeds[i] for i in batch], sampling,
+                               self._pad_id)  # fmt: skip
+                for i, answer in zip(batch, found, strict=True):
+                    note(i, answer)
 
     def _take_less(self, error: RuntimeError, prompts: list[list[int]], sampling: Sampling) -> None:
         """Halve the tokens that are decoded at once. Raises the error again where that cannot help."""
@@ -186,9 +188,8 @@ class _Forced(LogitsProcessor):
 def _batch(
     model: PreTrainedModel, prompts: list[list[int]], seeds: list[int], sampling: Sampling, pad_id: int
 ) -> list[Answer]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    """Return answers to prompts of one length."""
+    ids = torch.tensor(prompts, device=model.device)
     config = HfGenerationConfig(do_sample=False, max_new_tokens=sampling.max_new_tokens, use_cache=True,
                                 eos_token_id=list(sampling.stop_ids), pad_token_id=pad_id)  # fmt: skip
     forced = _Forced(sampling, torch.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds]))
@@ -197,9 +198,12 @@ def _batch(
     try:
         generate: Any = model.generate
         output: Tensor = generate(
-            ids, attention_mask=mask, generation_config=config, logits_processor=LogitsProcessorList([forced])
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([forced]),
         )
     finally:
         model.generation_config = checkpoints_own
     logprobs = torch.stack(forced.logprobs, dim=1).tolist()
-    return [cut(row, sampling, own) for row, own in zip(output[:, width:].tolist(), logprobs, strict=True)]
+    return [cut(row, sampling, own) for row, own in zip(output[:, ids.shape[1] :].tolist(), logprobs, strict=True)]

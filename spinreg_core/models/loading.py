@@ -91,9 +91,13 @@ def loading_errors_as_bad_input(folder: str | Path) -> Iterator[None]:
 
 
 def architecture(folder: str | Path) -> tuple[Any, dict[str, str]]:
-    """Return the configuration of a folder without dropout, and further arguments for making its model."""
+    """Return the configuration of a folder without dropout and router logits, and more arguments for its model."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     _zero_dropout(config)
+    # The loss has no balance term for experts, and transformers cannot compute it for a padded batch of answers.
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
     return config, {"attn_implementation": "eager"} if _caps_attention(config) else {}
 
 

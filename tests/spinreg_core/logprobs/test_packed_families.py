@@ -5,37 +5,20 @@ An answer's log-probability is that of the plain forward pass, and no neighbour 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
-import transformers
 
 from spinreg_core.logprobs.sequence import answer_logprobs, packs
 from spinreg_core.models.loading import Precision
-from tests.support.families import families, tiny_family
+from tests.support.families import BIDIRECTIONAL, LEFT_OUT, families, tiny_family, without_warnings
 from tests.support.plain_logprobs import plain
 
 FORMATS: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKED = ["llama", "deepseek_v3", "qwen2_moe", "afmoe"]
 # States, convolutions and linear attention run on from one sequence into the next; packed rows have no sinks.
 PADDED = ["lfm2", "qwen3_next", "jamba", "falcon_h1", "granitemoehybrid", "gpt_oss"]
-# Every token sees those after it.
-BIDIRECTIONAL = {
-    "bert", "bert-generation", "big_bird", "camembert", "cpmant", "data2vec-text", "ernie", "megatron-bert",
-    "prophetnet", "roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
-}  # fmt: skip
 # In bfloat16 its recurrence amplifies rounding to half a nat.
 ROUGH = {"hrm_text"}
-# Wrappers around vision or sound, encoders and families whose smallest model takes minutes.
-LEFT_OUT = {
-    "blt", "cohere_compass_text", "dbrx", "electra", "emu3", "fuyu", "gemma3", "gemma3n", "gemma3n_text", "gemma4",
-    "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "musicgen",
-    "musicgen_melody", "phi4_multimodal", "qwen3_5", "qwen3_5_moe", "qwen4_exp", "reformer", "rembert", "roc_bert",
-    "xmod", "zamba", "zamba2",
-}  # fmt: skip
 # transformers' CPU code for these mixes float32 and bfloat16, and fails without spinreg too.
 FLOAT32_ONLY = {"falcon_mamba", "mamba", "mamba2", "xlstm"}
 
@@ -43,16 +26,6 @@ PROMPTS = [[3, 4, 5, 6], [3, 4, 5, 6], [9, 8, 7]]
 ANSWERS = [[7, 8, 9, 10, 11], [12, 13, 14, 15, 16], [20, 21, 22, 23]]
 OTHER_PROMPTS = [[3, 4, 5, 6], [3, 4, 5, 6], [19, 18, 17]]
 OTHER_ANSWERS = [[7, 8, 9, 10, 11], [32, 33, 34, 35, 36], [40, 41, 42, 43]]
-
-
-@contextmanager
-def without_warnings() -> Iterator[None]:
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    transformers.logging.set_verbosity(before)
 
 
 @torch.no_grad()
