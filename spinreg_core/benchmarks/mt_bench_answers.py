@@ -143,8 +143,9 @@ def _longest(questions: list[Question], renderer: Renderer, folder: Path, max_to
     """
     from transformers import AutoConfig
 
-    text = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_text_config()
-    context = getattr(text, "max_position_embeddings", None)
+    from spinreg_core.models.context import context_of
+
+    context, why = context_of(AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
     longest = 0
     for question in questions:
         prompt = len(renderer.prompt_ids(_messages(question, 2, {(question.question_id, 1): "x"})))
@@ -153,7 +154,7 @@ def _longest(questions: list[Question], renderer: Renderer, folder: Path, max_to
             raise BadInput(
                 "benchmarks.mt_bench_max_tokens",
                 f"{max_tokens}, twice, after the {prompt} tokens of question {question.question_id}",
-                f"at most {context} tokens in all, the model's context (max_position_embeddings)",
+                f"at most {context} tokens in all, {why}",
             )
     return longest if context is None else min(context, longest + max_tokens)
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from spinreg_core.config import GenerationConfig
 from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.models.context import context_of
 
 
 @dataclass(frozen=True)
@@ -105,17 +106,16 @@ def check_prompts(
     Raises:
         BadInput: a prompt is empty or too long, or has ids outside the vocabulary.
     """
-    text = model_config.get_text_config()
-    context, vocabulary = getattr(text, "max_position_embeddings", None), text.vocab_size
+    (longest, why), vocabulary = context_of(model_config), model_config.get_text_config().vocab_size
     for i, prompt in enumerate(prompts):
         where = f"prompt {names[i] if names else i}"
         if not prompt:
             raise BadInput(where, "has no tokens", "at least one")
-        if context is not None and len(prompt) + sampling.max_new_tokens > context:
+        if longest is not None and len(prompt) + sampling.max_new_tokens > longest:
             raise BadInput(
                 where,
                 f"has {len(prompt)} tokens plus max_new_tokens {sampling.max_new_tokens}",
-                f"at most {context}, the model's context (max_position_embeddings)",
+                f"at most {longest}, {why}",
             )
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise BadInput(where, f"has token ids {min(prompt)} to {max(prompt)}", f"ids from 0 to {vocabulary - 1}")

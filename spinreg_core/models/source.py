@@ -21,6 +21,7 @@ from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
 from spinreg_core.input_limits import LARGEST_MODEL_FILE, MOST_LAYERS, require_size
 from spinreg_core.models.chat_template import load_tokenizer
+from spinreg_core.models.context import context_of
 from spinreg_core.models.gguf import read_header
 from spinreg_core.models.json_files import read_json
 from spinreg_core.store.base import require_inside
@@ -103,11 +104,13 @@ def link_policy(folder: Path, target: Path) -> None:
 
 def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
     """Raise BadInput if the model cannot process rows of `max_length` tokens, or rows with these token ids."""
-    config = read_json(folder / "config.json")
-    window, vocabulary = config.get("max_position_embeddings"), config.get("vocab_size")
-    if window is not None and max_length > window:
-        raise BadInput("data.max_length", f"is {max_length}", f"at most {window}, the context window of the model")
-    if vocabulary is not None and max(token_ids) >= vocabulary:
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    (longest, why), vocabulary = context_of(config), config.get_text_config().vocab_size
+    if longest is not None and max_length > longest:
+        raise BadInput("data.max_length", f"is {max_length}", f"at most {longest}, {why}")
+    if max(token_ids) >= vocabulary:
         raise BadInput("model", f"has {vocabulary} embeddings, but its tokenizer has token id {max(token_ids)}",
                        "a tokenizer that belongs to the model")  # fmt: skip
 

@@ -22,7 +22,14 @@ from spinreg_core.runs.lease import RunLease
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_manifest, read_record, require_manifest
 from spinreg_core.runs.plans import StagePlan, for_each_possible_engine
-from spinreg_core.runs.stages import STAGES, complete_round, is_complete, needed_by_later_stages, stages_of
+from spinreg_core.runs.stages import (
+    STAGES,
+    before_corrections,
+    complete_round,
+    is_complete,
+    needed_by_later_stages,
+    stages_of,
+)
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import cache_folder
 
@@ -79,6 +86,9 @@ def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Call
     done = complete_round(lease.head)
     say(f"run {config.run!r}: {why}" if target > done else f"run {config.run!r}: round {done} is complete; {why}")
     steps.prepare()
+    for correction, rounds in before_corrections(config, lease.head).items():
+        say(f"run {config.run!r}: rounds {', '.join(map(str, rounds))} hold results from before the correction "
+            f"{correction!r} (CHANGELOG.md); they stay as they are")  # fmt: skip
     if not is_complete(lease.head, 0):
         run_stages(0, steps.stages)
     # The benchmarks of the configuration may have changed since earlier rounds were measured.

@@ -39,17 +39,25 @@ EVALUATION_FIELDS = ("bootstrap", "final_answer", "shown_samples")
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The job of a stage, without the store and the writer of an attempt."""
+    """The job of a stage, without the store and the writer of an attempt.
+
+    corrections: the markers in `key` of corrections that change the result in this configuration.
+    """
 
     stage: str
     round: int
     key: dict[str, Any]
     inputs: dict[str, Any]
     extra: dict[str, Any]
+    corrections: tuple[str, ...] = ()
 
     @property
     def object_id(self) -> str:
         return fingerprint(self.stage, self.key)
+
+    @property
+    def id_before_corrections(self) -> str:
+        return fingerprint(self.stage, {name: self.key[name] for name in self.key.keys() - {*self.corrections}})
 
     def job(self, config: RunConfig, store_url: str, writer: str, workdir: Path) -> Job:
         return Job(
@@ -106,6 +114,19 @@ def _history(config: RunConfig, round_number: int) -> list[float]:
     """Return the weights of iterates t, t-1, ..., newest first, with t = round - 1."""
     o = config.opponent
     return mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
+
+
+def _corrected(
+    stage: str, number: int, key: dict[str, Any], inputs: dict[str, Any], extra: dict[str, Any], **markers: str | None
+) -> StagePlan:
+    """Return a plan whose key has the markers that are not None."""
+    marked = {name: marker for name, marker in markers.items() if marker is not None}
+    return StagePlan(stage, number, key | marked, inputs, extra, tuple(marked))
+
+
+def _packing(training: TrainingConfig) -> str | None:
+    # In bfloat16, models with states, convolutions or sinks were packed, and their sequences changed each other.
+    return "independent" if training.precision == "bf16" else None
 
 
 def plan_generate(config: RunConfig, head: Head, round_number: int) -> StagePlan:
@@ -184,7 +205,7 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
     }  # fmt: skip
     # Earlier pairs may hold log pi_0 of a row already. That saves work and cannot change a result, so it is no input.
     scored = [found for n in range(1, round_number) if (found := head.stage(n, "mix-opponent"))]
-    return StagePlan("mix-opponent", round_number, key, inputs, {"scored": scored})
+    return _corrected("mix-opponent", round_number, key, inputs, {"scored": scored}, packing=_packing(config.training))
 
 
 def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
@@ -209,7 +230,12 @@ def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
         "beta": of_round(config.objective.beta, round_number),
         "link": config.objective.link,
     }  # fmt: skip
-    return StagePlan("train", round_number, key, inputs, {})
+    # An adapter computed in bfloat16 is not quite the merged policy that was scored, so its start is measured.
+    adapted = config.training.lora_rank is not None and config.training.precision != "fp32" and round_number > 1
+    return _corrected(
+        "train", round_number, key, inputs, {}, packing=_packing(config.training),
+        start="measured" if adapted else None, decay="matrices" if config.training.weight_decay else None,
+    )  # fmt: skip
 
 
 def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan:
@@ -228,7 +254,7 @@ def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan
         "beta": of_round(config.objective.beta, n) if n else None,
         "evaluation": config.evaluation.model_dump(mode="json", include=set(EVALUATION_FIELDS)),
     }  # fmt: skip
-    return StagePlan("evaluate", n, key, inputs, {})
+    return _corrected("evaluate", n, key, inputs, {}, packing=_packing(config.training))
 
 
 def objects_of(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:

@@ -66,6 +66,19 @@ def complete_round(head: Head) -> int:
     return done
 
 
+def before_corrections(config: RunConfig, head: Head) -> dict[str, list[int]]:
+    """Return, by correction, the rounds with a committed result from before it."""
+    found: dict[str, set[int]] = {}
+    for entry in head.rounds if head.base and head.data else ():
+        for stage, object_id in entry.stages.items():
+            for planned in for_each_possible_engine(config):
+                plan = STAGES[stage].plan(planned, head, entry.round)
+                if plan.corrections and object_id == plan.id_before_corrections:
+                    for name in plan.corrections:
+                        found.setdefault(name, set()).add(entry.round)
+    return {name: sorted(rounds) for name, rounds in found.items()}
+
+
 def needed_by_later_stages(config: RunConfig, head: Head) -> set[str]:
     """Return the objects that stages to come may read, in this round and in all later ones."""
     found: set[str] = set()

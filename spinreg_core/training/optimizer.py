@@ -24,18 +24,23 @@ from spinreg_core.selfplay.pairs import Pair
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
     """Return torch's AdamW (betas 0.9, 0.999) or RMSprop (smoothing 0.99, no momentum, not centred), with eps 1e-8.
 
-    Weight decay acts on matrices only, not on norms and biases. It is decoupled in AdamW and an L2 term in RMSprop.
-    The trainer sets the learning rate before every step (`learning_rate`).
+    Weight decay acts on matrices only, not on norms, biases and decay rates of states (`A_log`). It is decoupled in
+    AdamW and an L2 term in RMSprop. The trainer sets the learning rate before every step (`learning_rate`).
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in trained if _is_matrix(name, p)], "weight_decay": training.weight_decay},
+        {"params": [p for name, p in trained if not _is_matrix(name, p)], "weight_decay": 0.0},
     ]
     if training.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     # One parameter after another: the foreach version holds a temporary as large as the whole model.
     return torch.optim.RMSprop(groups, lr=0.0, alpha=0.99, eps=1e-8, foreach=False)
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    # gpt-oss has a row of biases for each expert, Mamba a row of decay rates for each channel.
+    return parameter.ndim >= 2 and not name.endswith(("bias", "A_log"))
 
 
 class CheckpointOptions(TypedDict, total=False):

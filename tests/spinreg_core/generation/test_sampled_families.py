@@ -53,7 +53,7 @@ def test_load_policy_turns_router_logits_off(tmp_path: Path) -> None:
     with without_warnings():
         model = tiny_family("mixtral", output_router_logits=True)
         model.save_pretrained(tmp_path)
-        (answer,) = HfEngine([load_policy(tmp_path, "fp32", "cpu")], tokens=200, pad_id=2).generate(
-            [PROMPTS[1]], Sampling(1.0, 1.0, 0, 12, (99,)), [1]
+        answers = HfEngine([load_policy(tmp_path, "fp32", "cpu")], tokens=200, pad_id=2).generate(
+            PROMPTS, Sampling(1.0, 1.0, 0, 12, (99,)), range(3)
         )
-    assert len(answer.token_ids) == 12
+    assert [len(answer.token_ids) for answer in answers] == [12, 12, 12]

@@ -20,7 +20,7 @@ from spinreg_core.runs.plans import (
     plan_train,
     policy_object,
 )
-from spinreg_core.runs.stages import STAGES, stages_of
+from spinreg_core.runs.stages import STAGES, before_corrections, stages_of
 from tests.support.builders import make_config, make_head
 
 
@@ -164,3 +164,33 @@ def test_config_with_average_and_lora_rank_is_refused() -> None:
         config(training__average="ema", training__lora_rank=4)
     with pytest.raises(BadInput, match="average_weight needs average"):
         config(training__average_weight=0.3)
+
+
+def test_corrections_mark_the_affected_configurations_only() -> None:
+    marked = {}
+    for precision in ("fp32", "mixed", "bf16"):
+        for rank in (None, 4) if precision != "bf16" else (None,):
+            for number in (1, 2):
+                for stage in stages_of(number):
+                    plan = STAGES[stage].plan(
+                        config(training__precision=precision, training__lora_rank=rank), make_head(number), number
+                    )
+                    assert (plan.object_id != plan.id_before_corrections) == bool(plan.corrections)
+                    if plan.corrections:
+                        marked[precision, rank, number, stage] = plan.corrections
+    scored = ("mix-opponent", "train", "evaluate")
+    assert marked == {("bf16", None, number, stage): ("packing",) for number in (1, 2) for stage in scored} | {
+        ("mixed", 4, 2, "train"): ("start",)
+    }
+    assert STAGES["train"].plan(config(training__weight_decay=0.1), make_head(1), 1).corrections == ("decay",)
+
+
+def test_before_corrections_names_the_rounds_with_old_results() -> None:
+    bf16 = config(training__precision="bf16")
+    head = make_head(stages={0: {}, 1: {}, 2: {}})
+    for number in (0, 1, 2):
+        for stage in stages_of(number):
+            plan = STAGES[stage].plan(bf16, head, number)
+            head.enter(number, stage, plan.id_before_corrections if number < 2 else plan.object_id)
+    assert before_corrections(bf16, head) == {"packing": [0, 1]}
+    assert before_corrections(config(), head) == {}

@@ -419,6 +419,19 @@ def test_adapter_resumes_to_the_same_bits_and_continues(setting: Setting, capsys
         assert torch.equal(value, base[name]) != ("q_proj" in name or "v_proj" in name)
 
 
+def test_adapter_in_mixed_precision_measures_its_start(setting: Setting) -> None:
+    """The cached scores are those of the merged policy, which bfloat16 rounds otherwise than base and adapter."""
+    settings = {"lora_rank": 4, "precision": "mixed"}
+    first = train.run(setting.job("lora-mixed", learning_rate=1e-2, **settings))
+    assert first is not None
+    later = setting.job("lora-mixed-next", learning_rate=1e-12, **settings)
+    # Cached scores far from those of the start: a change would be counted from them.
+    second = train.run(replace(later, round=2, inputs=later.inputs | {"previous": first.object_id}))
+    assert second is not None
+    assert abs(first.metrics["real_logprob_change"]) > 0.5
+    assert abs(second.metrics["real_logprob_change"]) < 1e-3
+
+
 def test_selective_checkpointing_is_not_compiled(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """It keeps what a compiled layer writes over: the backward pass would fail."""
     seen: list[bool] = []

@@ -11,6 +11,7 @@ from torch import nn
 
 from spinreg_core.config import TrainingConfig
 from spinreg_core.training.optimizer import batches, data_order, learning_rate, make_optimizer
+from tests.support.families import tiny_family
 
 PAIRS = [{"pair_id": f"1:{i:016x}", "prompt_id": f"{i:016x}"} for i in range(20)]
 
@@ -105,3 +106,15 @@ def test_steps_equal_the_textbook(name: Literal["adamw", "rmsprop"]) -> None:
         optimizer.step()
     for n, p in toy.named_parameters():
         torch.testing.assert_close(p.detach().double(), expected[n], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "kept"), [("gpt_oss", "experts.gate_up_proj_bias"), ("mamba", "mixer.A_log")])
+def test_weight_decay_leaves_biases_and_decay_rates_alone(family: str, kept: str) -> None:
+    """They have two dimensions, like a matrix."""
+    model = tiny_family(family)
+    decayed, others = make_optimizer(model, TrainingConfig(weight_decay=0.1)).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert any(names[id(p)].endswith(kept) for p in others["params"])
+    assert all(p.ndim < 2 or names[id(p)].endswith(kept.rsplit("_", 1)[-1]) for p in others["params"])
+    assert all(p.ndim >= 2 for p in decayed["params"])
