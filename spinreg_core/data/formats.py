@@ -15,7 +15,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.messages import RowProblem, read_tools, read_turns, text_of, user_turns
+from spinreg_core.data.fields import (
+    USED_IN_TURNS,
+    history_of,
+    known_fields,
+    read_conversation,
+    require_usable_fields,
+    tools_of,
+    with_system,
+)
+from spinreg_core.data.messages import RowProblem, parse_json, text_of, user_turns
 from spinreg_core.errors import BadInput
 from spinreg_core.models.messages import THOUGHTS, Extras, Message
 
@@ -29,10 +38,12 @@ REASONS = {
     "unknown_role": "a turn's role is not system, user, assistant, tool or another name of these",
     "empty_prompt": "the user's turn before the answer is empty",
     "empty_answer": "the assistant's turn is empty and calls no tool",
-    "no_assistant_turn": "the conversation has no assistant turn",
+    "no_assistant_turn": "the conversation has no assistant turn, or none to train on (weight 0)",
+    "two_system_prompts": "the row has different system prompts in its columns and turns",
+    "unused_field": "a field changes the meaning of the row, and spinreg cannot use it (docs/data.md has a table)",
     "prompt_not_user": "the turn before the answer is not a user's or a tool's, or no user has spoken",
     "prompt_too_long": "the prompt alone exceeds data.max_prompt_tokens",
-    "template": "the model's chat template refuses the conversation, or leaves out its tools or the answer's thought",
+    "template": "the model's chat template refuses the conversation, or leaves out tools or a part of a text",
 }
 _CONVERSATION_COLUMNS = ("conversations", "conversation")
 _PAIR_COLUMNS = (("prompt", "response"), ("prompt", "answer"), ("question", "answer"), ("prompt", "completion"))
@@ -97,6 +108,10 @@ class Layout:
     format: Literal["messages", "conversations", "instruction", "prompt_response"]
     columns: tuple[str, ...]
 
+    @property
+    def of_turns(self) -> bool:
+        return self.format in ("messages", "conversations")
+
 
 def _sha256(messages: Iterable[Message], tools: list[Mapping[str, Any]] | None) -> str:
     # Messages of text alone are hashed as [role, content], so that fields added later leave known hashes as they are.
@@ -144,16 +159,32 @@ def read_rows(record: object, number: int, layout: Layout, turns: Literal["last"
     """Return the rows of one record, in the order of its turns. Raises RowProblem."""
     if not isinstance(record, dict):
         raise RowProblem("wrong_type", f"{type(record).__name__} instead of a record")
-    if layout.format in ("messages", "conversations"):
-        messages = read_turns(_field(record, layout.columns[0]), layout.columns[0])
+    of_turns = layout.of_turns
+    if of_turns:
+        messages, trained = read_conversation(_field(record, layout.columns[0]), layout.columns[0])
     else:
-        messages = _single_turn(record, layout)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
+        messages = [*history_of(record), *_single_turn(record, layout)]
+        trained = [len(messages) - 1]
+    require_usable_fields(record, messages, of_turns=of_turns)
+    if not trained:
         raise RowProblem("no_assistant_turn", f"roles: {', '.join(m['role'] for m in messages)}")
-    tools = read_tools(record.get("tools")) if layout.format in ("messages", "conversations") else None
+    told = with_system(record, messages)
+    answers = [at + len(told) - len(messages) for at in trained]
+    tools = tools_of(record) if of_turns else None
     chosen = {"last": answers[-1:], "first": answers[:1], "all": answers}[turns]
-    return [_row(messages, at, number, tools) for at in chosen]
+    return [_row(told, at, number, tools) for at in chosen]
+
+
+def unused_fields(record: object, layout: Layout) -> set[str]:
+    """Return the fields of a record, and of its turns (`turn: NAME`), that spinreg does not use."""
+    if not isinstance(record, dict):
+        return set()
+    names = {str(name) for name in record} - {*layout.columns} - known_fields(of_turns=layout.of_turns)
+    turns = parse_json(record.get(layout.columns[0])) if layout.of_turns else None
+    for turn in turns if isinstance(turns, list) else ():
+        said = turn.items() if isinstance(turn, dict) else ()
+        names |= {f"turn: {name}" for name, value in said if value is not None and name not in USED_IN_TURNS}
+    return names
 
 
 def user_texts(record: object, layout: Layout) -> list[str]:
@@ -161,7 +192,7 @@ def user_texts(record: object, layout: Layout) -> list[str]:
     if not isinstance(record, dict):
         return []
     texts: list[object]
-    if layout.format in ("messages", "conversations"):
+    if layout.of_turns:
         texts = user_turns(record.get(layout.columns[0]))
     else:
         names = layout.columns[:2] if layout.format == "instruction" else layout.columns[:1]

@@ -50,6 +50,7 @@ class PartReport:
     bad_share: float
     bad_rows: dict[str, int]
     rejected: list[Rejected]
+    unused_fields: list[str]
     written_before_answers: str | None = None
     truncated_answers: int | None = None
     final_answers: int | None = None
@@ -136,6 +137,7 @@ def _report(loaded: Loaded, config: RunConfig, renderer: Renderer | None) -> Par
         bad_share=bad_share(loaded.records, rejected),
         bad_rows=by_reason(rejected),
         rejected=rejected,
+        unused_fields=loaded.unused,
         written_before_answers=None if renderer is None else renderer.written_before,
         **counts,
     )
@@ -145,6 +147,8 @@ def _lines(name: str, report: PartReport, max_bad_share: float) -> Iterator[str]
     duplicates = report.duplicates
     yield f"{name}: {report.dataset} ({report.format})"
     yield f"  records {report.records}, usable rows {report.rows}"
+    if report.unused_fields:
+        yield f"  fields that rows do not use: {', '.join(report.unused_fields)}"
     if len(report.last_records) > 1:
         yield from (f"    up to {last}: {dataset}" for dataset, last in report.last_records.items())
     yield f"  duplicates: {duplicates.exact} exact, left out; {duplicates.prompts} prompts with several answers"

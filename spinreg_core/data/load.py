@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows
+from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows, unused_fields
 from spinreg_core.data.messages import RowProblem
 from spinreg_core.data.readers import Record
 from spinreg_core.data.row_file import take_rows, write_rows
@@ -50,7 +50,8 @@ class Loaded:
     """One or several data sets after the checks that need no model.
 
     `records` counts good and bad records. `last` holds the number of each data set's last record; records are numbered
-    from 1 across all data sets. `guards` holds the counts of `contamination.guarded` by evaluation set.
+    from 1 across all data sets. `guards` holds the counts of `contamination.guarded` by evaluation set. `unused` names
+    the fields of records and turns that rows do not use.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Loaded:
     duplicates: Duplicates
     last: dict[str, int]
     guards: dict[str, dict[str, int]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of the rows and the rejected rows, equal for equal content in any file layout."""
@@ -101,6 +103,7 @@ def load_rows(
                        "records with named fields")  # fmt: skip
     layout = choose_layout(columns, config, where)
     rejected: list[Rejected] = []
+    unused: set[str] = set()
     count = last = 0
 
     def good_rows() -> Iterator[Row]:
@@ -110,13 +113,15 @@ def load_rows(
             try:
                 if record.problem is not None:
                     raise record.problem
+                unused.update(unused_fields(record.content, layout))
                 yield from read_rows(record.content, record.row, layout, config.turns)
             except RowProblem as problem:
                 rejected.append(Rejected(record.row, problem.reason, problem.detail))
 
     rows = write_rows(good_rows())
     kept, duplicates = exact_duplicates(rows)
-    return Loaded(dataset, layout.format, count, take_rows(rows, kept), rejected, duplicates, {dataset: last})
+    return Loaded(dataset, layout.format, count, take_rows(rows, kept), rejected, duplicates, {dataset: last},
+                  unused=sorted(unused))  # fmt: skip
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:

@@ -13,7 +13,7 @@ from typing import Any
 from spinreg_core.models.messages import THOUGHTS, Extras, Message, ToolCall
 
 _ROLES = {
-    "system": "system",
+    "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "function_response": "tool",
@@ -34,18 +34,28 @@ class RowProblem(Exception):
 
 def read_turns(turns: object, where: str) -> list[Message]:
     """Return the messages of turns with role/content or from/value, a list or its JSON text. Raises RowProblem."""
-    turns = _parse_json(turns)
+    return [message_of(turn, named) for named, turn in turns_of(turns, where)]
+
+
+def turns_of(turns: object, where: str) -> list[tuple[str, Any]]:
+    """Return the turns of a list, or of its JSON text, with their names in messages. Raises RowProblem."""
+    turns = parse_json(turns)
     if not isinstance(turns, list):
         kind = "text" if isinstance(turns, str) else type(turns).__name__
         raise RowProblem("wrong_type", f"{where} is {kind}, not a list of turns")
     if not turns:
         raise RowProblem("no_assistant_turn", f"{where} is empty")
-    return [_message(turn, f"turn {i}") for i, turn in enumerate(turns, start=1)]
+    # SlimOrca writes a system turn without a text where there is no system prompt.
+    return [(f"turn {i}", turn) for i, turn in enumerate(turns, start=1) if not _is_absent_system(turn)]
+
+
+def _is_absent_system(turn: object) -> bool:
+    return isinstance(turn, dict) and _ROLES.get(str(_role(turn)).lower()) == "system" and _content(turn) is None
 
 
 def user_turns(turns: object) -> list[object]:
     """Return the contents of the user's turns, even if the conversation has other problems."""
-    turns = _parse_json(turns)
+    turns = parse_json(turns)
     found = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     return [_content(turn) for turn in found if _ROLES.get(str(_role(turn)).lower()) == "user"]
 
@@ -71,14 +81,16 @@ def text_of(value: object, where: str, role: str) -> str:
     """Return the value of a text field. Raises RowProblem."""
     # Parquet and CSV write null for an absent text.
     if value is None:
-        raise RowProblem("empty_answer" if role == "assistant" else "empty_prompt", f"{where} is null")
+        reasons = {"assistant": "empty_answer", "user": "empty_prompt"}
+        raise RowProblem(reasons.get(role, "wrong_type"), f"{where} is null")
     if not isinstance(value, str):
         raise RowProblem("wrong_type", f"{where} is {type(value).__name__}, not text")
     _check_texts(value, where)
     return value
 
 
-def _message(turn: object, where: str) -> Message:
+def message_of(turn: object, where: str) -> Message:
+    """Return the message of one turn. Raises RowProblem."""
     if not isinstance(turn, dict):
         raise RowProblem("wrong_type", f"{where} is {type(turn).__name__}")
     named = _role(turn)
@@ -87,10 +99,10 @@ def _message(turn: object, where: str) -> Message:
     if not isinstance(named, str) or named.lower() not in _ROLES:
         raise RowProblem("unknown_role", f"{where} has role {named!r}")
     role, content = _ROLES[named.lower()], _content(turn)
-    calls = _parse_json(turn.get("tool_calls")) if role == "assistant" else None
+    calls = parse_json(turn.get("tool_calls") or turn.get("function_call")) if role == "assistant" else None
     # In ShareGPT's layout, the call is the text of a turn of its own.
     if named.lower() == "function_call":
-        calls, content = _parse_json(content), None
+        calls, content = parse_json(content), None
     extras: Extras = {}
     if calls is not None and calls not in ("", []):
         extras["tool_calls"] = _calls(calls, where)
@@ -139,7 +151,7 @@ def _function(record: Any, where: str) -> Mapping[str, Any]:
 
 def _parse_value(value: object) -> Any:
     """Return the content of a JSON text with its nulls, or a value without the nulls that Arrow added."""
-    return _parse_json(value) if isinstance(value, str) else _without_nulls(value)
+    return parse_json(value) if isinstance(value, str) else _without_nulls(value)
 
 
 def _without_nulls(value: Any, depth: int = 0) -> Any:
@@ -152,7 +164,7 @@ def _without_nulls(value: Any, depth: int = 0) -> Any:
     return [_without_nulls(one, depth + 1) for one in value] if isinstance(value, list) else value
 
 
-def _parse_json(value: object) -> Any:
+def parse_json(value: object) -> Any:
     """Return the content of a JSON text; any other value, and a text that is not JSON, unchanged."""
     if not isinstance(value, str):
         return value

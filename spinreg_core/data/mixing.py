@@ -55,6 +55,7 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
         rejected,
         replace(duplicates, exact=duplicates.exact + sum(one.duplicates.exact for one in found)),
         last,
+        unused=sorted({name for one in found for name in one.unused}),
     )
 
 

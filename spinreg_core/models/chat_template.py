@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # Unicode noncharacters: valid in a string, and reserved for uses like this one.
 _MASK, _NAME = "\ufdd0", "\ufdd1"
 _PROBE_USER, _PROBE_ANSWER = "spinregquestion", "spinreganswer"
+_REMEDY = "give the model's folder another chat_template.jinja, or set data.template_arguments"
 # For models without a template. Plain headings need no new tokens in the vocabulary.
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}"
@@ -164,6 +165,7 @@ class Renderer:
         marked, marked_tools = marks.messages(messages), marks.functions(tools or ())
         if marks.texts:
             marks.require_written(self._template(marked, marked_tools, generation_prompt=True))
+        _require_texts(text, [message for message in messages if message["role"] in ("system", "user")])
         return self._encode_protected(text) if protect else self._encode(text)
 
     def answer_ids(self, messages: Sequence[Message], reply: str | Message, tools: Tools = None) -> list[int]:
@@ -171,7 +173,7 @@ class Renderer:
 
         `reply`: the text, or the message with its tool calls and thought. The answer is tokenised in the context of the
         prompt, or alone if the tokenizer would merge its first letters with the prompt's last. Raises BadInput, also
-        for calls and a thought that the template does not write.
+        for calls, a thought or a part of the text that the template does not write.
         """
         prompt_ids = self.prompt_ids(messages, tools)
         said: Message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
@@ -184,6 +186,7 @@ class Renderer:
         (marked,) = marks.messages([said], whole=True)
         if marks.texts:
             marks.require_written(self._answer_text(messages, marked, tools)[1])
+        _require_texts(text, [said])
         ids = encode(prompt + text + self._end_text)
         if ids[: len(prompt_ids)] == prompt_ids and len(ids) > len(prompt_ids) + 1:
             ids = ids[len(prompt_ids) :]
@@ -193,6 +196,25 @@ class Renderer:
             raise BadInput("chat template", f"has {ids.count(self.end_of_turn)} end-of-turn tokens in an answer",
                            "exactly one, at the end")  # fmt: skip
         return ids
+
+    @cached_property
+    def left_out(self) -> set[str]:
+        """The parts of a row that the template cuts: `system`, and `thought` for `<think>…</think>` in an answer.
+
+        `prompt_ids` and `answer_ids` refuse such rows. Version 0.1.0 trained on what was left of them.
+        """
+        user: Message = {"role": "user", "content": _PROBE_USER}
+        tries: dict[str, Callable[[], object]] = {
+            "system": lambda: self.prompt_ids([{"role": "system", "content": "spinregsystem"}, user]),
+            "thought": lambda: self.answer_ids([user], f"<think>\nspinregthought\n</think>\n\n{_PROBE_ANSWER}"),
+        }
+        found = set()
+        for name, attempt in tries.items():
+            try:
+                attempt()
+            except BadInput:
+                found.add(name)
+        return found
 
     def decode(self, answer_ids: Sequence[int]) -> str:
         """Return the text of an answer without special tokens and without `written_before`."""
@@ -225,7 +247,7 @@ class Renderer:
         if not full.startswith(prompt):
             raise BadInput(
                 where, f"has a generation prompt {prompt!r} that does not begin the conversation {full!r}",
-                "a template whose conversations begin with its generation prompt, so that the answer's place is known",
+                f"conversations that begin with the generation prompt, so that the answer's place is known; {_REMEDY}",
             )  # fmt: skip
         before, tail = full[len(prompt) :].split(_PROBE_ANSWER)
         if before.strip() and prompt == self._template(user, generation_prompt=False):
@@ -252,9 +274,11 @@ class Renderer:
         prompt = self._template(messages, tools, generation_prompt=True)
         full = self._template([*messages, reply], tools, generation_prompt=False)
         if not full.startswith(prompt) or not full.endswith(self._tail):
+            # Some templates write the system text only while the user speaks last.
+            _require_texts(full, [message for message in messages if message["role"] == "system"])
             raise BadInput(
                 "chat template", f"has no place for the answer in {full[-200:]!r}",
-                f"{prompt[-60:]!r}, the answer, {self._tail!r}",
+                f"{prompt[-60:]!r}, the answer, {self._tail!r}; {_REMEDY}",
             )  # fmt: skip
         return prompt, full[len(prompt) : len(full) - len(self._tail)] + self._tail_text
 
@@ -306,6 +330,17 @@ class Renderer:
                     "model", f"has a token {name!r} whose id depends on its spelling", "an ordinary tokenizer.json"
                 )
         return copy
+
+
+def _require_texts(rendered: str, messages: Sequence[Message]) -> None:
+    """Raise BadInput if a rendered text lacks the content of a message. A template may change blanks."""
+    there = "".join(rendered.split())
+    for message in messages:
+        if "".join(message["content"].split()) not in there:
+            raise BadInput(
+                "chat template", f"leaves out a part of the {message['role']}'s text {_short(message['content'])}",
+                f"a template that writes all of it, or rows without it; {_REMEDY}",
+            )  # fmt: skip
 
 
 def _texts(said: Any) -> Iterator[str]:

@@ -109,6 +109,8 @@ def _print_counts(loaded: Loaded) -> None:
         f"{loaded.duplicates.prompts} prompts with several answers",
         flush=True,
     )
+    if loaded.unused:
+        print(f"fields that rows do not use: {', '.join(loaded.unused)}", flush=True)
 
 
 def _format_reasons(rejected: list[Rejected]) -> str:
@@ -144,7 +146,17 @@ def data_key(config: RunConfig, selected: Selected, heldout: Loaded | None, rend
     if data.long_prompts == "drop_oldest":
         # Earlier objects were split by the dropped messages too.
         key["split_by"] = "messages that stay"
+    parts = [loaded.rows] if heldout is None else [loaded.rows, heldout.rows]
+    if renderer.left_out and any(_holds(row, renderer.left_out) for rows in parts for row in rows):
+        # Earlier objects have rows without the texts that the template leaves out.
+        key["written"] = "whole texts"
     return key
+
+
+def _holds(row: Row, parts: set[str]) -> bool:
+    return ("thought" in parts and "</think>" in row.answer) or (
+        "system" in parts and any(message["role"] == "system" for message in row.messages)
+    )
 
 
 def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer: Renderer) -> Manifest:

@@ -294,3 +294,41 @@ def test_tools_reach_the_template() -> None:
 def test_data_config_with_reserved_template_arguments_raises() -> None:
     with pytest.raises(ValueError, match="found tokenize, which spinreg sets; expected other names"):
         DataConfig(template_arguments={"tokenize": True})
+
+
+# What stands before </think> in an assistant's content is cut.
+CUTS_THOUGHTS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+NO_SYSTEM_TEXT = "{% for m in messages if m['role'] != 'system' %}" + CHATML.partition("%}")[2]
+SYSTEM_BEFORE_LAST_USER = (
+    "{% for m in messages %}{% if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'user' and loop.last %}{% for s in messages if s['role'] == 'system' %}{{ s['content'] }}\n"
+    "{% endfor %}{% endif %}{{ m['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "left_out"),
+    [(CHATML, set()), (CUTS_THOUGHTS, {"thought"}), (NO_SYSTEM_TEXT, {"system"}), (SYSTEM_BEFORE_LAST_USER, set())],
+)
+def test_left_out_names_the_parts_that_the_template_cuts(template: str, left_out: set[str]) -> None:
+    assert Renderer(chat_tokenizer("byte_bpe", template)).left_out == left_out
+
+
+@pytest.mark.parametrize("answer", ["<think>\nI add.\n</think>\n\nIt is 1.", "a </think> b", "<think></think>It is 1."])
+def test_answer_whose_thought_the_template_cuts_raises(answer: str) -> None:
+    cutting, whole = (Renderer(chat_tokenizer("byte_bpe", template)) for template in (CUTS_THOUGHTS, CHATML))
+    with pytest.raises(BadInput, match=r"leaves out a part of the assistant's text .*another chat_template.jinja"):
+        cutting.answer_ids(user("Hello"), answer)
+    assert whole.answer_ids(user("Hello"), answer)[-1] == whole.end_of_turn
+    assert cutting.answer_ids(user("Hello"), "It is 1.")
+    # Thoughts of earlier turns are left out by design.
+    said = [*user("Hello"), {"role": "assistant", "content": answer}, *user("And?")]
+    assert cutting.prompt_ids(said)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM_TEXT, SYSTEM_BEFORE_LAST_USER])
+def test_system_text_that_the_template_forgets_raises(template: str) -> None:
+    forgetting = Renderer(chat_tokenizer("byte_bpe", template))
+    with pytest.raises(BadInput, match=r"leaves out a part of the system's text 'Be brief\.'"):
+        forgetting.answer_ids([{"role": "system", "content": "Be brief."}, *user("Hello")], "Hi")

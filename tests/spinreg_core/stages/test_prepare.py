@@ -155,6 +155,28 @@ def test_data_id_follows_everything_that_changes_rows(tmp_path: Path) -> None:
     assert len({m.base for m in made.values()}) == 1
 
 
+def test_data_id_moves_for_rows_that_earlier_objects_cut(tmp_path: Path) -> None:
+    """Objects of 0.1.0 hold answers without the thoughts that the template cuts."""
+    toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
+    cutting = shutil.copytree(toy, tmp_path / "cutting")
+    template = (toy / "chat_template.jinja").read_text()
+    changed = template.replace("m['content']", "m['content'].split('</think>')[-1]")
+    assert changed != template
+    (cutting / "chat_template.jinja").write_text(changed)
+    thoughtful = [{"prompt": "What is it?", "answer": "<think>One.</think>\nIt is 1.\n#### 1"}]
+    keys = {
+        (rows is ROWS, model): prepare_key(tmp_path, write_jsonl(tmp_path / "x.jsonl", rows), model)
+        for rows in (ROWS, ROWS + thoughtful)
+        for model in (str(toy), str(cutting))
+    }
+    assert {place for place, key in keys.items() if "written" in key} == {(False, str(cutting))}
+
+
+def prepare_key(tmp_path: Path, dataset: str, model: str) -> dict[str, Any]:
+    work = job(tmp_path, dataset, f"key-{len(list(tmp_path.iterdir()))}", model=model, data={"max_bad_share": 0.5})
+    return dict(run(work).data.key)
+
+
 def test_prepare_warns_of_text_before_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
     other = shutil.copytree(toy, tmp_path / "other")
