@@ -123,6 +123,15 @@ def _sha256(messages: Iterable[Message], tools: list[Mapping[str, Any]] | None) 
     return hashlib.sha256(json.dumps(hashed, ensure_ascii=False, separators=(",", ":")).encode()).hexdigest()
 
 
+def _layouts() -> list[Layout]:
+    return [
+        Layout("messages", ("messages",)),
+        *(Layout("conversations", (name,)) for name in _CONVERSATION_COLUMNS),
+        Layout("instruction", ("instruction", "input", "output")),
+        *(Layout("prompt_response", pair) for pair in _PAIR_COLUMNS),
+    ]
+
+
 def choose_layout(columns: set[str], config: DataConfig, where: str, *, prompts_only: bool = False) -> Layout:
     """Return the layout of a data set with these columns.
 
@@ -137,13 +146,7 @@ def choose_layout(columns: set[str], config: DataConfig, where: str, *, prompts_
                 "set data.prompt_column and data.response_column to columns of the data set",
             )  # fmt: skip
         return Layout("prompt_response", (config.prompt_column, config.response_column))
-    candidates = [
-        Layout("messages", ("messages",)),
-        *(Layout("conversations", (name,)) for name in _CONVERSATION_COLUMNS),
-        Layout("instruction", ("instruction", "input", "output")),
-        *(Layout("prompt_response", pair) for pair in _PAIR_COLUMNS),
-    ]
-    for layout in candidates:
+    for layout in _layouts():
         needed = {name for name in layout.columns if name != "input" or layout.format != "instruction"}
         if prompts_only:
             needed = set(layout.columns[:1])
@@ -153,6 +156,16 @@ def choose_layout(columns: set[str], config: DataConfig, where: str, *, prompts_
     if config.format != "auto":
         expected = f"the columns of data.format {config.format}: {_FORMAT_COLUMNS[config.format]}"
     raise BadInput(where, f"has the columns {listed}", expected)
+
+
+def usable_columns(config: DataConfig) -> frozenset[str]:
+    """Return every column of a data set that a row may use, in any layout."""
+    columns = {name for layout in _layouts() for name in layout.columns} | {
+        config.prompt_column,
+        config.response_column,
+    }
+    columns |= known_fields(of_turns=True) | known_fields(of_turns=False)
+    return frozenset(name for name in columns if name is not None)
 
 
 def read_rows(record: object, number: int, layout: Layout, turns: Literal["last", "first", "all"]) -> list[Row]:

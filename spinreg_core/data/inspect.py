@@ -51,6 +51,7 @@ class PartReport:
     bad_rows: dict[str, int]
     rejected: list[Rejected]
     unused_fields: list[str]
+    files: list[str]
     written_before_answers: str | None = None
     truncated_answers: int | None = None
     final_answers: int | None = None
@@ -138,6 +139,7 @@ def _report(loaded: Loaded, config: RunConfig, renderer: Renderer | None) -> Par
         bad_rows=by_reason(rejected),
         rejected=rejected,
         unused_fields=loaded.unused,
+        files=loaded.notes,
         written_before_answers=None if renderer is None else renderer.written_before,
         **counts,
     )
@@ -146,6 +148,7 @@ def _report(loaded: Loaded, config: RunConfig, renderer: Renderer | None) -> Par
 def _lines(name: str, report: PartReport, max_bad_share: float) -> Iterator[str]:
     duplicates = report.duplicates
     yield f"{name}: {report.dataset} ({report.format})"
+    yield from (f"  {note}" for note in report.files)
     yield f"  records {report.records}, usable rows {report.rows}"
     if report.unused_fields:
         yield f"  fields that rows do not use: {', '.join(report.unused_fields)}"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows, unused_fields
+from spinreg_core.data.formats import Rejected, Row, choose_layout, read_rows, unused_fields, usable_columns
 from spinreg_core.data.messages import RowProblem
 from spinreg_core.data.readers import Record
 from spinreg_core.data.row_file import take_rows, write_rows
@@ -51,7 +51,7 @@ class Loaded:
 
     `records` counts good and bad records. `last` holds the number of each data set's last record; records are numbered
     from 1 across all data sets. `guards` holds the counts of `contamination.guarded` by evaluation set. `unused` names
-    the fields of records and turns that rows do not use.
+    the fields of records and turns that rows do not use, `notes` the files that were read and not read.
     """
 
     dataset: str
@@ -63,6 +63,7 @@ class Loaded:
     last: dict[str, int]
     guards: dict[str, dict[str, int]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def content_hash(self) -> str:
         """Return the SHA-256 (hex) of the rows and the rejected rows, equal for equal content in any file layout."""
@@ -84,7 +85,9 @@ def load_rows(
     file, split or column, or no records at all.
     """
     # A held-out data set has a split of its own, and the training set's subset does not apply to it.
-    records = read_records(dataset, split or config.split, config.subset if split is None else subset, most)
+    notes: list[str] = []
+    records = read_records(dataset, split or config.split, config.subset if split is None else subset, most,
+                           columns=usable_columns(config), notes=notes)  # fmt: skip
     where = f"dataset {dataset}"
     columns: set[str] = set()
     # One row may lack a column, so that the first alone does not show the layout.
@@ -92,6 +95,7 @@ def load_rows(
     for record in records:
         first.append(record)
         columns |= {str(name) for name in record.content} if isinstance(record.content, dict) else set()
+        columns |= {*record.unread}
         if columns and len(first) >= _LOOKED_AT:
             break
     if not first:
@@ -113,7 +117,7 @@ def load_rows(
             try:
                 if record.problem is not None:
                     raise record.problem
-                unused.update(unused_fields(record.content, layout))
+                unused.update(unused_fields(record.content, layout), record.unread)
                 yield from read_rows(record.content, record.row, layout, config.turns)
             except RowProblem as problem:
                 rejected.append(Rejected(record.row, problem.reason, problem.detail))
@@ -121,7 +125,7 @@ def load_rows(
     rows = write_rows(good_rows())
     kept, duplicates = exact_duplicates(rows)
     return Loaded(dataset, layout.format, count, take_rows(rows, kept), rejected, duplicates, {dataset: last},
-                  unused=sorted(unused))  # fmt: skip
+                  unused=sorted(unused), notes=notes)  # fmt: skip
 
 
 def load_heldout(dataset: str, config: DataConfig) -> Loaded | None:

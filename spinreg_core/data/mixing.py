@@ -56,6 +56,7 @@ def load_mixture(dataset: str, config: DataConfig) -> Loaded:
         replace(duplicates, exact=duplicates.exact + sum(one.duplicates.exact for one in found)),
         last,
         unused=sorted({name for one in found for name in one.unused}),
+        notes=[note for one in found for note in one.notes],
     )
 
 

@@ -11,7 +11,7 @@ import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,15 @@ _COMPRESSED = (".gz", ".bz2", ".xz")
 
 @dataclass(frozen=True)
 class Record:
-    """A record as read from a file: its number (from 1) and its content, or the problem of reading it."""
+    """A record as read from a file: its number (from 1) and its content, or the problem of reading it.
+
+    `unread` names columns that were not read, because no row may use them.
+    """
 
     row: int
     content: object
     problem: RowProblem | None = None
+    unread: tuple[str, ...] = ()
 
 
 def kind_of(path: Path) -> str:
@@ -40,15 +44,18 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_file(path: Path, shown: str) -> Iterable[Record]:
-    """Yield the records of a file; `shown` is its name in messages. Raises BadInput."""
+def read_file(path: Path, shown: str, columns: frozenset[str] | None = None) -> Iterable[Record]:
+    """Yield the records of a file; `shown` is its name in messages. Raises BadInput.
+
+    columns: those that rows may use (None: all). Parquet and Arrow files are read without the others.
+    """
     reader = READERS.get(kind_of(path))
     if reader is None:
         raise BadInput(
             f"dataset {shown}", f"has the suffix {kind_of(path)!r}", f"a file ending in {', '.join(READERS)}"
         )
     try:
-        yield from reader(path)
+        yield from reader(path, columns) if reader in (_parquet, _arrow) else reader(path)
     except EOFError:
         raise BadInput(f"dataset {path}", "is cut off in its compressed data", "a complete file") from None
     except PermissionError as error:
@@ -169,7 +176,14 @@ def _pieces(batches: Iterable[Any], path: Path) -> Iterator[Any]:
             yield piece
 
 
-def table_records(batches: Iterable[Any]) -> Iterator[Record]:
+def split_columns(names: Iterable[str], columns: frozenset[str] | None) -> tuple[list[str], tuple[str, ...]]:
+    """Return the names to read, and the others. All are read where none would be left."""
+    every = list(dict.fromkeys(names))
+    wanted = [name for name in every if columns is None or name in columns]
+    return (wanted, tuple(name for name in every if name not in wanted)) if wanted else (every, ())
+
+
+def table_records(batches: Iterable[Any], unread: tuple[str, ...] = ()) -> Iterator[Record]:
     """Yield the records of pyarrow tables or batches. Arrow does not validate text, so invalid text shows here."""
     number = 0
     for batch in batches:
@@ -179,15 +193,15 @@ def table_records(batches: Iterable[Any]) -> Iterator[Record]:
             contents = [None] * batch.num_rows
             for i in range(batch.num_rows):
                 try:
-                    yield Record(number + i + 1, batch.slice(i, 1).to_pylist()[0])
+                    yield Record(number + i + 1, batch.slice(i, 1).to_pylist()[0], unread=unread)
                 except UnicodeDecodeError as error:
                     yield Record(number + i + 1, None, RowProblem("broken_utf8", str(error)))
         else:
-            yield from (Record(number + i, content) for i, content in enumerate(contents, start=1))
+            yield from (Record(number + i, content, unread=unread) for i, content in enumerate(contents, start=1))
         number += len(contents)
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, columns: frozenset[str] | None) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -202,7 +216,9 @@ def _parquet(path: Path) -> Iterator[Record]:
         with pq.ParquetFile(path) as file:
             about = file.metadata
             limits.require_expansion(path, sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups)))
-            yield from table_records(_pieces(file.iter_batches(1000), path))
+            wanted, unread = split_columns(file.schema_arrow.names, columns)
+            batches = file.iter_batches(1000, columns=wanted if unread else None)
+            yield from table_records(_pieces(batches, path), unread)
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"dataset {path}", f"cannot be read: {error}", "a Parquet file") from None
@@ -222,7 +238,7 @@ def _validated(batch: Any) -> Any:
     return batch
 
 
-def _arrow(path: Path) -> Iterator[Record]:
+def _arrow(path: Path, columns: frozenset[str] | None) -> Iterator[Record]:
     """Read Arrow IPC, as a file or as the stream that `datasets` writes."""
     import pyarrow as pa
 
@@ -235,13 +251,15 @@ def _arrow(path: Path) -> Iterator[Record]:
                 source.seek(0)
                 reader = pa.ipc.open_file(source)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-            yield from table_records(_pieces((_validated(batch) for batch in batches), path))
+            wanted, unread = split_columns(reader.schema.names, columns)
+            batches = (batch.select(wanted) if unread else batch for batch in batches)
+            yield from table_records(_pieces((_validated(batch) for batch in batches), path), unread)
     # UnicodeDecodeError: the name of a column is not UTF-8.
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"dataset {path}", f"cannot be read: {error}", "an Arrow file") from None
 
 
-READERS = {
+READERS: dict[str, Callable[..., Iterator[Record]]] = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,

@@ -99,6 +99,8 @@ def _largest_id(job: Job, data: str) -> int:
 
 
 def _print_counts(loaded: Loaded) -> None:
+    for note in loaded.notes:
+        print(note)
     first = 1
     for name, last in loaded.last.items() if len(loaded.last) > 1 else ():
         print(f"records {first} to {last}: {name}")

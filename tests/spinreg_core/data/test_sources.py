@@ -10,7 +10,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, DatasetDict
 
+from spinreg_core.config import DataConfig
+from spinreg_core.data.load import load_rows
 from spinreg_core.data.readers import Record
 from spinreg_core.data.sources import read_records
 from spinreg_core.errors import BadInput
@@ -159,9 +162,11 @@ def test_read_records_of_a_folder_finds_its_splits(tmp_path: Path) -> None:
 
 def test_read_records_of_a_folder_without_split_names_is_train(tmp_path: Path) -> None:
     write(tmp_path / "training_set" / "rows.jsonl")  # "training" is a word of the folder's name
-    write(tmp_path / "contest.jsonl")  # "test" is none of this one's
     assert contents(read(str(tmp_path), "train")) == ROWS
     write(tmp_path / "plain" / "rows.jsonl")
+    write(tmp_path / "plain" / "contest.jsonl")  # "test" is none of this one's words
+    assert contents(read(str(tmp_path / "plain"), "train")) == ROWS * 2
+    (tmp_path / "plain" / "contest.jsonl").unlink()
     assert contents(read(str(tmp_path / "plain"), "train")) == ROWS
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput, match="has no data files"):
@@ -251,3 +256,76 @@ def test_read_records_of_s3_reads_files_and_folders(tmp_path: Path, s3_server: S
     ):
         with pytest.raises(BadInput, match=f"dataset names s3://.*{said}"):
             read(url, "train")
+
+
+def notes_of(folder: Path, split: str = "train") -> list[str]:
+    notes: list[str] = []
+    list(read_records(str(folder), split, notes=notes))
+    return notes
+
+
+def test_read_records_of_a_folder_notes_files_read_and_not_read(tmp_path: Path) -> None:
+    for name in ("train-1.jsonl", "train-2.jsonl", "dev-ops.jsonl"):
+        write(tmp_path / name)
+    assert notes_of(tmp_path) == [
+        f"split train of {tmp_path} is train-1.jsonl, train-2.jsonl", "not read: dev-ops.jsonl (validation)"
+    ]  # fmt: skip
+    for number in range(3, 15):
+        write(tmp_path / f"train-{number:02}.jsonl")
+    assert notes_of(tmp_path, "train[:1]")[0].endswith(" and 4 more")
+
+
+def test_read_records_of_a_folder_with_files_of_no_split_raises(tmp_path: Path) -> None:
+    for name in ("train-timetables.jsonl", "dev-ops.jsonl", "chats-2024.jsonl"):
+        write(tmp_path / name)
+    with pytest.raises(BadInput, match=r"files of no split \(chats-2024\.jsonl\).* as in train-chats-2024\.jsonl"):
+        read(str(tmp_path), "train")
+
+
+def test_read_records_of_a_file_with_two_splits_raises(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "eval-1.jsonl")
+    with pytest.raises(BadInput, match="has the words of train and test"):
+        read(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["more.jsonl.zst", "more.tsv", "MORE.ZIP"])
+def test_read_records_of_a_folder_with_rows_of_another_kind_raises(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "rows.jsonl")
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(BadInput, match=f"files that spinreg does not read .{name}.; expected convert them"):
+        read(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("line", ["data_files: chosen/*.jsonl", "data_dir: chosen"])
+def test_read_records_of_a_clone_follows_its_card(tmp_path: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_datasets_in(tmp_path / "cache", monkeypatch)
+    folder = tmp_path / "clone"
+    write(folder / "chosen" / "a.jsonl")
+    write(folder / "drafts" / "b.jsonl")
+    assert len(read(str(folder), "train")) == 2 * len(ROWS)
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  {line}\n---\n# Rows\n")
+    assert contents(read(str(folder), "train")) == ROWS
+
+
+def test_read_records_of_saved_splits_notes_those_not_read(tmp_path: Path) -> None:
+    rows = Dataset.from_list(ROWS)
+    DatasetDict({"train": rows, "extra": rows}).save_to_disk(str(tmp_path / "saved"))
+    assert notes_of(tmp_path / "saved") == [f"split train of {tmp_path / 'saved'} is read; not read: extra"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_read_records_leaves_other_columns_unread(tmp_path: Path, kind: str) -> None:
+    """Python's dates end with the year 9999."""
+    far = pa.array([2**55, -(2**55)], pa.timestamp("us"))
+    table = pa.table({"prompt": ["a", "b"], "response": ["c", "d"], "at": far, "tag": pa.nulls(2)})
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    found = list(read_records(str(path), "train", columns=frozenset({"prompt", "response", "answer"})))
+    assert [record.content for record in found] == [{"prompt": "a", "response": "c"}, {"prompt": "b", "response": "d"}]
+    assert {record.unread for record in found} == {("at", "tag")}
+    loaded = load_rows(str(path), DataConfig())
+    assert (len(loaded.rows), loaded.unused) == (2, ["at", "tag"])
