@@ -7,6 +7,7 @@ which is up to the caller that can act on them.
 from __future__ import annotations
 
 import re
+from typing import Self
 
 EXIT_BAD_INPUT = 65  # EX_DATAERR: the same input fails again, so it is not retried
 EXIT_JUDGE_AWAY = 69  # EX_UNAVAILABLE: the stage has waited for it already
@@ -39,6 +40,14 @@ class SpinregError(Exception):
     def __init__(self, *texts: object) -> None:
         super().__init__(*(without_credentials(text) if isinstance(text, str) else text for text in texts))
 
+    @classmethod
+    def from_message(cls, message: str) -> Self:
+        """Return the error of a stage process that has ended, from the message that it printed."""
+        error = cls.__new__(cls)
+        # A subclass may take other arguments, from which it forms its message.
+        SpinregError.__init__(error, message)
+        return error
+
 
 def problem_text(where: str, found: object, expected: str) -> str:
     """Return the sentence of a `BadInput`: what is wrong at `where`, then what to do about it.
@@ -70,13 +79,6 @@ class BadInput(SpinregError):
         self.where, self.found, self.expected = where, str(found), expected
         # A message may quote input that is not UTF-8, and logs must be able to write it.
         super().__init__(problem_text(where, found, expected).encode(errors="backslashreplace").decode())
-
-    @classmethod
-    def from_message(cls, message: str) -> BadInput:
-        """Return the error of a stage process that has ended, from the message that it printed."""
-        error = cls.__new__(cls)
-        SpinregError.__init__(error, message)
-        return error
 
 
 class ConfigChanged(BadInput):

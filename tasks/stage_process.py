@@ -1,8 +1,8 @@
 """Runs one stage as a process of its own, and turns its end into a result or an error.
 
-Decides: how a stage is started, watched and ended; the meaning of its exit status; that a slow display never delays it.
-Leaves out: the stages (`spinreg_core.stages`), the display (`tasks.artifacts`), retries (`tasks.run_stage`), reading
-the manifest (the caller, from the store).
+Decides: how a stage is started, watched and ended, and that a slow display never delays it.
+Leaves out: the meaning of an exit status (`runtime.failures`), the stages (`spinreg_core.stages`), the display
+(`tasks.artifacts`), retries (`tasks.run_stage`), reading the manifest (the caller, from the store).
 """
 
 from __future__ import annotations
@@ -23,29 +23,15 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from spinreg_core.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DAMAGED,
-    EXIT_JUDGE_AWAY,
-    EXIT_PREEMPTED,
-    BadInput,
-    Damaged,
-    JudgeAway,
-    StageFailed,
-    StagePreempted,
-    without_credentials,
-)
+from spinreg_core.errors import StageFailed, without_credentials
 from spinreg_core.runs.job import Job
-from spinreg_core.runtime.failures import MEMORY_HELPS
+from spinreg_core.runtime.failures import MESSAGE_LINES, process_error
 from spinreg_core.runtime.progress import ProgressLine, parse
 from spinreg_core.runtime.supervision import STARTER_VARIABLE
 from tasks.log import run_log
 
 PROGRESS_EVERY_SECONDS = 5.0
 _GONE_SECONDS = 3.0
-# Lines kept for messages; a listing of bad rows is longer than the end of a traceback.
-_TAIL_LINES = 200
-_SHOWN_LINES = 20
 _LINE_BYTES = 65536
 # Lines that a slow display may lag behind before it misses some.
 _WAITING_LINES = 1000
@@ -124,7 +110,7 @@ def run_process(
         TerminationSignal, KeyboardInterrupt, an error of `check`: after ending the group.
     """
     started = time.monotonic()
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    tail: deque[str] = deque(maxlen=MESSAGE_LINES)
     shown: queue.Queue[str | None] = queue.Queue(_WAITING_LINES)
     reader = threading.Thread(target=_drain, args=(process, log_file, tail, shown), name=f"{name}-output", daemon=True)
     # Prefect finds the current run in context variables, which a new thread does not inherit.
@@ -152,7 +138,7 @@ def run_process(
         reader.join(timeout=5)
         viewer.join(timeout=2)
     if status != 0:
-        raise _failure(name, status, list(tail), log_file)
+        raise process_error(name, status, list(tail), log_file)
 
 
 def _end_group(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
@@ -236,33 +222,6 @@ def _show(
             progress = parse(line)
             if progress is not None and on_progress is not None:
                 on_progress(progress)
-
-
-def _failure(name: str, status: int, tail: list[str], log_file: Path) -> Exception:
-    if status == EXIT_BAD_INPUT:
-        return BadInput.from_message(_message(tail, "bad input: "))
-    if status == EXIT_DAMAGED:
-        return Damaged(_message(tail, "damaged: "))
-    if status == EXIT_JUDGE_AWAY:
-        return JudgeAway(_message(tail, "error: "))
-    if status in (EXIT_PREEMPTED, -signal.SIGTERM):
-        return StagePreempted(
-            f"{name}: stopped from outside (SIGTERM); its committed parts stay, and a retry continues"
-        )
-    if status < 0:
-        how = f"killed by {signal.Signals(-status).name}"
-        if status == -signal.SIGKILL:
-            how += f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}"
-    else:
-        how = f"exit status {status}"
-    end = "\n".join(f"  {line}" for line in tail[-_SHOWN_LINES:]) or "  (no output)"
-    return StageFailed(f"{name}: {how}; whole output in {log_file}, its end:\n{end}")
-
-
-def _message(tail: list[str], prefix: str) -> str:
-    """Return the last message of a stage under a prefix, with all of its lines."""
-    start = max((i for i, line in enumerate(tail) if line.startswith(prefix)), default=None)
-    return "no message" if start is None else "\n".join(tail[start:]).removeprefix(prefix)
 
 
 def end_embedded_server_with_us() -> None:

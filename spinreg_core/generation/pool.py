@@ -20,13 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from spinreg_core.errors import StageFailed
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, StageFailed
 from spinreg_core.generation.remote_workers import BEGIN, Guests, remote_workers
 from spinreg_core.generation.shards import Shard, ShardMeta, Source
 from spinreg_core.generation.worker_process import EngineProcess, start_engine
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.objects import read_part
-from spinreg_core.runtime.child import raise_verdict
+from spinreg_core.runtime.failures import process_error
 from spinreg_core.store.base import Store
 
 # Engines that died over one shard before it is given up: its prompts may be what kills them.
@@ -235,8 +235,9 @@ class _Pool:
 
     def _on_worker_exit(self, engine: _Engine) -> None:
         """An engine has ended: what it had open goes back to the list."""
-        if engine.own is not None:  # what another machine lacks does not end the run
-            raise_verdict(engine.status, engine.last[-1] if engine.last else "")
+        # Another engine of this machine would meet the same; what another machine lacks does not end the run.
+        if engine.own is not None and engine.status in (EXIT_BAD_INPUT, EXIT_DAMAGED):
+            raise process_error("generate", engine.status, engine.last)
         for number in list(engine.open):  # committed, and not told of any more
             part = read_part(self.store, self.job.object_id, self.by_number[number].name)
             if part is not None:

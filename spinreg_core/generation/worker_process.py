@@ -19,10 +19,10 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from spinreg_core.runs.job import Job
+from spinreg_core.runtime.failures import MESSAGE_LINES
 
 COMMAND = [sys.executable, "-u", "-m", "spinreg_core.generation.worker"]
 _LAST_WORDS_SECONDS = 5.0
-_LAST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def start_engine(job: Job, environment: dict[str, str], line: socket.socket) -> 
 
 def _keep(process: subprocess.Popen[str], line: socket.socket) -> None:
     """Show what an engine prints and tell of its end: by its process, as a child of it may keep its pipes open."""
-    last: deque[str] = deque(maxlen=_LAST_LINES)
+    last: deque[str] = deque(maxlen=MESSAGE_LINES)
 
     def show() -> None:
         assert process.stdout is not None

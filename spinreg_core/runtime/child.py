@@ -9,29 +9,14 @@ import json
 import subprocess
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from spinreg_core.errors import (
-    EXIT_BAD_INPUT,
-    EXIT_DAMAGED,
-    EXIT_PREEMPTED,
-    BadInput,
-    Damaged,
-    SpinregError,
-    StageFailed,
-    StagePreempted,
-)
+from spinreg_core.errors import SpinregError
 from spinreg_core.runs.job import Job
-
-
-def raise_verdict(status: int | None, last: str) -> None:
-    """Raise the error in a process's last line, where its exit status tells that a retry cannot help."""
-    if status == EXIT_BAD_INPUT:
-        raise BadInput.from_message(last.removeprefix("bad input: "))
-    if status == EXIT_DAMAGED:
-        raise Damaged(last.removeprefix("damaged: "))
+from spinreg_core.runtime.failures import MESSAGE_LINES, process_error
 
 
 def run_in_process(job: Job, module: str, check: Callable[[], object] = lambda: None) -> dict[str, Any]:
@@ -39,13 +24,13 @@ def run_in_process(job: Job, module: str, check: Callable[[], object] = lambda: 
 
     check: called every second; if it raises a SpinregError, the child is killed and the error is raised here.
 
-    Raises as the child's exit status says: BadInput, Damaged, StagePreempted, StageFailed.
+    Raises the error that the child's exit status stands for (`failures.process_error`).
     """
     folder = job.workdir / job.stage
     folder.mkdir(parents=True, exist_ok=True)
     replace(job, workdir=folder).save(folder / "job.json")
     command = [sys.executable, "-m", module, str(folder / "job.json")]
-    last = ""
+    tail: deque[str] = deque(maxlen=MESSAGE_LINES)
     stopped: list[SpinregError] = []
     ended = threading.Event()
 
@@ -63,7 +48,8 @@ def run_in_process(job: Job, module: str, check: Callable[[], object] = lambda: 
         try:
             for line in child.stdout:
                 print(line, end="", flush=True)
-                last = line.strip() or last
+                if line.strip():
+                    tail.append(line.rstrip())
         except BaseException:
             # SIGTERM, say. The child needs no warning: its committed parts stay.
             child.kill()
@@ -72,10 +58,7 @@ def run_in_process(job: Job, module: str, check: Callable[[], object] = lambda: 
             ended.set()
     if stopped:
         raise stopped[0]
-    raise_verdict(child.returncode, last)
-    if child.returncode in (EXIT_PREEMPTED, -15):
-        raise StagePreempted(f"the {job.stage} process was stopped from outside")
     if child.returncode:
-        raise StageFailed(f"the {job.stage} process ended with status {child.returncode}: {last}")
+        raise process_error(job.stage, child.returncode, list(tail))
     result = folder / "result.json"
     return dict(json.loads(result.read_text())) if result.exists() else {}

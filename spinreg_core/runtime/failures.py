@@ -1,7 +1,8 @@
 """The message and exit status of a failed stage, and the rank at fault among several.
 
-Decides: the message and exit status of every error; which of several failed ranks was the first cause.
-Leaves out: the consequences of an exit status (`tasks.stage_process`).
+Decides: the message and exit status of every error, and the error that they stand for in the process that waits;
+which of several failed ranks was the first cause.
+Leaves out: the consequences of an error (`tasks.run_stage`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import signal
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,13 +22,25 @@ from spinreg_core.errors import (
     EXIT_BAD_INPUT,
     EXIT_DAMAGED,
     EXIT_JUDGE_AWAY,
+    EXIT_PREEMPTED,
     BadInput,
     Damaged,
     JudgeAway,
     SpinregError,
+    StageFailed,
+    StagePreempted,
     without_credentials,
 )
 
+# The errors that a process reports by its exit status, and the first words of their messages.
+_REPORTED: tuple[tuple[type[SpinregError], int, str], ...] = (
+    (BadInput, EXIT_BAD_INPUT, "bad input: "),
+    (Damaged, EXIT_DAMAGED, "damaged: "),
+    (JudgeAway, EXIT_JUDGE_AWAY, "error: "),
+)
+# Lines of output that a process's message may have: a listing of bad rows is longer than the end of a traceback.
+MESSAGE_LINES = 200
+_SHOWN_LINES = 20
 # gloo and NCCL raise plain RuntimeErrors, so only their texts tell that another rank ended or kept this one waiting.
 _GONE = re.compile(r"Connection closed by peer|Connection reset|Broken pipe|Connection refused|remote process exited")
 _TIMED_OUT = re.compile(r"Timed out waiting|Timeout|timeout", re.ASCII)
@@ -54,12 +67,9 @@ class Failure:
 
 def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple[int, str]:
     """Return (exit status, message) for an error of a stage."""
-    if isinstance(error, BadInput):
-        return EXIT_BAD_INPUT, f"bad input: {error}"
-    if isinstance(error, Damaged):
-        return EXIT_DAMAGED, f"damaged: {error}"
-    if isinstance(error, JudgeAway):
-        return EXIT_JUDGE_AWAY, f"error: {error}"
+    for kind, status, prefix in _REPORTED:
+        if isinstance(error, kind):
+            return status, f"{prefix}{error}"
     if isinstance(error, SpinregError):
         return 1, f"error: {error}"
     if isinstance(error, SystemExit):
@@ -68,6 +78,39 @@ def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple
     if _out_of_memory(error):
         return 1, f"error: {_memory_message(error, stage, config)}"
     return 1, without_credentials("".join(traceback.format_exception(error)).rstrip())
+
+
+def process_error(name: str, status: int, output: Sequence[str], log_file: Path | None = None) -> SpinregError:
+    """Return the error that a process ended with.
+
+    Args:
+        name: the process in messages, such as its stage.
+        output: the last lines of its output.
+        log_file: the file with all of its output.
+    """
+    for kind, own, prefix in _REPORTED:
+        if status == own:
+            start = max((i for i, line in enumerate(output) if line.startswith(prefix)), default=None)
+            text = "no message" if start is None else "\n".join(output[start:]).removeprefix(prefix)
+            return kind.from_message(text)
+    if status in (EXIT_PREEMPTED, -signal.SIGTERM):
+        return StagePreempted(
+            f"{name}: stopped from outside (SIGTERM); its committed parts stay, and a retry continues"
+        )
+    how = f"exit status {status}" if status >= 0 else f"killed by {_signal_text(-status)}"
+    place = "the end of its output" if log_file is None else f"whole output in {log_file}, its end"
+    end = "\n".join(f"  {line}" for line in output[-_SHOWN_LINES:]) or "  (no output)"
+    return StageFailed(f"{name}: {how}; {place}:\n{end}")
+
+
+def _signal_text(number: int) -> str:
+    if number != signal.SIGKILL:
+        return signal.Signals(number).name
+    return (
+        "SIGKILL, often the kernel's out-of-memory killer (see dmesg): set a smaller resources.tokens_per_pass (or "
+        "kv_cache_tokens for answers), training.activation_checkpointing full, or training.lora_rank; `spinreg plan` "
+        "shows the memory of each stage"
+    )
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -104,12 +147,6 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
         f"out of memory in {stage}: it asked for {asked} more. Any of these helps: {'; '.join(helps)}. "
         f"`spinreg plan` shows the memory each needs. ({text.splitlines()[0] if text else type(error).__name__})"
     )
-
-
-MEMORY_HELPS = (
-    "set a smaller resources.tokens_per_pass (or kv_cache_tokens for answers), training.activation_checkpointing full, "
-    "or training.lora_rank; `spinreg plan` shows the memory of each stage"
-)
 
 
 def record(folder: Path, rank: int, status: int, message: str) -> None:
@@ -149,15 +186,13 @@ def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
         # SIGTERM makes a rank write its stack, so one with a stack was told to stop and is no cause.
         ended = bool(_stack(folder, rank))
         if status < 0 and rank not in reported and not ended and -status not in (signal.SIGTERM, signal.SIGABRT):
-            name = signal.Signals(-status).name
-            if name == "SIGKILL" and any(_TIMED_OUT.search(failure.message) for failure in failures):
+            if status == -signal.SIGKILL and any(_TIMED_OUT.search(failure.message) for failure in failures):
                 # torchrun killed it, because it answered neither the other ranks nor SIGTERM.
                 return 1, (
                     f"error: rank {rank} did not answer for resources.collective_timeout_seconds, nor when it was told "
                     f"to stop, and was killed: it was suspended, or hung outside Python{_last_words(folder, rank)}"
                 )
-            hint = f", often the kernel's out-of-memory killer (see dmesg): {MEMORY_HELPS}" if name == "SIGKILL" else ""
-            return 1, f"error: rank {rank} was killed by {name}{hint}{_last_words(folder, rank)}"
+            return 1, f"error: rank {rank} was killed by {_signal_text(-status)}{_last_words(folder, rank)}"
     own = [failure for failure in failures if not is_secondary_failure(failure.message)]
     if own:
         return own[0].status, own[0].text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,8 @@ def toy_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     (tmp_path / "sitecustomize.py").write_text(
         f"import spinreg_core.stages\nspinreg_core.stages.__path__.append({str(stages)!r})\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # A PYTHONPATH of the tests names the checkout that they test, which the stage must import as well.
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("PIDS", str(tmp_path))
 
     def write(body: str) -> Job:
