@@ -28,13 +28,10 @@ class StageProgress:
         from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
         percent = 100.0 * line.done / max(line.total, 1)
-        minutes, seconds = divmod(line.eta_seconds, 60)
-        text = f"{line.stage}: {line.done}/{line.total} {line.unit}, {line.rate:.2f}/s, {minutes}:{seconds:02d} left"
-        text += f"; {line.note}" if line.note else ""
         if self._artifact is None:
-            self._artifact = cast(UUID, create_progress_artifact(percent, key=self._key, description=text))
+            self._artifact = cast(UUID, create_progress_artifact(percent, key=self._key, description=line.text))
         else:
-            update_progress_artifact(self._artifact, percent, text)
+            update_progress_artifact(self._artifact, percent, line.text)
 
 
 def artifact_key(*parts: object) -> str:

@@ -11,21 +11,14 @@ import threading
 import time
 from dataclasses import dataclass
 
-_LINE = re.compile(
-    r"^\[(?P<stage>[^\]]+)\] (?P<done>\d+)/(?P<total>\d+) (?P<unit>\S+) \((?P<percent>\d+) %\), "
-    r"(?P<rate>[0-9.]+)/s, (?P<eta>\d+:\d\d:\d\d) left(?:; (?P<note>.+))?$"
-)
+_LINE = re.compile(r"^\[[^\]]+\] (\d+)/(\d+) \S+ \(\d+ %\), [0-9.]+/s, \d+:\d\d:\d\d left(?:; .+)?$")
 
 
 @dataclass(frozen=True)
 class ProgressLine:
-    stage: str
+    text: str
     done: int
     total: int
-    unit: str
-    rate: float
-    eta_seconds: int
-    note: str = ""
 
 
 class Progress:
@@ -68,15 +61,4 @@ class Progress:
 def parse(line: str) -> ProgressLine | None:
     """Return the progress in a line, or None for any other line."""
     match = _LINE.match(line.strip())
-    if match is None:
-        return None
-    hours, minutes, seconds = match["eta"].split(":")
-    return ProgressLine(
-        match["stage"],
-        int(match["done"]),
-        int(match["total"]),
-        match["unit"],
-        float(match["rate"]),
-        int(hours) * 3600 + int(minutes) * 60 + int(seconds),
-        match["note"] or "",
-    )
+    return None if match is None else ProgressLine(match[0], int(match[1]), int(match[2]))

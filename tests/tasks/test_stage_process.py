@@ -115,7 +115,7 @@ def test_run_stage_returns_result_output_and_progress(toy_stage: Callable[[str],
     assert run_stage(job, on_line=lines.append, on_progress=progress.append) == {"inputs": {"a": ["b"]}}
     assert lines[0] == "round 1 of demo"
     assert lines[-1].startswith("[toy-stage] committed toy-stage-0 after")
-    assert (progress[-1].done, progress[-1].total, progress[-1].unit) == (3, 3, "rows")
+    assert progress[-1].text.startswith("[toy-stage] 3/3 rows (100 %), ")
     assert Job.load(job.workdir / "job.json") == job
     assert (job.workdir / "log.txt").read_text().splitlines()[0] == lines[0]
 

@@ -159,8 +159,8 @@ def test_generate_after_a_kill_continues_from_its_shards(
     assert f"{finished} of {len(after)} shards were committed before" in output
     assert "13/13 answers (100 %)" in output
     lines = [line for line in map(parse, output.splitlines()) if line is not None]
-    assert lines[0].note == f"shards: {finished} of {len(after)} committed"
-    assert lines[-1].note == f"shards: {len(after)} of {len(after)} committed"
+    assert lines[0].text.endswith(f"; shards: {finished} of {len(after)} committed")
+    assert lines[-1].text.endswith(f"; shards: {len(after)} of {len(after)} committed")
 
 
 def test_generate_with_a_damaged_part_answers_its_shard_again(house: House) -> None:

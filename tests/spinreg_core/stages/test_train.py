@@ -100,7 +100,7 @@ def test_train_prints_progress_steps_and_alarms(setting: Setting, capsys: pytest
     manifest = train.run(setting.job("shown", learning_rate=0.05))  # far too high: human answers become less likely
     output = capsys.readouterr().out.splitlines()
     progress = [line for line in map(parse, output) if line]
-    assert (progress[-1].stage, progress[-1].done, progress[-1].total, progress[-1].unit) == ("train", 12, 12, "steps")
+    assert progress[-1].text.startswith("[train] 12/12 steps (100 %), ")
     assert any(line.startswith("step 12/12: loss ") for line in output)
     (alarm,) = [line for line in output if line.startswith("ALARM: ")]
     assert manifest.metrics["alarms"] == [alarm.removeprefix("ALARM: ")]
