@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from spinreg_core.generation.compiled_step import Step
 from spinreg_core.generation.engine import Answer, Sampling, columns_for
 from spinreg_core.generation.kv_slots import Slots, layers_of, prompt_cache
-from spinreg_core.generation.sampler import distribution, draw, mixed_logits, uniforms
+from spinreg_core.generation.sampler import mixed_logits, sample, uniforms
 
 # Answers at once. More make no step cheaper on any machine, and each has a row of logits.
 _ROWS = 1024
@@ -34,76 +34,68 @@ _READ_AT_ONCE = 4096
 
 @dataclass
 class _Open:
-    """An answer in progress. `prompt`: tokens of its prompt."""
+    """An answer in progress. `prompt`: tokens of its prompt. `uniform`: draws its tokens."""
 
     index: int
     prompt: int
+    uniform: Callable[[], float]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
+    @property
+    def length(self) -> int:
+        """Return the number of tokens with keys and values: all except the newest."""
+        return self.prompt + len(self.tokens) - 1
 
-@torch.no_grad()
-def decode(
-    models: Sequence[PreTrainedModel],
-    weights: Sequence[float],
-    prompts: Sequence[list[int]],
-    seeds: Sequence[int],
-    sampling: Sampling,
-    *,
-    tokens: int,
-    pad_id: int,
-    step: Step,
-    on_answer: Callable[[int, Answer], None],
-) -> None:
-    """Answer all prompts, and call `on_answer(index of the prompt, answer)` as each answer ends.
 
-    Args:
+@dataclass
+class Decoding:
+    """The slots of all policies, which are filled and emptied together, until all prompts are answered.
+
+    Attributes:
         models, weights: the mixture (`sampler.mixed_logits`).
         seeds: one per prompt.
         tokens: keys and values at the same time, counting answers at their full length. A single answer may take more.
-        step: a step of `last_logits`.
-
-    Raises:
-        BadInput: logits are not finite.
-        torch.OutOfMemoryError: memory is too small for this many tokens.
+        on_answer: called with (index of the prompt, answer) as each answer ends.
+        open: the answers in progress, by slot.
     """
-    batch = _Batch(list(models), list(weights), sampling, pad_id, step, on_answer)
-    begun = 0
-    # For each prompt the length of the longest among it and all later ones.
-    longest = list(accumulate(reversed([len(p) for p in prompts]), max))[::-1]
-    while begun < len(prompts) or batch.open:
-        if begun < len(prompts):
-            left = len(prompts) - begun
-            most = max([longest[begun], *(row.prompt for row in batch.open.values())])
-            rows = batch.rows_for(tokens // columns_for(most + sampling.max_new_tokens), left)
-            free = min(rows - len(batch.open), left)
-            if free > 0 and (not batch.open or free >= rows / 8 or free == left):
-                batch.begin(range(begun, begun + free), prompts, seeds, rows, most)
-                begun += free
-                continue
-        batch.step()
 
+    models: Sequence[PreTrainedModel]
+    weights: Sequence[float]
+    prompts: Sequence[list[int]]
+    seeds: Sequence[int]
+    sampling: Sampling
+    tokens: int
+    pad_id: int
+    one_step: Step
+    on_answer: Callable[[int, Answer], None]
+    open: dict[int, _Open] = field(default_factory=dict)
+    caches: list[Slots] = field(default_factory=list)
 
-class _Batch:
-    """The slots of all policies, which are filled and emptied together."""
+    @torch.no_grad()
+    def run(self) -> None:
+        """Answer all prompts.
 
-    def __init__(
-        self,
-        models: list[PreTrainedModel],
-        weights: list[float],
-        sampling: Sampling,
-        pad_id: int,
-        step: Step,
-        on_answer: Callable[[int, Answer], None],
-    ) -> None:
-        self.models, self.weights, self.sampling = models, weights, sampling
-        self.pad_id, self.one_step, self.on_answer = pad_id, step, on_answer
-        self.device = models[0].device
-        # By slot.
-        self.open: dict[int, _Open] = {}
-        self.caches: list[Slots] = []
-        # float64 [slots, max_new_tokens]: the uniform number that draws each token.
-        self.numbers = torch.empty(0)
+        Raises:
+            BadInput: logits are not finite.
+            torch.OutOfMemoryError: memory is too small for this many tokens.
+        """
+        self.device = self.models[0].device
+        begun = 0
+        # For each prompt the length of the longest among it and all later ones.
+        longest = list(accumulate(reversed([len(p) for p in self.prompts]), max))[::-1]
+        while begun < len(self.prompts) or self.open:
+            if begun < len(self.prompts):
+                left = len(self.prompts) - begun
+                most = max([longest[begun], *(row.prompt for row in self.open.values())])
+                columns = columns_for(most + self.sampling.max_new_tokens)
+                rows = self.rows_for(self.tokens // columns, left)
+                free = min(rows - len(self.open), left)
+                if free > 0 and (not self.open or free >= rows / 8 or free == left):
+                    self.begin(range(begun, begun + free), rows, columns)
+                    begun += free
+                    continue
+            self.step()
 
     def rows_for(self, room: int, left: int) -> int:
         """Return the number of slots, with memory for `room` answers and `left` prompts that have not begun."""
@@ -111,29 +103,22 @@ class _Batch:
         # Growing copies all keys and values, and shorter prompts make room for one more slot now and then.
         return self.caches[0].rows if self.open and wanted < 1.25 * self.caches[0].rows else wanted
 
-    def begin(
-        self, indices: Sequence[int], prompts: Sequence[list[int]], seeds: Sequence[int], rows: int, longest: int
-    ) -> None:
-        """Read prompts into slots and draw their first tokens. longest: of the prompts in progress or still to come."""
-        columns = columns_for(longest + self.sampling.max_new_tokens)
+    def begin(self, indices: Sequence[int], rows: int, columns: int) -> None:
+        """Read prompts into slots and draw their first tokens."""
         if not self.open:
             self.caches = [Slots(layers_of(model), rows, columns) for model in self.models]
-            self.numbers = torch.zeros(rows, self.sampling.max_new_tokens, dtype=torch.float64)
         elif rows > self.caches[0].rows:
             for cache in self.caches:
-                cache.resize(rows, columns, max(map(_length, self.open.values())))
-            more = torch.zeros(rows - len(self.numbers), self.sampling.max_new_tokens, dtype=torch.float64)
-            self.numbers = torch.cat([self.numbers, more])
+                cache.resize(rows, columns, max(row.length for row in self.open.values()))
         free = [slot for slot in range(self.caches[0].rows) if slot not in self.open]
-        order = sorted(indices, key=lambda i: -len(prompts[i]))
-        at_once = max(1, _READ_AT_ONCE // len(prompts[order[0]]))
+        order = sorted(indices, key=lambda i: -len(self.prompts[i]))
+        at_once = max(1, _READ_AT_ONCE // len(self.prompts[order[0]]))
         for start in range(0, len(order), at_once):
             part = order[start : start + at_once]
             slots, free = free[: len(part)], free[len(part) :]
-            logits = self._read(slots, [prompts[i] for i in part])
+            logits = self._read(slots, [self.prompts[i] for i in part])
             for slot, index in zip(slots, part, strict=True):
-                self.open[slot] = _Open(index, len(prompts[index]))
-                self.numbers[slot] = uniforms(seeds[index], self.sampling.max_new_tokens)
+                self.open[slot] = _Open(index, len(self.prompts[index]), uniforms(self.seeds[index]))
             self._draw(slots, logits)
 
     def step(self) -> None:
@@ -144,7 +129,7 @@ class _Batch:
             self._drop_free_slots()
         rows = self.caches[0].rows
         last = [self.open[slot].tokens[-1] if slot in self.open else self.pad_id for slot in range(rows)]
-        lengths = [_length(self.open[slot]) if slot in self.open else 0 for slot in range(rows)]
+        lengths = [self.open[slot].length if slot in self.open else 0 for slot in range(rows)]
         ids, positions = (torch.tensor(x, device=self.device)[:, None] for x in (last, lengths))
         self.one_step.begin(self.caches)
         logits = []
@@ -174,10 +159,9 @@ class _Batch:
     def _draw(self, slots: list[int], logits: list[Tensor]) -> None:
         """Draw the next token of the answers in these slots. logits: one [slots, vocabulary] per policy."""
         mixed = mixed_logits(logits, self.weights)
-        steps = torch.tensor([len(self.open[slot].tokens) for slot in slots])
-        numbers = self.numbers[torch.tensor(slots), steps].to(self.device)
+        numbers = torch.tensor([self.open[slot].uniform() for slot in slots], dtype=torch.float64)
         size = max(1, _DRAWN_AT_ONCE // mixed.shape[1])
-        drawn = [_drawn(x, u, self.sampling) for x, u in zip(mixed.split(size), numbers.split(size), strict=True)]
+        drawn = [sample(x, self.sampling, u) for x, u in zip(mixed.split(size), numbers.split(size), strict=True)]
         tokens, logprobs = (torch.cat(parts) for parts in zip(*drawn, strict=True))
         for slot, token, logprob in zip(slots, tokens.tolist(), logprobs.tolist(), strict=True):
             row = self.open[slot]
@@ -192,19 +176,7 @@ class _Batch:
         slots = sorted(self.open)
         for cache in self.caches:
             cache.keep(slots)
-        self.numbers = self.numbers[torch.tensor(slots)]
         self.open = {i: self.open[slot] for i, slot in enumerate(slots)}
-
-
-def _length(row: _Open) -> int:
-    """Return the number of tokens with keys and values: all except the newest."""
-    return row.prompt + len(row.tokens) - 1
-
-
-def _drawn(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """Return [rows] tokens and [rows] log-probabilities (nats)."""
-    tokens = draw(distribution(logits, sampling), numbers)
-    return tokens, logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:

@@ -24,10 +24,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.compiled_step import Step
-from spinreg_core.generation.decode import decode, last_logits
+from spinreg_core.generation.decode import Decoding, last_logits
 from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut
 from spinreg_core.generation.kv_slots import has_slots
-from spinreg_core.generation.sampler import distribution, draw, uniforms
+from spinreg_core.generation.sampler import sample, uniforms
 from spinreg_core.models.loading import load_policy
 from spinreg_core.runtime.distributed import compiles, resolve_device
 
@@ -37,7 +37,7 @@ class HfEngine:
 
     Args:
         models: used in their own number format and on their own device.
-        tokens: see `decode`.
+        tokens: see `Decoding`.
         step: the decoding step, of `decode.last_logits` (None: never compiled).
 
     Raises:
@@ -116,8 +116,8 @@ class HfEngine:
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, note: Callable[[int, Answer], None]
     ) -> None:
         if all(map(has_slots, self._models)):
-            decode(self._models, self._weights, prompts, seeds, sampling, tokens=self._tokens, pad_id=self._pad_id,
-                   step=self._step, on_answer=note)  # fmt: skip
+            Decoding(self._models, self._weights, prompts, seeds, sampling, self._tokens, self._pad_id, self._step,
+                     note).run()  # fmt: skip
             return
         # Prompts of one length only: some states (MiniMax) do not leave out the padding of shorter prompts.
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -174,13 +174,14 @@ def _tokens(models: Sequence[PreTrainedModel], resources: ResourcesConfig) -> in
 class _Forced(LogitsProcessor):
     """Makes transformers' greedy loop take the tokens that we draw, by giving all others probability 0."""
 
-    def __init__(self, sampling: Sampling, numbers: Tensor) -> None:
-        self._sampling, self._numbers = sampling, numbers
+    def __init__(self, sampling: Sampling, seeds: list[int]) -> None:
+        self._sampling, self._draws = sampling, [uniforms(seed) for seed in seeds]
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        tokens = draw(distribution(scores, self._sampling), self._numbers[:, len(self.logprobs)].to(scores.device))
-        self.logprobs.append(scores.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+        numbers = torch.tensor([uniform() for uniform in self._draws], dtype=torch.float64)
+        tokens, logprobs = sample(scores, self._sampling, numbers)
+        self.logprobs.append(logprobs)
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens[:, None], 0.0)
 
 
@@ -192,7 +193,7 @@ def _batch(
     ids = torch.tensor(prompts, device=model.device)
     config = HfGenerationConfig(do_sample=False, max_new_tokens=sampling.max_new_tokens, use_cache=True,
                                 eos_token_id=list(sampling.stop_ids), pad_token_id=pad_id)  # fmt: skip
-    forced = _Forced(sampling, torch.stack([uniforms(seed, sampling.max_new_tokens) for seed in seeds]))
+    forced = _Forced(sampling, seeds)
     # `generate` takes unset fields from the model's own generation_config, so that is replaced by an empty one.
     checkpoints_own, model.generation_config = model.generation_config, HfGenerationConfig()
     try:

@@ -7,7 +7,7 @@ Leaves out: logits (`generation.decode`, `generation.hf`) and seeds (`generation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from spinreg_core.errors import BadInput
 from spinreg_core.generation.engine import Sampling
 
 
-def uniforms(seed: int, count: int) -> Tensor:
-    """Return float64 [count] in [0, 1): the numbers that draw the tokens of the answer with this seed, in order."""
-    return torch.from_numpy(np.random.Generator(np.random.Philox(key=seed)).random(count))
+def uniforms(seed: int) -> Callable[[], float]:
+    """Return the source of the numbers in [0, 1) that draw the tokens of the answer with this seed, in order."""
+    return np.random.Generator(np.random.Philox(key=seed)).random
 
 
 def mixed_logits(logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -77,3 +77,9 @@ def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
     # At most the last token with an interval, because the product may round up to the whole mass.
     last = (probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)).long()
     return torch.minimum(torch.searchsorted(reached, wanted, right=True)[:, 0], last)
+
+
+def sample(logits: Tensor, sampling: Sampling, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a token per row. Returns [rows] tokens and [rows] log-probabilities (nats, see `engine.Answer`)."""
+    tokens = draw(distribution(logits, sampling), numbers)
+    return tokens, logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
