@@ -37,7 +37,6 @@ from spinreg_core.config import DataConfig, GenerationConfig, ResourcesConfig, R
 from spinreg_core.data.load import load_rows
 from spinreg_core.generation import compiled_step as step
 from spinreg_core.generation import worker as answer
-from spinreg_core.generation.decode import last_logits
 from spinreg_core.generation.engine import Sampling
 from spinreg_core.generation.hf import HfEngine
 from spinreg_core.generation.open import open_engine
@@ -178,9 +177,9 @@ def main() -> None:
 
     more: dict[str, Any] = {}
     if given.compile or torch.cuda.is_available():
-        at_once = step.Step(last_logits, compile=True, after=0)
+        at_once = step.Step(compile=True, after=0)
         compiled = HfEngine(hf._models, tokens=hf._tokens, pad_id=renderer.pad_id, step=at_once)
-        hf._step = step.Step(last_logits, compile=False)
+        hf._step = step.Step(compile=False)
         begin = time.monotonic()
         compiled.generate(prompts, replace(sampling, max_new_tokens=8), range(len(prompts)))
         startup["compiled"] = time.monotonic() - begin

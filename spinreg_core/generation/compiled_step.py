@@ -2,7 +2,7 @@
 
 Decides: when the engine changes to a compiled step, which sizes may change without compiling again, and that a model
 without a compiled step is decoded eagerly, with a message.
-Leaves out: the step itself (`generation.decode`) and its keys and values of fixed shape (`generation.kv_slots`).
+Leaves out: the rest of decoding (`generation.decode`), keys and values of fixed shape (`generation.kv_slots`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,23 @@ AFTER_STEPS = 2000
 Forward = Callable[[PreTrainedModel, Tensor, Tensor, Tensor, Slots], Tensor]
 
 
+def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
+    """Return logits [rows, vocabulary] after the last of `ids` [rows, tokens]; keys and values go into the cache."""
+    output = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
 class Step:
-    """A decoding step, compiled once more than `after` steps were taken. Lives as long as its engine."""
+    """The step `last_logits`, compiled once more than `after` steps were taken. Lives as long as its engine."""
 
     def __init__(
-        self,
-        forward: Forward,
-        *,
-        compile: bool,
-        after: int = AFTER_STEPS,
-        compiler: Callable[..., Forward] = torch.compile,
+        self, *, compile: bool, after: int = AFTER_STEPS, compiler: Callable[..., Forward] = torch.compile
     ) -> None:
-        self._forward, self._compile, self._after, self._compiler = forward, compile, after, compiler
+        self._compile, self._after, self._compiler = compile, after, compiler
         self._compiled: Forward | None = None
         self._taken = 0
 
@@ -46,7 +51,7 @@ class Step:
             # torch compiles one graph per model, and again for sizes that happened to be equal, or 1. Beyond the limit
             # it falls back to eager steps without a word.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-            self._compiled = self._compiler(self._forward, dynamic=True)
+            self._compiled = self._compiler(last_logits, dynamic=True)
         if self._compiled is not None:
             for cache in caches:
                 cache.fix()
@@ -60,4 +65,4 @@ class Step:
                 reason = " ".join(lines[:2]) or type(error).__name__
                 print(f"the decoding step of {type(model).__name__} cannot be compiled: {reason}", flush=True)
                 self._compile, self._compiled = False, None
-        return self._forward(model, ids, mask, positions, cache)
+        return last_logits(model, ids, mask, positions, cache)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spinreg_core.generation.compiled_step import Step
+from spinreg_core.generation.compiled_step import Step, last_logits
 from spinreg_core.generation.engine import Answer, Sampling, columns_for
 from spinreg_core.generation.kv_slots import Slots, layers_of, prompt_cache
 from spinreg_core.generation.sampler import mixed_logits, sample, uniforms
@@ -177,13 +177,3 @@ class Decoding:
         for cache in self.caches:
             cache.keep(slots)
         self.open = {i: self.open[slot] for i, slot in enumerate(slots)}
-
-
-def last_logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, positions: Tensor, cache: object) -> Tensor:
-    """Return logits [rows, vocabulary] after the last of `ids` [rows, tokens]; keys and values go into the cache."""
-    output = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    logits: Tensor = output.logits[:, -1]
-    return logits

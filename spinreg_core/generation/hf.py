@@ -13,7 +13,6 @@ import gc
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,14 @@ from torch import Tensor
 from transformers import GenerationConfig as HfGenerationConfig
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from spinreg_core.config import GenerationConfig, ResourcesConfig
+from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.compiled_step import Step
-from spinreg_core.generation.decode import Decoding, last_logits
+from spinreg_core.generation.decode import Decoding
 from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut
 from spinreg_core.generation.kv_slots import has_slots
 from spinreg_core.generation.sampler import sample, uniforms
-from spinreg_core.models.loading import load_policy
-from spinreg_core.runtime.distributed import compiles, resolve_device
+from spinreg_core.runtime.failures import is_out_of_memory
 
 
 class HfEngine:
@@ -38,7 +36,7 @@ class HfEngine:
     Args:
         models: used in their own number format and on their own device.
         tokens: see `Decoding`.
-        step: the decoding step, of `decode.last_logits` (None: never compiled).
+        step: the decoding step (None: never compiled).
 
     Raises:
         BadInput: the models of a mixture differ in vocabulary, or have other memory than keys and values.
@@ -54,7 +52,7 @@ class HfEngine:
         step: Step | None = None,
     ) -> None:
         self._models, self._weights = list(models), list(weights)
-        self._step = step or Step(last_logits, compile=False)
+        self._step = step or Step(compile=False)
         self._tokens, self._pad_id = tokens, pad_id
         sizes = {model.config.get_text_config().vocab_size for model in models}
         if len(sizes) > 1:
@@ -63,28 +61,6 @@ class HfEngine:
             names = ", ".join(type(model).__name__ for model in models)
             raise BadInput("policies of a mixture", f"are {names}, which keep more than keys and values",
                            "transformers with attention in all layers")  # fmt: skip
-
-    @classmethod
-    def open(
-        cls,
-        policies: Sequence[Path],
-        weights: Sequence[float],
-        generation: GenerationConfig,
-        resources: ResourcesConfig,
-        *,
-        pad_id: int,
-        loaded: dict[Path, PreTrainedModel] | None = None,
-    ) -> HfEngine:
-        device = resolve_device(resources.device)
-        # A run replaces auto by the format of its scores (`config.sampling_dtype`). Elsewhere auto is float32.
-        precision: Any = "bf16" if generation.dtype == "bfloat16" else "fp32"
-        loaded = {} if loaded is None else loaded
-        for policy in policies:
-            if policy not in loaded:
-                loaded[policy] = load_policy(policy, precision, device)
-        models = [loaded[policy] for policy in policies]
-        return cls(models, weights=weights, tokens=_tokens(models, resources), pad_id=pad_id,
-                   step=Step(last_logits, compile=compiles(resources, device)))  # fmt: skip
 
     def generate(
         self,
@@ -107,7 +83,7 @@ class HfEngine:
         while left:
             try:
                 self._decode([prompts[i] for i in left], [seeds[i] for i in left], sampling, partial(note, left))
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except RuntimeError as error:
                 self._take_less(error, prompts, sampling)
             left = [i for i in left if i not in answers]
         return [answers[i] for i in range(len(prompts))]
@@ -131,8 +107,7 @@ class HfEngine:
 
     def _take_less(self, error: RuntimeError, prompts: list[list[int]], sampling: Sampling) -> None:
         """Halve the tokens that are decoded at once. Raises the error again where that cannot help."""
-        cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
-        if not isinstance(error, torch.OutOfMemoryError) and not cpu:
+        if not is_out_of_memory(error):
             raise error
         reason = str(error).splitlines()[0]
         if self._tokens <= max(map(len, prompts)) + sampling.max_new_tokens:
@@ -143,18 +118,20 @@ class HfEngine:
             ) from error
         self._tokens //= 2
         print(f"out of memory ({reason}); continuing with {self._tokens} tokens at once", flush=True)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
 
     def close(self) -> None:
         self._models = []
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
 
 
-def _tokens(models: Sequence[PreTrainedModel], resources: ResourcesConfig) -> int:
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def tokens_at_once(models: Sequence[PreTrainedModel], resources: ResourcesConfig) -> int:
     """Return `resources.kv_cache_tokens`; auto is 8192 on a CPU, and as many as half of a GPU's free memory holds."""
     if resources.kv_cache_tokens != "auto":
         return resources.kv_cache_tokens

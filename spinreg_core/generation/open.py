@@ -33,9 +33,20 @@ def open_engine(
         BadInput: the folder, engine or device cannot be used.
     """
     if name == "hf":
-        from spinreg_core.generation.hf import HfEngine
+        from spinreg_core.generation.compiled_step import Step
+        from spinreg_core.generation.hf import HfEngine, tokens_at_once
+        from spinreg_core.models.loading import load_policy
+        from spinreg_core.runtime.distributed import compiles, resolve_device
 
-        return HfEngine.open(policies, weights, generation, resources, pad_id=pad_id, loaded=loaded)
+        device = resolve_device(resources.device)
+        loaded = {} if loaded is None else loaded
+        for policy in policies:
+            if policy not in loaded:
+                # A run replaces auto by the format of its scores (`config.sampling_dtype`). Elsewhere auto is float32.
+                loaded[policy] = load_policy(policy, "bf16" if generation.dtype == "bfloat16" else "fp32", device)
+        models = [loaded[policy] for policy in policies]
+        return HfEngine(models, weights=weights, tokens=tokens_at_once(models, resources), pad_id=pad_id,
+                        step=Step(compile=compiles(resources, device)))  # fmt: skip
     if len(policies) > 1:
         raise BadInput("generation.engine", f"is {name}, which samples no mixtures", "set it to hf")
     if importlib.util.find_spec("vllm") is None:

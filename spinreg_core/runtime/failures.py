@@ -47,6 +47,7 @@ _TIMED_OUT = re.compile(r"Timed out waiting|Timeout|timeout", re.ASCII)
 # The limit in messages of `rank_watch`, which would look like a timeout of a collective.
 _LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")
 _COMMUNICATION = re.compile(r"gloo|nccl|NCCL|DistBackendError|DistNetworkError|ProcessGroup|TCPStore|collective")
+_NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple
     if isinstance(error, SystemExit):
         where = "".join(traceback.format_exception(error)).rstrip()
         return 1, f"a call in {stage} ended the process with status {error.code!r}:\n{where}"
-    if _out_of_memory(error):
+    if is_out_of_memory(error):
         return 1, f"error: {_memory_message(error, stage, config)}"
     return 1, without_credentials("".join(traceback.format_exception(error)).rstrip())
 
@@ -113,11 +114,13 @@ def _signal_text(number: int) -> str:
     )
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True where a GPU or the host has no memory left for a tensor."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+        # Torch's allocator for the host raises plain RuntimeErrors.
+        or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None)
     )
 
 

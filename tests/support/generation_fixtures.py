@@ -30,13 +30,13 @@ TEMPLATE = (
 LOADS = """
 import os
 from pathlib import Path
-from spinreg_core.generation import hf
-load = hf.load_policy
+from spinreg_core.models import loading
+load = loading.load_policy
 def noted(folder, *more):
     with open(Path({root!r}, "loads"), "a") as file:
         print(os.getpid(), folder.parts[folder.parts.index("objects") + 1], file=file)
     return load(folder, *more)
-hf.load_policy = noted
+loading.load_policy = noted
 """
 
 

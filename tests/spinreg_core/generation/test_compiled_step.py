@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from spinreg_core.generation import kv_slots as slots
 from spinreg_core.generation.compiled_step import AFTER_STEPS, Step
-from spinreg_core.generation.decode import last_logits
 from spinreg_core.generation.hf import HfEngine
 from spinreg_core.generation.kv_slots import Slots
 from tests.support.decoding import FAMILIES, PAD, sampling, shared_layers, small
@@ -33,7 +32,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def compiled_soon(backend: Any = "eager") -> Step:
     """A step that is compiled after a few: with "eager" it is traced, and run as it was traced."""
-    return Step(last_logits, compile=True, after=5, compiler=partial(torch.compile, backend=backend))
+    return Step(compile=True, after=5, compiler=partial(torch.compile, backend=backend))
 
 
 @torch.no_grad()
@@ -86,7 +85,7 @@ def test_step_of_a_mixture_is_one_graph_per_model() -> None:
 
 def test_step_of_short_work_is_not_compiled() -> None:
     assert AFTER_STEPS > 1000
-    step = Step(last_logits, compile=True)
+    step = Step(compile=True)
     HfEngine([small(3)], tokens=240, pad_id=PAD, step=step).generate([[1, 2]], sampling(), [0])
     assert not step.compiled
     assert not torch._dynamo.utils.counters["stats"]

@@ -18,10 +18,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from spinreg_core.errors import BadInput, StageFailed
-from spinreg_core.generation import hf
 from spinreg_core.generation import worker as answer_stage
 from spinreg_core.generation import worker_process as engine_process
 from spinreg_core.generation.shards import SHARD_SCHEMA, Rows, Source, drawn_sources, round_prompts
+from spinreg_core.models import loading
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
 from spinreg_core.runtime.child import run_in_process
@@ -294,7 +294,7 @@ def test_generate_loads_each_policy_once(
     """However many sources it takes part in, and with no more than one other in memory."""
     job = house.job("once", iterates=iterates, answers_per_prompt=2, geometric=BOTH)
     alone = apart(house, job)
-    load, models, loaded = hf.load_policy, list[weakref.ref[Any]](), list[str]()
+    load, models, loaded = loading.load_policy, list[weakref.ref[Any]](), list[str]()
 
     def noted(folder: Path, *more: Any) -> Any:
         gc.collect()
@@ -304,7 +304,7 @@ def test_generate_loads_each_policy_once(
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(hf, "load_policy", noted)
+    monkeypatch.setattr(loading, "load_policy", noted)
     run(job)
     assert loaded == [f"policy-{n}" for n in expected]
     gc.collect()
