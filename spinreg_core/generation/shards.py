@@ -15,7 +15,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from spinreg_core.data.split import IntArray, seeded_order
-from spinreg_core.generation.engine import Answer, Sampling
+from spinreg_core.generation.engine import Answer
 from spinreg_core.selfplay.opponent import draw_iterate, draws_mixture, draws_replay
 
 SHARD_SCHEMA = pa.schema(
@@ -43,15 +43,8 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
-class Mixture(TypedDict):
-    """A token-level mixture: object ids of the policies, and their weights."""
-
-    policies: list[str]
-    weights: list[float]
-
-
-class ShardCounts(TypedDict):
-    """Counts of a shard's answers.
+class ShardMeta(TypedDict):
+    """The `meta` of a committed shard.
 
     drawn           SHA-256 of the sampled tokens, without log-probabilities: their last digits depend on the batch
     prompts         answers (a prompt may have several)
@@ -59,6 +52,8 @@ class ShardCounts(TypedDict):
     truncated       answers cut off by the length limit
     empty           answers without text other than blanks
     invalid_text    answers that are not valid UTF-8
+    iterate, geometric          their source
+    seconds, startup_seconds    of answering, and of loading policies
     """
 
     drawn: str
@@ -67,11 +62,6 @@ class ShardCounts(TypedDict):
     truncated: int
     empty: int
     invalid_text: int
-
-
-class ShardMeta(ShardCounts):
-    """The `meta` of a committed shard: its counts, its source, and the seconds of answering and of loading policies."""
-
     iterate: int
     geometric: bool
     seconds: float
@@ -181,8 +171,7 @@ class Rows:
     def names(self, rows: NDArray[np.int64]) -> list[str]:
         """Return the prompt_id of each row, in the given order."""
         table = self._file.read(columns=["prompt_id"])
-        found: list[str] = table["prompt_id"].take(pa.array(rows)).to_pylist()
-        return found
+        return list(table["prompt_id"].take(pa.array(rows)).to_pylist())
 
     def take(self, rows: NDArray[np.int64]) -> pa.Table:
         """Return prompt_id and prompt_ids of rows, which must ascend."""
@@ -204,8 +193,7 @@ def write_shard(
     seeds: list[int],
     *,
     policy: str,
-    sampling: Sampling,
-    mixture: Mixture | None,
+    settings: dict[str, Any],
 ) -> None:
     """Write a shard's file: SHARD_SCHEMA, with the sampler's settings as JSON under `spinreg` in its metadata."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,18 +211,12 @@ def write_shard(
         "policy": [policy] * count,
         "seed": seeds,
     }
-    arrays = [
-        columns[field.name].cast(field.type) if isinstance(columns[field.name], pa.ChunkedArray)
-        else pa.array(columns[field.name], field.type)
-        for field in SHARD_SCHEMA
-    ]  # fmt: skip
-    settings = json.dumps({"sampling": vars(sampling), "mixture": mixture})
-    table = pa.Table.from_arrays(arrays, schema=SHARD_SCHEMA.with_metadata({"spinreg": settings}))
-    pq.write_table(table, path)
+    pq.write_table(pa.table(columns, SHARD_SCHEMA.with_metadata({"spinreg": json.dumps(settings)})), path)
 
 
-def shard_counts(answers: list[Answer], texts: list[str]) -> ShardCounts:
-    """Count a shard's answers."""
+def shard_meta(
+    source: Source, answers: list[Answer], texts: list[str], *, seconds: float, startup_seconds: float
+) -> ShardMeta:
     drawn = json.dumps([[a.token_ids, a.finish] for a in answers]).encode()
     return {
         "drawn": hashlib.sha256(drawn).hexdigest(),
@@ -243,6 +225,10 @@ def shard_counts(answers: list[Answer], texts: list[str]) -> ShardCounts:
         "truncated": sum(a.finish == "length" for a in answers),
         "empty": sum(not text.strip() for text in texts),
         "invalid_text": sum("\ufffd" in text for text in texts),
+        "iterate": source.iterate,
+        "geometric": source.geometric,
+        "seconds": round(seconds, 3),
+        "startup_seconds": round(startup_seconds, 3),
     }
 
 

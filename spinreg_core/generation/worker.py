@@ -39,7 +39,6 @@ from spinreg_core.config import sampling_dtype
 from spinreg_core.generation.engine import Answer, Engine, Sampling, check_prompts
 from spinreg_core.generation.open import open_engine
 from spinreg_core.generation.shards import (
-    Mixture,
     Rows,
     Shard,
     ShardMeta,
@@ -48,7 +47,7 @@ from spinreg_core.generation.shards import (
     drawn_sources,
     make_shards,
     round_prompts,
-    shard_counts,
+    shard_meta,
     write_shard,
 )
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
@@ -81,8 +80,9 @@ class _LoadedSource:
     """An engine loaded with the policies of one source."""
 
     source: Source
-    policies: list[str]
-    mixture: Mixture | None
+    policy: str
+    # The sampler and the mixture, as a shard's file has them.
+    settings: dict[str, Any]
     engine: Engine
     renderer: Renderer
     sampling: Sampling
@@ -118,13 +118,11 @@ def answer_shards(
     def commit(turn: _LoadedSource, done: _ShardInProgress, seconds: float) -> None:
         answers = [done.answers[i] for i in range(len(done.answers))]
         texts = [turn.renderer.decode(a.token_ids) for a in answers]
-        meta: ShardMeta = {
-            **shard_counts(answers, texts), "iterate": turn.source.iterate, "geometric": turn.source.geometric,
-            "seconds": round(seconds, 3), "startup_seconds": turn.loading.pop() if turn.loading else 0.0,
-        }  # fmt: skip
+        loading = turn.loading.pop() if turn.loading else 0.0
+        meta = shard_meta(turn.source, answers, texts, seconds=seconds, startup_seconds=loading)
         folder = job.workdir / done.shard.name
         write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
-                    done.seeds, policy=turn.policies[0], sampling=turn.sampling, mixture=turn.mixture)  # fmt: skip
+                    done.seeds, policy=turn.policy, settings=turn.settings)  # fmt: skip
         part = commit_part(store, job, done.shard.name, upload(store, job, folder), dict(meta))
         shutil.rmtree(folder)
         # The meta of the part: another worker may have committed the shard first.
@@ -142,7 +140,7 @@ def answer_shards(
                         # Before the next models are loaded, because memory may not hold both.
                         turn.engine.close()
                     turn = _turn(job, store, source, folders, loaded)
-                    turn.loading.append(round(time.monotonic() - begin, 3))
+                    turn.loading.append(time.monotonic() - begin)
                 _answer_wave(turn, [_opened(job, rows, shard, turn.sampling, turn.config) for shard in wave], on_answer,
                              lambda *done: pool.submit(commit, *done))  # fmt: skip
     finally:
@@ -170,15 +168,16 @@ def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], load
     own = folders[policies[0]]
     renderer = Renderer.from_folder(own, job.config.data.template_arguments)
     sampling = Sampling.of(generation, renderer.stop_ids)
-    mixture: Mixture | None = {"policies": policies, "weights": weights} if source.geometric else None
+    mixture = {"policies": policies, "weights": weights} if source.geometric else None
     print(f"engine {name} ({generation.dtype}) for iterate {source.iterate}"
           + (f", mixed with the base {weights[0]:g} : {weights[1]:g}" if mixture else ""), flush=True)  # fmt: skip
     engine = open_engine(
         name, [folders[policy] for policy in policies], generation, job.config.resources, pad_id=renderer.pad_id,
         weights=weights, longest=job.config.data.max_prompt_tokens + sampling.max_new_tokens, loaded=loaded,
     )  # fmt: skip
+    settings = {"sampling": vars(sampling), "mixture": mixture}
     config = AutoConfig.from_pretrained(own, trust_remote_code=False, local_files_only=True)
-    return _LoadedSource(source, policies, mixture, engine, renderer, sampling, config, [])
+    return _LoadedSource(source, policies[0], settings, engine, renderer, sampling, config, [])
 
 
 def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _ShardInProgress:
@@ -242,21 +241,16 @@ def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
 
     Pairs of earlier rounds replace the replayed answers, which are in no shard. The result depends on the job alone.
     """
-    config, data, kind = job.config, job.config.data, job.extra["rows"]
-    size, geometric = config.generation.shard_size, job.extra.get("geometric")
-    if kind != "train":
+    config, data, size = job.config, job.config.data, job.config.generation.shard_size
+    if job.extra["rows"] != "train":
         (only,) = job.inputs["policies"]
         iterates = np.full((len(rows), 1), int(only))
         return make_shards(np.arange(len(rows)), iterates, np.zeros_like(iterates, bool), size), {}
     chosen = round_prompts(len(rows), data.prompts_per_round, job.round, data.round_prompts, config.seed)
-    if len(job.extra["weights"]) == 1 and geometric is None:
-        # One possible source, so there is nothing to draw.
-        iterates = np.full((len(chosen), config.generation.answers_per_prompt), job.round - 1)
-        return make_shards(chosen, iterates, np.zeros_like(iterates, bool), size), {}
     iterates, mixed, replayed = drawn_sources(
         rows.names(chosen), config.generation.answers_per_prompt, job.extra["weights"],
-        geometric_share=geometric["share"] if geometric else 0.0, replay_share=job.extra.get("replay_share", 0.0),
-        round_number=job.round, seed=config.seed,
+        geometric_share=job.extra.get("geometric", {"share": 0.0})["share"],
+        replay_share=job.extra.get("replay_share", 0.0), round_number=job.round, seed=config.seed,
     )  # fmt: skip
     not_given = zip(*np.unique(iterates[replayed], return_counts=True), strict=True)
     return make_shards(chosen, iterates, mixed, size, replayed), {str(n): int(count) for n, count in not_given}
@@ -264,15 +258,14 @@ def planned(job: Job, rows: Rows) -> tuple[list[Shard], dict[str, int]]:
 
 def run(job: Job) -> None:
     """Answer the waves from standard input. Raises as `answer_shards`."""
-    say, speaking = int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), threading.Lock()
+    say = os.fdopen(int(os.environ.get("SPINREG_SAY", sys.stdout.fileno())), "w", closefd=False)
+    speaking = threading.Lock()
 
     def tell(line: str) -> None:
-        # Commits are reported by a thread of their own, and os.write may take a part of a line.
+        # Commits are reported by a thread of their own.
         with speaking:
-            rest = f"{line};\n".encode()
             try:
-                while rest:
-                    rest = rest[os.write(say, rest) :]
+                print(f"{line};", file=say, flush=True)
             except OSError:
                 print("the stage closed its end of the socket: all shards are done, or it has ended", flush=True)
                 os._exit(1)

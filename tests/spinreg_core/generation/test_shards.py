@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spinreg_core.generation.engine import Answer
 from spinreg_core.generation.pool import _LEAST_WAVE, _WAVE, devices_of, next_wave
-from spinreg_core.generation.shards import Rows, answer_seed, drawn_sources, make_shards, shard_counts
+from spinreg_core.generation.shards import Rows, ShardMeta, Source, answer_seed, drawn_sources, make_shards, shard_meta
 
 NAMES = [f"p{i}" for i in range(3000)]
 
@@ -137,10 +137,14 @@ def test_engines_share_the_gpus_and_without_any_the_cores() -> None:
 
 
 def test_shard_counts_odd_answers() -> None:
+    def meta(answers: list[Answer], texts: list[str]) -> ShardMeta:
+        return shard_meta(Source(2, True), answers, texts, seconds=1.23456, startup_seconds=0.0)
+
     answers = [Answer([5, 1], "stop", [0.0, 0.0]), Answer([1], "stop", [0.0]), Answer([6, 7], "length", [0.0, 0.0])]
-    found = shard_counts(answers, ["\ufffdx", "", " \n"])
-    assert {name: found[name] for name in ("prompts", "tokens", "truncated", "empty", "invalid_text")} == {
-        "prompts": 3, "tokens": 5, "truncated": 1, "empty": 2, "invalid_text": 1,
+    found = meta(answers, ["\ufffdx", "", " \n"])
+    assert found == {
+        "drawn": found["drawn"], "prompts": 3, "tokens": 5, "truncated": 1, "empty": 2, "invalid_text": 1,
+        "iterate": 2, "geometric": True, "seconds": 1.235, "startup_seconds": 0.0,
     }  # fmt: skip
-    other = shard_counts([*answers[:2], Answer([6, 8], "length", [0.0, 0.0])], ["", "", ""])
-    assert other["drawn"] != found["drawn"] == shard_counts(answers, ["", "", ""])["drawn"]
+    other = meta([*answers[:2], Answer([6, 8], "length", [0.0, 0.0])], ["", "", ""])
+    assert other["drawn"] != found["drawn"] == meta(answers, ["", "", ""])["drawn"]
