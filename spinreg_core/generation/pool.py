@@ -69,59 +69,51 @@ def next_wave(shards: list[Shard], engines: int, total: int) -> list[Shard]:
     return found
 
 
-def answer_in_processes(
-    job: Job,
-    store: Store,
-    shards: list[Shard],
-    devices: list[dict[str, str]],
-    *,
-    on_answer: Callable[[int], None],
-    on_commit: Callable[[int, ShardMeta], None],
-) -> None:
-    """Have all shards committed, by one kind of engine. devices: for each engine of this machine, what its environment
-    says of its GPUs.
+@dataclass
+class Pool:
+    """The list of shards, and the engines of one kind that take from it.
 
-    Raises BadInput, Damaged; StageFailed where engines die over the same shard again and again.
+    devices: for each engine of this machine, the part of its environment that names its GPUs.
     """
-    sources = sorted({shard.source for shard in shards})
-    job = replace(job, extra=job.extra | {"sources": [[source.iterate, source.geometric] for source in sources]})
-    with remote_workers(job, store) as waiting:
-        pool = _Pool(job, store, shards, devices, waiting, on_answer, on_commit)
-        try:
-            pool.run()
-        finally:
-            pool.end()
 
+    job: Job
+    store: Store
+    shards: list[Shard]
+    devices: list[dict[str, str]]
+    on_answer: Callable[[int], None]
+    on_commit: Callable[[int, ShardMeta], None]
 
-class _Pool:
-    """The list of shards, and the engines that take from it."""
-
-    def __init__(
-        self,
-        job: Job,
-        store: Store,
-        shards: list[Shard],
-        devices: list[dict[str, str]],
-        waiting: Guests,
-        on_answer: Callable[[int], None],
-        on_commit: Callable[[int, ShardMeta], None],
-    ) -> None:
-        self.job, self.store, self.devices, self.waiting = job, store, devices, waiting
-        self.on_answer, self.on_commit = on_answer, on_commit
-        self.left, self.by_number = list(shards), {shard.number: shard for shard in shards}
+    def __post_init__(self) -> None:
+        sources = sorted({shard.source for shard in self.shards})
+        extra = {"sources": [[source.iterate, source.geometric] for source in sources]}
+        self.job = replace(self.job, extra=self.job.extra | extra)
+        self.left, self.by_number = list(self.shards), {shard.number: shard for shard in self.shards}
         self.done: set[int] = set()
         self.deaths: Counter[int] = Counter()  # of engines of this machine, by shard
         self.suspects: set[int] = set()  # shards that an engine of another machine died over: they are done here
         self.said: queue.Queue[tuple[_Engine, str | None]] = queue.Queue()
         self.engines: list[_Engine] = []
         self.writers = itertools.count()
-        self.total = sum(len(shard.rows) for shard in shards)
+        self.total = sum(len(shard.rows) for shard in self.shards)
         self.counted = 0  # answers told to `on_answer`
 
     def run(self) -> None:
+        """Have all shards committed.
+
+        Raises:
+            BadInput, Damaged: an engine of this machine ended with that error.
+            StageFailed: engines died over the same shard again and again.
+        """
+        with remote_workers(self.job, self.store) as waiting:
+            try:
+                self._serve(waiting)
+            finally:
+                self._end()
+
+    def _serve(self, waiting: Guests) -> None:
         self._start_own()
         while self.engines and not self._nothing_to_wait_for():
-            self._admit_guests()
+            self._admit_guests(waiting)
             try:
                 engine, line = self.said.get(timeout=_LOOK_SECONDS)
             except queue.Empty:
@@ -135,8 +127,7 @@ class _Pool:
             self._start_own()
         self._count(self.total - self.counted)
 
-    def end(self) -> None:
-        """Nobody works any longer."""
+    def _end(self) -> None:
         for engine in self.engines:
             if engine.own is not None:
                 engine.own.process.kill()
@@ -162,9 +153,9 @@ class _Pool:
             job = replace(self.job, writer=f"{self.job.writer}-{next(self.writers)}")
             self._take_on(_Engine(ours, device, start_engine(job, self.devices[device], its)))
 
-    def _admit_guests(self) -> None:
-        while not self.waiting.empty() and self._open_to_guests():
-            line, name = self.waiting.get()
+    def _admit_guests(self, waiting: Guests) -> None:
+        while not waiting.empty() and self._open_to_guests():
+            line, name = waiting.get()
             with contextlib.suppress(OSError):  # it left while it waited
                 line.sendall(BEGIN)
                 print(f"an engine of {name} takes part", flush=True)

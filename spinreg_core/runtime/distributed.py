@@ -55,9 +55,8 @@ def processes_here(resources: ResourcesConfig) -> int:
     if resources.processes == "auto":
         return max(gpus, 1)
     if gpus and resources.processes > gpus:
-        raise BadInput(
-            "resources.processes", f"is {resources.processes} with {gpus} GPUs here", f"set it to at most {gpus}"
-        )
+        raise BadInput("resources.processes", f"is {resources.processes} with {gpus} GPUs here",
+                       f"set it to at most {gpus}")  # fmt: skip
     return resources.processes
 
 
@@ -129,10 +128,7 @@ def init_ranks(resources: ResourcesConfig) -> Ranks:
     if device == "cuda":
         torch.cuda.set_device(local)
     timeout = datetime.timedelta(seconds=resources.collective_timeout_seconds)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo",
-        timeout=timeout,
-    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo", timeout=timeout)
     mesh = (
         init_device_mesh(device, (size,), mesh_dim_names=("shard",))
         if shard == size

@@ -38,13 +38,14 @@ def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoRe
     folder = job.workdir / "ranks"
     faulthandler.enable()
     job.workdir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, on_sigterm)
     watch = None
-    if rank is not None:
+    if rank is None:
+        die_with_parent()
+    else:
         folder.mkdir(exist_ok=True)
         watch = RankWatch(folder, rank, job.config.resources.collective_timeout_seconds)
-    die_with_parent((lambda: False) if watch is None else watch.should_exit)
-    signal.signal(signal.SIGTERM, on_sigterm)
-    if rank is not None:
+        die_with_parent(watch.should_exit)
         # The signal itself writes the stack, also of a rank that hangs in a collective and runs no Python. The file
         # stays open as long as the process.
         stack = open(folder / f"stack-{rank}.txt", "w")  # noqa: SIM115
@@ -53,11 +54,14 @@ def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoRe
         sys.stderr = sys.stdout
     start = time.monotonic()
     try:
-        processes = _processes(job) if ranked and rank is None else 1
-        if processes * job.config.resources.nodes > 1 and ranked and rank is None:
-            from spinreg_core.runtime.torchrun import launch
+        if ranked and rank is None:
+            from spinreg_core.runtime.distributed import processes_here
 
-            _end(launch(job, job.module, job_file, processes))
+            processes = processes_here(job.config.resources)
+            if processes * job.config.resources.nodes > 1:
+                from spinreg_core.runtime.torchrun import launch
+
+                _end(launch(job, job_file, processes))
         manifest = run(job)
     except Preempted:
         if rank is not None:
@@ -75,12 +79,6 @@ def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoRe
     if not rank and manifest is not None:
         print(f"[{job.stage}] committed {manifest.object_id} after {time.monotonic() - start:.1f} s", flush=True)
     _end(0)
-
-
-def _processes(job: Job) -> int:
-    from spinreg_core.runtime.distributed import processes_here
-
-    return processes_here(job.config.resources)
 
 
 def _end(status: int) -> NoReturn:

@@ -89,11 +89,8 @@ def die_with_parent(should_exit: Callable[[], bool] = lambda: False) -> None:
         hung_up.set()
         raise Preempted
 
-    def orphaned() -> bool:
-        return hung_up.is_set() or os.getppid() != parent or _gone(starter)
-
     def over() -> bool:
-        return orphaned() or should_exit()
+        return hung_up.is_set() or os.getppid() != parent or _gone(starter) or should_exit()
 
     def end_group() -> None:
         if over() and os.getpgrp() == os.getpid():

@@ -50,16 +50,16 @@ class _Logs(DefaultLogsSpecs):
         return found
 
 
-def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
-    """Run `python -m MODULE JOB_FILE` as `processes` ranks here, together with the other nodes of the job.
+def launch(job: Job, job_file: Path, processes: int) -> int:
+    """Run the job's module as `processes` ranks here, together with the other nodes of the job.
 
     Returns the exit status of the whole: 0, or that of the rank at fault, whose message is printed.
     """
     nodes = job.config.resources.nodes
     if nodes == 1:
-        status, message = _ranks(job, module, job_file, processes, run_id=f"{job.object_id}-{job.writer}")
+        status, message = _ranks(job, job_file, processes, run_id=f"{job.object_id}-{job.writer}")
     elif (attempt := os.environ.get(ATTEMPT_VARIABLE)) is not None:  # not the node that runs the flow
-        status, message = _ranks(job, module, job_file, processes, run_id=attempt)
+        status, message = _ranks(job, job_file, processes, run_id=attempt)
         if message and not is_secondary_failure(message):
             report_failure(open_store(job.store), job, attempt, status, message)
     else:
@@ -67,7 +67,7 @@ def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
         attempt = post_order(store, job)
         print(f"waiting for {nodes - 1} more nodes at {job.config.resources.rendezvous} (spinreg join)", flush=True)
         try:
-            status, message = _ranks(job, module, job_file, processes, run_id=attempt)
+            status, message = _ranks(job, job_file, processes, run_id=attempt)
             if message and is_secondary_failure(message):
                 status, message = next(iter(failures_elsewhere(store, job, attempt)), (status, message))
         finally:
@@ -77,7 +77,7 @@ def launch(job: Job, module: str, job_file: Path, processes: int) -> int:
     return status
 
 
-def _ranks(job: Job, module: str, job_file: Path, processes: int, *, run_id: str) -> tuple[int, str]:
+def _ranks(job: Job, job_file: Path, processes: int, *, run_id: str) -> tuple[int, str]:
     """Return (exit status, message of a failure)."""
     folder = job.workdir / RANKS
     shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +98,7 @@ def _ranks(job: Job, module: str, job_file: Path, processes: int, *, run_id: str
         logs_specs=_Logs(folder),
     )
     try:
-        elastic_launch(config, entrypoint=sys.executable)("-u", "-m", module, str(job_file))
+        elastic_launch(config, entrypoint=sys.executable)("-u", "-m", job.module, str(job_file))
     except ChildFailedError as failed:
         status, message = verdict(folder, {rank: failure.exitcode for rank, failure in failed.failures.items()})
         return status, "" if status == EXIT_PREEMPTED else message

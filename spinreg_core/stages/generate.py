@@ -22,7 +22,7 @@ from typing import Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.engine import Sampling
-from spinreg_core.generation.pool import answer_in_processes, devices_of, next_wave
+from spinreg_core.generation.pool import Pool, devices_of, next_wave
 from spinreg_core.generation.remote_workers import offer_workers
 from spinreg_core.generation.shards import Rows, Shard, ShardMeta, Source
 from spinreg_core.generation.worker import answer_shards, engine_of, planned
@@ -84,7 +84,7 @@ def run(job: Job) -> Manifest:
         if alone and job.config.resources.nodes == 1:
             answer_shards(job, store, rows, sources, _waves(own), on_answer=progress.update, on_commit=on_commit)
         else:
-            answer_in_processes(job, store, own, devices, on_answer=progress.update, on_commit=on_commit)
+            Pool(job, store, own, devices, progress.update, on_commit).run()
     metrics = _metrics(list(metas.values())) | {"replayed": not_given}
     nothing = job.workdir / "manifest-only"
     nothing.mkdir(exist_ok=True)

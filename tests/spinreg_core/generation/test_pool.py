@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import queue
 import socket
 
-from spinreg_core.generation.pool import _Engine, _Pool
+from spinreg_core.generation.pool import Pool, _Engine
 from spinreg_core.generation.shards import Rows
 from spinreg_core.generation.worker import planned
 from spinreg_core.runs import fetch
@@ -17,7 +16,7 @@ def test_pool_worker_finishes_its_source_before_returned_shards(house: House) ->
     """It would load that one's policy again, and then its own."""
     job = house.job("pool", iterates=[2, 1, 0], shard_size=1)
     shards, _ = planned(job, Rows(fetch.fetch_file(house.store, "data", "train.parquet")))
-    pool = _Pool(job, house.store, shards, [{}], queue.SimpleQueue(), lambda n: None, lambda number, meta: None)
+    pool = Pool(job, house.store, shards, [{}], lambda n: None, lambda number, meta: None)
     second = [shard for shard in shards if shard.source.iterate == 1]
     pool.left = [shards[0], *second[-2:], *(shard for shard in shards if shard.source.iterate == 2)]
     ours, its = socket.socketpair()
