@@ -20,7 +20,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.exceptions import TerminationSignal
 from prefect.runtime import flow_run
-from prefect.states import Cancelled
+from prefect.states import Cancelled, Failed
 
 from flows.artifacts import RunSummary, show_end, show_round, track
 from flows.checks import END_PATIENCE_SECONDS, require_usable, resolve_parameters
@@ -30,7 +30,7 @@ from flows.terminal import run_command, signals_ignored, stop_message
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import show
-from spinreg_core.errors import StagePreempted
+from spinreg_core.errors import LeaseHeld, StagePreempted
 from spinreg_core.evaluation.early_stopping import why_ended
 from spinreg_core.reports.figures import run_figures
 from spinreg_core.reports.run_report import report_data, write_report
@@ -87,6 +87,9 @@ def spin(config: str | None = None, **parameters: Any) -> RunSummary | State[Any
         raise
     except StagePreempted as error:
         return preempted(error)
+    except LeaseHeld as error:
+        # As a state, because Prefect would log the traceback of an exception. A caller gets the error itself.
+        return Failed(message=str(error), data=error)
 
 
 def _why_ended(store: Store, config: RunConfig) -> str | None:

@@ -157,7 +157,7 @@ def _from_file(path: Path) -> list[Any]:
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pylist()
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        return [json.loads(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         found = f"cannot be read ({' '.join(str(error).split())[:200]})"
         raise BadInput(str(path), found, "give a file of Parquet or JSON lines, or `human` or `gpt4_pair`") from None

@@ -61,11 +61,11 @@ def load_prompts(judge: JudgeConfig, names: Iterable[str]) -> Prompts:
     Raises BadInput for an unreadable file, and where one of `names` is missing, lacks a placeholder or has an unknown
     one.
     """
-    path = Path(judge.prompts or Path(__file__).with_name("judge_prompts.yaml"))
+    path = Path(judge.prompts or Path(__file__).with_name("judge_prompts.yaml")).expanduser()
     require_small_file("judge.prompts", path)
     try:
         raw = path.read_bytes()
-        text = raw.decode()
+        text = raw.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput("judge.prompts", f"{path} ({error})", "a readable file in UTF-8") from None
     found = _records(path, text)

@@ -101,10 +101,11 @@ def _references(path: str | None) -> dict[str, tuple[str, str]]:
 
 def _lines(field: str, path: str) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Yield the place and the fields of every line. Raises BadInput."""
-    name = Path(path).name
-    require_small_file(f"benchmarks.{field}", Path(path))
+    file = Path(path).expanduser()
+    name = file.name
+    require_small_file(f"benchmarks.{field}", file)
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise BadInput(f"benchmarks.{field}", f"{path} ({error})", "a readable file of JSON lines") from None
     for number, line in enumerate(lines, 1):

@@ -28,7 +28,10 @@ class Group(BaseModel):
     def _no_switch(cls, value: object) -> object:
         # No field is a boolean, and pydantic would accept one as the number 0 or 1.
         if isinstance(value, bool):
-            raise ValueError("a number, text, list or mapping, not a boolean")
+            raise ValueError(
+                "a number, text, list or mapping, not a truth value (YAML reads on, off, yes and no as truth values; "
+                "quotes make them text)"
+            )
         return value
 
 

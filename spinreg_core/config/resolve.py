@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,31 @@ _PHRASES = {
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a mapping names each key once; PyYAML would silently take the last value."""
+    """YAML in which a mapping names each key once, and numbers are decimal.
+
+    PyYAML would silently take the last value of a key, 010 for 8, 1:20 for 80 and 0042 for 34.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         named = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
         _require_once(named)
         return super().construct_mapping(node, deep)
+
+    def decimal(self, node: yaml.ScalarNode) -> int | float:
+        value: int | float = (
+            self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+        )
+        text = node.value.lstrip("+-")
+        if ":" in text or re.match("0[0-9_]", text):
+            problem = (
+                f'YAML reads {node.value} as the number {value}; write that number, or "{node.value}" for the text'
+            )
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+        return value
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.decimal)
 
 
 def _require_once(names: list[str]) -> None:
@@ -82,7 +102,7 @@ def load_config_file(location: str) -> dict[str, Any]:
     if len(raw) > LARGEST_FILE:
         raise BadInput(where, f"has more than {LARGEST_FILE} bytes", "give a run configuration")
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8-sig")
         if location.endswith(".json"):
             content = json.loads(text, object_pairs_hook=_json_object)
         else:
@@ -228,6 +248,11 @@ def _explain(error: pydantic.ValidationError) -> list[str]:
             )
         elif location[-1:] == ("key_variable",):
             problem = "a value that is not shown"
+        elif item["type"] == "string_type" and isinstance(item["input"], bool):
+            text = "a string; YAML reads on, off, yes and no as truth values, so write the text in quotes"
+        elif item["type"] == "string_type" and isinstance(item["input"], int | float | date):
+            quoted = json.dumps(str(item["input"]))
+            text = f"a string; write {quoted} with the quotes (on a command line: -p '{place}={quoted}')"
         found.setdefault(place, problem)
         expected.setdefault(place, []).append(text)
     return [
@@ -247,15 +272,32 @@ def resolve(
         so that with a file the stored run gives nothing, and starting the run refuses a difference later.
     """
     how_far = {"rounds", "until_round"}
+    _require_values(parameters)
     values: dict[str, object] = {}
     if config_file is not None:
         values = load_config_file(config_file)
+        _require_values(values)
     elif stored is not None:
         # Its store stays out: the run may have moved since, and its place is where it was found.
         values = stored.model_dump(mode="json", exclude=how_far | {"store"})
     if how_far & parameters.keys():  # either of the two as a parameter replaces both in the file
         values = {key: value for key, value in values.items() if key not in how_far}
     return validate(merge(values, parameters))
+
+
+def _require_values(given: Mapping[str, object]) -> None:
+    """Raise BadInput for an argument of the chat template that is the text of a truth value.
+
+    In a template the text 'False' is true. A stored configuration is left alone.
+    """
+    data = given.get("data")
+    arguments = data.get("template_arguments") if isinstance(data, Mapping) else None
+    for name, value in arguments.items() if isinstance(arguments, Mapping) else ():
+        plain = {"true": "true", "false": "false", "none": "null", "null": "null"}.get(str(value).lower())
+        # "none" in lower case is a word that templates use (reasoning_effort).
+        if isinstance(value, str) and plain is not None and value != "none":
+            found = f"is the text {value!r}, which is true in a template"
+            raise BadInput(f"data.template_arguments.{name}", found, f"write {plain}, without quotes")
 
 
 def show(config: RunConfig) -> str:

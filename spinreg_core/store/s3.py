@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
 from spinreg_core.errors import BadInput, Conflict, StoreFailed, redacted
 from spinreg_core.store.base import (
@@ -24,6 +25,7 @@ from spinreg_core.store.base import (
     Listed,
     os_errors_as_store_refused,
     require_own_commits,
+    stays_inside,
     valid_key,
 )
 from spinreg_core.store.retries import RetryTimes, innermost_text, library, remedy, response, with_retries
@@ -41,6 +43,15 @@ class RemoteFile(NamedTuple):
     tag: str
 
 
+def _require_endpoint(bucket: str) -> None:
+    """Raise BadInput for an endpoint that ends with the bucket, which would look for a bucket in the bucket."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        path = urlsplit(os.environ.get(name, "")).path.rstrip("/")
+        if path.endswith(f"/{bucket}"):
+            raise BadInput(name, f"has the bucket {bucket!r} at its end",
+                           "give the address of the server alone; the bucket stands in s3://BUCKET")  # fmt: skip
+
+
 class S3Store:
     """A bucket. Needs a server that honours If-None-Match and If-Match (`require_conditional_writes`)."""
 
@@ -54,6 +65,15 @@ class S3Store:
                 "store", repr(redacted(url)), "s3://bucket/prefix, with credentials in the environment, not in the URL"
             )
         self.url = f"s3://{self.bucket}/{self.prefix}".rstrip("/")
+        if self.prefix and not stays_inside(self.prefix):
+            # Servers list such keys under other names than those that were written, so that a listing is empty.
+            plain = "/".join([self.bucket, *(part for part in self.prefix.split("/") if part not in ("", ".", ".."))])
+            raise BadInput(
+                "store", f"is {url!r}, whose prefix has an empty part, '.' or '..'",
+                f"write s3://{plain}; runs that lie there already move with "
+                f"`aws s3 cp --recursive '{self.url}/' 's3://{plain}/'`",
+            )  # fmt: skip
+        _require_endpoint(self.bucket)
         self.times = times or RetryTimes()
         self._fs: Any = s3fs.S3FileSystem(
             use_listings_cache=False,  # a listing must show the keys of other writers

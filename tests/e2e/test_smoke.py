@@ -21,7 +21,8 @@ from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.reports.export import export, parse_size, push, reshard
 from spinreg_core.reports.status import format_status
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
-from spinreg_core.runs.head import read_head, require_head
+from spinreg_core.runs.head import read_head, require_config, require_head
+from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.stages import complete_round, stages_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -52,6 +53,26 @@ def test_smoke_run_completes_both_rounds(finished: tuple[Store, str, Path]) -> N
             assert head.stage(number, stage)
     assert "held-out NLL" in text
     assert str(store.local_path("runs/smoke/report.html")) in text
+
+
+def test_smoke_run_shows_no_errors_of_the_server(finished: tuple[Store, str, Path]) -> None:
+    """The embedded server cannot reach its telemetry here."""
+    assert "telemetry" not in finished[1]
+    assert "ERROR" not in finished[1]
+
+
+def test_second_start_of_a_held_run_ends_with_one_line_and_status_75(finished: tuple[Store, str, Path]) -> None:
+    store, _, tmp = finished
+    config = require_config(store, "smoke")
+    with hold_lease(store, config, "the first start"):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "run", "--config", SMOKE, "--store", str(tmp / "store"),
+             "-p", "resources.lease_seconds=5"],
+            env=environment(tmp), cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("spinreg: run 'smoke' is being advanced by the first start (pid ")
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_smoke_run_prints_progress(finished: tuple[Store, str, Path]) -> None:

@@ -98,3 +98,15 @@ def test_load_prompts_bad_template_is_bad_input(tmp_path: Path, template: str, m
     (tmp_path / "own.yaml").write_text(json.dumps({"pair-v2": {"prompt_template": template}}))
     with pytest.raises(BadInput, match=rf"judge.prompts, own.yaml, pair-v2.prompt_template: found .*{message}"):
         load_prompts(JudgeConfig(prompts=str(tmp_path / "own.yaml")), ["pair-v2"])
+
+
+def test_load_prompts_of_the_home_folder_with_a_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own = Path(prompts.__file__).with_name("judge_prompts.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(own, encoding="utf-8-sig")
+    assert (
+        load_prompts(JudgeConfig(prompts="~/mine.yaml"), PLACEHOLDERS).by_name
+        == load_prompts(JudgeConfig(), PLACEHOLDERS).by_name
+    )

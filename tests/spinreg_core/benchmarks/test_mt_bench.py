@@ -291,3 +291,13 @@ def test_load_questions_published_file_has_80_questions() -> None:
     found = load_questions(benchmarks)
     assert len(found) == 80
     assert sum(q.reference is not None for q in found) == 30
+
+
+def test_load_questions_of_the_home_folder_with_a_byte_order_mark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    row = {"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
+    (question,) = load_questions(BenchmarksConfig(mt_bench="~/q.jsonl"))
+    assert question.question_id == "1"

@@ -326,3 +326,50 @@ def test_pipes_are_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(BadInput, match=r"dataset names .*rows\.jsonl, which is a pipe"):
         load_training(str(tmp_path / "rows.jsonl"), DataConfig())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("training: {batch_size: 010}", 'YAML reads 010 as the number 8; write that number, or "010" for the text'),
+        ("generation: {max_new_tokens: 1:20}", "YAML reads 1:20 as the number 80"),
+        ("run: 0042", 'YAML reads 0042 as the number 34; write that number, or "0042" for the text'),
+        ("run: 42", """write "42" with the quotes (on a command line: -p 'run="42"')"""),
+        ("run: 2024-11-30", 'write "2024-11-30" with the quotes'),
+        ("run: on", "YAML reads on, off, yes and no as truth values"),
+    ],
+)
+def test_resolve_refuses_values_that_yaml_reads_otherwise(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(line)
+    with pytest.raises(BadInput) as error:
+        resolve({}, str(file))
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("0", 0), ("0.5", 0.5), ("1_0", 10), ("-3", -3), ("1.0e-3", 0.001)])
+def test_load_config_file_reads_decimal_numbers(tmp_path: Path, text: str, value: float) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"seed: {text}")
+    assert load_config_file(str(file)) == {"seed": value}
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.yaml"])
+def test_load_config_file_accepts_a_byte_order_mark(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"run": "mine"}', encoding="utf-8-sig")
+    assert load_config_file(str(tmp_path / name)) == {"run": "mine"}
+
+
+@pytest.mark.parametrize(("text", "plain"), [("False", "false"), ("true", "true"), ("None", "null"), ("null", "null")])
+def test_resolve_refuses_the_text_of_a_truth_value_for_a_template(tmp_path: Path, text: str, plain: str) -> None:
+    fields = {"data": {"template_arguments": {"enable_thinking": text}}}
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(fields))
+    for parameters, config in ((fields, None), ({}, str(file))):
+        with pytest.raises(BadInput, match=f"enable_thinking is the text '{text}'.* write {plain}, without quotes"):
+            resolve(parameters, config)
+    # A run that has it goes on as it is.
+    stored = validate({"run": "x"} | fields)
+    assert resolve({"run": "x"}, stored=stored).data.template_arguments == {"enable_thinking": text}
+    arguments = {"effort": "none", "language": "no", "thinking": False}
+    assert resolve({"data": {"template_arguments": arguments}}).data.template_arguments == arguments

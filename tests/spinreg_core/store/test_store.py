@@ -414,3 +414,20 @@ def test_replace_under_the_lock_of_a_frozen_process_fails(tmp_path: Path) -> Non
             store.replace("head.json", b"2", tag)
     store.replace("head.json", b"2", tag)
     assert store.read("head.json") == b"2"
+
+
+@pytest.mark.parametrize("prefix", ["team//spin", "./spin", "team/../spin", "team/./spin"])
+def test_open_store_refuses_a_prefix_that_listings_lose(prefix: str) -> None:
+    with pytest.raises(BadInput, match=r"whose prefix has an empty part.*aws s3 cp --recursive 's3://bucket/") as error:
+        open_store(f"s3://bucket/{prefix}")
+    plain = "/".join(part for part in prefix.split("/") if part.strip("."))
+    assert f"write s3://bucket/{plain};" in str(error.value)
+    assert open_store("s3://bucket/team/spin/").url == "s3://bucket/team/spin"
+
+
+@pytest.mark.parametrize("name", ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"])
+def test_open_store_refuses_an_endpoint_with_the_bucket(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "http://localhost:9000/bucket/")
+    with pytest.raises(BadInput, match=f"{name} has the bucket 'bucket' at its end"):
+        open_store("s3://bucket/spin")
+    assert open_store("s3://other/spin").url == "s3://other/spin"
