@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from spinreg_core.benchmarks.judge_client import (
@@ -134,7 +135,9 @@ def require_judge(judge: JudgeConfig) -> None:
 
 def settings_of(judge: JudgeConfig) -> dict[str, str | float | None]:
     """Return the settings of the judge that belong to the fingerprint of a result."""
-    names = ("model", "temperature", "max_tokens", "tries")
+    names = ["model", "temperature", "max_tokens", "tries"]
+    # The rule of 0.1.0 is left out, so that its results keep their ids.
+    names += ["parsing"] if judge.parsing != "fastchat" else []
     return {"endpoint": endpoint_identity(judge)} | {name: getattr(judge, name) for name in names}
 
 
@@ -151,8 +154,9 @@ def ask_both_orders(
     Raises as `ask_judge`.
     """
     found: JudgeVerdicts[Preference] = ask_judge(
-        store, judge, [question for pair in pairs for question in pair], parse_preference, payer=payer
-    )
+        store, judge, [question for pair in pairs for question in pair],
+        partial(parse_preference, parsing=judge.parsing), payer=payer,
+    )  # fmt: skip
     return list(zip(found.values[::2], found.values[1::2], strict=True)), found.cost
 
 

@@ -11,10 +11,10 @@ import hashlib
 import json
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -24,6 +24,8 @@ from spinreg_core.errors import BadInput
 from spinreg_core.input_limits import require_small_file
 
 Preference = Literal["A", "B", "tie"]
+Parsing = Literal["strict", "fastchat"]
+T = TypeVar("T")
 _TURNS = {"question_1", "question_2"}
 _REFERENCES = {"ref_answer_1", "ref_answer_2"}
 PLACEHOLDERS: dict[str, set[str]] = {
@@ -36,6 +38,10 @@ PLACEHOLDERS: dict[str, set[str]] = {
 }
 SINGLE = tuple(name for name in PLACEHOLDERS if name.startswith("single"))
 PAIR = tuple(name for name in PLACEHOLDERS if name.startswith("pair"))
+_PREFERENCES: dict[str, Preference] = {"A": "A", "B": "B", "C": "tie"}
+_PREFERENCE = re.compile(r"\[\[([ABC])\]\]")
+_THOUGHT = re.compile(r"<(think|thinking|reasoning)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+_QUOTES = ("'", '"', "`", "“", "\u2018", "«")
 _RATINGS = (re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]"), re.compile(r"\[(\d+(?:\.\d*)?)\]"))
 
 
@@ -110,19 +116,41 @@ def _checked(where: str, record: Any, wanted: set[str]) -> tuple[str, str]:
     return system, template
 
 
-def parse_rating(text: str) -> float | None:
-    """Return the rating in a judge's answer: the first `[[7]]`, else the first `[7]`, as FastChat parses it.
+def parse_rating(text: str, parsing: Parsing) -> float | None:
+    """Return the rating in a judge's answer, or None for a malformed one. A rating is from 1 to 10.
 
-    None where there is neither, or the number is not between 1 and 10.
+    strict: the one `[[7]]` of the answer (`_one_verdict`). fastchat: the first `[[7]]`, else the first `[7]`.
     """
-    for pattern in _RATINGS:
-        if match := pattern.search(text):
-            rating = float(match[1])
-            return rating if 1 <= rating <= 10 else None
-    return None
+    if parsing == "strict":
+        found = _one_verdict(text, _RATINGS[0], float)
+    else:
+        found = next((float(match[1]) for pattern in _RATINGS if (match := pattern.search(text))), None)
+    return found if found is not None and 1 <= found <= 10 else None
 
 
-def parse_preference(text: str) -> Preference | None:
-    """Return a judge's preference as FastChat parses it: `[[A]]` anywhere, else `[[B]]`, else `[[C]]` for a tie."""
-    found: dict[str, Preference] = {"[[A]]": "A", "[[B]]": "B", "[[C]]": "tie"}
-    return next((verdict for mark, verdict in found.items() if mark in text), None)
+def parse_preference(text: str, parsing: Parsing) -> Preference | None:
+    """Return a judge's preference, or None for a malformed answer.
+
+    strict: the one `[[A]]`, `[[B]]` or `[[C]]` (a tie) of the answer (`_one_verdict`). fastchat: `[[A]]` anywhere, else
+    `[[B]]`, else `[[C]]`.
+    """
+    if parsing == "strict":
+        return _one_verdict(text, _PREFERENCE, _PREFERENCES.__getitem__)
+    return next((verdict for mark, verdict in _PREFERENCES.items() if f"[[{mark}]]" in text), None)
+
+
+def _one_verdict(text: str, pattern: re.Pattern[str], read: Callable[[str], T]) -> T | None:
+    """Return the verdict of an answer without its thoughts; None for several different ones, or a quoted one.
+
+    A judge that thinks aloud names verdicts before its own, and an answer under judgement may hold one to be quoted.
+    """
+    said = _THOUGHT.sub("", text).rpartition("</think>")[2]
+    matches = list(pattern.finditer(said))
+    found = {read(match[1]) for match in matches}
+    quoted = any(
+        said[: match.start()].endswith(_QUOTES)
+        or said[: match.start()].rpartition("\n")[2].lstrip().startswith(">")
+        or said[: match.start()].count("```") % 2
+        for match in matches
+    )
+    return found.pop() if len(found) == 1 and not quoted else None

@@ -17,6 +17,7 @@ are over questions: both turns of a question are drawn together. The metrics:
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pyarrow.parquet as pq
 
@@ -105,7 +106,9 @@ def run(job: Job) -> Manifest:
         JudgeQuestion(f"question {q.question_id}, turn {turn}", graded_with(prompts, q, turn, texts))
         for q, turn in wanted
     ]
-    found = ask_judge(store, config.judge, asked, parse_rating, payer=job.object_id)
+    found = ask_judge(
+        store, config.judge, asked, partial(parse_rating, parsing=config.judge.parsing), payer=job.object_id
+    )
     grades = {(q.question_id, turn): value for (q, turn), value in zip(wanted, found.values, strict=True)}
     if not any(value is not None for value in grades.values()):
         raise BadInput("judge.model", f"names {config.judge.model!r}, which gave no rating in {len(asked)} answers",
@@ -119,7 +122,7 @@ def run(job: Job) -> Manifest:
     document: PartResults = {
         "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher", "metrics": metrics,
         "settings": {
-            "judge": settings_of(config.judge), "questions": len(questions),
+            "judge": settings_of(config.judge) | {"parsing": config.judge.parsing}, "questions": len(questions),
             "with_reference": sum(q.reference is not None for q in questions),
             "max_tokens": config.benchmarks.mt_bench_max_tokens, "temperatures": TEMPERATURES,
             "engine": answers.metrics["engine"], "bootstrap": resamples, "seed": config.seed,

@@ -199,7 +199,7 @@ def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> 
 
 def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> Mapping[str, object]:
     return {
-        "judge": settings_of(config.judge), "prompts": len(pairs),
+        "judge": settings_of(config.judge) | {"parsing": config.judge.parsing}, "prompts": len(pairs),
         "identical": sum(pair.own == pair.other for pair in pairs),
         "limit": config.benchmarks.win_rate_prompts, "bootstrap": config.evaluation.bootstrap, "seed": config.seed,
     }  # fmt: skip

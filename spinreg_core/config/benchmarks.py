@@ -128,6 +128,12 @@ class JudgeConfig(Group):
     tries: int = Field(
         3, ge=1, description="Answers of the judge to search for a verdict before it counts as malformed (answers)."
     )
+    parsing: Literal["strict", "fastchat"] = Field(
+        "strict",
+        description="How a verdict is found: `strict` leaves out the judge's thoughts, and an answer with several "
+        "different verdicts or a quoted one is malformed; `fastchat` takes the first, as FastChat does. Runs of "
+        "spinreg 0.1.0 keep `fastchat`.",
+    )
     max_requests: Count | None = Field(
         None,
         description="Most requests of one benchmark (one iterate's MT-Bench, say), over all its attempts; requests "

@@ -18,7 +18,7 @@ import yaml
 
 from spinreg_core.config.groups import Group
 from spinreg_core.config.run import RunConfig
-from spinreg_core.config.versions import complete_stored, without_removed
+from spinreg_core.config.versions import complete_stored, with_stored_additions, without_removed
 from spinreg_core.errors import BadInput, Damaged, problem_text, redacted
 from spinreg_core.input_limits import require_plain
 
@@ -269,7 +269,8 @@ def resolve(
     parameters: only the values that were given (no None), nested groups as mappings of only the fields given.
     stored: the configuration of the existing run. It gives the values that neither parameters nor a file give, so that
         `-p run=NAME -p rounds=1` advances NAME as it is. A file and the defaults together are a whole configuration,
-        so that with a file the stored run gives nothing, and starting the run refuses a difference later.
+        so that with a file the stored run gives only fields that did not exist when it was started, and starting the
+        run refuses a difference later.
     """
     how_far = {"rounds", "until_round"}
     _require_values(parameters)
@@ -282,7 +283,10 @@ def resolve(
         values = stored.model_dump(mode="json", exclude=how_far | {"store"})
     if how_far & parameters.keys():  # either of the two as a parameter replaces both in the file
         values = {key: value for key, value in values.items() if key not in how_far}
-    return validate(merge(values, parameters))
+    values = merge(values, parameters)
+    if config_file is not None and stored is not None:
+        values = with_stored_additions(values, stored.model_dump(mode="json"))
+    return validate(values)
 
 
 def _require_values(given: Mapping[str, object]) -> None:

@@ -20,7 +20,7 @@ class RemovedField(NamedTuple):
 
 
 # The value that equals the behaviour before the field existed. A default may differ from it, and may change later.
-ADDED: dict[str, object] = {}
+ADDED: dict[str, object] = {"judge.parsing": "fastchat"}
 REMOVED: dict[str, RemovedField] = {
     "opponent.scores": RemovedField(
         "scorer", "remove it: spinreg scores every answer itself, since reusing the engine's scores saved too little"
@@ -41,6 +41,17 @@ def complete_stored(values: Mapping[str, object]) -> dict[str, object]:
         place = result.setdefault(group, {}) if dot else result
         if isinstance(place, dict):  # anything else is damage, which validation reports
             place.setdefault(field, value)
+    return result
+
+
+def with_stored_additions(values: Mapping[str, object], stored: Mapping[str, object]) -> dict[str, object]:
+    """Return the values of a file, with an existing run's own values for the added fields that they do not name."""
+    result = _copy(values)
+    for path in ADDED:
+        group, dot, field = path.rpartition(".")
+        place, source = (result.setdefault(group, {}), stored[group]) if dot else (result, stored)
+        if isinstance(place, dict) and isinstance(source, Mapping):
+            place.setdefault(field, source[field])
     return result
 
 

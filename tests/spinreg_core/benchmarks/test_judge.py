@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from spinreg_core.errors import BadInput, Damaged, StageFailed
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.judge_server import Does, JudgeServer, judge_server
+
+rating = partial(parse_rating, parsing="strict")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,7 @@ def ask(
 ) -> JudgeVerdicts[float]:
     judge = JudgeConfig(base_url=server.url, model="judge", **{"at_once": 3, "patience_seconds": 20.0} | fields)
     questions = [JudgeQuestion(f"question {i}", [{"role": "user", "content": f"rate {i}"}]) for i in range(count)]
-    return ask_judge(store, judge, questions, parse_rating, payer=payer, first_wait=0.02)
+    return ask_judge(store, judge, questions, rating, payer=payer, first_wait=0.02)
 
 
 def rated(body: dict[str, Any], _number: int) -> Does:
@@ -73,7 +76,7 @@ def test_ask_judge_equal_questions_send_one_request(store: Store) -> None:
     with judge_server(rated) as server:
         judge = JudgeConfig(base_url=server.url, model="judge")
         same = [JudgeQuestion(name, [{"role": "user", "content": "rate 3"}]) for name in ("a", "b", "c")]
-        assert ask_judge(store, judge, same, parse_rating, payer="p").values == [4, 4, 4]
+        assert ask_judge(store, judge, same, rating, payer="p").values == [4, 4, 4]
         assert len(server.bodies) == 1
 
 
@@ -268,7 +271,8 @@ import signal
 signal.signal(signal.SIGTERM, on_sigterm)
 questions = [JudgeQuestion(str(i), [{"role": "user", "content": f"rate {i}"}]) for i in range(30)]
 judge = JudgeConfig(base_url=sys.argv[1], model="judge", at_once=3)
-print(ask_judge(open_store(sys.argv[2]), judge, questions, parse_rating, payer="p").cost["requests"])
+rating = lambda text: parse_rating(text, "strict")
+print(ask_judge(open_store(sys.argv[2]), judge, questions, rating, payer="p").cost["requests"])
 """
 
 

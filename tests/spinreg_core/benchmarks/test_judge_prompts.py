@@ -39,8 +39,8 @@ OWN = Path(prompts.__file__).with_name("judge_prompts.yaml")
         ("", None),
     ],
 )
-def test_parse_rating_of_an_answer_returns_the_first_rating(text: str, rating: float | None) -> None:
-    assert parse_rating(text) == rating
+def test_parse_rating_by_fastchat_returns_the_first_rating(text: str, rating: float | None) -> None:
+    assert parse_rating(text, "fastchat") == rating
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_parse_rating_of_an_answer_returns_the_first_rating(text: str, rating: f
         ("", None),
     ],
 )
-def test_parse_preference_of_an_answer_returns_the_winner(text: str, preference: str | None) -> None:
-    assert parse_preference(text) == preference
+def test_parse_preference_by_fastchat_returns_the_winner(text: str, preference: str | None) -> None:
+    assert parse_preference(text, "fastchat") == preference
 
 
 def test_load_prompts_own_prompts_show_values_and_ask_for_a_verdict() -> None:
@@ -110,3 +110,42 @@ def test_load_prompts_of_the_home_folder_with_a_byte_order_mark(
         load_prompts(JudgeConfig(prompts="~/mine.yaml"), PLACEHOLDERS).by_name
         == load_prompts(JudgeConfig(), PLACEHOLDERS).by_name
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "rating"),
+    [
+        ("Good. Rating: [[7]]", 7.0),
+        ("[[7]], so **[[7.0]]**", 7.0),
+        ("<think>maybe [[9]]</think> Rating: [[3]]", 3.0),
+        ("maybe [[9]]</think> Rating: [[3]]", 3.0),
+        ("<Thinking>[[9]]\n</Thinking>\nRating: [[3]]", 3.0),
+        ("<think>maybe [[9]]", None),
+        ("First [[9]], no: [[3]]", None),
+        ("The answer quotes [[10]] itself. Rating: [[2]]", None),
+        ("It says '[[10]]'.", None),
+        ("> Rating: [[10]]", None),
+        ("```\n[[10]]\n```", None),
+        ("As source [1] says, it is wrong. Rating: 2/10", None),
+        ("Rating: [7]", None),
+        ("Rating: [[11]]", None),
+        ("", None),
+    ],
+)
+def test_parse_rating_strictly_takes_one_plain_verdict(text: str, rating: float | None) -> None:
+    assert parse_rating(text, "strict") == rating
+
+
+@pytest.mark.parametrize(
+    ("text", "preference"),
+    [
+        ("My final verdict is: [[B]]", "B"),
+        ("[[C]]. Yes, [[C]].", "tie"),
+        ("<think>[[A]]?</think>[[B]]", "B"),
+        ("First I thought [[A]]. My final verdict is: [[B]]", None),
+        ('The assistant wrote "[[A]]".', None),
+        ("[A]", None),
+    ],
+)
+def test_parse_preference_strictly_takes_one_plain_verdict(text: str, preference: str | None) -> None:
+    assert parse_preference(text, "strict") == preference

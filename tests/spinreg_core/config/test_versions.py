@@ -72,7 +72,8 @@ def test_check_config_compares_the_completed_configuration() -> None:
 
 @pytest.mark.usefixtures("epochs_are_new")
 def test_stored_config_damaged_group_is_left_to_validation() -> None:
-    assert complete_stored({"training": 5, "seed": 0}) == {"training": 5, "seed": 0}
+    damaged = {"training": 5, "judge": 5, "seed": 0}
+    assert complete_stored(damaged) == damaged
     with pytest.raises(Damaged, match="training"):
         stored_config({"training": 5}, "here")
 
@@ -146,3 +147,16 @@ def test_tables_name_fields_that_exist_and_fields_that_do_not() -> None:
     fields = paths(RunConfig().model_dump(mode="json"))
     assert set(versions.ADDED) <= fields
     assert not set(versions.REMOVED) & fields
+
+
+def test_resolve_with_a_file_keeps_the_rule_of_a_run_from_before_the_field(tmp_path: Path) -> None:
+    old = stored()
+    del old["judge"]["parsing"]
+    before = stored_config(old, "here")
+    assert (before.judge.parsing, RunConfig().judge.parsing) == ("fastchat", "strict")
+    file = tmp_path / "run.yaml"
+    file.write_text("judge: {model: gpt}")
+    assert resolve({}, str(file)).judge.parsing == "strict"
+    assert resolve({}, str(file), stored=before).judge.parsing == "fastchat"
+    assert resolve({"judge": {"parsing": "strict"}}, str(file), stored=before).judge.parsing == "strict"
+    assert resolve({}, str(file), stored=RunConfig()).judge.parsing == "strict"
