@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from spinreg_core.generation.compiled_step import Step, last_logits
 from spinreg_core.generation.engine import Answer, Sampling, columns_for
-from spinreg_core.generation.kv_slots import Slots, layers_of, prompt_cache
+from spinreg_core.generation.kv_slots import Slots, prompt_cache
 from spinreg_core.generation.sampler import mixed_logits, sample, uniforms
 
 # Answers at once. More make no step cheaper on any machine, and each has a row of logits.
@@ -106,7 +106,7 @@ class Decoding:
     def begin(self, indices: Sequence[int], rows: int, columns: int) -> None:
         """Read prompts into slots and draw their first tokens."""
         if not self.open:
-            self.caches = [Slots(layers_of(model), rows, columns) for model in self.models]
+            self.caches = [Slots(model, rows, columns) for model in self.models]
         elif rows > self.caches[0].rows:
             for cache in self.caches:
                 cache.resize(rows, columns, max(row.length for row in self.open.values()))
@@ -151,7 +151,7 @@ class Decoding:
         positions = (own.long().cumsum(-1) - 1).clamp(min=0)
         logits = []
         for model, cache in zip(self.models, self.caches, strict=True):
-            read = prompt_cache(layers_of(model))
+            read = prompt_cache(model)
             logits.append(last_logits(model, ids, own, positions, read)[of_slot])
             cache.fill(slots, read, of_slot, lengths[of_slot])
         return logits

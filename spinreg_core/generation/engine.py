@@ -94,6 +94,13 @@ def columns_for(longest: int) -> int:
     return longest + max(16, longest // 8)
 
 
+def kv_width(text_config: Any) -> int:
+    """Return the width of the keys, or values, of one token in one layer: key-value heads times their size."""
+    heads: int = getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
+    size: int = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    return heads * size
+
+
 def check_prompts(
     prompts: list[list[int]], sampling: Sampling, model_config: Any, names: Sequence[str] | None = None
 ) -> None:

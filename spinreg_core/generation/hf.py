@@ -24,7 +24,7 @@ from spinreg_core.config import ResourcesConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.compiled_step import Step
 from spinreg_core.generation.decode import Decoding
-from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut
+from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut, kv_width
 from spinreg_core.generation.kv_slots import has_slots
 from spinreg_core.generation.sampler import sample, uniforms
 from spinreg_core.runtime.failures import is_out_of_memory
@@ -141,9 +141,7 @@ def tokens_at_once(models: Sequence[PreTrainedModel], resources: ResourcesConfig
     size = 0
     for model in models:
         text = model.config.get_text_config()
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        size += 2 * text.num_hidden_layers * heads * width * model.dtype.itemsize
+        size += 2 * text.num_hidden_layers * kv_width(text) * model.dtype.itemsize
     free, _ = torch.cuda.mem_get_info(device)
     return max(8192, int(0.5 * free / size))
 

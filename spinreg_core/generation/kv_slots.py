@@ -39,9 +39,10 @@ def layers_of(model: PreTrainedModel) -> int:
     return len(DynamicCache(config=model.config).layers)
 
 
-def prompt_cache(layers: int) -> Cache:
+def prompt_cache(model: PreTrainedModel) -> Cache:
     """Return an empty cache for the keys and values of prompts, before they are copied into slots."""
-    return Cache(layers=[DynamicLayer() for _ in range(layers)])
+    # The model's own cache would drop what lies outside of a sliding window, and the mask counts all columns.
+    return Cache(layers=[DynamicLayer() for _ in range(layers_of(model))])
 
 
 # A compiled step sees a multiple of this many columns.
@@ -53,13 +54,13 @@ _SPARE = 1
 class Slots(Cache):
     """`rows` slots of `columns` columns; columns `low` to `high` are in use."""
 
-    def __init__(self, layers: int, rows: int, columns: int) -> None:
-        self.slot_layers = [_Layer(self) for _ in range(layers)]
+    def __init__(self, model: PreTrainedModel, rows: int, columns: int) -> None:
+        self.slot_layers = [_Layer(self) for _ in range(layers_of(model))]
         super().__init__(layers=list(self.slot_layers))
         self.rows, self.columns = rows, columns
         self.low = self.high = 0
         # bool [rows, columns]: the columns of the answer in each slot.
-        self.mask: Tensor | None = None
+        self.mask = torch.zeros(rows, columns + _SPARE, dtype=torch.bool, device=model.device)
         # int64 [1]: the newest column, and the number of visible columns; both only after `fix`.
         self.column: Tensor | None = None
         self.window = 0
@@ -70,9 +71,7 @@ class Slots(Cache):
         which, lengths: int64 [len(slots)], the prompt of each slot and its number of tokens.
         """
         read: list[Any] = prompts.layers
-        device, width = read[0].keys.device, read[0].keys.shape[2]
-        if self.mask is None:
-            self.mask = torch.zeros(self.rows, self.columns + _SPARE, dtype=torch.bool, device=device)
+        device, width = self.mask.device, read[0].keys.shape[2]
         if self.high == self.low:
             self.low = self.high = width
         if width > self.high:
@@ -89,7 +88,6 @@ class Slots(Cache):
 
         longest: tokens of the longest answer, prompt included, before the new token.
         """
-        assert self.mask is not None
         self.low = self.high - longest
         # With fixed shapes all columns before the newest are visible, so unused ones must not pile up there.
         end = self.columns if self.column is None else min(self.columns, _rounded(longest + longest // 4 + 1))
@@ -105,13 +103,11 @@ class Slots(Cache):
 
     def fix(self) -> None:
         """Keep shapes fixed from the next step on, for a compiled step."""
-        assert self.mask is not None
         if self.column is None:
             self.column = torch.zeros(1, dtype=torch.int64, device=self.mask.device)
 
     def keep(self, slots: list[int]) -> None:
         """Drop all slots except these, in this order."""
-        assert self.mask is not None
         at = torch.tensor(slots, device=self.mask.device)
         for layer in self.slot_layers:
             layer.keys, layer.values = layer.both[0][at], layer.both[1][at]
@@ -119,7 +115,6 @@ class Slots(Cache):
 
     def resize(self, rows: int, columns: int, longest: int) -> None:
         """Change the number of slots and columns. longest: tokens of the longest answer, at most `columns`."""
-        assert self.mask is not None
         # An answer that was longer may have ended.
         self.low = self.high - longest
         used = slice(self.low, self.high)
@@ -134,7 +129,6 @@ class Slots(Cache):
         low, high = self.low + by, self.high + by
         if not 0 <= low <= high <= self.columns:
             raise AssertionError(f"columns {low} to {high} of {self.columns}")
-        assert self.mask is not None
         for x in [self.mask, *(x for layer in self.slot_layers if layer.is_initialized for x in layer.both)]:
             at = x.dim() - (1 if x is self.mask else 2)
             x.narrow(at, low, high - low).copy_(x.narrow(at, self.low, high - low).clone())

@@ -120,11 +120,11 @@ def drawn_sources(
     geometric, replayed = np.zeros((2, len(prompt_ids), answers), bool)
     for i, name in enumerate(prompt_ids):
         for k in range(answers):
-            age = draw_iterate(weights, seed=seed, round_index=t, prompt_id=name, answer_index=k)
-            of = {"seed": seed, "round_index": t, "prompt_id": name, "answer_index": k}
+            of: dict[str, Any] = {"seed": seed, "round_index": t, "prompt_id": name, "answer_index": k}
+            age = draw_iterate(weights, **of)
             iterates[i, k] = t - age
-            geometric[i, k] = age < t and draws_mixture(geometric_share, **of)  # type: ignore[arg-type]
-            replayed[i, k] = age > 0 and draws_replay(replay_share, **of)  # type: ignore[arg-type]
+            geometric[i, k] = age < t and draws_mixture(geometric_share, **of)
+            replayed[i, k] = age > 0 and draws_replay(replay_share, **of)
     return iterates, geometric, replayed
 
 

@@ -15,14 +15,12 @@ import socket
 import subprocess
 import sys
 import threading
-from collections import deque
 from dataclasses import dataclass, replace
 
 from spinreg_core.runs.job import Job
-from spinreg_core.runtime.failures import MESSAGE_LINES
+from spinreg_core.runtime.child import show_output
 
 COMMAND = [sys.executable, "-u", "-m", "spinreg_core.generation.worker"]
-_LAST_WORDS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -61,20 +59,8 @@ def start_engine(job: Job, environment: dict[str, str], line: socket.socket) -> 
 
 
 def _keep(process: subprocess.Popen[str], line: socket.socket) -> None:
-    """Show what an engine prints and tell of its end: by its process, as a child of it may keep its pipes open."""
-    last: deque[str] = deque(maxlen=MESSAGE_LINES)
-
-    def show() -> None:
-        assert process.stdout is not None
-        for text in process.stdout:
-            last.append(text.rstrip("\n"))
-            print(text, end="", flush=True)
-
-    shown = threading.Thread(target=show, daemon=True)
-    shown.start()
-    status = process.wait()
-    shown.join(timeout=_LAST_WORDS_SECONDS)
-    _tell_end(line, status, list(last))
+    """Show what an engine prints, and report its end."""
+    _tell_end(line, *show_output(process))
 
 
 def _tell_end(line: socket.socket, status: int, last: list[str]) -> None:

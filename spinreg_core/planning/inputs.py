@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
+from spinreg_core.generation.engine import kv_width
 from spinreg_core.planning.cost_model import Shape, Sizes
 from spinreg_core.store.cache import cache_folder
 
@@ -60,15 +61,13 @@ def read_shape(model: str) -> tuple[Path, Shape]:
             "model", f"{model!r}, with a shape that cannot be read ({first_line(error)})", "a causal language model"
         ) from None
     text = config.get_text_config()
-    heads = int(text.num_attention_heads)
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
     return folder, Shape(
         parameters=parameters,
         layers=int(text.num_hidden_layers),
         width=int(text.hidden_size),
         mlp_width=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
-        heads=heads,
-        kv_width=int(getattr(text, "num_key_value_heads", None) or heads) * int(size),
+        heads=int(text.num_attention_heads),
+        kv_width=kv_width(text),
         vocabulary=int(text.vocab_size),
         stored_bytes=stored.itemsize,
     )

@@ -73,12 +73,12 @@ def describe_error(error: BaseException, stage: str, config: RunConfig) -> tuple
             return status, f"{prefix}{error}"
     if isinstance(error, SpinregError):
         return 1, f"error: {error}"
-    if isinstance(error, SystemExit):
-        where = "".join(traceback.format_exception(error)).rstrip()
-        return 1, f"a call in {stage} ended the process with status {error.code!r}:\n{where}"
     if is_out_of_memory(error):
         return 1, f"error: {_memory_message(error, stage, config)}"
-    return 1, without_credentials("".join(traceback.format_exception(error)).rstrip())
+    where = without_credentials("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, SystemExit):
+        where = f"a call in {stage} ended the process with status {error.code!r}:\n{where}"
+    return 1, where
 
 
 def process_error(name: str, status: int, output: Sequence[str], log_file: Path | None = None) -> SpinregError:
