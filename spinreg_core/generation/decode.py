@@ -128,6 +128,7 @@ class Decoding:
         if len(self.open) <= self.caches[0].rows // 2 and not alone:
             self._drop_free_slots()
         rows = self.caches[0].rows
+        # Free slots take part with a padding token, because the step is one batch over all rows of the cache.
         last = [self.open[slot].tokens[-1] if slot in self.open else self.pad_id for slot in range(rows)]
         lengths = [self.open[slot].length if slot in self.open else 0 for slot in range(rows)]
         ids, positions = (torch.tensor(x, device=self.device)[:, None] for x in (last, lengths))

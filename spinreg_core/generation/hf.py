@@ -142,6 +142,7 @@ def tokens_at_once(models: Sequence[PreTrainedModel], resources: ResourcesConfig
     for model in models:
         text = model.config.get_text_config()
         size += 2 * text.num_hidden_layers * kv_width(text) * model.dtype.itemsize
+    # Growing copies the keys and values, and activations and logits need memory as well.
     free, _ = torch.cuda.mem_get_info(device)
     return max(8192, int(0.5 * free / size))
 

@@ -34,7 +34,8 @@ _DEATHS = 3
 # Answers in one wave: enough that its end, where the engine runs empty, does not count.
 _WAVE = 4096
 _LEAST_WAVE = 256
-_LOOK_SECONDS = 0.5  # between looks for engines of other machines
+# The interval at which the pool looks for engines of other machines.
+_LOOK_SECONDS = 0.5
 _LINE = re.compile(r"^(?:answered (\d+);|committed (\d+) (\{.*\});|(idle);|ended (-?\d+) (\[.*\]);)$")
 
 
@@ -53,9 +54,11 @@ class _Engine:
 
 
 def next_wave(shards: list[Shard], engines: int, total: int) -> list[Shard]:
-    """The shards that an engine gets next of those left, all of the first one's source: fewer and fewer, so that all
-    engines end together, but no fewer answers than keep it busy, or than an even share of all that there were
-    (`total`)."""
+    """Return the shards that an engine gets next of those left, all of the first one's source.
+
+    Waves become smaller, so that all engines end together. They never have fewer answers than keep an engine busy, or
+    than an even share of all that there were (`total`).
+    """
     left = sum(len(shard.rows) for shard in shards)
     least = min(_LEAST_WAVE, -(-total // engines))
     most = _WAVE if engines == 1 else min(_WAVE, max(-(-left // (2 * engines)), least))
@@ -89,13 +92,16 @@ class Pool:
         self.job = replace(self.job, extra=self.job.extra | extra)
         self.left, self.by_number = list(self.shards), {shard.number: shard for shard in self.shards}
         self.done: set[int] = set()
-        self.deaths: Counter[int] = Counter()  # of engines of this machine, by shard
-        self.suspects: set[int] = set()  # shards that an engine of another machine died over: they are done here
+        # Deaths of engines of this machine, by shard.
+        self.deaths: Counter[int] = Counter()
+        # Shards that an engine of another machine died over, which only engines of this machine get again.
+        self.suspects: set[int] = set()
         self.said: queue.Queue[tuple[_Engine, str | None]] = queue.Queue()
         self.engines: list[_Engine] = []
         self.writers = itertools.count()
         self.total = sum(len(shard.rows) for shard in self.shards)
-        self.counted = 0  # answers told to `on_answer`
+        # Answers reported to `on_answer`.
+        self.counted = 0
 
     def run(self) -> None:
         """Have all shards committed.
@@ -139,7 +145,10 @@ class Pool:
             engine.line.close()
 
     def _nothing_to_wait_for(self) -> bool:
-        """All is committed, and no engine of this machine is about to end by itself (and to give its memory back)."""
+        """Return True once all is committed and no engine of this machine is about to end.
+
+        An engine without open shards is at the end of its input. It ends in order, and so gives its memory back.
+        """
         done = len(self.done) == len(self.by_number)
         return done and not any(engine.own is not None and not engine.open for engine in self.engines)
 
@@ -149,7 +158,7 @@ class Pool:
             if not self.left:
                 break
             ours, its = socket.socketpair()
-            # A writer of its own: what another engine has committed must not be written over.
+            # Each engine is a writer of its own, so that it never overwrites a file that another one has committed.
             job = replace(self.job, writer=f"{self.job.writer}-{next(self.writers)}")
             self._take_on(_Engine(ours, device, start_engine(job, self.devices[device], its)))
 
@@ -187,7 +196,8 @@ class Pool:
         wave = next_wave(found, engines, self.total)
         engine.open = [shard.number for shard in wave]
         self.left = [shard for shard in self.left if shard.number not in engine.open]
-        with contextlib.suppress(OSError):  # it died; its end is in the queue
+        # An engine that died raises here, and its end is in the queue.
+        with contextlib.suppress(OSError):
             if wave:
                 engine.source = wave[0].source
                 engine.line.sendall(f"{json.dumps(engine.open)}\n".encode())
@@ -200,7 +210,8 @@ class Pool:
 
     def _on_message(self, engine: _Engine, line: str) -> None:
         found = _LINE.match(line)
-        if found is None:  # half a line, of an engine that was killed
+        # An engine that is killed may leave half a line.
+        if found is None:
             engine.last.append(f"it said {line!r}")
             with contextlib.suppress(OSError):
                 engine.line.shutdown(socket.SHUT_WR)
@@ -229,7 +240,8 @@ class Pool:
         # Another engine of this machine would meet the same; what another machine lacks does not end the run.
         if engine.own is not None and engine.status in (EXIT_BAD_INPUT, EXIT_DAMAGED):
             raise process_error("generate", engine.status, engine.last)
-        for number in list(engine.open):  # committed, and not told of any more
+        # The engine may have committed a shard and died before it reported that.
+        for number in list(engine.open):
             part = read_part(self.store, self.job.object_id, self.by_number[number].name)
             if part is not None:
                 self._committed(engine, number, cast(ShardMeta, part.meta))
@@ -245,7 +257,7 @@ class Pool:
         self.left[:0] = [self.by_number[number] for number in back]
         if not back:
             return
-        # Which of them it was is not known: the first one it had not finished, most likely.
+        # An engine finishes its shards in order, so the first open one is the likely cause.
         if engine.own is None:
             if engine.status is not None:  # else the machine is gone, or out of reach
                 self.suspects.add(back[0])
@@ -257,7 +269,7 @@ class Pool:
 
 
 def _listen(engine: _Engine, said: queue.Queue[tuple[_Engine, str | None]]) -> None:
-    """Hand on what an engine says, and at last, as None, that there is no more."""
+    """Put an engine's lines into the queue, then None for their end."""
     with contextlib.suppress(OSError), engine.line.makefile(encoding="utf-8", errors="replace") as lines:
         for text in lines:
             if text.endswith("\n") and text != "\n":
@@ -266,7 +278,7 @@ def _listen(engine: _Engine, said: queue.Queue[tuple[_Engine, str | None]]) -> N
 
 
 def devices_of(count: int, each: int, gpus: list[str], cores: int) -> list[dict[str, str]]:
-    """Environment of each of `count` engines: its own `each` GPUs, or its share of the cores where there are none."""
+    """Return the environment of each of `count` engines: its own `each` GPUs, or its share of the cores without any."""
     if not gpus:
         return [{"OMP_NUM_THREADS": str(max(1, cores // count))} for _ in range(count)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(gpus[i * each : (i + 1) * each])} for i in range(count)]

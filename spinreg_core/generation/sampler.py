@@ -19,6 +19,8 @@ from spinreg_core.generation.engine import Sampling
 
 def uniforms(seed: int) -> Callable[[], float]:
     """Return the source of the numbers in [0, 1) that draw the tokens of the answer with this seed, in order."""
+    # The seed is Philox's key, so neighbouring seeds have independent streams. Torch's generators would make answers
+    # depend on the device, because those of CPUs and GPUs give different numbers for one seed.
     return np.random.Generator(np.random.Philox(key=seed)).random
 
 
@@ -72,6 +74,7 @@ def draw(probabilities: Tensor, numbers: Tensor) -> Tensor:
     Returns:
         int64 [rows].
     """
+    # In float32 the sums over a vocabulary would lose the tokens of small probability.
     reached = probabilities.double().cumsum(-1)
     wanted = numbers.to(reached)[:, None] * reached[:, -1:]
     # At most the last token with an interval, because the product may round up to the whole mass.

@@ -94,6 +94,7 @@ class Shard:
 def answer_seed(*, seed: int, round_number: int, kind: str, prompt_id: str, answer: int) -> int:
     """Return the seed of one answer, in [0, 2**63). It leaves the policy out, so equal policies give equal answers."""
     text = json.dumps(["spinreg answer", seed, round_number, kind, prompt_id, answer])
+    # The column `seed` of a shard is a signed 64-bit integer.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 

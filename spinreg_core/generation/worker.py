@@ -87,8 +87,8 @@ class _LoadedSource:
     renderer: Renderer
     sampling: Sampling
     config: Any
-    # Seconds of loading, which the first shard of the source takes out.
-    loading: list[float]
+    # Seconds of loading, which count for the first shard of the source only.
+    loading: float = 0.0
 
 
 def answer_shards(
@@ -118,8 +118,8 @@ def answer_shards(
     def commit(turn: _LoadedSource, done: _ShardInProgress, seconds: float) -> None:
         answers = [done.answers[i] for i in range(len(done.answers))]
         texts = [turn.renderer.decode(a.token_ids) for a in answers]
-        loading = turn.loading.pop() if turn.loading else 0.0
-        meta = shard_meta(turn.source, answers, texts, seconds=seconds, startup_seconds=loading)
+        meta = shard_meta(turn.source, answers, texts, seconds=seconds, startup_seconds=turn.loading)
+        turn.loading = 0.0
         folder = job.workdir / done.shard.name
         write_shard(folder / "shards" / f"{done.shard.number:05d}.parquet", done.shard, done.rows, answers, texts,
                     done.seeds, policy=turn.policy, settings=turn.settings)  # fmt: skip
@@ -129,6 +129,7 @@ def answer_shards(
         on_commit(done.shard.number, cast(ShardMeta, part.meta))
 
     try:
+        # One thread uploads, so that shards are committed in their order and the engine does not wait for the store.
         with ThreadPoolExecutor(1) as pool:
             for wave in waves:
                 (source,) = {shard.source for shard in wave}
@@ -140,10 +141,11 @@ def answer_shards(
                         # Before the next models are loaded, because memory may not hold both.
                         turn.engine.close()
                     turn = _turn(job, store, source, folders, loaded)
-                    turn.loading.append(time.monotonic() - begin)
+                    turn.loading = time.monotonic() - begin
                 _answer_wave(turn, [_opened(job, rows, shard, turn.sampling, turn.config) for shard in wave], on_answer,
                              lambda *done: pool.submit(commit, *done))  # fmt: skip
     finally:
+        # `close` can free only what nothing else holds.
         loaded.clear()
         if turn is not None:
             turn.engine.close()
@@ -177,12 +179,13 @@ def _turn(job: Job, store: Store, source: Source, folders: dict[str, Path], load
     )  # fmt: skip
     settings = {"sampling": vars(sampling), "mixture": mixture}
     config = AutoConfig.from_pretrained(own, trust_remote_code=False, local_files_only=True)
-    return _LoadedSource(source, policies[0], settings, engine, renderer, sampling, config, [])
+    return _LoadedSource(source, policies[0], settings, engine, renderer, sampling, config)
 
 
 def _opened(job: Job, rows: Rows, shard: Shard, sampling: Sampling, config: Any) -> _ShardInProgress:
     table, kind = rows.take(shard.rows), job.extra["rows"]
     names = table["prompt_id"].to_pylist()
+    # Engines check the prompts as well, but cannot name them.
     check_prompts(table["prompt_ids"].to_pylist(), sampling, config, names)
     # Held-out sampling uses the same seeds for all iterates, so that equal policies give equal answers.
     number = job.round if kind == "train" else 0
@@ -262,12 +265,13 @@ def run(job: Job) -> None:
     speaking = threading.Lock()
 
     def tell(line: str) -> None:
-        # Commits are reported by a thread of their own.
+        # Two threads report: the engine's the answers, and that of the uploads the shards.
         with speaking:
             try:
                 print(f"{line};", file=say, flush=True)
             except OSError:
                 print("the stage closed its end of the socket: all shards are done, or it has ended", flush=True)
+                # In the thread of the uploads an exception would end nothing before the next shard.
                 os._exit(1)
 
     store = open_store(job.store)

@@ -1,9 +1,9 @@
-"""One engine as a process, at the end of a socket: here for the engines of this machine and of others alike.
+"""The process of one worker, which reads its work from a socket and reports to it, on this machine or another.
 
-Decides: how an engine's process is started (`python -m spinreg_core.generation.worker`), that it hears and speaks
-through one socket, and that this socket says at last how the process ended.
-Leaves out: what an engine does (`worker.py`), who gives it work (`pool.py`), where sockets to other machines
-come from (`remote_workers.py`).
+Decides: how the process is started (`python -m spinreg_core.generation.worker`), and that the socket's last line says
+how it ended.
+Leaves out: the work (`generation.worker`), its assignment (`generation.pool`), sockets to other machines
+(`generation.remote_workers`).
 """
 
 from __future__ import annotations
@@ -26,31 +26,38 @@ COMMAND = [sys.executable, "-u", "-m", "spinreg_core.generation.worker"]
 @dataclass(frozen=True)
 class EngineProcess:
     process: subprocess.Popen[str]
-    keeper: threading.Thread  # ends when the socket has been told of the process's end
+    # Ends once the socket has the line about the process's end.
+    keeper: threading.Thread
 
     def wait(self) -> int:
-        """The exit status."""
+        """Return the exit status, after the socket has it."""
         self.keeper.join()
         return self.process.wait()
 
 
 def start_engine(job: Job, environment: dict[str, str], line: socket.socket) -> EngineProcess:
-    """An engine that reads waves from `line` and speaks to it (`worker.py`). When it has ended, the socket says
-    `ended STATUS [its last lines as JSON];` and is closed: it belongs to the engine from here on.
+    """Start an engine that reads waves from `line` and reports to it (`generation.worker`).
 
-    job: as `worker.py` has it. environment: what the engine's adds to ours: its GPUs, or its share of the cores.
+    The socket belongs to the engine from here on. At the engine's end it gets the line `ended STATUS [LINES];`, with
+    the engine's last lines as JSON, and is closed.
+
+    Args:
+        job: the job of a worker.
+        environment: extra variables of the process: its GPUs, or its share of the cores.
     """
     try:
         folder = job.workdir / job.writer
         folder.mkdir(parents=True, exist_ok=True)
         replace(job, workdir=folder).save(folder / "answer.json")
-        line.settimeout(None)  # the engine shares the file, which must block
+        # The process shares the socket's file, and its reads and writes must block.
+        line.settimeout(None)
         speak = line.fileno()
         process = subprocess.Popen(
             [*COMMAND, str(folder / "answer.json")], stdin=speak, stdout=subprocess.PIPE, text=True, errors="replace",
             env=os.environ | environment | {"SPINREG_SAY": str(speak)}, pass_fds=[speak],
         )  # fmt: skip
-    except OSError as error:  # a full disk, say
+    except OSError as error:
+        # The disk may be full.
         _tell_end(line, 1, [f"error: its process could not be started: {error}"])
         raise
     keeper = threading.Thread(target=_keep, args=(process, line), daemon=True)
@@ -64,7 +71,9 @@ def _keep(process: subprocess.Popen[str], line: socket.socket) -> None:
 
 
 def _tell_end(line: socket.socket, status: int, last: list[str]) -> None:
-    with contextlib.suppress(OSError):  # nobody listens any more
+    # The other end may be closed already.
+    with contextlib.suppress(OSError):
+        # The first line break ends a line that the engine left unfinished.
         line.sendall(f"\nended {status} {json.dumps(last)};\n".encode())
         line.shutdown(socket.SHUT_RDWR)
     line.close()

@@ -126,6 +126,7 @@ def init_ranks(resources: ResourcesConfig) -> Ranks:
     if size % shard:
         raise BadInput("resources.shard_over", f"is {shard} with {size} processes", "set it to a divisor of them")
     if device == "cuda":
+        # NCCL's collectives use the current device, which is the first one in every process by default.
         torch.cuda.set_device(local)
     timeout = datetime.timedelta(seconds=resources.collective_timeout_seconds)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo", timeout=timeout)

@@ -83,9 +83,12 @@ def _ranks(job: Job, job_file: Path, processes: int, *, run_id: str) -> tuple[in
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     resources = job.config.resources
+    # The message of a failure is that of `failures.verdict`.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Without a limit every rank would use all cores; only torchrun's command line sets one.
     if "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // processes, 1))
+    # Ranks finish their step and write a checkpoint before torchrun kills them.
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(int(resources.stop_seconds) + 1)
     config = LaunchConfig(
         min_nodes=resources.nodes,

@@ -188,7 +188,7 @@ def wait_until_gone(job: Job, seconds: float = 10) -> None:
         pytest.param("import torch; torch.empty(10**15)",
          r"error: out of memory in train: it asked for 3725290\.30 GiB more\. Any of these helps: resources\."
          r"tokens_per_pass below 2048; training\.activation_checkpointing full \(now none\); training\.lora_rank "
-         r"\(gradients and optimiser of an adapter alone\); more resources\.processes", marks=LONG),
+         r"\(gradients and optimiser state of an adapter only\); more resources\.processes", marks=LONG),
         pytest.param("import ctypes; ctypes.string_at(0)",
                      r"error: rank 1 was killed by SIGSEGV; the end of its output:", marks=LONG),
     ],
