@@ -20,9 +20,7 @@ from spinreg_core.runtime.failures import MESSAGE_LINES, process_error
 _LAST_WORDS_SECONDS = 5.0
 
 
-def show_output(
-    process: subprocess.Popen[str], check: Callable[[], object] = lambda: None
-) -> tuple[int, list[str]]:
+def show_output(process: subprocess.Popen[str], check: Callable[[], object] = lambda: None) -> tuple[int, list[str]]:
     """Show a process's output here until the process ends. Returns its exit status and the last lines of its output.
 
     Calls `check` every second, and raises what it raises.
