@@ -84,12 +84,16 @@ class Shape:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows, and tokens per row. Answers include their end-of-turn; `generated` is the mean sampled answer."""
+    """Rows, and tokens per row. Answers include their end-of-turn; `generated` is the mean sampled answer.
+
+    `clipped` is the mean human answer after `opponent.truncated: clip_real`, beside sampled answers of full length.
+    """
 
     train_rows: int
     heldout_rows: int
     prompt: float
     answer: float
+    clipped: float
     generated: float
     longest_prompt: int
     longest_answer: int
@@ -147,7 +151,7 @@ def trained_parameters(config: RunConfig, shape: Shape) -> int:
 def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int) -> dict[str, list[Work]]:
     """Return the work of each stage of a round; round 0 is the evaluation of the base."""
     two_n = 2.0 * shape.parameters
-    real, sampled = sizes.prompt + sizes.answer, sizes.prompt + sizes.generated
+    sampled = sizes.prompt + sizes.generated
     m, n = sizes.heldout_rows, prompts(config, sizes)
     # Held-out: y and y' under the policy; then y'' under it too, and y' under base and previous policy. The prompt is
     # computed once for both answers.
@@ -159,8 +163,9 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     if round_number == 0:
         return {"evaluate": evaluate}
     total, per_prompt = pairs(config, sizes, round_number), config.generation.answers_per_prompt
+    human = sizes.clipped if config.opponent.truncated == "clip_real" else sizes.answer
     # The prompt and the human answer are computed once for all sampled answers to a prompt.
-    pair = (sizes.prompt + sizes.answer) / per_prompt + sizes.generated
+    pair = (sizes.prompt + human) / per_prompt + sizes.generated
     made = n * (sizes.prompt + per_prompt * sizes.generated)
     seen = min(sizes.train_rows, n * (round_number - 1))
     new = min(n, sizes.train_rows - seen)
@@ -170,10 +175,14 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     mix = total * pair if alpha > 0 else 0.0
     # In round 1 the previous policy is the base, which needs no second scoring.
     if alpha < 1 and (round_number > 1 or alpha == 0):
-        mix += made + new * sizes.answer
+        mix += made + new * human
     passes = config.training.epochs * total * pair
     # Watched human answers are scored at the end, and at the start too unless scores of the previous policy are cached.
-    watched = min(total, WATCHED_PAIRS) * real * (1 if alpha > 0 or round_number == 1 else 2)
+    # They are different ones: pairs of a prompt share theirs, and so do rounds with the same prompts.
+    different = n if config.data.round_prompts == "same" else min(sizes.train_rows, n * round_number)
+    adapted = config.training.lora_rank is not None and config.training.precision != "fp32" and round_number > 1
+    times = 1 if (alpha > 0 or round_number == 1) and not adapted else 2
+    watched = min(total / per_prompt, different, WATCHED_PAIRS) * (sizes.prompt + human) * times
     factor = 6.0 if config.training.lora_rank is None else 4.0
     factor += 2.0 if config.training.activation_checkpointing == "full" else 0.0
     answered = made * generated_share(config, round_number)

@@ -81,6 +81,7 @@ def _from_limits(config: RunConfig, error: BadInput | OSError) -> tuple[Sizes, s
     sizes = Sizes(
         train_rows=data.prompts_per_round, heldout_rows=data.heldout_rows, prompt=data.max_prompt_tokens,
         answer=data.max_length - data.max_prompt_tokens, generated=config.generation.max_new_tokens,
+        clipped=min(data.max_length - data.max_prompt_tokens, config.generation.max_new_tokens),
         longest_prompt=data.max_prompt_tokens, longest_answer=data.max_length - data.max_prompt_tokens,
     )  # fmt: skip
     return sizes, f"the configured limits, because the data could not be read: {error}"
@@ -138,6 +139,7 @@ def read_sizes(config: RunConfig, folder: Path) -> tuple[Sizes, str]:
         heldout_rows=heldout,
         prompt=sum(prompt for prompt, _ in lengths) / len(lengths),
         answer=sum(answer for _, answer in lengths) / len(lengths),
+        clipped=sum(min(answer, new) for _, answer in lengths) / len(lengths),
         generated=float(new),
         longest_prompt=longest[0],
         longest_answer=longest[1],

@@ -43,7 +43,10 @@ SMOLLM = Shape(
     parameters=134_515_008, layers=30, width=576, mlp_width=1536, heads=9, kv_width=192, vocabulary=49_152,
     stored_bytes=2,
 )  # fmt: skip
-SIZES = Sizes(train_rows=100, heldout_rows=10, prompt=20, answer=30, generated=40, longest_prompt=50, longest_answer=70)
+SIZES = Sizes(
+    train_rows=100, heldout_rows=10, prompt=20, answer=30, clipped=30, generated=40, longest_prompt=50,
+    longest_answer=70,
+)  # fmt: skip
 N = SMOLLM.parameters
 
 
@@ -419,3 +422,29 @@ def test_stage_memory_of_shards_splits_weights_and_states() -> None:
         assert four[part] == one[part] // 4
     assert four["activations"] == one["activations"]
     assert 0 < four["compute copies"] < one["compute copies"]
+
+
+def test_round_work_counts_clipped_human_answers() -> None:
+    clipped, whole = replace(SIZES, clipped=10), SIZES
+    for stage, fewer in (("train", 2 * 64 * 20 + WATCHED_PAIRS * 20), ("mix-opponent", 64 * 20)):
+        config = configured(training={"epochs": 2}, objective={"alpha": 1.0})
+        assert work(config, 1, whole)[stage][0] - work(config, 1, clipped)[stage][0] == fewer
+        config = configured(training={"epochs": 2}, objective={"alpha": 1.0}, opponent={"truncated": "keep"})
+        assert work(config, 1, whole)[stage] == work(config, 1, clipped)[stage]
+
+
+@pytest.mark.parametrize(
+    ("prompts_", "answers", "same", "watched"),
+    [(9, 2, False, (9, 18, 27)), (9, 2, True, (9, 9, 9)), (64, 1, False, (32,))],
+)
+def test_round_work_watches_different_human_answers(
+    prompts_: int, answers: int, same: bool, watched: tuple[int, ...]
+) -> None:
+    config = configured(
+        data={"prompts_per_round": prompts_, "round_prompts": "same" if same else "fresh"},
+        generation={"answers_per_prompt": answers}, opponent={"history": "all", "source": "replay"},
+        objective={"alpha": 1.0},
+    )  # fmt: skip
+    for number, count in enumerate(watched, start=1):
+        scored = [w for w in round_work(config, SMOLLM, SIZES, number)["train"] if w.kind == "score"]
+        assert sum(w.tokens for w in scored) == count * (20 + 30)

@@ -112,7 +112,14 @@ def test_read_sizes_without_data_takes_the_limits(tmp_path: Path) -> None:
     sizes, source = read_sizes(config, tiny_folder())
     assert source.startswith("the configured limits, because the data could not be read: dataset")
     assert sizes == Sizes(
-        train_rows=50, heldout_rows=75, prompt=512, answer=512, generated=96, longest_prompt=512, longest_answer=512
+        train_rows=50,
+        heldout_rows=75,
+        prompt=512,
+        answer=512,
+        clipped=96,
+        generated=96,
+        longest_prompt=512,
+        longest_answer=512,
     )
     assert "because the data could not be read" in plan(config, tflops=1.0)[0]
 
