@@ -73,6 +73,29 @@ def require_finite(folder: Path) -> None:
                                    f"{name}", "finite weights")  # fmt: skip
 
 
+def require_honest_ties(folder: Path) -> None:
+    """Raise BadInput if config.json ties the embeddings to a vocabulary projection that has other numbers.
+
+    Versions of transformers differ in the one that they then use.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    if not config.get_text_config().tie_word_embeddings:
+        return
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith(("embed_tokens.weight", "wte.weight")) or name == "lm_head.weight":
+                    found[name.rpartition(".")[0].rpartition(".")[2]] = file.get_tensor(name)
+    head = found.pop("lm_head", None)
+    if head is not None and any(not torch.equal(head, other) for other in found.values()):
+        raise BadInput(f"model file {folder / 'config.json'}",
+                       "has tie_word_embeddings, but lm_head.weight differs from the embeddings",
+                       "tie_word_embeddings false, or no lm_head.weight")  # fmt: skip
+
+
 def _plain_tensors(folder: Path) -> set[str]:
     """Return the names of all tensors in a folder. Raises BadInput."""
     names: set[str] = set()

@@ -108,6 +108,12 @@ def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     (longest, why), vocabulary = context_of(config), config.get_text_config().vocab_size
+    ends = read_json(folder / "generation_config.json").get("eos_token_id")
+    beyond = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end >= vocabulary]
+    if beyond:
+        raise BadInput(f"model file {folder / 'generation_config.json'}",
+                       f"has the eos_token_id {beyond[0]}, but the model has {vocabulary} embeddings",
+                       "ids that the model can write")  # fmt: skip
     if longest is not None and max_length > longest:
         raise BadInput("data.max_length", f"is {max_length}", f"at most {longest}, {why}")
     if max(token_ids) >= vocabulary:
@@ -162,6 +168,7 @@ def _checked(folder: Path, source: str) -> Path:
         pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"has only pickled weights ({', '.join(pickled)})" if pickled else f"has no {', '.join(missing)}"
         raise BadInput(f"model {source}", found, "safetensors; unpickling runs code, so spinreg never does it")
+    _require_one_model(folder, source, wanted)
     written = read_json(folder / "config.json")
     if "auto_map" in written or "auto_map" in read_json(folder / "tokenizer_config.json"):
         raise BadInput(f"model {source}", "has code of its own (auto_map)", "a model without code")
@@ -179,6 +186,32 @@ def _checked(folder: Path, source: str) -> Path:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise BadInput(f"model {source}", f"is a {config.model_type} model", "a causal language model")
     return folder
+
+
+def _require_one_model(folder: Path, source: str, wanted: set[str]) -> None:
+    """Raise BadInput for a folder from which loaders would take different weights, heads or templates.
+
+    wanted: the names of the files of weights, by the index or without one.
+    """
+    where, config = f"model {source}", folder / "config.json"
+    weights = {path.name for path in model_files(folder) if path.suffix == ".safetensors"}
+    if others := sorted(weights - wanted):
+        named = ", ".join(sorted(wanted)[:3])
+        raise BadInput(where, f"has {', '.join(others[:3])} beside {named}, and loaders differ in those that they read",
+                       "one set of weights; move the others elsewhere")  # fmt: skip
+    classes = [str(name) for name in read_json(config).get("architectures") or ()]
+    if classes and all(name.endswith("Model") and not name.endswith("LMHeadModel") for name in classes):
+        raise BadInput(f"model file {config}", f"names {classes[0]}, a model without a vocabulary projection",
+                       "a causal language model; save it with transformers' AutoModelForCausalLM")  # fmt: skip
+    written = (folder / "chat_template.jinja").exists() or read_json(folder / "tokenizer_config.json").get(
+        "chat_template"
+    )
+    if (folder / "chat_template.json").exists() and not written:
+        raise BadInput(where, "has its chat template in chat_template.json only, which tokenizers do not read",
+                       "its text in chat_template.jinja")  # fmt: skip
+    if any((folder / "additional_chat_templates").glob("*.jinja")):
+        raise BadInput(where, "has further templates in additional_chat_templates, which a published policy would lose",
+                       "one chat_template.jinja, or named templates in tokenizer_config.json")  # fmt: skip
 
 
 def _made_once(target: Path, make: Callable[[Path], None]) -> Path:

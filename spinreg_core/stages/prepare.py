@@ -42,8 +42,8 @@ from spinreg_core.data.row_file import take_rows, write_rows
 from spinreg_core.data.split import IntArray, any_share_openings, given_heldout, split_rows
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.final_answers import require_final_answers
-from spinreg_core.models.chat_template import Renderer
-from spinreg_core.models.checks import require_finite, require_loadable
+from spinreg_core.models.chat_template import DEFAULT_TEMPLATE, Renderer
+from spinreg_core.models.checks import require_finite, require_honest_ties, require_loadable
 from spinreg_core.models.source import link_policy, model_fingerprint, require_fit, resolve_model, tokenizer_folder
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.job import Job
@@ -75,6 +75,8 @@ def run(job: Job) -> Manifest:
               flush=True)  # fmt: skip
     if renderer.written_before:
         print(f"warning: {renderer.written_before_warning}", flush=True)
+    if str(renderer.tokenizer.chat_template).endswith(DEFAULT_TEMPLATE):
+        print("the model has no chat template, so spinreg's default is used (docs/data.md)", flush=True)
     data = prepare_data(job, selected, heldout, renderer)
     folder = resolve_model(config.model, cache_folder())
     largest = _largest_id(job, data.object_id)
@@ -343,6 +345,7 @@ def prepare_base(job: Job, source: Path) -> Manifest:
         print(f"the base model is in the store already: {job.object_id}", flush=True)
         return found
     require_finite(source)
+    require_honest_ties(source)
     folder = job.workdir / "base"
     if bits is None:
         link_policy(source, folder / "policy")

@@ -107,6 +107,35 @@ def _(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
 
 
+@broken("a model with two sets of weights")
+def _(folder: Path) -> None:
+    shutil.copyfile(folder / WEIGHTS, folder / "model-00001-of-00001.safetensors")
+
+
+@broken("a model with weights that its index does not name")
+def _(folder: Path) -> None:
+    shutil.copyfile(folder / WEIGHTS, folder / "part.safetensors")
+    names = dict.fromkeys(load_file(folder / WEIGHTS), "part.safetensors")
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+@broken("a model with tied embeddings beside another projection")
+def _(folder: Path) -> None:
+    weights(folder, **{"lm_head.weight": torch.zeros(259, 64)})
+
+
+@broken("a model with its template in chat_template.json only")
+def _(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": CHATML}))
+
+
+@broken("a model with templates in additional_chat_templates")
+def _(folder: Path) -> None:
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text(CHATML)
+
+
 # What config.json says.
 for what, fields in {
     "code of its own": {"auto_map": {"AutoModelForCausalLM": "modeling.Mine"}},
@@ -123,6 +152,7 @@ for what, fields in {
     "fewer embeddings than the tokenizer has tokens": {"vocab_size": 258},
     "a context window shorter than the rows": {"max_position_embeddings": 512},
     "no width": {"hidden_size": "wide"},
+    "no vocabulary projection": {"architectures": ["LlamaModel"]},
 }.items():
     broken(f"a model with {what}")(lambda folder, fields=fields: change_json(folder / "config.json", **fields))
 
@@ -130,6 +160,7 @@ for what, fields in {
 # What the files beside it say.
 for what, name, field, value in (
     ("an end of generation that is a word", "generation_config.json", "eos_token_id", "x"),
+    ("an end of generation beyond its embeddings", "generation_config.json", "eos_token_id", [257, 999]),
     ("ends of generation in a list of lists", "generation_config.json", "eos_token_id", [[1]]),
     ("a longest input that is a word", "tokenizer_config.json", "model_max_length", "x"),
 ):

@@ -126,8 +126,7 @@ def test_resolve_model_with_a_large_config_raises_unopened(folder: Path) -> None
 
 
 def test_resolve_model_with_large_weights_accepts_their_size(folder: Path) -> None:
-    (folder / "more.safetensors").touch()
-    os.truncate(folder / "more.safetensors", LARGEST_MODEL_FILE + 1)
+    os.truncate(folder / "model.safetensors", LARGEST_MODEL_FILE + 1)
     assert resolve_model(str(folder), cache_folder()) == folder
 
 

@@ -177,6 +177,16 @@ def prepare_key(tmp_path: Path, dataset: str, model: str) -> dict[str, Any]:
     return dict(run(work).data.key)
 
 
+def test_prepare_says_that_it_uses_the_default_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
+    bare = shutil.copytree(toy, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    dataset = write_jsonl(tmp_path / "x.jsonl", ROWS)
+    for model, said in ((toy, False), (bare, True)):
+        run(job(tmp_path, dataset, f"of-{model.name}", model=str(model)))
+        assert ("has no chat template" in capsys.readouterr().out) == said
+
+
 def test_prepare_warns_of_text_before_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     toy = model_source.resolve_model("random:tiny", prepare.cache_folder())
     other = shutil.copytree(toy, tmp_path / "other")
