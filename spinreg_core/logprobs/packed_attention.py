@@ -26,7 +26,7 @@ from spinreg_core.logprobs.packing import Layout
 
 NAME = "spinreg"
 # Keywords that change nothing here: dropout is 0 in every loaded policy, and the layout has the positions.
-_NEUTRAL = {"dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
+_NEUTRAL = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
 
 
 class Row:
