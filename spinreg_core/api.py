@@ -91,11 +91,12 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             do_prepare(store, lease, resolved, start)
 
         def measure(number: int) -> bool:
-            if plan_benchmark(resolved, lease.head, number) is None:
-                return False
-            return measure_or_note(
-                number, lambda: not do_benchmark(store, lease, resolved, number, start)["reused"], failures, say
-            )
+            def call() -> bool:
+                if plan_benchmark(resolved, lease.head, number) is None:
+                    return False
+                return not do_benchmark(store, lease, resolved, number, start)["reused"]
+
+            return measure_or_note(number, call, failures, say)
 
         def run_round(number: int) -> None:
             run_stages(number, calls)
