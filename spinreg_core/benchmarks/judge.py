@@ -141,6 +141,11 @@ def settings_of(judge: JudgeConfig) -> dict[str, str | float | None]:
     return {"endpoint": endpoint_identity(judge)} | {name: getattr(judge, name) for name in names}
 
 
+def shown_settings(judge: JudgeConfig) -> dict[str, str | float | None]:
+    """Return the settings of the judge that a result names."""
+    return settings_of(judge) | {"parsing": judge.parsing}
+
+
 def paid_text(cost: Mapping[str, float]) -> str:
     """Return `JudgeVerdicts.cost` as a line for people."""
     return f"requests: {cost['requests']} paid for by this ({cost['paid']:.4g}), {cost['requests_before']} before"

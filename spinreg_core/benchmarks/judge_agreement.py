@@ -25,6 +25,7 @@ from spinreg_core.benchmarks.judge import (
     paid_text,
     require_judge,
     settings_of,
+    shown_settings,
 )
 from spinreg_core.benchmarks.judge_client import Messages
 from spinreg_core.benchmarks.judge_prompts import PAIR, Preference, Prompts, load_prompts
@@ -91,7 +92,7 @@ def agreement(
             interval = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
             lines.append(f"{what}: {found['value']:.3f}{interval}, n = {found['n']}")
     return "\n".join([*lines, paid_text(cost)]), {
-        "source": source, "votes": len(votes), "pairs": len(pairs), "judge": settings_of(config.judge),
+        "source": source, "votes": len(votes), "pairs": len(pairs), "judge": shown_settings(config.judge),
         "prompts": prompts.sha256, "fingerprint": fingerprint("votes", {"votes": [repr(vote) for vote in votes]}),
         "bootstrap": config.evaluation.bootstrap, "seed": config.seed, "versions": versions(),
         "metrics": metrics, "cost": cost,

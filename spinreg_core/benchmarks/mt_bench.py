@@ -21,7 +21,7 @@ from functools import partial
 
 import pyarrow.parquet as pq
 
-from spinreg_core.benchmarks.judge import JudgeQuestion, ask_judge, settings_of
+from spinreg_core.benchmarks.judge import JudgeQuestion, ask_judge, settings_of, shown_settings
 from spinreg_core.benchmarks.judge_client import Messages
 from spinreg_core.benchmarks.judge_prompts import SINGLE, Prompts, load_prompts, parse_rating
 from spinreg_core.benchmarks.mt_bench_questions import (
@@ -122,7 +122,7 @@ def run(job: Job) -> Manifest:
     document: PartResults = {
         "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher", "metrics": metrics,
         "settings": {
-            "judge": settings_of(config.judge) | {"parsing": config.judge.parsing}, "questions": len(questions),
+            "judge": shown_settings(config.judge), "questions": len(questions),
             "with_reference": sum(q.reference is not None for q in questions),
             "max_tokens": config.benchmarks.mt_bench_max_tokens, "temperatures": TEMPERATURES,
             "engine": answers.metrics["engine"], "bootstrap": resamples, "seed": config.seed,

@@ -36,6 +36,7 @@ from spinreg_core.benchmarks.judge import (
     paid_text,
     require_judge,
     settings_of,
+    shown_settings,
 )
 from spinreg_core.benchmarks.judge_prompts import Prompts, load_prompts
 from spinreg_core.benchmarks.results import Item, PartResults, write_part
@@ -199,7 +200,7 @@ def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> 
 
 def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> Mapping[str, object]:
     return {
-        "judge": settings_of(config.judge) | {"parsing": config.judge.parsing}, "prompts": len(pairs),
+        "judge": shown_settings(config.judge), "prompts": len(pairs),
         "identical": sum(pair.own == pair.other for pair in pairs),
         "limit": config.benchmarks.win_rate_prompts, "bootstrap": config.evaluation.bootstrap, "seed": config.seed,
     }  # fmt: skip

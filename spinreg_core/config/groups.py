@@ -220,6 +220,14 @@ class TrainingConfig(Group):
         "rounded model is then the run's base.",
     )
 
+    @property
+    def rounds_adapter(self) -> bool:
+        """Whether bfloat16 rounds the adapter that trains otherwise than the merged policy that is scored.
+
+        bf16(W) x + bf16(BA) x is trained, and bf16(W + BA) x is scored.
+        """
+        return self.lora_rank is not None and self.precision != "fp32"
+
     @model_validator(mode="after")
     def _switches(self) -> TrainingConfig:
         for switch, fields in (("lora_rank", LORA_FIELDS), ("average", AVERAGE_FIELDS)):

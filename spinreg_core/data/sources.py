@@ -34,20 +34,8 @@ _SPLIT_WORDS = {
 }
 # Formats of rows that spinreg does not read. A folder with one of them would lose its rows in silence.
 _UNREAD_KINDS = (
-    ".tsv",
-    ".zst",
-    ".lz4",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".7z",
-    ".xls",
-    ".xlsx",
-    ".avro",
-    ".orc",
-    ".feather",
-    ".pkl",
-)
+    ".tsv", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".xls", ".xlsx", ".avro", ".orc", ".feather", ".pkl",
+)  # fmt: skip
 # File names in a note.
 _NAMED = 10
 
@@ -210,6 +198,7 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
     if not files:
         raise BadInput(f"dataset {shown}", "has no data files", f"files ending in {', '.join(READERS)}")
     splits: dict[str, list[Path]] = {}
+    outside: list[str] = []
     for path in files:
         name = path.relative_to(folder).as_posix()
         found = [split for split, words in _SPLIT_WORDS.items()
@@ -219,7 +208,7 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
                            "name it after one split")  # fmt: skip
         for split in found:
             splits.setdefault(split, []).append(path)
-    outside = [path.relative_to(folder).as_posix() for path in files if not any(path in own for own in splits.values())]
+        outside += [] if found else [name]
     if splits and outside:
         raise BadInput(
             f"dataset {shown}", f"has files of no split ({_named(outside)}) beside files of {', '.join(splits)}",
@@ -236,14 +225,10 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
 
 
 def _dataset_records(dataset: Any, query: _Query, most: int | None) -> Iterator[Record]:
-    names = dataset.column_names
-    if names is not None:
-        wanted, unread = split_columns(names, query.columns)
-        if unread:
-            dataset = dataset.select_columns(wanted)
-    else:
-        # The columns of a stream without declared features show with its first record.
-        unread = ()
+    # A stream without declared features shows its columns with its first record, and all of them are read.
+    wanted, unread = split_columns(dataset.column_names or (), query.columns)
+    if unread:
+        dataset = dataset.select_columns(wanted)
     batches = dataset.with_format("arrow").iter(min(most or 1000, 1000))
     return islice(table_records(batches, unread), most)
 

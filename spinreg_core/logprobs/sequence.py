@@ -155,11 +155,10 @@ def _probe_packing(model: PreTrainedModel) -> float:
             _require_independent_groups(model, row.layout, hidden)
             found = token_logprobs(head, hidden[row.layout.predictors], row.layout.targets)
             _require_equal(found, expected, row.layout.owners, exact=hidden.dtype == torch.float32)
-        except _CannotPack:
+        except (_CannotPack, TypeError, ValueError, NotImplementedError, RuntimeError) as error:
             model.set_attn_implementation(before)
-            raise
-        except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-            model.set_attn_implementation(before)
+            if isinstance(error, _CannotPack):
+                raise
             raise _CannotPack(f"it cannot be packed ({type(error).__name__}: {first_line(error)})") from error
     config = model.config.get_text_config()
     # Qwen 2 MoE writes 0 for "no window".

@@ -78,19 +78,23 @@ def require_honest_ties(folder: Path) -> None:
 
     Versions of transformers differ in the one that they then use.
     """
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    config, _ = architecture(folder)
     if not config.get_text_config().tie_word_embeddings:
         return
-    found: dict[str, torch.Tensor] = {}
+    places: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.endswith(("embed_tokens.weight", "wte.weight")) or name == "lm_head.weight":
-                    found[name.rpartition(".")[0].rpartition(".")[2]] = file.get_tensor(name)
-    head = found.pop("lm_head", None)
-    if head is not None and any(not torch.equal(head, other) for other in found.values()):
+            places |= dict.fromkeys(file.keys(), path)
+    if "lm_head.weight" not in places:
+        return
+
+    def tensor(name: str) -> torch.Tensor:
+        with safe_open(places[name], "pt") as file:
+            return file.get_tensor(name)
+
+    head = tensor("lm_head.weight")
+    embeddings = [name for name in places if name.endswith(("embed_tokens.weight", "wte.weight"))]
+    if any(not torch.equal(head, tensor(name)) for name in embeddings):
         raise BadInput(f"model file {folder / 'config.json'}",
                        "has tie_word_embeddings, but lm_head.weight differs from the embeddings",
                        "tie_word_embeddings false, or no lm_head.weight")  # fmt: skip

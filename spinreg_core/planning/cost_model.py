@@ -180,7 +180,7 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     # Watched human answers are scored at the end, and at the start too unless scores of the previous policy are cached.
     # They are different ones: pairs of a prompt share theirs, and so do rounds with the same prompts.
     different = n if config.data.round_prompts == "same" else min(sizes.train_rows, n * round_number)
-    adapted = config.training.lora_rank is not None and config.training.precision != "fp32" and round_number > 1
+    adapted = config.training.rounds_adapter and round_number > 1
     times = 1 if (alpha > 0 or round_number == 1) and not adapted else 2
     watched = min(total / per_prompt, different, WATCHED_PAIRS) * (sizes.prompt + human) * times
     factor = 6.0 if config.training.lora_rank is None else 4.0

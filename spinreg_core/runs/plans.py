@@ -231,7 +231,7 @@ def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
         "link": config.objective.link,
     }  # fmt: skip
     # An adapter computed in bfloat16 is not quite the merged policy that was scored, so its start is measured.
-    adapted = config.training.lora_rank is not None and config.training.precision != "fp32" and round_number > 1
+    adapted = config.training.rounds_adapter and round_number > 1
     return _corrected(
         "train", round_number, key, inputs, {}, packing=_packing(config.training),
         start="measured" if adapted else None, decay="matrices" if config.training.weight_decay else None,

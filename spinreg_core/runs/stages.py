@@ -71,11 +71,10 @@ def before_corrections(config: RunConfig, head: Head) -> dict[str, list[int]]:
     found: dict[str, set[int]] = {}
     for entry in head.rounds if head.base and head.data else ():
         for stage, object_id in entry.stages.items():
-            for planned in for_each_possible_engine(config):
-                plan = STAGES[stage].plan(planned, head, entry.round)
-                if plan.corrections and object_id == plan.id_before_corrections:
-                    for name in plan.corrections:
-                        found.setdefault(name, set()).add(entry.round)
+            plan = STAGES[stage].plan(config, head, entry.round)
+            if object_id == plan.id_before_corrections:
+                for name in plan.corrections:
+                    found.setdefault(name, set()).add(entry.round)
     return {name: sorted(rounds) for name, rounds in found.items()}
 
 

@@ -77,8 +77,6 @@ def run(
         print("precision bf16 rounds away updates smaller than about 1/256 of a weight; mixed keeps them")
     if ranks.mesh is not None:
         print(f"{ranks.size} ranks, mesh {dict(zip(ranks.mesh.mesh_dim_names or (), ranks.mesh.shape, strict=True))}")
-    # bfloat16(W) x + bfloat16(BA) x is what trains; bfloat16(W + BA) x is what was scored.
-    rounded_apart = training.lora_rank is not None and training.precision != "fp32"
     round_ = trainer(
         model,
         pairs,
@@ -89,7 +87,7 @@ def run(
         tokens_per_pass=job.config.resources.tokens_per_pass,
         ranks=ranks,
         kl_from=("previous", "base") if _alike(training, "opponent", "reference") else ("base",),
-        starts_at_previous=job.round == 1 or (_alike(training, "start", "reference") and not rounded_apart),
+        starts_at_previous=job.round == 1 or (_alike(training, "start", "reference") and not training.rounds_adapter),
     )
     checkpoints = checkpointer(store, job, round_, ranks)
     if checkpoints.resume():
