@@ -1,7 +1,7 @@
 """Fields of a record and of its turns that change the meaning of a row, in the formats of other trainers.
 
-Decides: the fields that are used beside a layout's own columns, and those that make a row bad because spinreg cannot
-use them. docs/data.md has the same table. Every other field is listed as unused.
+Decides: the fields that are used in addition to a layout's columns, and those that make a row bad because spinreg
+cannot use them. docs/data.md has the same table. Every other field is listed as unused.
 Leaves out: the columns of the layouts (`formats`), roles and calls (`messages`).
 """
 
@@ -23,11 +23,11 @@ _TRAINED = ("weight", "training", "train", "loss")
 
 # The text of such a row refers to something that the model would not see.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_REFUSED_BESIDE_ANY = dict.fromkeys(_MEDIA, "spinreg trains on text alone") | {
+_REFUSED_ALWAYS = dict.fromkeys(_MEDIA, "spinreg trains on text alone") | {
     "documents": "write them into the prompt",
     "chat_template_kwargs": "set data.template_arguments, which apply to all rows",
 }
-_REFUSED_BESIDE_A_PROMPT = dict.fromkeys(
+_REFUSED_WITH_A_PROMPT = dict.fromkeys(
     ("context", "passage", "article", "choices", "options"), "write it into the prompt, or remove the column"
 )
 _REFUSED_IN_TURNS = dict.fromkeys(_MEDIA, "spinreg trains on text alone") | {
@@ -43,9 +43,9 @@ USED_IN_TURNS = {
 
 
 def known_fields(*, of_turns: bool) -> set[str]:
-    """Return the fields of a record that are used or refused beside the columns of its layout."""
-    found = {*_SYSTEM, *_REFUSED_BESIDE_ANY, *_JUDGED}
-    return found | ({*_TOOLS, "chosen", "rejected", _HISTORY} if of_turns else {_HISTORY, *_REFUSED_BESIDE_A_PROMPT})
+    """Return the fields of a record that are used or refused in addition to the columns of its layout."""
+    found = {*_SYSTEM, *_REFUSED_ALWAYS, *_JUDGED}
+    return found | ({*_TOOLS, "chosen", "rejected", _HISTORY} if of_turns else {_HISTORY, *_REFUSED_WITH_A_PROMPT})
 
 
 def require_usable_fields(record: Mapping[str, object], messages: Sequence[Message], *, of_turns: bool) -> None:
@@ -53,7 +53,7 @@ def require_usable_fields(record: Mapping[str, object], messages: Sequence[Messa
 
     of_turns: the record holds a conversation, not a prompt and an answer.
     """
-    refused = _REFUSED_BESIDE_ANY | ({_HISTORY: "write it as turns"} if of_turns else _REFUSED_BESIDE_A_PROMPT)
+    refused = _REFUSED_ALWAYS | ({_HISTORY: "write it as turns"} if of_turns else _REFUSED_WITH_A_PROMPT)
     for name, remedy in refused.items():
         if not _is_empty(record.get(name)):
             raise RowProblem("unused_field", f"{name!r} has a value; {remedy}")

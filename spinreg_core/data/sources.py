@@ -1,6 +1,6 @@
 """Sources of records: the hub, a local or s3:// file or folder, the bundled demo.
 
-Decides: the files of a split in a folder, that no file is left out in silence, and the numbers of records (from 1; in
+Decides: the files of a split in a folder, that no file is left out silently, and the numbers of records (from 1; in
 JSON lines the line numbers).
 Leaves out: reading a file (`readers`), the meaning of a record (`formats`).
 """
@@ -32,7 +32,7 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
     "heldout": ("heldout",),
 }
-# Formats of rows that spinreg does not read. A folder with one of them would lose its rows in silence.
+# Formats of rows that spinreg does not read. A folder with one of them would lose rows silently.
 _UNREAD_KINDS = (
     ".tsv", ".zst", ".lz4", ".zip", ".tar", ".tgz", ".7z", ".xls", ".xlsx", ".avro", ".orc", ".feather", ".pkl",
 )  # fmt: skip
@@ -89,7 +89,7 @@ def read_records(
             yield from _read_local(next(Path(scratch).iterdir()) if single else Path(scratch), query)
         return
     path = _path(dataset)
-    # A clone of a hub repository, whose card names the files of its subsets and splits.
+    # In a clone of a hub repository, the card names the files of its subsets and splits.
     if path.is_dir() and (subset is not None or _card_names_files(path)):
         yield from _read_hub(str(path), query)
     elif path.exists():
@@ -204,14 +204,14 @@ def _folder_splits(folder: Path, shown: str) -> dict[str, list[Path]]:
         found = [split for split, words in _SPLIT_WORDS.items()
                  if re.search(rf"(^|[-._ 0-9/])({'|'.join(words)})([-._ 0-9/]|$)", name)]  # fmt: skip
         if len(found) > 1:
-            raise BadInput(f"dataset {shown}", f"has a file {name}, whose name has the words of {' and '.join(found)}",
+            raise BadInput(f"dataset {shown}", f"has a file {name} that names the splits {' and '.join(found)}",
                            "name it after one split")  # fmt: skip
         for split in found:
             splits.setdefault(split, []).append(path)
         outside += [] if found else [name]
     if splits and outside:
         raise BadInput(
-            f"dataset {shown}", f"has files of no split ({_named(outside)}) beside files of {', '.join(splits)}",
+            f"dataset {shown}", f"has files without a split ({_named(outside)}) next to files of {', '.join(splits)}",
             f"put a split's name into theirs, as in train-{outside[0].rpartition('/')[2]}, or name one file as dataset",
         )  # fmt: skip
     splits = {split: splits[split] for split in _SPLIT_WORDS if split in splits} or {"train": files}

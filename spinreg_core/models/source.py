@@ -197,7 +197,7 @@ def _require_one_model(folder: Path, source: str, wanted: set[str]) -> None:
     weights = {path.name for path in model_files(folder) if path.suffix == ".safetensors"}
     if others := sorted(weights - wanted):
         named = ", ".join(sorted(wanted)[:3])
-        raise BadInput(where, f"has {', '.join(others[:3])} beside {named}, and loaders differ in those that they read",
+        raise BadInput(where, f"has {', '.join(others[:3])} next to {named}, and loaders disagree on which to read",
                        "one set of weights; move the others elsewhere")  # fmt: skip
     classes = [str(name) for name in read_json(config).get("architectures") or ()]
     if classes and all(name.endswith("Model") and not name.endswith("LMHeadModel") for name in classes):

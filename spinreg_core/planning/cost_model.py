@@ -86,7 +86,7 @@ class Shape:
 class Sizes:
     """Rows, and tokens per row. Answers include their end-of-turn; `generated` is the mean sampled answer.
 
-    `clipped` is the mean human answer after `opponent.truncated: clip_real`, beside sampled answers of full length.
+    `clipped` is the mean human answer after `opponent.truncated: clip_real`, if sampled answers have full length.
     """
 
     train_rows: int

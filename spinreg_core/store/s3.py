@@ -69,7 +69,7 @@ class S3Store:
             # Servers list such keys under other names than those that were written, so that a listing is empty.
             plain = "/".join([self.bucket, *(part for part in self.prefix.split("/") if part not in ("", ".", ".."))])
             raise BadInput(
-                "store", f"is {url!r}, whose prefix has an empty part, '.' or '..'",
+                "store", f"is {url!r}; its prefix has an empty part, '.' or '..'",
                 f"write s3://{plain}; runs that lie there already move with "
                 f"`aws s3 cp --recursive '{self.url}/' 's3://{plain}/'`",
             )  # fmt: skip

@@ -112,14 +112,14 @@ def _(folder: Path) -> None:
     shutil.copyfile(folder / WEIGHTS, folder / "model-00001-of-00001.safetensors")
 
 
-@broken("a model with weights that its index does not name")
+@broken("a model with weights missing from its index")
 def _(folder: Path) -> None:
     shutil.copyfile(folder / WEIGHTS, folder / "part.safetensors")
     names = dict.fromkeys(load_file(folder / WEIGHTS), "part.safetensors")
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": names}))
 
 
-@broken("a model with tied embeddings beside another projection")
+@broken("a model with tied embeddings and a different lm_head")
 def _(folder: Path) -> None:
     weights(folder, **{"lm_head.weight": torch.zeros(259, 64)})
 
@@ -160,7 +160,7 @@ for what, fields in {
 # What the files beside it say.
 for what, name, field, value in (
     ("an end of generation that is a word", "generation_config.json", "eos_token_id", "x"),
-    ("an end of generation beyond its embeddings", "generation_config.json", "eos_token_id", [257, 999]),
+    ("an end token outside the vocabulary", "generation_config.json", "eos_token_id", [257, 999]),
     ("ends of generation in a list of lists", "generation_config.json", "eos_token_id", [[1]]),
     ("a longest input that is a word", "tokenizer_config.json", "model_max_length", "x"),
 ):
@@ -252,7 +252,7 @@ for what, template in {
     "that writes answers in capitals": USELESS["shouts"],
     "that leaves answers out": USELESS["forgets_answers"],
     "that leaves prompts out": CHATML.replace("{% for m in messages %}", "{% for m in messages[1:] %}"),
-    "whose generation prompt is no beginning of an answer": USELESS["thinks_in_prompt"],
+    "with a generation prompt that does not begin an answer": USELESS["thinks_in_prompt"],
     "that reads a file": "{% include '/etc/passwd' %}",
     "that never ends": "{% for a in range(10**9) %}x{% endfor %}",
 }.items():

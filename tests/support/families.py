@@ -56,7 +56,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
-# Wrappers around vision or sound, encoders and families whose smallest model takes minutes.
+# Wrappers around vision or sound, encoders, and families without a small model.
 LEFT_OUT = {
     "blt", "cohere_compass_text", "dbrx", "electra", "emu3", "fuyu", "gemma3", "gemma3n", "gemma3n_text", "gemma4",
     "gemma4_assistant", "gemma4_unified", "gemma4_unified_assistant", "git", "got_ocr2", "llama4", "mllama", "musicgen",

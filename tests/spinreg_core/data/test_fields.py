@@ -1,4 +1,4 @@
-"""Fields beside a layout's columns: used, or refused by name, or listed; none is dropped in silence."""
+"""Fields in addition to a layout's columns are used, refused by name or listed, and never dropped silently."""
 
 from __future__ import annotations
 

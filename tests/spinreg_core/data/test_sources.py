@@ -278,13 +278,13 @@ def test_read_records_of_a_folder_notes_files_read_and_not_read(tmp_path: Path) 
 def test_read_records_of_a_folder_with_files_of_no_split_raises(tmp_path: Path) -> None:
     for name in ("train-timetables.jsonl", "dev-ops.jsonl", "chats-2024.jsonl"):
         write(tmp_path / name)
-    with pytest.raises(BadInput, match=r"files of no split \(chats-2024\.jsonl\).* as in train-chats-2024\.jsonl"):
+    with pytest.raises(BadInput, match=r"files without a split \(chats-2024\.jsonl\).* as in train-chats-2024\.jsonl"):
         read(str(tmp_path), "train")
 
 
 def test_read_records_of_a_file_with_two_splits_raises(tmp_path: Path) -> None:
     write(tmp_path / "train" / "eval-1.jsonl")
-    with pytest.raises(BadInput, match="has the words of train and test"):
+    with pytest.raises(BadInput, match="that names the splits train and test"):
         read(str(tmp_path), "train")
 
 

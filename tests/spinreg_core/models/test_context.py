@@ -49,12 +49,12 @@ def test_longrope_sequences_are_independent_up_to_the_context_only() -> None:
     assert longest is not None
     short = ([3, 4, 5], [6, 7, 8, 9, 10, 11])
 
-    def beside(tokens: int) -> float:
+    def log_probability_with(tokens: int) -> float:
         other = [(7 * i) % VOCABULARY for i in range(tokens)]
         prompts, answers = [short[0], other[:5]], [short[1], other[5:]]
         return float(answer_logprobs(model, prompts, answers, precision="fp32")[0])
 
     alone = float(plain(model, [short[0]], [short[1]])[0])
     # The last token is predicted and takes no position.
-    assert beside(longest + 1) == pytest.approx(alone, abs=1e-4)
-    assert abs(beside(longest + 2) - alone) > 0.01
+    assert log_probability_with(longest + 1) == pytest.approx(alone, abs=1e-4)
+    assert abs(log_probability_with(longest + 2) - alone) > 0.01

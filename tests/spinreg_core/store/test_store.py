@@ -418,7 +418,7 @@ def test_replace_under_the_lock_of_a_frozen_process_fails(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("prefix", ["team//spin", "./spin", "team/../spin", "team/./spin"])
 def test_open_store_refuses_a_prefix_that_listings_lose(prefix: str) -> None:
-    with pytest.raises(BadInput, match=r"whose prefix has an empty part.*aws s3 cp --recursive 's3://bucket/") as error:
+    with pytest.raises(BadInput, match=r"its prefix has an empty part.*aws s3 cp --recursive 's3://bucket/") as error:
         open_store(f"s3://bucket/{prefix}")
     plain = "/".join(part for part in prefix.split("/") if part.strip("."))
     assert f"write s3://bucket/{plain};" in str(error.value)
