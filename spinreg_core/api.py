@@ -24,7 +24,7 @@ from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance.repair import stages_to_make
-from spinreg_core.reports.run_report import report_data, write_report
+from spinreg_core.reports.run_report import read_metrics, report_data, write_report
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.head import Head, read_config, require_config, require_head
 from spinreg_core.runs.job import Job
@@ -149,8 +149,7 @@ class Run:
 
         Raises BadInput for a round that is not evaluated.
         """
-        file = fetch_file(self.store, self._object(round_number, "evaluate"), "metrics.json")
-        return dict(json.loads(file.read_text()))
+        return read_metrics(self.store, self.config, self._object(round_number, "evaluate"), round_number)
 
     def samples(self, round_number: int) -> list[ShownSample]:
         """Return the shown held-out prompts of an iterate with the human answer and the iterate's sample.

@@ -38,7 +38,7 @@ ROOMS = {
     "models": "runtime config store input_limits",
     "data": "models config store input_limits",
     "logprobs": "models runtime",
-    "evaluation": "logprobs models config",
+    "evaluation": "logprobs models config selfplay",
     "generation": "data models runs runtime selfplay config store",
     "training": "logprobs models runs runtime selfplay config store",
     "benchmarks": "evaluation generation models runs runtime config store input_limits",

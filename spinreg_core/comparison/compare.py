@@ -42,7 +42,7 @@ from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.metrics import PRIMARY
-from spinreg_core.evaluation.paired import Resampled, Scores, apply_holm, difference, estimate
+from spinreg_core.evaluation.paired import Scores, apply_holm, difference, estimate
 from spinreg_core.reports.schema import Definition
 from spinreg_core.runs.objects import versions
 from spinreg_core.store.base import Store
@@ -125,9 +125,8 @@ def compare(
         raise BadInput("runs to compare", f"no round beyond the base that all have evaluated (last evaluated: {found})",
                        "at least round 1 of every run")  # fmt: skip
     config = next(member for member in members if member.run == against).config
-    resampled = _Resampled(variants, config.evaluation.bootstrap, config.seed)
     metrics = definitions_of(members)
-    comparisons = _comparisons(variants, reference, metrics, last, resampled)
+    comparisons = _comparisons(variants, reference, metrics, last)
     tests = [one["family"] for one in comparisons if not one["same"] and one["repeats"] is None]
     numbers: Numbers = {
         "schema": SCHEMA,
@@ -153,13 +152,13 @@ def compare(
         "unpaired": unpaired,
         "repeats": repeats,
         "failed": dict(failed or {}),
-        "values": _values(variants, metrics, resampled),
+        "values": _values(variants, metrics),
         "comparisons": comparisons,
         "benchmarks": [one for member in members for one in member.measured],
         "no_items": sorted(set().union(*(member.no_items for member in members))),
         "alarms": alarmed,
         "families": {family: tests.count(family) for family in FAMILIES},
-        "stability": _stability(variants, metrics, resampled),
+        "stability": _stability(variants, metrics),
         "cost": [cost_of(variant, lineage) for variant in variants],
         "grid": grid_of([(v.label, v.members[0].config.objective) for v in variants]),
         "plane": plane_of([(v.label, v.members[0].config) for v in variants]),
@@ -178,33 +177,9 @@ def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
     }  # fmt: skip
 
 
-class _Resampled:
-    """The bootstrap draws of every score.
-
-    All metrics of held-out rows share their draws, and so do the runs measured with one benchmark.
-    """
-
-    def __init__(self, variants: list[Variant], resamples: int, seed: int) -> None:
-        scores: dict[str, list[Scores]] = {}
-        for variant in variants:
-            for member in variant.members:
-                for by_metric in member.scores.values():
-                    for metric, one in by_metric.items():
-                        scores.setdefault(metric if "/" in metric else "", []).append(one)
-        self._of = {
-            group: Resampled((i for s in all_ for i in s.ids), resamples, seed) for group, all_ in scores.items()
-        }
-        for group, all_ in scores.items():
-            self._of[group].prepare(all_)
-
-    def __getitem__(self, metric: str) -> Resampled:
-        return self._of[metric if "/" in metric else ""]
-
-
-def _values(variants: list[Variant], metrics: dict[str, Definition], resampled: _Resampled) -> list[Value]:
+def _values(variants: list[Variant], metrics: dict[str, Definition]) -> list[Value]:
     found = [
-        {"variant": variant.label, "round": number, "metric": metric}
-        | estimate(scores, resampled[metric], metrics[metric]["unit"])
+        {"variant": variant.label, "round": number, "metric": metric} | estimate(scores, metrics[metric]["unit"])
         for variant in variants
         for number in variant.rounds
         for metric in metrics
@@ -214,7 +189,7 @@ def _values(variants: list[Variant], metrics: dict[str, Definition], resampled: 
 
 
 def _comparisons(
-    variants: list[Variant], reference: Variant, metrics: dict[str, Definition], last: int, resampled: _Resampled
+    variants: list[Variant], reference: Variant, metrics: dict[str, Definition], last: int
 ) -> list[Difference]:
     """Return every paired difference from the reference and from the base, corrected family by family.
 
@@ -233,7 +208,7 @@ def _comparisons(
             for against, theirs, same in pairs:
                 content = (metric, number, _content(ours), _content(theirs))
                 known = None if same else first.get(content)
-                one = known or difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
+                one = known or difference(ours, theirs, metrics[metric]["unit"])
                 if one is None:
                     continue
                 family = "rounds" if number != last else "verdict" if metric == PRIMARY else "table"
@@ -258,13 +233,13 @@ def _content(scores: list[Scores]) -> tuple[Any, ...]:
     return tuple(sorted((one.block, one.ids, one.num.tobytes(), one.den.tobytes()) for one in scores))
 
 
-def _stability(variants: list[Variant], metrics: dict[str, Definition], resampled: _Resampled) -> list[Step]:
+def _stability(variants: list[Variant], metrics: dict[str, Definition]) -> list[Step]:
     """Return the paired change of each `STEADY` metric from every round to the next, over the variant's seeds."""
     found = []
     for variant, metric in itertools.product(variants, [name for name in STEADY if name in metrics]):
         for before, after in itertools.pairwise(variant.rounds):
             ours, theirs = variant.scores(metric, after), variant.scores(metric, before)
-            one = difference(ours, theirs, resampled[metric], metrics[metric]["unit"])
+            one = difference(ours, theirs, metrics[metric]["unit"])
             if one is not None and after == before + 1:
                 found.append({"variant": variant.label, "metric": metric, "round": after} | one)
     return cast(list[Step], found)

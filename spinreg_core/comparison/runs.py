@@ -26,7 +26,7 @@ from spinreg_core.evaluation.metrics import GAME, METRICS
 from spinreg_core.evaluation.paired import Scores
 from spinreg_core.formatting import flatten
 from spinreg_core.reports.lineage import BENCHMARK, objects_of_run, tokens_of
-from spinreg_core.reports.run_report import heldout_alarms, read_json
+from spinreg_core.reports.run_report import heldout_alarms, read_json, read_metrics
 from spinreg_core.reports.schema import Definition, Measured
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import HELDOUT, Head, require_config, require_head
@@ -183,7 +183,7 @@ def alarms_of(store: Store, members: list[Evaluated]) -> list[SharedAlarm]:
     found: dict[tuple[int, str, str], SharedAlarm] = {}
     for member in members:
         for number in member.rounds:
-            metrics = member.read(store, number, "metrics.json")
+            metrics = read_metrics(store, member.config, str(member.evaluation(number)), number)
             for one in heldout_alarms(number, metrics, member.config.evaluation.alarm_real_drop):
                 key = (one["round"], one["where"], one["text"])
                 found.setdefault(key, {**one, "runs": []})["runs"].append(member.run)

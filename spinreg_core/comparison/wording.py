@@ -17,10 +17,9 @@ from spinreg_core.config import ObjectiveConfig, RunConfig, variant_fields
 from spinreg_core.config.resolve import merge
 from spinreg_core.evaluation.formatting import ARROWS, counts, format_estimate, format_number
 from spinreg_core.evaluation.intervals import Estimate
-from spinreg_core.evaluation.metrics import PRIMARY
 from spinreg_core.formatting import format_duration, markdown_table, text_table, wrap
 from spinreg_core.reports.figures import Curves, curves_markdown
-from spinreg_core.reports.run_report import sample_notes
+from spinreg_core.reports.run_report import FEW_ROWS, few_rows, sample_notes
 from spinreg_core.reports.tables import link
 from spinreg_core.runs.head import HELDOUT
 
@@ -51,6 +50,7 @@ def verdict(data: Numbers) -> Verdict:
     sentences = [_sentence(one) for one in sorted(family, key=lambda one: (not one["supported"], one["to_base"]))]
     for one in data["unpaired"]:
         sentences.append(f"{one['variant']} is not compared with {reference} row by row: {one['why']}.")
+    sentences += few_rows(min((one["n"] for one in family), default=FEW_ROWS))
     sentences.append(
         f"{_many(data['families']['verdict'])}, corrected together (Holm): the chance that any of the claims above is "
         "false is about 5 % at most, and more if a few rows carry a difference. "
@@ -167,8 +167,7 @@ def plane_of(variants: list[tuple[str, RunConfig]]) -> Plane | None:
 def notes(data: Numbers) -> list[str]:
     """Return the limits of a comparison's numbers, as sentences."""
     found = [data["grid"]["text"][0].upper() + data["grid"]["text"][1:]]
-    rows = min((one["n"] for one in data["comparisons"] if one["metric"] == PRIMARY), default=0)
-    found += sample_notes([one["sampler"] for one in data["runs"]], rows)
+    found += sample_notes([one["sampler"] for one in data["runs"]])
     found += [f"{name} is not a mean over questions, so it is not compared; the runs' own reports show it."
               for name in data["no_items"]]  # fmt: skip
     known, number, reference = cells(data), data["round"], data["reference"]

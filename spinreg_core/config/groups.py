@@ -246,7 +246,9 @@ class TrainingConfig(Group):
 class EvaluationConfig(Group):
     """Held-out metrics of the base and of every iterate."""
 
-    bootstrap: int = Field(1000, ge=100, description="Resamples behind each 95 % interval.")
+    bootstrap: int = Field(
+        1000, ge=100, description="Resamples behind the intervals of benchmarks and of the length bias."
+    )
     final_answer: Literal["auto", "gsm8k", "none"] = Field(
         "auto",
         description="Exact match of final answers: gsm8k compares the numbers after `####`; auto does so "

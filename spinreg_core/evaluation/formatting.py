@@ -14,9 +14,14 @@ ARROWS = {"lower": "↓", "higher": "↑", None: ""}
 def _decimals(estimate: Estimate) -> int:
     """Return the decimals that give half the interval's width two significant digits; 3 without an interval."""
     low, high = estimate["low"], estimate["high"]
-    if low is None or high is None or high <= low:
+    if low is None or high is None or _same(low, high):
         return 3
     return max(0, min(6, 1 - math.floor(math.log10((high - low) / 2))))
+
+
+def _same(low: float, high: float) -> bool:
+    """Return whether an interval has no width but that of rounding."""
+    return math.isclose(low, high, rel_tol=1e-9)
 
 
 def format_number(value: float, estimate: Estimate) -> str:
@@ -31,7 +36,7 @@ def format_estimate(estimate: Estimate | None) -> str:
         return ""
     value = format_number(estimate["value"], estimate)
     low, high = estimate["low"], estimate["high"]
-    if low is None or high is None or low == high:
+    if low is None or high is None or _same(low, high):
         return value
     return f"{value} [{format_number(low, estimate)}, {format_number(high, estimate)}]"
 

@@ -28,17 +28,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from spinreg_core.config import RunConfig, of_round
 from spinreg_core.evaluation.final_answers import exact_matches
 from spinreg_core.evaluation.intervals import (
     Estimate,
     Floats,
     bootstrap_correlation,
-    bootstrap_mean,
-    bootstrap_ratio,
     count_wins,
+    ratio_estimate,
     wilson,
 )
 from spinreg_core.evaluation.metrics import GAME, METRICS, SEPARATED
+from spinreg_core.selfplay.opponent import effective_alpha
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -138,6 +139,12 @@ def _matches(rows: pa.Table) -> Floats:
     return np.array([float(one[0]) if one else np.nan for one in found])
 
 
+def metrics_of_round(rows: pa.Table, config: RunConfig, number: int) -> dict[str, Estimate]:
+    """Return `heldout_metrics` of a round of a run (0: the base), with the run's objective."""
+    alpha, beta = effective_alpha(config.objective.alpha, number), of_round(config.objective.beta, max(number, 1))
+    return heldout_metrics(rows, alpha=alpha, beta=beta, resamples=config.evaluation.bootstrap, seed=config.seed)
+
+
 _SHARES = ("reward_accuracy", "end_of_turn_rate", "exact_match")  # shares of rows: each row counts 0 or 1
 
 
@@ -146,25 +153,21 @@ def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int
 
     rows: a table with `ROWS_SCHEMA` and at least one row. Undefined metrics are left out (`row_scores`). For the base
     (`real_previous_logp` null), `human_answer_length` and `human_distinct_2` are added, which no round changes.
+    resamples, seed: of the bootstrap that gives `length_bias` its interval.
     """
-
-    def mean(values: Floats, unit: str) -> Estimate:
-        return bootstrap_mean(values, unit, resamples=resamples, seed=seed)
-
     found: dict[str, Estimate] = {}
     for name, (numerator, denominator) in row_scores(rows, alpha).items():
         defined, unit = denominator > 0, (METRICS.get(name) or GAME[name]).unit
         if name in _SHARES:
             found[name] = wilson(numerator.sum(), int(defined.sum()))
         else:
-            top, bottom = numerator[defined], denominator[defined]
-            found[name] = bootstrap_ratio(top, bottom, unit, resamples=resamples, seed=seed)
+            found[name] = ratio_estimate(numerator[defined], denominator[defined], unit)
     tokens = rows["answer_tokens"].to_numpy().astype(np.float64)
     if rows["real_previous_logp"].null_count > 0:
-        found["human_answer_length"] = mean(tokens, "tokens")
+        found["human_answer_length"] = ratio_estimate(tokens, np.ones_like(tokens), "tokens")
         human = rows["answer_distinct_2"].drop_null().to_numpy()
         if len(human):
-            found["human_distinct_2"] = mean(human, "share")
+            found["human_distinct_2"] = ratio_estimate(human, np.ones_like(human), "share")
         return found
     margin = margins(rows, alpha)
     found["separated"] = wilson(int((beta * margin >= SEPARATED).sum()), len(margin))

@@ -6,25 +6,33 @@ correction. Leaves out: the source of the scores, and the choice of differences 
 A score is a ratio: sum of `num` over sum of `den` over a run's questions. A mean has den 1 everywhere; a question
 without a value has den 0. Runs of one variant that differ only in their seed are averaged.
 
-An interval covers other questions, drawn from the same source and put to the same trained policies. Questions are drawn
-once for all runs together, by their identity. So both sides of a difference see the same draw, also where the held-out
-sets of two seeds overlap. The interval covers neither other training seeds nor other samples of the same policy. The
-spread between the seeds at hand is reported next to it.
+An interval covers other questions, drawn from the same source and put to the same trained policies. A question counts
+once, by its identity, with all that it adds to both sides, also where the held-out sets of two seeds overlap. The
+interval covers neither other training seeds nor other samples of the same policy. The spread between the seeds at hand
+is reported next to it.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NotRequired, TypedDict
 
 import numpy as np
 
-from spinreg_core.evaluation.intervals import Estimate, Floats, resampled_rows, wilson
+from spinreg_core.evaluation.intervals import (
+    LEVEL,
+    Estimate,
+    Floats,
+    error_and_skew,
+    hall_transform,
+    student_p,
+    studentised_interval,
+    wilson,
+    within_unit,
+)
 
-LEVEL = 0.05
 _EXACT = 12  # differing questions up to which every pattern of signs is enumerated
 
 
@@ -71,42 +79,6 @@ class Scores:
         return float(self.num.sum() / self.den.sum())
 
 
-class Resampled:
-    """Bootstrap draws over all questions, shared by all scores."""
-
-    def __init__(self, ids: Iterable[str], resamples: int, seed: int) -> None:
-        self.place = {name: i for i, name in enumerate(sorted(set(ids)))}
-        self.resamples, self._seed = resamples, seed
-        self._known: dict[int, tuple[Scores, Floats]] = {}
-
-    def prepare(self, scores: Iterable[Scores]) -> None:
-        """Compute the draws of many scores together, with the same weights."""
-        new = list({id(s): s for s in scores if id(s) not in self._known}.values())
-        n = len(self.place)
-        if not new or not n:
-            return
-        sums = np.zeros((2, n, len(new)))
-        for column, one in enumerate(new):
-            rows = [self.place[name] for name in one.ids]
-            sums[0, rows, column], sums[1, rows, column] = one.num, one.den
-        found = []
-        for drawn in resampled_rows(n, resamples=self.resamples, seed=self._seed):
-            # Shifted by n per resample, so that one bincount counts the questions of every resample on its own.
-            drawn += np.arange(len(drawn))[:, None] * n
-            weights = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape).astype(np.float64)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found.append((weights @ sums[0]) / (weights @ sums[1]))
-        draws = np.concatenate(found)
-        for column, one in enumerate(new):
-            # The score is kept with its draws: otherwise another object could get its id.
-            self._known[id(one)] = (one, draws[:, column])
-
-    def draws(self, one: Scores) -> Floats:
-        """Return the resampled values of a score [resamples]; NaN where a draw holds none of its questions."""
-        self.prepare([one])
-        return self._known[id(one)][1]
-
-
 def _blocks(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
     found: dict[str, list[Scores]] = {}
     for one in scores:
@@ -114,19 +86,21 @@ def _blocks(scores: Sequence[Scores]) -> dict[str, list[Scores]]:
     return found
 
 
-def estimate(scores: Sequence[Scores], resampled: Resampled, unit: str) -> MeanEstimate:
-    """Return the mean of a metric over runs, with its 95 % percentile bootstrap interval.
+def estimate(scores: Sequence[Scores], unit: str) -> MeanEstimate:
+    """Return the mean of a metric over runs, with its 95 % interval by Student and Hall (`studentised_interval`).
 
     Runs of one block are averaged first. `spread` is None for one run. A share whose questions count 0 or 1 has
     Wilson's interval for one run, and for several runs where all questions count the same (as if they were one sample):
-    no resampling can show that another question might count differently.
+    their scatter cannot show that another question might count differently.
     """
     blocks = _blocks(scores)
     values = [one.value for one in scores]
     value = float(np.mean([np.mean([one.value for one in runs]) for runs in blocks.values()]))
-    draws = np.mean([np.mean([resampled.draws(one) for one in runs], axis=0) for runs in blocks.values()], axis=0)
-    n = len({name for one in scores for name, den in zip(one.ids, one.den, strict=True) if den})
-    low, high = _quantiles(draws) if n > 1 else (None, None)
+    parts = _contributions(
+        (1 / len(blocks) / len(runs), one, one.value) for runs in blocks.values() for one in runs
+    )  # fmt: skip
+    n, bounds = len(parts), _bounds(value, *error_and_skew(parts), len(parts))
+    low, high = bounds if bounds[0] is None else within_unit(*bounds, unit)
     if (
         n > 1
         and unit == "share"
@@ -143,12 +117,12 @@ def _is_share(one: Scores) -> bool:
     return set(one.num) <= {0.0, 1.0} and set(one.den) <= {0.0, 1.0}
 
 
-def difference(ours: Sequence[Scores], theirs: Sequence[Scores], resampled: Resampled, unit: str) -> Difference | None:
+def difference(ours: Sequence[Scores], theirs: Sequence[Scores], unit: str) -> Difference | None:
     """Return ours minus theirs over the blocks that both have; None without a common block or question.
 
     Within a block only questions count for which all its runs have a value. The runs of a side are averaged, then the
-    blocks. `low` and `high` are the 95 % percentile interval of the paired bootstrap. `se` is linearised (Cochran 1977,
-    ch. 6), and `skew` is the skewness of the questions' contributions. `values` are the differences of the blocks.
+    blocks. `low` and `high` are the 95 % interval by Student and Hall. `se` is linearised (Cochran 1977, ch. 6), and
+    `skew` is the skewness of the questions' contributions. `values` are the differences of the blocks.
 
     The two-sided `p` comes from the first test that applies:
 
@@ -161,38 +135,41 @@ def difference(ours: Sequence[Scores], theirs: Sequence[Scores], resampled: Resa
     usual against the base.
     """
     left, right = _blocks(ours), _blocks(theirs)
-    values: list[float] = []
-    draws: list[Floats] = []
-    influence: dict[str, float] = {}  # of a question on the value, linearised around each side's own ratio
-    under_null: dict[str, float] = {}  # the same around the ratio both would have: these sum to the value
     paired = [_on_common([*left[block], *right[block]]) for block in left if block in right]
     weights = [[1 / len(left[block])] * len(left[block]) + [-1 / len(right[block])] * len(right[block])
                for block in left if block in right]  # fmt: skip
     used = [(runs, weight) for runs, weight in zip(paired, weights, strict=True) if runs[0].den.any()]
     if not used:
         return None
-    resampled.prepare(one for runs, _ in used for one in runs)
+    values: list[float] = []
+    own: list[tuple[float, Scores, float]] = []  # linearised around each side's own ratio
+    null: list[tuple[float, Scores, float]] = []  # around the ratio both would have: these sum to the value
     for runs, weight in used:
-        sides = list(zip(runs, weight, strict=True))
         pooled = sum(float(one.num.sum()) for one in runs) / sum(float(one.den.sum()) for one in runs)
-        values.append(sum(w * one.value for one, w in sides))
-        draws.append(np.sum([w * resampled.draws(one) for one, w in sides], axis=0))
-        for one, w in sides:
-            scale = w / len(used) / one.den.sum()
-            own, null = scale * (one.num - one.value * one.den), scale * (one.num - pooled * one.den)
-            for name, den, a, b in zip(one.ids, one.den, own, null, strict=True):
-                if den:
-                    influence[name] = influence.get(name, 0.0) + float(a)
-                    under_null[name] = under_null.get(name, 0.0) + float(b)
-    value, n = float(np.mean(values)), len(influence)
-    low, high = _quantiles(np.mean(draws, axis=0)) if n > 1 else (None, None)
-    parts = np.array(list(influence.values()))
-    square = float(np.mean(parts**2))
-    se = math.sqrt(n * n / (n - 1) * square) if n > 1 else None
-    skew = float(np.mean(parts**3)) / square**1.5 if square else 0.0
-    p = _p_value(np.array(list(under_null.values())), value, se, skew, n)
-    return {"value": value, "low": low, "high": high, "se": se, "skew": skew, "p": p, "n": n, "unit": unit,
+        values.append(sum(w * one.value for one, w in zip(runs, weight, strict=True)))
+        own += [(w / len(used), one, one.value) for one, w in zip(runs, weight, strict=True)]
+        null += [(w / len(used), one, pooled) for one, w in zip(runs, weight, strict=True)]
+    value, parts = float(np.mean(values)), _contributions(own)
+    se, skew = error_and_skew(parts)
+    low, high = _bounds(value, se, skew, len(parts))
+    p = _p_value(_contributions(null), value, se, skew, len(parts))
+    return {"value": value, "low": low, "high": high, "se": se, "skew": skew, "p": p, "n": len(parts), "unit": unit,
             "values": values}  # fmt: skip
+
+
+def _contributions(weighted: Iterable[tuple[float, Scores, float]]) -> Floats:
+    """Return what each question adds to a weighted sum of scores [questions], linearised around the given ratios."""
+    found: dict[str, float] = {}
+    for weight, one, ratio in weighted:
+        parts = weight / one.den.sum() * (one.num - ratio * one.den)
+        for name, den, part in zip(one.ids, one.den, parts, strict=True):
+            if den:
+                found[name] = found.get(name, 0.0) + float(part)
+    return np.array(list(found.values()))
+
+
+def _bounds(value: float, se: float | None, skew: float, n: int) -> tuple[float, float] | tuple[None, None]:
+    return (None, None) if se is None else studentised_interval(value, se, skew, n)
 
 
 def _on_common(runs: list[Scores]) -> list[Scores]:
@@ -203,14 +180,6 @@ def _on_common(runs: list[Scores]) -> list[Scores]:
         return runs
     kept = [np.array([name in common for name in one.ids], np.float64) for one in runs]
     return [replace(one, num=one.num * k, den=one.den * k) for one, k in zip(runs, kept, strict=True)]
-
-
-def _quantiles(draws: Floats) -> tuple[float | None, float | None]:
-    whole = draws[np.isfinite(draws)]
-    if not len(whole):
-        return None, None
-    low, high = np.quantile(whole, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def _p_value(parts: Floats, value: float, se: float | None, skew: float, n: int) -> float:
@@ -235,36 +204,6 @@ def sign_p(positive: int, n: int) -> float:
     return float(binomtest(positive, n).pvalue)
 
 
-def hall_transform(t: float, skew: float, n: int) -> float:
-    """Return Hall's transformation of a t statistic of n observations (Hall 1992, J. R. Statist. Soc. B 54, 221-228).
-
-    It increases with t. For skewed observations it is closer to Student's distribution than t.
-    """
-    u = t / math.sqrt(n)
-    return math.sqrt(n) * (u + skew * u**2 / 3 + skew**2 * u**3 / 27 + skew / (6 * n))
-
-
-def skewed(t: float, skew: float, n: int) -> float:
-    """Return the inverse of `hall_transform`: the statistic that it maps to t."""
-    if abs(skew) < 1e-6:
-        return t
-    return math.sqrt(n) * 3 / skew * (math.cbrt(1 + skew * (t / math.sqrt(n) - skew / (6 * n))) - 1)
-
-
-def student_p(t: float, degrees: int) -> float:
-    """Return the two-sided p of Student's t with so many degrees of freedom."""
-    from scipy.stats import t as student
-
-    return float(2 * student.sf(abs(t), degrees))
-
-
-def student_quantile(p: float, degrees: int) -> float:
-    """Return the t at which `student_p` is p."""
-    from scipy.stats import t as student
-
-    return float(student.isf(p / 2, degrees))
-
-
 def holm(p: Sequence[float]) -> list[float]:
     """Return adjusted p-values (Holm 1979).
 
@@ -283,7 +222,7 @@ def apply_holm(family: Sequence[Difference]) -> None:
 
     `corrected_low` and `corrected_high` bound the interval at the level at which Holm tests the difference: the values
     that neither Student's test nor the one without skew rejects. `supported` is the sign of a supported difference,
-    else 0. A difference is supported where p_holm <= 5 % and neither interval holds zero.
+    else 0. A difference is supported where p_holm <= 5 % and the corrected interval excludes zero.
 
     Objects compared with themselves (`same`) are no tests: they do not count, and support nothing. The corrected
     intervals are inverted tests. Together they are not a simultaneous confidence region, which Holm's procedure does
@@ -301,11 +240,8 @@ def apply_holm(family: Sequence[Difference]) -> None:
             continue
         # The level of the step of Holm's procedure that decided about this difference.
         level = LEVEL / (len(tested) - min(ranks[i], rejected))
-        t = student_quantile(level, one["n"] - 1)
-        highest, lowest = (max(s * x for x in (s * t, skewed(s * t, one["skew"], one["n"]))) for s in (1, -1))
-        low, high = one["value"] - highest * one["se"], one["value"] + lowest * one["se"]
+        low, high = studentised_interval(one["value"], one["se"], one["skew"], one["n"], level)
         one["corrected_low"], one["corrected_high"] = low, high
         sign = 1 if one["value"] > 0 else -1
-        bounds = (one["low"], one["high"], low, high)
-        if p <= LEVEL and all(bound is not None and sign * bound > 0 for bound in bounds):
+        if p <= LEVEL and sign * low > 0 and sign * high > 0:
             one["supported"] = sign

@@ -31,7 +31,7 @@ from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.diagnostics import Tokens, credit, histogram
 from spinreg_core.evaluation.final_answers import require_final_answers
 from spinreg_core.evaluation.formatting import counts, format_estimate, label
-from spinreg_core.evaluation.heldout import ROWS_SCHEMA, heldout_metrics, margins
+from spinreg_core.evaluation.heldout import ROWS_SCHEMA, margins, metrics_of_round
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import distinct_bigrams
 from spinreg_core.evaluation.samples import ShownSample
@@ -84,7 +84,7 @@ def run(job: Job) -> Manifest | None:
     table = pa.table({name: rows[name] for name in ROWS_SCHEMA.names}, schema=ROWS_SCHEMA)
     alpha = effective_alpha(config.objective.alpha, job.round)
     beta = of_round(config.objective.beta, max(job.round, 1))
-    metrics = heldout_metrics(table, alpha=alpha, beta=beta, resamples=config.evaluation.bootstrap, seed=config.seed)
+    metrics = metrics_of_round(table, config, job.round)
     for name, estimate in metrics.items():
         print(f"{label(name, counts([estimate]))}: {format_estimate(estimate)}", flush=True)
 

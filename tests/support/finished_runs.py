@@ -13,11 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.config import ObjectiveConfig, OpponentConfig, RunConfig
-from spinreg_core.evaluation.heldout import ROWS_SCHEMA, heldout_metrics
+from spinreg_core.evaluation.heldout import ROWS_SCHEMA
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
-from spinreg_core.selfplay.opponent import effective_alpha
 from spinreg_core.store.base import Store
 
 ROWS = 48
@@ -98,8 +97,6 @@ def make_run(
                 trained = {"tokens_per_second": 100.0, "seconds": 20.0}
                 session.commit(number, "train", put("train", number, {"t": "t"}, run, trained))
             rows = rows_of(number, shift, noise if number else np.random.default_rng(data), data)
-            alpha = effective_alpha(config.objective.alpha, number)
-            found = heldout_metrics(rows, alpha=alpha, beta=0.1, resamples=100, seed=0)
             samples = [
                 {
                     "prompt_id": rows["prompt_id"][i].as_py(),
@@ -110,8 +107,7 @@ def make_run(
                 }
                 for i in range(3)
             ]
-            files = {"metrics.json": json.dumps(found), "samples.json": json.dumps({"samples": samples}),
-                     "rows.parquet": rows}  # fmt: skip
+            files = {"samples.json": json.dumps({"samples": samples}), "rows.parquet": rows}
             key, counted = run if number else ["base", data, text], {"tokens_scored": 100 * (number + 1)}
             session.commit(number, "evaluate", put("evaluate", number, files, key, counted))
     return config

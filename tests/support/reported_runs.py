@@ -7,7 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from spinreg_core.config import RunConfig
+from spinreg_core.evaluation.heldout import ROWS_SCHEMA
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.objects import fingerprint, publish
@@ -39,6 +44,43 @@ def metrics(number: int, nll: list[float], half: float = 0.02) -> dict[str, Any]
         found["separated"] = estimate(0.25, 0.1, "share")
         found["length_bias"] = estimate(0.31, 0.2, "correlation")
     return found
+
+
+def rows(number: int, nll: list[float], n: int = 64) -> pa.Table:
+    """Held-out rows of iterate `number`, whose human answers cost nll[number] nats/token on average."""
+    i = np.arange(n)
+    prompt = np.where(i % 2, 0.3, -0.3)
+
+    def human(k: int) -> Any:
+        """The human answers' log-probability under iterate k, whose differences between iterates vary by row."""
+        return -48 * (nll[k] + prompt + k * np.where(i // 2 % 2, 0.05, -0.05))
+
+    length = np.full(n, 70 - 9 * number) + np.where(i % 2, 5, -5)
+    sample = -1.2 * length
+    columns: dict[str, Any] = {name: [None] * n for name in ROWS_SCHEMA.names}
+    columns |= {
+        "prompt_id": [f"{k:016x}" for k in i],
+        "answer_tokens": np.full(n, 48),
+        "answer_distinct_2": 0.97 + prompt / 30,
+        "real_logp": human(number),
+        "real_base_logp": human(0),
+        "sample_ids": [list(range(k)) for k in length],
+        "sample_text": [f"answer {k}" for k in i],
+        "sample_finish": ["stop" if k % 2 else "length" for k in i],
+        "sample_distinct_2": 0.9 + prompt / 30,
+        "sample_logp": sample,
+        "sample_base_logp": sample - 3 * number * (1 + prompt),
+    }
+    if number:
+        columns |= {
+            "real_previous_logp": human(number - 1),
+            "sample_previous_logp": sample - 3 * (1 + prompt),
+            "previous_sample_tokens": 40 + i,
+            "previous_sample_logp": np.where(i % 5, -60.0, -20.0),
+            "previous_sample_base_logp": np.full(n, -50.0),
+            "previous_sample_previous_logp": np.full(n, -50.0),
+        }
+    return pa.table(columns, schema=ROWS_SCHEMA)
 
 
 def steps(number: int, count: int = 8) -> list[dict[str, Any]]:
@@ -93,12 +135,15 @@ def make_run(
     """A run with len(nll) - 1 rounds, published and committed as stages do it."""
     config = config or RunConfig(run=run)
 
-    def put(stage: str, number: int, files: dict[str, str], found: dict[str, Any] | None = None) -> str:
+    def put(stage: str, number: int, files: dict[str, Any], found: dict[str, Any] | None = None) -> str:
         key = {"stage": stage, "round": number, "run": run, "text": text}
         folder = tmp_path / "out" / run / f"{stage}-{number}"
         folder.mkdir(parents=True)
         for name, content in files.items():
-            (folder / name).write_text(content)
+            if isinstance(content, pa.Table):
+                pq.write_table(content, folder / name)
+            else:
+                (folder / name).write_text(content)
         job = Job(stage, fingerprint(stage, key), key, store.url, "e0001-aa", number, {"from": text}, config, tmp_path)
         return publish(store, job, folder, metrics=found or {}, seconds=12.5 + 60 * number).object_id
 
@@ -127,6 +172,6 @@ def make_run(
                     tokens = [[f"{text} ", 0.25], ["token", -0.5 * number], ["", 0.0]]
                     sample["credit"] = {"answer": tokens, "sample": tokens[:1]}
                 shown["margins"] = {"edges": [-1.0, 0.0, 1.0], "counts": [20, 44], "quantiles": {"0.5": 0.3}}
-            files = {"metrics.json": json.dumps(metrics(number, nll)), "samples.json": json.dumps(shown)}
-            session.commit(number, "evaluate", put("evaluate", number, files))
+            evaluated = {"rows.parquet": rows(number, nll), "samples.json": json.dumps(shown)}
+            session.commit(number, "evaluate", put("evaluate", number, evaluated))
     return store

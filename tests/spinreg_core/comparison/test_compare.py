@@ -13,7 +13,7 @@ from spinreg_core.benchmarks.registry import record_measured
 from spinreg_core.benchmarks.results import write_part
 from spinreg_core.comparison.compare import BASE, compare, comparison_name
 from spinreg_core.comparison.runs import HELDOUT_METRICS, asked_of, benchmark_scores, heldout_scores
-from spinreg_core.comparison.wording import agreeing_seeds, cells, comparison_table, grid_of, plane_of
+from spinreg_core.comparison.wording import agreeing_seeds, cells, comparison_table, grid_of, plane_of, verdict
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput
@@ -438,11 +438,20 @@ def test_compare_benchmarks_pairs_equal_judges_only(store: Store, tmp_path: Path
 
 def test_sample_notes_name_every_odd_sampler() -> None:
     plain = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
-    assert sample_notes([plain, plain], 30) == []
-    (note,) = sample_notes([plain, plain | {"top_k": 5, "top_p": 0.5}], 64)
+    assert sample_notes([plain, plain]) == []
+    (note,) = sample_notes([plain, plain | {"top_k": 5, "top_p": 0.5}])
     assert note.startswith("Answers of some runs were sampled with temperature 1.0, top-p 0.5, top-k 5: ")
-    assert sample_notes([plain | {"top_k": 5}], 64)[0].startswith("Answers were sampled with ")
-    assert "With 8 held-out rows" in sample_notes([plain], 8)[0]
+    assert sample_notes([plain | {"top_k": 5}])[0].startswith("Answers were sampled with ")
+
+
+def test_verdict_below_30_rows_says_that_intervals_are_too_narrow(store: Store, tmp_path: Path) -> None:
+    for run, alpha in (("a", 1.0), ("b", 0.5)):
+        make_run(store, tmp_path, run, [0.1], objective={"alpha": alpha})
+    data = compare(store, ["a", "b"])
+    assert not any("too narrow" in sentence for sentence in data["verdict"]["sentences"])
+    for one in data["comparisons"]:
+        one["n"] = 20
+    assert any("With 20 held-out rows intervals are too narrow" in one for one in verdict(data)["sentences"])
 
 
 def test_agreeing_seeds_ignores_a_zero_difference() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_1samp
 
 from spinreg_core.evaluation import intervals
 
@@ -55,34 +55,93 @@ def _rows(rng: np.random.Generator, n: int) -> tuple[intervals.Floats, intervals
     return tokens * (1 + tokens / 100) + rng.normal(size=n) * np.sqrt(tokens), tokens
 
 
-def test_bootstrap_ratio_of_400_samples_covers_the_truth_in_95_percent() -> None:
-    rng = np.random.default_rng(11)
-    possible = np.arange(5, 100)
-    truth = (possible * (1 + possible / 100)).sum() / possible.sum()
-    trials, hits = 400, 0
-    for trial in range(trials):
-        found = intervals.bootstrap_ratio(*_rows(rng, 64), "nats/token", resamples=400, seed=trial)
-        hits += bool(found["low"] <= truth <= found["high"])
-    # Binomial(400, 0.95) has a standard deviation of 1.1 %; the percentile interval at n = 64 lies about 1 % low.
-    assert 0.91 <= hits / trials <= 0.98
-
-
-def test_bootstrap_ratio_of_paired_rows_is_narrower_than_two_apart() -> None:
+def test_ratio_estimate_of_paired_rows_is_narrower_than_two_apart() -> None:
     """The paired interval covers a small true change that two separate intervals would hide."""
     rng = np.random.default_rng(2)
     trials, hits, widths, separate = 300, 0, [], []
-    for trial in range(trials):
+    for _ in range(trials):
         base, tokens = _rows(rng, 64)
         policy = base - 0.02 * tokens + rng.normal(size=64) * 0.2 * np.sqrt(tokens)  # 0.02 nats/token lower
-        change = intervals.bootstrap_ratio(policy - base, tokens, "nats/token", resamples=300, seed=trial)
+        change = intervals.ratio_estimate(policy - base, tokens, "nats/token")
         hits += bool(change["low"] <= -0.02 <= change["high"])
         widths.append(change["high"] - change["low"])
-        own = intervals.bootstrap_ratio(policy, tokens, "nats/token", resamples=300, seed=trial)
+        own = intervals.ratio_estimate(policy, tokens, "nats/token")
         separate.append(own["high"] - own["low"])
-        other = intervals.bootstrap_ratio(base, tokens, "nats/token", resamples=300, seed=trial)
+        other = intervals.ratio_estimate(base, tokens, "nats/token")
         assert change["value"] == pytest.approx(own["value"] - other["value"])
     assert 0.90 <= hits / trials <= 0.985
     assert np.mean(widths) < 0.3 * np.mean(separate)
+
+
+def test_ratio_estimate_bounds_are_rejected_by_the_milder_test_at_5_percent() -> None:
+    """By the definition: at each bound the larger p of Student's test and of Hall's is 5 %."""
+    rng = np.random.default_rng(4)
+    for n, sigma in [(12, 0.1), (40, 1.0), (60, 1.6)]:
+        tokens = rng.integers(5, 90, n).astype(float)
+        top = tokens * np.exp(rng.normal(0, sigma, n))
+        found = intervals.ratio_estimate(top, tokens, "x")
+        value = top.sum() / tokens.sum()
+        parts = top - value * tokens
+        se = parts.std(ddof=1) * np.sqrt(n) / tokens.sum()
+        skew = np.mean(parts**3) / np.mean(parts**2) ** 1.5
+        for bound in (found["low"], found["high"]):
+            t = (value - bound) / se
+            hall = intervals.hall_transform(t, skew, n)
+            p = max(intervals.student_p(t, n - 1), intervals.student_p(hall, n - 1))
+            assert p == pytest.approx(0.05, rel=1e-6)
+
+
+def test_ratio_estimate_of_unskewed_rows_has_students_interval() -> None:
+    values = np.array([-2.0, -1.0, 0.0, 1.0, 2.0]) + 7
+    found = intervals.ratio_estimate(values, np.ones(5), "x")
+    known = ttest_1samp(values, 0).confidence_interval()
+    assert (found["low"], found["high"]) == pytest.approx((known.low, known.high))
+
+
+def test_ratio_estimate_of_a_share_ends_at_0_and_1() -> None:
+    values = [1.0] * 9 + [0.7]
+    assert intervals.ratio_estimate(values, np.ones(10), "share")["high"] == 1
+    assert intervals.ratio_estimate(values, np.ones(10), "x")["high"] > 1
+    assert intervals.ratio_estimate([0.0, 0.0, 0.1], np.ones(3), "share")["low"] == 0
+
+
+def test_ratio_estimate_of_equal_rows_has_no_width() -> None:
+    found = intervals.ratio_estimate([2.0, 4.0, 6.0], [1.0, 2.0, 3.0], "x")
+    assert (found["value"], found["low"], found["high"]) == (2.0, 2.0, 2.0)
+
+
+def test_ratio_estimate_of_one_row_has_no_interval() -> None:
+    found = intervals.ratio_estimate([2.0], [1.0], "x")
+    assert (found["value"], found["low"], found["high"], found["n"]) == (2.0, None, None, 1)
+    with pytest.raises(ValueError, match="non-empty"):
+        intervals.ratio_estimate([], [], "x")
+
+
+def test_hall_transform_and_skewed_are_inverse() -> None:
+    for t, skew, n in [(2.0, 1.5, 30), (-3.0, 2.0, 20), (1.0, -6.0, 60), (2.5, 0.0, 10), (0.0, 0.7, 9)]:
+        assert intervals.skewed(intervals.hall_transform(t, skew, n), skew, n) == pytest.approx(t, abs=1e-9)
+    assert intervals.hall_transform(-2.2, 2.0, 30) > -2.2, (
+        "few large values above: a mean below zero is weaker evidence"
+    )
+    assert intervals.hall_transform(-2.2, -2.0, 30) == -intervals.hall_transform(2.2, 2.0, 30)
+
+
+def test_student_quantile_equals_the_tables_and_inverts_p() -> None:
+    """Quantiles from the usual tables."""
+    for degrees, p, t in [
+        (1, 0.05, 12.706),
+        (2, 0.01, 9.925),
+        (5, 0.05, 2.571),
+        (10, 0.05, 2.228),
+        (20, 0.01, 2.845),
+        (30, 0.05, 2.042),
+        (100, 0.001, 3.390),
+    ]:
+        assert intervals.student_quantile(p, degrees) == pytest.approx(t, abs=0.0006)
+        assert intervals.student_p(intervals.student_quantile(p, degrees), degrees) == pytest.approx(p, rel=1e-9)
+        assert intervals.student_p(-t, degrees) == intervals.student_p(t, degrees)
+    assert intervals.student_p(0, 5) == 1
+    assert 0 < intervals.student_p(30, 40) < 1e-20
 
 
 def test_bootstrap_mean_of_one_row_has_no_interval() -> None:

