@@ -34,11 +34,11 @@ from spinreg_core.evaluation.intervals import (
     Estimate,
     Floats,
     bootstrap_correlation,
-    count_wins,
     ratio_estimate,
     wilson,
 )
 from spinreg_core.evaluation.metrics import GAME, METRICS, SEPARATED
+from spinreg_core.selfplay import win
 from spinreg_core.selfplay.opponent import effective_alpha
 
 ROWS_SCHEMA = pa.schema(
@@ -64,9 +64,6 @@ ROWS_SCHEMA = pa.schema(
         ("previous_sample_previous_logp", pa.float64()),
     ]
 )
-# Rewards that differ by less than the error of float32 sums are ties: a sequence's score depends in its last bits on
-# the other sequences of its batch.
-TIE_NATS = 1e-3
 
 
 def implicit_reward(policy: Floats, previous: Floats, base: Floats, alpha: float) -> Floats:
@@ -114,7 +111,7 @@ def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]
         previous, margin = column("real_previous_logp"), margins(rows, alpha)
         put("nll_vs_base", column("real_base_logp") - real, tokens)
         put("nll_vs_previous", previous - real, tokens)
-        put("reward_accuracy", np.array([count_wins([m], [0.0], within=TIE_NATS) for m in margin]))
+        put("reward_accuracy", np.array([win(m) for m in margin]))
         put("kl_previous", sample - column("sample_previous_logp"))
     put("kl_base", sample - column("sample_base_logp"))
     lengths = pc.list_value_length(rows["sample_ids"]).to_numpy().astype(np.float64)

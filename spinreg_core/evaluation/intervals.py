@@ -226,9 +226,3 @@ def grouped_share(
         found = wilson(found["value"] * len(bottom), len(bottom))
     found["n"] = int(bottom.sum())
     return found
-
-
-def count_wins(left: Sequence[float] | Floats, right: Sequence[float] | Floats, within: float = 0.0) -> float:
-    """Count the pairs with left > right; values that differ by no more than `within` count half."""
-    difference = np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64)
-    return float(np.sum(difference > within) + 0.5 * np.sum(np.abs(difference) <= within))

@@ -15,7 +15,7 @@ class StepMetrics(TypedDict, total=False):
     step, epoch                         counted from 1
     loss                                mean loss
     margin                              mean m, nats
-    accuracy                            share of pairs with m > 0
+    accuracy                            share of pairs with m > 0; ties (within 0.001 nats) count half
     real_logp, generated_logp           mean log π_θ(y|x), nats/answer; `_per_token`: nats/token
     log_ratio_{previous,base}_{side}    mean log π_θ(y|x) - log π_t(y|x), or - log π_0(y|x), nats/answer; only where
                                         these scores are cached

@@ -31,7 +31,7 @@ from spinreg_core.logprobs.scoring import score
 from spinreg_core.logprobs.sequence import answer_logprobs, compute_format, packs
 from spinreg_core.models.fsdp import full_tensor
 from spinreg_core.runtime.distributed import Ranks
-from spinreg_core.selfplay import REMEDIES
+from spinreg_core.selfplay import REMEDIES, win
 from spinreg_core.selfplay.loss import margin, self_play_loss
 from spinreg_core.selfplay.pairs import IDS, SCORE_COLUMNS, SCORES, SIDES, Pair, Reference, ScoreColumn, keyed
 from spinreg_core.training.optimizer import batches, data_order, learning_rate, make_optimizer, recomputing
@@ -334,7 +334,7 @@ def _step_metrics(
     found = {
         "loss": math.fsum(values["loss"]) / n,
         "margin": math.fsum(values["margin"]) / n,
-        "accuracy": sum(m > 0 for m in values["margin"]) / n,
+        "accuracy": math.fsum(map(win, values["margin"])) / n,
     }
     for side in SIDES:
         total = math.fsum(values[side])

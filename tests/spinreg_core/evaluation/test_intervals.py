@@ -192,14 +192,6 @@ def test_wilson_of_whole_successes_equals_scipy(successes: int, n: int) -> None:
     assert (found["low"], found["high"]) == pytest.approx((known.low, known.high), rel=1e-12, abs=1e-15)
 
 
-def test_count_wins_of_ties_counts_half() -> None:
-    assert intervals.count_wins([1.0, 2.0, 3.0, -1.0], [0.0, 2.0, 4.0, -1.0]) == 2.0
-    assert intervals.count_wins([1.0, 1.25, 1.5, 0.5], [1.0, 1.0, 1.0, 1.0], within=0.25) == 0.5 + 0.5 + 1 + 0
-    rng = np.random.default_rng(0)
-    left, right = rng.integers(0, 3, 50), rng.integers(0, 3, 50)
-    assert intervals.count_wins(left, right) + intervals.count_wins(right, left) == 50
-
-
 def test_bootstrap_correlation_equals_the_textbook() -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(size=60)

@@ -221,6 +221,7 @@ def test_a_round_lowers_the_loss_and_raises_the_margin() -> None:
         round_.step()
     first, last = round_.state.metrics[0], round_.state.metrics[-1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["accuracy"] == 0.5, "a policy ties with itself, as in the evaluation"
     assert last["loss"] < 0.4
     assert last["margin"] > 5
     summary = round_.summary()
