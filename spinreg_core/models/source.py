@@ -14,13 +14,14 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
 from spinreg_core.input_limits import LARGEST_MODEL_FILE, MOST_LAYERS, require_size
-from spinreg_core.models.chat_template import load_tokenizer
+from spinreg_core.models.chat_template import Renderer, load_tokenizer
 from spinreg_core.models.context import context_of
 from spinreg_core.models.gguf import read_header
 from spinreg_core.models.json_files import read_json
@@ -92,14 +93,46 @@ def model_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_file() and _belongs(path.name, SMALL + WEIGHTS))
 
 
-def link_policy(folder: Path, target: Path) -> None:
-    """Link the files of the policy into `target`, and write a chat template for a model without one."""
+def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None = None) -> None:
+    """Link the files of the policy into `target`, where every loader finds the same model.
+
+    What loaders would read differently is written out: one chat template (spinreg's default for a model without one),
+    every token that ends an answer, and the class of the model. arguments: of the template. Raises BadInput.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     target.mkdir(parents=True)
     for path in model_files(folder):
-        (target / path.name).symlink_to(path.resolve())
-    config = read_json(target / "tokenizer_config.json")
-    if not (target / "chat_template.jinja").exists() and not config.get("chat_template"):
-        (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
+        if path.name != "chat_template.json":  # for processors of images and sound; `resolve_model` wants another
+            (target / path.name).symlink_to(path.resolve())
+    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if not (folder / "chat_template.jinja").exists():
+        if not in_config:
+            (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
+    elif in_config:
+        _write_settled(folder, target, "tokenizer_config.json", chat_template=None)
+    ends = sorted({*Renderer.from_folder(folder, arguments).stop_ids, *_ends(folder / "config.json")})
+    if ends != sorted(_ends(folder / "generation_config.json")):
+        _write_settled(folder, target, "generation_config.json", eos_token_id=ends)
+    config = read_json(folder / "config.json")
+    if not config.get("architectures"):
+        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
+        _write_settled(folder, target, "config.json", architectures=[name])
+
+
+def _write_settled(folder: Path, target: Path, name: str, **fields: Any) -> None:
+    """Write a JSON file of the folder into `target` with other fields; None removes a field."""
+    document = {k: v for k, v in (read_json(folder / name) | fields).items() if v is not None or k not in fields}
+    (target / name).unlink(missing_ok=True)
+    (target / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _ends(path: Path) -> list[int]:
+    """Return the ids of the end tokens that a config.json or generation_config.json names."""
+    document = read_json(path)
+    text = document.get("text_config")
+    found = document.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
+    return [end for end in (found if isinstance(found, list) else [found]) if type(end) is int]
 
 
 def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
@@ -108,12 +141,11 @@ def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     (longest, why), vocabulary = context_of(config), config.get_text_config().vocab_size
-    ends = read_json(folder / "generation_config.json").get("eos_token_id")
-    beyond = [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int) and end >= vocabulary]
-    if beyond:
-        raise BadInput(f"model file {folder / 'generation_config.json'}",
-                       f"has the eos_token_id {beyond[0]}, but the model has {vocabulary} embeddings",
-                       "ids that the model can write")  # fmt: skip
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if beyond := [end for end in _ends(path) if end >= vocabulary]:
+            raise BadInput(f"model file {path}",
+                           f"has the eos_token_id {beyond[0]}, but the model has {vocabulary} embeddings",
+                           "ids that the model can write")  # fmt: skip
     if longest is not None and max_length > longest:
         raise BadInput("data.max_length", f"is {max_length}", f"at most {longest}, {why}")
     if max(token_ids) >= vocabulary:

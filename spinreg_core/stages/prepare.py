@@ -348,13 +348,13 @@ def prepare_base(job: Job, source: Path) -> Manifest:
     require_honest_ties(source)
     folder = job.workdir / "base"
     if bits is None:
-        link_policy(source, folder / "policy")
+        link_policy(source, folder / "policy", job.config.data.template_arguments)
     else:
         from spinreg_core.models.quantization import round_weights
         from spinreg_core.runtime.distributed import resolve_device
 
         print(f"rounding the base model to {bits}", flush=True)
-        link_policy(source, job.workdir / "source")
+        link_policy(source, job.workdir / "source", job.config.data.template_arguments)
         round_weights(source, folder / "policy", bits, torch.device(resolve_device(job.config.resources.device)))
         copy_rest(job.workdir / "source", folder / "policy", torch.float32)
     size = sum(path.stat().st_size for path in (folder / "policy").iterdir())

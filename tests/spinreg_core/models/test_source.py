@@ -176,6 +176,13 @@ def test_require_fit_of_rows_beyond_the_model_raises(tiny: Path) -> None:
         require_fit(tiny, 2048, [1, 259])
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_require_fit_of_an_end_beyond_the_vocabulary_names_the_file(folder: Path, name: str) -> None:
+    change_json(folder / name, eos_token_id=[257, 259])
+    with pytest.raises(BadInput, match=rf"{name} has the eos_token_id 259, but the model has 259 embeddings"):
+        require_fit(folder, 2048, [258])
+
+
 @pytest.mark.slow
 def test_resolve_model_of_s3_keeps_versions_apart(tiny: Path, tmp_path: Path, s3_server: S3Server) -> None:
     import s3fs
