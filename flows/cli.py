@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flows.cli_parser import parser
-from flows.terminal import advance, exit_status, parameters, require_settings, run_flow
+from flows.terminal import advance, exit_status, parameters, require_settings, run_flow, show_warnings
 from spinreg_core.errors import EXIT_DAMAGED, EXIT_PREEMPTED, BadInput
 
 if TYPE_CHECKING:
@@ -270,6 +270,7 @@ def _require_run_names(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command line. Returns its exit status."""
     arguments = parser().parse_args(argv)
+    show_warnings(arguments)
     commands = {
         "run": _run, "plan": _plan, "status": _status, "report": _report, "join": _join, "data": _data,
         "resume": _resume, "verify": _verify, "gc": _gc, "export": _export, "compare": _compare,

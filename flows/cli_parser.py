@@ -26,12 +26,13 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     # Options that several commands share.
-    store, one_run, json, fields, config = (argparse.ArgumentParser(add_help=False) for _ in range(5))
+    store, one_run, json, fields, config, verbose = (argparse.ArgumentParser(add_help=False) for _ in range(6))
     store.add_argument("--store", default="spinreg-store", help=_STORE)
     one_run.add_argument("run", help="name of the run")
     json.add_argument("--json", action="store_true", help="print JSON")
     fields.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
                         help="any other field, e.g. -p objective.alpha=0.5 (VALUE is JSON, or text)")  # fmt: skip
+    verbose.add_argument("--verbose", action="store_true", help="show known warnings of libraries, too")
     config.add_argument("--config", help="run configuration file (YAML or JSON; path or URI)")
     config.add_argument("--run", help="name of the run")
     config.add_argument("--model", help="base model: hub id, folder, package:NAME or random:tiny")
@@ -41,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     dataset.add_argument("--dataset", help="data set: hub id, file or folder, or builtin:demo")
 
     run = commands.add_parser(
-        "run", parents=[config, dataset, fields], epilog=STATUSES,
+        "run", parents=[config, dataset, fields, verbose], epilog=STATUSES,
         help="advance a run in this process, as `prefect deployment run spin/iterate` does in a worker",
     )  # fmt: skip
     run.add_argument("--rounds", type=int, help="number of rounds to advance by (default: 1)")
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", parents=[store, json], help="show the progress and the lease holder of runs")
     status.add_argument("run", nargs="?", help="name of the run (default: all runs of the store)")
 
-    commands.add_parser("resume", parents=[one_run, store], epilog=STATUSES, help="finish the pending advance of a run")
+    commands.add_parser(
+        "resume", parents=[one_run, store, verbose], epilog=STATUSES, help="finish the pending advance of a run"
+    )
 
     verify = commands.add_parser(
         "verify", parents=[one_run, store], epilog="exit status: 0 all as committed (or repaired), 74 damaged",
@@ -86,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--against", metavar="RUN", help="reference of the comparison (default: the first run)")
     compare.add_argument("--name", help="name of the comparison (default: the runs' names joined)")
 
-    grid = commands.add_parser("grid", parents=[fields], epilog=STATUSES,
+    grid = commands.add_parser("grid", parents=[fields, verbose], epilog=STATUSES,
                                help="run variations of one configuration and compare them")  # fmt: skip
     grid.add_argument("--name", default="grid", help="name of the comparison and prefix of its runs (default: grid)")
     grid.add_argument("--config", help="configuration of all members (YAML or JSON; path or URI)")

@@ -32,12 +32,19 @@ def run_command(flow: Callable[..., object], argv: list[str]) -> int:
     from flows.cli_parser import parser
 
     arguments = parser().parse_args(["run", *argv])
+    show_warnings(arguments)
 
     def command() -> int:
         require_settings()
         return advance(flow, parameters(arguments), arguments.config)
 
     return exit_status(command)
+
+
+def show_warnings(arguments: argparse.Namespace) -> None:
+    """With `--verbose`, let the stages of this process show the known warnings of libraries."""
+    if getattr(arguments, "verbose", False):
+        os.environ["SPINREG_VERBOSE"] = "1"
 
 
 def parameters(arguments: argparse.Namespace) -> dict[str, object]:

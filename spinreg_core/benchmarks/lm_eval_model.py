@@ -224,7 +224,6 @@ def open_model(folder: Path, config: RunConfig, backend: str, share: Share, mete
         from spinreg_core.generation.vllm import ENVIRONMENT
 
         os.environ.update(ENVIRONMENT)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         with _vllm_by_any_name():
             from lm_eval.models.vllm_causallms import VLLM as Model
     model = Model(**model_arguments(folder, config, backend, device))

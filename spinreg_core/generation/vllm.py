@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,12 +36,8 @@ class VllmEngine:
         self, policy: Path, generation: GenerationConfig, resources: ResourcesConfig, *, longest: int | None = None
     ) -> None:
         os.environ.update(ENVIRONMENT)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        with warnings.catch_warnings():
-            # vLLM's import calls functions that torch will remove.
-            warnings.simplefilter("ignore", FutureWarning)
-            from vllm import LLM
-            from vllm.platforms import current_platform
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
         on_cpu = current_platform.is_cpu()
         if resources.device not in ("auto", "cpu" if on_cpu else "cuda"):

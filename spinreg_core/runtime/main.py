@@ -19,6 +19,7 @@ from spinreg_core.errors import EXIT_PREEMPTED
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runtime.failures import describe_error, record
+from spinreg_core.runtime.quiet import quieten_libraries
 from spinreg_core.runtime.rank_watch import RankWatch
 from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigterm
 
@@ -32,6 +33,7 @@ def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoRe
     if len(sys.argv) != 2:
         print(f"usage: python -m {run.__module__} JOB.json", file=sys.stderr)
         raise SystemExit(2)
+    quieten_libraries()
     job_file = Path(sys.argv[1])
     job = Job.load(job_file)
     rank = int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -101,6 +102,7 @@ def test_judged_run_measured_again_pays_for_no_verdict_twice(engine: str, judge:
     arguments = ["--config", SMOKE, "--store", store.url, "--until-round", "0"]
     arguments += [text for name, value in settings.items() for text in ("-p", f"{name}={value}")]
     text = run(arguments, environment(tmp_path, JUDGE_KEY=KEY), tmp_path / "log")
+    assert not re.search("Warning|Triton", text), "known warnings of libraries, which --verbose shows"
     config, head = read_config(store, "smoke"), read_head(store, "smoke")
     assert config is not None
     assert head is not None
