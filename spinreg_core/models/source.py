@@ -111,8 +111,9 @@ def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None 
             (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
     elif in_config:
         _write_settled(folder, target, "tokenizer_config.json", chat_template=None)
-    ends = sorted({*Renderer.from_folder(folder, arguments).stop_ids, *_ends(folder / "config.json")})
-    if ends != sorted(_ends(folder / "generation_config.json")):
+    said = _ends(_file_of_ends(folder))
+    ends = sorted({*Renderer.from_folder(folder, arguments).stop_ids, *said})
+    if ends != sorted(said) or not (folder / "generation_config.json").exists():
         _write_settled(folder, target, "generation_config.json", eos_token_id=ends)
     config = read_json(folder / "config.json")
     if not config.get("architectures"):
@@ -125,6 +126,12 @@ def _write_settled(folder: Path, target: Path, name: str, **fields: Any) -> None
     document = {k: v for k, v in (read_json(folder / name) | fields).items() if v is not None or k not in fields}
     (target / name).unlink(missing_ok=True)
     (target / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _file_of_ends(folder: Path) -> Path:
+    """Return the file with the end tokens: loaders read those of config.json only without generation_config.json."""
+    path = folder / "generation_config.json"
+    return path if path.exists() else folder / "config.json"
 
 
 def _ends(path: Path) -> list[int]:
@@ -141,11 +148,11 @@ def require_fit(folder: Path, max_length: int, token_ids: list[int]) -> None:
 
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     (longest, why), vocabulary = context_of(config), config.get_text_config().vocab_size
-    for path in (folder / "config.json", folder / "generation_config.json"):
-        if beyond := [end for end in _ends(path) if end >= vocabulary]:
-            raise BadInput(f"model file {path}",
-                           f"has the eos_token_id {beyond[0]}, but the model has {vocabulary} embeddings",
-                           "ids that the model can write")  # fmt: skip
+    path = _file_of_ends(folder)
+    if beyond := [end for end in _ends(path) if end >= vocabulary]:
+        raise BadInput(f"model file {path}",
+                       f"has the eos_token_id {beyond[0]}, but the model has {vocabulary} embeddings",
+                       "ids that the model can write")  # fmt: skip
     if longest is not None and max_length > longest:
         raise BadInput("data.max_length", f"is {max_length}", f"at most {longest}, {why}")
     if max(token_ids) >= vocabulary:

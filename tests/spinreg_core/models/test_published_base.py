@@ -134,6 +134,7 @@ LAYOUTS: dict[str, Callable[[Path], object]] = {
     "named templates and a file": lambda folder: template(folder, jinja=OTHER, config=NAMED),
     "no template": lambda folder: template(folder, jinja=None),
     "ends in both files": lambda folder: ends(folder, [257, 65], 66),
+    "an end that is not the template's": lambda folder: ends(folder, 65, 257),
     "ends in config.json alone": lambda folder: ends(folder, None, [258, 66]),
     "no end in either file": lambda folder: ends(folder, None, None),
 }
@@ -191,15 +192,26 @@ def test_published_base_ends_with_the_same_tokens_everywhere(published: Path) ->
     stops = set(Renderer.from_folder(published).stop_ids)
     said = GenerationConfig.from_pretrained(published).eos_token_id
     assert set(said if isinstance(said, list) else [said]) == stops
-    config = json.loads((published / "config.json").read_text())
-    own = config.get("text_config", config)["eos_token_id"]
-    assert {one for one in (own if isinstance(own, list) else [own]) if one is not None} <= stops
-    assert config["architectures"], "vLLM needs it"
+    assert json.loads((published / "config.json").read_text())["architectures"], "vLLM needs it"
+
+
+@pytest.mark.parametrize(
+    ("layout", "found"),
+    [
+        ("as transformers saves it", [257]),
+        ("ends in both files", [65, 257]),  # 66 of config.json ends nothing in any loader
+        ("ends in config.json alone", [66, 257, 258]),
+        ("a text model in a vision wrapper", [66, 257]),
+        ("no end in either file", [257]),
+    ],
+)
+def test_published_base_has_the_ends_that_loaders_read(layout: str, found: list[int], tmp_path: Path) -> None:
+    assert sorted(Renderer.from_folder(publish(layout, tmp_path)).stop_ids) == found
 
 
 def test_published_base_keeps_the_other_fields_of_a_file_it_writes(tmp_path: Path) -> None:
-    found = json.loads((publish("ends in both files", tmp_path) / "generation_config.json").read_text())
-    assert found == {"eos_token_id": [65, 66, 257], "repetition_penalty": 1.5, "top_k": 3}
+    said = json.loads((publish("an end that is not the template's", tmp_path) / "generation_config.json").read_text())
+    assert said == {"eos_token_id": [65, 257], "repetition_penalty": 1.5, "top_k": 3}
 
 
 @pytest.mark.slow
