@@ -96,7 +96,8 @@ class FolderStore:
                 # A link fails if the name is taken, and the file is complete: there is no other atomic way.
                 os.link(temporary, path)
             except FileExistsError:
-                if path.read_bytes() != data:
+                # Not there any more if it was deleted in between; the caller looks again.
+                if self.read(key) != data:
                     raise Conflict(f"{self.uri(key)} exists with other content") from None
         _sync_folder(path.parent)
         return hashlib.sha256(data).hexdigest()

@@ -50,6 +50,19 @@ def test_create_of_an_existing_key_conflicts(store: Store) -> None:
     assert store.read("a/b.json") == b"one"
 
 
+def test_create_of_a_key_that_is_deleted_meanwhile_conflicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = FolderStore(tmp_path)
+    store.create("a", b"one")
+
+    def refuse(_source: Path, target: Path) -> None:
+        target.unlink()
+        raise FileExistsError
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(Conflict):
+        store.create("a", b"two")
+
+
 def test_create_of_the_same_bytes_again_succeeds(store: Store) -> None:
     assert store.create("a", b"one") == store.create("a", b"one")
 
