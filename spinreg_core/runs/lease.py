@@ -296,9 +296,10 @@ def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
         stored, tag = read_config_with_tag(store, config.run)
         if session.head.has_begun:
             check_config(stored, config)
-            # These groups are read outside of runs too, and `spinreg resume` uses the stored ones.
+            # These fields are read outside of runs too, and `spinreg resume` uses the stored ones.
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "until", "tracking")}
-            config = stored.model_copy(update=said)
+            alarm = {"alarm_real_drop": config.evaluation.alarm_real_drop}
+            config = stored.model_copy(update=said | {"evaluation": stored.evaluation.model_copy(update=alarm)})
         another = fixed_fields(stored) != fixed_fields(config)
 
         def forget(head: Head, another: bool = another) -> None:

@@ -450,10 +450,11 @@ def test_hold_lease_accepts_changes_of_mutable_fields(store: Store, field: str) 
 def test_hold_lease_stores_the_rules_that_came_last(store: Store) -> None:
     with hold_lease(store, QUICK, "a") as session:
         session.commit_inputs("base-1", "data-1")
-    hurried = {"resources": ResourcesConfig(lease_seconds=3), "keep": KeepConfig(policies=3)}
+    rules = {"keep": KeepConfig(policies=3), "evaluation": QUICK.evaluation.model_copy(update={"alarm_real_drop": 0.5})}
+    hurried = rules | {"resources": ResourcesConfig(lease_seconds=3)}
     with hold_lease(store, QUICK.model_copy(update=hurried), "b"):
         pass
-    assert heads.read_config(store, "demo") == QUICK.model_copy(update={"keep": KeepConfig(policies=3)})
+    assert heads.read_config(store, "demo") == QUICK.model_copy(update=rules)
 
 
 def test_hold_lease_stores_the_trackers_that_came_last(store: Store) -> None:
