@@ -19,7 +19,7 @@ from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.benchmarks.measure import do_benchmark, do_check
 from spinreg_core.benchmarks.registry import plan_benchmark, require_benchmark_files
 from spinreg_core.config import RunConfig, UntilConfig
-from spinreg_core.config.resolve import resolve
+from spinreg_core.config.resolve import override, resolve
 from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
@@ -62,8 +62,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
         StageFailed, Damaged, StoreFailed: a stage failed. Committed stages stay committed.
     """
     if isinstance(config, RunConfig):
-        given = config.model_dump(mode="json", exclude_unset=True) | fields
-        file = None
+        given, file = override(config.model_dump(mode="json", exclude_unset=True), fields), None
     else:
         given, file = fields, str(config)
     wanted = resolve(given, file)

@@ -22,6 +22,7 @@ from spinreg_core.config.versions import complete_stored, with_stored_additions,
 from spinreg_core.errors import BadInput, Damaged, problem_text, redacted
 from spinreg_core.input_limits import require_plain
 
+_HOW_FAR = {"rounds", "until_round"}
 LARGEST_FILE = 2**20  # bytes; a run configuration has a few kilobytes
 # Aliases let a few lines of YAML stand for billions of values.
 _MOST_VALUES, _DEEPEST = 100_000, 50
@@ -153,6 +154,13 @@ def merge(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, o
     return result
 
 
+def override(values: Mapping[str, object], parameters: Mapping[str, object]) -> dict[str, object]:
+    """Return parameters on top of values, as `merge`; `rounds` or `until_round` as a parameter replaces both."""
+    if _HOW_FAR & parameters.keys():
+        values = {key: value for key, value in values.items() if key not in _HOW_FAR}
+    return merge(values, parameters)
+
+
 def validate(values: Mapping[str, object]) -> RunConfig:
     """Return a RunConfig. Raises one BadInput that lists every wrong field."""
     _require_bounded(values)
@@ -272,7 +280,6 @@ def resolve(
         so that with a file the stored run gives only fields that did not exist when it was started, and starting the
         run refuses a difference later.
     """
-    how_far = {"rounds", "until_round"}
     _require_values(parameters)
     values: dict[str, object] = {}
     if config_file is not None:
@@ -280,10 +287,8 @@ def resolve(
         _require_values(values)
     elif stored is not None:
         # Its store stays out: the run may have moved since, and its place is where it was found.
-        values = stored.model_dump(mode="json", exclude=how_far | {"store"})
-    if how_far & parameters.keys():  # either of the two as a parameter replaces both in the file
-        values = {key: value for key, value in values.items() if key not in how_far}
-    values = merge(values, parameters)
+        values = stored.model_dump(mode="json", exclude=_HOW_FAR | {"store"})
+    values = override(values, parameters)
     if config_file is not None and stored is not None:
         values = with_stored_additions(values, stored.model_dump(mode="json"))
     return validate(values)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import spinreg_core
+from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.errors import BadInput
 from tests.support.whole_runs import ROOT, SMOKE
 
@@ -67,6 +68,19 @@ def test_run_called_twice_in_a_process_advances_twice(tmp_path: Path, monkeypatc
     small = {"store": store, "data": {"heldout_rows": 2, "prompts_per_round": 2}, "training": {"batch_size": 2}}
     reached = [spinreg_core.run(ROOT / SMOKE, until_round=n, **small).complete_round for n in (0, 1)]
     assert reached == [0, 1]
+
+
+def test_run_of_a_configuration_keeps_the_other_fields_of_a_group(tmp_path: Path) -> None:
+    config = RunConfig(store=str(tmp_path), objective=ObjectiveConfig(alpha=0.25, beta=0.5), until_round=2)
+
+    def stop(_line: str) -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        spinreg_core.run(config, say=stop, objective={"alpha": 1.0}, rounds=1)
+    stored = spinreg_core.read_run(str(tmp_path), "demo").config
+    assert (stored.objective.alpha, stored.objective.beta) == (1.0, 0.5)
+    assert (stored.rounds, stored.until_round) == (1, None)
 
 
 def test_read_run_of_an_unknown_run_names_those_that_exist(tmp_path: Path) -> None:
