@@ -15,10 +15,10 @@ def require_final_answers(mode: str, references: list[str | None]) -> None:
                        "use auto or none")  # fmt: skip
 
 
-def exact_matches(references: list[str | None], answers: list[str]) -> list[bool]:
-    """Return whether each answer's final number equals the reference's; references without a number are left out."""
-    numbers = [None if text is None else reference_number(text) for text in references]
-    return [answered_number(a) == n for n, a in zip(numbers, answers, strict=True) if n is not None]
+def exact_match(reference: str | None, answer: str) -> bool | None:
+    """Return whether the final numbers of reference and answer are equal; None for a reference without a number."""
+    number = None if reference is None else reference_number(reference)
+    return None if number is None else answered_number(answer) == number
 
 
 # A minus sign counts unless a digit, letter or bracket precedes it: "10-5" holds 10 and 5.

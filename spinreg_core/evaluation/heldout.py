@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from spinreg_core.config import RunConfig, of_round
-from spinreg_core.evaluation.final_answers import exact_matches
+from spinreg_core.evaluation.final_answers import exact_match
 from spinreg_core.evaluation.intervals import (
     Estimate,
     Floats,
@@ -118,7 +118,9 @@ def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]
     put("answer_length", lengths)
     put("end_of_turn_rate", np.array([finish == "stop" for finish in rows["sample_finish"].to_pylist()], np.float64))
     put("distinct_2", column("sample_distinct_2"))
-    put("exact_match", _matches(rows))
+    answers = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
+    # None becomes NaN, a row that does not define the metric.
+    put("exact_match", np.array([exact_match(*pair) for pair in answers], np.float64))
     put("entropy", -sample, lengths)
     if rows["sample_engine_logp"].null_count == 0:
         put("sampler_gap", column("sample_engine_logp") - sample)
@@ -127,13 +129,6 @@ def row_scores(rows: pa.Table, alpha: float) -> dict[str, tuple[Floats, Floats]]
         put("real_change", real - previous)
         put("generated_change", column("previous_sample_logp") - column("previous_sample_previous_logp"))
     return found
-
-
-def _matches(rows: pa.Table) -> Floats:
-    """Return 1 or 0 for each row with a number in its reference, NaN for the others."""
-    pairs = zip(rows["final_answer"].to_pylist(), rows["sample_text"].to_pylist(), strict=True)
-    found = [exact_matches([reference], [text]) for reference, text in pairs]
-    return np.array([float(one[0]) if one else np.nan for one in found])
 
 
 def metrics_of_round(rows: pa.Table, config: RunConfig, number: int) -> dict[str, Estimate]:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from spinreg_core.evaluation.final_answers import exact_matches
+from spinreg_core.evaluation.final_answers import exact_match
 from spinreg_core.evaluation.heldout import ROWS_SCHEMA, heldout_metrics, implicit_reward
 from spinreg_core.evaluation.metrics import GAME, METRICS, distinct_bigrams
 
@@ -171,6 +171,10 @@ def test_implicit_reward_alpha_weighs_the_previous_policy() -> None:
     assert math.isclose(implicit_reward(policy, previous, base, 0.25)[0], -1 + 0.25 * 3 + 0.75 * 7)
 
 
-def test_exact_match_leaves_out_rows_without_a_number() -> None:
-    assert exact_matches(["72", None, "#### 1,000", "red"], ["#### 72.0", "5", "so 1000", "red"]) == [True, True]
-    assert exact_matches(["72", "5"], ["it is 71", "none"]) == [False, False]
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [("72", "#### 72.0", True), ("#### 1,000", "so 1000", True), ("72", "it is 71", False), ("5", "none", False),
+     (None, "5", None), ("red", "red", None)],
+)  # fmt: skip
+def test_exact_match_needs_a_number_in_the_reference(reference: str | None, answer: str, expected: bool | None) -> None:
+    assert exact_match(reference, answer) is expected
