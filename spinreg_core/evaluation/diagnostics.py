@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
+from spinreg_core.evaluation.heldout import implicit_reward
 from spinreg_core.evaluation.intervals import Floats
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def credit(
     own, previous, base = (tokens.found[policies[name]] for name in ("policy", "previous", "base"))
     spread = []
     for i, ids in enumerate(tokens.answers):
-        values = beta * (np.array(own[i]) - alpha * np.array(previous[i]) - (1 - alpha) * np.array(base[i]))
+        values = beta * implicit_reward(np.array(own[i]), np.array(previous[i]), np.array(base[i]), alpha)
         spread.append(list(zip(_pieces(decode, ids), values.tolist(), strict=True)))
     return spread
 
