@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -30,13 +31,14 @@ import yaml
 from spinreg_core.benchmarks.results import part_job
 from spinreg_core.config import BenchmarksConfig, RunConfig
 from spinreg_core.config.benchmarks import LEADERBOARD
-from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput, Damaged, StageFailed
+from spinreg_core.errors import EXIT_BAD_INPUT, EXIT_DAMAGED, EXIT_PREEMPTED, BadInput
 from spinreg_core.input_limits import LARGEST_TASK_FILE, require_small_file
 from spinreg_core.runs.head import Head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_manifest
 from spinreg_core.runs.plans import StagePlan, policy_object
+from spinreg_core.runtime.failures import process_error
 from spinreg_core.runtime.supervision import Preempted
 from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.open import open_store
@@ -44,7 +46,6 @@ from spinreg_core.store.open import open_store
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 DATA_VARIABLE = "SPINREG_EVAL_DATA"  # of deployments/lm_eval_local
 _TAIL_LINES = 60
-_SAID = ("bad input: ", "damaged: ")  # prefixes of the messages of a process that ends with such an error
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
@@ -231,13 +232,13 @@ def run_all(jobs: Sequence[Job]) -> Iterator[tuple[Job, Manifest | Exception]]:
     while left:
         folder = left[0].workdir / "process"  # each process has its own: that of its first part
         status, output = _process(left, folder)
-        if status in (EXIT_PREEMPTED, -15):
+        if status in (EXIT_PREEMPTED, -signal.SIGTERM):
             raise Preempted
         store = open_store(left[0].store)
         while left:
             job = left.pop(0)
             manifest = read_manifest(store, job.object_id)
-            yield job, manifest or _failure(job, status, output)
+            yield job, manifest or process_error(f"lm-eval {job.key['name']}", status, output)
             if manifest is None:
                 break
 
@@ -283,15 +284,5 @@ def _process(jobs: Sequence[Job], folder: Path) -> tuple[int, list[str]]:
     for line in errors.read_text(errors="replace").split("\n"):
         if line.strip() and "\r" not in line and "%|" not in line:
             say(line)
-    return process.returncode, own if any(line.startswith(_SAID) for line in own) else list(tail)
-
-
-def _failure(job: Job, status: int, output: list[str]) -> Exception:
-    """Return the error that ended the process, as it was raised there."""
-    for code, prefix in zip((EXIT_BAD_INPUT, EXIT_DAMAGED), _SAID, strict=True):
-        if status == code:
-            start = max((i for i, line in enumerate(output) if line.startswith(prefix)), default=0)
-            message = "\n".join(output[start:]).removeprefix(prefix)
-            return BadInput.from_message(message) if code == EXIT_BAD_INPUT else Damaged(message)
-    end = "\n".join(f"  {line}" for line in output[-20:])
-    return StageFailed(f"lm-eval {job.key['name']}: exit status {status}; the end of its output:\n{end}")
+    # A message of our own stands at the end of what the process printed, before the lines of libraries.
+    return process.returncode, own if process.returncode in (EXIT_BAD_INPUT, EXIT_DAMAGED) else list(tail)
