@@ -105,9 +105,7 @@ def run(job: Job, open_engine: Callable[..., Engine] = engines.open_engine) -> M
         "truncated": sum(meta["truncated"] for meta in metas) / answered,
         "engine": resolve_engine(config.generation.engine),
     }
-    nothing = job.workdir / "manifest-only"
-    nothing.mkdir(parents=True, exist_ok=True)
-    return publish(store, job, nothing, metrics=metrics, parts=names, seconds=time.monotonic() - start)
+    return publish(store, job, None, metrics=metrics, parts=names, seconds=time.monotonic() - start)
 
 
 def the_questions(job: Job) -> list[Question]:

@@ -106,21 +106,22 @@ def now() -> str:
 def publish(
     store: Store,
     job: Job,
-    folder: Path,
+    folder: Path | None,
     *,
     metrics: Mapping[str, Any],
     parts: Iterable[str] = (),
     uploaded: Iterable[File] = (),
     seconds: float = 0.0,
 ) -> Manifest:
-    """Upload every file below `folder`, then create the manifest. Returns the manifest that counts.
+    """Upload every file below `folder` (None: no file), then create the manifest. Returns the manifest that counts.
 
     The manifest also lists the files of the named parts, without a copy, and those that other ranks have `uploaded`. If
     another attempt was faster, its manifest counts and is returned unchanged. Raises StageFailed for a part that was
     removed or set aside since, Damaged for one that is lost.
     """
     names = list(parts)
-    files = [*upload(store, job, folder), *uploaded, *_files_of_parts(store, job, names)]
+    own = [] if folder is None else upload(store, job, folder)
+    files = [*own, *uploaded, *_files_of_parts(store, job, names)]
     manifest = Manifest(
         object_id=job.object_id, stage=job.stage, round=job.round, key=job.key, inputs=job.inputs, files=files,
         metrics=dict(metrics), versions=versions(), writer=job.writer, seconds=round(seconds, 3), created=now(),

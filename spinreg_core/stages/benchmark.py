@@ -51,9 +51,7 @@ def run(job: Job) -> Manifest:
             metrics[name] = found.metrics
     if failed is not None:
         raise failed
-    folder = job.workdir / "out"
-    folder.mkdir(parents=True, exist_ok=True)
-    return publish(store, job, folder, metrics=metrics, seconds=time.monotonic() - start)
+    return publish(store, job, None, metrics=metrics, seconds=time.monotonic() - start)
 
 
 def _measured(jobs: list[Job]) -> Iterator[tuple[Job, Manifest | Exception]]:

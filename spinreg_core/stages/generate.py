@@ -86,9 +86,7 @@ def run(job: Job) -> Manifest:
         else:
             Pool(job, store, own, devices, progress.update, on_commit).run()
     metrics = _metrics(list(metas.values())) | {"replayed": not_given}
-    nothing = job.workdir / "manifest-only"
-    nothing.mkdir(exist_ok=True)
-    manifest = publish(store, job, nothing, metrics=metrics, parts=[s.name for s in shards],
+    manifest = publish(store, job, None, metrics=metrics, parts=[s.name for s in shards],
                        seconds=time.monotonic() - start)  # fmt: skip
     print(f"{metrics['prompts']} answers, {metrics['mean_length']:.1f} tokens each, {100 * metrics['truncated']:.1f} % "
           f"cut off, {metrics['empty']} empty, {metrics['tokens_per_second']:.0f} tokens/s", flush=True)  # fmt: skip

@@ -34,9 +34,7 @@ def run(job: Job) -> Manifest:
             f"[lm-eval-check] {name}: {found[name]['documents']} questions, {found[name]['fewshot']} examples",
             flush=True,
         )
-    folder = job.workdir / "out"
-    folder.mkdir(parents=True, exist_ok=True)
-    return publish(open_store(job.store), job, folder, metrics=found, seconds=time.monotonic() - start)
+    return publish(open_store(job.store), job, None, metrics=found, seconds=time.monotonic() - start)
 
 
 if __name__ == "__main__":

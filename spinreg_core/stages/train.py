@@ -116,9 +116,7 @@ def run(
     if training.average is not None:
         # Before the manifest, so that the average exists wherever the policy does.
         _publish_average(store, job, folder_of(store, job.object_id, files, "policy"))
-    nothing = job.workdir / "manifest-only"
-    nothing.mkdir(exist_ok=True)
-    manifest = publish(store, job, nothing, metrics=dict(summary), uploaded=files, seconds=time.monotonic() - begin)
+    manifest = publish(store, job, None, metrics=dict(summary), uploaded=files, seconds=time.monotonic() - begin)
     checkpoints.discard()
     return manifest
 
