@@ -62,8 +62,10 @@ def join_run(store_url: str, run: str, *, say: Callable[[str], None]) -> NoRetur
 
 
 def _ordered(fields: dict[str, Any], store: Store, run: str, workdir: Path) -> Job:
-    """The job of an order, kept to the run and the store that this machine was told to work for, and to stages that
-    read nothing else: `prepare` would publish the files of this machine that the order names. Raises BadInput."""
+    """Return the job of an order, for the run and the store that this machine was told to work for.
+
+    Raises BadInput for another run, and for `prepare`, which would publish files of this machine that the order names.
+    """
     job = Job.from_fields(fields)
     if job.stage not in stages_of(1) or job.config.run != run:
         raise BadInput(f"order of run {run}", f"{job.stage} of run {job.config.run}",

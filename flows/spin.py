@@ -98,7 +98,7 @@ def _why_ended(store: Store, config: RunConfig) -> str | None:
 
 
 def _steps(config: RunConfig, store: Store) -> Steps:
-    """The steps of an advance as Prefect tasks and nested flows."""
+    """Return the steps of an advance as Prefect tasks and nested flows."""
 
     def start() -> None:
         if plan_check(config) is not None:
@@ -136,10 +136,10 @@ def _advance(config: str | None, parameters: Mapping[str, object]) -> RunSummary
         cancellation(str(flow_run.id)) as check,
         use_context(Context(resolved, opened, session, check)) as context,
     ):
-        finish_repair()  # before anybody counts complete rounds
+        finish_repair()  # first, because a repair opens stages and so changes the number of complete rounds
         done = complete_round(session.head)
         ended = advance(session, resolved, str(flow_run.id), _steps(resolved, opened), log)
-        context.check()  # a writer that was frozen leaves the report to who took over
+        context.check()  # a process that was frozen and lost the run leaves the report to its successor
         report = write_report(opened, resolved.run)
         session.finish_advance()
         track(opened, resolved)

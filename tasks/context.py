@@ -1,7 +1,7 @@
-"""What the tasks of one flow run share: the open session, the store and the resolved configuration.
+"""The lease, the store and the resolved configuration that the tasks of one flow run share.
 
-Decides: nothing; a round is a flow of its own and a flow's parameters go to the server, where a lease has no
-place, so the open session waits here. One flow run advances one run, in one process.
+They are kept here because a round is a flow of its own: a flow's parameters go to the server, and a lease cannot. One
+flow run advances one run, in one process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Context:
     failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
 
     def check(self) -> None:
-        """Raises LeaseLost or RunCancelled where this flow run must not go on."""
+        """Raise LeaseLost or RunCancelled if this flow run must not go on."""
         self.session.check()
         self.cancelled()
 
@@ -35,7 +35,7 @@ _current: ContextVar[Context] = ContextVar("spinreg-context")
 
 
 def current_context() -> Context:
-    """The context of the flow run this code is called by."""
+    """Return the context of the flow run that calls this code."""
     return _current.get()
 
 

@@ -222,7 +222,7 @@ class TrainingConfig(Group):
 
     @property
     def rounds_adapter(self) -> bool:
-        """Whether bfloat16 rounds the adapter that trains otherwise than the merged policy that is scored.
+        """True if bfloat16 rounds the trained adapter otherwise than the merged policy that is scored.
 
         bf16(W) x + bf16(BA) x is trained, and bf16(W + BA) x is scored.
         """

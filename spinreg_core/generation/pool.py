@@ -179,8 +179,11 @@ class Pool:
         return [shard for shard in self.left if shard.number not in self.suspects]
 
     def _steal_from_remote(self) -> list[Shard]:
-        """What only guests have open, from the end, because they begin at the other: for engines of ours that would be
-        idle. A machine that is slow, or hangs, so holds nothing up; whoever commits first counts."""
+        """Return the shards that only guests have open, for idle engines of this machine.
+
+        They come from the end, because the guests began at the other. So a machine that is slow or hangs holds nothing
+        up; the first commit of a shard counts.
+        """
         ours = {number for engine in self.engines if engine.own is not None for number in engine.open}
         theirs = {number for engine in self.engines if engine.own is None for number in engine.open}
         return [self.by_number[number] for number in sorted(theirs - ours - self.done, reverse=True)]

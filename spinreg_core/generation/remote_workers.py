@@ -124,7 +124,7 @@ def _accept(server: socket.socket, attempt: str, waiting: Guests) -> None:
 
 
 def _authenticate(line: socket.socket, peer: str, attempt: str, waiting: Guests) -> None:
-    """Let in who knows the attempt: `ATTEMPT NAME`, padded to a fixed length."""
+    """Admit a connection that names the attempt: `ATTEMPT NAME`, padded to a fixed length."""
     try:
         line.settimeout(_HELLO_SECONDS)
         shown, _, name = _received(line, _HELLO_BYTES).decode("utf-8", "replace").rstrip().partition(" ")
@@ -146,7 +146,7 @@ def _received(line: socket.socket, count: int) -> bytes:
 
 
 def _connected(job: Job, attempt: str) -> socket.socket | None:
-    """A connection to the machine of the flow, or None where nobody listens any more."""
+    """Return a connection to the machine of the flow, or None if it has stopped listening."""
     end = time.monotonic() + _CONNECT_SECONDS
     while True:
         try:

@@ -147,7 +147,7 @@ class Head(Document):
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything is committed; from then on the configuration is fixed."""
+        """True once anything is committed; from then on the configuration is fixed."""
         return self.base is not None or bool(self.rounds)
 
 

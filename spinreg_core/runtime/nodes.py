@@ -1,7 +1,7 @@
-"""What the machine that runs the flow tells the other machines of a stage, and what they tell it of failures.
+"""Orders of the machine that runs the flow to the other machines of a stage, and their reports of failures.
 
 Decides: the two documents in the store, `runs/<run>/order.json` and `runs/<run>/failures/<attempt>-<machine>.json`.
-They hold no result, and what they say is of the moment. Leaves out: who acts on them (`torchrun.py`, `tasks/join.py`).
+They hold no result and count for one attempt only. Leaves out: their effect (`torchrun.py`, `flows/join.py`).
 """
 
 from __future__ import annotations
@@ -61,8 +61,10 @@ def post_order(store: Store, job: Job) -> str:
 
 
 def withdraw_order(store: Store, job: Job, attempt: str) -> None:
-    """The stage is over, for everybody. Does nothing where something else has been asked for since, or where the order
-    cannot be read: it must not stand in for how the stage ended."""
+    """Tell the other machines that the stage is over.
+
+    Does nothing if there is a newer order, or if the order cannot be read: an error here would hide that of the stage.
+    """
     key = _order(job.config.run)
     found = store.read_tagged(key)
     with contextlib.suppress(Conflict, Damaged):
@@ -71,19 +73,19 @@ def withdraw_order(store: Store, job: Job, attempt: str) -> None:
 
 
 def read_order(store: Store, run: str) -> Order | None:
-    """What was announced last; its `attempt` is None between stages. Raises Damaged."""
+    """Return the last order; its `attempt` is None between stages. Raises Damaged."""
     return documents.read(store, _order(run), Order)
 
 
 def report_failure(store: Store, job: Job, attempt: str, status: int, message: str) -> None:
-    """Of ranks on another machine, for the log of the flow."""
+    """Report a failure of ranks on this machine, for the log of the flow."""
     host = socket.gethostname()
     entry = {"status": status, "message": f"on {host}: {message}"}
     store.write(f"{_failures(job.config.run)}{attempt}-{host}-{uuid.uuid4().hex[:8]}.json", documents.dump(entry))
 
 
 def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, str]]:
-    """(status, message) of what other machines told of an attempt; waits for them a few seconds."""
+    """Return (status, message) of the failures that other machines report of an attempt, after a wait of seconds."""
     end = time.monotonic() + _WAIT_SECONDS
     while True:
         keys = [k for k in store.list(_failures(job.config.run)) if k.rsplit("/", 1)[-1].startswith(attempt)]
@@ -94,7 +96,7 @@ def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, 
 
 
 def _epoch(job: Job) -> int:
-    """Of the lease under which a job was given out: its writer's (`head.Session.writer`)."""
+    """Return the epoch of the lease under which a job was given out, from its writer (`RunLease.writer`)."""
     found = re.match(r"e(\d+)-", job.writer)
     return int(found[1]) if found else 0
 
