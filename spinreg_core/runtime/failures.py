@@ -32,12 +32,15 @@ from spinreg_core.errors import (
     without_credentials,
 )
 
+# The folder in the job's workdir with rank-N.log, rank-N.err, failure-N.json, stack-N.txt and alive-N.
+RANKS = "ranks"
 # The errors that a process reports by its exit status, and the first words of their messages.
 _REPORTED: tuple[tuple[type[SpinregError], int, str], ...] = (
     (BadInput, EXIT_BAD_INPUT, "bad input: "),
     (Damaged, EXIT_DAMAGED, "damaged: "),
     (JudgeAway, EXIT_JUDGE_AWAY, "error: "),
 )
+_PREFIXES = tuple(prefix for _, _, prefix in _REPORTED)
 # Lines of output that a process's message may have: a listing of bad rows is longer than the end of a traceback.
 MESSAGE_LINES = 200
 _SHOWN_LINES = 20
@@ -61,7 +64,7 @@ class Failure:
 
     def text(self) -> str:
         """Return the message for the log."""
-        if self.message.startswith(("bad input: ", "damaged: ", "error: ")):
+        if self.message.startswith(_PREFIXES):
             return self.message
         return f"rank {self.rank} failed:\n{self.message}"
 

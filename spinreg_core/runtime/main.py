@@ -18,7 +18,7 @@ from typing import NoReturn
 from spinreg_core.errors import EXIT_PREEMPTED
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Manifest
-from spinreg_core.runtime.failures import describe_error, record
+from spinreg_core.runtime.failures import RANKS, describe_error, record
 from spinreg_core.runtime.quiet import quieten_libraries
 from spinreg_core.runtime.rank_watch import RankWatch
 from spinreg_core.runtime.supervision import Preempted, die_with_parent, on_sigterm
@@ -37,7 +37,7 @@ def main(run: Callable[[Job], Manifest | None], *, ranked: bool = False) -> NoRe
     job_file = Path(sys.argv[1])
     job = Job.load(job_file)
     rank = int(os.environ["RANK"]) if "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 else None
-    folder = job.workdir / "ranks"
+    folder = job.workdir / RANKS
     faulthandler.enable()
     job.workdir.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, on_sigterm)

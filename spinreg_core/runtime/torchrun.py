@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spinreg_core.errors import EXIT_PREEMPTED
-from spinreg_core.runtime.failures import is_secondary_failure, verdict
+from spinreg_core.runtime.failures import RANKS, is_secondary_failure, verdict
 from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE, failures_elsewhere, post_order, report_failure, withdraw_order
 from spinreg_core.store.open import open_store
 
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from spinreg_core.runs.job import Job
-
-
-# A folder in the job's workdir, with rank-N.log, rank-N.err, failure-N.json and stack-N.txt.
-RANKS = "ranks"
 
 
 class _Logs(DefaultLogsSpecs):
