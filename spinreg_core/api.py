@@ -7,7 +7,6 @@ model = spinreg_core.load_policy(run.policy(2))
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import uuid
@@ -24,8 +23,8 @@ from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance.repair import stages_to_make
-from spinreg_core.reports.run_report import read_metrics, report_data, write_report
-from spinreg_core.runs.fetch import fetch_file, fetch_folder
+from spinreg_core.reports.run_report import read_json, read_metrics, report_data, write_report
+from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.head import Head, read_config, require_config, require_head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
@@ -155,8 +154,7 @@ class Run:
 
         Raises BadInput for a round that is not evaluated.
         """
-        file = fetch_file(self.store, self._object(round_number, "evaluate"), "samples.json")
-        return list(json.loads(file.read_text())["samples"])
+        return list(read_json(self.store, self._object(round_number, "evaluate"), "samples.json")["samples"])
 
     def policy(self, round_number: int) -> Path:
         """Return a verified local folder with the policy of an iterate, in the Hugging Face layout (0: the base).

@@ -72,7 +72,7 @@ class StepCheckpoints:
             if problems:
                 print(f"checkpoint {name} cannot be read and is removed: {problems[0]}", flush=True)
                 if self.ranks.first:
-                    self.store.delete(f"objects/{self.job.object_id}/parts/{name}.json")
+                    self.store.delete(part_key(self.job.object_id, name))
                 continue
             folder = self._folder("resume")
             for file, path in files.items():
@@ -141,7 +141,7 @@ class StepCheckpoints:
         for name in part_names(self.store, self.job.object_id):
             if int(name.removeprefix("step-")) > max(sound, default=0):
                 print(f"checkpoint {name} holds numbers that are not finite and is removed", flush=True)
-                self.store.delete(f"objects/{self.job.object_id}/parts/{name}.json")
+                self.store.delete(part_key(self.job.object_id, name))
 
     def wait(self) -> None:
         """Wait until the checkpoint in progress is committed."""
