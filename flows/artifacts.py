@@ -34,7 +34,7 @@ def show_round(round_number: int) -> None:
     Best effort: the round is committed, and a store that cannot be read at this moment must not end the run.
     """
     context = current_context()
-    run, head = context.config.run, context.session.head
+    run, head = context.config.run, context.lease.head
     try:
         data = report_data(context.store, run)
         show_table(

@@ -24,8 +24,8 @@ def repair(store: Store, run: str, damaged: Collection[str], *, say: Callable[[s
     Raises:
         LeaseHeld: another process advances the run, or another run that has the objects.
     """
-    with hold_lease(store, require_config(store, run), "spinreg verify --repair") as session:
-        stages = begin(store, session, damaged, say)
+    with hold_lease(store, require_config(store, run), "spinreg verify --repair") as lease:
+        stages = begin(store, lease, damaged, say)
     if stages:
         say(f"making again: {', '.join(f'{stage} of round {number}' for number, stage in stages)}")
     spin(run=run, store=store.url, until_round=0)

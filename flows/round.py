@@ -75,7 +75,7 @@ def finish_repair() -> None:
     # Not as nested flow runs: on a retry, Prefect would take them for the rounds of the advance.
     context = current_context()
     config, calls = context.config, stage_calls(context.config)
-    for number, stage in stages_to_make(context.store, context.session, config, run_log()):
+    for number, stage in stages_to_make(context.store, context.lease, config, run_log()):
         if stage == "prepare":
             run_task(prepare, config.resources, config.run)
         else:
@@ -91,7 +91,7 @@ def measure(round_number: int) -> bool:
     config = context.config
 
     def call() -> bool:
-        if plan_benchmark(config, context.session.head, round_number) is None:
+        if plan_benchmark(config, context.lease.head, round_number) is None:
             return False
         return not run_task(benchmark, config.resources, config.run, round_number)["reused"]
 

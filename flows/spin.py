@@ -132,22 +132,22 @@ def _advance(config: str | None, parameters: Mapping[str, object]) -> RunSummary
     opened = open_store(resolved.store)
     label = f"flow run {flow_run.name} ({flow_run.id})"
     with (
-        hold_lease(opened, resolved, label) as session,
+        hold_lease(opened, resolved, label) as lease,
         cancellation(str(flow_run.id)) as check,
-        use_context(Context(resolved, opened, session, check)) as context,
+        use_context(Context(resolved, opened, lease, check)) as context,
     ):
         finish_repair()  # first, because a repair opens stages and so changes the number of complete rounds
-        done = complete_round(session.head)
-        ended = advance(session, resolved, str(flow_run.id), _steps(resolved, opened), log)
+        done = complete_round(lease.head)
+        ended = advance(lease, resolved, str(flow_run.id), _steps(resolved, opened), log)
         context.check()  # a process that was frozen and lost the run leaves the report to its successor
         report = write_report(opened, resolved.run)
-        session.finish_advance()
+        lease.finish_advance()
         track(opened, resolved)
         summary: RunSummary = {
             "run": resolved.run,
             "store": opened.url,
-            "complete_round": complete_round(session.head),
-            "new_rounds": complete_round(session.head) - done,
+            "complete_round": complete_round(lease.head),
+            "new_rounds": complete_round(lease.head) - done,
             "ended": ended,
             "report": opened.uri(report["html"]),
             "report_json": opened.uri(report["json"]),

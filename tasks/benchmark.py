@@ -21,7 +21,7 @@ def benchmark(run: str, round_number: int) -> Measured | State[Measured]:
     """Return the benchmarks of an iterate."""
     return run_committed(
         f"benchmark of round {round_number}",
-        lambda c, start: do_benchmark(c.store, c.session, c.config, round_number, start),
+        lambda c, start: do_benchmark(c.store, c.lease, c.config, round_number, start),
     )
 
 
@@ -37,4 +37,4 @@ def check_benchmarks(run: str) -> Checked | State[Checked]:
 
     Raises BadInput.
     """
-    return run_committed("check-benchmarks", lambda c, start: do_check(c.store, c.session, c.config, start))
+    return run_committed("check-benchmarks", lambda c, start: do_check(c.store, c.lease, c.config, start))

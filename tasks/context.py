@@ -21,13 +21,13 @@ from spinreg_core.store.base import Store
 class Context:
     config: RunConfig
     store: Store
-    session: RunLease
+    lease: RunLease
     cancelled: Callable[[], None] = lambda: None  # raises once the flow run is cancelled
     failures: list[SpinregError] = field(default_factory=list)  # that end the flow run when all else is done
 
     def check(self) -> None:
         """Raise LeaseLost or RunCancelled if this flow run must not go on."""
-        self.session.check()
+        self.lease.check()
         self.cancelled()
 
 

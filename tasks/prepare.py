@@ -19,4 +19,4 @@ from tasks.run_stage import run_committed
 )
 def prepare(run: str) -> Prepared | State[Prepared]:
     """Return `Prepared`: the object ids of base and data, and the counts of rows."""
-    return run_committed("prepare", lambda c, start: do_prepare(c.store, c.session, c.config, start))
+    return run_committed("prepare", lambda c, start: do_prepare(c.store, c.lease, c.config, start))

@@ -94,5 +94,5 @@ def stage_task(stage: str, round_number: int) -> StageResult | State[StageResult
     """Make sure that a stage of a round is committed, and return its result as the result of a task."""
     return run_committed(
         f"{stage} of round {round_number}",
-        lambda c, start: do_stage(c.store, c.session, c.config, stage, round_number, start),
+        lambda c, start: do_stage(c.store, c.lease, c.config, stage, round_number, start),
     )

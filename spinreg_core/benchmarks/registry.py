@@ -92,19 +92,19 @@ def measured_of(store: Store, plan: StagePlan) -> dict[str, str]:
     return {name: object_id for name, object_id in found.items() if read_manifest(store, object_id) is not None}
 
 
-def record_measured(session: RunLease, iterate: int, objects: dict[str, str]) -> None:
+def record_measured(lease: RunLease, iterate: int, objects: dict[str, str]) -> None:
     """Record the measured parts of an iterate in the run's head, by `part_name`.
 
     Unlike a stage's, the object of a part may be replaced later, by one with other settings. Raises LeaseLost.
     """
-    if objects.items() <= session.head.measured(iterate).items():
+    if objects.items() <= lease.head.measured(iterate).items():
         return
 
     def change(head: Head) -> None:
         entry = next(entry for entry in head.rounds if entry.round == iterate)
         entry.measured = entry.measured | objects
 
-    session.update(change)
+    lease.update(change)
 
 
 def results_of(store: Store, config: RunConfig, head: Head, iterate: int) -> list[PartResults]:

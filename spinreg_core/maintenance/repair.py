@@ -47,13 +47,13 @@ from spinreg_core.store.base import Store
 
 
 def begin(
-    store: Store, session: RunLease, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
+    store: Store, lease: RunLease, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
 ) -> list[Stage]:
     """Do steps 1 to 3 for those of these objects of the run that are still damaged. Returns the stages it has opened.
 
     Raises LeaseHeld if another run that is being advanced has one of the objects, and LeaseLost.
     """
-    verdict = verify(store, session.run, only=damaged)
+    verdict = verify(store, lease.run, only=damaged)
     stages = _possible(verdict, {verdict.objects[object_id] for object_id in verdict.damaged}, say)
     if not stages:
         return []
@@ -65,9 +65,9 @@ def begin(
     bad = {problem.file for problem in verdict.problems}
     dependents = {o: verdict.dependents[o] for o in taken if o not in verdict.opened}
     after = {stage for found in dependents.values() for stage in found}
-    _require_idle(store, session.run, taken | {o for o, stage in verdict.objects.items() if stage in after})
+    _require_idle(store, lease.run, taken | {o for o, stage in verdict.objects.items() if stage in after})
     repair = Repair(
-        to=complete_round(session.head),
+        to=complete_round(lease.head),
         stages=_listed(stages),
         replace=_documents(verdict, taken, lambda files: files is None or not bad.isdisjoint(files)),
         was={o: verdict.content.get(o) for o in dependents},
@@ -78,29 +78,29 @@ def begin(
         _open(head, stages)
         head.repair = repair if head.repair is None else _both(head.repair, repair)
 
-    session.update(change)
+    lease.update(change)
     return sorted(stages)
 
 
 def stages_to_make(
-    store: Store, session: RunLease, config: RunConfig, say: Callable[[str], object] = lambda line: None
+    store: Store, lease: RunLease, config: RunConfig, say: Callable[[str], object] = lambda line: None
 ) -> Iterator[Stage]:
     """Finish the repair that the head records, if there is one: steps 4 to 6.
 
     Yields the stages to make in their order; each must be committed before the next one is requested. Stages of rounds
     that were not complete are left open. Raises as `begin`.
     """
-    while (repair := session.head.repair) is not None:
-        session.check()
-        _set_aside(store, session.run, repair.replace)
-        stages, head = _stages(repair.stages), session.head
+    while (repair := lease.head.repair) is not None:
+        lease.check()
+        _set_aside(store, lease.run, repair.replace)
+        stages, head = _stages(repair.stages), lease.head
         if any(one and read_manifest(store, one) is None for one in (head.base, head.data)):
             yield 0, "prepare"
         for number in range(repair.to + 1):
             for stage in stages_of(number):
-                if _is_missing(store, config, session.head, (number, stage), stages):
+                if _is_missing(store, config, lease.head, (number, stage), stages):
                     yield number, stage
-        _go_on(store, session, say)
+        _go_on(store, lease, say)
 
 
 def _is_missing(store: Store, config: RunConfig, head: Head, made: Stage, opened: Collection[Stage]) -> bool:
@@ -112,9 +112,9 @@ def _is_missing(store: Store, config: RunConfig, head: Head, made: Stage, opened
     return read_manifest(store, object_id) is None and object_id in needed_by_later_stages(config, head)
 
 
-def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> None:
+def _go_on(store: Store, lease: RunLease, say: Callable[[str], object]) -> None:
     """Do step 6."""
-    repair, verdict = session.head.repair, verify(store, session.run, only=())
+    repair, verdict = lease.head.repair, verify(store, lease.run, only=())
     assert repair is not None
     others = [o for o, was in repair.was.items() if was is None or verdict.content.get(o) != was]
     stages = _possible(verdict, {stage for o in others for stage in _stages(repair.dependents[o])}, say)
@@ -123,7 +123,7 @@ def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> Non
     after = None
     if taken:
         say(f"not what it was: {', '.join(others)}")
-        _require_idle(store, session.run, taken)
+        _require_idle(store, lease.run, taken)
         replace = _documents(verdict, taken, lambda files: True)
         after = Repair(to=repair.to, stages=_listed(stages), replace=replace, was={}, dependents={})
 
@@ -131,7 +131,7 @@ def _go_on(store: Store, session: RunLease, say: Callable[[str], object]) -> Non
         _open(head, stages)
         head.repair = after
 
-    session.update(change)
+    lease.update(change)
 
 
 def _possible(verdict: Verdict, stages: set[Stage], say: Callable[[str], object]) -> set[Stage]:

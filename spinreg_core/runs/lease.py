@@ -270,23 +270,23 @@ def hold_lease(store: Store, config: RunConfig, label: str, *, clock: Clock = ti
     if head is None and settled:
         raise Damaged(f"{store.uri(head_key(run))}: found nothing; expected the head of run {run!r}, which was started")
     if head is None:
-        lease = Lease(epoch=0, holder=None, beat=0, seconds=seconds)
-        empty = Head(run=run, lease=lease, advances=[], rounds=[])
+        free = Lease(epoch=0, holder=None, beat=0, seconds=seconds)
+        empty = Head(run=run, lease=free, advances=[], rounds=[])
         with contextlib.suppress(Conflict):
             store.create(head_key(run), documents.dump(empty))
     elif head.has_begun:
         # Checked again under the lease; here it spares a wrong configuration the wait.
         check_config(read_config_with_tag(store, run)[0], config)
     head, tag = _acquire(store, run, make_holder(label), seconds, clock)
-    session = RunLease(store, run, head, tag, seconds)
+    lease = RunLease(store, run, head, tag, seconds)
     try:
-        _settle_config(store, config, session)
-        yield session
+        _settle_config(store, config, lease)
+        yield lease
     finally:
-        session.close()
+        lease.close()
 
 
-def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
+def _settle_config(store: Store, config: RunConfig, lease: RunLease) -> None:
     """Write the configuration of the run: a started run keeps its fixed fields, an unstarted one takes all of ours.
 
     The write is fenced. Every holder writes a document with its own epoch, even if nothing else changes, so a holder
@@ -294,7 +294,7 @@ def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
     """
     while True:
         stored, tag = read_config_with_tag(store, config.run)
-        if session.head.has_begun:
+        if lease.head.has_begun:
             check_config(stored, config)
             # These fields are read outside of runs too, and `spinreg resume` uses the stored ones.
             said = {name: getattr(config, name) for name in ("keep", "benchmarks", "judge", "until", "tracking")}
@@ -308,9 +308,9 @@ def _settle_config(store: Store, config: RunConfig, session: RunLease) -> None:
                 advance.done = advance.done or another
 
         # This update is needed also without a change: it proves that the lease was ours after the tag was read.
-        session.update(forget)
+        lease.update(forget)
         try:
-            store.replace(config_key(config.run), _config_document(config, session.epoch), tag)
+            store.replace(config_key(config.run), _config_document(config, lease.epoch), tag)
             return
         # A predecessor wrote late, or we are the late one; the next update tells.
         except Conflict:
