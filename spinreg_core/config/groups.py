@@ -21,7 +21,7 @@ AVERAGE_FIELDS = ("average_weight", "average_as")
 class Group(BaseModel):
     """Base of all configuration groups: frozen, and closed to unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=False)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @field_validator("*", mode="before")
     @classmethod

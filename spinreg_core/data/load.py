@@ -75,18 +75,16 @@ class Loaded:
         return digest.hexdigest()
 
 
-def load_rows(
-    dataset: str, config: DataConfig, *, split: str | None = None, subset: str | None = None, most: int | None = None
-) -> Loaded:
+def load_rows(dataset: str, config: DataConfig, *, split: str | None = None, most: int | None = None) -> Loaded:
     """Read and check a data set: a hub id, a local or s3:// file or folder, or builtin:demo.
 
-    `split` and `subset` override those of `config`; `most` limits the records that are read. Bad rows are listed in
-    `.rejected`, and `require_usable` checks their number. Raises BadInput for problems of the whole data set: a missing
-    file, split or column, or no records at all.
+    `split` is that of a held-out data set, which has no subset; `most` limits the records that are read. Bad rows are
+    listed in `.rejected`, and `require_usable` checks their number. Raises BadInput for problems of the whole data set:
+    a missing file, split or column, or no records at all.
     """
     # A held-out data set has a split of its own, and the training set's subset does not apply to it.
     notes: list[str] = []
-    records = read_records(dataset, split or config.split, config.subset if split is None else subset, most,
+    records = read_records(dataset, split or config.split, config.subset if split is None else None, most,
                            columns=usable_columns(config), notes=notes)  # fmt: skip
     where = f"dataset {dataset}"
     columns: set[str] = set()

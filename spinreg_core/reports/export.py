@@ -203,7 +203,8 @@ def check_push(target: str) -> None:
     if _HUB_ID.fullmatch(target):
         return
     place = Path(target.removeprefix("file://"))
-    if "://" in str(place) or not place.is_absolute():
+    # An address of another kind is a relative path here.
+    if not place.is_absolute():
         raise BadInput("--push", repr(target), "a repository of the hub (name/model) or an absolute path of a folder")
     _require_free("--push", place)
 
