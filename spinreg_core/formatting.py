@@ -55,7 +55,8 @@ def format_duration(seconds: float) -> str:
 def format_count(value: float) -> str:
     """Return a number in three digits and a decimal prefix: `1.23 G`."""
     for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
+        # Three digits round 999.5 up to 1000, which would be written as 1e+03.
+        if value >= 0.9995 * size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
 

@@ -36,7 +36,10 @@ def test_format_duration_chooses_the_unit(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(3.0, "3"), (1234, "1.23 k"), (7e9, "7 G"), (2.5e19, "25 E")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(3.0, "3"), (999.4, "999"), (999.6, "1 k"), (1234, "1.23 k"), (999_600, "1 M"), (7e9, "7 G"), (2.5e19, "25 E")],
+)
 def test_format_count_chooses_the_prefix(value: float, text: str) -> None:
     assert format_count(value) == text
 
