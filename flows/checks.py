@@ -15,9 +15,6 @@ from spinreg_core.runs.head import read_config
 from spinreg_core.store.cache import require_cache
 from spinreg_core.store.open import open_store
 
-# All work is committed when a flow ends, so a long outage of the server must not make it a failed run.
-END_PATIENCE_SECONDS = 3600.0
-
 
 def resolve_parameters(config: str | None, parameters: Mapping[str, object]) -> RunConfig:
     """Return the configuration of a call of `spin`; an existing run gives the fields that the call does not.

@@ -18,7 +18,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
-from flows.checks import END_PATIENCE_SECONDS, require_usable
+from flows.checks import require_usable
 from flows.grid_runner import FlowRuns, Progress, run_here, run_on_pool
 from spinreg_core.comparison.grid import (
     Member,
@@ -40,7 +40,7 @@ from spinreg_core.store.probe import require_conditional_writes
 from tasks.artifacts import artifact_key, show_markdown, show_table
 from tasks.cancellation import RunCancelled, cancellation
 from tasks.log import run_log
-from tasks.server import flush, wait_for_server
+from tasks.server import END_PATIENCE_SECONDS, flush, wait_for_server
 from tasks.stage_process import end_embedded_server_with_us
 
 

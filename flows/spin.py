@@ -23,7 +23,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Failed
 
 from flows.artifacts import RunSummary, show_end, show_round, track
-from flows.checks import END_PATIENCE_SECONDS, require_usable, resolve_parameters
+from flows.checks import require_usable, resolve_parameters
 from flows.parameters import run_parameters
 from flows.round import finish_repair, measure, round_, stage_calls
 from flows.terminal import run_command, signals_ignored, stop_message
@@ -47,7 +47,7 @@ from tasks.context import Context, use_context
 from tasks.log import run_log
 from tasks.prepare import prepare
 from tasks.run_stage import preempted, run_task
-from tasks.server import call_subflow, flush, server_answers, wait_for_server
+from tasks.server import END_PATIENCE_SECONDS, call_subflow, flush, server_answers, wait_for_server
 from tasks.stage_process import end_embedded_server_with_us
 
 

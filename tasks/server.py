@@ -33,6 +33,8 @@ R = TypeVar("R")
 # Longest delay of the step to the next round by one absence of the server, over all waits: the time of a restart.
 PATIENCE_SECONDS = 10.0
 START_PATIENCE_SECONDS = 15.0  # the same for a command that starts
+# All work is committed when a flow ends, so a long outage of the server must not make it a failed run.
+END_PATIENCE_SECONDS = 3600.0
 # Silence after which the server counts as away: at its health check, when a command starts, and for the requests of
 # Prefect between stages. Prefect's own patience, a minute and three tries, would stop training for a server that hangs.
 _ANSWER_SECONDS = 3.0
