@@ -47,7 +47,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
     """Advance a run in plain processes, without Prefect, and return it.
 
     A call after a killed one finishes the same advance and adds nothing. A call with an `until_round` that is reached
-    changes nothing. Retries, trackers and progress pages come with the flow `spin`.
+    changes nothing. Retries, deadlines, trackers and progress pages come with the flow `spin`.
 
     Args:
         config: the configuration, or the path of its file (YAML or JSON).
