@@ -153,9 +153,8 @@ def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str
 
 def length_distribution(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
     """Return mean, median, 95th percentile (nearest rank) and maximum of lengths."""
-    ordered = np.sort(np.asarray(values, np.int64))
-    if not len(ordered):
+    lengths = np.asarray(values, np.int64)
+    if not len(lengths):
         return {"mean": 0.0, "median": 0, "p95": 0, "max": 0}
-    rank = -(-95 * len(ordered) // 100) - 1
-    at = {"median": (len(ordered) - 1) // 2, "p95": rank, "max": -1}
-    return {"mean": round(float(ordered.mean()), 1)} | {name: int(ordered[i]) for name, i in at.items()}
+    median, p95, longest = np.percentile(lengths, (50, 95, 100), method="inverted_cdf").tolist()
+    return {"mean": round(float(lengths.mean()), 1), "median": median, "p95": p95, "max": longest}
