@@ -17,6 +17,7 @@ from typing import Any, Literal
 from spinreg_core.config import (
     AVERAGE_FIELDS,
     LORA_FIELDS,
+    EngineName,
     RunConfig,
     TrainingConfig,
     of_round,
@@ -171,7 +172,7 @@ def for_each_possible_engine(config: RunConfig) -> list[RunConfig]:
 
     The machine that runs a stage decides, and it may be another one than this.
     """
-    engines: tuple[Literal["hf", "vllm"], ...] = ("hf", "vllm")
+    engines: tuple[EngineName, ...] = ("hf", "vllm")
     if config.generation.engine != "auto":
         return [config]
     generations = [config.generation.model_copy(update={"engine": engine}) for engine in engines]
