@@ -50,6 +50,8 @@ _TIMED_OUT = re.compile(r"Timed out waiting|Timeout|timeout", re.ASCII)
 # The limit in messages of `rank_watch`, which would look like a timeout of a collective.
 _LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")
 _COMMUNICATION = re.compile(r"gloo|nccl|NCCL|DistBackendError|DistNetworkError|ProcessGroup|TCPStore|collective")
+# Stages whose memory is the policy and its keys and values. Engine hf answers MT-Bench in the process of `benchmark`.
+_SAMPLING = ("generate", "mt-bench-answers", "benchmark")
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 
 
@@ -136,8 +138,11 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
         asked = f"{int(found[1]) / 2**30:.2f} GiB"
     training, resources = config.training, config.resources
     helps = [f"resources.tokens_per_pass below {resources.tokens_per_pass}"]
-    if stage == "generate":
+    if stage in _SAMPLING:
         helps = ["a smaller resources.kv_cache_tokens (hf)",
+                 "resources.gpu_memory_utilization (vllm)"]  # fmt: skip
+    if stage == "lm-eval":
+        helps = [f"benchmarks.batch_size below {config.benchmarks.batch_size} (hf)",
                  "resources.gpu_memory_utilization (vllm)"]  # fmt: skip
     if stage == "train":
         if training.activation_checkpointing != "full":
@@ -147,7 +152,8 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
         if training.optimizer == "adamw":
             helps.append("training.optimizer rmsprop (half of adamw's state)")
         helps.append("more resources.processes (they share the weights)")
-    if stage != "generate" and training.precision == "fp32":
+    # The hf backend of lm-eval keeps float32 weights with mixed too.
+    if stage not in (*_SAMPLING, "lm-eval") and training.precision == "fp32":
         helps.append("training.precision mixed")
     return (
         f"out of memory in {stage}: it asked for {asked} more. Any of these helps: {'; '.join(helps)}. "
