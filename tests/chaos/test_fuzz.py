@@ -39,6 +39,7 @@ from spinreg_core.runs.stages import stages_of
 from spinreg_core.store import documents
 from spinreg_core.store.folder import FolderStore
 from tests.support.builders import make_job
+from tests.support.reported_runs import rows
 
 MANY = 30 if os.environ.get("SPINREG_CHAOS") == "long" else 1
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
@@ -102,7 +103,7 @@ def broken(raw: bytes, draw: st.DataObject) -> bytes:
 
 
 READ_BY_REPORT = {
-    "metrics.json": "{}", "samples.json": '{"samples": []}', "metrics.jsonl": "", "summary.json": "{}",
+    "samples.json": '{"samples": []}', "metrics.jsonl": "", "summary.json": "{}",
 }  # fmt: skip
 
 
@@ -120,6 +121,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FolderStore:
     def make(stage: str, number: int) -> str:
         job = make_job(stage, folder, config=config, object_id=f"{stage}-{number}", store=found.url, writer="e1-test",
                        round=number, inputs={"data": "data-0"})  # fmt: skip
+        pq.write_table(rows(number, [1.2, 1.1]), folder / "made/rows.parquet")
         publish(found, job, folder / "made", metrics={}, seconds=1.0)
         if stage == "generate":
             record = read_record(found, job.object_id)
