@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from spinreg_core.config import GenerationConfig, ResourcesConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.generation.engine import Answer, Sampling, check_prompts, cut
@@ -47,20 +49,26 @@ class VllmEngine:
         memory: dict[str, Any] = {"gpu_memory_utilization": resources.gpu_memory_utilization}
         if on_cpu:
             memory = {"kv_cache_memory_bytes": int(resources.cpu_kv_cache_gib * 2**30)}
-        self._llm: Any = LLM(
-            model=str(policy),
-            skip_tokenizer_init=True,
-            load_format="safetensors",  # auto would also unpickle other files of the folder
-            trust_remote_code=False,
-            generation_config="vllm",  # vLLM's neutral defaults, not the checkpoint's
-            dtype="float32" if generation.dtype == "auto" else generation.dtype,  # vLLM's own auto would round
-            max_model_len=longest,
-            enforce_eager=on_cpu,
-            enable_chunked_prefill=not on_cpu,
-            tensor_parallel_size=generation.tensor_parallel,
-            use_tqdm_on_load=False,
-            **memory,
-        )
+        try:
+            self._llm: Any = LLM(
+                model=str(policy),
+                skip_tokenizer_init=True,
+                load_format="safetensors",  # auto would also unpickle other files of the folder
+                trust_remote_code=False,
+                generation_config="vllm",  # vLLM's neutral defaults, not the checkpoint's
+                dtype="float32" if generation.dtype == "auto" else generation.dtype,  # vLLM's own auto would round
+                max_model_len=longest,
+                enforce_eager=on_cpu,
+                enable_chunked_prefill=not on_cpu,
+                tensor_parallel_size=generation.tensor_parallel,
+                use_tqdm_on_load=False,
+                **memory,
+            )
+        # vLLM checks the model and its settings with pydantic before it takes memory.
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise BadInput("generation.engine", f"is vllm, which refuses the model or its settings ({reason})",
+                           "engine hf, or what vLLM asks for") from None  # fmt: skip
 
     def generate(
         self,

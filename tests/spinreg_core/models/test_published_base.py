@@ -239,3 +239,16 @@ def test_published_base_is_the_same_model_in_vllm(layout: str, tmp_path: Path) -
     assert sums == pytest.approx(scored.tolist(), abs=1e-3)
     assert found["question"] == renderer.prompt_ids(QUESTION)
     assert set(found["ends"]) == set(renderer.stop_ids)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="vLLM can load it")
+def test_vllm_engine_of_a_model_that_vllm_refuses_is_bad_input(tmp_path: Path) -> None:
+    published = publish("a text model in a vision wrapper", tmp_path)
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps({"policy": str(published), "longest": 200, "calls": []}))
+    command = [sys.executable, "-m", "tests.support.vllm_calls", str(request), str(tmp_path / "answers.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert "BadInput: generation.engine is vllm, which refuses the model or its settings (Model arch" in done.stderr
