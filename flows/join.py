@@ -42,7 +42,7 @@ def join_run(store_url: str, run: str, *, say: Callable[[str], None]) -> NoRetur
     while True:
         try:
             order = read_order(store, run)
-        except (StoreFailed, Damaged) as error:  # it may come back, and be written anew
+        except (StoreFailed, Damaged) as error:  # it may come back, and be written again
             say(str(error))
             time.sleep(_POLL_SECONDS)
             continue

@@ -78,7 +78,7 @@ class JudgeQuestion:
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """Everything that the judge's answer depends on; `attempt` counts the tries from 0."""
+    """The parts of a request on which the judge's answer depends; `attempt` counts the tries from 0."""
 
     endpoint: str
     model: str | None

@@ -89,7 +89,7 @@ class Lineage(MadeObject):
 
 
 class Definition(TypedDict):
-    """How a metric is shown. `better` is lower, higher or None."""
+    """The presentation of a metric. `better` is lower, higher or None."""
 
     label: str
     unit: str

@@ -141,7 +141,7 @@ class Head(Document):
 
     @property
     def ended_early(self) -> str | None:
-        """How the last advance ended before its round, as the rest of a sentence; None if it did not."""
+        """The reason for which the last advance ended early, as the rest of a sentence; None if it did not."""
         last = self.advances[-1] if self.advances else None
         return f"ended before round {last.to}: {last.ended}" if last is not None and last.ended else None
 

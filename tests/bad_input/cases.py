@@ -1,4 +1,4 @@
-"""What a case of bad input is, and what feeding it gives.
+"""Cases of bad input, and their outcomes.
 
 Decides: who may notice something, and the placeholders for what differs by machine.
 Leaves out: the cases (`*_cases.py`), the page (`write_page.py`).
@@ -36,7 +36,7 @@ ROWS = [{"prompt": f"What is {i}?", "answer": f"It is {i}."} for i in range(12)]
 
 @dataclass
 class Place:
-    """Where a case happens: a folder of its own, patches that end with it, a real S3 server for who asks for one."""
+    """Place of a case: its own folder, patches that end with it, and a real S3 server on request."""
 
     folder: Path
     patch: pytest.MonkeyPatch

@@ -288,7 +288,7 @@ def adapter(place: Place, rank: int = 4) -> Path:
 
 
 def read(place: Place, folder: Path, **fields: object) -> None:
-    """What a round that starts from an adapter does."""
+    """Read an adapter as a round that starts from it does."""
     base = place.model()
     if fields:
         change_json(base / "config.json", **fields)

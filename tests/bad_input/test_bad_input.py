@@ -1,4 +1,4 @@
-"""What is wrong ends in one clear error of ours, before anything is sampled or trained where that can be known."""
+"""Bad input ends in one clear error of spinreg, before sampling or training where that is possible."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class Commits(RuleBasedStateMachine):
 
     @rule(target=sessions, keep=st.sampled_from(["all", 1, 2]))
     def start(self, keep: Any) -> Any:
-        """Another process, after whoever held the lease has been silent for long enough."""
+        """Another process, after the holder of the lease has been silent for long enough."""
         config = RunConfig(run="r", resources=ResourcesConfig(lease_seconds=3600), keep=KeepConfig(policies=keep))
         self.store.fault = None
         self.holder = self._opened.enter_context(hold_lease(self.store, config, "a", clock=Clock(self.store)))

@@ -110,7 +110,7 @@ def head_in(data: dict[str, bytes]) -> Head:
 
 
 def write(store: Any, writer: int, folder: Path) -> None:
-    """What a flow run does with the store: take the lease, make objects, commit them."""
+    """Use the store as a flow run does: take the lease, make objects, commit them."""
     with hold_lease(store, CONFIG, str(writer), clock=Clock(store)) as session:
         session.commit_inputs("base-x", "data-x")
         for stage in STAGES:
@@ -210,7 +210,7 @@ def test_no_order_of_requests_mixes_two_writers(
         walked += 1
         (data,) = last
         assert not found.problems, (found.problems, [chosen for _, chosen, _ in found.log])
-        # Whoever comes next finishes the run, from what is committed.
+        # The next start finishes the run, from what is committed.
         before = head_in(data)
         write(Memory(None, data), 9, folder)
         after = head_in(data)

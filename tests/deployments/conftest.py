@@ -1,4 +1,4 @@
-"""What the deployment tests share: a copy of what is deployed, and a server it is deployed on as documented."""
+"""Fixtures of the deployment tests: a copy of the files, deployed on a server as documented."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What git would hand out, somewhere else than where the tests run."""
+    """Return a checkout in another folder than that of the tests."""
     folder = tmp_path_factory.mktemp("clone")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout

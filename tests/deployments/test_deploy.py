@@ -25,7 +25,7 @@ FILES = {"prefect.yaml": "", "deployments/docker.yaml": "-docker", "deployments/
 
 
 def only_deployment(file: str, entrypoint: str = "flows.spin:spin") -> dict[str, Any]:
-    """Of a flow."""
+    """Return the only deployment of a flow."""
     declared = yaml.safe_load((ROOT / file).read_text())["deployments"]
     (deployment,) = [one for one in declared if one["entrypoint"] == entrypoint]
     return deployment
@@ -63,7 +63,7 @@ def test_docker_understands_the_device_request() -> None:
 
 
 def test_kubernetes_manifest_is_complete() -> None:
-    """What the worker makes of the template: defaults, then the deployment's variables, then its own."""
+    """The worker fills the template: defaults, then the deployment's variables, then its own."""
     template = json.loads((ROOT / "deployments/kubernetes-base-job-template.json").read_text())
     known = template["variables"]["properties"]
     given = only_deployment("deployments/kubernetes.yaml")["work_pool"]["job_variables"]

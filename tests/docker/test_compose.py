@@ -90,7 +90,7 @@ def filled(text: str) -> str:
 
 
 def environment(service: dict[str, Any], **changes: str) -> dict[str, str]:
-    """What a process of the service sees, on top of this machine's environment without its own Prefect settings."""
+    """Return the environment of the service's process: its own, and this machine's without Prefect settings."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "AWS_"))}
     given = {name: filled(value) for name, value in service.get("environment", {}).items()}
     return own | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"} | given | changes

@@ -1,4 +1,4 @@
-"""What a run shows is best effort: what cannot be shown is said, and ends nothing."""
+"""Trackers and artifacts are best effort: a failure is reported and ends nothing."""
 
 from __future__ import annotations
 

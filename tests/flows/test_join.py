@@ -1,4 +1,4 @@
-"""What a further machine takes from an order in the store, and what it does not."""
+"""A further machine takes its work from an order in the store."""
 
 from __future__ import annotations
 

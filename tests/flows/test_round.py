@@ -1,4 +1,4 @@
-"""What of a benchmark's end is the end of the flow run."""
+"""Ends of benchmarks that end the flow run, and those that do not."""
 
 from __future__ import annotations
 

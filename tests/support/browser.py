@@ -27,7 +27,7 @@ def new_page(**options: Any) -> Iterator[Any]:
 
 
 def complaints_of(page: Any) -> list[str]:
-    """What the page will have said to its console, asked, or requested from the network; empty for a good one."""
+    """Return a list that collects the page's console messages, dialogs and requests; empty for a good page."""
     found: list[str] = []
     page.on("console", lambda message: found.append(message.text))
     page.on("pageerror", lambda error: found.append(str(error)))

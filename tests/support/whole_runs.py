@@ -124,7 +124,7 @@ def secrets_found(folders: list[Path], store: Store, env: dict[str, str]) -> lis
 
 
 def outcome(store: Store, run_name: str) -> dict[str, Any]:
-    """What must not depend on interruptions: weights, rows and metrics of every round, without times."""
+    """Return the results that no interruption may change: weights, rows and metrics of every round, without times."""
     head = read_head(store, run_name)
     assert head is not None
     result: dict[str, Any] = {}

@@ -26,7 +26,7 @@ from tasks.stage_process import run_process, run_stage, start_process
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended but was not waited for yet does not."""
+    """Return whether a process runs; one that has ended and was not waited for does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -392,7 +392,7 @@ def test_process_leads_a_group_of_its_own(script: Callable[[str], list[str]], tm
 
 @pytest.mark.long
 def test_the_embedded_server_ends_with_a_killed_flow(tmp_path: Path) -> None:
-    """Of a flow that ends by itself Prefect ends it."""
+    """Prefect itself ends that of a flow that ends by itself."""
     source = """
 import sys, time
 from prefect import flow

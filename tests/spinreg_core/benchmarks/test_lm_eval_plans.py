@@ -95,7 +95,7 @@ def data(folder: Path) -> Path:
 
 
 def test_plans_local_data_counts_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the task files of deployments/lm_eval_local read, whichever folder it is in."""
+    """Data that the task files of deployments/lm_eval_local read, in any folder."""
     monkeypatch.delenv(lm_eval.DATA_VARIABLE, raising=False)
     local = config(include_path=str(LOCAL))
     nowhere = ids(local)

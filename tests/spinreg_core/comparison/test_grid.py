@@ -1,4 +1,4 @@
-"""Who the members of a comparison are, what they make in common, and which of them wait for which."""
+"""Members of a comparison: their configurations, their common objects, and their order."""
 
 from __future__ import annotations
 

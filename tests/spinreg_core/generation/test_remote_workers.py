@@ -204,7 +204,7 @@ def test_shard_that_ended_a_remote_engine_is_sampled_here(
 
 
 def commit_last_shard(job: Job, store: Store) -> None:
-    """What the engines of this machine wait for."""
+    """Commit the shard for which the engines of this machine wait."""
     rows = generate.Rows(fetch.fetch_file(store, "data", "train.parquet"))
     shard = answer_stage.planned(job, rows)[0][-1]
     answer_stage.answer_shards(replace(job, writer="by-hand"), store, rows, [shard.source], [[shard]],

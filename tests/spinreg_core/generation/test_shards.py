@@ -1,4 +1,4 @@
-"""Who answers what: every answer once, by the source the weights say, whatever the shards."""
+"""Assignment of answers: every answer once, by the source that the weights give, for any size of shards."""
 
 from __future__ import annotations
 

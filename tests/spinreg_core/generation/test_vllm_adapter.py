@@ -1,4 +1,4 @@
-"""What vLLM says of its own answers under a LoRA policy, merged and as base plus adapter, is what the scorer says."""
+"""vLLM's log-probabilities of answers under a LoRA policy, merged or as base plus adapter, equal the scorer's."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_gc_with_a_run_at_any_call_leaves_its_inputs(
 
 
 def came_back(store: FolderStore) -> None:
-    """An object that was removed, that another run has begun to make anew, and that run is gone too."""
+    """An object that was removed, that another run has begun to make again, and that run is gone too."""
     advance(store, config("other", seed=9), 0)
     advance(store, config("a"), 1)
     shutil.rmtree(store.root / "runs" / "a")

@@ -52,7 +52,7 @@ def test_repair_of_one_stage_replaces_no_other_object(store: FolderStore, stage:
 
 
 def find_notes(store: Store) -> list[str]:
-    """What `spinreg gc` cannot read."""
+    """Return the notes about what `spinreg gc` cannot read."""
     needs = store_needs(store)
     find_removable(store, needs)
     return needs.notes
@@ -85,7 +85,7 @@ def test_repair_of_base_and_data_makes_both_again(store: FolderStore) -> None:
 def test_repair_with_another_result_makes_its_dependents_again(
     store: FolderStore, dice: Dice, groups: dict[str, Any]
 ) -> None:
-    """Also where that was damaged itself, and has been made anew of the old."""
+    """Also where that was damaged itself, and has been made again from the old."""
     advance(store, config("a", **groups), 2, make=dice)
     head = head_of(store, "a")
     assert dice.of_one_piece(store, "a")

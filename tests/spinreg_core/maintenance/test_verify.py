@@ -83,7 +83,7 @@ def test_verify_names_an_unreadable_manifest_and_its_dependents(store: FolderSto
 
 
 def test_verify_without_rights_raises_instead_of_reporting_damage() -> None:
-    """Another user's repair would make anew what is sound."""
+    """Another user's repair would make sound objects again."""
 
     def fill(folder: Path) -> None:
         store = FolderStore(folder)

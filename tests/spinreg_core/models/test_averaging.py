@@ -24,7 +24,7 @@ WEIGHTS = st.floats(0, 1)
 
 
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
-    """Of whole tensors at once, float32."""
+    """Interpolate whole tensors at once, in float32."""
     a, b = a.double(), b.double()
     of_a, of_b = arc(float((a * b).sum()), float(a.norm()), float(b.norm()), weight)
     return (of_a * a + of_b * b).float()
@@ -133,7 +133,7 @@ def test_average_policy_of_other_shapes_raises(tmp_path: Path) -> None:
 
 
 def test_average_policy_of_an_unmoved_tensor_is_the_limit(tmp_path: Path) -> None:
-    """Where the average has not left the base, the next one leaves it by the weight's share, as one that hardly has."""
+    """An average that has not left the base leaves it by the weight's share, like one that hardly has."""
     found = []
     for name, moved in (("still", 0.0), ("hardly", 1e-20)):
         folders = []

@@ -164,7 +164,7 @@ def _hook(event: str, arguments: Any) -> None:
 
 
 def test_loading_a_policy_or_checkpoint_unpickles_nothing(tmp_path: Path) -> None:
-    """Python itself tells of every class that an unpickler asks for."""
+    """Python itself reports every class that an unpickler asks for."""
     global _listening
     sys.addaudithook(_hook)  # there to the end of the process
     import torch

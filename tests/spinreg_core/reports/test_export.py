@@ -1,4 +1,4 @@
-"""What the card of an exported policy says. (The files beside it: tests/e2e/test_smoke.py.)"""
+"""The card of an exported policy. (The files beside it: tests/e2e/test_smoke.py.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `spinreg status` says of a run in the middle of a round."""
+"""`spinreg status` of a run in the middle of a round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a holder is dead is told from what proves it, and from nothing less."""
+"""A holder counts as dead only on proof."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ WORK: dict[tuple[int, int | str], dict[str, Any]] = {
 
 
 class Given:
-    """What every number of ranks leaves; each is started once, for all tests."""
+    """Results by number of ranks; each is started once, for all tests."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -269,7 +269,7 @@ def test_generate_with_a_share_of_mixtures_samples_from_them(house: House) -> No
 
 
 def apart(house: House, job: Job) -> dict[str, str]:
-    """What is drawn by an engine for each source alone, by shard."""
+    """Return the draws of an engine for each source alone, by shard."""
     rows = Rows(fetch.fetch_file(house.store, "data", "train.parquet"))
     shards, _ = answer_stage.planned(job, rows)
     found: dict[str, str] = {}
@@ -457,14 +457,14 @@ def token_logprobs(model: LlamaForCausalLM, prompt: list[int], answer: list[int]
 
 @torch.no_grad()
 def shortfall(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> float:
-    """How far the worst token of an answer is below the best one of its place (logits)."""
+    """Return the largest distance of an answer's token from the best one of its place (logits)."""
     logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
     chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
     return float((logits.max(dim=1).values - chosen).max())
 
 
 def test_generate_of_replayed_pairs_alone_commits_no_shard(house: House) -> None:
-    """Of few prompts all may be drawn for earlier iterates; nothing is generated then, and that is no mistake."""
+    """All of a few prompts may be drawn for earlier iterates. Then nothing is generated, which is right."""
     job = house.job("replayed", iterates=[2, 1])
     job = replace(job, extra=job.extra | {"replay_share": 1.0, "weights": [1e-12, 1 - 1e-12]})
     manifest = run(job)

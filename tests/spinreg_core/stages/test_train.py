@@ -277,7 +277,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(setting: Settin
 
 
 def test_sigterm_in_the_last_step_lets_the_round_end(setting: Setting, whole: Manifest) -> None:
-    """Nothing is left to train; the next start only publishes."""
+    """The last step is done, so the next start only publishes."""
     with pytest.raises(Preempted):
         train.run(setting.job("stopped-last"), trainer=stopping_in(STEPS))
     taken: list[int] = []

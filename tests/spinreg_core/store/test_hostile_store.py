@@ -55,7 +55,7 @@ def rewritten(store: FolderStore, manifest: Manifest, change: Callable[[dict[str
 
 
 def outside(tmp_path: Path) -> dict[str, str]:
-    """Everything there is besides the cache and the store."""
+    """Return all files outside the cache and the store."""
     own = (tmp_path / "cache", tmp_path / "store")
     return {
         str(path): path.read_text()

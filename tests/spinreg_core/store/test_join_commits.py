@@ -140,7 +140,7 @@ def test_join_commits_never_overwrites_other_content(split: Split, capsys: pytes
 
 
 def test_join_commits_accepts_the_folder_of_the_store_itself(split: Split) -> None:
-    """Of a backup that was restored in another place."""
+    """A backup may be restored in another place."""
     split.commits.root.rename(split.shared.parent / "restored")
     join_commits.join_commits(split.bucket, split.shared.parent / "restored")
     assert split.bucket.list("runs/") == [key for key in split.keys if key.startswith("runs/")]

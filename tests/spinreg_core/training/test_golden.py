@@ -1,6 +1,6 @@
 """Twenty steps of a tiny model, kept with full precision: a change that is not meant to change numbers must not.
 
-python -m tests.spinreg_core.training.test_golden     writes it anew (say in the changelog why), or adds this machine's
+python -m tests.spinreg_core.training.test_golden     writes it again (say in the changelog why), or adds this machine's
 
 Other processors add up in another order: one trajectory is kept per machine, and all agree within a tolerance.
 """
@@ -20,7 +20,7 @@ KEPT = ("loss", "margin", "grad_norm", "real_logp", "generated_logp", "learning_
 
 
 def machine() -> dict[str, str]:
-    """What decides the last bits of sums."""
+    """Return the properties of the machine that decide the last bits of sums."""
     names = re.findall(r"^(?:model name|vendor_id|cpu family|model)\s*:.*", Path("/proc/cpuinfo").read_text(), re.M)
     processor = ", ".join(sorted({re.sub(r"\s+", " ", name) for name in names}))
     kernels = torch.backends.cpu.get_cpu_capability()  # not all: the matrix library looks at the processor itself
