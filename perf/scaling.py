@@ -107,7 +107,8 @@ def on_ranks(arguments: argparse.Namespace, folder: str) -> None:
     times = [round_.step()["seconds"] for _ in range(3)]
     if ranks.first:
         print(json.dumps(times[1:]), flush=True)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def ranked(arguments: argparse.Namespace, folder: str, count: int) -> list[float]:
