@@ -1,4 +1,4 @@
-"""The flow `round`: one round of self-play, all its stages in order; also the stages of a repair, and benchmarks.
+"""The flow `round`: one round of self-play, all its stages in order; also benchmarks.
 
 Decides: the Prefect task of each stage, and what is shown at the end of a round. Leaves out: the order of stages and
 rounds (`spinreg_core.runs`), the tasks (`tasks`). Runs inside `spin` only, which holds the lease.
@@ -17,7 +17,6 @@ from flows.artifacts import show_round, track
 from spinreg_core.benchmarks.registry import plan_benchmark
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import StagePreempted
-from spinreg_core.maintenance.repair import stages_to_make
 from spinreg_core.runs.head import HELDOUT
 from spinreg_core.runs.loop import StageResult, measure_or_note, run_stages
 from spinreg_core.runs.stages import STAGES
@@ -27,7 +26,6 @@ from tasks.evaluate import evaluate
 from tasks.generate import generate
 from tasks.log import run_log
 from tasks.mix_opponent import mix_opponent
-from tasks.prepare import prepare
 from tasks.run_stage import preempted, run_task
 from tasks.server import flush, wait_for_server
 from tasks.train import train
@@ -68,18 +66,6 @@ def round_(run: str, round_number: int) -> dict[str, StageResult] | State[dict[s
     # A restart of the server is soon over; without this wait the end of the flow run could not be reported.
     wait_for_server()
     return results
-
-
-def finish_repair() -> None:
-    """Make the stages that an unfinished repair of the run left open."""
-    # Not as nested flow runs: on a retry, Prefect would take them for the rounds of the advance.
-    context = current_context()
-    config, calls = context.config, stage_calls(context.config)
-    for number, stage in stages_to_make(context.store, context.lease, config, run_log()):
-        if stage == "prepare":
-            run_task(prepare, config.resources, config.run)
-        else:
-            calls[stage](number)
 
 
 def measure(round_number: int) -> bool:

@@ -25,13 +25,14 @@ from prefect.states import Cancelled, Failed
 from flows.artifacts import RunSummary, show_end, show_round, track
 from flows.checks import require_usable, resolve_parameters
 from flows.parameters import run_parameters
-from flows.round import finish_repair, measure, round_, stage_calls
+from flows.round import measure, round_, stage_calls
 from flows.terminal import run_command, signals_ignored, stop_message
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import show
 from spinreg_core.errors import LeaseHeld, StagePreempted
 from spinreg_core.evaluation.early_stopping import why_ended
+from spinreg_core.maintenance import repair
 from spinreg_core.reports.figures import run_figures
 from spinreg_core.reports.run_report import report_data, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_table
@@ -136,9 +137,12 @@ def _advance(config: str | None, parameters: Mapping[str, object]) -> RunSummary
         cancellation(str(flow_run.id)) as check,
         use_context(Context(resolved, opened, lease, check)) as context,
     ):
-        finish_repair()  # first, because a repair opens stages and so changes the number of complete rounds
+        steps = _steps(resolved, opened)
+        # First, because a repair opens stages and so changes the number of complete rounds. Not as nested flow runs:
+        # on a retry, Prefect would take them for the rounds of the advance.
+        repair.finish(opened, lease, resolved, steps.prepare, steps.stages, log)
         done = complete_round(lease.head)
-        ended = advance(lease, resolved, str(flow_run.id), _steps(resolved, opened), log)
+        ended = advance(lease, resolved, str(flow_run.id), steps, log)
         context.check()  # a process that was frozen and lost the run leaves the report to its successor
         report = write_report(opened, resolved.run)
         lease.finish_advance()

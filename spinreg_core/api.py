@@ -22,7 +22,7 @@ from spinreg_core.config.resolve import override, resolve
 from spinreg_core.errors import BadInput, SpinregError
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
-from spinreg_core.maintenance.repair import stages_to_make
+from spinreg_core.maintenance import repair
 from spinreg_core.reports.run_report import read_json, read_metrics, report_data, write_report
 from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.head import Head, read_config, require_config, require_head
@@ -106,9 +106,8 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             return why_ended(resolved.until, report_data(store, resolved.run)["rounds"])
 
         calls = {stage: call(stage) for stage in STAGES}
-        for number, stage in stages_to_make(store, lease, resolved, say):
-            prepare() if stage == "prepare" else calls[stage](number)
         steps = Steps(prepare, calls, run_round, measure, ended, show=lambda number: None)
+        repair.finish(store, lease, resolved, steps.prepare, steps.stages, say)
         advance(lease, resolved, label, steps, say)
         # A process that was frozen and lost the run leaves the report to its successor.
         lease.check()

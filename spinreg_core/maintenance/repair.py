@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
@@ -82,24 +82,29 @@ def begin(
     return sorted(stages)
 
 
-def stages_to_make(
-    store: Store, lease: RunLease, config: RunConfig, say: Callable[[str], object] = lambda line: None
-) -> Iterator[Stage]:
+def finish(
+    store: Store,
+    lease: RunLease,
+    config: RunConfig,
+    prepare: Callable[[], object],
+    stages: Mapping[str, Callable[[int], object]],
+    say: Callable[[str], object],
+) -> None:
     """Finish the repair that the head records, if there is one: steps 4 to 6.
 
-    Yields the stages to make in their order; each must be committed before the next one is requested. Stages of rounds
-    that were not complete are left open. Raises as `begin`.
+    Calls `prepare` and the `stages` that are to be made; each returns when it is committed. Stages of rounds that were
+    not complete are left open. Raises as `begin`, and what the stages raise.
     """
     while (repair := lease.head.repair) is not None:
         lease.check()
         _set_aside(store, lease.run, repair.replace)
-        stages, head = _stages(repair.stages), lease.head
+        opened, head = _stages(repair.stages), lease.head
         if any(one and read_manifest(store, one) is None for one in (head.base, head.data)):
-            yield 0, "prepare"
+            prepare()
         for number in range(repair.to + 1):
             for stage in stages_of(number):
-                if _is_missing(store, config, lease.head, (number, stage), stages):
-                    yield number, stage
+                if _is_missing(store, config, lease.head, (number, stage), opened):
+                    stages[stage](number)
         _go_on(store, lease, say)
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import validate
-from spinreg_core.maintenance.repair import stages_to_make
+from spinreg_core.maintenance import repair
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.head import read_head
 from spinreg_core.runs.job import Job
@@ -70,8 +70,7 @@ def advance(
             do_prepare(store, session, config, ToyStages(store, make))
 
         calls = {stage: call(stage) for stage in STAGES}
-        for number, stage in stages_to_make(store, session, config):
-            prepare() if stage == "prepare" else calls[stage](number)
+        repair.finish(store, session, config, prepare, calls, print)
         session.begin_advance(f"to {until}", None, until)
         prepare()
         for number in range(until + 1):
