@@ -7,6 +7,7 @@ rounds (`spinreg_core.runs`), the tasks (`tasks`). Runs inside `spin` only, whic
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -14,11 +15,11 @@ from prefect.client.schemas.objects import State
 from prefect.tasks import Task
 
 from flows.artifacts import show_round, track
-from spinreg_core.benchmarks.registry import plan_benchmark
+from spinreg_core.api import measure_or_note
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import StagePreempted
 from spinreg_core.runs.head import HELDOUT
-from spinreg_core.runs.loop import StageResult, measure_or_note, run_stages
+from spinreg_core.runs.loop import StageResult, run_stages
 from spinreg_core.runs.stages import STAGES
 from tasks.benchmark import benchmark
 from tasks.context import current_context
@@ -69,16 +70,8 @@ def round_(run: str, round_number: int) -> dict[str, StageResult] | State[dict[s
 
 
 def measure(round_number: int) -> bool:
-    """Run the benchmarks of an iterate. Returns whether anything was measured that was not measured before.
-
-    A failure fails the flow run after its rounds (`measure_or_note`).
-    """
+    """Run the benchmarks of an iterate as a task (`measure_or_note`). A failure fails the flow run after its rounds."""
     context = current_context()
     config = context.config
-
-    def call() -> bool:
-        if plan_benchmark(config, context.lease.head, round_number) is None:
-            return False
-        return not run_task(benchmark, config.resources, config.run, round_number)["reused"]
-
-    return measure_or_note(round_number, call, context.failures, run_log())
+    call = partial(run_task, benchmark, config.resources, config.run, round_number)
+    return measure_or_note(config, context.lease, round_number, call, context.failures, run_log())

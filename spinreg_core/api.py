@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from spinreg_core.benchmarks.measure import do_benchmark, do_check
 from spinreg_core.benchmarks.registry import plan_benchmark, require_benchmark_files
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.config.resolve import override, resolve
-from spinreg_core.errors import BadInput, SpinregError
+from spinreg_core.errors import BadInput, Damaged, SpinregError, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance import repair
@@ -27,8 +28,8 @@ from spinreg_core.reports.run_report import read_json, read_metrics, report_data
 from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.head import Head, read_config, require_config, require_head
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.lease import hold_lease
-from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, measure_or_note, run_stages
+from spinreg_core.runs.lease import RunLease, hold_lease
+from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, run_stages
 from spinreg_core.runs.stages import STAGES, complete_round
 from spinreg_core.runtime.child import run_in_process
 from spinreg_core.store.base import Store
@@ -89,12 +90,8 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             do_prepare(store, lease, resolved, start)
 
         def measure(number: int) -> bool:
-            def call() -> bool:
-                if plan_benchmark(resolved, lease.head, number) is None:
-                    return False
-                return not do_benchmark(store, lease, resolved, number, start)["reused"]
-
-            return measure_or_note(number, call, failures, say)
+            call = partial(do_benchmark, store, lease, resolved, number, start)
+            return measure_or_note(resolved, lease, number, call, failures, say)
 
         def run_round(number: int) -> None:
             run_stages(number, calls)
@@ -116,6 +113,30 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
     if failures:
         raise failures[0]
     return Run(store, resolved.run)
+
+
+def measure_or_note(
+    config: RunConfig,
+    lease: RunLease,
+    round_number: int,
+    benchmark: Callable[[], Mapping[str, object]],
+    failures: list[SpinregError],
+    say: Callable[[str], object],
+) -> bool:
+    """Call `benchmark` if benchmarks of an iterate are wanted. Returns whether it measured anything new.
+
+    No later round reads benchmarks. So a failure (an absent judge, a task that lm-eval cannot run) is said and added to
+    `failures`, and the rounds go on. Raises what stops a run: a lost lease, cancellation, preemption.
+    """
+    try:
+        return plan_benchmark(config, lease.head, round_number) is not None and not benchmark()["reused"]
+    # Named before its base class StageFailed: preemption stops the run.
+    except StagePreempted:
+        raise
+    except (BadInput, Damaged, StageFailed, StoreFailed) as error:
+        say(f"round {round_number} is not measured in full: {error}")
+        failures.append(error)
+        return False
 
 
 class Run:

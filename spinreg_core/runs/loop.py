@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from spinreg_core.config import RunConfig
-from spinreg_core.errors import BadInput, Damaged, SpinregError, StageFailed, StagePreempted, StoreFailed
+from spinreg_core.errors import Damaged, SpinregError
 from spinreg_core.runs.head import HELDOUT, Head
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import RunLease
@@ -112,25 +112,6 @@ def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Call
 def run_stages(round_number: int, stages: Mapping[str, Callable[[int], R]]) -> dict[str, R]:
     """Run all stages of a round in their order. Returns their results by name."""
     return {stage: stages[stage](round_number) for stage in stages_of(round_number)}
-
-
-def measure_or_note(
-    round_number: int, measure: Callable[[], bool], failures: list[SpinregError], say: Callable[[str], object]
-) -> bool:
-    """Return the result of `measure`, which runs the benchmarks of an iterate; False where it fails.
-
-    No later round reads benchmarks. So a failure (an absent judge, a task that lm-eval cannot run) is said and added to
-    `failures`, and the rounds go on. Raises what stops a run: a lost lease, cancellation, preemption.
-    """
-    try:
-        return measure()
-    # Named before its base class StageFailed: preemption stops the run.
-    except StagePreempted:
-        raise
-    except (BadInput, Damaged, StageFailed, StoreFailed) as error:
-        say(f"round {round_number} is not measured in full: {error}")
-        failures.append(error)
-        return False
 
 
 def do_stage(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from flows import round as flow
+from spinreg_core import api
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import JudgeAway, LeaseLost, StageFailed, StagePreempted
 from spinreg_core.runs.lease import hold_lease
@@ -27,7 +28,7 @@ def test_measure_with_a_failure_keeps_it_and_with_preemption_stops(
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(flow, "plan_benchmark", lambda *_: object())
+    monkeypatch.setattr(api, "plan_benchmark", lambda *_: object())
     monkeypatch.setattr(flow, "run_task", fails)
     monkeypatch.setattr(flow, "run_log", lambda: print)
     with hold_lease(store, config, "tester") as session, use_context(Context(config, store, session)) as context:
