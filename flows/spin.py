@@ -28,7 +28,7 @@ from flows.parameters import run_parameters
 from flows.round import measure, round_, stage_calls
 from flows.terminal import run_command, signals_ignored, stop_message
 from spinreg_core.benchmarks.lm_eval import plan_check
-from spinreg_core.config import RunConfig, UntilConfig
+from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import show
 from spinreg_core.errors import LeaseHeld, StagePreempted
 from spinreg_core.evaluation.early_stopping import why_ended
@@ -93,11 +93,6 @@ def spin(config: str | None = None, **parameters: Any) -> RunSummary | State[Any
         return Failed(message=str(error), data=error)
 
 
-def _why_ended(store: Store, config: RunConfig) -> str | None:
-    """Return why the run's conditions (`until`) end it, or None."""
-    return None if config.until == UntilConfig() else why_ended(config.until, report_data(store, config.run)["rounds"])
-
-
 def _steps(config: RunConfig, store: Store) -> Steps:
     """Return the steps of an advance as Prefect tasks and nested flows."""
 
@@ -115,7 +110,7 @@ def _steps(config: RunConfig, store: Store) -> Steps:
         stages=stage_calls(config),
         run_round=lambda number: call_subflow(round_, config.run, number),
         measure=measure,
-        why_ended=lambda: _why_ended(store, config),
+        why_ended=lambda: why_ended(config.until, report_data(store, config.run)["rounds"]),
         show=show,
     )
 

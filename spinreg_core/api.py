@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.benchmarks.measure import do_benchmark, do_check
 from spinreg_core.benchmarks.registry import plan_benchmark, require_benchmark_files
-from spinreg_core.config import RunConfig, UntilConfig
+from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import override, resolve
 from spinreg_core.errors import BadInput, Damaged, SpinregError, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
@@ -98,8 +98,6 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
             measure(number)
 
         def ended() -> str | None:
-            if resolved.until == UntilConfig():
-                return None
             return why_ended(resolved.until, report_data(store, resolved.run)["rounds"])
 
         calls = {stage: call(stage) for stage in STAGES}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from spinreg_core.config import RunConfig
+from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.errors import Damaged, SpinregError
 from spinreg_core.runs.head import HELDOUT, Head
 from spinreg_core.runs.job import Job
@@ -64,8 +64,8 @@ class Steps:
     """The callables that `advance` calls; the argument is a round.
 
     `stages` has one callable per stage of `STAGES`. `run_round` runs all stages of a round. `measure` runs the
-    benchmarks of an iterate and returns whether it measured anything. `why_ended` returns the reason to make no further
-    round, or None. `show` shows a finished round.
+    benchmarks of an iterate and returns whether it measured anything. `why_ended` returns the reason by the conditions
+    of `until` to make no further round, or None. `show` shows a finished round.
     """
 
     prepare: Callable[[], object]
@@ -98,7 +98,8 @@ def advance(lease: RunLease, config: RunConfig, by: str, steps: Steps, say: Call
     # From where the advance began, also on a retry: Prefect tells nested flow runs apart by the order of their calls,
     # and would hand round 2 the finished flow run of round 1. Finished rounds show as reused.
     for round_number in range(start + 1, target + 1):
-        ended = steps.why_ended() if complete_round(lease.head) < round_number else None
+        conditions = config.until != UntilConfig() and complete_round(lease.head) < round_number
+        ended = steps.why_ended() if conditions else None
         if ended is not None:
             say(f"run {config.run!r} ends before round {round_number}: {ended}")
             lease.finish_advance(ended=ended, ended_by=config.until)
