@@ -8,12 +8,10 @@ from pydantic import BaseModel
 
 from spinreg_core.benchmarks.registry import require_benchmark_files
 from spinreg_core.config import RunConfig
-from spinreg_core.config.resolve import resolve
 from spinreg_core.evaluation.early_stopping import require_metric
 from spinreg_core.reports.trackers import require_trackers
-from spinreg_core.runs.head import read_config
+from spinreg_core.runs.head import resolve_run
 from spinreg_core.store.cache import require_cache
-from spinreg_core.store.open import open_store
 
 
 def resolve_parameters(config: str | None, parameters: Mapping[str, object]) -> RunConfig:
@@ -26,10 +24,7 @@ def resolve_parameters(config: str | None, parameters: Mapping[str, object]) -> 
         for name, value in parameters.items()
     }
     given = {name: value for name, value in filled.items() if value is not None and value != {}}
-    wanted = resolve(given, config)
-    store = open_store(wanted.store)
-    store.check()
-    return resolve(given, config, stored=read_config(store, wanted.run))
+    return resolve_run(given, config)
 
 
 def require_usable(config: RunConfig) -> None:

@@ -19,14 +19,14 @@ from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.benchmarks.measure import do_benchmark, do_check
 from spinreg_core.benchmarks.registry import plan_benchmark, require_benchmark_files
 from spinreg_core.config import RunConfig
-from spinreg_core.config.resolve import override, resolve
+from spinreg_core.config.resolve import override
 from spinreg_core.errors import BadInput, Damaged, SpinregError, StageFailed, StagePreempted, StoreFailed
 from spinreg_core.evaluation.early_stopping import require_metric, why_ended
 from spinreg_core.evaluation.samples import ShownSample
 from spinreg_core.maintenance import repair
 from spinreg_core.reports.run_report import read_json, read_metrics, report_data, write_report
 from spinreg_core.runs.fetch import fetch_folder
-from spinreg_core.runs.head import Head, read_config, require_config, require_head
+from spinreg_core.runs.head import Head, require_config, require_head, resolve_run
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import RunLease, hold_lease
 from spinreg_core.runs.loop import Steps, advance, do_prepare, do_stage, run_stages
@@ -65,10 +65,8 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
         given, file = override(config.model_dump(mode="json", exclude_unset=True), fields), None
     else:
         given, file = fields, str(config)
-    wanted = resolve(given, file)
-    store = open_store(wanted.store)
-    store.check()
-    resolved = resolve(given, file, stored=read_config(store, wanted.run))
+    resolved = resolve_run(given, file)
+    store = open_store(resolved.store)
     require_cache()
     require_benchmark_files(resolved)
     require_metric(resolved)

@@ -6,17 +6,19 @@ Leaves out: taking the lease and changing a head (`lease.py`), the stages of a r
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
 
 from spinreg_core.config import RunConfig, fixed_fields
-from spinreg_core.config.resolve import differences, stored_config
+from spinreg_core.config.resolve import differences, resolve, stored_config
 from spinreg_core.errors import BadInput, ConfigChanged, Damaged, SpinregError
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.store import documents
 from spinreg_core.store.base import Store
 from spinreg_core.store.documents import Count, Document, Key, Name, Number, Round
+from spinreg_core.store.open import open_store
 
 # Heads of 0.1.0 do not name this stage: its answers were made inside the evaluation.
 HELDOUT = "generate-heldout"
@@ -210,6 +212,17 @@ def read_config(store: Store, run: str) -> RunConfig | None:
         return stored_config(document.config, store.uri(config_key(run)))
     head = documents.read(store, head_key(run), Head)
     return require_config(store, run) if head is not None and head.has_begun else None
+
+
+def resolve_run(given: Mapping[str, object], file: str | None) -> RunConfig:
+    """Return the configuration of fields and a file; an existing run gives the fields that both leave out.
+
+    Raises BadInput, and what the store of the configuration raises where it cannot be used.
+    """
+    wanted = resolve(given, file)
+    store = open_store(wanted.store)
+    store.check()
+    return resolve(given, file, stored=read_config(store, wanted.run))
 
 
 def require_config(store: Store, run: str) -> RunConfig:
