@@ -18,8 +18,8 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from pydantic import Field
 
-from flows.checks import require_usable
 from flows.grid_runner import FlowRuns, Progress, run_here, run_on_pool
+from spinreg_core.api import require_usable
 from spinreg_core.comparison.grid import (
     Member,
     check_stored,
@@ -34,6 +34,7 @@ from spinreg_core.comparison.wording import comparison_figures, comparison_markd
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import load_config_file, merge, show, validate
 from spinreg_core.errors import BadInput
+from spinreg_core.reports.trackers import require_trackers
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from spinreg_core.store.probe import require_conditional_writes
@@ -80,6 +81,7 @@ def resolve_grid(given: Mapping[str, Any]) -> tuple[Store, list[Member], str]:
     for member in members:
         try:
             require_usable(member.config)
+            require_trackers(member.config.tracking)
         except BadInput as error:
             raise BadInput.from_message(f"member {member.run!r}: {error}") from None
     check_stored(opened, members)

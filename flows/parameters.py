@@ -1,4 +1,4 @@
-"""The parameters of `spin`: the fields of `RunConfig`, as the form of the Prefect UI needs them.
+"""The parameters of `spin`: the fields of `RunConfig`, as the form of the Prefect UI needs them, and their resolution.
 
 To add a parameter, add a field to a group of `spinreg_core.config`; this module follows.
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import (
@@ -26,6 +26,7 @@ from pydantic_core import PydanticUndefined
 
 from spinreg_core.config import Group, RunConfig
 from spinreg_core.config.versions import without_removed
+from spinreg_core.runs.head import resolve_run
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,3 +105,16 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     # Prefect drops the range of `= Field(..., ge=1)`, and keeps that of Annotated.
     annotation = Annotated[(field.annotation | None, *field.metadata)] if field.metadata else field.annotation | None  # type: ignore[operator]
     return inspect.Parameter(name, keyword, annotation=annotation, default=None)
+
+
+def resolve_parameters(config: str | None, parameters: Mapping[str, object]) -> RunConfig:
+    """Return the configuration of a call of `spin`; an existing run gives the fields that the call does not.
+
+    Raises BadInput.
+    """
+    filled = {
+        name: value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+        for name, value in parameters.items()
+    }
+    given = {name: value for name, value in filled.items() if value is not None and value != {}}
+    return resolve_run(given, config)

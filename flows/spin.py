@@ -23,10 +23,10 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Failed
 
 from flows.artifacts import RunSummary, show_end, show_round, track
-from flows.checks import require_usable, resolve_parameters
-from flows.parameters import run_parameters
+from flows.parameters import resolve_parameters, run_parameters
 from flows.round import measure, round_, stage_calls
 from flows.terminal import run_command, signals_ignored, stop_message
+from spinreg_core.api import require_usable
 from spinreg_core.benchmarks.lm_eval import plan_check
 from spinreg_core.config import RunConfig
 from spinreg_core.config.resolve import show
@@ -36,6 +36,7 @@ from spinreg_core.maintenance import repair
 from spinreg_core.reports.figures import run_figures
 from spinreg_core.reports.run_report import report_data, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_table
+from spinreg_core.reports.trackers import require_trackers
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.loop import Steps, advance
 from spinreg_core.runs.stages import complete_round
@@ -119,6 +120,7 @@ def _advance(config: str | None, parameters: Mapping[str, object]) -> RunSummary
     log = run_log()
     resolved = resolve_parameters(config, parameters)
     require_usable(resolved)
+    require_trackers(resolved.tracking)
     log(f"resolved configuration:\n{show(resolved)}")
     show_markdown(
         artifact_key(resolved.run, "configuration"),

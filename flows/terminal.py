@@ -58,7 +58,7 @@ def parameters(arguments: argparse.Namespace) -> dict[str, object]:
 
 def advance(flow: Callable[..., object], given: Mapping[str, object], config: str | None) -> int:
     """Advance a run with a flow. Raises BadInput for a wrong field before a flow run exists."""
-    from flows.checks import resolve_parameters
+    from flows.parameters import resolve_parameters
 
     resolve_parameters(config, given)
     return run_flow(lambda: flow(config=config, **given))

@@ -67,9 +67,7 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
         given, file = fields, str(config)
     resolved = resolve_run(given, file)
     store = open_store(resolved.store)
-    require_cache()
-    require_benchmark_files(resolved)
-    require_metric(resolved)
+    require_usable(resolved)
     # A name of its own for every call: a caller that asks again under the same name gets its recorded advance.
     label = f"spinreg_core.run (pid {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex[:12]})"
     failures: list[SpinregError] = []
@@ -109,6 +107,16 @@ def run(config: RunConfig | str | Path, *, say: Callable[[str], object] = print,
     if failures:
         raise failures[0]
     return Run(store, resolved.run)
+
+
+def require_usable(config: RunConfig) -> None:
+    """Raise BadInput for problems that would end a stage hours later, as far as this process can see them.
+
+    It looks at the cache, the files of benchmarks, and the metric of `until`.
+    """
+    require_cache()
+    require_benchmark_files(config)
+    require_metric(config)
 
 
 def measure_or_note(
