@@ -261,15 +261,15 @@ def asking_once(seconds: float) -> Iterator[SyncPrefectClient]:
         yield client
 
 
-def require_server(patience_seconds: float | None = None) -> None:
+def require_server() -> None:
     """Raise BadInput if PREFECT_API_URL (or Prefect's active profile) names a server that does not answer.
 
-    Without an address Prefect starts a server of its own. Default patience: START_PATIENCE_SECONDS.
+    Without an address Prefect starts a server of its own.
     """
     from prefect.settings import PREFECT_API_URL
 
     url = PREFECT_API_URL.value()
-    end = time.monotonic() + (START_PATIENCE_SECONDS if patience_seconds is None else patience_seconds)
+    end = time.monotonic() + START_PATIENCE_SECONDS
     if not url:
         return
     while True:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -254,8 +255,9 @@ def _(place: Place) -> object:
 
 @case("PREFECT_API_URL of a server that does not answer")
 def _(place: Place) -> object:
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
-        return require_server(patience_seconds=0.5)
+    address = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"})
+    with address, mock.patch("tasks.server.START_PATIENCE_SECONDS", 0.5):
+        return require_server()
 
 
 @case("PREFECT_API_URL of something that is not a Prefect server")
