@@ -172,13 +172,13 @@ def read_machine(config: RunConfig, tflops: float | None) -> Machine:
             "memory_bytes": memory, "tflops": tflops, "tflops_source": source}  # fmt: skip
 
 
-def measured_tflops(device: str, dtype: torch.dtype, seconds: float = 1.0) -> float:
-    """Return the best rate of matrix products on a device within some seconds, in TFLOP/s (2 n^3 operations each)."""
+def measured_tflops(device: str, dtype: torch.dtype) -> float:
+    """Return the best rate of matrix products on a device within a second, in TFLOP/s (2 n^3 operations each)."""
     import torch
 
     n = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.monotonic() + seconds
+    best, end = float("inf"), time.monotonic() + 1
     while best == float("inf") or time.monotonic() < end:
         start = time.perf_counter()
         _ = a @ b

@@ -142,7 +142,7 @@ def test_read_machine_rate_is_measured_or_stated() -> None:
 
 
 def test_measured_tflops_returns_a_plausible_rate() -> None:
-    assert 1e-4 < measured_tflops("cpu", torch.float32, 0.2) < 1e4
+    assert 1e-4 < measured_tflops("cpu", torch.float32) < 1e4
 
 
 def test_read_machine_memory_is_at_most_the_total() -> None:
