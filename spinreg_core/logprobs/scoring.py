@@ -6,22 +6,19 @@ Leaves out: the forward pass (`logprobs.sequence`), the choice of rows and the r
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from spinreg_core.logprobs.packing import passes
-from spinreg_core.logprobs.policy import load_for
 from spinreg_core.logprobs.sequence import answer_logprobs, compute_format, packs
 from spinreg_core.models.loading import Precision
-from spinreg_core.runtime.distributed import Ranks, resolve_device
+from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.runtime.progress import Progress
 
 
 def score(
-    policy: str | Path | PreTrainedModel,
+    model: PreTrainedModel,
     prompts: list[list[int]],
     answers: list[list[int]],
     *,
@@ -36,17 +33,14 @@ def score(
     rows come first, so that running out of memory shows at once. Values may be -inf or nan, which the caller judges.
 
     Args:
-        policy: a folder, or a model loaded for these ranks.
+        model: the policy, loaded for these ranks.
         prompts, answers: token ids, one list per row.
         tokens_per_pass: tokens of one forward pass at most; a longer row has a pass of its own.
         progress: counts every finished row.
     """
-    ranks = ranks or Ranks(
-        policy.device if isinstance(policy, PreTrainedModel) else torch.device(resolve_device("auto"))
-    )
+    ranks = ranks or Ranks(model.device)
     if not prompts:
         return []
-    model = policy if isinstance(policy, PreTrainedModel) else load_for(ranks, policy, precision)
     single = [[answer] for answer in answers]
     shares = passes(prompts, single, tokens_per_pass, shared=packs(model), ranks=ranks.size)
     own = shares[ranks.rank]

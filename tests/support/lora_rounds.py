@@ -32,8 +32,9 @@ def adapted(base: Path, training: TrainingConfig, seed: int = 5) -> PreTrainedMo
 
 
 def scored(policy: Path | PreTrainedModel, pairs: list[dict[str, Any]], which: str) -> list[float]:
+    model = load_policy(policy, "fp32", "cpu") if isinstance(policy, Path) else policy
     answers = [p[f"{which}_ids"] for p in pairs]
-    return score(policy, [p["prompt_ids"] for p in pairs], answers, precision="fp32", tokens_per_pass=200)
+    return score(model, [p["prompt_ids"] for p in pairs], answers, precision="fp32", tokens_per_pass=200)
 
 
 def a_round(model: PreTrainedModel, previous: Path, base: Path, training: TrainingConfig, number: int) -> RoundTrainer:

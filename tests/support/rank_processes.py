@@ -99,16 +99,15 @@ def steps(ranks: Any, folder: Path, kind: str, tokens: int, **training: Any) -> 
 
 def scores(ranks: Any, folder: Path, kind: str, tokens: int) -> None:
     """Scores of rows with an empty answer among them, and of one row: most ranks have none."""
+    from spinreg_core.logprobs.policy import load_for
     from spinreg_core.logprobs.scoring import score
     from tests.support.tiny_models import random_rows
 
     prompts, answers = random_rows(9, 7)
     answers[3] = []
+    model = load_for(ranks, folder.parent / kind, "fp32")
     found = [
-        score(
-            str(folder.parent / kind), prompts[:n], answers[:n], precision="fp32", tokens_per_pass=tokens, ranks=ranks
-        )
-        for n in (1, 9)
+        score(model, prompts[:n], answers[:n], precision="fp32", tokens_per_pass=tokens, ranks=ranks) for n in (1, 9)
     ]
     (folder / f"scores-{ranks.rank}.json").write_text(json.dumps(found))
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from spinreg_core.config import RunConfig
 from spinreg_core.logprobs.scoring import score
+from spinreg_core.models.loading import load_policy
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Manifest
@@ -38,11 +39,11 @@ class Setting:
         self.root, self.store = root, open_store(str(root / "store"))
         self.folder = write_policy(root / "base" / "policy")
         self.base = self.put("base", root / "base")
-        rows = random_pairs(pairs, 5)
+        rows, model = random_pairs(pairs, 5), load_policy(self.folder, "fp32", "cpu")
         for which in ("real", "generated"):
             prompts, answers = [p["prompt_ids"] for p in rows], [p[f"{which}_ids"] for p in rows]
             for pair, value in zip(
-                rows, score(self.folder, prompts, answers, precision="fp32", tokens_per_pass=200), strict=True
+                rows, score(model, prompts, answers, precision="fp32", tokens_per_pass=200), strict=True
             ):
                 pair[f"previous_{which}"] = pair[f"base_{which}"] = value
         (root / "pairs").mkdir()

@@ -53,7 +53,8 @@ def test_vllm_agrees_with_the_scorer_on_both(tiny_model: LlamaForCausalLM, tmp_p
     for which, sampled in json.loads(result.read_text()).items():
         answers, told = [ids for ids, _ in sampled], [value for _, value in sampled]
         ours, of_sum, of_base = (
-            score(policy, prompts, answers, precision="fp32", tokens_per_pass=200) for policy in (model, merged, base)
+            score(policy, prompts, answers, precision="fp32", tokens_per_pass=200)
+            for policy in (model, load_policy(merged, "fp32", "cpu"), load_policy(base, "fp32", "cpu"))
         )
         assert told == pytest.approx(ours, abs=0.01), which
         assert told == pytest.approx(of_sum, abs=0.01), which

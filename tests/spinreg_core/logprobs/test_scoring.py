@@ -19,8 +19,8 @@ from tests.support.tiny_models import random_rows, tiny_model, write_policy
 def test_rows_keep_their_order_and_their_values(tmp_path: Path, tokens: int) -> None:
     folder = write_policy(tmp_path / "p", 2)
     prompts, answers = random_rows(11, 7)
-    found = score(folder, prompts, answers, precision="fp32", tokens_per_pass=tokens)
     model = load_policy(folder, "fp32", "cpu")
+    found = score(model, prompts, answers, precision="fp32", tokens_per_pass=tokens)
     with torch.no_grad():
         expected = [float(answer_logprobs(model, [p], [a], precision="fp32")) for p, a in zip(prompts, answers)]  # noqa: B905
     assert found == pytest.approx(expected, abs=2e-4)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs.scoring import score
+from spinreg_core.models.loading import load_policy
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.manifest import Manifest
@@ -89,8 +90,9 @@ def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: Man
     assert all((weights[name] != before[name]).any() for name in weights)  # every tensor was trained
     # The cached change is that of the policy as it was published.
     rows = pq.read_table(fetch.fetch_file(setting.store, setting.pairs, "pairs.parquet")).to_pylist()
+    trained = load_policy(folder, "fp32", "cpu")
     after = score(
-        folder, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32", tokens_per_pass=200
+        trained, [r["prompt_ids"] for r in rows], [r["real_ids"] for r in rows], precision="fp32", tokens_per_pass=200
     )
     change = sum(b - r["previous_real"] for b, r in zip(after, rows, strict=True)) / PAIRS
     assert whole.metrics["real_logprob_change"] == pytest.approx(change, abs=1e-3)
