@@ -36,7 +36,7 @@ from spinreg_core.config import RunConfig
 from spinreg_core.logprobs.policy import load_for
 from spinreg_core.runs.fetch import fetch_part
 from spinreg_core.runs.job import Job
-from spinreg_core.runs.objects import list_parts
+from spinreg_core.runs.objects import usable_parts
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -128,8 +128,8 @@ def main() -> None:
             while checkpoints.writing is not None and checkpoints.writing.is_alive():
                 beside.append(round_.step()["seconds"])
             checkpoints.wait()
-            metas.append(list(list_parts(store, object_id).values())[-1].meta)
-        part = list(list_parts(store, object_id).values())[-1]
+            metas.append(list(usable_parts(store, object_id).values())[-1].meta)
+        part = list(usable_parts(store, object_id).values())[-1]
         files = list(fetch_part(store, part).values())
         raw = statistics.median(raw_rate(store, files, folder) for _ in range(3))
         copy = statistics.median(seconds_of_copy(round_) for _ in range(3))

@@ -195,14 +195,8 @@ def delete_part(store: Store, object_id: str, part: Part) -> None:
         store.delete(file.key)
 
 
-def list_parts(store: Store, object_id: str) -> dict[str, Part]:
-    """Return the committed parts by name, sorted by name. Raises Damaged."""
-    read = ((name, read_part(store, object_id, name)) for name in part_names(store, object_id))
-    return {name: part for name, part in read if part is not None}
-
-
 def usable_parts(store: Store, object_id: str) -> dict[str, Part]:
-    """Return the committed parts without unreadable ones, which `commit_part` replaces when the stage makes them."""
+    """Return the committed parts by name, without unreadable ones: `commit_part` replaces those."""
     found = {}
     for name in part_names(store, object_id):
         try:

@@ -22,7 +22,7 @@ from spinreg_core.reports.status import run_status
 from spinreg_core.runs.fetch import fetch_file, fetch_folder
 from spinreg_core.runs.head import read_config, require_head
 from spinreg_core.runs.lease import hold_lease
-from spinreg_core.runs.objects import list_parts, require_manifest
+from spinreg_core.runs.objects import read_part, require_manifest
 from spinreg_core.store.folder import FolderStore
 from tasks.server import require_server
 from tests.bad_input.cases import ROWS, Case, Place, table
@@ -234,7 +234,7 @@ def _(place: Place) -> object:
 def _(place: Place) -> object:
     run = begun(place)
     run.store.create("objects/generate-1/parts/shard-00000.json", b'{"schema": 1, "name": "shard-00000"}')
-    return list_parts(run.store, "generate-1")
+    return read_part(run.store, "generate-1", "shard-00000")
 
 
 @case("weights that retention removed", Removed, "use")

@@ -34,7 +34,7 @@ from spinreg_core.runs.fetch import fetch_folder, fetch_part
 from spinreg_core.runs.head import Configuration, Head, read_config, read_head
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.runs.manifest import Manifest, Part
-from spinreg_core.runs.objects import commit_part, list_parts, publish, read_record
+from spinreg_core.runs.objects import commit_part, part_names, publish, read_part, read_record
 from spinreg_core.runs.stages import stages_of
 from spinreg_core.store import documents
 from spinreg_core.store.folder import FolderStore
@@ -149,7 +149,11 @@ def readers(store: FolderStore) -> list[Callable[[], object]]:
         lambda: verify(store, "demo"),
         lambda: find_removable(store, store_needs(store)),
         lambda: fetch_folder(store, "base-0", "policy"),
-        lambda: [fetch_part(store, part) for part in list_parts(store, "generate-1").values()],
+        lambda: [
+            fetch_part(store, part)
+            for name in part_names(store, "generate-1")
+            if (part := read_part(store, "generate-1", name))
+        ],
     ]
 
 

@@ -203,7 +203,7 @@ def test_repair_of_an_open_stages_part_lets_the_run_continue(store: FolderStore)
     assert [problem.file for problem in verdict.problems] == [key]
     repair(store, "a")
     assert sound(store)
-    assert objects.list_parts(store, object_id) == {}
+    assert objects.usable_parts(store, object_id) == {}
     store.write(key, raw[:50])
     advance(store, config("a"), 1)
     assert sound(store)
@@ -216,7 +216,7 @@ def test_repair_of_an_open_stages_shard_lets_the_run_continue(store: FolderStore
     with pytest.raises(Interrupted):
         advance(store, config("a"), 2, killed_at=(2, "generate"))
     object_id = STAGES["generate"].plan(config("a"), head_of(store, "a"), 2).object_id
-    (part,) = objects.list_parts(store, object_id).values()
+    (part,) = objects.usable_parts(store, object_id).values()
     (entry,) = part.files
     store.write(entry.key, b"X" * entry.size)
     assert [problem.file for problem in verify(store, "a").problems] == [entry.key]

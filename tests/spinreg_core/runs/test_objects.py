@@ -89,7 +89,7 @@ def test_delete_part_removes_its_files_and_no_others(store: Store, tmp_path: Pat
     new = commit(store, j, "step-000002", folder(tmp_path, step2__x="2"))
     objects.delete_part(store, j.object_id, old)
     objects.delete_part(store, j.object_id, old)  # again after a kill half way
-    assert objects.list_parts(store, j.object_id) == {"step-000002": new}
+    assert objects.usable_parts(store, j.object_id) == {"step-000002": new}
     assert store.size(old.files[0].key) is None
     assert [p.read_text() for p in fetch.fetch_part(store, new).values()] == ["2"]
 
@@ -100,7 +100,7 @@ def test_commit_part_keeps_the_first_and_publish_lists_it(store: Store, tmp_path
     first = commit(store, j, "shard-00000", folder(tmp_path, shards__00000="a"))
     later = job(tmp_path, "e0002-bbbb", a=2)
     assert commit(store, later, "shard-00000", folder(tmp_path, shards__00000="other")) == first
-    parts = objects.list_parts(store, j.object_id)
+    parts = objects.usable_parts(store, j.object_id)
     assert list(parts) == ["shard-00000", "shard-00001"]
     assert [p.read_text() for p in fetch.fetch_part(store, parts["shard-00000"]).values()] == ["a"]
     objects.publish(store, later, folder(tmp_path, summary="s"), metrics={}, parts=parts)

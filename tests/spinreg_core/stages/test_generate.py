@@ -36,7 +36,7 @@ def parts_bytes(store: Store, object_id: str) -> dict[str, tuple[bytes | None, b
     """Name -> (part file, shard file), as they lie in the store."""
     return {
         name: (store.read(f"objects/{object_id}/parts/{name}.json"), store.read(part.files[0].key))
-        for name, part in objects.list_parts(store, object_id).items()
+        for name, part in objects.usable_parts(store, object_id).items()
     }
 
 
@@ -202,7 +202,7 @@ def test_generate_with_a_prompt_without_room_commits_nothing(house: House) -> No
     job = replace(job, inputs=job.inputs | {"policies": {"2": "policy-9"}})
     with pytest.raises(BadInput, match=r"prompt train-\d+ has 1\d tokens plus max_new_tokens 32; expected at most 48"):
         run(job)
-    assert objects.list_parts(house.store, "generate-long") == {}
+    assert objects.usable_parts(house.store, "generate-long") == {}
 
 
 def test_generate_without_a_policy_of_an_iterate_is_refused(house: House) -> None:
@@ -309,7 +309,7 @@ def test_generate_loads_each_policy_once(
     assert loaded == [f"policy-{n}" for n in expected]
     gc.collect()
     assert not [model for model in models if model() is not None]
-    metas = {name: part.meta for name, part in objects.list_parts(house.store, job.object_id).items()}
+    metas = {name: part.meta for name, part in objects.usable_parts(house.store, job.object_id).items()}
     assert {name: meta["drawn"] for name, meta in metas.items()} == alone
     begun = [(m["iterate"], m["geometric"]) for m in metas.values() if m["startup_seconds"] > 0]
     assert sorted(begun) == sorted({(m["iterate"], m["geometric"]) for m in metas.values()})
@@ -328,7 +328,7 @@ def test_generate_with_two_engines_loads_each_policy_once_each(
     )
     monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
     run(house.job("two", **settings, resources={"processes": 2}))
-    assert {n: p.meta["drawn"] for n, p in objects.list_parts(house.store, "generate-two").items()} == alone
+    assert {n: p.meta["drawn"] for n, p in objects.usable_parts(house.store, "generate-two").items()} == alone
     loads = house.loads()
     assert len(loads) == 2, "four sources, and no process but the two engines"
     assert all(len(set(own)) == len(own) for own in loads.values()), loads
@@ -408,7 +408,7 @@ def test_generate_keeps_unreported_shards_of_a_dead_engine(
     monkeypatch.setattr(engine_process, "COMMAND", [sys.executable, "-u", str(script)])
     manifest = run(house.job("quiet", iterates=[2], resources={"processes": 2}))
     assert (tmp_path / "flag").exists()
-    parts = objects.list_parts(house.store, "generate-quiet")
+    parts = objects.usable_parts(house.store, "generate-quiet")
     writers = {part.files[0].key.split("/")[3] for part in parts.values()}
     assert len(writers) > 1, "every engine process writes below a name of its own"
     assert manifest.metrics["prompts"] == 13

@@ -73,7 +73,7 @@ def test_train_leaves_metrics_and_summary(setting: Setting, whole: Manifest) -> 
     assert (summary["steps"], summary["pairs"]) == (STEPS, PAIRS)
     assert summary["last_loss"] == metrics[-1]["loss"]
     assert {"real_logprob_change", "seconds", "tokens_per_second", "accuracy", "alarms"} <= summary.keys()
-    assert objects.list_parts(setting.store, whole.object_id) == {}, "checkpoints of a finished round"
+    assert objects.usable_parts(setting.store, whole.object_id) == {}, "checkpoints of a finished round"
 
 
 def test_the_published_policy_is_an_ordinary_folder(setting: Setting, whole: Manifest) -> None:
@@ -164,12 +164,12 @@ def test_train_resumed_after_a_failure_repeats_all_bits(
     assert sha_of_weights(manifest) == sha_of_weights(whole)
     assert without_time(lines(setting.store, manifest)) == without_time(lines(setting.store, whole))
     assert manifest.metrics["real_logprob_change"] == whole.metrics["real_logprob_change"]
-    assert objects.list_parts(setting.store, job.object_id) == {}
+    assert objects.usable_parts(setting.store, job.object_id) == {}
 
 
 def test_newest_checkpoints_are_kept_with_their_cost(setting: Setting) -> None:
     job = broken_off(setting, "kept", 9, checkpoint_every_steps=2, checkpoints_kept=3)
-    parts = objects.list_parts(setting.store, job.object_id)
+    parts = objects.usable_parts(setting.store, job.object_id)
     assert list(parts) == ["step-000004", "step-000006", "step-000008"]
     stored = setting.store.list(f"objects/{job.object_id}/data/")
     assert len([key for key in stored if "/step-" in key]) == 3 * 2, "files of older ones are gone too"
@@ -195,14 +195,14 @@ def test_unreadable_older_checkpoint_is_removed(setting: Setting, whole: Manifes
 
 def test_a_checkpoint_is_due_by_time_too(setting: Setting) -> None:
     job = broken_off(setting, "timed", 3, checkpoint_every_steps=None, checkpoint_every_minutes=1e-9)
-    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000002", "step-000003"]
+    assert list(objects.usable_parts(setting.store, job.object_id)) == ["step-000002", "step-000003"]
     job = broken_off(setting, "never", 3, checkpoint_every_steps=None, checkpoint_every_minutes=None)
-    assert objects.list_parts(setting.store, job.object_id) == {}
+    assert objects.usable_parts(setting.store, job.object_id) == {}
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_one_before(setting: Setting, whole: Manifest, capsys: Any) -> None:
     job = broken_off(setting, "damaged", 11)
-    for file in objects.list_parts(setting.store, job.object_id)["step-000010"].files:
+    for file in objects.usable_parts(setting.store, job.object_id)["step-000010"].files:
         path = setting.store.local_path(file.key)
         assert path is not None
         path.write_bytes(path.read_bytes()[:-1])
@@ -218,7 +218,7 @@ def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
     setting: Setting, whole: Manifest, damage: str, capsys: Any
 ) -> None:
     job = broken_off(setting, f"replaced-{damage}", 11)
-    part = objects.list_parts(setting.store, job.object_id)["step-000010"]
+    part = objects.usable_parts(setting.store, job.object_id)["step-000010"]
     paths = [setting.store.local_path(file.key) for file in part.files]
     if damage == "manifest":
         paths = [setting.store.local_path(f"objects/{job.object_id}/parts/step-000010.json")]
@@ -228,7 +228,7 @@ def test_a_sound_checkpoint_takes_the_place_of_a_damaged_one(
     with pytest.raises(RuntimeError, match="broke"):
         train.run(job, trainer=failing_at(11), checkpointer=InTurn)
     assert "checkpoint step-000010 committed" in capsys.readouterr().out
-    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000005", "step-000010"]
+    assert list(objects.usable_parts(setting.store, job.object_id)) == ["step-000005", "step-000010"]
     manifest = train.run(setting.job(f"replaced-{damage}", writer="e0003-cc"))
     assert "checkpoint of step 10 of 12" in capsys.readouterr().out
     assert sha_of_weights(manifest) == sha_of_weights(whole)
@@ -274,7 +274,7 @@ def test_sigterm_finishes_the_step_and_leaves_a_checkpoint_of_it(setting: Settin
     with pytest.raises(Preempted):
         train.run(setting.job("stopped"), trainer=stopping_in(4))
     job = setting.job("stopped", writer="e0002-bb")
-    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000004"]
+    assert list(objects.usable_parts(setting.store, job.object_id)) == ["step-000004"]
     assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 
@@ -300,7 +300,7 @@ def test_sigterm_without_time_begins_no_checkpoint(setting: Setting, capsys: Any
     job = setting.job("slow")
     with pytest.raises(Preempted):
         train.run(job, trainer=stopping_in(4), checkpointer=Slow)
-    assert objects.list_parts(setting.store, job.object_id) == {}
+    assert objects.usable_parts(setting.store, job.object_id) == {}
     assert "stopped after step 4; no time for a checkpoint, the last is of step 0" in capsys.readouterr().out
 
 
@@ -348,7 +348,7 @@ def test_kill_9_in_the_middle_changes_no_bit(tmp_path: Path) -> None:
     assert third.returncode == 0, output
     unbroken = objects.require_manifest(setting.store, other.object_id)
     assert sha_of_weights(killed) == sha_of_weights(unbroken)
-    assert objects.list_parts(setting.store, other.object_id) == {}
+    assert objects.usable_parts(setting.store, other.object_id) == {}
 
 
 @pytest.mark.slow
@@ -368,7 +368,7 @@ def test_sigterm_ends_the_process_and_keeps_its_work(tmp_path: Path) -> None:
         rest = process.stdout.read()
     assert time.monotonic() - begin < 10
     assert process.returncode == 143
-    (part,) = objects.list_parts(setting.store, job.object_id)
+    (part,) = objects.usable_parts(setting.store, job.object_id)
     assert f"checkpoint {part} committed" in rest
 
 
@@ -402,7 +402,7 @@ def test_adapter_resumes_to_the_same_bits_and_continues(setting: Setting, capsys
     whole = train.run(setting.job("lora-whole", **lora))
     assert "LoRA of rank 4 on q_proj, v_proj: 896 of " in capsys.readouterr().out
     job = broken_off(setting, "lora", 8, **lora)
-    (part,) = objects.list_parts(setting.store, job.object_id).values()
+    (part,) = objects.usable_parts(setting.store, job.object_id).values()
     assert part.meta["bytes"] < 30_000, "a checkpoint holds the adapter, not the model"
     manifest = train.run(job)
     assert "resuming from the checkpoint of step 5 of 12" in capsys.readouterr().out
@@ -462,7 +462,7 @@ def test_infinite_weights_leave_the_last_finite_checkpoint(setting: Setting, who
     output = capsys.readouterr().out
     assert "checkpoint step-000006 holds numbers that are not finite and is removed" in output
     job = setting.job("spoilt", writer="e0002-bb", **settings)
-    assert list(objects.list_parts(setting.store, job.object_id)) == ["step-000005"]
+    assert list(objects.usable_parts(setting.store, job.object_id)) == ["step-000005"]
     assert sha_of_weights(train.run(job)) == sha_of_weights(whole)
 
 

@@ -126,7 +126,7 @@ def test_part_cannot_delete_files_of_another_object(store: FolderStore, tmp_path
     part = {"schema": 1, "name": "step-000001", "files": [entry], "meta": {}}
     store.create("objects/train-1/parts/step-000001.json", documents.dump(part))
     with pytest.raises(Damaged, match=r"found .runs/other/head\.json. as (removed\.keys\.0|files\.0\.key)"):
-        objects.list_parts(store, "train-1")
+        objects.read_part(store, "train-1", "step-000001")
 
 
 def test_fetched_policy_holds_the_listed_files_only(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_fetched_policy_holds_the_listed_files_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("object_id", ["../../victim", "..", "a/../../b", "/etc", ""])
 def test_object_id_that_leads_elsewhere_is_refused(store: FolderStore, object_id: str) -> None:
-    for use in (lambda: fetch.fetch_folder(store, object_id, "policy"), lambda: objects.list_parts(store, object_id)):
+    for use in (lambda: fetch.fetch_folder(store, object_id, "policy"), lambda: objects.usable_parts(store, object_id)):
         with pytest.raises(BadInput, match="store key"):
             use()
 
