@@ -16,8 +16,14 @@ from spinreg_core.config import KeepConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.runs.head import HELDOUT, Head, list_runs, require_config, require_head
 from spinreg_core.runs.lease import is_held
-from spinreg_core.runs.plans import average_object, objects_of
-from spinreg_core.runs.stages import complete_round, is_complete, needed_by_later_stages, objects_now_and_next
+from spinreg_core.runs.plans import average_object
+from spinreg_core.runs.stages import (
+    complete_round,
+    is_complete,
+    needed_by_later_stages,
+    objects_now_and_next,
+    objects_of,
+)
 from spinreg_core.store.base import Store
 
 

@@ -21,8 +21,8 @@ from spinreg_core.errors import BadInput, Damaged, StoreRefused
 from spinreg_core.runs.head import require_config, require_head
 from spinreg_core.runs.manifest import File, Manifest, Part
 from spinreg_core.runs.objects import manifest_key, part_key, part_names
-from spinreg_core.runs.plans import ids_in, objects_of
-from spinreg_core.runs.stages import objects_now_and_next
+from spinreg_core.runs.plans import ids_in
+from spinreg_core.runs.stages import objects_now_and_next, objects_of
 from spinreg_core.store import documents
 from spinreg_core.store.base import NO_RIGHT, Store
 from spinreg_core.store.hashing import sha256_file

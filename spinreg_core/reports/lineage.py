@@ -8,7 +8,7 @@ from typing import NamedTuple
 from spinreg_core.runs.head import HELDOUT, Head
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import read_record
-from spinreg_core.runs.stages import STAGES
+from spinreg_core.runs.stages import committed
 from spinreg_core.store.base import Store
 
 BENCHMARK = "benchmark"
@@ -26,13 +26,8 @@ class Made(NamedTuple):
 
 def objects_of_run(store: Store, head: Head) -> Iterator[Made]:
     """Yield the objects of a run round by round, its benchmarks (stage `benchmark`) after the stages of their round."""
-    named: list[tuple[int, str, str | None]] = [(0, "base", head.base), (0, "data", head.data)]
-    for entry in sorted(head.rounds, key=lambda entry: entry.round):
-        named += [(entry.round, stage, entry.stages.get(stage)) for stage in STAGES]
-        named += [(entry.round, BENCHMARK, object_id) for object_id in entry.measured.values()]
-    for number, stage, object_id in named:
-        if object_id is not None:
-            yield Made(number, stage, object_id, read_record(store, object_id))
+    for number, stage, object_id in committed(head):
+        yield Made(number, stage, object_id, read_record(store, object_id))
 
 
 def tokens_of(made: Made) -> float | None:

@@ -258,22 +258,6 @@ def plan_evaluate(config: RunConfig, head: Head, round_number: int) -> StagePlan
     return _corrected("evaluate", n, key, inputs, {}, packing=_packing(config.training))
 
 
-def objects_of(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
-    """Return every object of a run in the order of making, with the (round, stage) that makes it.
-
-    Base and data belong to (0, "prepare"), benchmarks of an iterate to (round, "benchmark").
-    """
-    found: dict[str, tuple[int, str]] = {one: (0, "prepare") for one in (head.base, head.data) if one}
-    for entry in sorted(head.rounds, key=lambda entry: entry.round):
-        if entry.stages.get("train") and config.training.average is not None:
-            found.setdefault(average_object(config, head, entry.round), (entry.round, "train"))
-        for stage, object_id in entry.stages.items():
-            found.setdefault(object_id, (entry.round, stage))
-        for object_id in entry.measured.values():
-            found.setdefault(object_id, (entry.round, "benchmark"))
-    return found
-
-
 def ids_in(inputs: Any) -> Iterator[str]:
     """Yield the object ids in the inputs of a job or a manifest."""
     if isinstance(inputs, dict):

@@ -5,16 +5,16 @@ Leaves out: the stages themselves (`spinreg_core.stages`), their order over roun
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from spinreg_core.config import RunConfig
 from spinreg_core.runs.head import HELDOUT, Head
 from spinreg_core.runs.plans import (
     StagePlan,
+    average_object,
     for_each_possible_engine,
     ids_in,
-    objects_of,
     plan_evaluate,
     plan_generate,
     plan_heldout,
@@ -76,6 +76,24 @@ def before_corrections(config: RunConfig, head: Head) -> dict[str, list[int]]:
                 for name in plan.corrections:
                     found.setdefault(name, set()).add(entry.round)
     return {name: sorted(rounds) for name, rounds in found.items()}
+
+
+def committed(head: Head) -> Iterator[tuple[int, str, str]]:
+    """Yield (round, stage, object id) round by round: `base` and `data` first, `benchmark` after a round's stages."""
+    yield from ((0, stage, one) for stage, one in (("base", head.base), ("data", head.data)) if one)
+    for entry in sorted(head.rounds, key=lambda entry: entry.round):
+        yield from ((entry.round, name, entry.stages[name]) for name in STAGES | entry.stages if name in entry.stages)
+        yield from ((entry.round, "benchmark", one) for one in entry.measured.values())
+
+
+def objects_of(config: RunConfig, head: Head) -> dict[str, tuple[int, str]]:
+    """Return every object of a run, also averages, with the (round, stage) that makes it: base and data `prepare`."""
+    found: dict[str, tuple[int, str]] = {}
+    for number, stage, object_id in committed(head):
+        if stage == "train" and config.training.average is not None:
+            found.setdefault(average_object(config, head, number), (number, stage))
+        found.setdefault(object_id, (number, "prepare" if stage in ("base", "data") else stage))
+    return found
 
 
 def needed_by_later_stages(config: RunConfig, head: Head) -> set[str]:

@@ -10,7 +10,7 @@ from spinreg_core.maintenance.verify import verify
 from spinreg_core.runs import objects
 from spinreg_core.runs.head import head_key, require_config
 from spinreg_core.runs.lease import hold_lease, make_holder
-from spinreg_core.runs.plans import objects_of
+from spinreg_core.runs.stages import objects_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.documents import plain
 from tests.support.toy_runs import Make, advance, digest_of

@@ -16,7 +16,8 @@ from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_
 from spinreg_core.runs.head import HELDOUT
 from spinreg_core.runs.lease import RunLease, hold_lease
 from spinreg_core.runs.objects import publish
-from spinreg_core.runs.plans import StagePlan, objects_of, plan_heldout
+from spinreg_core.runs.plans import StagePlan, plan_heldout
+from spinreg_core.runs.stages import objects_of
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
 from tests.support.builders import make_config

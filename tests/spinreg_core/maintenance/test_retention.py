@@ -18,7 +18,8 @@ from spinreg_core.reports.status import run_status
 from spinreg_core.runs import fetch, objects
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.lease import hold_lease
-from spinreg_core.runs.plans import average_object, objects_of, plan_heldout, policy_object
+from spinreg_core.runs.plans import average_object, plan_heldout, policy_object
+from spinreg_core.runs.stages import objects_of
 from spinreg_core.store.folder import FolderStore
 from tests.support.toy_runs import (
     Interrupted,
