@@ -55,12 +55,13 @@ def run_stage(
     job.workdir.mkdir(parents=True, exist_ok=True)
     job_file = job.workdir / "job.json"
     job.save(job_file)
+    log = on_line or run_log()  # may be interrupted, so before there is a process to end
     run_process(
         start_process([sys.executable, "-m", job.module, str(job_file)]),
         job.workdir / "log.txt",
         name=job.stage,
         deadline_seconds=deadline_seconds,
-        on_line=on_line or run_log(),
+        on_line=log,
         on_progress=on_progress,
         check=check,
         grace_seconds=job.config.resources.stop_seconds,

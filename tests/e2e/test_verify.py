@@ -70,7 +70,7 @@ def test_repair_of_a_damaged_run_remakes_exactly_the_damage(prefect_server: Pref
         str(path.relative_to(tmp_path / "store")) for path in (shards[1], weights)
     }
     dependents = {number_and_stage[1] for number_and_stage in found["dependents"][head.stage(1, "generate")]}
-    assert dependents == {"mix-opponent", "train", "evaluate"}
+    assert dependents == {"mix-opponent", "train", "generate-heldout", "evaluate"}
     assert manifests(store) == before, "verify changes nothing"
 
     status, text = spinreg(["verify", "smoke", "--repair", *where], env)
