@@ -71,6 +71,12 @@ class OpponentConfig(Group):
         description="With source regenerate: share of an earlier iterate's answers that are not generated again; as "
         "many pairs of that iterate are taken from earlier rounds, with their own prompts (0..1).",
     )
+    max_pairs: int | None = Field(
+        None,
+        ge=1,
+        description="With source replay: pairs that a round trains on at most, shared out by the weights. Unset, round "
+        "t of history all trains on t times the pairs of round 1.",
+    )
     truncated: Literal["keep", "drop", "clip_real"] = Field(
         "clip_real",
         description="Generated answers cut off by the length limit: keep the pair, drop it, or clip a longer real "
@@ -91,6 +97,11 @@ class OpponentConfig(Group):
             raise ValueError(
                 f"replay_share is {self.replay_share} but source is replay, which replays everything; set source to "
                 "regenerate, or replay_share to 0"
+            )
+        if self.max_pairs is not None and self.source == "regenerate":
+            raise ValueError(
+                f"max_pairs is {self.max_pairs} but source is regenerate, whose rounds do not grow; set "
+                "data.prompts_per_round instead"
             )
         return self
 

@@ -20,7 +20,7 @@ class RemovedField(NamedTuple):
 
 
 # The value that equals the behaviour before the field existed. A default may differ from it, and may change later.
-ADDED: dict[str, object] = {"judge.parsing": "fastchat"}
+ADDED: dict[str, object] = {"judge.parsing": "fastchat", "opponent.max_pairs": None}
 REMOVED: dict[str, RemovedField] = {
     "opponent.scores": RemovedField(
         "scorer", "remove it: spinreg scores every answer itself, since reusing the engine's scores saved too little"

@@ -133,7 +133,7 @@ def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
     if o.source == "regenerate":
         return n
     weights = mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
-    return sum(replay_quota(weights, [n] * len(weights)))
+    return sum(replay_quota(weights, [n] * len(weights), o.max_pairs))
 
 
 def trained_parameters(config: RunConfig, shape: Shape) -> int:
@@ -175,7 +175,7 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     mix = total * pair if alpha > 0 else 0.0
     # In round 1 the previous policy is the base, which needs no second scoring.
     if alpha < 1 and (round_number > 1 or alpha == 0):
-        mix += made + new * human
+        mix += min(made + new * human, total * pair)  # of the chosen pairs only
     passes = config.training.epochs * total * pair
     # Watched human answers are scored at the end, and at the start too unless scores of the previous policy are cached.
     # They are different ones: pairs of a prompt share theirs, and so do rounds with the same prompts.

@@ -18,6 +18,7 @@ from spinreg_core.config import (
     AVERAGE_FIELDS,
     LORA_FIELDS,
     EngineName,
+    OpponentConfig,
     RunConfig,
     TrainingConfig,
     of_round,
@@ -199,7 +200,7 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
     }  # fmt: skip
     key = inputs | {
         "round": round_number, "seed": config.seed, "weights": weights,
-        "opponent": config.opponent.model_dump(mode="json", include={"source", "truncated"}) | {"scores": "scorer"},
+        "opponent": _pairing(config.opponent) | {"scores": "scorer"},
         # Only which references the loss reads, not alpha itself: a grid over 0 < alpha < 1 scores once.
         "scores": references(alpha, round_number),
         "precision": config.training.precision,
@@ -207,6 +208,12 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
     # Earlier pairs may hold log pi_0 of a row already. That saves work and cannot change a result, so it is no input.
     scored = [found for n in range(1, round_number) if (found := head.stage(n, "mix-opponent"))]
     return _corrected("mix-opponent", round_number, key, inputs, {"scored": scored}, packing=_packing(config.training))
+
+
+def _pairing(opponent: OpponentConfig) -> dict[str, Any]:
+    """Return the choice and treatment of pairs, without the fields that 0.1.0 did not have at their value then."""
+    limit = {} if opponent.max_pairs is None else {"max_pairs": opponent.max_pairs}
+    return opponent.model_dump(mode="json", include={"source", "truncated"}) | limit
 
 
 def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:

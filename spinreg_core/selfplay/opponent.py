@@ -121,16 +121,18 @@ def draws_replay(share: float, *, seed: int, round_index: int, prompt_id: str, a
     return share > 0 and _uniform("spinreg draws_replay", seed, round_index, prompt_id, answer_index) < share
 
 
-def replay_quota(weights: Sequence[float], available: Sequence[int]) -> list[int]:
+def replay_quota(weights: Sequence[float], available: Sequence[int], most: int | None = None) -> list[int]:
     """Return the number of pairs of each round to train on, so that the shares of the iterates are the weights.
 
     The scarcest iterate limits the total m = min over w_k > 0 of available_k / w_k. Round t-k gives m w_k pairs,
     rounded to the nearest whole number (a half goes up). Uniform weights and rounds of equal size therefore take
-    everything, like SPIN's official concatenation of two rounds' data.
+    everything, like SPIN's official concatenation of two rounds' data. If that is more than `most`, exactly `most`
+    pairs are shared out by the largest remainders, newest first among equal ones.
 
     Args:
         weights: from `mixture_weights`, newest first.
         available: usable pairs of round t-k, in the same order.
+        most: pairs of all rounds together; None is no limit.
 
     Returns:
         n_k, in the same order, 0 <= n_k <= available_k. All are 0 where an iterate with a positive weight has no pairs.
@@ -138,6 +140,8 @@ def replay_quota(weights: Sequence[float], available: Sequence[int]) -> list[int
     Raises:
         BadInput: the lists differ in length, a number is negative, or no weight is positive.
     """
+    if most is not None and most < 0:
+        raise BadInput("most", most, "a count >= 0, or None")
     if len(weights) != len(available):
         raise BadInput("available", f"{len(available)} rounds", f"{len(weights)}, one per weight")
     if not weights or min(weights) < 0 or max(weights) <= 0:
@@ -147,7 +151,15 @@ def replay_quota(weights: Sequence[float], available: Sequence[int]) -> list[int
     # In floats 64 / (1/3) * (1/3) may end just below 64 and lose a pair, so fractions count exactly.
     exact = [Fraction(w) for w in weights]
     total = min(n / w for w, n in zip(exact, available, strict=True) if w > 0)
-    return [math.floor(total * w + Fraction(1, 2)) for w in exact]
+    quota = [math.floor(total * w + Fraction(1, 2)) for w in exact]
+    if most is None or sum(quota) <= most:
+        return quota
+    shares = [min(most, math.floor(total)) * w for w in exact]
+    quota = [math.floor(share) for share in shares]
+    left = min(most, math.floor(total)) - sum(quota)
+    for k in sorted(range(len(shares)), key=lambda k: (quota[k] - shares[k], k))[:left]:
+        quota[k] += 1
+    return quota
 
 
 def choose(prompt_ids: Sequence[str], count: int, *, seed: int, round_index: int, iterate: int) -> list[str]:

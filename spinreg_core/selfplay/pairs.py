@@ -167,10 +167,18 @@ def treat_truncated(pairs: Iterable[Pair], treatment: Literal["keep", "drop", "c
     return found
 
 
-def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed: int, round_number: int) -> list[Pair]:
+def replay(
+    by_round: Sequence[Sequence[Pair]],
+    weights: Sequence[float],
+    *,
+    seed: int,
+    round_number: int,
+    most: int | None = None,
+) -> list[Pair]:
     """Return the pairs of this and earlier rounds (newest first) that make up an opponent with these weights.
 
-    The shares of the rounds are the weights; the scarcest round limits the total (`opponent.replay_quota`).
+    The shares of the rounds are the weights; the scarcest round and `most` limit the total (`opponent.replay_quota`).
+    A smaller limit chooses a part of what a larger one does.
 
     Raises:
         BadInput: a round with a positive weight has no pair.
@@ -185,7 +193,7 @@ def replay(by_round: Sequence[Sequence[Pair]], weights: Sequence[float], *, seed
             "generation.max_new_tokens)",
         )
     found: list[Pair] = []
-    for k, (pairs, count) in enumerate(zip(by_round, replay_quota(weights, available), strict=True)):
+    for k, (pairs, count) in enumerate(zip(by_round, replay_quota(weights, available, most), strict=True)):
         by_name = {pair["pair_id"].partition(":")[2]: pair for pair in pairs}
         iterate = round_number - 1 - k
         chosen = choose(list(by_name), count, seed=seed, round_index=round_number - 1, iterate=iterate)

@@ -134,7 +134,7 @@ def _opponent(store: Store, job: Job) -> tuple[list[Pair], Treatment]:
         chosen = own + after[1]
     else:
         used = weights
-        chosen = replay(after, weights, seed=job.config.seed, round_number=job.round)
+        chosen = replay(after, weights, seed=job.config.seed, round_number=job.round, most=opponent.max_pairs)
     length_before = {pair["pair_id"]: len(pair["real_ids"]) for pairs in before for pair in pairs}
     treatment: Treatment = {
         # Only rounds with a positive weight lose pairs.

@@ -138,6 +138,7 @@ def test_round_work_takes_two_to_six_flops_per_token(
         ({"history": "all"}, [64, 128, 192, 256]),
         ({"history": "all", "source": "regenerate"}, [64, 64, 64, 64]),
         ({"history": "all", "weighting": "recency", "decay": 0.5}, [64, 96, 112, 121]),  # 64 + 32 + 16 + 8 rounded
+        ({"history": "all", "max_pairs": 128}, [64, 128, 128, 128]),
         ({"history": 2, "weighting": [3, 1]}, [64, 85, 85, 85]),
     ],
 )

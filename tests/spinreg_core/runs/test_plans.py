@@ -115,6 +115,14 @@ def test_plans_read_earlier_pairs_or_policies_by_source() -> None:
     )
 
 
+def test_plan_mix_opponent_without_a_limit_has_the_id_of_0_1_0() -> None:
+    plan = STAGES["mix-opponent"].plan
+    assert "max_pairs" not in plan(config(), make_head(3), 3).key["opponent"]
+    limited = [plan(config(opponent__max_pairs=most), make_head(3), 3).object_id for most in (None, 64, 65)]
+    assert len(set(limited)) == 3
+    assert limited[0] == plan(config(), make_head(3), 3).object_id
+
+
 def test_plan_mix_opponent_refers_to_the_iterate_before() -> None:
     for history in (1, 2, "all"):
         plan = STAGES["mix-opponent"].plan(config(opponent__history=history), make_head(3), 3)

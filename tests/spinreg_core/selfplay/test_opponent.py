@@ -206,6 +206,37 @@ def test_replay_quota_is_as_large_and_exact_as_possible(parts: list[tuple[int, i
 
 
 @pytest.mark.parametrize(
+    ("weights", "available", "most", "quota"),
+    [
+        ([0.5, 0.5], [64, 64], 128, [64, 64]),
+        ([0.5, 0.5], [64, 64], 127, [64, 63]),  # equal remainders: the newest first
+        ([1 / 3] * 3, [64, 64, 64], 64, [22, 21, 21]),
+        ([0.5, 0.3, 0.2], [64, 64, 64], 10, [5, 3, 2]),
+        ([0.1] * 10, [64] * 10, 3, [1, 1, 1, 0, 0, 0, 0, 0, 0, 0]),
+        ([0.75, 0.25], [64, 64], 85, [64, 21]),  # 85.3 without a limit
+        ([0.5, 0.5], [2, 1], 1, [1, 0]),
+        ([0.5, 0.5], [64, 0], 10, [0, 0]),
+    ],
+)
+def test_replay_quota_of_a_limit_has_the_largest_remainders(
+    weights: list[float], available: list[int], most: int, quota: list[int]
+) -> None:
+    assert replay_quota(weights, available, most) == quota
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 99)), min_size=1, max_size=8), st.integers(0, 400))
+@settings(deadline=None)
+def test_replay_quota_of_a_limit_is_within_one_of_the_shares(parts: list[tuple[int, int]], most: int) -> None:
+    weights = [part / sum(part for part, _ in parts) for part, _ in parts]
+    available = [n for _, n in parts]
+    free, quota = replay_quota(weights, available), replay_quota(weights, available, most)
+    total = min(Fraction(n) / Fraction(w) for w, n in zip(weights, available, strict=True))
+    assert all(0 <= n <= limit for n, limit in zip(quota, available, strict=True))
+    assert quota == free if sum(free) <= most else sum(quota) == min(most, math.floor(total))
+    assert all(abs(n - min(total, most) * Fraction(w)) <= 1 for n, w in zip(quota, weights, strict=True))
+
+
+@pytest.mark.parametrize(
     ("weights", "available"), [([0.5, 0.5], [1]), ([], []), ([0.0], [1]), ([1.5, -0.5], [1, 1]), ([1.0], [-1])]
 )
 def test_unusable_quotas_are_refused(weights: list[float], available: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pyarrow as pa
@@ -136,6 +137,15 @@ def test_replay_has_the_shares_of_the_weights() -> None:
     assert found != replay(by_round, [0.5, 0.25, 0.25], seed=2, round_number=3)
     everything = replay(by_round, [1 / 3] * 3, seed=1, round_number=3)
     assert counts(everything)["by_round"] == {"1": 40, "2": 40, "3": 40}
+
+
+def test_replay_of_a_smaller_limit_takes_a_part_of_a_larger_ones() -> None:
+    by_round = [of_round(3, 40), of_round(2, 40), of_round(1, 40)]
+    taken = [replay(by_round, [1 / 3] * 3, seed=1, round_number=3, most=most) for most in (7, 40, 119, 200, None)]
+    assert [len(pairs) for pairs in taken] == [7, 40, 119, 120, 120]
+    names = [{pair["pair_id"] for pair in pairs} for pairs in taken]
+    assert all(smaller <= larger for smaller, larger in itertools.pairwise(names))
+    assert counts(taken[1])["by_round"] == {"1": 13, "2": 13, "3": 14}
 
 
 def test_replay_of_a_weighted_round_without_pairs_is_refused() -> None:

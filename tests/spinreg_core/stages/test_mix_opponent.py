@@ -232,6 +232,18 @@ def test_weights_set_the_shares_of_the_rounds(prepared: Run) -> None:
     assert manifest.metrics["by_round"] == {"3": ROWS, "2": ROWS // 2, "1": ROWS // 2}
 
 
+def test_max_pairs_limits_the_round_and_its_scoring(prepared: Run) -> None:
+    opponent = {"history": "all", "truncated": "keep", "max_pairs": ROWS + 1}
+    manifest = mix_opponent.run(prepared.job(3, prepared.earlier(2, 1), opponent=opponent))
+    pairs = prepared.pairs(manifest)
+    assert len(pairs) == ROWS + 1
+    shares = Counter(p["round"] for p in pairs)
+    assert max(shares.values()) - min(shares.values()) <= 1
+    sequences = {(*p["prompt_ids"], -1, *p[f"{w}_ids"]) for p in pairs for w in ("real", "generated")}
+    assert manifest.metrics["scores_computed"] == 2 * len(sequences)
+    prepared.check_scores(pairs, 2, "previous")
+
+
 def test_regenerated_answers_keep_the_iterate_that_was_drawn(prepared: Run) -> None:
     job = prepared.job(3, opponent={"source": "regenerate", "history": "all"})
     other = prepared.generate(3, 1)
