@@ -116,6 +116,11 @@ class ObjectiveConfig(Group):
         description="Weight of the previous iterate in the geometric-mixture reference: 1 is plain SPIN, 0 is DPO "
         "against the base model.",
     )
+    reference: Literal["previous", "iterate"] = Field(
+        "previous",
+        description="The policy next to the base in the reference: previous, for all pairs; iterate, for each pair the "
+        "one that sampled it (replayed pairs then keep their scores).",
+    )
     beta: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
         0.1,
         description="Total scale of the log-ratios (1/nat). A list gives rounds 1, 2, ...; its last entry holds from "

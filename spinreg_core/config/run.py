@@ -115,6 +115,18 @@ class RunConfig(Group):
         if judged and (self.judge.base_url is None or self.judge.model is None):
             missing = "base_url" if self.judge.base_url is None else "model"
             raise ValueError(f"benchmarks needs a judge but judge.{missing} is not set; set it")
+        if self.objective.reference == "iterate":
+            if self.opponent.geometric_share:
+                raise ValueError(
+                    "objective.reference is iterate but opponent.geometric_share is not 0; answers of a token-level "
+                    "mixture have no iterate that sampled them, so set one of them back"
+                )
+            roles = self.training.average_as
+            if self.training.average is not None and ("reference" in roles) != ("opponent" in roles):
+                raise ValueError(
+                    "objective.reference is iterate but training.average_as names only one of opponent and reference; "
+                    "the policy that sampled a pair is its reference, so name both or none"
+                )
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:
             raise ValueError(

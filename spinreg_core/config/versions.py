@@ -20,7 +20,9 @@ class RemovedField(NamedTuple):
 
 
 # The value that equals the behaviour before the field existed. A default may differ from it, and may change later.
-ADDED: dict[str, object] = {"judge.parsing": "fastchat", "opponent.max_pairs": None}
+ADDED: dict[str, object] = {
+    "judge.parsing": "fastchat", "objective.reference": "previous", "opponent.max_pairs": None,
+}  # fmt: skip
 REMOVED: dict[str, RemovedField] = {
     "opponent.scores": RemovedField(
         "scorer", "remove it: spinreg scores every answer itself, since reusing the engine's scores saved too little"

@@ -82,7 +82,7 @@ def ratio_estimate(numerator: Sequence[float] | Floats, denominator: Sequence[fl
     """Return sum(numerator) / sum(denominator) over rows, with the interval of `studentised_interval`.
 
     Both arguments have shape [rows]; denominators are positive. A mean has only denominators of 1. A paired difference
-    has the rows' differences as numerators. A share's interval ends at 0 and 1.
+    has the rows' differences as numerators. `within_unit` cuts the interval.
 
     Raises:
         ValueError: no rows, or shapes that differ.
@@ -97,8 +97,9 @@ def ratio_estimate(numerator: Sequence[float] | Floats, denominator: Sequence[fl
 
 
 def within_unit(low: float, high: float, unit: str) -> tuple[float, float]:
-    """Return the bounds of an interval, of a share cut to [0, 1]."""
-    return (max(0.0, low), min(1.0, high)) if unit == "share" else (low, high)
+    """Return the bounds of an interval, of a share cut to [0, 1], of a length in tokens at 0."""
+    least = 0.0 if unit in ("share", "tokens") else low
+    return max(least, low), min(1.0, high) if unit == "share" else high
 
 
 def without_interval(value: float, n: int, unit: str) -> Estimate:

@@ -129,11 +129,16 @@ def generated_share(config: RunConfig, round_number: int) -> float:
 
 def pairs(config: RunConfig, sizes: Sizes, round_number: int) -> int:
     """Return the number of pairs of a round (counted from 1), with those of earlier rounds and without any dropped."""
+    return sum(_pairs_by_round(config, sizes, round_number))
+
+
+def _pairs_by_round(config: RunConfig, sizes: Sizes, round_number: int) -> list[int]:
+    """Return the pairs that a round takes from itself, the round before, and so on."""
     n, o = answers(config, sizes), config.opponent
     if o.source == "regenerate":
-        return n
+        return [n]
     weights = mixture_weights(round_number - 1, o.history, o.weighting, decay=o.decay)
-    return sum(replay_quota(weights, [n] * len(weights), o.max_pairs))
+    return replay_quota(weights, [n] * len(weights), o.max_pairs)
 
 
 def trained_parameters(config: RunConfig, shape: Shape) -> int:
@@ -172,7 +177,9 @@ def round_work(config: RunConfig, shape: Shape, sizes: Sizes, round_number: int)
     if config.data.round_prompts == "same" and round_number > 1:
         new = 0
     alpha = config.objective.alpha
-    mix = total * pair if alpha > 0 else 0.0
+    # Replayed pairs keep the scores of their iterate.
+    new_pairs = _pairs_by_round(config, sizes, round_number)[0] if config.objective.reference == "iterate" else total
+    mix = new_pairs * pair if alpha > 0 else 0.0
     # In round 1 the previous policy is the base, which needs no second scoring.
     if alpha < 1 and (round_number > 1 or alpha == 0):
         mix += min(made + new * human, total * pair)  # of the chosen pairs only

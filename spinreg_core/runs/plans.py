@@ -194,10 +194,13 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
             }
             for k in range(1, len(weights))
         ]
-    inputs = {
+    inputs: dict[str, Any] = {
         "data": _data(head), "generations": generations, "earlier": earlier,
         "previous": policy_for_role(config, head, round_number - 1, "reference"), "base": policy_object(head, 0),
     }  # fmt: skip
+    if config.objective.reference == "iterate":
+        iterates = [round_number - 1 - k for k, weight in enumerate(weights) if weight > 0]
+        inputs["iterates"] = {str(n): policy_for_role(config, head, n, "opponent") for n in iterates}
     key = inputs | {
         "round": round_number, "seed": config.seed, "weights": weights,
         "opponent": _pairing(config.opponent) | {"scores": "scorer"},

@@ -4,17 +4,19 @@ Decides: which pairs make up the opponent, which scores the loss will read, and 
 Leaves out: joining and cutting pairs (`selfplay.pairs`), weights (`selfplay.opponent`), the forward pass (`logprobs`).
 
 A job's `inputs`: {"data", "generations" (of this round), "previous" (holds policy/, pi_t), "base" (pi_0): object
-ids, "earlier": [{"round", "generations", "pairs" (id or null)}, newest first]}. Its `extra` may have "scored": ids
-of further pairs objects of this run with base scores to reuse; they change no result.
+ids, "earlier": [{"round", "generations", "pairs" (id or null)}, newest first], with objective.reference iterate also
+"iterates": {number: id}}. Its `extra` may have "scored": ids of further pairs objects of this run with scores to reuse;
+they change no result.
 Leaves `pairs.parquet` (columns: `pairs.PAIRS_SCHEMA`) and `summary.json`. One model is in memory at a time.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
@@ -36,6 +38,7 @@ from spinreg_core.selfplay.opponent import mixture_weights, references
 from spinreg_core.selfplay.pairs import (
     IDS,
     PAIRS_SCHEMA,
+    SCORE_COLUMNS,
     SCORES,
     SIDES,
     GeneratedRow,
@@ -174,48 +177,61 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> Scor
     """Fill the score columns that the loss reads (`opponent.references`)."""
     wants = references(job.config.objective.alpha, job.round)
     needed = [name for name in SCORES if wants[name]]
-    known = _known(store, job) if wants["base"] else {}
-    values: dict[Reference, dict[bytes, float]] = {}
-    # By the object id of the policy: in round 1 both references are the base, which is scored once.
+    # By the object of the policy: in round 1 both references are the base, which is scored once.
+    values = _known(store, job, needed)
     work: dict[str, Missing] = {}
+    wanted: set[tuple[str, bytes]] = set()
     for policy in needed:
-        is_base = job.inputs[policy] == job.inputs["base"]
-        values[policy] = known if is_base else {}
-        missing = work.setdefault(job.inputs[policy], {})
         for pair in pairs:
+            object_id = _scorer(job, policy, pair["iterate"])
+            # Also without a sequence to score, so that the work has every policy.
+            missing = work.setdefault(object_id, {})
             for side in SIDES:
                 key = keyed(pair, side)
-                if key not in values[policy]:
+                wanted.add((object_id, key))
+                if key not in values.setdefault(object_id, {}):
                     missing[key] = (pair, side)
-    wanted = {keyed(pair, side) for pair in pairs for side in SIDES}
     total = sum(map(len, work.values()))
     progress = Progress("mix-opponent", max(total, 1), "answers")
     spent = _Spent()
     for object_id, missing in work.items():
-        found = _score(store, job, object_id, missing, progress, ranks, spent)
-        for policy in needed:
-            if job.inputs[policy] == object_id:
-                values[policy] = values[policy] | found
+        values[object_id] |= _score(store, job, object_id, missing, progress, ranks, spent)
     for policy in needed:
         for pair in pairs:
             for side in SIDES:
-                pair[SCORES[policy][side]] = values[policy][keyed(pair, side)]
+                pair[SCORES[policy][side]] = values[_scorer(job, policy, pair["iterate"])][keyed(pair, side)]
         _require_finite(pairs, policy)
     return {
         "scores_computed": total,
-        "scores_reused": len(wanted) * len(work) - total,
+        "scores_reused": len(wanted) - total,
         "scored_tokens_per_second": round(spent.tokens / spent.seconds, 1) if spent.tokens else 0.0,
     }
 
 
-def _known(store: Store, job: Job) -> dict[bytes, float]:
-    """Return the scores under pi_0 that earlier rounds of the run left."""
+def _scorer(job: Job, policy: Reference, iterate: int) -> str:
+    """Return the object of the policy whose scores a column has, for pairs of an iterate."""
+    if policy == "previous" and job.config.objective.reference == "iterate":
+        return str(job.inputs["iterates"][str(iterate)])
+    return str(job.inputs[policy])
+
+
+def _known(store: Store, job: Job, needed: Collection[Reference]) -> dict[str, dict[bytes, float]]:
+    """Return the scores that earlier rounds of the run left, by the object of the policy.
+
+    Scores under the previous policy of an earlier round are of use only if the reference is the pair's iterate.
+    """
+    reusable = [policy for policy in needed if policy == "base" or job.config.objective.reference == "iterate"]
     objects = [e["pairs"] for e in job.inputs["earlier"] if e["pairs"] is not None] + job.extra.get("scored", [])
-    found: dict[bytes, float] = {}
-    for object_id in dict.fromkeys(objects):
-        columns = ["prompt_ids", "real_ids", "generated_ids", "base_real", "base_generated"]
-        found |= known_scores(pq.read_table(fetch_file(store, object_id, "pairs.parquet"), columns=columns).to_pylist(),
-                              "base")  # fmt: skip
+    found: dict[str, dict[bytes, float]] = {}
+    for object_id in dict.fromkeys(objects) if reusable else ():
+        columns = ["iterate", "prompt_ids", *IDS.values(), *SCORE_COLUMNS]
+        rows = pq.read_table(fetch_file(store, object_id, "pairs.parquet"), columns=columns).to_pylist()
+        by_iterate: dict[int, list[Pair]] = {}
+        for row in rows:
+            by_iterate.setdefault(row["iterate"], []).append(row)
+        for policy, (iterate, own) in itertools.product(reusable, by_iterate.items()):
+            if policy == "base" or str(iterate) in job.inputs["iterates"]:
+                found.setdefault(_scorer(job, policy, iterate), {}).update(known_scores(own, policy))
     return found
 
 

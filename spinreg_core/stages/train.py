@@ -87,7 +87,12 @@ def run(
         tokens_per_pass=job.config.resources.tokens_per_pass,
         ranks=ranks,
         kl_from=("previous", "base") if _alike(training, "opponent", "reference") else ("base",),
-        starts_at_previous=job.round == 1 or (_alike(training, "start", "reference") and not training.rounds_adapter),
+        starts_at_previous=job.round == 1
+        or (
+            _alike(training, "start", "reference")
+            and not training.rounds_adapter
+            and objective.reference == "previous"  # replayed pairs keep the scores of their iterate
+        ),
     )
     checkpoints = checkpointer(store, job, round_, ranks)
     if checkpoints.resume():

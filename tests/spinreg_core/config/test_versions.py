@@ -72,7 +72,7 @@ def test_check_config_compares_the_completed_configuration() -> None:
 
 @pytest.mark.usefixtures("epochs_are_new")
 def test_stored_config_damaged_group_is_left_to_validation() -> None:
-    damaged = {"training": 5, "judge": 5, "opponent": 5, "seed": 0}
+    damaged = {"training": 5, "judge": 5, "objective": 5, "opponent": 5, "seed": 0}
     assert complete_stored(damaged) == damaged
     with pytest.raises(Damaged, match="training"):
         stored_config({"training": 5}, "here")

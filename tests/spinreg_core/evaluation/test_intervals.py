@@ -102,7 +102,9 @@ def test_ratio_estimate_of_a_share_ends_at_0_and_1() -> None:
     values = [1.0] * 9 + [0.7]
     assert intervals.ratio_estimate(values, np.ones(10), "share")["high"] == 1
     assert intervals.ratio_estimate(values, np.ones(10), "x")["high"] > 1
-    assert intervals.ratio_estimate([0.0, 0.0, 0.1], np.ones(3), "share")["low"] == 0
+    for unit in ("share", "tokens"):
+        assert intervals.ratio_estimate([0.0, 0.0, 0.1], np.ones(3), unit)["low"] == 0
+    assert intervals.ratio_estimate([0.0, 0.0, 0.1], np.ones(3), "nats")["low"] < 0
 
 
 def test_ratio_estimate_of_equal_rows_has_no_width() -> None:

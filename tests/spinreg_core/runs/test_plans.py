@@ -123,6 +123,17 @@ def test_plan_mix_opponent_without_a_limit_has_the_id_of_0_1_0() -> None:
     assert limited[0] == plan(config(), make_head(3), 3).object_id
 
 
+def test_plan_mix_opponent_of_reference_iterate_reads_the_policies_of_all_iterates() -> None:
+    plan = STAGES["mix-opponent"].plan
+    found = plan(config(objective__reference="iterate"), make_head(3), 3)
+    assert found.inputs["iterates"] == {"2": "train-2", "1": "train-1", "0": "base-x"}
+    previous = plan(config(objective__reference="previous"), make_head(3), 3)
+    assert "iterates" not in previous.key
+    assert found.object_id != previous.object_id == plan(config(), make_head(3), 3).object_id
+    none = config(objective__reference="iterate", opponent__history=3, opponent__weighting=[1, 0, 1])
+    assert set(plan(none, make_head(3), 3).inputs["iterates"]) == {"2", "0"}
+
+
 def test_plan_mix_opponent_refers_to_the_iterate_before() -> None:
     for history in (1, 2, "all"):
         plan = STAGES["mix-opponent"].plan(config(opponent__history=history), make_head(3), 3)

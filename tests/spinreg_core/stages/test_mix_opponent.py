@@ -98,6 +98,8 @@ class Run:
             "previous": self.policies[number - 1],
             "base": self.policies[0],
         }
+        if config.objective.reference == "iterate":
+            inputs["iterates"] = {str(n): self.policies[n] for n in range(number)}
         key = {"round": number, "inputs": inputs, "groups": groups}
         workdir = self.root / f"work-{len(list(self.root.iterdir()))}"
         object_id = objects.fingerprint("mix-opponent", key)
@@ -242,6 +244,57 @@ def test_max_pairs_limits_the_round_and_its_scoring(prepared: Run) -> None:
     sequences = {(*p["prompt_ids"], -1, *p[f"{w}_ids"]) for p in pairs for w in ("real", "generated")}
     assert manifest.metrics["scores_computed"] == 2 * len(sequences)
     prepared.check_scores(pairs, 2, "previous")
+
+
+SCORES = ("previous_real", "previous_generated", "base_real", "base_generated")
+
+
+def scores_by_id(pairs: list[Pair]) -> dict[str, list[float | None]]:
+    return {pair["pair_id"]: [pair[name] for name in SCORES] for pair in pairs}  # type: ignore[literal-required]
+
+
+def test_iterate_reference_of_history_1_is_the_previous_policy(prepared: Run) -> None:
+    found = [
+        prepared.pairs(mix_opponent.run(prepared.job(2, objective={"reference": name}, opponent={"history": 1})))
+        for name in ("previous", "iterate")
+    ]
+    assert found[0] == found[1]
+
+
+def test_iterate_reference_keeps_the_scores_of_replayed_pairs(prepared: Run) -> None:
+    """Each pair has the scores of the iterate that sampled it, computed once, in its own round."""
+    objective, known, before = {"reference": "iterate"}, dict[int, str](), dict[str, list[float | None]]()
+    for number in (1, 2, 3):
+        earlier = prepared.earlier(*range(number - 1, 0, -1), pairs=known)
+        manifest = mix_opponent.run(prepared.job(number, earlier, objective=objective, opponent={"truncated": "keep"}))
+        known[number], pairs = manifest.object_id, prepared.pairs(manifest)
+        assert {p["round"] for p in pairs} == set(range(1, number + 1))
+        for iterate in range(number):
+            own = [p for p in pairs if p["iterate"] == iterate]
+            prepared.check_scores(own, iterate, "previous")
+        assert scores_by_id(pairs).items() >= before.items(), "the very numbers, not ones close to them"
+        before = scores_by_id(pairs)
+        new = {
+            (*p["prompt_ids"], -1, *p[f"{w}_ids"]) for p in pairs if p["round"] == number for w in ("real", "generated")
+        }
+        assert manifest.metrics["scores_computed"] <= 2 * len(new), "nothing of earlier rounds is scored again"
+
+
+def test_iterate_reference_of_unknown_pairs_scores_them_under_each_iterate(prepared: Run) -> None:
+    """Without the earlier rounds' pairs, as after a limit that left a pair out of its own round."""
+    manifest = mix_opponent.run(prepared.job(3, prepared.earlier(2, 1), objective={"reference": "iterate"}))
+    pairs = prepared.pairs(manifest)
+    for iterate in (0, 1, 2):
+        prepared.check_scores([p for p in pairs if p["iterate"] == iterate], iterate, "previous")
+    prepared.check_scores(pairs, 0, "base")
+
+
+def test_iterate_reference_of_regenerated_answers_is_the_drawn_iterate(prepared: Run) -> None:
+    groups = {"objective": {"reference": "iterate", "alpha": 1.0}, "opponent": {"source": "regenerate"}}
+    job = prepared.job(3, **groups)
+    other = prepared.generate(3, 1)
+    found = mix_opponent.run(replace(job, inputs=job.inputs | {"generations": other}, object_id=job.object_id + "i"))
+    prepared.check_scores(prepared.pairs(found), 1, "previous")
 
 
 def test_regenerated_answers_keep_the_iterate_that_was_drawn(prepared: Run) -> None:
