@@ -98,9 +98,10 @@ def parser() -> argparse.ArgumentParser:
     grid.add_argument("--beta-0", type=float, nargs="+",
                       help="instead of --alpha: weights of a KL to the base, added to the configured beta")  # fmt: skip
     grid.add_argument("--history", type=_history, nargs="+", help="numbers of iterates, or all (default: 1 all)")
+    grid.add_argument("--reference", nargs="+", choices=["previous", "iterate"],
+                      help="references of pairs with a history (default: the configuration's)")  # fmt: skip
     grid.add_argument("--seeds", type=int, nargs="+", help="seeds of every variation (default: the configuration's)")
-    grid.add_argument("--variations", metavar="FILE",
-                      help="instead of --alpha and --history: fields by variation name (YAML or JSON)")  # fmt: skip
+    grid.add_argument("--variations", metavar="FILE", help="instead of the three axes above: fields by variation name")
     grid.add_argument("--against", metavar="RUN", help="reference of the comparison (default: plain SPIN)")
     grid.add_argument("--model", help="base model of all members")
     grid.add_argument("--dataset", help="data set of all members")

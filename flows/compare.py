@@ -76,7 +76,7 @@ def resolve_grid(given: Mapping[str, Any]) -> tuple[Store, list[Member], str]:
     opened = open_store(validate(base | {"run": name}).store)
     base["store"] = opened.url  # a worker on another machine resolves a relative path otherwise
     opened.check()
-    axes = ("alpha", "beta_0", "history", "seeds", "variations")
+    axes = ("alpha", "beta_0", "history", "reference", "seeds", "variations")
     members = members_of(name, base, **{axis: given.get(axis) for axis in axes})
     for member in members:
         try:
@@ -96,6 +96,7 @@ def compare(
     alpha: list[float] | None = None,
     beta_0: list[float] | None = None,
     history: list[int | Literal["all"]] | None = None,
+    reference: list[Literal["previous", "iterate"]] | None = None,
     seeds: list[int] | None = None,
     variations: dict[str, dict[str, Any]] | None = None,
     against: str | None = None,
@@ -117,8 +118,9 @@ def compare(
         alpha: Weights of the previous policy in the reference, at the configured total beta. Default: 1, 0.5, 0.
         beta_0: Instead of alpha: weights of a KL to the base, added to the configured beta.
         history: Numbers of iterates that the opponent averages, or "all". Default: 1, "all".
+        reference: References of pairs with a history, "previous" or "iterate". Default: the configuration's.
         seeds: Seeds of every variation. Default: the configuration's.
-        variations: Instead of alpha and history: fields by variation name, nested as in a configuration.
+        variations: Instead of alpha, history and reference: fields by variation name, nested as in a configuration.
         against: Reference run of the comparison. Default: the first of plain SPIN (alpha 1, history 1).
         model: Base model of all members. Default: the configuration's.
         dataset: Data set of all members. Default: the configuration's.
@@ -129,10 +131,10 @@ def compare(
     end_embedded_server_with_us()
     given = {
         "name": name, "config": config, "until_round": until_round, "alpha": alpha, "beta_0": beta_0,
-        "history": history, "seeds": seeds, "variations": variations, "against": against, "model": model,
-        "dataset": dataset, "store": store, "fields": fields,
+        "history": history, "reference": reference, "seeds": seeds, "variations": variations,
+        "against": against, "model": model, "dataset": dataset, "store": store, "fields": fields,
     }  # fmt: skip
-    opened, members, reference = resolve_grid(given)
+    opened, members, compared_with = resolve_grid(given)
     require_conditional_writes(opened)
     run_log()(f"{len(members)} members, each until round {members[0].target}, in {opened.url}:\n"
               + "\n".join(f"  {member.run}" for member in members))  # fmt: skip
@@ -152,7 +154,7 @@ def compare(
         return Cancelled(
             message="cancelled; the server cancels its members too, and the next start makes what is missing"
         )
-    written, summary = compare_complete(opened, name, members, failures, reference)
+    written, summary = compare_complete(opened, name, members, failures, compared_with)
     data, places = written["data"], summary["comparison"]
     show_table(artifact_key(name, "metrics"), comparison_rows(data), f"Comparison {name}, round {data['round']}")
     show_markdown(

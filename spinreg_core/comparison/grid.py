@@ -68,6 +68,7 @@ def members_of(
     alpha: Sequence[float] | None = None,
     beta_0: Sequence[float] | None = None,
     history: Sequence[int | str] | None = None,
+    reference: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     variations: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[Member]:
@@ -78,8 +79,9 @@ def members_of(
     beta_0: instead of alpha: weights of the KL to the base, added to beta_prev, the base's `objective.beta`; the total
         is beta_prev + beta_0 and alpha = beta_prev / total (docs/concepts.md).
     history: numbers of iterates that the opponent averages. Default 1 and "all".
+    reference: values of `objective.reference`, default the base's. All are equal with history 1, which has the first.
     seeds: default the base's.
-    variations: instead of alpha and history: the fields of each variation, by its name.
+    variations: instead of alpha, history and reference: the fields of each variation, by its name.
 
     Raises:
         BadInput: fewer than two members, a value named twice, two equal variations, or a member with a configuration
@@ -88,10 +90,11 @@ def members_of(
     whole = validate(base | {"run": name})
     if whole.until_round is None or whole.until_round < 1:
         raise BadInput("until_round", repr(whole.until_round), "the last round of all members, at least 1")
-    if variations is not None and (alpha, beta_0, history) != (None, None, None):
-        raise BadInput("variations", "cannot be set with alpha, beta_0 or history", "use variations or a grid")
+    if variations is not None and (alpha, beta_0, history, reference) != (None,) * 4:
+        raise BadInput("variations", "cannot be set with alpha, beta_0, history or reference",
+                       "use variations or a grid")  # fmt: skip
     if variations is None:
-        variations = _grid(whole, alpha, beta_0, history)
+        variations = _grid(whole, alpha, beta_0, history, reference)
     seeds = [whole.seed] if seeds is None else seeds
     if len(set(seeds)) < len(seeds):
         raise BadInput("seeds", f"{list(seeds)}, with a seed named twice", "every seed once")
@@ -138,8 +141,9 @@ def _grid(
     alpha: Sequence[float] | None,
     beta_0: Sequence[float] | None,
     history: Sequence[int | str] | None,
+    reference: Sequence[str] | None,
 ) -> dict[str, dict[str, Any]]:
-    """Return variations by name: alpha or beta_0, times history."""
+    """Return variations by name: alpha or beta_0, times history, times reference."""
     if alpha is not None and beta_0 is not None:
         raise BadInput("beta_0", "cannot be set with alpha", "use one of them, they are different experiments")
     previous = base.objective.beta
@@ -152,15 +156,20 @@ def _grid(
     else:
         objectives = {f"alpha-{a:g}": {"alpha": a} for a in (ALPHAS if alpha is None else alpha)}
     averaged = {f"h-{h}": {"history": h} for h in (HISTORIES if history is None else history)}
+    # Without a history the pairs are all of the previous iterate, so that every reference is the same.
+    references = {"": {}} if reference is None else {f"-{name}": {"reference": name} for name in reference}
+    one = dict(list(references.items())[:1])
     for field, given, named in (
         ("beta_0" if beta_0 is not None else "alpha", alpha if beta_0 is None else beta_0, objectives),
         ("history", history, averaged),
+        ("reference", reference, references),
     ):
         if given is not None and len(named) < len(given):
             raise BadInput(field, f"{list(given)}, with a value named twice", "every value once")
     return {
-        f"{a}-{h}": {"objective": objective, "opponent": opponent}
+        f"{a}-{h}{r}": {"objective": objective | matched, "opponent": opponent}
         for (a, objective), (h, opponent) in itertools.product(objectives.items(), averaged.items())
+        for r, matched in (one if opponent["history"] == 1 else references).items()
     }
 
 

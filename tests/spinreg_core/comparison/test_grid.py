@@ -53,6 +53,13 @@ def test_members_of_a_grid_has_every_seed() -> None:
     assert reference_of(members, members[2].run) == members[2].run
 
 
+def test_members_of_references_differ_only_with_a_history() -> None:
+    members = members_of("g", BASE, alpha=[1], history=[1, "all"], reference=["previous", "iterate"])
+    assert names(members) == ["g-alpha-1-h-1-previous-s0", "g-alpha-1-h-all-previous-s0", "g-alpha-1-h-all-iterate-s0"]
+    assert [m.config.objective.reference for m in members] == ["previous", "previous", "iterate"]
+    assert reference_of(members, None) == members[0].run
+
+
 def test_members_of_beta_0_adds_it_to_beta_prev() -> None:
     members = members_of("g", BASE | {"objective": {"beta": 0.1}}, beta_0=[0, 0.1, 0.3], history=[1])
     for member, added in zip(members, (0, 0.1, 0.3), strict=True):
@@ -80,6 +87,7 @@ def test_members_of_variations_may_set_prompts_per_round() -> None:
     [
         ({"alpha": [0.5], "history": [1]}, r"members: found 1 x 1 \(variations x seeds\); expected at least two"),
         ({"alpha": [0.5, 0.5]}, r"alpha: found \[0.5, 0.5\], with a value named twice; expected every value once"),
+        ({"reference": ["iterate"] * 2}, "reference: found .* every value once"),
         ({"seeds": [1, 1]}, "seeds: found .* every seed once"),
         ({"alpha": [0.5, 1.5]}, r"member 'g-alpha-1.5-h-1-s0': .*\n.*objective.alpha: found 1.5"),
         ({"alpha": [1], "beta_0": [0.1]}, "beta_0 cannot be set with alpha; use one of them"),
