@@ -62,6 +62,33 @@ def next_iterate(
     return (alpha * newest_first[0] + (1 - alpha) * base + log_ratio / beta).log_softmax(-1)
 
 
+def next_matched_iterate(
+    newest_first: Tensor, round_index: int, base: Tensor, real: Tensor, *, alpha: float, beta: float, history: int | str
+) -> Tensor:
+    """log pi_{t+1} [n] where the reference of each pair is the iterate that sampled it, minimised numerically.
+
+    The loss is convex in the logits. With one iterate it is that of `next_iterate`.
+    """
+    weights = mixture_weights(round_index, history)
+    logits = newest_first[0].clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=4000, tolerance_grad=1e-13, tolerance_change=1e-16, history_size=30,
+        line_search_fn="strong_wolfe",
+    )  # fmt: skip
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        found = torch.stack([
+            weight * population_loss(logits, own, base, real, own, alpha=alpha, beta=beta, link="logistic")
+            for weight, own in zip(weights, newest_first, strict=False)
+        ]).sum()  # fmt: skip
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return logits.detach().log_softmax(-1)
+
+
 def fixed_point(base: Tensor, real: Tensor, *, alpha: float, beta: float) -> Tensor:
     """log pi* [n], pi* proportional to base^w real^(1-w), w = beta (1 - alpha) / (1 + beta (1 - alpha))."""
     w = beta * (1 - alpha) / (1 + beta * (1 - alpha))

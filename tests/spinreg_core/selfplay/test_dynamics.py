@@ -17,6 +17,7 @@ from tests.support.tabular_dynamics import (
     distribution,
     fixed_point,
     next_iterate,
+    next_matched_iterate,
     opponent,
     play,
     population_loss,
@@ -225,3 +226,39 @@ def test_fictitious_play_first_grows_for_the_predicted_rounds(alpha, beta) -> No
     start = near(star, 1e-11, seed=12)  # stays linear while it grows up to 10^7-fold
     errors = size(play(40, BASE, REAL, alpha=alpha, beta=beta, history="all", start=[start]))[: round(1.5 / beta)]
     assert abs(errors.argmax().item() - 1 / (2 * beta * (1 + alpha))) <= 2
+
+
+# --- the reference of each pair is the iterate that sampled it ---
+
+
+def play_matched(rounds: int, base: torch.Tensor, real: torch.Tensor, *, alpha: float, beta: float) -> torch.Tensor:
+    """As `play` with the whole history."""
+    iterates = base[None]
+    for t in range(rounds):
+        new = next_matched_iterate(iterates, t, base, real, alpha=alpha, beta=beta, history="all")
+        iterates = torch.cat([new[None], iterates])
+    return centred(iterates.flip(0) - fixed_point(base, real, alpha=alpha, beta=beta))
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_matched_round_of_one_iterate_is_the_closed_form(alpha: float) -> None:
+    iterates = torch.stack([distribution(4), BASE])
+    found = next_matched_iterate(iterates, 1, BASE, REAL, alpha=alpha, beta=0.5, history=1)
+    expected = next_iterate(iterates, 1, BASE, REAL, alpha=alpha, beta=0.5, history=1)
+    assert size(found - expected) < 1e-6
+
+
+def test_matched_fictitious_play_stays_at_the_data() -> None:
+    iterates = torch.stack([REAL, REAL, REAL])
+    assert size(next_matched_iterate(iterates, 2, BASE, REAL, alpha=1.0, beta=0.1, history="all") - REAL) < 1e-6
+
+
+@pytest.mark.parametrize("seed", [1, 10, 20, 30, 40, 50])
+def test_matched_fictitious_play_without_kl_converges_at_beta_one_tenth(seed: int) -> None:
+    """With the previous policy as reference it oscillates, and falls only like the fourth root."""
+    base, real = distribution(seed + 1), distribution(seed)
+    errors = size(play_matched(30, base, real, alpha=1.0, beta=0.1))
+    before = size(play(30, base, real, alpha=1.0, beta=0.1, history="all"))
+    assert errors[1] == pytest.approx(before[1].item(), rel=1e-6), "round 1 has no history"
+    assert errors[30] < 1e-3 * errors[0]
+    assert before[30] > errors[0]
