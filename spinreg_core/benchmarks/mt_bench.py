@@ -31,7 +31,7 @@ from spinreg_core.benchmarks.mt_bench_questions import (
     load_questions,
     references_hash,
 )
-from spinreg_core.benchmarks.results import Item, PartResults, write_part
+from spinreg_core.benchmarks.results import BenchmarkResults, Item, write_part
 from spinreg_core.config import RunConfig, resolve_engine, sampling_dtype
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.intervals import Estimate, bootstrap_mean, grouped_share
@@ -119,7 +119,7 @@ def run(job: Job) -> Manifest:
     for name, of in (("malformed", {turn: grade is None for turn, grade in grades.items()}), ("truncated", cut)):
         both = [float(of[q.question_id, 1] + of[q.question_id, 2]) for q in questions]
         metrics[name] = grouped_share(both, [2.0] * len(questions), resamples=resamples, seed=config.seed)
-    document: PartResults = {
+    document: BenchmarkResults = {
         "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher", "metrics": metrics,
         "settings": {
             "judge": shown_settings(config.judge), "questions": len(questions),

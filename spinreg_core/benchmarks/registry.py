@@ -13,8 +13,9 @@ import json
 from collections.abc import Mapping
 
 from spinreg_core.benchmarks import lm_eval, mt_bench, win_rate
-from spinreg_core.benchmarks.results import PartResults, part_job
+from spinreg_core.benchmarks.results import part_job
 from spinreg_core.config import RunConfig
+from spinreg_core.evaluation.schema import StoredBenchmark
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import Head
 from spinreg_core.runs.lease import RunLease
@@ -107,8 +108,8 @@ def record_measured(lease: RunLease, iterate: int, objects: dict[str, str]) -> N
     lease.update(change)
 
 
-def results_of(store: Store, config: RunConfig, head: Head, iterate: int) -> list[PartResults]:
-    """Return the results of every measured part, with its `object_id`.
+def results_of(store: Store, config: RunConfig, head: Head, iterate: int) -> list[StoredBenchmark]:
+    """Return the results of every measured part, with its object.
 
     Parts that the configuration wants come first, in its order, then those that it wanted earlier.
     """
@@ -124,5 +125,5 @@ def results_of(store: Store, config: RunConfig, head: Head, iterate: int) -> lis
     for name in sorted(found, key=place):
         if read_manifest(store, found[name]) is not None:
             document = json.loads(fetch_file(store, found[name], "results.json").read_bytes())
-            results.append(document | {"object_id": found[name]})
+            results.append(document | {"object_id": found[name], "uri": store.uri(f"objects/{found[name]}")})
     return results

@@ -2,7 +2,7 @@
 
 Decides: the two files that reports and comparisons read. Leaves out: other files of single benchmarks.
 
-    results.json   `PartResults` as JSON
+    results.json   `BenchmarkResults` as JSON
     items.parquet  columns item (string), metric (string), value (float64): a row per question and metric. The
                    metrics are means of these values, so that two policies can be compared question by question
 """
@@ -10,33 +10,19 @@ Decides: the two files that reports and comparisons read. Leaves out: other file
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spinreg_core.evaluation.early_stopping import BenchmarkMetrics
+from spinreg_core.evaluation.schema import BenchmarkResults
 from spinreg_core.runs.job import Job
 from spinreg_core.runs.plans import StagePlan
 
 ITEMS_SCHEMA = pa.schema([("item", pa.string()), ("metric", pa.string()), ("value", pa.float64())])
 Item = tuple[str, str, float]  # question, metric, value
-
-
-class PartResults(BenchmarkMetrics):
-    """The content of `results.json`. `cost` has at least "seconds"; only lm-eval has `stderr`, `intervals`, `notes`."""
-
-    kind: Literal["lm-eval", "mt-bench", "win-rate"]
-    settings: Mapping[str, Any]
-    fingerprints: dict[str, Any]
-    versions: dict[str, str]
-    cost: dict[str, float]
-    stderr: NotRequired[dict[str, float | None]]
-    intervals: NotRequired[dict[str, str]]
-    notes: NotRequired[list[str]]
-    object_id: NotRequired[str]  # only where it is read back
 
 
 class PartJob(TypedDict):
@@ -54,7 +40,7 @@ def part_job(part: StagePlan | Job) -> PartJob:
             "extra": part.extra}  # fmt: skip
 
 
-def write_part(folder: Path, results: PartResults, items: Sequence[Item]) -> dict[str, Any]:
+def write_part(folder: Path, results: BenchmarkResults, items: Sequence[Item]) -> dict[str, Any]:
     """Write `results.json` and `items.parquet` to `folder`; returns the metrics of the part's manifest."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)

@@ -39,7 +39,7 @@ from spinreg_core.benchmarks.judge import (
     shown_settings,
 )
 from spinreg_core.benchmarks.judge_prompts import Prompts, load_prompts
-from spinreg_core.benchmarks.results import Item, PartResults, write_part
+from spinreg_core.benchmarks.results import BenchmarkResults, Item, write_part
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Damaged
 from spinreg_core.evaluation.formatting import format_estimate
@@ -116,7 +116,7 @@ def run(job: Job) -> Manifest:
     pairs = pairs_of(store, job.inputs["data"], job.inputs["evaluate"], job.inputs["against"])
     pairs = pairs[: config.benchmarks.win_rate_prompts]
     metrics, items, cost = judge_pairs(store, config, pairs, prompts, payer=job.object_id)
-    document: PartResults = {
+    document: BenchmarkResults = {
         "kind": "win-rate", "name": job.key["name"], "primary": "win_rate", "better": "higher", "metrics": metrics,
         "settings": pair_settings(config, pairs),
         "fingerprints": {

@@ -24,10 +24,11 @@ from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.heldout import row_scores
 from spinreg_core.evaluation.metrics import GAME, METRICS
 from spinreg_core.evaluation.paired import Scores
+from spinreg_core.evaluation.schema import StoredBenchmark
 from spinreg_core.formatting import flatten
 from spinreg_core.reports.lineage import BENCHMARK, objects_of_run, tokens_of
 from spinreg_core.reports.run_report import heldout_alarms, read_json, read_metrics
-from spinreg_core.reports.schema import Definition, Measured
+from spinreg_core.reports.schema import Definition
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import HELDOUT, Head, require_config, require_head
 from spinreg_core.runs.stages import STAGES
@@ -127,7 +128,7 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
             continue
         rows = pq.read_table(fetch_file(store, object_id, "rows.parquet"))
         scores = heldout_scores(rows, member.data, effective_alpha(config.objective.alpha, number))
-        for part in cast(list[Measured], results_of(store, config, head, number)):
+        for part in results_of(store, config, head, number):
             key = f"{part['name']}/{part['primary']}"
             found = benchmark_scores(store, part)
             if found is None:
@@ -138,9 +139,11 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
                     "label": key, "unit": part["metrics"][part["primary"]]["unit"], "better": part["better"],
                     "definition": f"Benchmark of kind {part['kind']}: its primary metric, item by item.",
                 }  # fmt: skip
-            told = ("object_id", "kind", "name", "settings", "fingerprints", "versions", "cost")
-            entry = {"run": run, "round": number} | {name: part.get(name) for name in told}
-            member.measured.append(cast(BenchmarkEntry, entry))
+            member.measured.append({
+                "run": run, "round": number, "object_id": part["object_id"], "kind": part["kind"], "name": part["name"],
+                "settings": part["settings"], "fingerprints": part["fingerprints"], "versions": part["versions"],
+                "cost": part["cost"],
+            })  # fmt: skip
         member.scores[number] = scores
     return member
 
@@ -151,7 +154,7 @@ def heldout_scores(rows: pa.Table, block: str, alpha: float) -> dict[str, Scores
     return {name: Scores(block, ids, *found[name]) for name in HELDOUT_METRICS if name in found}
 
 
-def benchmark_scores(store: Store, part: Measured) -> Scores | None:
+def benchmark_scores(store: Store, part: StoredBenchmark) -> Scores | None:
     """Return a benchmark's primary metric item by item, or None if it is not the mean of its items."""
     primary = part["primary"]
     rows = pq.read_table(fetch_file(store, part["object_id"], "items.parquet")).to_pylist()
@@ -163,7 +166,7 @@ def benchmark_scores(store: Store, part: Measured) -> Scores | None:
     return Scores(asked_of(part), tuple(items), values, np.ones(len(values)))
 
 
-def asked_of(part: Measured) -> str:
+def asked_of(part: StoredBenchmark) -> str:
     """Return the parts of a benchmark that must be equal for two policies to be compared by it.
 
     That is its questions and prompts, the judge, and the opponent's answers. Win rates against the previous iterate
@@ -171,9 +174,9 @@ def asked_of(part: Measured) -> str:
     """
     common = {
         "kind": part["kind"], "name": part["name"], "primary": part["primary"],
-        "settings": {k: v for k, v in part.get("settings", {}).items() if k not in _NOT_ASKED},
-        "fingerprints": {k: v for k, v in part.get("fingerprints", {}).items() if k not in _ANSWERS},
-        "lm-eval": part.get("versions", {}).get("lm-eval"),
+        "settings": {k: v for k, v in part["settings"].items() if k not in _NOT_ASKED},
+        "fingerprints": {k: v for k, v in part["fingerprints"].items() if k not in _ANSWERS},
+        "lm-eval": part["versions"].get("lm-eval"),
     }  # fmt: skip
     return json.dumps(common, sort_keys=True)
 
@@ -273,7 +276,7 @@ def lineage_of(store: Store, members: list[Evaluated]) -> list[SharedObject]:
     """Return every object of the runs once, with the runs that it is part of and its cost."""
     found: dict[str, SharedObject] = {}
     for member in members:
-        paid = {one["object_id"]: (one["cost"] or {}).get("paid", 0.0) for one in member.measured}
+        paid = {one["object_id"]: one["cost"].get("paid", 0.0) for one in member.measured}
         for made in objects_of_run(store, member.head):
             record = made.record
             if made.object_id not in found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.schema import BenchmarkSetup
 from spinreg_core.reports.schema import Alarm, Definition, MadeObject
 
 
@@ -77,18 +78,10 @@ class Difference(Step):
     better: int
 
 
-class BenchmarkEntry(TypedDict):
-    """The settings, versions and cost behind the figures of a benchmark."""
-
+class BenchmarkEntry(BenchmarkSetup):
     run: str
     round: int
     object_id: str
-    kind: str
-    name: str
-    settings: dict[str, Any]
-    fingerprints: dict[str, str]
-    versions: dict[str, str] | None
-    cost: dict[str, float] | None
 
 
 class SharedAlarm(Alarm):

@@ -8,31 +8,13 @@ Values are compared, not intervals: a condition that waited for statistical supp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict, cast
+from collections.abc import Mapping, Sequence
 
 from spinreg_core.config import RunConfig, UntilConfig
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import METRICS
-
-
-class BenchmarkMetrics(TypedDict):
-    """Metrics of one benchmark. `better` is the direction of `primary`; lm-eval gives `directions` of all metrics."""
-
-    name: str
-    primary: str
-    better: str
-    directions: NotRequired[dict[str, str]]
-    metrics: dict[str, Estimate]
-
-
-class EvaluatedRound(TypedDict):
-    """A round as a run's report has it; `metrics` is empty where the round was not evaluated."""
-
-    round: int
-    metrics: dict[str, Estimate]
-    benchmarks: NotRequired[Sequence[BenchmarkMetrics] | None]
+from spinreg_core.evaluation.schema import BenchmarkResults, RoundResults
 
 
 def require_metric(config: RunConfig) -> None:
@@ -65,21 +47,22 @@ def _benchmarks(config: RunConfig) -> list[str]:
     return wanted.lm_eval_tasks() + judged + [name for name in wanted.win_rate if name != "previous"]
 
 
-def why_ended(until: UntilConfig, rounds: Sequence[Mapping[str, Any]]) -> str | None:
+def why_ended(until: UntilConfig, rounds: Sequence[RoundResults]) -> str | None:
     """Return the reason to make no further round, or None.
 
     rounds: the rounds so far, the base first. Raises BadInput where the benchmark of `until.metric` was measured and
     has no such metric.
     """
-    done = [cast(EvaluatedRound, entry) for entry in rounds if entry["metrics"]]
-    if until.kl_base_above is not None and done:
-        kl = done[-1]["metrics"]["kl_base"]["value"]
+    heldout = {entry["round"]: metrics for entry in rounds if (metrics := entry["metrics"])}
+    if until.kl_base_above is not None and heldout:
+        last = max(heldout)
+        kl = heldout[last]["kl_base"]["value"]
         if kl > until.kl_base_above:
-            return (f"the KL to the base is {kl:.4g} nats/answer after round {done[-1]['round']}, above "
+            return (f"the KL to the base is {kl:.4g} nats/answer after round {last}, above "
                     f"until.kl_base_above ({until.kl_base_above:g})")  # fmt: skip
     if until.metric is None or until.rounds_without_gain is None:
         return None
-    values = _of_benchmark(until.metric, done) if "/" in until.metric else _heldout(until.metric, done)
+    values = _of_benchmark(until.metric, rounds) if "/" in until.metric else _heldout(until.metric, heldout)
     if not values:
         return None
     best = min(values, key=lambda pair: (pair[1], pair[0]))[0]
@@ -90,18 +73,18 @@ def why_ended(until: UntilConfig, rounds: Sequence[Mapping[str, Any]]) -> str | 
             f"(until.rounds_without_gain: {until.rounds_without_gain})")  # fmt: skip
 
 
-def _heldout(metric: str, done: Iterable[EvaluatedRound]) -> list[tuple[int, float]]:
+def _heldout(metric: str, rounds: Mapping[int, Mapping[str, Estimate]]) -> list[tuple[int, float]]:
     """Return (round, value) of the rounds that have the metric; the sign makes lower values better."""
     sign = 1 if METRICS[metric].better == "lower" else -1
-    return [(entry["round"], sign * entry["metrics"][metric]["value"]) for entry in done if metric in entry["metrics"]]
+    return [(number, sign * metrics[metric]["value"]) for number, metrics in rounds.items() if metric in metrics]
 
 
-def _of_benchmark(metric: str, done: Iterable[EvaluatedRound]) -> list[tuple[int, float]]:
+def _of_benchmark(metric: str, rounds: Sequence[RoundResults]) -> list[tuple[int, float]]:
     """Return the same for a metric of a benchmark. Raises BadInput as `why_ended`."""
     values: list[tuple[int, float]] = []
     has: dict[str, None] = {}
-    for entry in done:
-        for part in entry.get("benchmarks") or ():
+    for entry in rounds:
+        for part in entry["benchmarks"]:
             if not metric.startswith(f"{part['name']}/"):
                 continue
             better = _directions(part)
@@ -115,7 +98,7 @@ def _of_benchmark(metric: str, done: Iterable[EvaluatedRound]) -> list[tuple[int
     return values
 
 
-def _directions(part: BenchmarkMetrics) -> dict[str, str]:
+def _directions(part: BenchmarkResults) -> dict[str, str]:
     """Return the better direction of each metric for which it is known.
 
     The direction of the primary metric also holds where it is measured on one turn, one category or one subtask.

@@ -17,9 +17,9 @@ from pathlib import Path
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.formatting import counts, format_estimate, label
 from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.schema import StoredBenchmark
 from spinreg_core.formatting import first_line
 from spinreg_core.reports.run_report import report_data
-from spinreg_core.reports.schema import Measured
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.head import require_head
@@ -173,7 +173,7 @@ def _row(name: str, estimates: list[Estimate | None]) -> tuple[str, list[str]]:
     return label(name, counts(estimates)).replace("*", r"\*"), [format_estimate(one) for one in estimates]
 
 
-def how_measured(part: Measured) -> str:
+def how_measured(part: StoredBenchmark) -> str:
     """Return the settings that readers of a benchmark's figures need: examples, limit, judge and prompts."""
     settings, told = part["settings"], []
     if settings.get("fewshot") is not None:

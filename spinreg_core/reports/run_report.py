@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -22,9 +22,10 @@ from spinreg_core.evaluation.formatting import format_estimate, format_number
 from spinreg_core.evaluation.heldout import metrics_of_round
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY, PRIMARY_REASON
+from spinreg_core.evaluation.schema import RoundResults
 from spinreg_core.formatting import flatten, format_bytes, format_duration, json_safe
 from spinreg_core.reports.lineage import BENCHMARK, INPUTS, objects_of_run, tokens_of
-from spinreg_core.reports.schema import Alarm, Lineage, Measured, Report, Round, Sample, Verdict, WrittenReport
+from spinreg_core.reports.schema import Alarm, Lineage, Report, Sample, Verdict, WrittenReport
 from spinreg_core.reports.tables import benchmark_of, benchmarks, counted
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_file
@@ -98,7 +99,7 @@ def report_data(store: Store, run: str) -> Report:
         "samples": samples,
         "lineage": _lineage(store, head),
     }
-    return cast(Report, json_safe(data))
+    return json_safe(data)
 
 
 def read_json(store: Store, object_id: str, name: str) -> Any:
@@ -116,12 +117,10 @@ def read_metrics(store: Store, config: RunConfig, object_id: str, number: int) -
     return metrics_of_round(rows, config, number)
 
 
-def _round(store: Store, config: RunConfig, head: Head, number: int) -> Round:
+def _round(store: Store, config: RunConfig, head: Head, number: int) -> RoundResults:
     stages = {stage: object_id for stage in STAGES if (object_id := head.stage(number, stage))}
-    measured = [part | {"uri": store.uri(f"objects/{part['object_id']}")}
-                for part in results_of(store, config, head, number)]  # fmt: skip
-    found: Round = {
-        "round": number, "stages": stages, "metrics": None, "benchmarks": cast(list[Measured], measured),
+    found: RoundResults = {
+        "round": number, "stages": stages, "metrics": None, "benchmarks": results_of(store, config, head, number),
         "pairs": None, "training": None, "margins": None,
     }  # fmt: skip
     if "mix-opponent" in stages and (manifest := read_manifest(store, stages["mix-opponent"])) is not None:
@@ -136,7 +135,7 @@ def _round(store: Store, config: RunConfig, head: Head, number: int) -> Round:
     return found
 
 
-def _samples(store: Store, rounds: Sequence[Round]) -> list[Sample]:
+def _samples(store: Store, rounds: Sequence[RoundResults]) -> list[Sample]:
     """Return the sample prompts in the order of the data, each with the answer of every evaluated iterate."""
     found: dict[str, Sample] = {}
     for entry in rounds:
@@ -190,7 +189,7 @@ def _difference(estimate: Estimate) -> str:
     return f"{by}, 95 % interval [{format_number(bounds[0], estimate)}, {format_number(bounds[1], estimate)}]"
 
 
-def verdict(rounds: Sequence[Round]) -> Verdict:
+def verdict(rounds: Sequence[RoundResults]) -> Verdict:
     """Return the verdict of the primary metric about the last evaluated round compared with the base.
 
     `outcome` is `improved` or `worse` if the paired 95 % interval excludes zero, `no difference` if it does not, and
@@ -229,7 +228,7 @@ def verdict(rounds: Sequence[Round]) -> Verdict:
     return {"outcome": outcome, "round": number, "headline": headline, "sentences": sentences}
 
 
-def alarms(rounds: Sequence[Round], level: float = 0.0) -> list[Alarm]:
+def alarms(rounds: Sequence[RoundResults], level: float = 0.0) -> list[Alarm]:
     """Return the alarms: human answers became less likely in training or held out, or a KL is negative.
 
     level: rise of the held-out NLL in one round that is tolerated (nats/token).

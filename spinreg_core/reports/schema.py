@@ -5,9 +5,10 @@ Decides: the names and types that readers of a report rely on. Leaves out: where
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.schema import RoundResults
 
 
 class Alarm(TypedDict):
@@ -21,39 +22,6 @@ class Verdict(TypedDict):
     round: int | None
     headline: str
     sentences: list[str]
-
-
-class Measured(TypedDict):
-    """Results of one benchmark for one iterate. `metrics[primary]` is the number that counts."""
-
-    kind: str  # lm-eval, mt-bench or win-rate
-    name: str
-    primary: str
-    better: str
-    metrics: dict[str, Estimate]
-    settings: dict[str, Any]
-    fingerprints: dict[str, str]
-    versions: NotRequired[dict[str, str]]
-    cost: NotRequired[dict[str, float]]
-    object_id: str
-    uri: str
-
-
-class Training(TypedDict):
-    steps: list[dict[str, float]]
-    summary: dict[str, Any]
-
-
-class Round(TypedDict):
-    """The results of one round, None if not yet available. `metrics` holds estimates over held-out rows."""
-
-    round: int
-    stages: dict[str, str]
-    metrics: dict[str, Estimate] | None
-    benchmarks: list[Measured]
-    pairs: dict[str, Any] | None
-    training: Training | None
-    margins: dict[str, Any] | None
 
 
 class Sample(TypedDict):
@@ -111,7 +79,7 @@ class Report(TypedDict):
     verdict: Verdict
     alarms: list[Alarm]
     notes: list[str]
-    rounds: list[Round]
+    rounds: list[RoundResults]
     human: dict[str, Estimate]
     samples: list[Sample]
     lineage: list[Lineage]

@@ -12,8 +12,9 @@ from pathlib import Path
 from spinreg_core.evaluation.formatting import ARROWS, counts, format_estimate, label
 from spinreg_core.evaluation.intervals import Estimate
 from spinreg_core.evaluation.metrics import METRICS, PRIMARY
+from spinreg_core.evaluation.schema import RoundResults, StoredBenchmark
 from spinreg_core.formatting import markdown_table, text_table, wrap
-from spinreg_core.reports.schema import Measured, Report, Round
+from spinreg_core.reports.schema import Report
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def benchmarks(data: Report) -> list[tuple[str, str]]:
     return list(dict.fromkeys((part["kind"], part["name"]) for entry in data["rounds"] for part in entry["benchmarks"]))
 
 
-def benchmark_of(entry: Round, kind: str, name: str) -> Measured | None:
+def benchmark_of(entry: RoundResults, kind: str, name: str) -> StoredBenchmark | None:
     """Return a round's results of a benchmark, or None if the round was not measured with it."""
     return next((part for part in entry["benchmarks"] if (part["kind"], part["name"]) == (kind, name)), None)
 

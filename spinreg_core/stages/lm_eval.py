@@ -25,7 +25,7 @@ from spinreg_core.benchmarks.lm_eval_model import (
     restrict_gpus,
 )
 from spinreg_core.benchmarks.lm_eval_results import fingerprints, measured, primary_of, write_own
-from spinreg_core.benchmarks.results import PartResults, write_part
+from spinreg_core.benchmarks.results import BenchmarkResults, write_part
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.runs.fetch import fetch_folder
 from spinreg_core.runs.job import Job
@@ -90,7 +90,7 @@ def _measure(
         f"{too_long} of {cost['requests']} requests are longer than the model's context of {model.max_length} tokens; "
         "lm-eval leaves out their beginning"
     ]  # fmt: skip
-    document: PartResults = {
+    document: BenchmarkResults = {
         "kind": "lm-eval",
         "name": name,
         "primary": primary,

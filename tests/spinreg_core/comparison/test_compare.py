@@ -322,6 +322,7 @@ LM_EVAL: dict[str, Any] = {
     "settings": {"fewshot": 5, "limit": 2, "backend": "hf", "processes": 1, "batch_size": 8, "include_path": "/a",
                  "include_sha256": "i", "questions_as": "plain", "task_versions": {"gsm8k": 3}},
     "fingerprints": {"policy": "p-1", "data": "d", "prompts": "q"}, "versions": {"lm-eval": "1", "spinreg": "1"},
+    "cost": {"seconds": 1.0},
 }  # fmt: skip
 WIN_RATE: dict[str, Any] = {
     "kind": "win-rate", "name": "base", "primary": "win_rate", "better": "higher",
@@ -329,12 +330,14 @@ WIN_RATE: dict[str, Any] = {
     "settings": {"judge": {"endpoint": "h/v1", "model": "m", "temperature": 0.0, "max_tokens": 9, "tries": 1},
                  "prompts": 2, "identical": 0, "limit": None, "bootstrap": 100, "seed": 0},
     "fingerprints": {"policy": "p-1", "data": "d", "prompts": "q", "evaluate": "e-1", "against": "e-0"},
+    "versions": {"spinreg": "1"}, "cost": {"seconds": 1.0},
 }  # fmt: skip
 MT_BENCH: dict[str, Any] = {
     "kind": "mt-bench", "name": "mt-bench", "primary": "score", "better": "higher",
     "metrics": {"score": {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2, "unit": "of 10"}},
     "settings": WIN_RATE["settings"] | {"max_tokens": 99, "engine": "hf"},
     "fingerprints": {"policy": "p-1", "data": "d", "prompts": "q", "references": "r", "answers": "a-1"},
+    "versions": {"spinreg": "1"}, "cost": {"seconds": 1.0},
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def test_page_with_benchmarks_shows_their_settings(store: Store, tmp_path: Path)
         "settings": {"fewshot": 5},
         "fingerprints": {"questions": "0123abcd"},
         "versions": {"lm-eval": "0.4.13"},
-        "cost": None,
+        "cost": {},
     }
     benchmark = {"run": "spin", "round": 1, "kind": "lm-eval", "name": "<gsm8k>", "object_id": "lm-eval-1"} | told
     text = " ".join(" ".join(Reader(render(data | {"benchmarks": [benchmark]}, {})).text).split())

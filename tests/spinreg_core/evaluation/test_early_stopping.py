@@ -14,9 +14,10 @@ from tests.support.builders import make_config
 
 def rounds(name: str, values: list[float | None], kl: float = 0.0) -> list[dict[str, Any]]:
     return [
-        {"round": i, "metrics": {"kl_base": {"value": kl * i}} | ({} if v is None else {name: {"value": v}})}
+        {"round": i, "benchmarks": [],
+         "metrics": {"kl_base": {"value": kl * i}} | ({} if v is None else {name: {"value": v}})}
         for i, v in enumerate(values)
-    ]
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
