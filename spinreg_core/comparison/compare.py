@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from spinreg_core.comparison.runs import (
     Evaluated,
@@ -36,13 +36,21 @@ from spinreg_core.comparison.runs import (
     variants_of,
     why_unpaired,
 )
-from spinreg_core.comparison.schema import Comparison, Difference, Numbers, RunEntry, Step, Unpaired, Value
+from spinreg_core.comparison.schema import (
+    ChangeEntry,
+    Comparison,
+    DifferenceEntry,
+    Numbers,
+    RunEntry,
+    Unpaired,
+    ValueEntry,
+)
 from spinreg_core.comparison.wording import grid_of, notes, plane_of, verdict
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.metrics import PRIMARY
-from spinreg_core.evaluation.paired import Scores, apply_holm, difference, estimate
+from spinreg_core.evaluation.paired import Difference, Scores, apply_holm, difference, estimate
 from spinreg_core.reports.schema import Definition
 from spinreg_core.runs.objects import versions
 from spinreg_core.store.base import Store
@@ -177,27 +185,26 @@ def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
     }  # fmt: skip
 
 
-def _values(variants: list[Variant], metrics: dict[str, Definition]) -> list[Value]:
-    found = [
-        {"variant": variant.label, "round": number, "metric": metric} | estimate(scores, metrics[metric]["unit"])
+def _values(variants: list[Variant], metrics: dict[str, Definition]) -> list[ValueEntry]:
+    return [
+        {"variant": variant.label, "round": number, "metric": metric, **estimate(scores, metrics[metric]["unit"])}
         for variant in variants
         for number in variant.rounds
         for metric in metrics
         if (scores := variant.scores(metric, number))
     ]
-    return cast(list[Value], found)
 
 
 def _comparisons(
     variants: list[Variant], reference: Variant, metrics: dict[str, Definition], last: int
-) -> list[Difference]:
+) -> list[DifferenceEntry]:
     """Return every paired difference from the reference and from the base, corrected family by family.
 
     Variants that share a policy share its differences. One of them is a test, and the others copy its results.
     """
-    found: list[Any] = []
-    first: dict[tuple[Any, ...], dict[str, Any]] = {}
-    repeated: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    found: list[DifferenceEntry] = []
+    first: dict[tuple[Any, ...], DifferenceEntry] = {}
+    repeated: list[tuple[DifferenceEntry, DifferenceEntry]] = []
     for metric, variant in itertools.product(metrics, variants):
         for number in [n for n in variant.rounds if n]:
             ours = variant.scores(metric, number)
@@ -208,38 +215,40 @@ def _comparisons(
             for against, theirs, same in pairs:
                 content = (metric, number, _content(ours), _content(theirs))
                 known = None if same else first.get(content)
-                one = known or difference(ours, theirs, metrics[metric]["unit"])
+                one: Difference | None = known or difference(ours, theirs, metrics[metric]["unit"])
                 if one is None:
                     continue
                 family = "rounds" if number != last else "verdict" if metric == PRIMARY else "table"
                 found.append({**one, "family": family, "metric": metric, "round": number, "variant": variant.label,
                               "against": against, "to_base": against is BASE, "same": same,
-                              "repeats": known and known["variant"]})  # fmt: skip
+                              "repeats": known["variant"] if known else None, "p_holm": 1.0, "corrected_low": None,
+                              "corrected_high": None, "supported": 0, "better": 0})  # fmt: skip
                 if known is not None:
                     repeated.append((found[-1], known))
                 elif not same:
                     first[content] = found[-1]
     for family in FAMILIES:
         apply_holm([one for one in found if one["family"] == family and one["repeats"] is None])
-    for one, original in repeated:
-        one |= {name: original[name] for name in ("p_holm", "corrected_low", "corrected_high", "supported")}
-    for one in found:
-        better = {"lower": -1, "higher": 1, None: 0}[metrics[one["metric"]]["better"]]
-        one["better"] = one["supported"] * better
-    return cast(list[Difference], found)
+    for again, original in repeated:
+        again |= {"p_holm": original["p_holm"], "corrected_low": original["corrected_low"],
+                  "corrected_high": original["corrected_high"], "supported": original["supported"]}  # fmt: skip
+    for tested in found:
+        better = {"lower": -1, "higher": 1, None: 0}[metrics[tested["metric"]]["better"]]
+        tested["better"] = tested["supported"] * better
+    return found
 
 
 def _content(scores: list[Scores]) -> tuple[Any, ...]:
     return tuple(sorted((one.block, one.ids, one.num.tobytes(), one.den.tobytes()) for one in scores))
 
 
-def _stability(variants: list[Variant], metrics: dict[str, Definition]) -> list[Step]:
+def _stability(variants: list[Variant], metrics: dict[str, Definition]) -> list[ChangeEntry]:
     """Return the paired change of each `STEADY` metric from every round to the next, over the variant's seeds."""
-    found = []
+    found: list[ChangeEntry] = []
     for variant, metric in itertools.product(variants, [name for name in STEADY if name in metrics]):
         for before, after in itertools.pairwise(variant.rounds):
             ours, theirs = variant.scores(metric, after), variant.scores(metric, before)
             one = difference(ours, theirs, metrics[metric]["unit"])
             if one is not None and after == before + 1:
-                found.append({"variant": variant.label, "metric": metric, "round": after} | one)
-    return cast(list[Step], found)
+                found.append({"variant": variant.label, "metric": metric, "round": after, **one})
+    return found

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
-from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.paired import CorrectedDifference, Difference, MeanEstimate
 from spinreg_core.evaluation.schema import BenchmarkSetup
 from spinreg_core.reports.schema import Alarm, Definition, MadeObject
 
@@ -37,44 +37,31 @@ class Unpaired(TypedDict):
     why: str
 
 
-class Value(Estimate):
-    """A metric of a variant at a round. `values`: per run; `spread`: their standard deviation, None for one run."""
-
+class EntryPlace(TypedDict):
     variant: str
     round: int
     metric: str
-    values: list[float]
-    spread: float | None
 
 
-class Step(Estimate):
-    """A paired change from the round before. `evaluation/paired.py` defines `se`, `skew`, `p` and `values`."""
-
-    variant: str
-    round: int
-    metric: str
-    values: list[float]
-    se: float | None
-    skew: float
-    p: float
+class ValueEntry(MeanEstimate, EntryPlace):
+    """A metric of a variant at a round, over the variant's runs."""
 
 
-class Difference(Step):
+class ChangeEntry(Difference, EntryPlace):
+    """A paired change from the round before."""
+
+
+class DifferenceEntry(CorrectedDifference, EntryPlace):
     """A paired difference from the reference or the base, corrected by Holm's procedure within its family.
 
-    `supported` is the sign of a difference that is claimed, else 0. `better` is 1, -1 or 0. `same`: both are one
-    policy. `repeats`: the variant with the same policy that has this test already.
+    `better` is 1, -1 or 0. `same`: both are one policy. `repeats`: the variant with the same policy that has this test
+    already.
     """
 
     family: str
     against: str
     to_base: bool
-    same: bool
     repeats: str | None
-    p_holm: float
-    corrected_low: float | None
-    corrected_high: float | None
-    supported: int
     better: int
 
 
@@ -152,13 +139,13 @@ class Numbers(TypedDict):
     unpaired: list[Unpaired]
     repeats: dict[str, str]
     failed: dict[str, str]
-    values: list[Value]
-    comparisons: list[Difference]
+    values: list[ValueEntry]
+    comparisons: list[DifferenceEntry]
     benchmarks: list[BenchmarkEntry]
     no_items: list[str]
     alarms: list[SharedAlarm]
     families: dict[str, int]
-    stability: list[Step]
+    stability: list[ChangeEntry]
     cost: list[Cost]
     grid: dict[str, str]
     plane: Plane | None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spinreg_core.comparison.schema import Comparison, Difference, Numbers, Plane, Value, Verdict
+from spinreg_core.comparison.schema import Comparison, DifferenceEntry, Numbers, Plane, ValueEntry, Verdict
 from spinreg_core.config import ObjectiveConfig, RunConfig, variant_fields
 from spinreg_core.config.resolve import merge
 from spinreg_core.evaluation.formatting import ARROWS, counts, format_estimate, format_number
@@ -64,7 +64,7 @@ def _many(comparisons: int) -> str:
     return "This is one comparison" if comparisons == 1 else f"These are {comparisons} comparisons"
 
 
-def _sentence(one: Difference) -> str:
+def _sentence(one: DifferenceEntry) -> str:
     against = "its base model" if one["to_base"] else one["against"]
     if one["same"]:
         return f"{one['variant']} and {against} are the same policy up to round {one['round']}, nothing to compare."
@@ -205,10 +205,10 @@ class Cell:
     The text has the interval and the spread over seeds.
     """
 
-    value: Value
+    value: ValueEntry
     text: str
-    reference: Difference | None = None
-    base: Difference | None = None
+    reference: DifferenceEntry | None = None
+    base: DifferenceEntry | None = None
 
 
 def cells(data: Numbers) -> dict[tuple[str, str, int], Cell]:
@@ -228,7 +228,7 @@ def cells(data: Numbers) -> dict[tuple[str, str, int], Cell]:
     return found
 
 
-def mark(one: Difference | None) -> str:
+def mark(one: DifferenceEntry | None) -> str:
     """Return `▲` or `▼` for a supported difference, with ` better` or ` worse` if the metric has a direction."""
     if one is None or not one["supported"]:
         return ""

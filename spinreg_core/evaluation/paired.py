@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -43,23 +42,23 @@ class MeanEstimate(Estimate):
     spread: float | None
 
 
-class Difference(TypedDict):
-    """A paired difference, as `difference` returns it. `apply_holm` adds the fields below `same`."""
+class Difference(Estimate):
+    """A paired difference, as `difference` returns it."""
 
-    value: float
-    low: float | None
-    high: float | None
     se: float | None
     skew: float
     p: float
-    n: int
-    unit: str
     values: list[float]
-    same: NotRequired[bool]  # an object compared with itself
-    p_holm: NotRequired[float]
-    corrected_low: NotRequired[float | None]
-    corrected_high: NotRequired[float | None]
-    supported: NotRequired[int]
+
+
+class CorrectedDifference(Difference):
+    """A paired difference with the results of `apply_holm`. `same`: both sides are one object."""
+
+    same: bool
+    p_holm: float
+    corrected_low: float | None
+    corrected_high: float | None
+    supported: int
 
 
 @dataclass(frozen=True)
@@ -217,8 +216,8 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def apply_holm(family: Sequence[Difference]) -> None:
-    """Correct the differences of one family for multiple testing; adds fields to each.
+def apply_holm(family: Sequence[CorrectedDifference]) -> None:
+    """Correct the differences of one family for multiple testing; sets the fields of each.
 
     `corrected_low` and `corrected_high` bound the interval at the level at which Holm tests the difference: the values
     that neither Student's test nor the one without skew rejects. `supported` is the sign of a supported difference,
@@ -228,7 +227,7 @@ def apply_holm(family: Sequence[Difference]) -> None:
     intervals are inverted tests. Together they are not a simultaneous confidence region, which Holm's procedure does
     not provide.
     """
-    tested = [one for one in family if not one.get("same")]
+    tested = [one for one in family if not one["same"]]
     adjusted = holm([one["p"] for one in tested])
     ranks = {i: rank for rank, i in enumerate(sorted(range(len(tested)), key=lambda i: tested[i]["p"]))}
     rejected = sum(a <= LEVEL for a in adjusted)
