@@ -113,7 +113,7 @@ class SharedObject(MadeObject):
     paid: float
 
 
-class Verdict(TypedDict):
+class ComparisonVerdict(TypedDict):
     """`claims` are the supported differences, as [variant, against, lower | higher]."""
 
     headline: str
@@ -155,7 +155,7 @@ class Numbers(TypedDict):
 
 
 class Comparison(Numbers):
-    verdict: Verdict
+    verdict: ComparisonVerdict
     notes: list[str]
 
 

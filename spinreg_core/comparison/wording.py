@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spinreg_core.comparison.schema import Comparison, DifferenceEntry, Numbers, Plane, ValueEntry, Verdict
+from spinreg_core.comparison.schema import Comparison, ComparisonVerdict, DifferenceEntry, Numbers, Plane, ValueEntry
 from spinreg_core.config import ObjectiveConfig, RunConfig, variant_fields
 from spinreg_core.config.resolve import merge
 from spinreg_core.evaluation.formatting import ARROWS, counts, format_estimate, format_number
@@ -26,7 +26,7 @@ from spinreg_core.runs.head import HELDOUT
 MARKS = {1: "better", -1: "worse", 0: ""}
 
 
-def verdict(data: Numbers) -> Verdict:
+def comparison_verdict(data: Numbers) -> ComparisonVerdict:
     """Return sentences about the primary metric at the last common round.
 
     They rest on the corrected paired intervals of the family `verdict`.

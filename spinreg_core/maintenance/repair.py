@@ -36,7 +36,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
-from spinreg_core.maintenance.verify import Stage, Verdict, verify
+from spinreg_core.maintenance.verify import Stage, Verification, verify
 from spinreg_core.runs.head import HELDOUT, Head, Made, Repair, list_runs, require_config, require_head
 from spinreg_core.runs.lease import RunLease, describe_lease, is_held
 from spinreg_core.runs.manifest import Manifest, Part, Removed
@@ -53,24 +53,24 @@ def begin(
 
     Raises LeaseHeld if another run that is being advanced has one of the objects, and LeaseLost.
     """
-    verdict = verify(store, lease.run, only=damaged)
-    stages = _possible(verdict, {verdict.objects[object_id] for object_id in verdict.damaged}, say)
+    result = verify(store, lease.run, only=damaged)
+    stages = _possible(result, {result.objects[object_id] for object_id in result.damaged}, say)
     if not stages:
         return []
     # Set aside everything that a stage makes (an average of policies too): a stage takes over what it finds. Base, data
     # and each benchmark are made independently of each other, although they share a stage.
-    taken = {o for o in verdict.damaged if verdict.objects[o] in stages}
+    taken = {o for o in result.damaged if result.objects[o] in stages}
     single = ("prepare", "benchmark")
-    taken |= {o for o, stage in verdict.objects.items() if stage in stages and stage[1] not in single}
-    bad = {problem.file for problem in verdict.problems}
-    dependents = {o: verdict.dependents[o] for o in taken if o not in verdict.opened}
+    taken |= {o for o, stage in result.objects.items() if stage in stages and stage[1] not in single}
+    bad = {problem.file for problem in result.problems}
+    dependents = {o: result.dependents[o] for o in taken if o not in result.opened}
     after = {stage for found in dependents.values() for stage in found}
-    _require_idle(store, lease.run, taken | {o for o, stage in verdict.objects.items() if stage in after})
+    _require_idle(store, lease.run, taken | {o for o, stage in result.objects.items() if stage in after})
     repair = Repair(
         to=complete_round(lease.head),
         stages=_listed(stages),
-        replace=_documents(verdict, taken, lambda files: files is None or not bad.isdisjoint(files)),
-        was={o: verdict.content.get(o) for o in dependents},
+        replace=_documents(result, taken, lambda files: files is None or not bad.isdisjoint(files)),
+        was={o: result.content.get(o) for o in dependents},
         dependents={o: _listed(found) for o, found in dependents.items()},
     )
 
@@ -119,17 +119,17 @@ def _is_missing(store: Store, config: RunConfig, head: Head, made: Stage, opened
 
 def _go_on(store: Store, lease: RunLease, say: Callable[[str], object]) -> None:
     """Do step 6."""
-    repair, verdict = lease.head.repair, verify(store, lease.run, only=())
+    repair, result = lease.head.repair, verify(store, lease.run, only=())
     assert repair is not None
-    others = [o for o, was in repair.was.items() if was is None or verdict.content.get(o) != was]
-    stages = _possible(verdict, {stage for o in others for stage in _stages(repair.dependents[o])}, say)
+    others = [o for o, was in repair.was.items() if was is None or result.content.get(o) != was]
+    stages = _possible(result, {stage for o in others for stage in _stages(repair.dependents[o])}, say)
     # Parts of open stages were made from the last rounds, which may include the objects that differ now.
-    taken = {o for o, stage in verdict.objects.items() if stage in stages or (others and o in verdict.opened)}
+    taken = {o for o, stage in result.objects.items() if stage in stages or (others and o in result.opened)}
     after = None
     if taken:
         say(f"not what it was: {', '.join(others)}")
         _require_idle(store, lease.run, taken)
-        replace = _documents(verdict, taken, lambda files: True)
+        replace = _documents(result, taken, lambda files: True)
         after = Repair(to=repair.to, stages=_listed(stages), replace=replace, was={}, dependents={})
 
     def change(head: Head) -> None:
@@ -139,23 +139,23 @@ def _go_on(store: Store, lease: RunLease, say: Callable[[str], object]) -> None:
     lease.update(change)
 
 
-def _possible(verdict: Verdict, stages: set[Stage], say: Callable[[str], object]) -> set[Stage]:
+def _possible(result: Verification, stages: set[Stage], say: Callable[[str], object]) -> set[Stage]:
     """Return those of these stages that can be made again; the others stay committed, so that the run can continue.
 
     An input that rules have removed can be made once more if its own inputs are there.
     """
     while True:
-        taken = {o for o, stage in verdict.objects.items() if stage in stages}
-        gone = verdict.removed.keys() - taken
-        lost = {one for one in gone if not gone.isdisjoint(verdict.made_from.get(one, ()))}
+        taken = {o for o, stage in result.objects.items() if stage in stages}
+        gone = result.removed.keys() - taken
+        lost = {one for one in gone if not gone.isdisjoint(result.made_from.get(one, ()))}
         impossible: dict[Stage, set[str]] = {}
         for object_id in taken:
-            if found := lost.intersection(verdict.made_from.get(object_id, ())):
-                impossible.setdefault(verdict.objects[object_id], set()).update(found)
+            if found := lost.intersection(result.made_from.get(object_id, ())):
+                impossible.setdefault(result.objects[object_id], set()).update(found)
         if not impossible:
             return stages
         for (number, stage), found in sorted(impossible.items()):
-            why = f"made from {min(found)}, {verdict.removed[min(found)]}, as was what that is made from"
+            why = f"made from {min(found)}, {result.removed[min(found)]}, as was what that is made from"
             say(f"{stage} of round {number} cannot be made again and stays as it is: {why}")
         stages = stages - impossible.keys()
 
@@ -181,14 +181,14 @@ def _both(old: Repair, new: Repair) -> Repair:
 
 
 def _documents(
-    verdict: Verdict, objects: Collection[str], unsound: Callable[[Collection[str] | None], bool]
+    result: Verification, objects: Collection[str], unsound: Callable[[Collection[str] | None], bool]
 ) -> dict[str, str]:
     """Return the keys and tags of the manifests of objects, and of those of their parts that are unsound.
 
     `unsound` gets the keys of the files that a part lists, or None for an unreadable one.
     """
     return {
-        key: tag for key, (tag, files) in verdict.documents.items()
+        key: tag for key, (tag, files) in result.documents.items()
         if key.split("/")[1] in objects and (key.endswith("/manifest.json") or unsound(files))
     }  # fmt: skip
 

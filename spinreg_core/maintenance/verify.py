@@ -45,7 +45,7 @@ class Problem:
 
 
 @dataclass
-class Verdict:
+class Verification:
     """The result of `verify`.
 
     objects: every object of the run with the stage that makes it, also those of open stages that have files.
@@ -77,7 +77,7 @@ class Verdict:
 
 def verify(
     store: Store, run: str, *, only: Collection[str] | None = None, say: Callable[[str], None] = lambda line: None
-) -> Verdict:
+) -> Verification:
     """Read every file of a run and compare it with its manifest; with `only`, the files of these objects alone.
 
     Raises BadInput if there is no such run, Damaged if the head or configuration of the run cannot be read.
@@ -87,9 +87,9 @@ def verify(
     done = set(committed.values())
     ahead = {o: stage for o, stage in objects_now_and_next(config, head).items() if stage not in done}
     opened = {o: stage for o, stage in ahead.items() if store.list(f"objects/{o}/")}
-    verdict = Verdict(run, committed | opened, list(opened))
-    verdict.unfinished = [(made.round, made.stage) for made in (head.repair.stages if head.repair else ())]
-    for object_id in verdict.objects:
+    result = Verification(run, committed | opened, list(opened))
+    result.unfinished = [(made.round, made.stage) for made in (head.repair.stages if head.repair else ())]
+    for object_id in result.objects:
         start, hashing = time.monotonic(), only is None or object_id in only
         found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
         while found.problems:
@@ -98,44 +98,44 @@ def verify(
                 break
             # Its documents changed while it was read: the problems may be those of an object in between.
             found = _examined(store, object_id, open_=object_id in opened, hashing=hashing)
-        verdict.problems += found.problems
-        verdict.documents |= found.documents
-        verdict.checked += found.checked
-        verdict.bytes += found.bytes
+        result.problems += found.problems
+        result.documents |= found.documents
+        result.checked += found.checked
+        result.bytes += found.bytes
         state = "DAMAGED" if found.problems else "ok"
         if found.record is not None:
-            verdict.made_from[object_id] = sorted(set(ids_in(found.record.inputs)))
+            result.made_from[object_id] = sorted(set(ids_in(found.record.inputs)))
             # An object that a repair has set aside is still to be made again, so its content is unknown.
             if found.record.removed is None or found.record.removed.repair is None:
-                verdict.content[object_id] = _content(found.record, found.parts)
+                result.content[object_id] = _content(found.record, found.parts)
             if found.record.removed_keys:
-                verdict.removed[object_id] = found.record.why_removed
-                state += f", {verdict.removed[object_id]}"
+                result.removed[object_id] = found.record.why_removed
+                state += f", {result.removed[object_id]}"
         if hashing:
             say(f"{object_id}: {found.checked} files, {state} ({time.monotonic() - start:.1f} s)")
-    closures = {object_id: _closure(object_id, verdict.made_from) for object_id in committed}
-    for made in verdict.objects:
+    closures = {object_id: _closure(object_id, result.made_from) for object_id in committed}
+    for made in result.objects:
         after = (stage for other, stage in committed.items() if other != made and made in closures[other])
-        verdict.dependents[made] = list(dict.fromkeys(after))
-    return verdict
+        result.dependents[made] = list(dict.fromkeys(after))
+    return result
 
 
-def format_verdict(verdict: Verdict) -> str:
-    """Return a verdict as a text for people."""
-    after = [f"  {object_id}: {why}" for object_id, why in verdict.removed.items()]
-    if verdict.unfinished:
-        stages = ", ".join(f"{stage} of round {number}" for number, stage in verdict.unfinished)
+def format_verdict(result: Verification) -> str:
+    """Return a verification as a text for people."""
+    after = [f"  {object_id}: {why}" for object_id, why in result.removed.items()]
+    if result.unfinished:
+        stages = ", ".join(f"{stage} of round {number}" for number, stage in result.unfinished)
         after.append(f"  a repair was not finished (of {stages}): the next start of the run finishes it")
-    if not verdict.problems:
-        return "\n".join([f"{verdict.run}: {verdict.checked} files of {len(verdict.objects)} objects, "
-                          f"{verdict.bytes / 1e6:.1f} MB: all as committed", *after])  # fmt: skip
-    lines = [f"{verdict.run}: {len(verdict.problems)} problems in {len(verdict.damaged)} of "
-             f"{len(verdict.objects)} objects"]  # fmt: skip
-    for problem in verdict.problems:
+    if not result.problems:
+        return "\n".join([f"{result.run}: {result.checked} files of {len(result.objects)} objects, "
+                          f"{result.bytes / 1e6:.1f} MB: all as committed", *after])  # fmt: skip
+    lines = [f"{result.run}: {len(result.problems)} problems in {len(result.damaged)} of "
+             f"{len(result.objects)} objects"]  # fmt: skip
+    for problem in result.problems:
         lines.append(f"  {problem.file}: found {problem.found}; expected {problem.expected}")
-    for object_id in verdict.damaged:
-        number, stage = verdict.objects[object_id]
-        made = ", ".join(f"{name} of round {n}" for n, name in verdict.dependents[object_id]) or "nothing"
+    for object_id in result.damaged:
+        number, stage = result.objects[object_id]
+        made = ", ".join(f"{name} of round {n}" for n, name in result.dependents[object_id]) or "nothing"
         lines.append(f"  {object_id} is {stage} of round {number}; made from it: {made}")
     return "\n".join(lines + after)
 

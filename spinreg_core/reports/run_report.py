@@ -25,7 +25,7 @@ from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY, PRIMARY_REAS
 from spinreg_core.evaluation.schema import RoundResults
 from spinreg_core.formatting import flatten, format_bytes, format_duration, json_safe
 from spinreg_core.reports.lineage import BENCHMARK, INPUTS, objects_of_run, tokens_of
-from spinreg_core.reports.schema import Alarm, Lineage, Report, Sample, Verdict, WrittenReport
+from spinreg_core.reports.schema import Alarm, Lineage, Report, RunVerdict, Sample, WrittenReport
 from spinreg_core.reports.tables import benchmark_of, benchmarks, counted
 from spinreg_core.reports.templating import template
 from spinreg_core.runs.fetch import fetch_file
@@ -91,7 +91,7 @@ def report_data(store: Store, run: str) -> Report:
         "primary": {"metric": PRIMARY, "reason": PRIMARY_REASON},
         "definitions": {name: asdict(metric) for name, metric in METRICS.items()},  # type: ignore[misc]
         "game": {name: asdict(metric) for name, metric in GAME.items()},  # type: ignore[misc]
-        "verdict": verdict(rounds),
+        "verdict": run_verdict(rounds),
         "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
         "notes": notes(config.generation, head.ended_early),
         "rounds": rounds,
@@ -189,7 +189,7 @@ def _difference(estimate: Estimate) -> str:
     return f"{by}, 95 % interval [{format_number(bounds[0], estimate)}, {format_number(bounds[1], estimate)}]"
 
 
-def verdict(rounds: Sequence[RoundResults]) -> Verdict:
+def run_verdict(rounds: Sequence[RoundResults]) -> RunVerdict:
     """Return the verdict of the primary metric about the last evaluated round compared with the base.
 
     `outcome` is `improved` or `worse` if the paired 95 % interval excludes zero, `no difference` if it does not, and

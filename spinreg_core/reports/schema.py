@@ -17,7 +17,7 @@ class Alarm(TypedDict):
     text: str
 
 
-class Verdict(TypedDict):
+class RunVerdict(TypedDict):
     outcome: str  # improved, worse, no difference or none
     round: int | None
     headline: str
@@ -76,7 +76,7 @@ class Report(TypedDict):
     primary: dict[str, str]
     definitions: dict[str, Definition]
     game: dict[str, Definition]
-    verdict: Verdict
+    verdict: RunVerdict
     alarms: list[Alarm]
     notes: list[str]
     rounds: list[RoundResults]

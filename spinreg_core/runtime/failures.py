@@ -185,7 +185,7 @@ def any_recorded(folder: Path) -> bool:
     return any(folder.glob("failure-*.json"))
 
 
-def verdict(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
+def root_failure(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
     """Return (exit status, message) of a stage with failed ranks. `statuses`: exit statuses by rank, negative signals.
 
     The rank at fault is, in this order: one that was killed; the earliest with an error of its own; one that left with

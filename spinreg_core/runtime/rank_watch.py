@@ -52,7 +52,7 @@ class RankWatch:
         with contextlib.suppress(OSError):
             self._doomed = self._found()
         if self._doomed:
-            # A rank with a stack was not killed from outside (`failures.verdict`).
+            # A rank with a stack was not killed from outside (`failures.root_failure`).
             with contextlib.suppress(OSError), open(self.folder / f"stack-{self.rank}.txt", "a") as file:
                 file.write(_stack(threading.main_thread()))
         return self._doomed

@@ -20,7 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from spinreg_core.errors import EXIT_PREEMPTED
-from spinreg_core.runtime.failures import RANKS, is_secondary_failure, verdict
+from spinreg_core.runtime.failures import RANKS, is_secondary_failure, root_failure
 from spinreg_core.runtime.nodes import ATTEMPT_VARIABLE, failures_elsewhere, post_order, report_failure, withdraw_order
 from spinreg_core.store.open import open_store
 
@@ -79,7 +79,7 @@ def _ranks(job: Job, job_file: Path, processes: int, *, run_id: str) -> tuple[in
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     resources = job.config.resources
-    # The message of a failure is that of `failures.verdict`.
+    # The message of a failure is that of `failures.root_failure`.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # Without a limit every rank would use all cores; only torchrun's command line sets one.
     if "OMP_NUM_THREADS" not in os.environ:
@@ -99,7 +99,7 @@ def _ranks(job: Job, job_file: Path, processes: int, *, run_id: str) -> tuple[in
     try:
         elastic_launch(config, entrypoint=sys.executable)("-u", "-m", job.module, str(job_file))
     except ChildFailedError as failed:
-        status, message = verdict(folder, {rank: failure.exitcode for rank, failure in failed.failures.items()})
+        status, message = root_failure(folder, {rank: failure.exitcode for rank, failure in failed.failures.items()})
         return status, "" if status == EXIT_PREEMPTED else message
     except SignalException as stopped:
         return (EXIT_PREEMPTED if stopped.sigval == signal.SIGTERM else 1), ""

@@ -66,8 +66,8 @@ def test_run_asked_for_more_benchmarks_later_adds_only_those(tmp_path: Path) -> 
     assert '<table class="metrics" id="benchmarks">' in page
 
     # Results are objects of the run like all others.
-    verdict = verify(store, "smoke")
-    assert not verdict.problems
+    result = verify(store, "smoke")
+    assert not result.problems
     damaged = head.measured(1)["lm-eval letters"]
     place = store.local_path(require_manifest(store, damaged).files[0].key)
     assert place is not None

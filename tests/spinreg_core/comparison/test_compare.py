@@ -13,7 +13,14 @@ from spinreg_core.benchmarks.registry import record_measured
 from spinreg_core.benchmarks.results import write_part
 from spinreg_core.comparison.compare import BASE, compare, comparison_name
 from spinreg_core.comparison.runs import HELDOUT_METRICS, asked_of, benchmark_scores, heldout_scores
-from spinreg_core.comparison.wording import agreeing_seeds, cells, comparison_table, grid_of, plane_of, verdict
+from spinreg_core.comparison.wording import (
+    agreeing_seeds,
+    cells,
+    comparison_table,
+    comparison_verdict,
+    grid_of,
+    plane_of,
+)
 from spinreg_core.config import ObjectiveConfig, RunConfig
 from spinreg_core.config.resolve import merge, validate
 from spinreg_core.errors import BadInput
@@ -454,7 +461,7 @@ def test_verdict_below_30_rows_says_that_intervals_are_too_narrow(store: Store, 
     assert not any("too narrow" in sentence for sentence in data["verdict"]["sentences"])
     for one in data["comparisons"]:
         one["n"] = 20
-    assert any("With 20 held-out rows intervals are too narrow" in one for one in verdict(data)["sentences"])
+    assert any("With 20 held-out rows intervals are too narrow" in one for one in comparison_verdict(data)["sentences"])
 
 
 def test_agreeing_seeds_ignores_a_zero_difference() -> None:

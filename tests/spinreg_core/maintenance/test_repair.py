@@ -40,8 +40,8 @@ def test_repair_of_one_stage_replaces_no_other_object(store: FolderStore, stage:
     advance(store, config("a"), 3)
     expected, before, files = outcome(store, "a"), manifests(store), content(store).keys()
     object_id = damage(store, head_of(store, "a").stage(2, stage))
-    verdict = verify(store, "a")
-    assert verdict.damaged == [object_id]
+    result = verify(store, "a")
+    assert result.damaged == [object_id]
     repair(store, "a")
     assert sound(store)
     assert outcome(store, "a") == expected
@@ -199,8 +199,8 @@ def test_repair_of_an_open_stages_part_lets_the_run_continue(store: FolderStore)
     (key,) = store.list(f"objects/{object_id}/parts/")
     raw = store.read(key) or b""
     store.write(key, raw[:50])
-    verdict = verify(store, "a")
-    assert [problem.file for problem in verdict.problems] == [key]
+    result = verify(store, "a")
+    assert [problem.file for problem in result.problems] == [key]
     repair(store, "a")
     assert sound(store)
     assert objects.usable_parts(store, object_id) == {}

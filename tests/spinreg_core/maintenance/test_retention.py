@@ -102,10 +102,10 @@ def test_verify_after_gc_distinguishes_removed_and_lost_files(store: FolderStore
     old, new = policy_object(head, 1), policy_object(head, 3)
     states = {entry["round"]: entry["stages"]["train"]["state"] for entry in run_status(store, "a")["rounds"][1:]}
     assert states == {1: "done, removed by retention", 2: "done, removed by retention", 3: "done"}
-    verdict = verify(store, "a")
-    assert verdict.problems == []
-    assert old in verdict.removed
-    assert "removed by retention (keep.policies: 1, " in verdict.removed[old]
+    result = verify(store, "a")
+    assert result.problems == []
+    assert old in result.removed
+    assert "removed by retention (keep.policies: 1, " in result.removed[old]
     with pytest.raises(Removed, match="weights: removed by retention"):
         fetch.fetch_folder(store, old, "policy")
     assert fetch.fetch_file(store, old, "metrics.jsonl").read_bytes() == b"{}\n"
@@ -242,7 +242,7 @@ def test_repair_makes_removed_inputs_again(store: FolderStore) -> None:
     advance(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), 3)
     before, head = outcome(store, "a"), head_of(store, "a")
     gc(store)
-    verdict = verify(store, "a")
+    result = verify(store, "a")
     record = objects.require_manifest(store, str(head.stage(2, "mix-opponent")))
     (pairs,) = (e.key for e in record.files if e.name == "pairs.parquet")
     store.delete(pairs)
@@ -251,7 +251,7 @@ def test_repair_makes_removed_inputs_again(store: FolderStore) -> None:
     advance(store, config("a", keep={"generations": "needed"}, opponent={"history": 1}), 3)
     assert outcome(store, "a") == before
     assert sound(store)
-    assert set(verify(store, "a").removed) == set(verdict.removed) - {head.stage(2, "generate")}
+    assert set(verify(store, "a").removed) == set(result.removed) - {head.stage(2, "generate")}
 
 
 def test_gc_keeps_objects_of_a_run_on_another_machine(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:

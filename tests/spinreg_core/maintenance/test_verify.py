@@ -70,12 +70,12 @@ def test_verify_names_an_unreadable_manifest_and_its_dependents(store: FolderSto
     path = store.root / objects.manifest_key(train)
     path.unlink()
     path.mkdir()
-    verdict = verify(store, "a")
-    (problem,) = verdict.problems
+    result = verify(store, "a")
+    (problem,) = result.problems
     assert (problem.file, problem.expected) == (
         objects.manifest_key(train), "what spinreg wrote there; remove it before --repair",
     )  # fmt: skip
-    assert verdict.dependents[train]
+    assert result.dependents[train]
     path.rmdir()
     repair(store, "a")
     assert verify(store, "a").problems == []

@@ -15,7 +15,7 @@ from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.heldout import metrics_of_round
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
 from spinreg_core.formatting import flatten
-from spinreg_core.reports.run_report import alarms, heldout_alarms, render, report_data, verdict, write_report
+from spinreg_core.reports.run_report import alarms, heldout_alarms, render, report_data, run_verdict, write_report
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
@@ -173,7 +173,7 @@ def rounds(nll: list[float], half: float = 0.02) -> list[dict[str, Any]]:
 )
 def test_verdict_follows_the_paired_interval(nll: list[float], half: float, outcome: str, words: str) -> None:
     """About the last round, also where an earlier one was better."""
-    found = verdict(rounds(nll, half))
+    found = run_verdict(rounds(nll, half))
     assert (found["outcome"], found["round"]) == (outcome, 2)
     assert re.search(words, found["sentences"][0])
     assert "compared with 1.250 for the base" in found["sentences"][0]
@@ -181,22 +181,22 @@ def test_verdict_follows_the_paired_interval(nll: list[float], half: float, outc
 
 def test_verdict_skips_a_round_without_evaluation() -> None:
     unfinished = [*rounds([1.25, 1.10]), {"round": 2, "metrics": None, "training": None, "pairs": None, "stages": {}}]
-    assert verdict(unfinished)["round"] == 1
+    assert run_verdict(unfinished)["round"] == 1
 
 
 def test_verdict_on_one_row_supports_nothing() -> None:
     entries = rounds([1.25, 0.2])
     entries[1]["metrics"]["nll_vs_base"] |= {"low": None, "high": None, "n": 1}
-    found = verdict(entries)
+    found = run_verdict(entries)
     assert found["outcome"] == "no difference"
     assert "no interval" in found["sentences"][0]
 
 
 def test_verdict_below_30_rows_says_that_its_interval_is_too_narrow() -> None:
     entries = rounds([1.25, 1.10])
-    assert not any("too narrow" in sentence for sentence in verdict(entries)["sentences"])
+    assert not any("too narrow" in sentence for sentence in run_verdict(entries)["sentences"])
     entries[1]["metrics"]["nll_vs_base"]["n"] = 29
-    assert verdict(entries)["sentences"][1].startswith("With 29 held-out rows intervals are too narrow")
+    assert run_verdict(entries)["sentences"][1].startswith("With 29 held-out rows intervals are too narrow")
 
 
 def test_alarms_are_raised_for_supported_rises_only() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.runtime.failures import is_secondary_failure, verdict
+from spinreg_core.runtime.failures import is_secondary_failure, root_failure
 from spinreg_core.runtime.rank_watch import _LATER_SECONDS, POLL_SECONDS, RankWatch
 from spinreg_core.store.transfers import track_transfer
 
@@ -26,7 +26,7 @@ def test_a_silent_rank_is_recorded_in_its_own_name(tmp_path: Path) -> None:
     entry = json.loads((tmp_path / "failure-1.json").read_text())
     assert entry["message"].startswith("error: rank 1 has not run for 6 s (resources.collective_timeout_seconds: 1)")
     assert not is_secondary_failure(entry["message"])
-    assert verdict(tmp_path, {0: -9}) == (1, entry["message"])  # the one that ended of itself is not at fault
+    assert root_failure(tmp_path, {0: -9}) == (1, entry["message"])  # the one that ended of itself is not at fault
 
 
 def test_ranks_that_were_all_suspended_blame_no_rank(tmp_path: Path) -> None:
