@@ -1,10 +1,10 @@
-"""Attention of a packed row (`packing.Layout`), registered through transformers' attention interface.
+"""Attention of a packed row (`packing.PackedLayout`), registered through transformers' attention interface.
 
 Decides: how a token is limited to its own prompt and answer. On CPUs attention runs over the pieces, so that nothing
 masked is computed; on GPUs a FlexAttention block mask does it. Sliding windows and capped logits are supported.
 Leaves out: the layout (`logprobs.packing`), and the test of models for packing (`logprobs.sequence`).
 
-A model opts in with `attn_implementation = NAME`, and its forward pass gets `packed=Row` as a keyword, which
+A model opts in with `attn_implementation = NAME`, and its forward pass gets `packed=PackedRow` as a keyword, which
 transformers passes on to every attention layer. Without the keyword the attention is transformers' own SDPA.
 """
 
@@ -22,14 +22,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from spinreg_core.logprobs.cpu_attention import LONGEST, CausalAttention
-from spinreg_core.logprobs.packing import Layout
+from spinreg_core.logprobs.packing import PackedLayout
 
 NAME = "spinreg"
 # Keywords that change nothing here: dropout is 0 in every loaded policy, and the layout has the positions.
 _NEUTRAL = {"cache_position", "dropout", "is_causal", "output_attentions", "position_ids", "use_cache"}
 
 
-class Row:
+class PackedRow:
     """A packed row during one forward pass: its layout, and the state that all layers share.
 
     Not a dataclass: FSDP2 copies dataclasses among a layer's arguments, so that every layer would have its own state.
@@ -40,7 +40,7 @@ class Row:
     pieces    True to attend piece by piece on every device.
     """
 
-    def __init__(self, layout: Layout, *, pieces: bool = False) -> None:
+    def __init__(self, layout: PackedLayout, *, pieces: bool = False) -> None:
         self.layout = layout
         self.pieces = pieces or layout.tokens.device.type != "cuda"
         self.windows: set[int | None] = set()
@@ -57,7 +57,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    packed: Row | None = None,
+    packed: PackedRow | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -155,7 +155,7 @@ def _causal(q: Tensor, k: Tensor, window: int | None) -> Tensor:
     return at >= 0 if window is None else (at >= 0) & (at < window)
 
 
-def block_mask(row: Row, window: int | None) -> Any:
+def block_mask(row: PackedRow, window: int | None) -> Any:
     """Return the same rule as a FlexAttention BlockMask, which all layers share."""
     if window in row.masks:
         return row.masks[window]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """One prompt and its different answers, as token ids (at least one each)."""
 
     prompt: tuple[int, ...]
@@ -31,7 +31,7 @@ class Group:
         return len(self.prompt) + sum(len(answer) - 1 for answer in self.answers)
 
 
-def group(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[list[Group], list[int]]:
+def group(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> tuple[list[PromptGroup], list[int]]:
     """Return the groups of rows, in order of first appearance, and the number of each row's answer.
 
     Numbers run through all groups. An empty answer has nothing to compute, and the number -1.
@@ -40,7 +40,7 @@ def group(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) ->
     for prompt, answer in zip(prompts, answers, strict=True):
         if answer:
             found.setdefault(tuple(prompt), {})[tuple(answer)] = None
-    groups = [Group(prompt, tuple(texts)) for prompt, texts in found.items()]
+    groups = [PromptGroup(prompt, tuple(texts)) for prompt, texts in found.items()]
     numbers = {
         key: number for number, key in enumerate((group.prompt, answer) for group in groups for answer in group.answers)
     }
@@ -145,7 +145,7 @@ def passes(
 
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """A packed row of T tokens.
 
     tokens, positions   int64 [1, T].
@@ -172,7 +172,7 @@ class Layout:
         return max(prompt + max(answers, default=0) for prompt, *answers in self.sizes)
 
 
-def layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layout:
+def layout(groups: Sequence[PromptGroup], device: torch.device | str = "cpu") -> PackedLayout:
     """Return the packed row of at least one group."""
     tokens: list[int] = []
     positions: list[int] = []
@@ -201,7 +201,7 @@ def layout(groups: Sequence[Group], device: torch.device | str = "cpu") -> Layou
     def tensor(values: list[int], dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.tensor(values, dtype=dtype).to(device)
 
-    return Layout(
+    return PackedLayout(
         tokens=tensor(tokens)[None],
         positions=tensor(positions)[None],
         groups=tensor(group_of, torch.int32),

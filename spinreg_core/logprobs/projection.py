@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 LOGITS_AT_ONCE = 2**27
 
 
-def token_logprobs(head: Head, hidden: Tensor, targets: Tensor, *, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
+def token_logprobs(head: LmHead, hidden: Tensor, targets: Tensor, *, logits_at_once: int = LOGITS_AT_ONCE) -> Tensor:
     """Return the log-probability (nats) of each target: hidden [tokens, width], targets [tokens] -> float32 [tokens].
 
     More than `logits_at_once` logits are taken in pieces, and the backward pass computes each piece's logits again.
@@ -69,7 +69,7 @@ class TargetLogprobs(torch.autograd.Function):
         return table @ weight, table.T @ hidden if ctx.needs_input_grad[1] else None, None
 
 
-class Head:
+class LmHead:
     """Hidden states [tokens, width] -> float32 logits [tokens, vocabulary], as the model's own forward does."""
 
     def __init__(self, linear: Any, config: Any) -> None:
@@ -89,11 +89,11 @@ class Head:
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
 
-_found: weakref.WeakKeyDictionary[nn.Module, Head | None] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[nn.Module, LmHead | None] = weakref.WeakKeyDictionary()
 
 
-def head_of(model: PreTrainedModel) -> Head | None:
-    """Return the model's vocabulary projection, or None where `Head` cannot repeat it.
+def lm_head_of(model: PreTrainedModel) -> LmHead | None:
+    """Return the model's vocabulary projection, or None where `LmHead` cannot repeat it.
 
     No architecture is listed by name. Once per model, the projection of the backbone's output is compared with the
     logits of the model's own forward. Where they differ, callers use that forward with all its logits.
@@ -104,7 +104,7 @@ def head_of(model: PreTrainedModel) -> Head | None:
 
 
 @torch.no_grad()
-def _agreeing_head(model: PreTrainedModel) -> Head | None:
+def _agreeing_head(model: PreTrainedModel) -> LmHead | None:
     linear, backbone = model.get_output_embeddings(), model.base_model
     if linear is None or backbone is model or getattr(linear, "weight", None) is None:
         return None
@@ -122,7 +122,7 @@ def _agreeing_head(model: PreTrainedModel) -> Head | None:
             expected = model.forward(input_ids=tokens, use_cache=False).logits[0].float()
             if len(seen) != 1 or seen[0].shape[:2] != tokens.shape:
                 return None
-            head = Head(linear, model.config.get_text_config())
+            head = LmHead(linear, model.config.get_text_config())
             found = head(seen[0][0])
     finally:
         hook.remove()

@@ -27,9 +27,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from spinreg_core.formatting import first_line
-from spinreg_core.logprobs.packed_attention import NAME, Row
-from spinreg_core.logprobs.packing import Group, Layout, group, layout
-from spinreg_core.logprobs.projection import Head, head_of, token_logprobs
+from spinreg_core.logprobs.packed_attention import NAME, PackedRow
+from spinreg_core.logprobs.packing import PackedLayout, PromptGroup, group, layout
+from spinreg_core.logprobs.projection import LmHead, lm_head_of, token_logprobs
 from spinreg_core.models.loading import Precision
 
 T = TypeVar("T")
@@ -82,20 +82,20 @@ def _packed_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: 
     if not groups and not isinstance(model, FSDPModule):
         return torch.zeros(len(answers), device=model.device)
     # The other ranks need this rank's shard of the weights, so it takes part with a dummy row.
-    return _row_logprobs(model, layout(groups or [Group((0,), ((0,),))], model.device), numbers)
+    return _row_logprobs(model, layout(groups or [PromptGroup((0,), ((0,),))], model.device), numbers)
 
 
-def _row_logprobs(model: PreTrainedModel, row: Layout, numbers: list[int]) -> Tensor:
-    head = head_of(model)
+def _row_logprobs(model: PreTrainedModel, row: PackedLayout, numbers: list[int]) -> Tensor:
+    head = lm_head_of(model)
     if head is None:
         raise AssertionError("a model is packed only where its projection is known")
-    by_token = token_logprobs(head, _packed_hidden(model, Row(row))[row.predictors], row.targets)
+    by_token = token_logprobs(head, _packed_hidden(model, PackedRow(row))[row.predictors], row.targets)
     # The last place stays 0 and is that of empty answers, which have the number -1.
     sums = torch.zeros(sum(len(sizes) - 1 for sizes in row.sizes) + 1, device=model.device)
     return sums.index_add(0, row.owners, by_token)[torch.tensor(numbers, device=model.device)]
 
 
-def _packed_hidden(model: PreTrainedModel, row: Row) -> Tensor:
+def _packed_hidden(model: PreTrainedModel, row: PackedRow) -> Tensor:
     """Return the hidden states [T, width] of a packed row."""
     given = {"input_ids": row.layout.tokens, "position_ids": row.layout.positions}
     return model.base_model(**given, use_cache=False, packed=row).last_hidden_state[0]
@@ -137,14 +137,14 @@ class _CannotPack(Exception):
 
 @torch.no_grad()
 def _probe_packing(model: PreTrainedModel) -> float:
-    head = head_of(model)
+    head = lm_head_of(model)
     if head is None:
         raise _CannotPack("this version cannot repeat its vocabulary projection")
     before = model.config._attn_implementation
     vocabulary = model.get_output_embeddings().weight.shape[0]
     groups = _probe_groups(vocabulary)
     pairs = [(list(g.prompt), list(answer)) for g in groups for answer in g.answers]
-    row = Row(layout(groups, model.device))
+    row = PackedRow(layout(groups, model.device))
     with torch.autocast(model.device.type, enabled=False):
         expected = _by_token(model, head, [prompt for prompt, _ in pairs], [answer for _, answer in pairs])
         try:
@@ -166,16 +166,16 @@ def _probe_packing(model: PreTrainedModel) -> float:
     return min((size for size in declared if size is not None and size not in row.windows), default=math.inf)
 
 
-def _probe_groups(vocabulary: int) -> list[Group]:
+def _probe_groups(vocabulary: int) -> list[PromptGroup]:
     """Return two prompts with several answers, of 129 tokens in the row: more than one block of a GPU's attention."""
     tokens = itertools.cycle((7 * i * i + 3 * i + 1) % vocabulary for i in range(vocabulary))
     return [
-        Group(tuple(itertools.islice(tokens, prompt)), tuple(tuple(itertools.islice(tokens, n)) for n in answers))
+        PromptGroup(tuple(itertools.islice(tokens, prompt)), tuple(tuple(itertools.islice(tokens, n)) for n in answers))
         for prompt, answers in ((20, (24, 1, 40)), (12, (17, 20)))
     ]
 
 
-def _require_independent_groups(model: PreTrainedModel, row: Layout, hidden: Tensor) -> None:
+def _require_independent_groups(model: PreTrainedModel, row: PackedLayout, hidden: Tensor) -> None:
     """Raise _CannotPack if the hidden states of one group depend on the tokens of another.
 
     One group's embeddings become nan, which survives sums and products in every number format. So a state or a
@@ -192,7 +192,7 @@ def _require_independent_groups(model: PreTrainedModel, row: Layout, hidden: Ten
         hook = embeddings.register_forward_hook(spoil)
         try:
             # Piece by piece, because a masked position would spread its nan: 0 times nan is nan.
-            reached = _packed_hidden(model, Row(row, pieces=True)).isnan().any(-1)
+            reached = _packed_hidden(model, PackedRow(row, pieces=True)).isnan().any(-1)
         finally:
             hook.remove()
         if not reached[spoiled].all():
@@ -221,7 +221,7 @@ def padded_logprobs(model: PreTrainedModel, prompts: list[list[int]], answers: l
     """Compute `answer_logprobs` by right-padded batches, for every model, in the number format of the context."""
     sizes = [len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)]
     sums: list[Tensor] = [torch.empty(0)] * len(answers)
-    head = head_of(model)
+    head = lm_head_of(model)
     # Ranks that share weights must run the same number of forward passes.
     sharded = isinstance(model, FSDPModule)
     for rows in _groups(sizes, split=model.device.type == "cpu" and not sharded):
@@ -249,7 +249,7 @@ def _groups(sizes: list[int], *, split: bool) -> list[list[int]]:
 
 
 def _group_logprobs(
-    model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]
+    model: PreTrainedModel, head: LmHead | None, prompts: list[list[int]], answers: list[list[int]]
 ) -> Tensor:
     """Return float32 [batch] sums of answer-token log-probabilities, from one forward pass."""
     device = model.device
@@ -269,10 +269,12 @@ def answer_token_logprobs(
     Their sum is `answer_logprobs`. Meant for inspecting single answers: each takes a forward pass on every rank.
     """
     with compute_format(precision, model.device):
-        return _as_forward(model, lambda m: _by_token(m, head_of(m), [prompt], [answer]))
+        return _as_forward(model, lambda m: _by_token(m, lm_head_of(m), [prompt], [answer]))
 
 
-def _by_token(model: PreTrainedModel, head: Head | None, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+def _by_token(
+    model: PreTrainedModel, head: LmHead | None, prompts: list[list[int]], answers: list[list[int]]
+) -> Tensor:
     """Return the log-probabilities of all answers' tokens, float32 [tokens], from one right-padded forward pass."""
     device = model.device
     # The last answer token is predicted and never conditioned on, so it is no input.

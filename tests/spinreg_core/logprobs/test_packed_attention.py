@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spinreg_core.logprobs import packed_attention
-from spinreg_core.logprobs.packed_attention import Row, block_mask, by_pieces
-from spinreg_core.logprobs.packing import Layout, group, layout
+from spinreg_core.logprobs.packed_attention import PackedRow, block_mask, by_pieces
+from spinreg_core.logprobs.packing import PackedLayout, group, layout
 from spinreg_core.logprobs.sequence import answer_logprobs, longest_packed, packs, padded_logprobs
 from spinreg_core.models.loading import load_policy
 from tests.support.plain_logprobs import gradients, plain
@@ -104,7 +104,7 @@ def gradients_agree(model: PreTrainedModel, found: Tensor, prompts: list[list[in
         assert 0.92 < float(a.norm() / b.norm()) < 1.08, name
 
 
-def dense(row: Layout, window: int | None) -> Tensor:
+def dense(row: PackedLayout, window: int | None) -> Tensor:
     """Which token sees which, from the definition: one sequence per answer."""
     length = row.tokens.numel()
     seen = torch.zeros(length, length, dtype=torch.bool)
@@ -139,7 +139,7 @@ def test_by_pieces_and_block_mask_equal_masked_attention(window: int | None, sof
     def capped(score: Tensor, *_where: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
-    packed = Row(row)
+    packed = PackedRow(row)
     mask = block_mask(packed, window)
     with warnings.catch_warnings():  # FlexAttention has no backward on CPUs
         warnings.simplefilter("ignore")  # that it is slow without torch.compile

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spinreg_core.logprobs.packing import Group, deal, first_fit, group, layout, passes, units
+from spinreg_core.logprobs.packing import PromptGroup, deal, first_fit, group, layout, passes, units
 
 ids = st.lists(st.integers(0, 9), min_size=1, max_size=5)
 
@@ -17,7 +17,7 @@ def test_rows_share_prompts_and_equal_answers() -> None:
     prompts = [[1, 2], [3], [1, 2], [1, 2], [3]]
     answers = [[5, 6], [7], [5, 6], [8], []]
     groups, numbers = group(prompts, answers)
-    assert groups == [Group((1, 2), ((5, 6), (8,))), Group((3,), ((7,),))]
+    assert groups == [PromptGroup((1, 2), ((5, 6), (8,))), PromptGroup((3,), ((7,),))]
     assert numbers == [0, 2, 0, 1, -1]
     assert [g.tokens for g in groups] == [3, 1]
 
@@ -97,7 +97,7 @@ def test_deal_equals_hands_by_hand() -> None:
 
 
 def test_layout_equals_a_row_by_hand() -> None:
-    row = layout([Group((1, 2, 3), ((4, 5), (6,), (7, 8, 9))), Group((10,), ((11, 12),))])
+    row = layout([PromptGroup((1, 2, 3), ((4, 5), (6,), (7, 8, 9))), PromptGroup((10,), ((11, 12),))])
     #                              prompt   4  7  8   10 11
     assert row.tokens.tolist() == [[1, 2, 3, 4, 7, 8, 10, 11]]
     assert row.positions.tolist() == [[0, 1, 2, 3, 3, 4, 0, 1]]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from spinreg_core.errors import BadInput
 from spinreg_core.logprobs import projection
 from spinreg_core.logprobs import sequence as logprobs
-from spinreg_core.logprobs.projection import head_of
+from spinreg_core.logprobs.projection import lm_head_of
 from spinreg_core.logprobs.sequence import answer_logprobs, padded_logprobs
 from spinreg_core.models.loading import load_policy
 from tests.support.plain_logprobs import gradients, plain
@@ -40,7 +40,7 @@ def one_token_at_a_time(model: PreTrainedModel, prompt: list[int], answer: list[
 @pytest.mark.parametrize("kind", KINDS)
 def test_answer_logprobs_equal_a_loop_over_tokens(tmp_path: Path, kind: str, padded: bool) -> None:
     model = load_policy(write_policy(tmp_path / "p", 3, kind), "fp32", "cpu")
-    assert head_of(model) is not None  # the test is about the projection on answer positions
+    assert lm_head_of(model) is not None  # the test is about the projection on answer positions
     prompts, answers = random_rows(9, 5)
     with torch.no_grad():
         if padded:
@@ -67,7 +67,7 @@ def test_gradients_equal_those_of_full_logits(tmp_path: Path, kind: str) -> None
 
 def test_projection_in_pieces_changes_nothing() -> None:
     torch.manual_seed(0)
-    head = projection.Head(torch.nn.Linear(8, 30, bias=False), SimpleNamespace())
+    head = projection.LmHead(torch.nn.Linear(8, 30, bias=False), SimpleNamespace())
     hidden, targets = torch.randn(10, 8, requires_grad=True), torch.arange(10)
 
     def outcome(**given: int) -> list[Tensor]:
@@ -86,7 +86,7 @@ def test_projection_in_pieces_changes_nothing() -> None:
 def test_full_logits_never_exist() -> None:
     """Pieces of 8 MB, 160 MB in all: neither what is kept for the backward pass nor its peak holds them together."""
     words, tokens = 40_000, 1000
-    head = projection.Head(torch.nn.Linear(8, words, bias=False), SimpleNamespace())
+    head = projection.LmHead(torch.nn.Linear(8, words, bias=False), SimpleNamespace())
     hidden = torch.randn(tokens, 8, requires_grad=True)
     process = psutil.Process()
     # M_MMAP_THRESHOLD: what is freed goes back at once, as it does where pieces have their real size of 512 MiB.
@@ -115,7 +115,7 @@ def test_unknown_projection_falls_back_to_the_models_own_logits() -> None:
 
     other = tiny_model("llama")
     other.__class__ = Unheard
-    assert head_of(other) is None
+    assert lm_head_of(other) is None
     found = answer_logprobs(other, prompts, answers, precision="fp32")
     torch.testing.assert_close(found, plain(other, prompts, answers), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, before)
