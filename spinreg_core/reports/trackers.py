@@ -43,7 +43,7 @@ _METRICS_AT_ONCE, _PARAMETERS_AT_ONCE = 1000, 100
 
 
 @dataclass(frozen=True)
-class Row:
+class TrackedStep:
     """The numbers of one training step, or of a round's evaluation and benchmarks.
 
     `step` is the place on the axis: the round, or the training step counted through all rounds. `seconds` is the time
@@ -86,7 +86,7 @@ def send(tracker: str, data: Report, patience: float = PATIENCE_SECONDS) -> None
         raise SpinregError(without_credentials(lines[-1]))
 
 
-def rows(data: Report) -> list[Row]:
+def rows(data: Report) -> list[TrackedStep]:
     """Return the numbers of a run in the order in which they were measured, without those that are not finite."""
     seconds = {
         (line["round"], line["stage"]): datetime.fromisoformat(line["created"]).timestamp() for line in data["lineage"]
@@ -97,14 +97,14 @@ def rows(data: Report) -> list[Row]:
         steps = entry["training"]["steps"] if entry["training"] else []
         for step in steps:
             numbers = {f"training/{k}": float(v) for k, v in step.items() if k != "step" and isinstance(v, int | float)}
-            found.append(Row(number, "step", before + int(step["step"]), seconds[number, "train"], numbers))
+            found.append(TrackedStep(number, "step", before + int(step["step"]), seconds[number, "train"], numbers))
         before += len(steps)
         if entry["metrics"] is None:
             continue
         values = _estimates("evaluation", entry["metrics"])
         for part in entry["benchmarks"]:
             values |= _estimates(f"benchmarks/{_plain(part['name'])}", part["metrics"])
-        found.append(Row(number, "round", number, seconds[number, "evaluate"], values))
+        found.append(TrackedStep(number, "round", number, seconds[number, "evaluate"], values))
     return found
 
 
