@@ -15,7 +15,7 @@ BENCHMARK = "benchmark"
 INPUTS = ("base", "data")
 
 
-class Made(NamedTuple):
+class RunObject(NamedTuple):
     """An object of a run. `record` is its manifest, None where that is gone. Base and data are made in round 0."""
 
     round: int
@@ -24,13 +24,13 @@ class Made(NamedTuple):
     record: Manifest | None
 
 
-def objects_of_run(store: Store, head: Head) -> Iterator[Made]:
+def objects_of_run(store: Store, head: Head) -> Iterator[RunObject]:
     """Yield the objects of a run round by round, its benchmarks (stage `benchmark`) after the stages of their round."""
     for number, stage, object_id in committed(head):
-        yield Made(number, stage, object_id, read_record(store, object_id))
+        yield RunObject(number, stage, object_id, read_record(store, object_id))
 
 
-def tokens_of(made: Made) -> float | None:
+def tokens_of(made: RunObject) -> float | None:
     """Return the tokens that an object sampled, trained on or scored; None if nothing counted them."""
     metrics = {} if made.record is None else made.record.metrics
     if made.stage in ("generate", HELDOUT):
