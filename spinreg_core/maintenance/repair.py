@@ -36,8 +36,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
-from spinreg_core.maintenance.verify import Stage, Verification, verify
-from spinreg_core.runs.head import HELDOUT, Head, Made, Repair, list_runs, require_config, require_head
+from spinreg_core.maintenance.verify import StageId, Verification, verify
+from spinreg_core.runs.head import HELDOUT, Head, Repair, RoundStage, list_runs, require_config, require_head
 from spinreg_core.runs.lease import RunLease, describe_lease, is_held
 from spinreg_core.runs.manifest import Manifest, Part, Removed
 from spinreg_core.runs.objects import now, read_manifest
@@ -48,7 +48,7 @@ from spinreg_core.store.base import Store
 
 def begin(
     store: Store, lease: RunLease, damaged: Collection[str], say: Callable[[str], object] = lambda line: None
-) -> list[Stage]:
+) -> list[StageId]:
     """Do steps 1 to 3 for those of these objects of the run that are still damaged. Returns the stages it has opened.
 
     Raises LeaseHeld if another run that is being advanced has one of the objects, and LeaseLost.
@@ -108,7 +108,7 @@ def finish(
         _go_on(store, lease, say)
 
 
-def _is_missing(store: Store, config: RunConfig, head: Head, made: Stage, opened: Collection[Stage]) -> bool:
+def _is_missing(store: Store, config: RunConfig, head: Head, made: StageId, opened: Collection[StageId]) -> bool:
     """Return whether the repair opened a stage, or a rule removed its object and an open stage reads that."""
     object_id, (number, stage) = head.stage(*made), made
     if object_id is None:
@@ -139,7 +139,7 @@ def _go_on(store: Store, lease: RunLease, say: Callable[[str], object]) -> None:
     lease.update(change)
 
 
-def _possible(result: Verification, stages: set[Stage], say: Callable[[str], object]) -> set[Stage]:
+def _possible(result: Verification, stages: set[StageId], say: Callable[[str], object]) -> set[StageId]:
     """Return those of these stages that can be made again; the others stay committed, so that the run can continue.
 
     An input that rules have removed can be made once more if its own inputs are there.
@@ -148,7 +148,7 @@ def _possible(result: Verification, stages: set[Stage], say: Callable[[str], obj
         taken = {o for o, stage in result.objects.items() if stage in stages}
         gone = result.removed.keys() - taken
         lost = {one for one in gone if not gone.isdisjoint(result.made_from.get(one, ()))}
-        impossible: dict[Stage, set[str]] = {}
+        impossible: dict[StageId, set[str]] = {}
         for object_id in taken:
             if found := lost.intersection(result.made_from.get(object_id, ())):
                 impossible.setdefault(result.objects[object_id], set()).update(found)
@@ -160,7 +160,7 @@ def _possible(result: Verification, stages: set[Stage], say: Callable[[str], obj
         stages = stages - impossible.keys()
 
 
-def _open(head: Head, stages: Collection[Stage]) -> None:
+def _open(head: Head, stages: Collection[StageId]) -> None:
     for entry in head.rounds:
         entry.stages = {s: o for s, o in entry.stages.items() if (entry.round, s) not in stages}
 
@@ -245,9 +245,9 @@ def _require_idle(store: Store, run: str, objects: Collection[str]) -> None:
                 )
 
 
-def _stages(listed: Iterable[Made]) -> set[Stage]:
+def _stages(listed: Iterable[RoundStage]) -> set[StageId]:
     return {(made.round, made.stage) for made in listed}
 
 
-def _listed(stages: Iterable[Stage]) -> list[Made]:
-    return [Made(round=number, stage=stage) for number, stage in sorted(stages)]
+def _listed(stages: Iterable[StageId]) -> list[RoundStage]:
+    return [RoundStage(round=number, stage=stage) for number, stage in sorted(stages)]

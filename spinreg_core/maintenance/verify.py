@@ -28,7 +28,7 @@ from spinreg_core.store.base import NO_RIGHT, Store
 from spinreg_core.store.hashing import sha256_file
 
 # (round, stage)
-Stage = tuple[int, str]
+StageId = tuple[int, str]
 # The tag of every manifest and part at the time it was judged, and the keys of the files it lists (None: unreadable).
 Documents = dict[str, tuple[str, list[str] | None]]
 D = TypeVar("D", Manifest, Part)
@@ -58,14 +58,14 @@ class Verification:
     """
 
     run: str
-    objects: dict[str, Stage] = field(default_factory=dict)
+    objects: dict[str, StageId] = field(default_factory=dict)
     opened: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
-    dependents: dict[str, list[Stage]] = field(default_factory=dict)
+    dependents: dict[str, list[StageId]] = field(default_factory=dict)
     made_from: dict[str, list[str]] = field(default_factory=dict)
     content: dict[str, str] = field(default_factory=dict)
     removed: dict[str, str] = field(default_factory=dict)
-    unfinished: list[Stage] = field(default_factory=list)
+    unfinished: list[StageId] = field(default_factory=list)
     documents: Documents = field(default_factory=dict)
     checked: int = 0
     bytes: int = 0

@@ -70,7 +70,7 @@ class Entry(Document):
     measured: dict[str, Name] = Field(default_factory=dict)
 
 
-class Made(Document):
+class RoundStage(Document):
     """A stage of a round."""
 
     round: Round
@@ -85,10 +85,10 @@ class Repair(Document):
     """
 
     to: Round
-    stages: list[Made]
+    stages: list[RoundStage]
     replace: dict[Key, str]
     was: dict[Name, str | None]
-    dependents: dict[Name, list[Made]]
+    dependents: dict[Name, list[RoundStage]]
 
 
 class Head(Document):

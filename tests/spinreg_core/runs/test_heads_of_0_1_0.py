@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spinreg_core.runs.head import HELDOUT, Head, Made, Repair, head_key, read_head
+from spinreg_core.runs.head import HELDOUT, Head, Repair, RoundStage, head_key, read_head
 from spinreg_core.runs.manifest import Manifest
 from spinreg_core.runs.objects import manifest_key
 from spinreg_core.store import documents
@@ -50,6 +50,6 @@ def test_heldout_answers_of_an_unreadable_evaluation_stay_unnamed(store: FolderS
 
 
 def test_heldout_answers_that_a_repair_has_opened_stay_open(store: FolderStore) -> None:
-    repair = Repair(to=1, stages=[Made(round=0, stage=HELDOUT)], replace={}, was={}, dependents={})
+    repair = Repair(to=1, stages=[RoundStage(round=0, stage=HELDOUT)], replace={}, was={}, dependents={})
     write_head(store, make_head(1, repair=repair))
     assert named(store) == [None, None]
