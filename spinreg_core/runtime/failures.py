@@ -56,7 +56,7 @@ _NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """A failed rank's report to the process that started it, as JSON in `failure-RANK.json`."""
 
     rank: int
@@ -163,7 +163,7 @@ def _memory_message(error: BaseException, stage: str, config: RunConfig) -> str:
 
 def record(folder: Path, rank: int, status: int, message: str) -> None:
     """Record a rank's failure for the process that started it."""
-    failure = Failure(rank, time.time(), status, message)
+    failure = RankFailure(rank, time.time(), status, message)
     path = folder / f"failure-{rank}.json"
     # Renamed into place, so that a reader never sees half of it.
     path.with_suffix(".tmp").write_text(json.dumps(asdict(failure)))
@@ -192,7 +192,7 @@ def root_failure(folder: Path, statuses: Mapping[int, int]) -> tuple[int, str]:
     status 0 before its end; one that never arrived where the others waited.
     """
     paths = folder.glob("failure-*.json")
-    failures = sorted((Failure(**json.loads(path.read_text())) for path in paths), key=lambda failure: failure.time)
+    failures = sorted((RankFailure(**json.loads(path.read_text())) for path in paths), key=lambda failure: failure.time)
     reported = {failure.rank for failure in failures}
     for rank, status in sorted(statuses.items()):
         # SIGTERM makes a rank write its stack, so one with a stack was told to stop and is no cause.

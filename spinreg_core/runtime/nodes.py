@@ -29,7 +29,7 @@ class Order(Document):
     job: dict[str, Any] | None = None
 
 
-class Failure(Document):
+class NodeFailure(Document):
     status: int
     message: str
 
@@ -90,7 +90,7 @@ def failures_elsewhere(store: Store, job: Job, attempt: str) -> list[tuple[int, 
     while True:
         keys = [k for k in store.list(_failures(job.config.run)) if k.rsplit("/", 1)[-1].startswith(attempt)]
         if keys or time.monotonic() > end:
-            entries = [found for key in keys if (found := documents.read(store, key, Failure)) is not None]
+            entries = [found for key in keys if (found := documents.read(store, key, NodeFailure)) is not None]
             return [(entry.status, entry.message) for entry in entries]
         time.sleep(0.5)
 
