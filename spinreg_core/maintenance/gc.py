@@ -30,7 +30,7 @@ from typing import Any, TypedDict, TypeVar
 from spinreg_core.errors import BadInput, Conflict, Damaged
 from spinreg_core.formatting import format_bytes, format_duration
 from spinreg_core.maintenance.retention import Needs
-from spinreg_core.runs.manifest import Manifest, Part, Removed
+from spinreg_core.runs.manifest import Manifest, Part, Removal
 from spinreg_core.runs.objects import manifest_key, now, read_record
 from spinreg_core.store import documents
 from spinreg_core.store.base import OURS, Listed, Store
@@ -253,7 +253,7 @@ def _mark(store: Store, item: Item) -> str | None:
         old = old.before
     # Files that were removed earlier stay listed.
     keys = dict.fromkeys([*record.removed_keys, *item.keys])
-    record.removed = Removed(marked=True, why=item.why, at=now(), keys=list(keys), before=old)
+    record.removed = Removal(marked=True, why=item.why, at=now(), keys=list(keys), before=old)
     try:
         if found is None:
             return store.create(key, documents.dump(record))

@@ -39,7 +39,7 @@ from spinreg_core.errors import BadInput, Conflict, Damaged, LeaseHeld
 from spinreg_core.maintenance.verify import StageId, Verification, verify
 from spinreg_core.runs.head import HELDOUT, Head, Repair, RoundStage, list_runs, require_config, require_head
 from spinreg_core.runs.lease import RunLease, describe_lease, is_held
-from spinreg_core.runs.manifest import Manifest, Part, Removed
+from spinreg_core.runs.manifest import Manifest, Part, Removal
 from spinreg_core.runs.objects import now, read_manifest
 from spinreg_core.runs.stages import complete_round, needed_by_later_stages, objects_now_and_next, stages_of
 from spinreg_core.store import documents
@@ -222,7 +222,7 @@ def _marked(store: Store, run: str, key: str, raw: bytes) -> Manifest:
         )  # fmt: skip
     keys, old = sorted(record.removed_keys), record.removed
     why, at = (old.why, old.at) if keys and old else (f"set aside by the repair of run {run!r}", now())
-    record.removed = Removed(marked=False, why=why, at=at, keys=keys, repair=run)
+    record.removed = Removal(marked=False, why=why, at=at, keys=keys, repair=run)
     return record
 
 

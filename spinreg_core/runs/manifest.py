@@ -23,7 +23,7 @@ class File(Document):
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
-class Removed(Document):
+class Removal(Document):
     """The files that an object has lost to garbage collection, or is marked to lose.
 
     `before` is the state before the mark. `repair` names the run that is repairing the object: its manifest is set
@@ -34,7 +34,7 @@ class Removed(Document):
     why: str
     at: str
     keys: list[Key]
-    before: Removed | None = None
+    before: Removal | None = None
     repair: str | None = None
 
 
@@ -48,7 +48,7 @@ class Manifest(Document):
     object_id: Name
     files: list[File]
     inputs: dict[str, Any]
-    removed: Removed | None = None
+    removed: Removal | None = None
     stage: str = ""
     round: Round = 0
     metrics: dict[str, Any] = Field(default_factory=dict)
