@@ -45,7 +45,7 @@ _WEIGHTY = ("policy/", "adapter/", "shards/")
 
 
 @dataclass(frozen=True)
-class Item:
+class Removable:
     """Something to remove.
 
     kind: "object" is removed by way of a mark, and `record` is its manifest now; "files" are `keys` that no run reads;
@@ -63,7 +63,7 @@ class Item:
     record: Manifest | None = None
 
 
-def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Item]:
+def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> list[Removable]:
     """Return what can be removed, and change nothing. `rules_only` leaves out leftovers and objects of no run.
 
     Objects that cannot be read, or lie behind a link, are added to `needs.notes` and left as they are.
@@ -71,7 +71,7 @@ def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> l
     objects: dict[str, list[Listed]] = defaultdict(list)
     for entry in store.entries("objects/"):
         objects[entry.key.split("/")[1]].append(entry)
-    items: list[Item] = []
+    items: list[Removable] = []
     linked = _behind_links(store)
     for object_id, entries in objects.items():
         if object_id.startswith(_MEASURED):
@@ -88,8 +88,8 @@ def find_removable(store: Store, needs: Needs, *, rules_only: bool = False) -> l
         ours = tuple(f"{name}/" for name in OURS)
         old = [entry for entry in store.unfinished()
                if entry.age > GRACE_SECONDS and entry.key.startswith(ours) and not linked(entry.key)]  # fmt: skip
-        items += [Item("upload", "", e.key, f"a write that never ended, {format_duration(e.age)} old", (e.key,), e.size)
-                  for e in old]  # fmt: skip
+        items += [Removable("upload", "", e.key, f"a write that never ended, {format_duration(e.age)} old", (e.key,),
+                            e.size) for e in old]  # fmt: skip
     return items
 
 
@@ -105,7 +105,7 @@ def _behind_links(store: Store) -> Callable[[str], bool]:
     return linked
 
 
-def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed], rules_only: bool) -> list[Item]:
+def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed], rules_only: bool) -> list[Removable]:
     record, sizes = read_record(store, object_id), {entry.key: entry.size for entry in entries}
     manifest = sizes.pop(manifest_key(object_id), None)
     removed = None if record is None else record.removed
@@ -119,14 +119,14 @@ def _of_object(store: Store, needs: Needs, object_id: str, entries: list[Listed]
     if needs.known.get(object_id):
         what += f" of {', '.join(needs.known[object_id])}"
 
-    def item(kind: str, why: str, keys: Iterable[str], **more: Any) -> list[Item]:
+    def item(kind: str, why: str, keys: Iterable[str], **more: Any) -> list[Removable]:
         chosen = tuple(keys)
         size = sum(sizes[key] for key in chosen)
-        return [Item(kind, object_id, what, why, chosen, size, record=record, **more)] if chosen else []
+        return [Removable(kind, object_id, what, why, chosen, size, record=record, **more)] if chosen else []
 
     if marked and not rule and object_id in needs.known:
         assert record is not None
-        return [Item("unmark", object_id, what, "needed again", record=record)] if record.stage else []
+        return [Removable("unmark", object_id, what, "needed again", record=record)] if record.stage else []
     if orphan:
         why = "no run knows it" if manifest is not None else "unfinished, and no run continues it"
         if marked:
@@ -152,8 +152,8 @@ def _leftovers(
     object_id: str,
     record: Manifest | None,
     entries: list[Listed],
-    item: Callable[[str, str, Iterable[str]], list[Item]],
-) -> list[Item]:
+    item: Callable[[str, str, Iterable[str]], list[Removable]],
+) -> list[Removable]:
     """Find the leftovers of an object that stays: of a killed removal, of a finished stage, and of killed writers."""
     keys = {entry.key for entry in entries}
     gone = frozenset() if record is None else record.removed_keys
@@ -196,15 +196,18 @@ def _read(store: Store, keys: Iterable[str], kind: type[D]) -> dict[str, D]:
 
 
 def remove_items(
-    store: Store, items: Sequence[Item], needs_now: Callable[[], Needs], say: Callable[[str], None] = lambda line: None
-) -> list[Item]:
+    store: Store,
+    items: Sequence[Removable],
+    needs_now: Callable[[], Needs],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Removable]:
     """Remove what was found, except objects that a run needs by now. Returns what was removed.
 
     `needs_now` reads the heads of all runs again. After an interruption, find and remove again to finish.
     """
-    done: list[Item] = []
+    done: list[Removable] = []
     needs = needs_now()
-    marks: list[tuple[Item, str]] = []
+    marks: list[tuple[Removable, str]] = []
     for item in items:
         if item.kind == "object" and not _needed(item, needs):
             tag = _mark(store, item)
@@ -235,11 +238,11 @@ def remove_items(
     return done
 
 
-def _needed(item: Item, needs: Needs) -> bool:
+def _needed(item: Removable, needs: Needs) -> bool:
     return item.object_id in needs.kept or (item.orphan and (item.object_id in needs.known or not needs.complete))
 
 
-def _mark(store: Store, item: Item) -> str | None:
+def _mark(store: Store, item: Removable) -> str | None:
     """Mark an object. Returns the tag of the marked manifest, or None if the object has changed since it was found."""
     key = manifest_key(item.object_id)
     found = store.read_tagged(key)
@@ -275,7 +278,7 @@ def _unmark(store: Store, object_id: str, tag: str) -> None:
         return
 
 
-def _remove_marked(store: Store, item: Item, tag: str) -> bool:
+def _remove_marked(store: Store, item: Removable, tag: str) -> bool:
     """Remove a marked object. Returns False if it was published again in between."""
     key = manifest_key(item.object_id)
     record = documents.read(store, key, Manifest)
@@ -296,7 +299,7 @@ def _remove_marked(store: Store, item: Item, tag: str) -> bool:
     return True
 
 
-def format_items(items: Sequence[Item], notes: Sequence[str], where: str, *, removed: bool) -> str:
+def format_items(items: Sequence[Removable], notes: Sequence[str], where: str, *, removed: bool) -> str:
     """Return a text for people with the objects, the reasons and the sizes."""
     lines = [f"note: {note}" for note in notes]
     items = [item for item in items if item.kind != "unmark"]
@@ -332,7 +335,7 @@ class Listing(TypedDict):
     notes: list[str]
 
 
-def as_json(items: Sequence[Item], notes: Sequence[str], *, removed: bool) -> Listing:
+def as_json(items: Sequence[Removable], notes: Sequence[str], *, removed: bool) -> Listing:
     """Return the same as plain values."""
     listed: list[ListedItem] = [
         {"object": item.object_id or None, "what": item.what, "why": item.why, "keys": list(item.keys),

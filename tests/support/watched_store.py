@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from spinreg_core.maintenance.gc import Item, find_removable, remove_items
+from spinreg_core.maintenance.gc import Removable, find_removable, remove_items
 from spinreg_core.maintenance.retention import Needs, store_needs
 from spinreg_core.maintenance.verify import verify
 from spinreg_core.runs.head import Head, read_head
@@ -49,7 +49,7 @@ def head_of(store: Store, run: str) -> Head:
     return head
 
 
-def gc(store: Store, runs: list[str] | None = None) -> list[Item]:
+def gc(store: Store, runs: list[str] | None = None) -> list[Removable]:
     def needs_now() -> Needs:
         return store_needs(store, runs)
 
