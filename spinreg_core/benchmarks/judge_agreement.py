@@ -38,7 +38,7 @@ from spinreg_core.store.base import Store
 
 HUB = "lmsys/mt_bench_human_judgments"
 Winner = Literal["model_a", "model_b", "tie"]
-Comparison = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]  # questions, answers of a, answers of b
+VotedPair = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]  # questions, answers of a, answers of b
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Vote:
     answers_b: tuple[str, ...]
 
     @property
-    def pair(self) -> Comparison:
+    def pair(self) -> VotedPair:
         return self.questions, self.answers_a, self.answers_b
 
 
@@ -109,7 +109,7 @@ def combined(as_given: Preference | None, swapped: Preference | None) -> Winner 
 
 
 def agreement_metrics(
-    votes: list[Vote], verdicts: Mapping[Comparison, Winner | None], *, resamples: int, seed: int
+    votes: list[Vote], verdicts: Mapping[VotedPair, Winner | None], *, resamples: int, seed: int
 ) -> dict[str, Estimate]:
     """Return `with_ties` and `without_ties`; n counts votes. verdicts: the judge's, by `Vote.pair`."""
     usable = [(vote, verdict) for vote in votes if (verdict := verdicts[vote.pair]) is not None]

@@ -67,7 +67,7 @@ _RIDGE = 0.01  # keeps the regression finite where one side wins everything; far
 
 
 @dataclass(frozen=True)
-class Pair:
+class AnswerPair:
     """A prompt with two answers: the first policy's (`own`) and the one that it is compared with."""
 
     prompt_id: str
@@ -177,7 +177,7 @@ def win_rate_of_runs(
     }  # fmt: skip
 
 
-def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> list[Pair]:
+def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> list[AnswerPair]:
     """Return the samples of two evaluations of the same held-out rows, in the order of the rows.
 
     against: None for the human answers. Raises Damaged where an evaluation has other rows than the data.
@@ -195,10 +195,10 @@ def pairs_of(store: Store, data_id: str, evaluate: str, against: str | None) -> 
 
     others = data["answer"] if against is None else samples(against)
     rows = zip(data["prompt_id"], data["messages"], samples(evaluate), others, strict=True)
-    return [Pair(name, conversation_text(json.loads(messages)), own, other) for name, messages, own, other in rows]
+    return [AnswerPair(name, conversation_text(json.loads(asked)), own, other) for name, asked, own, other in rows]
 
 
-def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> Mapping[str, object]:
+def pair_settings(config: RunConfig, pairs: Sequence[AnswerPair]) -> Mapping[str, object]:
     return {
         "judge": shown_settings(config.judge), "prompts": len(pairs),
         "identical": sum(pair.own == pair.other for pair in pairs),
@@ -207,14 +207,14 @@ def pair_settings(config: RunConfig, pairs: Sequence[Pair]) -> Mapping[str, obje
 
 
 def judge_pairs(
-    store: Store, config: RunConfig, pairs: Sequence[Pair], prompts: Prompts, *, payer: str
+    store: Store, config: RunConfig, pairs: Sequence[AnswerPair], prompts: Prompts, *, payer: str
 ) -> tuple[dict[str, Estimate], list[Item], dict[str, float]]:
     """Have every pair of different texts judged in both orders. Returns `win_metrics` and the cost.
 
     Raises as `ask_judge`, and BadInput where the judge gave no verdict in both orders on any prompt.
     """
 
-    def question(pair: Pair, order: str, a: str, b: str) -> JudgeQuestion:
+    def question(pair: AnswerPair, order: str, a: str, b: str) -> JudgeQuestion:
         messages = prompts.messages(PROMPT, question=pair.question, answer_a=a, answer_b=b)
         return JudgeQuestion(f"prompt {pair.prompt_id}, {order}", messages)
 
@@ -240,7 +240,7 @@ def conversation_text(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def win_metrics(
-    pairs: Sequence[Pair],
+    pairs: Sequence[AnswerPair],
     verdicts: Sequence[Both | None],
     *,
     resamples: int,

@@ -17,7 +17,7 @@ import pytest
 
 from flows.cli import main
 from spinreg_core.benchmarks import win_rate
-from spinreg_core.benchmarks.win_rate import Pair, conversation_text, length_controlled, win_metrics
+from spinreg_core.benchmarks.win_rate import AnswerPair, conversation_text, length_controlled, win_metrics
 from spinreg_core.config import RunConfig
 from spinreg_core.errors import EXIT_BAD_INPUT, BadInput
 from spinreg_core.evaluation.intervals import wilson
@@ -29,8 +29,8 @@ from tests.support.builders import make_config, make_head, make_job
 from tests.support.judge_server import Does, judge_server
 
 
-def pair(name: str, own: int, other: int) -> Pair:
-    return Pair(name, "q", "x" * own, "y" * other)
+def pair(name: str, own: int, other: int) -> AnswerPair:
+    return AnswerPair(name, "q", "x" * own, "y" * other)
 
 
 def test_win_metrics_of_few_pairs_equal_hand_computation() -> None:
@@ -89,7 +89,7 @@ def test_win_metrics_of_swapped_sides_are_mirrored() -> None:
     rng = np.random.default_rng(0)
     pairs = [pair(str(i), *rng.integers(1, 50, 2)) for i in range(40)]
     verdicts: list[Any] = [tuple(rng.choice(["A", "B", "tie"], 2)) for _ in pairs]
-    turned = [Pair(p.prompt_id, p.question, p.other, p.own) for p in pairs]
+    turned = [AnswerPair(p.prompt_id, p.question, p.other, p.own) for p in pairs]
     one, _ = win_metrics(pairs, verdicts, resamples=200, seed=2)
     # What was shown first is the same text: the other order comes first now.
     two, _ = win_metrics(turned, [(b, a) for a, b in verdicts], resamples=200, seed=2)
