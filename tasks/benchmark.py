@@ -6,7 +6,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from spinreg_core.benchmarks.measure import Checked, Measured, do_benchmark, do_check
+from spinreg_core.benchmarks.measure import Checked, RoundBenchmarks, do_benchmark, do_check
 from tasks.run_stage import run_committed
 
 
@@ -17,7 +17,7 @@ from tasks.run_stage import run_committed
     # The store decides what is done already.
     cache_policy=NO_CACHE,
 )
-def benchmark(run: str, round_number: int) -> Measured | State[Measured]:
+def benchmark(run: str, round_number: int) -> RoundBenchmarks | State[RoundBenchmarks]:
     """Return the benchmarks of an iterate."""
     return run_committed(
         f"benchmark of round {round_number}",

@@ -46,7 +46,7 @@ Values = dict[tuple[str, str], dict[int, object]]  # by (metric, filter): the va
 
 
 @dataclass
-class Measured:
+class TaskMetrics:
     """Metrics by name. `stderr` is lm-eval's own standard error; `intervals` names the methods of the intervals."""
 
     metrics: dict[str, Estimate] = field(default_factory=dict)
@@ -78,9 +78,9 @@ class Measured:
             self.items += [(item, name, one) for item, one in numbers.items()]
 
 
-def measured(results: EvalResults, loaded: LoadedTasks, name: str, *, resamples: int, seed: int) -> Measured:
+def measured(results: EvalResults, loaded: LoadedTasks, name: str, *, resamples: int, seed: int) -> TaskMetrics:
     """Return all metrics of a task or a group. loaded: the tasks and groups that were evaluated."""
-    found = Measured()
+    found = TaskMetrics()
     values = {task: _values(samples) for task, samples in results["samples"].items()}
     groups = sorted(loaded.groups.values(), key=lambda group: group.name != name)  # the requested group first
     for group in groups:
@@ -145,7 +145,7 @@ def _with_value(estimate: Estimate, value: float) -> Estimate:
 
 
 def _group(
-    found: Measured,
+    found: TaskMetrics,
     results: EvalResults,
     group: Any,
     name: str,
@@ -204,7 +204,7 @@ def _pooled(
     return percentile_estimate(value, draws, n, unit), STRATIFIED
 
 
-def primary_of(found: Measured, name: str) -> str:
+def primary_of(found: TaskMetrics, name: str) -> str:
     """Return the primary metric. Raises ValueError where the task has no metric."""
     if not found.metrics:
         raise ValueError(f"{name} has no metric that is a number")

@@ -18,7 +18,7 @@ from spinreg_core.runs.objects import read_manifest, require_manifest
 from spinreg_core.store.base import Store
 
 
-class Measured(TypedDict):
+class RoundBenchmarks(TypedDict):
     """The benchmarks of an iterate, by name of part (`lm-eval gsm8k`)."""
 
     stage: str
@@ -36,7 +36,7 @@ class Checked(TypedDict):
     reused: bool
 
 
-def do_benchmark(store: Store, lease: RunLease, config: RunConfig, round_number: int, start: Start) -> Measured:
+def do_benchmark(store: Store, lease: RunLease, config: RunConfig, round_number: int, start: Start) -> RoundBenchmarks:
     """Make sure that an iterate is measured as the configuration asks. Raises as the process that measures.
 
     Parts that were measured are recorded also where another part failed.

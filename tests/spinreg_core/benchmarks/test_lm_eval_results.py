@@ -15,7 +15,7 @@ from spinreg_core.benchmarks.lm_eval_results import (
     NONE,
     STRATIFIED,
     WILSON,
-    Measured,
+    TaskMetrics,
     fingerprints,
     measured,
     primary_of,
@@ -33,7 +33,7 @@ def all_of(values: list[list[bool]]) -> float:
     return mean([float(one) for value in values for one in value])
 
 
-def evaluated(values: Values, aggregate: Any = mean, group: Any = None, **higher: bool) -> Measured:
+def evaluated(values: Values, aggregate: Any = mean, group: Any = None, **higher: bool) -> TaskMetrics:
     """`values`: by task and (metric, filter), what each question counts."""
     results: dict[str, Any] = {"results": {}, "samples": {}, "higher_is_better": dict.fromkeys(values, higher)}
     for task, found in values.items():
