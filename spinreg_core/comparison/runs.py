@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from spinreg_core.benchmarks.registry import results_of
-from spinreg_core.comparison.schema import BenchmarkEntry, Cost, Sample, SharedAlarm, SharedObject
+from spinreg_core.comparison.schema import BenchmarkEntry, ComparedSample, Cost, SharedAlarm, SharedObject
 from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
@@ -256,9 +256,9 @@ def why_unpaired(ours: Variant, theirs: Variant) -> str:
     return "their held-out rows come from other data objects of one configuration: the data or the model changed"
 
 
-def samples_of(store: Store, variants: list[Variant]) -> list[Sample]:
+def samples_of(store: Store, variants: list[Variant]) -> list[ComparedSample]:
     """Return the first held-out prompts of every run, each with the human answer and all sampled answers."""
-    found: dict[str, Sample] = {}
+    found: dict[str, ComparedSample] = {}
     for variant in variants:
         for member in variant.members:
             for number in member.rounds:

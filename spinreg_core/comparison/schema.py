@@ -99,7 +99,7 @@ class Plane(TypedDict):
     labels: list[list[str | None]]
 
 
-class Sample(TypedDict):
+class ComparedSample(TypedDict):
     messages: list[dict[str, str]]
     answer: str
     answers: list[dict[str, Any]]
@@ -149,7 +149,7 @@ class Numbers(TypedDict):
     cost: list[Cost]
     grid: dict[str, str]
     plane: Plane | None
-    samples: list[Sample]
+    samples: list[ComparedSample]
     lineage: list[SharedObject]
     config: dict[str, Any]
 
