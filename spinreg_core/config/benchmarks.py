@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from spinreg_core.config.groups import Group, NonNegativeFloat, PositiveFloat, Time
 
-Count = Annotated[int, Field(ge=1)]
+PositiveCount = Annotated[int, Field(ge=1)]
 # The six tasks of the Open LLM Leaderboard (its first version) with their numbers of few-shot examples.
 LEADERBOARD = {
     "arc_challenge": 25, "hellaswag": 10, "mmlu": 5, "truthfulqa_mc2": 0, "winogrande": 5, "gsm8k": 5,
@@ -35,7 +35,7 @@ class BenchmarksConfig(Group):
         description="Few-shot examples before each question, by task; they replace the number of the task or of the "
         "Leaderboard (examples).",
     )
-    limit: Count | dict[str, Count] | None = Field(
+    limit: PositiveCount | dict[str, PositiveCount] | None = Field(
         None,
         description="Use only the first questions: their number per task (for a group: per subtask), or by task "
         "(questions). Unset: all.",
@@ -69,7 +69,7 @@ class BenchmarksConfig(Group):
     win_rate: list[Literal["base", "previous", "human"]] = Field(
         [], description="Answers that a judge compares the iterate's held-out samples with, in both orders."
     )
-    win_rate_prompts: Count | None = Field(
+    win_rate_prompts: PositiveCount | None = Field(
         None, description="Judge only this many held-out prompts, the first ones (prompts). Unset: all."
     )
 
@@ -134,7 +134,7 @@ class JudgeConfig(Group):
         "different verdicts or a quoted one is malformed; `fastchat` takes the first, as FastChat does. Runs of "
         "spinreg 0.1.0 keep `fastchat`.",
     )
-    max_requests: Count | None = Field(
+    max_requests: PositiveCount | None = Field(
         None,
         description="Most requests of one benchmark (one iterate's MT-Bench, say), over all its attempts; requests "
         "that the endpoint refuses do not count (requests). Unset: no limit.",
@@ -163,7 +163,7 @@ class UntilConfig(Group):
         description="Metric that must improve: a held-out one (heldout_nll, reward_accuracy, exact_match), or a "
         "benchmark's, as NAME/METRIC (gsm8k/exact_match).",
     )
-    rounds_without_gain: Count | None = Field(
+    rounds_without_gain: PositiveCount | None = Field(
         None,
         description="The run ends after this many rounds in a row without a new best value of that metric (rounds).",
     )
