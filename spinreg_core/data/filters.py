@@ -49,7 +49,7 @@ def load_training(dataset: str, config: DataConfig) -> Selected:
     known = {name: evaluation_prompts(name) for name in config.evaluation_sets}
     guards = {name: guarded(name, prompts) for name, prompts in known.items()}
     kept, left_out = select(loaded.rows, config, known)
-    counts = by_reason(left_out)
+    counts = by_reason_and_pattern(left_out)
     if len(kept) and config.mixed_datasets:
         kept, beyond = take_shares(kept, loaded.last, {dataset: 1.0} | config.mixed_datasets)
         counts |= {f"beyond_share {name}": count for name, count in beyond.items()}
@@ -76,7 +76,7 @@ def select(
     return take_rows(rows, kept), left_out
 
 
-def by_reason(left_out: Iterable[Rejected]) -> dict[str, int]:
+def by_reason_and_pattern(left_out: Iterable[Rejected]) -> dict[str, int]:
     """Count rows by reason, and by pattern where that is the reason."""
     return dict(Counter(f"{one.reason} {one.detail}" if one.reason == "pattern" else one.reason for one in left_out))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from spinreg_core.config import DataConfig
-from spinreg_core.data.filters import by_reason, load_training, select
+from spinreg_core.data.filters import by_reason_and_pattern, load_training, select
 from spinreg_core.data.formats import Row
 from spinreg_core.data.load import load_heldout
 from spinreg_core.errors import BadInput
@@ -45,7 +45,7 @@ def test_select_leaves_rows_out_by_length_and_pattern() -> None:
     assert out == {1: "answer_too_short: 5 characters", 3: "answer_too_long: 13 characters",
                    4: "pattern: (?i)^as an ai\\b", 5: "answer_too_long: 13 characters"}  # fmt: skip
     _, left = select(rows, DataConfig(drop_patterns=["AI", "so"]), {})
-    assert by_reason(left) == {"pattern so": 1, "pattern AI": 2}
+    assert by_reason_and_pattern(left) == {"pattern so": 1, "pattern AI": 2}
 
 
 @pytest.mark.parametrize("length", [5, 8, 13])
