@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from spinreg_core.errors import BadInput
 from spinreg_core.formatting import first_line
-from spinreg_core.models.json_files import read_json
+from spinreg_core.models.json_files import read_json_object
 from spinreg_core.models.messages import Marks, Message
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    read_json(folder / "config.json")
-    longest = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    read_json_object(folder / "config.json")
+    longest = read_json_object(folder / "tokenizer_config.json").get("model_max_length")
     # A float is accepted because transformers writes 1e30 for "no limit".
     if longest is not None and type(longest) not in (int, float):
         raise BadInput("model", f"has model_max_length {_short(longest)} in {folder / 'tokenizer_config.json'}",
@@ -145,7 +145,7 @@ class Renderer:
     def from_folder(cls, path: Path, arguments: Mapping[str, Any] | None = None) -> Renderer:
         """Return the renderer of a Hugging Face folder; tokenizer files suffice. Raises BadInput."""
         file = path / "generation_config.json"
-        eos = read_json(file).get("eos_token_id")
+        eos = read_json_object(file).get("eos_token_id")
         ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
         if not all(type(i) is int for i in ends):
             raise BadInput("model", f"has eos_token_id {_short(eos)} in {file}", "a token id, or a list of them")

@@ -13,7 +13,7 @@ from typing import Any
 from spinreg_core.errors import BadInput
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a file, or an empty one if there is no file. Raises BadInput."""
     try:
         found = json.loads(path.read_bytes())

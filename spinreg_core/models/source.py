@@ -24,7 +24,7 @@ from spinreg_core.input_limits import LARGEST_MODEL_FILE, MOST_LAYERS, require_s
 from spinreg_core.models.chat_template import Renderer, load_tokenizer
 from spinreg_core.models.context import context_of
 from spinreg_core.models.gguf import read_header
-from spinreg_core.models.json_files import read_json
+from spinreg_core.models.json_files import read_json_object
 from spinreg_core.store.base import require_inside
 from spinreg_core.store.hashing import sha256_file
 from spinreg_core.store.remote_files import fetch_s3, list_s3
@@ -105,7 +105,7 @@ def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None 
     for path in model_files(folder):
         if path.name != "chat_template.json":  # for processors of images and sound; `resolve_model` wants another
             (target / path.name).symlink_to(path.resolve())
-    in_config = read_json(folder / "tokenizer_config.json").get("chat_template")
+    in_config = read_json_object(folder / "tokenizer_config.json").get("chat_template")
     if not (folder / "chat_template.jinja").exists():
         if not in_config:
             (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
@@ -115,7 +115,7 @@ def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None 
     ends = sorted({*Renderer.from_folder(folder, arguments).stop_ids, *said})
     if ends != sorted(said) or not (folder / "generation_config.json").exists():
         _write_settled(folder, target, "generation_config.json", eos_token_id=ends)
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     if not config.get("architectures"):
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
         _write_settled(folder, target, "config.json", architectures=[name])
@@ -123,7 +123,7 @@ def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None 
 
 def _write_settled(folder: Path, target: Path, name: str, **fields: Any) -> None:
     """Write a JSON file of the folder into `target` with other fields; None removes a field."""
-    document = {k: v for k, v in (read_json(folder / name) | fields).items() if v is not None or k not in fields}
+    document = {k: v for k, v in (read_json_object(folder / name) | fields).items() if v is not None or k not in fields}
     (target / name).unlink(missing_ok=True)
     (target / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
@@ -136,7 +136,7 @@ def _file_of_ends(folder: Path) -> Path:
 
 def _ends(path: Path) -> list[int]:
     """Return the ids of the end tokens that a config.json or generation_config.json names."""
-    document = read_json(path)
+    document = read_json_object(path)
     text = document.get("text_config")
     found = document.get("eos_token_id", text.get("eos_token_id") if isinstance(text, dict) else None)
     return [end for end in (found if isinstance(found, list) else [found]) if type(end) is int]
@@ -173,7 +173,7 @@ def _bounded(folder: Path) -> Path:
     require_inside(folder, files, "model")
     for path in files:
         _require_small(str(path), path.name, path.stat().st_size)
-    config = read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json")
     for part in (config, config.get("text_config")):
         for name in LAYERS:
             count = part.get(name) if isinstance(part, dict) else None
@@ -196,7 +196,7 @@ def _checked(folder: Path, source: str) -> Path:
     index = folder / "model.safetensors.index.json"
     wanted = {"model.safetensors"}
     if index.is_file():
-        named = read_json(index).get("weight_map")
+        named = read_json_object(index).get("weight_map")
         if not isinstance(named, dict) or not all(isinstance(n, str) and n == Path(n).name for n in named.values()):
             raise BadInput(
                 f"model file {index}", "has no weight_map of files next to it", "the index of a sharded model"
@@ -208,8 +208,8 @@ def _checked(folder: Path, source: str) -> Path:
         found = f"has only pickled weights ({', '.join(pickled)})" if pickled else f"has no {', '.join(missing)}"
         raise BadInput(f"model {source}", found, "safetensors; unpickling runs code, so spinreg never does it")
     _require_one_model(folder, source, wanted)
-    written = read_json(folder / "config.json")
-    if "auto_map" in written or "auto_map" in read_json(folder / "tokenizer_config.json"):
+    written = read_json_object(folder / "config.json")
+    if "auto_map" in written or "auto_map" in read_json_object(folder / "tokenizer_config.json"):
         raise BadInput(f"model {source}", "has code of its own (auto_map)", "a model without code")
     # transformers would silently apply an adapter when it loads the folder.
     if (folder / "adapter_config.json").exists():
@@ -238,11 +238,11 @@ def _require_one_model(folder: Path, source: str, wanted: set[str]) -> None:
         named = ", ".join(sorted(wanted)[:3])
         raise BadInput(where, f"has {', '.join(others[:3])} next to {named}, and loaders disagree on which to read",
                        "one set of weights; move the others elsewhere")  # fmt: skip
-    classes = [str(name) for name in read_json(config).get("architectures") or ()]
+    classes = [str(name) for name in read_json_object(config).get("architectures") or ()]
     if classes and all(name.endswith("Model") and not name.endswith("LMHeadModel") for name in classes):
         raise BadInput(f"model file {config}", f"names {classes[0]}, a model without a vocabulary projection",
                        "a causal language model; save it with transformers' AutoModelForCausalLM")  # fmt: skip
-    written = (folder / "chat_template.jinja").exists() or read_json(folder / "tokenizer_config.json").get(
+    written = (folder / "chat_template.jinja").exists() or read_json_object(folder / "tokenizer_config.json").get(
         "chat_template"
     )
     if (folder / "chat_template.json").exists() and not written:
