@@ -49,9 +49,8 @@ from spinreg_core.comparison.wording import comparison_verdict, grid_of, notes, 
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
-from spinreg_core.evaluation.metrics import PRIMARY
+from spinreg_core.evaluation.metrics import PRIMARY, Metric
 from spinreg_core.evaluation.paired import Difference, Scores, apply_holm, difference, estimate
-from spinreg_core.reports.schema import Definition
 from spinreg_core.runs.objects import versions
 from spinreg_core.store.base import Store
 from spinreg_core.store.cache import pinned
@@ -185,7 +184,7 @@ def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:
     }  # fmt: skip
 
 
-def _values(variants: list[Variant], metrics: dict[str, Definition]) -> list[ValueEntry]:
+def _values(variants: list[Variant], metrics: dict[str, Metric]) -> list[ValueEntry]:
     return [
         {"variant": variant.label, "round": number, "metric": metric, **estimate(scores, metrics[metric]["unit"])}
         for variant in variants
@@ -196,7 +195,7 @@ def _values(variants: list[Variant], metrics: dict[str, Definition]) -> list[Val
 
 
 def _comparisons(
-    variants: list[Variant], reference: Variant, metrics: dict[str, Definition], last: int
+    variants: list[Variant], reference: Variant, metrics: dict[str, Metric], last: int
 ) -> list[DifferenceEntry]:
     """Return every paired difference from the reference and from the base, corrected family by family.
 
@@ -242,7 +241,7 @@ def _content(scores: list[Scores]) -> tuple[Any, ...]:
     return tuple(sorted((one.block, one.ids, one.num.tobytes(), one.den.tobytes()) for one in scores))
 
 
-def _stability(variants: list[Variant], metrics: dict[str, Definition]) -> list[ChangeEntry]:
+def _stability(variants: list[Variant], metrics: dict[str, Metric]) -> list[ChangeEntry]:
     """Return the paired change of each `STEADY` metric from every round to the next, over the variant's seeds."""
     found: list[ChangeEntry] = []
     for variant, metric in itertools.product(variants, [name for name in STEADY if name in metrics]):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +22,12 @@ from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
 from spinreg_core.evaluation.heldout import row_scores
-from spinreg_core.evaluation.metrics import GAME, METRICS
+from spinreg_core.evaluation.metrics import GAME, METRICS, Metric
 from spinreg_core.evaluation.paired import Scores
 from spinreg_core.evaluation.schema import StoredBenchmark
 from spinreg_core.formatting import flatten
 from spinreg_core.reports.lineage import BENCHMARK, objects_of_run, tokens_of
 from spinreg_core.reports.run_report import heldout_alarms, read_json, read_metrics
-from spinreg_core.reports.schema import Definition
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import HELDOUT, Head, require_config, require_head
 from spinreg_core.runs.stages import STAGES
@@ -62,7 +61,7 @@ class Evaluated:
     config: RunConfig
     head: Head
     scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
-    definitions: dict[str, Definition] = field(default_factory=dict)
+    definitions: dict[str, Metric] = field(default_factory=dict)
     no_items: set[str] = field(default_factory=set)
     measured: list[BenchmarkEntry] = field(default_factory=list)
 
@@ -193,11 +192,11 @@ def alarms_of(store: Store, members: list[Evaluated]) -> list[SharedAlarm]:
     return list(found.values())
 
 
-def definitions_of(members: list[Evaluated]) -> dict[str, Definition]:
+def definitions_of(members: list[Evaluated]) -> dict[str, Metric]:
     """Return how each metric that any run has is shown, in the order of the page."""
     there = {name for member in members for scores in member.scores.values() for name in scores}
-    found = {
-        name: cast(Definition, asdict(METRICS.get(name) or GAME[name])) for name in HELDOUT_METRICS if name in there
+    found: dict[str, Metric] = {
+        name: {**(METRICS.get(name) or GAME[name])} for name in HELDOUT_METRICS if name in there
     }
     for member in members:
         found |= member.definitions

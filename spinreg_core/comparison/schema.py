@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any, TypedDict
 
+from spinreg_core.evaluation.metrics import Metric
 from spinreg_core.evaluation.paired import CorrectedDifference, Difference, MeanEstimate
 from spinreg_core.evaluation.schema import BenchmarkSetup
-from spinreg_core.reports.schema import Alarm, Definition, MadeObject
+from spinreg_core.reports.schema import Alarm, MadeObject
 
 
 class RunEntry(TypedDict):
@@ -135,7 +136,7 @@ class Numbers(TypedDict):
     against: str
     round: int
     primary: str
-    metrics: dict[str, Definition]
+    metrics: dict[str, Metric]
     unpaired: list[Unpaired]
     repeats: dict[str, str]
     failed: dict[str, str]

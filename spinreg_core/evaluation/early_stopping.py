@@ -33,8 +33,8 @@ def require_metric(config: RunConfig) -> None:
             measured = ", ".join(names) or "none is"
             raise BadInput("until.metric", metric,
                            f"a benchmark that is measured in every round, against the same ({measured})")  # fmt: skip
-    elif metric not in METRICS or METRICS[metric].better is None or "_vs_" in metric:
-        known = ", ".join(name for name, found in METRICS.items() if found.better and "_vs_" not in name)
+    elif metric not in METRICS or METRICS[metric]["better"] is None or "_vs_" in metric:
+        known = ", ".join(name for name, found in METRICS.items() if found["better"] and "_vs_" not in name)
         raise BadInput("until.metric", metric, f"one of {known}, or NAME/METRIC of a benchmark")
 
 
@@ -75,7 +75,7 @@ def why_ended(until: UntilConfig, rounds: Sequence[RoundResults]) -> str | None:
 
 def _heldout(metric: str, rounds: Mapping[int, Mapping[str, Estimate]]) -> list[tuple[int, float]]:
     """Return (round, value) of the rounds that have the metric; the sign makes lower values better."""
-    sign = 1 if METRICS[metric].better == "lower" else -1
+    sign = 1 if METRICS[metric]["better"] == "lower" else -1
     return [(number, sign * metrics[metric]["value"]) for number, metrics in rounds.items() if metric in metrics]
 
 

@@ -51,5 +51,5 @@ def label(name: str, n: str | None = None) -> str:
     metric = METRICS.get(name) or GAME.get(name)
     if metric is None:
         return name.replace("_", " ")
-    star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric.better]}".rstrip()
-    return f"{metric.label}{star}{arrow} ({', '.join(filter(None, [metric.unit, n]))})"
+    star, arrow = " *" if name == PRIMARY else "", f" {ARROWS[metric['better']]}".rstrip()
+    return f"{metric['label']}{star}{arrow} ({', '.join(filter(None, [metric['unit'], n]))})"

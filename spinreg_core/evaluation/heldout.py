@@ -149,7 +149,7 @@ def heldout_metrics(rows: pa.Table, *, alpha: float, beta: float, resamples: int
     """
     found: dict[str, Estimate] = {}
     for name, (numerator, denominator) in row_scores(rows, alpha).items():
-        defined, unit = denominator > 0, (METRICS.get(name) or GAME[name]).unit
+        defined, unit = denominator > 0, (METRICS.get(name) or GAME[name])["unit"]
         if name in _SHARES:
             found[name] = wilson(numerator.sum(), int(defined.sum()))
         else:

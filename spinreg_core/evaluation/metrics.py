@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import TypedDict
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric as people see it. `better` is None where neither direction is better in itself."""
+class Metric(TypedDict):
+    """A metric as people see it. `better` is lower, higher, or None where neither direction is better in itself."""
 
     label: str
     unit: str
-    better: Literal["lower", "higher"] | None
+    better: str | None
     definition: str
+
+
+def _metric(label: str, unit: str, better: str | None, definition: str) -> Metric:
+    return {"label": label, "unit": unit, "better": better, "definition": definition}
 
 
 PRIMARY = "heldout_nll"
@@ -33,26 +35,26 @@ PRIMARY_REASON = (
 )
 # In the order of the report's columns.
 METRICS: dict[str, Metric] = {
-    "heldout_nll": Metric(
+    "heldout_nll": _metric(
         "held-out NLL",
         "nats/token",
         "lower",
         "Negative log-likelihood of the held-out human answers: sum of -log p over all answer tokens "
         "(end-of-turn included, prompt excluded) divided by their number.",
     ),
-    "nll_vs_base": Metric(
+    "nll_vs_base": _metric(
         "NLL change to base",
         "nats/token",
         "lower",
         "Held-out NLL minus the base model's, paired: both on the same rows, resampled together.",
     ),
-    "nll_vs_previous": Metric(
+    "nll_vs_previous": _metric(
         "NLL change to previous",
         "nats/token",
         "lower",
         "Held-out NLL minus the previous iterate's, paired in the same way.",
     ),
-    "reward_accuracy": Metric(
+    "reward_accuracy": _metric(
         "reward accuracy",
         "share",
         "higher",
@@ -62,32 +64,32 @@ METRICS: dict[str, Metric] = {
         "float32 are off by) count half. 0.5 is chance. "
         "Samples are cut at the length limit and human answers are not, whatever opponent.truncated says.",
     ),
-    "exact_match": Metric(
+    "exact_match": _metric(
         "exact match",
         "share",
         "higher",
         "Share of sampled answers with the final number of the reference (after ####, else the last number).",
     ),
-    "kl_base": Metric(
+    "kl_base": _metric(
         "KL to base",
         "nats/answer",
         None,
         "Mean of log p - log p_base over the policy's own sampled answers, as far as the length limit lets them go.",
     ),
-    "kl_previous": Metric(
+    "kl_previous": _metric(
         "KL to previous",
         "nats/answer",
         None,
         "Mean of log p - log p_previous over the policy's own sampled answers.",
     ),
-    "answer_length": Metric("answer length", "tokens", None, "Mean number of sampled tokens, end-of-turn included."),
-    "end_of_turn_rate": Metric(
+    "answer_length": _metric("answer length", "tokens", None, "Mean number of sampled tokens, end-of-turn included."),
+    "end_of_turn_rate": _metric(
         "end-of-turn rate",
         "share",
         None,
         "Share of sampled answers that ended before the length limit.",
     ),
-    "distinct_2": Metric(
+    "distinct_2": _metric(
         "distinct-2",
         "share",
         None,
@@ -97,46 +99,46 @@ METRICS: dict[str, Metric] = {
 }
 # Diagnostics of a round, shown next to the metrics. Neither direction is better in itself.
 GAME: dict[str, Metric] = {
-    "margin": Metric(
+    "margin": _metric(
         "margin",
         "nats",
         None,
         "Mean over held-out prompts of r(human answer) - r(the previous policy's sample), r as for reward accuracy.",
     ),
-    "separated": Metric(
+    "separated": _metric(
         "separated",
         "share",
         None,
         "Share of held-out prompts with beta times the margin at 2 or more: in the logistic loss such pairs have less "
         "than a quarter of the weight of a pair at 0.",
     ),
-    "real_change": Metric(
+    "real_change": _metric(
         "log p of human answers",
         "nats/answer",
         None,
         "Mean change of log p of the held-out human answers against the previous policy. A fall is a known failure "
         "mode of such losses.",
     ),
-    "generated_change": Metric(
+    "generated_change": _metric(
         "log p of generated answers",
         "nats/answer",
         None,
         "Mean change of log p of the previous policy's samples against that policy.",
     ),
-    "length_bias": Metric(
+    "length_bias": _metric(
         "length bias",
         "correlation",
         None,
         "Pearson correlation over held-out prompts between the margin and by how many tokens the human answer is "
         "longer than the previous policy's sample. Near 1 or -1 the margin measures length.",
     ),
-    "entropy": Metric(
+    "entropy": _metric(
         "entropy",
         "nats/token",
         None,
         "-log p of the policy's own samples per token: with a neutral sampler an estimate of its entropy.",
     ),
-    "sampler_gap": Metric(
+    "sampler_gap": _metric(
         "sampler - scorer",
         "nats/answer",
         None,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -89,8 +88,8 @@ def report_data(store: Store, run: str) -> Report:
         "store": store.url,
         "config": config.model_dump(mode="json"),
         "primary": {"metric": PRIMARY, "reason": PRIMARY_REASON},
-        "definitions": {name: asdict(metric) for name, metric in METRICS.items()},  # type: ignore[misc]
-        "game": {name: asdict(metric) for name, metric in GAME.items()},  # type: ignore[misc]
+        "definitions": METRICS,
+        "game": GAME,
         "verdict": run_verdict(rounds),
         "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
         "notes": notes(config.generation, head.ended_early),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, TypedDict
 
 from spinreg_core.evaluation.intervals import Estimate
+from spinreg_core.evaluation.metrics import Metric
 from spinreg_core.evaluation.schema import RoundResults
 
 
@@ -56,15 +57,6 @@ class Lineage(MadeObject):
     writer: str
 
 
-class Definition(TypedDict):
-    """The presentation of a metric. `better` is lower, higher or None."""
-
-    label: str
-    unit: str
-    better: str | None
-    definition: str
-
-
 class Report(TypedDict):
     """A run's report. Every value is plain JSON; NaN and infinities are None."""
 
@@ -74,8 +66,8 @@ class Report(TypedDict):
     store: str
     config: dict[str, Any]
     primary: dict[str, str]
-    definitions: dict[str, Definition]
-    game: dict[str, Definition]
+    definitions: dict[str, Metric]
+    game: dict[str, Metric]
     verdict: RunVerdict
     alarms: list[Alarm]
     notes: list[str]

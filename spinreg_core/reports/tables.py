@@ -52,7 +52,7 @@ def metrics_table(data: Report) -> str:
     rows = [["", *_names(data)], *([line.short, *line.cells] for line in _lines(data))]
     by_n: dict[str, list[str]] = {}
     for name in _shown(data):
-        by_n.setdefault(counted(data, name), []).append(METRICS[name].label)
+        by_n.setdefault(counted(data, name), []).append(METRICS[name]["label"])
     rows_of = "; ".join(n if len(by_n) == 1 else f"{n}: {', '.join(names)}" for n, names in by_n.items())
     texts = [*_legend(data), f"Rows: {rows_of}.", "", data["verdict"]["headline"], *data["verdict"]["sentences"]]
     texts += [f"ALARM, round {alarm['round']}, {alarm['where']}: {alarm['text']}" for alarm in data["alarms"]]
@@ -111,7 +111,7 @@ def _lines(data: Report) -> list[_Line]:
     evaluated, lines = _evaluated(data), []
     for name in _shown(data):
         cells = [format_estimate(metrics.get(name)) or "-" for metrics in evaluated.values()]
-        better = METRICS[name].better or ""
+        better = METRICS[name]["better"] or ""
         lines.append(_Line(label(name), label(name, counted(data, name)), better, cells, name == PRIMARY))
     for kind, name in benchmarks(data):
         found = {entry["round"]: part for entry in data["rounds"] if (part := benchmark_of(entry, kind, name))}

@@ -109,7 +109,7 @@ def test_heldout_metrics_equal_a_plain_loop() -> None:
         "distinct_2": len(repetition),
     }
     assert all(e["low"] <= e["value"] <= e["high"] for e in found.values())
-    assert {name: e["unit"] for name, e in found.items()} == {name: ALL[name].unit for name in found}
+    assert {name: e["unit"] for name, e in found.items()} == {name: ALL[name]["unit"] for name in found}
 
 
 def test_heldout_metrics_of_the_base_leave_out_comparisons() -> None:

@@ -16,6 +16,6 @@ def test_distinct_bigrams_of_tokens_is_their_share(tokens: list[int], expected: 
 
 
 def test_metrics_table_is_complete() -> None:
-    assert metrics.METRICS[metrics.PRIMARY].better == "lower"
-    assert {m.better for m in metrics.METRICS.values()} <= {"lower", "higher", None}
-    assert all(m.definition.endswith(".") and m.unit for m in metrics.METRICS.values())
+    assert metrics.METRICS[metrics.PRIMARY]["better"] == "lower"
+    assert {m["better"] for m in metrics.METRICS.values()} <= {"lower", "higher", None}
+    assert all(m["definition"].endswith(".") and m["unit"] for m in metrics.METRICS.values())

@@ -281,7 +281,7 @@ def test_table_shows_known_metrics_in_order(store: Store, tmp_path: Path) -> Non
     data = report_data(make_run(store, tmp_path, [1.25, 1.10]), "demo")
     shown = [row["metric"] for row in metrics_rows(data)]
     order = [name for name in METRICS if name in data["rounds"][1]["metrics"]]
-    assert [s.split(" (")[0].rstrip(" *↓↑") for s in shown] == [METRICS[n].label for n in order]
+    assert [s.split(" (")[0].rstrip(" *↓↑") for s in shown] == [METRICS[n]["label"] for n in order]
     assert order[0] == PRIMARY
 
 
