@@ -45,7 +45,7 @@ from spinreg_core.comparison.schema import (
     Unpaired,
     ValueEntry,
 )
-from spinreg_core.comparison.wording import comparison_verdict, grid_of, notes, plane_of
+from spinreg_core.comparison.wording import comparison_notes, comparison_verdict, grid_of, plane_of
 from spinreg_core.config import RUN_NAME
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
@@ -173,7 +173,7 @@ def compare(
         "lineage": lineage,
         "config": config.model_dump(mode="json"),
     }
-    return {**numbers, "verdict": comparison_verdict(numbers), "notes": notes(numbers)}
+    return {**numbers, "verdict": comparison_verdict(numbers), "notes": comparison_notes(numbers)}
 
 
 def _run_entry(member: Evaluated, variant: Variant) -> RunEntry:

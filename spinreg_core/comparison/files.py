@@ -52,7 +52,7 @@ def write_comparison(
     store.write(f"{place}/table.csv", files["csv"])
     store.write(f"{place}/table.parquet", files["parquet"])
     store.write(f"{place}/report.json", json.dumps(data, indent=1, allow_nan=False).encode())
-    store.write(f"{place}/report.html", render(data, files).encode())
+    store.write(f"{place}/report.html", render_comparison(data, files).encode())
     return {
         "html": f"{place}/report.html", "json": f"{place}/report.json",
         "csv": f"{place}/table.csv", "parquet": f"{place}/table.parquet", "data": data,
@@ -86,7 +86,7 @@ def parquet_of(table: pa.Table) -> bytes:
     return content
 
 
-def render(data: Comparison, files: dict[str, bytes]) -> str:
+def render_comparison(data: Comparison, files: dict[str, bytes]) -> str:
     """Return the page. It loads nothing from anywhere, and every text from the runs is escaped.
 
     files: content of the table by kind (csv, parquet); small ones become links in the page.

@@ -164,7 +164,7 @@ def plane_of(variants: list[tuple[str, RunConfig]]) -> Plane | None:
     return {"alpha": alphas, "history": histories, "labels": labels}
 
 
-def notes(data: Numbers) -> list[str]:
+def comparison_notes(data: Numbers) -> list[str]:
     """Return the limits of a comparison's numbers, as sentences."""
     found = [data["grid"]["text"][0].upper() + data["grid"]["text"][1:]]
     found += sample_notes([one["sampler"] for one in data["runs"]])

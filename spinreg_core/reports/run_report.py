@@ -44,12 +44,12 @@ def write_report(store: Store, run: str) -> WrittenReport:
     """Write runs/<run>/report.html and report.json. Raises as `report_data`."""
     data = report_data(store, run)
     keys = {"html": f"runs/{run}/report.html", "json": f"runs/{run}/report.json"}
-    store.write(keys["html"], render(data).encode())
+    store.write(keys["html"], render_report(data).encode())
     store.write(keys["json"], json.dumps(data, indent=1, allow_nan=False).encode())
     return {"html": keys["html"], "json": keys["json"], "data": data}
 
 
-def render(data: Report) -> str:
+def render_report(data: Report) -> str:
     """Return the page. It loads nothing from anywhere, and every text from the run is escaped."""
     from plotly.offline import get_plotlyjs
 
@@ -92,7 +92,7 @@ def report_data(store: Store, run: str) -> Report:
         "game": GAME,
         "verdict": run_verdict(rounds),
         "alarms": alarms(rounds, config.evaluation.alarm_real_drop),
-        "notes": notes(config.generation, head.ended_early),
+        "notes": run_notes(config.generation, head.ended_early),
         "rounds": rounds,
         "human": human,
         "samples": samples,
@@ -264,7 +264,7 @@ def heldout_alarms(number: int, metrics: Mapping[str, Estimate], level: float) -
     return found
 
 
-def notes(sampler: GenerationConfig, ended: str | None) -> list[str]:
+def run_notes(sampler: GenerationConfig, ended: str | None) -> list[str]:
     """Return the limits of a run's numbers, as sentences. ended: why it ended early, or None."""
     return [
         *([] if ended is None else [f"The run {ended}."]),

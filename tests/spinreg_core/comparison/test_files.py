@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from flows.cli import main
-from spinreg_core.comparison.files import TABLE_SCHEMA, csv_of, render, write_comparison
+from spinreg_core.comparison.files import TABLE_SCHEMA, csv_of, render_comparison, write_comparison
 from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.store.base import Store
 from spinreg_core.store.open import open_store
@@ -54,7 +54,7 @@ def test_write_comparison_files_hold_the_same_numbers(store: Store, tmp_path: Pa
     assert base64.b64decode(links["download-csv"].partition(",")[2]) == store.read(written["csv"])
     assert base64.b64decode(links["download-parquet"].partition(",")[2]) == store.read(written["parquet"])
     assert write_comparison(store, ["spin", "kl"])["data"] == data
-    assert "download-csv" not in render(data, {}), "tables that are large are beside the page only"
+    assert "download-csv" not in render_comparison(data, {}), "tables that are large are beside the page only"
     assert store.list("comparisons/") == sorted(written[kind] for kind in ("html", "json", "csv", "parquet"))
 
 
@@ -89,7 +89,7 @@ def test_page_loads_nothing_and_shows_the_data(store: Store, tmp_path: Path) -> 
 
 def test_page_with_benchmarks_shows_their_settings(store: Store, tmp_path: Path) -> None:
     data = write_comparison(store, two_runs(store, tmp_path))["data"]
-    assert "How the benchmarks were measured" not in render(data, {})
+    assert "How the benchmarks were measured" not in render_comparison(data, {})
     told = {
         "settings": {"fewshot": 5},
         "fingerprints": {"questions": "0123abcd"},
@@ -97,7 +97,7 @@ def test_page_with_benchmarks_shows_their_settings(store: Store, tmp_path: Path)
         "cost": {},
     }
     benchmark = {"run": "spin", "round": 1, "kind": "lm-eval", "name": "<gsm8k>", "object_id": "lm-eval-1"} | told
-    text = " ".join(" ".join(Reader(render(data | {"benchmarks": [benchmark]}, {})).text).split())
+    text = " ".join(" ".join(Reader(render_comparison(data | {"benchmarks": [benchmark]}, {})).text).split())
     assert "spin 1 lm-eval <gsm8k> fewshot: 5 questions: 0123abcd lm-eval: 0.4.13" in text
 
 

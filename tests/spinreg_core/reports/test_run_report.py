@@ -15,7 +15,14 @@ from spinreg_core.evaluation.formatting import format_estimate
 from spinreg_core.evaluation.heldout import metrics_of_round
 from spinreg_core.evaluation.metrics import GAME, METRICS, PRIMARY
 from spinreg_core.formatting import flatten
-from spinreg_core.reports.run_report import alarms, heldout_alarms, render, report_data, run_verdict, write_report
+from spinreg_core.reports.run_report import (
+    alarms,
+    heldout_alarms,
+    render_report,
+    report_data,
+    run_verdict,
+    write_report,
+)
 from spinreg_core.reports.tables import metrics_markdown, metrics_rows, metrics_table
 from spinreg_core.runs.lease import hold_lease
 from spinreg_core.store.base import Store
@@ -33,7 +40,7 @@ def store(tmp_path: Path) -> Store:
 def page_of(store: Store, run: str) -> tuple[str, Any]:
     """The page of a run, and its data."""
     data = report_data(store, run)
-    return render(data), data
+    return render_report(data), data
 
 
 def test_write_report_called_twice_writes_the_same(store: Store, tmp_path: Path) -> None:
@@ -59,7 +66,7 @@ def test_page_shows_the_check_of_sampler_scores(store: Store, tmp_path: Path) ->
     odd = data["rounds"][1]["pairs"] | engine | {"replay_short": 3}
     del odd["scores_of_engine"]  # a run of an older spinreg
     data["rounds"][1]["pairs"] = odd
-    text = " ".join(" ".join(Reader(render(data)).text).split())
+    text = " ".join(" ".join(Reader(render_report(data)).text).split())
     assert "3 to replay were missing" in text
 
 
