@@ -133,7 +133,7 @@ def write_encoded(path: Path, rows: Iterable[EncodedRow]) -> None:
             writer.write_table(pa.Table.from_pylist(group, schema=ROWS_SCHEMA))
 
 
-def write_part(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str], path: Path) -> None:
+def write_chosen_rows(source: Path, chosen: NDArray[np.int64], prompt_ids: Iterable[str], path: Path) -> None:
     """Write some rows of a file, by their places in it (ascending), to a file of their own with their `prompt_id`."""
     names, first = iter(prompt_ids), 0
     waiting = ROWS_SCHEMA.empty_table()

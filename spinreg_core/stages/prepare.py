@@ -32,8 +32,8 @@ from spinreg_core.data.encode import (
     length_distribution,
     prompt_ids_of,
     without_oldest_turns,
+    write_chosen_rows,
     write_encoded,
-    write_part,
 )
 from spinreg_core.data.filters import Selected, load_training
 from spinreg_core.data.formats import Rejected, Row
@@ -188,7 +188,7 @@ def prepare_data(job: Job, selected: Selected, heldout: Loaded | None, renderer:
         chosen = given_heldout(train.rows, held.rows, config.data.heldout_rows, config.seed)
     for name, part, own in zip(("train", "heldout"), (train, held), chosen, strict=True):
         stems = np.fromiter((row.prompt_hash[:16] for row in take_rows(part.rows, own)), "S16", len(own))
-        write_part(part.path, part.places[own], prompt_ids_of(stems), folder / f"{name}.parquet")
+        write_chosen_rows(part.path, part.places[own], prompt_ids_of(stems), folder / f"{name}.parquet")
     shutil.rmtree(scratch)
     dropped = len(train.rows) - len(chosen[0]) - (len(chosen[1]) if heldout is None else 0)
     bad = {"train": train.rejected, "heldout": [] if heldout is None else held.rejected}

@@ -19,8 +19,8 @@ from spinreg_core.data.encode import (
     encode_row,
     length_distribution,
     prompt_ids_of,
+    write_chosen_rows,
     write_encoded,
-    write_part,
 )
 from spinreg_core.data.formats import Rejected, Row
 from spinreg_core.models.chat_template import Renderer
@@ -50,7 +50,7 @@ def test_encode_row_gives_the_ids_that_generation_uses(renderer: Renderer, tmp_p
     assert not rejected
     write_encoded(tmp_path / "all.parquet", encoded)
     stems = np.array([row.prompt_hash[:16] for row in rows], "S16")
-    write_part(tmp_path / "all.parquet", np.arange(3), prompt_ids_of(stems), tmp_path / "part.parquet")
+    write_chosen_rows(tmp_path / "all.parquet", np.arange(3), prompt_ids_of(stems), tmp_path / "part.parquet")
     table = pq.read_table(tmp_path / "part.parquet")
     assert table.schema == ROWS_SCHEMA
     for found, source in zip(table.to_pylist(), rows, strict=True):
@@ -151,7 +151,7 @@ def test_write_part_of_several_groups_keeps_places_and_groups(tmp_path: Path, sh
     rows = [EncodedRow(i, str(i), "", [], [i, i], False, None, 0) for i in range(3500)]
     places = np.flatnonzero(np.random.default_rng(0).random(len(rows)) < share)
     write_encoded(tmp_path / "all", iter(rows))
-    write_part(tmp_path / "all", places, (f"p{i}" for i in places), tmp_path / "part")
+    write_chosen_rows(tmp_path / "all", places, (f"p{i}" for i in places), tmp_path / "part")
     found = pq.read_table(tmp_path / "part").to_pylist()
     assert [(r["prompt_id"], r["source_row"], r["answer_ids"]) for r in found] == [(f"p{i}", i, [i, i]) for i in places]
     groups = pq.ParquetFile(tmp_path / "part").metadata
