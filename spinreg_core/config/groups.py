@@ -129,6 +129,13 @@ class ObjectiveConfig(Group):
     link: Literal["logistic", "hinge", "squared"] = Field(
         "logistic", description="logistic -log sigmoid(beta m), hinge max(0, 1 - beta m), squared (m - 1/(2 beta))^2."
     )
+    guard: float = Field(
+        1.0,
+        ge=1,
+        allow_inf_nan=False,
+        description="Weight of a human answer's reward in the margin while that is not above 0 (DPO-Positive, with "
+        "lambda = guard - 1): it keeps human answers from becoming less likely. 1 is off.",
+    )
 
 
 class GenerationConfig(Group):

@@ -21,7 +21,7 @@ class RemovedField(NamedTuple):
 
 # The value that equals the behaviour before the field existed. A default may differ from it, and may change later.
 ADDED: dict[str, object] = {
-    "judge.parsing": "fastchat", "objective.reference": "previous", "opponent.max_pairs": None,
+    "judge.parsing": "fastchat", "objective.guard": 1.0, "objective.reference": "previous", "opponent.max_pairs": None,
 }  # fmt: skip
 REMOVED: dict[str, RemovedField] = {
     "opponent.scores": RemovedField(

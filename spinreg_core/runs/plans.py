@@ -241,6 +241,8 @@ def plan_train(config: RunConfig, head: Head, round_number: int) -> StagePlan:
         "beta": of_round(config.objective.beta, round_number),
         "link": config.objective.link,
     }  # fmt: skip
+    if config.objective.guard != 1:
+        key["guard"] = config.objective.guard
     # An adapter computed in bfloat16 is not quite the merged policy that was scored, so its start is measured.
     adapted = config.training.rounds_adapter and round_number > 1
     return _corrected(

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from spinreg_core.errors import BadInput
+from spinreg_core.selfplay import TIE_NATS
 
 LINKS = ("logistic", "hinge", "squared")
 
@@ -65,7 +66,7 @@ def implicit_reward(policy: Tensor, previous: Tensor | None, base: Tensor | None
     return reward
 
 
-def margin(
+def rewards(
     policy_real: Tensor,
     policy_generated: Tensor,
     previous_real: Tensor | None,
@@ -74,8 +75,11 @@ def margin(
     base_generated: Tensor | None,
     *,
     alpha: float,
-) -> Tensor:
-    """Return m = r(x, y) - r(x, y') of each pair in nats, [batch]; arguments and errors as in `self_play_loss`."""
+) -> tuple[Tensor, Tensor]:
+    """Return r(x, y) and r(x, y') of each pair in nats, each [batch]; arguments and errors as in `self_play_loss`.
+
+    Their difference is the margin m of the pair.
+    """
     if policy_real.shape != policy_generated.shape:
         raise BadInput(
             "policy_generated",
@@ -83,8 +87,12 @@ def margin(
             f"the shape of policy_real {list(policy_real.shape)}: one real and one generated answer per pair",
         )
     real = implicit_reward(policy_real, previous_real, base_real, alpha=alpha)
-    generated = implicit_reward(policy_generated, previous_generated, base_generated, alpha=alpha)
-    return real - generated
+    return real, implicit_reward(policy_generated, previous_generated, base_generated, alpha=alpha)
+
+
+def guarded(real: Tensor) -> Tensor:
+    """Return where the rewards r(x, y) of human answers are not above 0 but for rounding, [batch], bool."""
+    return real.detach() <= TIE_NATS
 
 
 def self_play_loss(
@@ -98,6 +106,7 @@ def self_play_loss(
     alpha: float,
     beta: float,
     link: str = "logistic",
+    guard: float = 1.0,
 ) -> Tensor:
     """Return the loss of each pair: SPIN's loss with the geometric-mixture reference of arXiv 2404.04291.
 
@@ -107,6 +116,9 @@ def self_play_loss(
         hinge      max(0, 1 - beta m)         as in SPIN's official code
         squared    (m - 1 / (2 beta))^2       IPO (2310.12036, eq. 17)
 
+    With a guard g > 1, m = g r(x, y) - r(x, y') while r(x, y) <= 0 (up to `TIE_NATS`): a human answer that is less
+    likely than under the reference counts g times. DPO-Positive (2402.13228, eq. 3) with lambda = g - 1.
+
     Args:
         policy_real, policy_generated: log pi_theta of the two answers in nats, sums over answer tokens, [batch].
         previous_real, previous_generated: log pi_t in nats, [batch], constants; may be None at alpha = 0.
@@ -115,6 +127,7 @@ def self_play_loss(
         beta: total scale, 1/nat, positive. SPIN with scale beta_prev and an added KL term to the base of weight beta_0
             is beta = beta_prev + beta_0 with alpha = beta_prev / beta.
         link: one of LINKS.
+        guard: weight of r(x, y) while it is <= 0, at least 1; 1 is off.
 
     Returns:
         Losses [batch], in the widest dtype among the tensors in use. Gradients flow to the policy's arguments only.
@@ -128,7 +141,12 @@ def self_play_loss(
         raise BadInput("beta", beta, "a positive finite number (1/nat)")
     if link not in LINKS:
         raise BadInput("link", repr(link), f"one of {', '.join(LINKS)}")
-    m = margin(policy_real, policy_generated, previous_real, previous_generated, base_real, base_generated, alpha=alpha)
+    if not (math.isfinite(guard) and guard >= 1):
+        raise BadInput("guard", guard, "a finite number of at least 1")
+    real, generated = rewards(
+        policy_real, policy_generated, previous_real, previous_generated, base_real, base_generated, alpha=alpha
+    )
+    m = (real if guard == 1 else torch.where(guarded(real), guard * real, real)) - generated
     if link == "logistic":
         return -logsigmoid(beta * m)
     if link == "hinge":

@@ -215,11 +215,12 @@ def _train(round_: RoundTrainer, checkpoints: StepCheckpoints) -> None:
 def _step_line(m: StepMetrics, steps: int) -> str:
     if "skipped" in m:
         return f"step {m['step']}/{steps} SKIPPED: {m['skipped']}, pairs {', '.join(m['skipped_pairs'][:8])}"
+    guarded = f"guarded {m['guarded']:.2f}, " if "guarded" in m else ""
     divergence = f", KL from previous {m['kl_from_previous']:+.2f}" if "kl_from_previous" in m else ""
     divergence += f", KL from base {m['kl_from_base']:+.2f}" if "kl_from_base" in m else ""
     return (
         f"step {m['step']}/{steps}: loss {m['loss']:.4f}, margin {m['margin']:+.2f} nats, "
-        f"accuracy {m['accuracy']:.2f}, "
+        f"accuracy {m['accuracy']:.2f}, {guarded}"
         f"log p human {m['real_logp']:.1f} generated {m['generated_logp']:.1f}{divergence} nats/answer, "
         f"gradient norm {m['grad_norm']:.2f}, learning rate {m['learning_rate']:.2e}, "
         f"{m['tokens_per_second']:.0f} tokens/s"

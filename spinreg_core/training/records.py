@@ -16,6 +16,7 @@ class StepMetrics(TypedDict, total=False):
     loss                                mean loss
     margin                              mean m, nats
     accuracy                            share of pairs with m > 0; ties (within 0.001 nats) count half
+    guarded                             share of pairs with r(x, y) <= 0; only with a guard above 1
     real_logp, generated_logp           mean log π_θ(y|x), nats/answer; `_per_token`: nats/token
     log_ratio_{previous,base}_{side}    mean log π_θ(y|x) - log π_t(y|x), or - log π_0(y|x), nats/answer; only where
                                         these scores are cached
@@ -35,6 +36,7 @@ class StepMetrics(TypedDict, total=False):
     loss: float
     margin: float
     accuracy: float
+    guarded: float
     real_logp: float
     real_logp_per_token: float
     generated_logp: float

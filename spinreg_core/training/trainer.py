@@ -32,13 +32,13 @@ from spinreg_core.logprobs.sequence import answer_logprobs, compute_format, pack
 from spinreg_core.models.fsdp import full_tensor
 from spinreg_core.runtime.distributed import Ranks
 from spinreg_core.selfplay import REMEDIES, win
-from spinreg_core.selfplay.loss import margin, self_play_loss
+from spinreg_core.selfplay.loss import guarded, rewards, self_play_loss
 from spinreg_core.selfplay.pairs import IDS, SCORE_COLUMNS, SCORES, SIDES, Pair, Reference, ScoreColumn, keyed
 from spinreg_core.training.optimizer import batches, data_order, learning_rate, make_optimizer, recomputing
 from spinreg_core.training.records import RoundState, RoundSummary, StepMetrics
 
 # The numbers of each pair in a step.
-_VALUES = ("loss", "margin", "real", "generated")
+_VALUES = ("loss", "margin", "guarded", "real", "generated")
 # Pairs with human answers that are scored at both ends of a round.
 WATCHED_PAIRS = 32
 
@@ -170,6 +170,8 @@ class RoundTrainer:
         seconds = time.monotonic() - begin
         tokens = sum(2 * len(p["prompt_ids"]) + len(p["real_ids"]) + len(p["generated_ids"]) for p in batch)
         numbers = _step_metrics(batch, values, self.columns) | self._kl(batch, values["generated"])
+        if self.objective.guard != 1:
+            numbers["guarded"] = math.fsum(values["guarded"]) / len(batch)
         metrics: StepMetrics = {
             "step": number + 1, "epoch": epoch + 1, "pairs": len(batch), **cast(StepMetrics, numbers),
             "grad_norm": grad_norm, "learning_rate": rate, "beta": self.beta, "tokens": tokens,
@@ -211,7 +213,8 @@ class RoundTrainer:
         """Compute the gradient of the batch's mean loss into the parameters, in as many passes as the tokens need.
 
         Returns:
-            `loss`, `margin` (nats), `real` and `generated` (log π_θ, nats) of each pair, in the order of `batch`.
+            `loss`, `margin` (nats), `guarded` (1 where r(x, y) <= 0), `real` and `generated` (log π_θ, nats) of each
+            pair, in the order of `batch`.
 
         Raises:
             NotFinite: a loss is not finite.
@@ -267,9 +270,13 @@ class RoundTrainer:
             for name in SCORE_COLUMNS
         ]
         alpha = self.objective.alpha
-        loss = self_play_loss(real, generated, *references, alpha=alpha, beta=self.beta, link=self.objective.link)
-        m = margin(real, generated, *references, alpha=alpha)
-        return {"loss": loss, "margin": m.detach(), "real": real.detach(), "generated": generated.detach()}
+        link, guard = self.objective.link, self.objective.guard
+        loss = self_play_loss(real, generated, *references, alpha=alpha, beta=self.beta, link=link, guard=guard)
+        human, own = (reward.detach() for reward in rewards(real, generated, *references, alpha=alpha))
+        return {
+            "loss": loss, "margin": human - own, "guarded": guarded(human).double(), "real": real.detach(),
+            "generated": generated.detach(),
+        }  # fmt: skip
 
     def summary(self) -> RoundSummary:
         """Summarise the round; scores the watched human answers once more.

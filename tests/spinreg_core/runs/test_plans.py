@@ -134,6 +134,12 @@ def test_plan_mix_opponent_of_reference_iterate_reads_the_policies_of_all_iterat
     assert set(plan(none, make_head(3), 3).inputs["iterates"]) == {"2", "0"}
 
 
+def test_plan_train_has_the_guard_only_where_it_is_on() -> None:
+    plan = STAGES["train"].plan
+    assert "guard" not in plan(config(), make_head(3), 3).key
+    assert plan(config(objective__guard=6), make_head(3), 3).key["guard"] == 6
+
+
 def test_plan_mix_opponent_refers_to_the_iterate_before() -> None:
     for history in (1, 2, "all"):
         plan = STAGES["mix-opponent"].plan(config(opponent__history=history), make_head(3), 3)

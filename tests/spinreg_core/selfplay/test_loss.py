@@ -7,9 +7,14 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from spinreg_core.errors import BadInput
-from spinreg_core.selfplay.loss import LINKS, implicit_reward, margin, self_play_loss
+from spinreg_core.selfplay.loss import LINKS, implicit_reward, rewards, self_play_loss
 
 BATCH = 64
+
+
+def margin(*arguments: torch.Tensor, alpha: float) -> torch.Tensor:
+    real, generated = rewards(*arguments, alpha=alpha)
+    return real - generated
 
 
 def log_probabilities(seed: int, count: int = 6, batch: int = BATCH) -> list[torch.Tensor]:
@@ -250,3 +255,43 @@ def test_integer_log_probabilities_are_refused() -> None:
     arguments = [tensor.long() for tensor in log_probabilities(seed=17)]
     with pytest.raises(BadInput, match="floating-point"):
         self_play_loss(*arguments, alpha=0.5, beta=0.1)
+
+
+# --- the guard ---
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_guard_of_1_is_off(link: str, alpha: float) -> None:
+    arguments = log_probabilities(seed=21)
+    found = self_play_loss(*arguments, alpha=alpha, beta=0.3, link=link, guard=1.0)
+    assert torch.equal(found, self_play_loss(*arguments, alpha=alpha, beta=0.3, link=link))
+
+
+@pytest.mark.parametrize("guard", [1.5, 6.0])
+def test_guard_equals_dpo_positive(guard: float) -> None:
+    """arXiv 2402.13228, eq. 3: -log sigmoid(beta [m - lambda max(0, log ratio of the reference to the policy)])."""
+    pr, pg, _, _, br, bg = log_probabilities(seed=22)
+    found = self_play_loss(pr, pg, None, None, br, bg, alpha=0.0, beta=0.05, guard=guard)
+    penalty = (guard - 1) * torch.clamp(br - pr, min=0)
+    expected = -torch.nn.functional.logsigmoid(0.05 * ((pr - br) - (pg - bg) - penalty))
+    torch.testing.assert_close(found, expected)
+    assert 0 < (pr < br).sum() < BATCH, "some pairs are guarded, and some are not"
+
+
+def test_guard_raises_the_gradient_of_human_answers_alone() -> None:
+    pr, pg, tr, tg, br, bg = log_probabilities(seed=23)
+    pr = torch.minimum(pr, torch.minimum(tr, br) - 1)  # every pair is guarded
+    gradients = []
+    for guard in (1.0, 4.0):
+        policy = [tensor.clone().requires_grad_() for tensor in (pr, pg)]
+        self_play_loss(*policy, tr, tg, br, bg, alpha=0.5, beta=1e-9, guard=guard).sum().backward()
+        gradients.append([tensor.grad for tensor in policy])
+    torch.testing.assert_close(gradients[1][0], 4 * gradients[0][0])
+    torch.testing.assert_close(gradients[1][1], gradients[0][1])
+
+
+@pytest.mark.parametrize("guard", [0.99, -1.0, math.inf, math.nan])
+def test_guard_below_1_raises(guard: float) -> None:
+    with pytest.raises(BadInput, match="guard"):
+        self_play_loss(*log_probabilities(seed=24), alpha=0.5, beta=0.1, guard=guard)

@@ -37,7 +37,8 @@ def scored(
 
 
 def a_round(model: PreTrainedModel, pairs: list[Pair], alpha: float = 1.0, **settings: Any) -> RoundTrainer:
-    objective = {"alpha": alpha, "beta": settings.pop("beta", 0.1), "link": settings.pop("link", "logistic")}
+    objective = {"alpha": alpha, "beta": settings.pop("beta", 0.1), "link": settings.pop("link", "logistic"),
+                 "guard": settings.pop("guard", 1.0)}  # fmt: skip
     number, tokens = settings.pop("round_number", 2), settings.pop("tokens_per_pass", 2048)
     training = {"precision": "fp32", "learning_rate": 1e-3} | settings
     return RoundTrainer(model, pairs, objective=ObjectiveConfig(**objective), training=TrainingConfig(**training),
@@ -229,6 +230,17 @@ def test_a_round_lowers_the_loss_and_raises_the_margin() -> None:
     assert summary["last_loss"] == last["loss"]
     assert summary["accuracy"] > 0.9
     assert summary["loss"] == pytest.approx(statistics.fmean(m["loss"] for m in round_.state.metrics[-2:]))
+
+
+def test_a_guarded_round_reports_its_share_of_guarded_pairs() -> None:
+    model = tiny_model("qwen2")
+    pairs = scored(random_pairs(16, 4), model, None)
+    plain = a_round(model, pairs, learning_rate=1e-9).step()
+    assert "guarded" not in plain
+    guarded = a_round(tiny_model("qwen2"), pairs, guard=6.0, learning_rate=1e-9).step()
+    assert guarded["guarded"] == 1, "the policy is its own reference"
+    assert guarded["loss"] == pytest.approx(plain["loss"], abs=1e-4)
+    assert guarded["grad_norm"] > 1.5 * plain["grad_norm"]
 
 
 @pytest.mark.parametrize("round_number", [1, 2])
