@@ -18,14 +18,17 @@ _SYSTEM = ("system", "system_prompt", "system_message")
 _HISTORY = "history"
 # OpenAI's older interface has functions.
 _TOOLS = ("tools", "functions")
-# OpenAI and Mistral (weight), axolotl (training, train), ms-swift (loss): false for a turn that is not trained on.
-_TRAINED = ("weight", "training", "train", "loss")
+# OpenAI and Mistral (weight), axolotl (training, train), ms-swift (loss, loss_scale), Fireworks (trainable): 0 or false
+# for a turn that is not trained on. In torchtune, `masked` says the opposite.
+_TRAINED = ("weight", "training", "train", "loss", "loss_scale", "loss_mask", "trainable")
+_MASKED = "masked"
 
 # The text of such a row refers to something that the model would not see.
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _REFUSED_ALWAYS = dict.fromkeys(_MEDIA, "spinreg trains on text alone") | {
     "documents": "write them into the prompt",
     "chat_template_kwargs": "set data.template_arguments, which apply to all rows",
+    "loss_mask": "give each turn a 'weight' of 0 or 1",
 }
 _REFUSED_WITH_A_PROMPT = dict.fromkeys(
     ("context", "passage", "article", "choices", "options"), "write it into the prompt, or remove the column"
@@ -33,12 +36,13 @@ _REFUSED_WITH_A_PROMPT = dict.fromkeys(
 _REFUSED_IN_TURNS = dict.fromkeys(_MEDIA, "spinreg trains on text alone") | {
     "train_detail": "spinreg trains on whole answers",
     "training_detail": "spinreg trains on whole answers",
+    "prefix": "write the whole answer",
 }
 # KTO data mark answers that a model should not give.
 _JUDGED = ("label", "kto_tag")
 USED_IN_TURNS = {
     "role", "from", "content", "value", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content",
-    "reasoning", "thinking", *_TRAINED,
+    "reasoning", "thinking", _MASKED, *_TRAINED,
 }  # fmt: skip
 
 
@@ -72,7 +76,7 @@ def read_conversation(turns: object, where: str) -> tuple[list[Message], list[in
     for named, turn in turns_of(turns, where):
         messages.append(message_of(turn, named))
         for name, remedy in _REFUSED_IN_TURNS.items():
-            if not _is_empty(turn.get(name)):
+            if not _is_empty(turn.get(name)) and turn[name] is not False:
                 raise RowProblem("unused_field", f"{named}: {name!r} has a value; {remedy}")
         if messages[-1]["role"] == "assistant" and _is_trained(turn, named):
             trained.append(len(messages) - 1)
@@ -80,11 +84,11 @@ def read_conversation(turns: object, where: str) -> tuple[list[Message], list[in
 
 
 def _is_trained(turn: Mapping[str, object], where: str) -> bool:
-    for name in _TRAINED:
+    for name in (*_TRAINED, _MASKED):
         value = turn.get(name)
         if value is not None and value not in (0, 1):
             raise RowProblem("unused_field", f"{where}: {name!r} is {value!r}; spinreg knows only 0 and 1")
-    return all(turn.get(name) in (None, 1) for name in _TRAINED)
+    return all(turn.get(name) in (None, 1) for name in _TRAINED) and turn.get(_MASKED) in (None, 0)
 
 
 def with_system(record: Mapping[str, object], messages: list[Message]) -> list[Message]:

@@ -71,7 +71,13 @@ def test_history_of_another_form_is_a_bad_row(tmp_path: Path) -> None:
         assert problem(load(tmp_path, PAIR | {"history": history}))[0] == "wrong_type"
 
 
-@pytest.mark.parametrize("name", ["weight", "training", "train", "loss"])
+def test_masked_answers_are_no_answers_to_train_on(tmp_path: Path) -> None:
+    masked = {"messages": [*EARLIER[:1], EARLIER[1] | {"masked": False}, TURNS[0], TURNS[1] | {"masked": True}]}
+    (row,) = load(tmp_path, masked, turns="all").rows
+    assert (list(row.messages), row.answer) == (EARLIER[:1], EARLIER[1]["content"])
+
+
+@pytest.mark.parametrize("name", ["weight", "training", "train", "loss", "loss_scale", "loss_mask", "trainable"])
 def test_answers_with_weight_zero_are_no_answers_to_train_on(tmp_path: Path, name: str) -> None:
     turns = [*EARLIER, TURNS[0], TURNS[1] | {name: 0}]
     assert only(load(tmp_path, {"messages": turns})).answer == "2"
@@ -94,6 +100,7 @@ REFUSED = [
     *((record, "chat_template_kwargs", {"enable_thinking": False}) for record in (PAIR, CHAT)),
     *((PAIR, name, "It was in 1789.") for name in ("context", "passage", "article", "choices", "options")),
     (CHAT, "history", [["1 + 1?", "2"]]),
+    (CHAT, "loss_mask", [0, 1]),
     (PAIR, "label", False),
     (CHAT, "kto_tag", False),
     (SHAREGPT | {"conversations": SHAREGPT["conversations"][:1]}, "chosen", {"from": "gpt", "value": "4"}),
@@ -111,7 +118,7 @@ def test_field_that_cannot_be_used_is_a_bad_row(
         assert only(load(tmp_path, record | {name: None})).answer == "4"
 
 
-@pytest.mark.parametrize("name", ["images", "train_detail", "training_detail"])
+@pytest.mark.parametrize("name", ["images", "train_detail", "training_detail", "prefix"])
 def test_field_of_a_turn_that_cannot_be_used_is_a_bad_row(tmp_path: Path, name: str) -> None:
     reason, detail = problem(load(tmp_path, {"messages": [TURNS[0] | {name: ["x"]}, TURNS[1]]}))
     assert (reason, detail.split(":")[0]) == ("unused_field", "turn 1")
