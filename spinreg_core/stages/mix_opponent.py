@@ -38,7 +38,6 @@ from spinreg_core.selfplay.opponent import mixture_weights, references
 from spinreg_core.selfplay.pairs import (
     IDS,
     PAIRS_SCHEMA,
-    SCORE_COLUMNS,
     SCORES,
     SIDES,
     GeneratedRow,
@@ -179,27 +178,26 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> Scor
     needed = [name for name in SCORES if wants[name]]
     # By the object of the policy: in round 1 both references are the base, which is scored once.
     values = _known(store, job, needed)
+    keys = [{side: keyed(pair, side) for side in SIDES} for pair in pairs]
     work: dict[str, Missing] = {}
     wanted: set[tuple[str, bytes]] = set()
-    for policy in needed:
-        for pair in pairs:
-            object_id = _scorer(job, policy, pair["iterate"])
-            # Also without a sequence to score, so that the work has every policy.
-            missing = work.setdefault(object_id, {})
-            for side in SIDES:
-                key = keyed(pair, side)
-                wanted.add((object_id, key))
-                if key not in values.setdefault(object_id, {}):
-                    missing[key] = (pair, side)
+    for policy, (pair, own) in itertools.product(needed, zip(pairs, keys, strict=True)):
+        object_id = _scorer(job, policy, pair["iterate"])
+        known = values.setdefault(object_id, {})
+        for side, key in own.items():
+            wanted.add((object_id, key))
+            if key not in known:
+                work.setdefault(object_id, {})[key] = (pair, side)
     total = sum(map(len, work.values()))
     progress = Progress("mix-opponent", max(total, 1), "answers")
     spent = _Spent()
     for object_id, missing in work.items():
         values[object_id] |= _score(store, job, object_id, missing, progress, ranks, spent)
     for policy in needed:
-        for pair in pairs:
-            for side in SIDES:
-                pair[SCORES[policy][side]] = values[_scorer(job, policy, pair["iterate"])][keyed(pair, side)]
+        for pair, own in zip(pairs, keys, strict=True):
+            found = values[_scorer(job, policy, pair["iterate"])]
+            for side, key in own.items():
+                pair[SCORES[policy][side]] = found[key]
         _require_finite(pairs, policy)
     return {
         "scores_computed": total,
@@ -209,7 +207,7 @@ def _add_scores(store: Store, job: Job, pairs: list[Pair], ranks: Ranks) -> Scor
 
 
 def _scorer(job: Job, policy: Reference, iterate: int) -> str:
-    """Return the object of the policy whose scores a column has, for pairs of an iterate."""
+    """Return the object id of the policy that scores pairs of an iterate for a column."""
     if policy == "previous" and job.config.objective.reference == "iterate":
         return str(job.inputs["iterates"][str(iterate)])
     return str(job.inputs[policy])
@@ -224,7 +222,8 @@ def _known(store: Store, job: Job, needed: Collection[Reference]) -> dict[str, d
     objects = [e["pairs"] for e in job.inputs["earlier"] if e["pairs"] is not None] + job.extra.get("scored", [])
     found: dict[str, dict[bytes, float]] = {}
     for object_id in dict.fromkeys(objects) if reusable else ():
-        columns = ["iterate", "prompt_ids", *IDS.values(), *SCORE_COLUMNS]
+        scores = [column for policy in reusable for column in SCORES[policy].values()]
+        columns = ["iterate", "prompt_ids", *IDS.values(), *scores]
         rows = pq.read_table(fetch_file(store, object_id, "pairs.parquet"), columns=columns).to_pylist()
         by_iterate: dict[int, list[Pair]] = {}
         for row in rows:
@@ -239,8 +238,6 @@ def _score(
     store: Store, job: Job, object_id: str, missing: Missing, progress: Progress, ranks: Ranks, spent: _Spent
 ) -> dict[bytes, float]:
     """Return the scores of sequences under one policy, and add their cost to `spent`."""
-    if not missing:
-        return {}
     config = job.config
     folder = ranks.local_main_first(lambda: fetch_folder(store, object_id, "policy"))
     model = load_for(ranks, folder, config.training.precision)
