@@ -113,7 +113,7 @@ def compare(
         against = repeats.get(runs[0], runs[0]) if against is None else against
         variants = variants_of(members)
         samples, lineage = samples_of(store, variants), lineage_of(store, members)
-        alarmed = alarms_of(store, members)
+        alarmed = alarms_of(members)
     reference = next(v for v in variants if against in [member.run for member in v.members])
     unpaired: list[Unpaired] = [
         {"variant": variant.label, "why": why_unpaired(variant, reference)}

@@ -21,13 +21,14 @@ from spinreg_core.comparison.schema import BenchmarkEntry, ComparedSample, Cost,
 from spinreg_core.config import RunConfig, variant_fields
 from spinreg_core.config.resolve import differences
 from spinreg_core.errors import BadInput
-from spinreg_core.evaluation.heldout import row_scores
+from spinreg_core.evaluation.heldout import metrics_of_round, row_scores
 from spinreg_core.evaluation.metrics import GAME, METRICS, Metric
 from spinreg_core.evaluation.paired import Scores
 from spinreg_core.evaluation.schema import StoredBenchmark
 from spinreg_core.formatting import flatten
 from spinreg_core.reports.lineage import BENCHMARK, objects_of_run, tokens_of
-from spinreg_core.reports.run_report import heldout_alarms, read_json, read_metrics
+from spinreg_core.reports.run_report import heldout_alarms, read_json
+from spinreg_core.reports.schema import Alarm
 from spinreg_core.runs.fetch import fetch_file
 from spinreg_core.runs.head import HELDOUT, Head, require_config, require_head
 from spinreg_core.runs.stages import STAGES
@@ -53,14 +54,15 @@ _ANSWERS = ("policy", "evaluate", "answers")
 class Evaluated:
     """A run with the scores of its evaluated rounds: {round: {metric: Scores}}.
 
-    `definitions` are those of its benchmarks' metrics. `no_items` names benchmarks with a primary metric that is not a
-    mean over questions.
+    `alarms` are those of its held-out rows, `definitions` those of its benchmarks' metrics. `no_items` names benchmarks
+    with a primary metric that is not a mean over questions.
     """
 
     run: str
     config: RunConfig
     head: Head
     scores: dict[int, dict[str, Scores]] = field(default_factory=dict)
+    alarms: list[Alarm] = field(default_factory=list)
     definitions: dict[str, Metric] = field(default_factory=dict)
     no_items: set[str] = field(default_factory=set)
     measured: list[BenchmarkEntry] = field(default_factory=list)
@@ -127,6 +129,8 @@ def read_evaluated(store: Store, run: str) -> Evaluated:
             continue
         rows = pq.read_table(fetch_file(store, object_id, "rows.parquet"))
         scores = heldout_scores(rows, member.data, effective_alpha(config.objective.alpha, number))
+        metrics = metrics_of_round(rows, config, number)
+        member.alarms += heldout_alarms(number, metrics, config.evaluation.alarm_real_drop)
         for part in results_of(store, config, head, number):
             key = f"{part['name']}/{part['primary']}"
             found = benchmark_scores(store, part)
@@ -180,15 +184,13 @@ def asked_of(part: StoredBenchmark) -> str:
     return json.dumps(common, sort_keys=True)
 
 
-def alarms_of(store: Store, members: list[Evaluated]) -> list[SharedAlarm]:
+def alarms_of(members: list[Evaluated]) -> list[SharedAlarm]:
     """Return the alarms of the runs' held-out rows, each once, with the runs that raised it (which share its round)."""
     found: dict[tuple[int, str, str], SharedAlarm] = {}
     for member in members:
-        for number in member.rounds:
-            metrics = read_metrics(store, member.config, str(member.evaluation(number)), number)
-            for one in heldout_alarms(number, metrics, member.config.evaluation.alarm_real_drop):
-                key = (one["round"], one["where"], one["text"])
-                found.setdefault(key, {**one, "runs": []})["runs"].append(member.run)
+        for one in member.alarms:
+            key = (one["round"], one["where"], one["text"])
+            found.setdefault(key, {**one, "runs": []})["runs"].append(member.run)
     return list(found.values())
 
 
