@@ -82,22 +82,26 @@ def ratio_estimate(numerator: Sequence[float] | Floats, denominator: Sequence[fl
     """Return sum(numerator) / sum(denominator) over rows, with the interval of `studentised_interval`.
 
     Both arguments have shape [rows]; denominators are positive. A mean has only denominators of 1. A paired difference
-    has the rows' differences as numerators. `within_unit` cuts the interval.
+    has the rows' differences as numerators. `interval_of` cuts the interval.
 
     Raises:
         ValueError: no rows, or shapes that differ.
     """
     top, bottom = _vectors(numerator, denominator)
     value = float(top.sum() / bottom.sum())
-    se, skew = error_and_skew((top - value * bottom) / bottom.sum())
-    if se is None:
-        return without_interval(value, top.size, unit)
-    low, high = within_unit(*studentised_interval(value, se, skew, top.size), unit)
+    low, high = interval_of(value, (top - value * bottom) / bottom.sum(), unit)
     return {"value": value, "low": low, "high": high, "n": top.size, "unit": unit}
 
 
-def within_unit(low: float, high: float, unit: str) -> tuple[float, float]:
-    """Return the bounds of an interval, of a share cut to [0, 1], of a length in tokens at 0."""
+def interval_of(value: float, parts: Floats, unit: str) -> tuple[float, float] | tuple[None, None]:
+    """Return the `studentised_interval` of an estimate from its rows' contributions, None twice for one row.
+
+    A share's interval is cut to [0, 1], that of a length in tokens at 0. parts: as for `error_and_skew`.
+    """
+    se, skew = error_and_skew(parts)
+    if se is None:
+        return None, None
+    low, high = studentised_interval(value, se, skew, len(parts))
     least = 0.0 if unit in ("share", "tokens") else low
     return max(least, low), min(1.0, high) if unit == "share" else high
 

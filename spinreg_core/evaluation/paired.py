@@ -26,10 +26,10 @@ from spinreg_core.evaluation.intervals import (
     Floats,
     error_and_skew,
     hall_transform,
+    interval_of,
     student_p,
     studentised_interval,
     wilson,
-    within_unit,
 )
 
 _EXACT = 12  # differing questions up to which every pattern of signs is enumerated
@@ -95,11 +95,8 @@ def estimate(scores: Sequence[Scores], unit: str) -> MeanEstimate:
     blocks = _blocks(scores)
     values = [one.value for one in scores]
     value = float(np.mean([np.mean([one.value for one in runs]) for runs in blocks.values()]))
-    parts = _contributions(
-        (1 / len(blocks) / len(runs), one, one.value) for runs in blocks.values() for one in runs
-    )  # fmt: skip
-    n, bounds = len(parts), _bounds(value, *error_and_skew(parts), len(parts))
-    low, high = bounds if bounds[0] is None else within_unit(*bounds, unit)
+    parts = _contributions((1 / len(blocks) / len(runs), one, one.value) for runs in blocks.values() for one in runs)
+    n, (low, high) = len(parts), interval_of(value, parts, unit)
     if (
         n > 1
         and unit == "share"
@@ -150,7 +147,7 @@ def difference(ours: Sequence[Scores], theirs: Sequence[Scores], unit: str) -> D
         null += [(w / len(used), one, pooled) for one, w in zip(runs, weight, strict=True)]
     value, parts = float(np.mean(values)), _contributions(own)
     se, skew = error_and_skew(parts)
-    low, high = _bounds(value, se, skew, len(parts))
+    low, high = (None, None) if se is None else studentised_interval(value, se, skew, len(parts))
     p = _p_value(_contributions(null), value, se, skew, len(parts))
     return {"value": value, "low": low, "high": high, "se": se, "skew": skew, "p": p, "n": len(parts), "unit": unit,
             "values": values}  # fmt: skip
@@ -165,10 +162,6 @@ def _contributions(weighted: Iterable[tuple[float, Scores, float]]) -> Floats:
             if den:
                 found[name] = found.get(name, 0.0) + float(part)
     return np.array(list(found.values()))
-
-
-def _bounds(value: float, se: float | None, skew: float, n: int) -> tuple[float, float] | tuple[None, None]:
-    return (None, None) if se is None else studentised_interval(value, se, skew, n)
 
 
 def _on_common(runs: list[Scores]) -> list[Scores]:
