@@ -105,27 +105,28 @@ def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None 
     for path in model_files(folder):
         if path.name != "chat_template.json":  # for processors of images and sound; `resolve_model` wants another
             (target / path.name).symlink_to(path.resolve())
-    in_config = read_json_object(folder / "tokenizer_config.json").get("chat_template")
+    tokenizer = read_json_object(folder / "tokenizer_config.json")
+    in_config = tokenizer.pop("chat_template", None)
     if not (folder / "chat_template.jinja").exists():
         if not in_config:
             (target / "chat_template.jinja").write_text(load_tokenizer(target).chat_template)
     elif in_config:
-        _write_settled(folder, target, "tokenizer_config.json", chat_template=None)
+        _replace_json(target / "tokenizer_config.json", tokenizer)
     said = _ends(_file_of_ends(folder))
     ends = sorted({*Renderer.from_folder(folder, arguments).stop_ids, *said})
     if ends != sorted(said) or not (folder / "generation_config.json").exists():
-        _write_settled(folder, target, "generation_config.json", eos_token_id=ends)
+        generation = read_json_object(folder / "generation_config.json")
+        _replace_json(target / "generation_config.json", generation | {"eos_token_id": ends})
     config = read_json_object(folder / "config.json")
     if not config.get("architectures"):
         name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]
-        _write_settled(folder, target, "config.json", architectures=[name])
+        _replace_json(target / "config.json", config | {"architectures": [name]})
 
 
-def _write_settled(folder: Path, target: Path, name: str, **fields: Any) -> None:
-    """Write a JSON file of the folder into `target` with other fields; None removes a field."""
-    document = {k: v for k, v in (read_json_object(folder / name) | fields).items() if v is not None or k not in fields}
-    (target / name).unlink(missing_ok=True)
-    (target / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+def _replace_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file in place of a link."""
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _file_of_ends(folder: Path) -> Path:
