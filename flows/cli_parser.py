@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     json.add_argument("--json", action="store_true", help="print JSON")
     fields.add_argument("-p", "--param", action="append", default=[], metavar="GROUP.FIELD=VALUE",
                         help="any other field, e.g. -p objective.alpha=0.5 (VALUE is JSON, or text)")  # fmt: skip
-    verbose.add_argument("--verbose", action="store_true", help="show known warnings of libraries, too")
+    verbose.add_argument("--verbose", action="store_true", help="also show known warnings of libraries")
     config.add_argument("--config", help="run configuration file (YAML or JSON; path or URI)")
     config.add_argument("--run", help="name of the run")
     config.add_argument("--model", help="base model: hub id, folder, package:NAME or random:tiny")
@@ -99,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
                       help="instead of --alpha: weights of a KL to the base, added to the configured beta")  # fmt: skip
     grid.add_argument("--history", type=_history, nargs="+", help="numbers of iterates, or all (default: 1 all)")
     grid.add_argument("--reference", nargs="+", choices=["previous", "iterate"],
-                      help="references of pairs with a history (default: the configuration's)")  # fmt: skip
+                      help="values of objective.reference (default: the configuration's)")  # fmt: skip
     grid.add_argument("--seeds", type=int, nargs="+", help="seeds of every variation (default: the configuration's)")
     grid.add_argument("--variations", metavar="FILE", help="instead of the three axes above: fields by variation name")
     grid.add_argument("--against", metavar="RUN", help="reference of the comparison (default: plain SPIN)")

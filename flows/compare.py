@@ -118,7 +118,7 @@ def compare(
         alpha: Weights of the previous policy in the reference, at the configured total beta. Default: 1, 0.5, 0.
         beta_0: Instead of alpha: weights of a KL to the base, added to the configured beta.
         history: Numbers of iterates that the opponent averages, or "all". Default: 1, "all".
-        reference: References of pairs with a history, "previous" or "iterate". Default: the configuration's.
+        reference: Values of objective.reference, "previous" or "iterate". Default: the configuration's.
         seeds: Seeds of every variation. Default: the configuration's.
         variations: Instead of alpha, history and reference: fields by variation name, nested as in a configuration.
         against: Reference run of the comparison. Default: the first of plain SPIN (alpha 1, history 1).

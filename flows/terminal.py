@@ -42,7 +42,7 @@ def run_command(flow: Callable[..., object], argv: list[str]) -> int:
 
 
 def show_warnings(arguments: argparse.Namespace) -> None:
-    """With `--verbose`, let the stages of this process show the known warnings of libraries."""
+    """With `--verbose`, show the known warnings of libraries in the stages of this process."""
     if getattr(arguments, "verbose", False):
         os.environ["SPINREG_VERBOSE"] = "1"
 

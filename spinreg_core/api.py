@@ -129,8 +129,8 @@ def measure_or_note(
 ) -> bool:
     """Call `benchmark` if benchmarks of an iterate are wanted. Returns whether it measured anything new.
 
-    No later round reads benchmarks. So a failure (an absent judge, a task that lm-eval cannot run) is said and added to
-    `failures`, and the rounds go on. Raises what stops a run: a lost lease, cancellation, preemption.
+    No later round reads benchmarks. So a failure (an absent judge, a task that lm-eval cannot run) is reported, added
+    to `failures`, and the rounds go on. Raises what stops a run: a lost lease, cancellation, preemption.
     """
     try:
         return plan_benchmark(config, lease.head, round_number) is not None and not benchmark()["reused"]

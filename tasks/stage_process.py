@@ -55,7 +55,7 @@ def run_stage(
     job.workdir.mkdir(parents=True, exist_ok=True)
     job_file = job.workdir / "job.json"
     job.save(job_file)
-    log = on_line or run_log()  # may be interrupted, so before there is a process to end
+    log = on_line or run_log()  # an interrupt here must not leave a process behind
     run_process(
         start_process([sys.executable, "-m", job.module, str(job_file)]),
         job.workdir / "log.txt",

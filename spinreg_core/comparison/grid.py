@@ -79,7 +79,7 @@ def members_of(
     beta_0: instead of alpha: weights of the KL to the base, added to beta_prev, the base's `objective.beta`; the total
         is beta_prev + beta_0 and alpha = beta_prev / total (docs/concepts.md).
     history: numbers of iterates that the opponent averages. Default 1 and "all".
-    reference: values of `objective.reference`, default the base's. All are equal with history 1, which has the first.
+    reference: values of `objective.reference`, default the base's. With history 1 all are equal, so the first is used.
     seeds: default the base's.
     variations: instead of alpha, history and reference: the fields of each variation, by its name.
 
@@ -156,9 +156,9 @@ def _grid(
     else:
         objectives = {f"alpha-{a:g}": {"alpha": a} for a in (ALPHAS if alpha is None else alpha)}
     averaged = {f"h-{h}": {"history": h} for h in (HISTORIES if history is None else history)}
-    # Without a history the pairs are all of the previous iterate, so that every reference is the same.
+    # With history 1 the previous policy samples every pair, so all references are equal.
     references = {"": {}} if reference is None else {f"-{name}": {"reference": name} for name in reference}
-    one = dict(list(references.items())[:1])
+    first = dict(itertools.islice(references.items(), 1))
     for field, given, named in (
         ("beta_0" if beta_0 is not None else "alpha", alpha if beta_0 is None else beta_0, objectives),
         ("history", history, averaged),
@@ -169,7 +169,7 @@ def _grid(
     return {
         f"{a}-{h}{r}": {"objective": objective | matched, "opponent": opponent}
         for (a, objective), (h, opponent) in itertools.product(objectives.items(), averaged.items())
-        for r, matched in (one if opponent["history"] == 1 else references).items()
+        for r, matched in (first if opponent["history"] == 1 else references).items()
     }
 
 

@@ -74,8 +74,8 @@ class OpponentConfig(Group):
     max_pairs: int | None = Field(
         None,
         ge=1,
-        description="With source replay: pairs that a round trains on at most, shared out by the weights. Unset, round "
-        "t of history all trains on t times the pairs of round 1.",
+        description="Largest number of pairs in a round of source replay, divided among the iterates by their weights. "
+        "Unset, round t of history all trains on t times the pairs of round 1.",
     )
     truncated: Literal["keep", "drop", "clip_real"] = Field(
         "clip_real",
@@ -100,7 +100,7 @@ class OpponentConfig(Group):
             )
         if self.max_pairs is not None and self.source == "regenerate":
             raise ValueError(
-                f"max_pairs is {self.max_pairs} but source is regenerate, whose rounds do not grow; set "
+                f"max_pairs is {self.max_pairs} but source is regenerate; max_pairs limits replay only, so set "
                 "data.prompts_per_round instead"
             )
         return self
@@ -118,8 +118,8 @@ class ObjectiveConfig(Group):
     )
     reference: Literal["previous", "iterate"] = Field(
         "previous",
-        description="The policy next to the base in the reference: previous, for all pairs; iterate, for each pair the "
-        "one that sampled it (replayed pairs then keep their scores).",
+        description="Policy that is mixed with the base to form the reference: previous uses the previous policy for "
+        "all pairs, iterate the policy that sampled each pair (replayed pairs then keep their scores).",
     )
     beta: PositiveFloat | Annotated[list[PositiveFloat], Field(min_length=1)] = Field(
         0.1,
@@ -133,8 +133,8 @@ class ObjectiveConfig(Group):
         1.0,
         ge=1,
         allow_inf_nan=False,
-        description="Weight of a human answer's reward in the margin while that is not above 0 (DPO-Positive, with "
-        "lambda = guard - 1): it keeps human answers from becoming less likely. 1 is off.",
+        description="Weight of a human answer's reward in the margin while the reward is at most 0 (DPO-Positive with "
+        "lambda = guard - 1). It keeps human answers from becoming less likely. 1 is off.",
     )
 
 

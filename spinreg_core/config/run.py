@@ -118,14 +118,14 @@ class RunConfig(Group):
         if self.objective.reference == "iterate":
             if self.opponent.geometric_share:
                 raise ValueError(
-                    "objective.reference is iterate but opponent.geometric_share is not 0; answers of a token-level "
-                    "mixture have no iterate that sampled them, so set one of them back"
+                    "objective.reference is iterate but opponent.geometric_share is not 0; no single iterate samples "
+                    "the answers of a token-level mixture, so set geometric_share to 0 or reference to previous"
                 )
             roles = self.training.average_as
             if self.training.average is not None and ("reference" in roles) != ("opponent" in roles):
                 raise ValueError(
-                    "objective.reference is iterate but training.average_as names only one of opponent and reference; "
-                    "the policy that sampled a pair is its reference, so name both or none"
+                    "objective.reference is iterate but training.average_as lists only one of opponent and reference; "
+                    "a pair's reference is the policy that sampled it, so list both or neither"
                 )
         weights, history = self.opponent.weighting, self.opponent.history
         if isinstance(weights, list) and history != "all" and len(weights) != history:

@@ -96,14 +96,14 @@ def model_files(folder: Path) -> list[Path]:
 def link_policy(folder: Path, target: Path, arguments: Mapping[str, Any] | None = None) -> None:
     """Link the files of the policy into `target`, where every loader finds the same model.
 
-    What loaders would read differently is written out: one chat template (spinreg's default for a model without one),
-    every token that ends an answer, and the class of the model. arguments: of the template. Raises BadInput.
+    Settles what loaders would read differently: one chat template (spinreg's default for a model without one), every
+    token that ends an answer, and the class of the model. arguments: those of the template. Raises BadInput.
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     target.mkdir(parents=True)
     for path in model_files(folder):
-        if path.name != "chat_template.json":  # for processors of images and sound; `resolve_model` wants another
+        if path.name != "chat_template.json":  # read by processors only, not by tokenizers
             (target / path.name).symlink_to(path.resolve())
     tokenizer = read_json_object(folder / "tokenizer_config.json")
     in_config = tokenizer.pop("chat_template", None)
@@ -130,7 +130,7 @@ def _replace_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _file_of_ends(folder: Path) -> Path:
-    """Return the file with the end tokens: loaders read those of config.json only without generation_config.json."""
+    """Return the file with the end tokens: config.json counts only where there is no generation_config.json."""
     path = folder / "generation_config.json"
     return path if path.exists() else folder / "config.json"
 

@@ -288,7 +288,7 @@ def sample_notes(samplers: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def few_rows(rows: int) -> list[str]:
-    """Return the sentence about the intervals of too few held-out rows; an empty list for enough."""
+    """Return a warning about intervals if there are too few held-out rows, otherwise an empty list."""
     if rows >= FEW_ROWS:
         return []
     return [f"With {rows} held-out rows intervals are too narrow: up to 9 % of them miss the truth at 20 rows, instead "

@@ -214,7 +214,7 @@ def plan_mix_opponent(config: RunConfig, head: Head, round_number: int) -> Stage
 
 
 def _pairing(opponent: OpponentConfig) -> dict[str, Any]:
-    """Return the choice and treatment of pairs, without the fields that 0.1.0 did not have at their value then."""
+    """Return the key fields for choosing and treating pairs; later fields are left out at their 0.1.0 value."""
     limit = {} if opponent.max_pairs is None else {"max_pairs": opponent.max_pairs}
     return opponent.model_dump(mode="json", include={"source", "truncated"}) | limit
 

@@ -50,7 +50,7 @@ _TIMED_OUT = re.compile(r"Timed out waiting|Timeout|timeout", re.ASCII)
 # The limit in messages of `rank_watch`, which would look like a timeout of a collective.
 _LIMIT = re.compile(r"\(resources\.collective_timeout_seconds: [\d.e+]+\)")
 _COMMUNICATION = re.compile(r"gloo|nccl|NCCL|DistBackendError|DistNetworkError|ProcessGroup|TCPStore|collective")
-# Stages whose memory is the policy and its keys and values. Engine hf answers MT-Bench in the process of `benchmark`.
+# Stages that hold only a policy and its KV cache. With engine hf, MT-Bench is answered in the `benchmark` process.
 _SAMPLING = ("generate", "mt-bench-answers", "benchmark")
 _NO_MEMORY = re.compile("can't allocate memory|not enough memory")
 

@@ -91,7 +91,7 @@ def rewards(
 
 
 def guarded(real: Tensor) -> Tensor:
-    """Return where the rewards r(x, y) of human answers are not above 0 but for rounding, [batch], bool."""
+    """Return a mask [batch] of the human answers with a reward r(x, y) of at most 0, up to rounding."""
     return real.detach() <= TIE_NATS
 
 

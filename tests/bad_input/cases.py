@@ -36,7 +36,7 @@ ROWS = [{"prompt": f"What is {i}?", "answer": f"It is {i}."} for i in range(12)]
 
 @dataclass
 class Place:
-    """Place of a case: its own folder, patches that end with it, and a real S3 server on request."""
+    """The place of a case: its own folder, patches for its duration, and a real S3 server on request."""
 
     folder: Path
     patch: pytest.MonkeyPatch

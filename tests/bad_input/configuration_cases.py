@@ -61,15 +61,15 @@ VALUES: dict[str, dict[str, Any]] = {
     "more weights than history": {"opponent": {"history": 2, "weighting": [0.5, 0.3, 0.2]}},
     "weights without the newest iterate": {"opponent": {"weighting": [0.0, 1.0]}},
     "a share of replay with the source replay": {"opponent": {"replay_share": 0.5}},
-    "the iterate as reference of a geometric opponent": {
+    "reference iterate with a geometric opponent": {
         "objective": {"reference": "iterate"},
         "opponent": {"geometric_share": 0.5},
     },
-    "the iterate as reference of an averaged opponent": {
+    "reference iterate with an averaged opponent only": {
         "objective": {"reference": "iterate"},
         "training": {"average": "ema", "average_as": ["opponent"]},
     },
-    "a limit of pairs with the source regenerate": {"opponent": {"source": "regenerate", "max_pairs": 64}},
+    "opponent.max_pairs with source regenerate": {"opponent": {"source": "regenerate", "max_pairs": 64}},
     "only one of two column names": {"data": {"prompt_column": "question"}},
     "column names with a format that has its own": {
         "data": {"prompt_column": "q", "response_column": "a", "format": "messages"}

@@ -1,4 +1,4 @@
-"""Ends of benchmarks that end the flow run, and those that do not."""
+"""Benchmark failures that end the flow run, and those that do not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The intervals of reports miss the truth in 5 % of samples, as they say."""
+"""95 % intervals miss the truth in 5 % of samples."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ def test_ratio_estimate_of_10000_samples_misses_the_truth_in_5_percent(populatio
 
     # One standard deviation of these shares is 0.2 points; the seeds are fixed.
     assert [share(n) for n in (60, 200)] == pytest.approx([0.05, 0.05], abs=0.015)
-    assert share(20) < 0.09, "docs/evaluation.md says so"
+    assert share(20) < 0.09, "docs/concepts.md says so"

@@ -48,7 +48,7 @@ def test_scripts_help_names_quick() -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_quick_run_ends_with_one_line_of_figures() -> None:
-    """Of the script that needs the least time. Its figures are not checked."""
+    """Run the fastest script only. Its figures are not checked."""
     done = subprocess.run(
         [sys.executable, str(FOLDER / "prompts.py"), "--quick"], capture_output=True, text=True, timeout=300
     )

@@ -47,12 +47,12 @@ def metrics(number: int, nll: list[float], half: float = 0.02) -> dict[str, Any]
 
 
 def rows(number: int, nll: list[float], n: int = 64) -> pa.Table:
-    """Held-out rows of iterate `number`, whose human answers cost nll[number] nats/token on average."""
+    """Return held-out rows of iterate `number`, with a mean NLL of nll[number] nats/token on human answers."""
     i = np.arange(n)
     prompt = np.where(i % 2, 0.3, -0.3)
 
     def human(k: int) -> Any:
-        """The human answers' log-probability under iterate k, whose differences between iterates vary by row."""
+        """Return log p of the human answers under iterate k; differences between iterates vary by row."""
         return -48 * (nll[k] + prompt + k * np.where(i // 2 % 2, 0.05, -0.05))
 
     length = np.full(n, 70 - 9 * number) + np.where(i % 2, 5, -5)

@@ -65,7 +65,7 @@ def next_iterate(
 def next_matched_iterate(
     newest_first: Tensor, round_index: int, base: Tensor, real: Tensor, *, alpha: float, beta: float, history: int | str
 ) -> Tensor:
-    """log pi_{t+1} [n] where the reference of each pair is the iterate that sampled it, minimised numerically.
+    """Return log pi_{t+1} [n] by numerical minimisation; each pair's reference is the iterate that sampled it.
 
     The loss is convex in the logits. With one iterate it is that of `next_iterate`.
     """

@@ -156,7 +156,7 @@ def test_server_short_absence_is_waited_for(
 def test_server_away_does_not_stop_the_work(
     server: PrefectServer, start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    """Only the artifacts wait for the server to come back."""
+    """Only artifacts are delayed until the server comes back."""
     process = start(patience=3, gates="in-1 outer-end")
     wait_until((tmp_path / "in-1.reached").exists, process, tmp_path / "log", 60)
     server.stop(signal.SIGKILL)

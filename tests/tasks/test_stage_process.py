@@ -392,7 +392,7 @@ def test_process_leads_a_group_of_its_own(script: Callable[[str], list[str]], tm
 
 @pytest.mark.long
 def test_the_embedded_server_ends_with_a_killed_flow(tmp_path: Path) -> None:
-    """Prefect itself ends that of a flow that ends by itself."""
+    """Prefect stops the server itself when a flow ends normally."""
     source = """
 import sys, time
 from prefect import flow

@@ -54,7 +54,7 @@ def test_write_comparison_files_hold_the_same_numbers(store: Store, tmp_path: Pa
     assert base64.b64decode(links["download-csv"].partition(",")[2]) == store.read(written["csv"])
     assert base64.b64decode(links["download-parquet"].partition(",")[2]) == store.read(written["parquet"])
     assert write_comparison(store, ["spin", "kl"])["data"] == data
-    assert "download-csv" not in render_comparison(data, {}), "tables that are large are beside the page only"
+    assert "download-csv" not in render_comparison(data, {}), "large tables are separate files, not part of the page"
     assert store.list("comparisons/") == sorted(written[kind] for kind in ("html", "json", "csv", "parquet"))
 
 

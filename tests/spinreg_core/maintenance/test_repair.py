@@ -85,7 +85,7 @@ def test_repair_of_base_and_data_makes_both_again(store: FolderStore) -> None:
 def test_repair_with_another_result_makes_its_dependents_again(
     store: FolderStore, dice: Dice, groups: dict[str, Any]
 ) -> None:
-    """Also where that was damaged itself, and has been made again from the old."""
+    """Its input may have been damaged too, and made again from the old one."""
     advance(store, config("a", **groups), 2, make=dice)
     head = head_of(store, "a")
     assert dice.of_one_piece(store, "a")

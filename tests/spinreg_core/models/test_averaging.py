@@ -133,7 +133,7 @@ def test_average_policy_of_other_shapes_raises(tmp_path: Path) -> None:
 
 
 def test_average_policy_of_an_unmoved_tensor_is_the_limit(tmp_path: Path) -> None:
-    """An average that has not left the base leaves it by the weight's share, like one that hardly has."""
+    """An average that still equals the base moves by the weight's share, like one that is close to it."""
     found = []
     for name, moved in (("still", 0.0), ("hardly", 1e-20)):
         folders = []

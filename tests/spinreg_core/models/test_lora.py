@@ -101,7 +101,7 @@ def test_adapter_and_merged_policy_agree_with_peft(tmp_path: Path, kind: str) ->
 
 
 def test_next_round_starts_from_the_published_adapter(tmp_path: Path) -> None:
-    """A reference that is the model with its adapter off is the base in every round, and the loss of a round
+    """A model with its adapter off is the base in every round, and the loss of a round
     that begins is not log 2: the classic silent error."""
     base = write_policy(tmp_path / "base", 0)
     first = adapted(base, settings())

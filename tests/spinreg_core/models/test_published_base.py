@@ -118,12 +118,12 @@ LAYOUTS: dict[str, Callable[[Path], object]] = {
     "as transformers saves it": lambda folder: None,
     "shards": shards,
     "one shard with an index": one_shard,
-    "the vendor's weights beside": vendors_weights,
+    "the vendor's weights in the same folder": vendors_weights,
     "an untied head": untied,
     "a tied head that is stored": tied_twice,
     "float16": half,
     "no architectures": lambda folder: change_json(folder / "config.json", architectures=None),
-    "another architecture of the field": lambda folder: change_json(
+    "another architecture": lambda folder: change_json(
         folder / "config.json", architectures=["MistralForCausalLM"], model_type="mistral", sliding_window=None
     ),
     "a text model in a vision wrapper": vision_wrapper,
@@ -133,10 +133,10 @@ LAYOUTS: dict[str, Callable[[Path], object]] = {
     "named templates": lambda folder: template(folder, jinja=None, config=NAMED),
     "named templates and a file": lambda folder: template(folder, jinja=OTHER, config=NAMED),
     "no template": lambda folder: template(folder, jinja=None),
-    "ends in both files": lambda folder: ends(folder, [257, 65], 66),
-    "an end that is not the template's": lambda folder: ends(folder, 65, 257),
-    "ends in config.json alone": lambda folder: ends(folder, None, [258, 66]),
-    "no end in either file": lambda folder: ends(folder, None, None),
+    "end tokens in both files": lambda folder: ends(folder, [257, 65], 66),
+    "an end token that the template does not use": lambda folder: ends(folder, 65, 257),
+    "end tokens in config.json alone": lambda folder: ends(folder, None, [258, 66]),
+    "no end token in either file": lambda folder: ends(folder, None, None),
 }
 
 
@@ -199,10 +199,10 @@ def test_published_base_ends_with_the_same_tokens_everywhere(published: Path) ->
     ("layout", "found"),
     [
         ("as transformers saves it", [257]),
-        ("ends in both files", [65, 257]),  # 66 of config.json ends nothing in any loader
-        ("ends in config.json alone", [66, 257, 258]),
+        ("end tokens in both files", [65, 257]),  # no loader reads 66 from config.json
+        ("end tokens in config.json alone", [66, 257, 258]),
         ("a text model in a vision wrapper", [66, 257]),
-        ("no end in either file", [257]),
+        ("no end token in either file", [257]),
     ],
 )
 def test_published_base_has_the_ends_that_loaders_read(layout: str, found: list[int], tmp_path: Path) -> None:
@@ -210,7 +210,9 @@ def test_published_base_has_the_ends_that_loaders_read(layout: str, found: list[
 
 
 def test_published_base_keeps_the_other_fields_of_a_file_it_writes(tmp_path: Path) -> None:
-    said = json.loads((publish("an end that is not the template's", tmp_path) / "generation_config.json").read_text())
+    said = json.loads(
+        (publish("an end token that the template does not use", tmp_path) / "generation_config.json").read_text()
+    )
     assert said == {"eos_token_id": [65, 257], "repetition_penalty": 1.5, "top_k": 3}
 
 
@@ -221,7 +223,7 @@ def test_published_base_keeps_the_other_fields_of_a_file_it_writes(tmp_path: Pat
     [
         pytest.param(one, marks=() if one == "three templates that differ" else pytest.mark.long)
         for one in LAYOUTS
-        if LAYOUTS[one] is not vision_wrapper  # vLLM needs torchvision and the wrapper's processor for it
+        if LAYOUTS[one] is not vision_wrapper  # vLLM would need torchvision and the wrapper's processor
     ],
 )
 def test_published_base_is_the_same_model_in_vllm(layout: str, tmp_path: Path) -> None:

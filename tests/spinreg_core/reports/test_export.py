@@ -1,4 +1,4 @@
-"""The card of an exported policy. (The files beside it: tests/e2e/test_smoke.py.)"""
+"""The model card of an exported policy. tests/e2e/test_smoke.py covers the other exported files."""
 
 from __future__ import annotations
 

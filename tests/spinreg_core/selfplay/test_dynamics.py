@@ -255,7 +255,7 @@ def test_matched_fictitious_play_stays_at_the_data() -> None:
 
 @pytest.mark.parametrize("seed", [1, 10, 20, 30, 40, 50])
 def test_matched_fictitious_play_without_kl_converges_at_beta_one_tenth(seed: int) -> None:
-    """With the previous policy as reference it oscillates, and falls only like the fourth root."""
+    """With the previous policy as reference, the error oscillates and falls only like t^(-1/4)."""
     base, real = distribution(seed + 1), distribution(seed)
     errors = size(play_matched(30, base, real, alpha=1.0, beta=0.1))
     before = size(play(30, base, real, alpha=1.0, beta=0.1, history="all"))

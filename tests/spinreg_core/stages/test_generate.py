@@ -464,7 +464,7 @@ def shortfall(model: LlamaForCausalLM, prompt: list[int], answer: list[int]) -> 
 
 
 def test_generate_of_replayed_pairs_alone_commits_no_shard(house: House) -> None:
-    """All of a few prompts may be drawn for earlier iterates. Then nothing is generated, which is right."""
+    """With few prompts, all may be drawn for earlier iterates; nothing is generated then."""
     job = house.job("replayed", iterates=[2, 1])
     job = replace(job, extra=job.extra | {"replay_share": 1.0, "weights": [1e-12, 1 - 1e-12]})
     manifest = run(job)

@@ -272,7 +272,7 @@ def test_iterate_reference_keeps_the_scores_of_replayed_pairs(prepared: Run) -> 
         for iterate in range(number):
             own = [p for p in pairs if p["iterate"] == iterate]
             prepared.check_scores(own, iterate, "previous")
-        assert scores_by_id(pairs).items() >= before.items(), "the very numbers, not ones close to them"
+        assert scores_by_id(pairs).items() >= before.items(), "exactly equal, not just close"
         before = scores_by_id(pairs)
         new = {
             (*p["prompt_ids"], -1, *p[f"{w}_ids"]) for p in pairs if p["round"] == number for w in ("real", "generated")
@@ -281,7 +281,7 @@ def test_iterate_reference_keeps_the_scores_of_replayed_pairs(prepared: Run) -> 
 
 
 def test_iterate_reference_of_unknown_pairs_scores_them_under_each_iterate(prepared: Run) -> None:
-    """Without the earlier rounds' pairs, as after a limit that left a pair out of its own round."""
+    """Earlier rounds may lack a pair, for example because of a limit."""
     manifest = mix_opponent.run(prepared.job(3, prepared.earlier(2, 1), objective={"reference": "iterate"}))
     pairs = prepared.pairs(manifest)
     for iterate in (0, 1, 2):

@@ -262,7 +262,7 @@ HANGS = "import spinreg_core.store.folder as store; store._copy = lambda *_: __i
 def test_a_rank_that_hangs_with_its_files_is_named_as_soon(
     setting: Setting, every: int | None, fault: str, said: str
 ) -> None:
-    """Ranks that wait for files wait longer, but not for a rank whose bytes stand still."""
+    """Ranks wait longer during file transfers, but not for a rank whose transfer has stalled."""
     resources = on(2, collective_timeout_seconds=4, stop_seconds=2)
     job = setting.job(f"files-{abs(hash((every, fault)))}", resources=resources, checkpoint_every_steps=every)
     status, output = run(setting, job, fault, rank=0)
